@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from digits import DigitNet
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from output import counts_table, start
+from lightning.pytorch import LightningDataModule, seed_everything
+from output import counts_table, quiet_trainer, start
 from rich import print
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -75,12 +75,5 @@ if __name__ == "__main__":
         max_time=3 if fast else 10,
         verbose=False,
     )
-    trainer = Trainer(
-        max_epochs=6 if fast else 15,
-        accelerator="cpu",
-        callbacks=[repair],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(DigitNet(), datamodule=Hands())
+    quiet_trainer(6 if fast else 15, repair).fit(DigitNet(), datamodule=Hands())
     print(counts_table({f"{one.name}, {one.role}": one for one in repair.report.slices}))

@@ -8,8 +8,8 @@ The data and the network are in `digits.py`. Prints one table; with matplotlib i
 from __future__ import annotations
 
 from digits import DigitNet, SlashedZeros, slashed_zero
-from lightning.pytorch import Trainer, seed_everything
-from output import start
+from lightning.pytorch import seed_everything
+from output import quiet_trainer, start
 from rich import print
 
 from lightning_nrl import ConfigurationError, Target, compare
@@ -21,9 +21,8 @@ if __name__ == "__main__":
     }
     given = start(__doc__, **options)
     epochs = 5 if given.fast else 30
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     seed_everything(given.seed, verbose=False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
+    trainer = quiet_trainer(epochs)
     network, data = DigitNet(), SlashedZeros(given.seed)
     trainer.fit(network, datamodule=data)
 

@@ -8,8 +8,8 @@ The data and the network are in `digits.py`. Prints tables; with matplotlib it a
 from __future__ import annotations
 
 from digits import DigitNet, SlashedZeros, slashed_zero
-from lightning.pytorch import Trainer, seed_everything
-from output import start
+from lightning.pytorch import seed_everything
+from output import quiet_trainer, start
 from rich import print
 
 from lightning_nrl import ConfigurationError, Target, diagnose
@@ -17,9 +17,8 @@ from lightning_nrl import ConfigurationError, Target, diagnose
 if __name__ == "__main__":
     given = start(__doc__, **{"--seed": {"type": int, "default": 0, "help": "of data and training"}})
     epochs = 8 if given.fast else 30
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     seed_everything(given.seed, verbose=False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
+    trainer = quiet_trainer(epochs)
     network, data = DigitNet(), SlashedZeros(given.seed)
     trainer.fit(network, datamodule=data)
 

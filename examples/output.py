@@ -1,4 +1,4 @@
-"""What all examples share: a quiet start, and a small table of what a repair did."""
+"""What all examples share: a quiet start, a quiet trainer, and a small table of what a repair did."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from rich import box
 from rich.table import Table
 
@@ -30,6 +31,12 @@ def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|pytorch_lightning|torch")
     return given
+
+
+def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Trainer:
+    """A trainer on the CPU that shows no progress and writes no log."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"max_epochs": epochs, "accelerator": "cpu", "callbacks": list(callbacks), **quiet, **arguments})
 
 
 def summary(**reports: RepairReport) -> Table:

@@ -10,22 +10,15 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Sequence
 
 import torch
-from digits import DigitNet, SlashedZeros
+from digits import DigitNet, SlashedZeros, slashed_zero
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from rich import box, print
 from rich.table import Table
-from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Target, repair
-
-
-def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    _image, _digit, slashed = batch
-    return slashed
 
 
 def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
@@ -92,39 +85,43 @@ def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> 
     for head in ("\nfit\n", "\nswarm\n", *ladder):
         table.add_column(head, justify="right")
 
-    def row(name: str, fit: str, swarm: object, default: Sequence[object], last: bool = False) -> None:
-        table.add_row(name, fit, str(swarm), *map(str, default), end_section=last)
-
     def of_taken(value: object) -> list[object]:
         return [value if rung.taken else "" for rung in rungs]
 
-    row(
-        f"known targets repaired, of {known.targeted}",
-        "",
-        known.repaired_in_target,
-        [r.repaired_in_target for r in rungs],
-    )
-    row("known failures repaired", "", known.repaired, [r.repaired for r in rungs])
-    row("known samples broken", "", known.broken, [r.broken for r in rungs], last=True)
-    row("held-out failures repaired", "", "", [c and f"{c.repaired} of {c.repaired + c.failing}" for c in held_out])
-    row("held-out samples broken", "", "", [c and f"{c.broken} of {c.passed}" for c in held_out], last=True)
-    row(
-        f"unseen targets repaired, of {unseen.targeted}",
-        "",
-        unseen.repaired_in_target,
-        of_taken(taken.repaired_in_target),
-    )
-    row("unseen failures repaired", "", unseen.repaired, of_taken(taken.repaired))
-    row("unseen samples broken", "", unseen.broken, of_taken(taken.broken))
     fit, alone, now = (f"{x:.2%}" for x in (taken.accuracy_before, unseen.accuracy_after, taken.accuracy_after))
-    row("unseen accuracy", fit, alone, of_taken(now), last=True)
-    row(
-        "weights changed",
-        "",
-        0 if swarm.change is None else swarm.change.changed,
-        [f"{r.weights_changed:,}" for r in rungs],
-    )
-    row("seconds", f"{seconds:.1f}", f"{sum(swarm.seconds.values()):.1f}", [f"{r.seconds:.1f}" for r in rungs])
+    changed = 0 if swarm.change is None else swarm.change.changed
+    targets, shown = known.repaired_in_target, unseen.repaired_in_target
+    spent = f"{sum(swarm.seconds.values()):.1f}", [f"{rung.seconds:.1f}" for rung in rungs]
+    sections: list[list[tuple[str, str, object, list[object]]]] = [
+        [
+            (f"known targets repaired, of {known.targeted}", "", targets, [r.repaired_in_target for r in rungs]),
+            ("known failures repaired", "", known.repaired, [r.repaired for r in rungs]),
+            ("known samples broken", "", known.broken, [r.broken for r in rungs]),
+        ],
+        [
+            (
+                "held-out failures repaired",
+                "",
+                "",
+                [c and f"{c.repaired} of {c.repaired + c.failing}" for c in held_out],
+            ),
+            ("held-out samples broken", "", "", [c and f"{c.broken} of {c.passed}" for c in held_out]),
+        ],
+        [
+            (f"unseen targets repaired, of {unseen.targeted}", "", shown, of_taken(taken.repaired_in_target)),
+            ("unseen failures repaired", "", unseen.repaired, of_taken(taken.repaired)),
+            ("unseen samples broken", "", unseen.broken, of_taken(taken.broken)),
+            ("unseen accuracy", fit, alone, of_taken(now)),
+        ],
+        [
+            ("weights changed", "", changed, [f"{r.weights_changed:,}" for r in rungs]),
+            ("seconds", f"{seconds:.1f}", *spent),
+        ],
+    ]
+    for rows in sections:
+        for name, of_fit, of_swarm, of_rungs in rows:
+            table.add_row(name, of_fit, str(of_swarm), *map(str, of_rungs))
+        table.add_section()
     return table
 
 

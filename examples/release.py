@@ -13,12 +13,12 @@ from copy import deepcopy
 
 from digits import DigitNet, SlashedZeros, slashed_zero
 from lightning.pytorch import Trainer, seed_everything
-from output import start
+from output import quiet_trainer, start
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_nrl import ReleaseGate, Target, repair
-from lightning_nrl.release import ProtectedIntact
+from lightning_nrl.updates import ProtectedIntact
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -29,17 +29,6 @@ def digit(batch: Batch) -> Tensor:
 
 def is_zero(batch: Batch) -> Tensor:
     return batch[1] == 0
-
-
-def quiet_trainer(epochs: int = 30) -> Trainer:
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
 
 
 if __name__ == "__main__":

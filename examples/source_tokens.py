@@ -20,8 +20,8 @@ import tokenize
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from output import start, summary
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from output import quiet_trainer, start, summary
 from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,15 +79,12 @@ class Code(LightningDataModule):
 
     def __init__(self, seed: int = 0, share: float = 1.0) -> None:
         super().__init__()
-        splits = {name: (round(n * share), prefixes) for name, (n, prefixes) in SPLITS.items()}
         code, rng = lines(), random.Random(seed)
         rng.shuffle(code)
-        # Those that may have a prefix come first, since they are rare.
-        code.sort(key=lambda line: not PREFIXED.search(line))
-        wanted = {
-            kind: sum(round(n * (share if kind else 1 - share)) for n, share in splits.values())
-            for kind in (True, False)
-        }
+        code.sort(key=lambda line: not PREFIXED.search(line))  # those that may have a prefix first, as they are rare
+        sizes = {split: round(n * share) for split, (n, _) in SPLITS.items()}
+        counts = {split: round(sizes[split] * prefixes) for split, (_, prefixes) in SPLITS.items()}
+        wanted = {True: sum(counts.values()), False: sum(sizes.values()) - sum(counts.values())}
         pools: dict[bool, list[tuple[str, list[int]]]] = {True: [], False: []}
         for line in code:
             labels = labels_of(line)
@@ -97,12 +94,12 @@ class Code(LightningDataModule):
                 break
         rng.shuffle(pools[False])
         self.data = {}
-        for split, (n, share) in splits.items():
-            taken = {True: round(n * share), False: n - round(n * share)}
-            rows = [(*pools[kind].pop(), kind) for kind, count in taken.items() for _ in range(count)]
-            characters = torch.tensor([[ord(c) for c in line.ljust(WIDTH, "\0")] for line, _, _ in rows])
-            kinds = torch.tensor([labels + [IGNORED] * (WIDTH - len(labels)) for _, labels, _ in rows])
-            self.data[split] = TensorDataset(characters, kinds, torch.tensor([kind for *_, kind in rows]))
+        for split, n in sizes.items():
+            kinds = [True] * counts[split] + [False] * (n - counts[split])
+            rows = [pools[kind].pop() for kind in kinds]
+            characters = torch.tensor([[ord(c) for c in line.ljust(WIDTH, "\0")] for line, _ in rows])
+            labels = torch.tensor([labels + [IGNORED] * (WIDTH - len(labels)) for _, labels in rows])
+            self.data[split] = TensorDataset(characters, labels, torch.tensor(kinds))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], 32, shuffle=True)
@@ -148,12 +145,5 @@ if __name__ == "__main__":
         max_time=5 if fast else None,
         verbose=False,
     )
-    trainer = Trainer(
-        max_epochs=3 if fast else 5,
-        accelerator="cpu",
-        callbacks=[repair],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
+    quiet_trainer(3 if fast else 5, repair).fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
     print(summary(repair=repair.report))

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from output import start, summary
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from output import quiet_trainer, start, summary
 from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,12 +113,5 @@ if __name__ == "__main__":
         max_time=3 if fast else None,
         verbose=False,
     )
-    trainer = Trainer(
-        max_epochs=3 if fast else 15,
-        accelerator="cpu",
-        callbacks=[repair],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(PriceNet(), datamodule=Diamonds())
+    quiet_trainer(3 if fast else 15, repair).fit(PriceNet(), datamodule=Diamonds())
     print(summary(repair=repair.report))

@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import torch
 from digits import DigitNet
-from lightning.pytorch import Trainer, seed_everything
-from output import start
+from lightning.pytorch import seed_everything
+from output import quiet_trainer, start
 from rich import box, print
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import ReleaseGate, repair
-from lightning_nrl.release import ReleaseReport
+from lightning_nrl.updates import ReleaseReport
 
 RULES = [
     "instance in suite",  # nothing that is known to work may break
     "accuracy in later",  # on data that nobody has looked at, no more may break than is repaired
 ]
-
-
-def quiet_trainer(*callbacks: object, epochs: int = 1) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **quiet)
 
 
 def digits() -> tuple[TensorDataset, ...]:
@@ -44,7 +39,7 @@ def digits() -> tuple[TensorDataset, ...]:
 def judged(new: DigitNet, old: DigitNet, loaders: dict[str, DataLoader]) -> ReleaseReport:
     """May the new model replace the old one? Reasons and ids are in the files of the gate."""
     gate = ReleaseGate(reference=old, rules=RULES, verbose=False)
-    quiet_trainer(gate).test(new, loaders, verbose=False)
+    quiet_trainer(1, gate).test(new, loaders, verbose=False)
     return gate.report
 
 
@@ -56,7 +51,7 @@ if __name__ == "__main__":
     seed_everything(0, verbose=False)
     old, new = DigitNet(), DigitNet()
     for model, data in ((old, few), (new, more)):
-        quiet_trainer(epochs=8 if fast else 30).fit(model, DataLoader(data, 32, shuffle=True))
+        quiet_trainer(8 if fast else 30).fit(model, DataLoader(data, 32, shuffle=True))
     verdicts = {"as trained": judged(new, old, loaders)}
 
     report = repair(

@@ -41,20 +41,19 @@ __all__ = [
 # TensorBoard imports this package for its tab: names are imported when they are asked for, and torch with them.
 # Type checkers read `__init__.pyi`.
 _PACKAGES = {
-    "_trainer.data_options": "DataOptions",
+    "_trainer.data_splits": "DataOptions",
     "analysis.sweep": "Grid",
-    "callback": "RegressionFreeRepair",
-    "callbacks": "PositiveCongruentTraining RegressionMetrics ReleaseGate TrainingHistory WeightInterpolation",
+    "callbacks": "PositiveCongruentTraining RegressionFreeRepair RegressionMetrics ReleaseGate RepairInTraining"
+    " TrainingHistory WeightInterpolation",
     "data": "Target TensorSource",
     "entrypoints": "compare diagnose repair sweep",
     "errors": "ConfigurationError",
     "evaluation": "SampleOptions",
     "gate": "Gate",
     "pipeline": "BoundOptions SearchOptions Settings repair_module",
-    "reference": "OldModel",
-    "repair_in_training": "RepairInTraining",
     "report": "RepairReport",
     "search": "ParticleSwarm",
+    "updates": "OldModel",
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
 

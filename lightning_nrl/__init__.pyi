@@ -1,6 +1,5 @@
-from lightning_nrl._trainer.data_options import DataOptions
+from lightning_nrl._trainer.data_splits import DataOptions
 from lightning_nrl.analysis.sweep import Grid
-from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.callbacks import (
     PositiveCongruentTraining,
     RegressionMetrics,
@@ -8,16 +7,17 @@ from lightning_nrl.callbacks import (
     TrainingHistory,
     WeightInterpolation,
 )
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
+from lightning_nrl.callbacks.repair_in_training import RepairInTraining
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
-from lightning_nrl.reference import OldModel
-from lightning_nrl.repair_in_training import RepairInTraining
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.updates import OldModel
 
 __version__: str
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_nrl.command_line import main
+from lightning_nrl.entrypoints.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

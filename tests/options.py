@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from lightning_nrl.entrypoints._option_support import OPTION_CLASSES
+from lightning_nrl.entrypoints.arguments import OPTION_CLASSES
 
 
 def with_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,15 @@ import lightning_nrl
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 REFERENCE = PAGE.parent / "reference"
 MODULES = (
-    "lightning_nrl.callback",
+    "lightning_nrl.analysis.baselines",
+    "lightning_nrl.analysis.comparison",
+    "lightning_nrl.entrypoints.command_line",
     "lightning_nrl.errors",
-    "lightning_nrl.presets",
-    "lightning_nrl.repair_in_training",
+    "lightning_nrl.evaluation.metrics",
+    "lightning_nrl.pipeline.presets",
+    "lightning_nrl.report.stats",
 )
-"""Public modules at the root that are no packages."""
+"""Public modules that are no packages."""
 INTRO = """# What is public
 
 Names by the package that they are imported from; `import lightning_nrl` has what most people need. Packages and modules

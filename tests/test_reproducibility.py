@@ -17,8 +17,8 @@ from lightning_nrl import Gate, RepairReport, repair_module
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
+from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Fitness, WeightStats, search
 
 

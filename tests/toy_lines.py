@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import TensorSource
-from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._held_out import HeldOut
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.search import Fitness
 
 PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}

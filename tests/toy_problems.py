@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from toy_repairs import blobs
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.device import Context
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State, between, holding, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -60,10 +60,11 @@ def make_problem(
     task: Task | None = None,
     context: Context = nullcontext,
     collective: Any = None,
+    bias: bool = False,
     **rest: Any,
 ) -> Problem:
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
-    space, scope = find_scope(model.eval(), layer)
+    space, scope = find_scope(model.eval(), layer, include_bias=bias)
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
     before = evaluator.run(sources, Target.all() if target is None else target)
     given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
@@ -191,6 +192,16 @@ def right(problem: Problem, state: State) -> Tensor:
 
 def broken(problem: Problem, state: State) -> int:
     return int((right(problem, {}) & ~right(problem, state)).sum())
+
+
+def checked(problem: Problem, solution: Solution) -> Solution:
+    """What must be true of every solution with a proposal, counted again by a forward pass of its own."""
+    assert solution.proposal is not None
+    now = right(problem, solution.proposal.state)
+    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+    assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
+    assert torch.equal(solution.proposal.after.passed, now)
+    return solution
 
 
 def same(one: State, other: State) -> bool:

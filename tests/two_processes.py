@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning_package import NAME, pl
 
-PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callback")
+PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callbacks.repair")
 """Lightning before the package, which takes the one that is there."""
 
 

@@ -13,7 +13,7 @@ from lightning_nrl import (
     repair,
     sweep,
 )
-from lightning_nrl._lightning import LightningModule, Trainer
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.diagnosis import Diagnosis
 from lightning_nrl.analysis.sweep import SweepResult

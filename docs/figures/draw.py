@@ -8,7 +8,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from lightning_nrl.stats import Bound
+from lightning_nrl.report.stats import Bound
 
 HERE = Path(__file__).parent
 INK, FAINT, RIGHT, WRONG, REPAIRED, BROKEN = "#222", "#8a8a8a", "#b9c4bd", "#c62828", "#00796b", "#e65100"

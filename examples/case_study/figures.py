@@ -25,14 +25,12 @@ from questions import Tables, fewest_broken, interval, like
 
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
-from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, label_points
 from lightning_nrl.analysis.sweep import Run, SweepResult
-from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.presets import TABLE_II
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.pipeline.presets import TABLE_II
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report._figures import INK
 
-BLUE, VERMILLION, GREEN = COLOURS[:3]
+BLUE, VERMILLION, GREEN, FAINT, INK = "#0072B2", "#D55E00", "#009E73", "#b8bcc2", "#333a42"
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
 """Shapes too, so that colour is never needed."""
 TICKS = (0, 1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
@@ -149,10 +147,10 @@ class Other:
 
 
 def others_of(experiment: str, seed: int, folder: Path = Path("runs")) -> list[Other]:
-    """The default method and baselines as they gave their weights, where `repairs.py` and `comparison.py` left them."""
+    """The default method and baselines as they gave their weights, where the studies of both left them."""
     found = []
-    report = folder / f"vehicles_{experiment}_auto" / f"seed_{seed}" / "report.json"
-    comparison = folder / f"comparison_{experiment}_{seed}" / "comparison.json"
+    report = folder / f"vehicles_{experiment}_default" / f"seed_{seed}" / "report.json"
+    comparison = folder / f"comparison_vehicles_{experiment}_{seed}" / "comparison.json"
     if report.exists():
         repair = RepairReport.from_json(report.read_text())
         found.append(Other("default method", repair.pooled("known"), repair.pooled("unseen"), repair=True))
@@ -167,29 +165,28 @@ def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) ->
     """Repaired against broken: each run, the means of the rows of Table II, and other methods. Square-root scales."""
     figure = _figure(11, 5.2, f"{NAMES[experiment]}: what is repaired for what breaks")
     figure.supxlabel(KEY, color=INK, fontsize=8, x=0.01, ha="left")
-    panels, names = figure.subplots(1, 2), []
+    panels = figure.subplots(1, 2)
     for axes, role in zip(panels, ROLES, strict=True):
         x, y = ([getattr(run.counts(role), what) for run in runs] for what in ("broken", "repaired"))
         axes.plot(x, y, ".", color=FAINT, markersize=4, zorder=1)
         points = []
         for name, row in TABLE_II.items():
             if own := like(runs, row):
-                broken, repaired = (fmean(getattr(run.counts(role), what) for run in own) for what in LOOKS)
-                points.append((name.removeprefix("EXP-"), BLUE, (broken, repaired)))
+                at = tuple(fmean(getattr(run.counts(role), what) for run in own) for what in LOOKS)
                 its = name.startswith(f"EXP-{experiment}")
-                axes.plot(broken, repaired, "D", color=BLUE, markersize=6, mfc=BLUE if its else "white", zorder=3)
+                points.append((name.removeprefix("EXP-"), at, BLUE, "D", 6, BLUE if its else "white"))
         for other in others:
-            colour, shape, size = (GREEN, "*", 14) if other.repair else (VERMILLION, "s", 6)
             found = getattr(other, role)
-            points.append((other.name, colour, (found.broken, found.repaired)))
-            axes.plot(found.broken, found.repaired, shape, color=colour, markersize=size, zorder=4, clip_on=False)
-        _square_roots(axes, [*x, *(at[0] for _, _, at in points)], [*y, *(at[1] for _, _, at in points)])
-        axes.set_title(_of(role, runs), color=INK, fontsize=10, loc="left")
+            looks = (GREEN, "*", 14, GREEN) if other.repair else (VERMILLION, "s", 6, VERMILLION)
+            points.append((other.name, (found.broken, found.repaired), *looks))
+        for i, (name, at, colour, shape, size, inside) in enumerate(points):
+            axes.plot(*at, shape, color=colour, markersize=size, mfc=inside, zorder=3, clip_on=False)
+            near = (5, 5 if i % 2 else -11)
+            axes.annotate(name, at, near, textcoords="offset points", color=colour, fontsize=8, zorder=4)
+        _square_roots(axes, [*x, *(point[1][0] for point in points)], [*y, *(point[1][1] for point in points)])
+        axes.set_title(f"{role} data: {runs[0].counts(role).n:,} samples", color=INK, fontsize=10, loc="left")
         axes.set_xlabel("broken (was right, now wrong)", color=INK)
-        names.append(points)
     panels[0].set_ylabel("repaired (was wrong, now right)", color=INK)
-    for axes, points in zip(panels, names, strict=True):
-        label_points(axes, points)
     return figure
 
 
@@ -253,14 +250,10 @@ def _tick(line: Line, runs: Sequence[Run]) -> str:
     return f"{value}\n({found} found)" if line.axis == "n_weights" and found != value else f"{value:g}"
 
 
-def _of(role: str, runs: Sequence[Run]) -> str:
-    return f"{role} data: {runs[0].counts(role).n:,} samples"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="the folder of its tables")
-    parser.add_argument("--out", type=Path, help="where the figures go; into the same folder if not said")
+    parser.add_argument("--out", type=Path, help="where the figures go; else into the same folder")
     parser.add_argument("--seed", type=int, default=0, help="of the repair and the baselines that are drawn, too")
     chosen = parser.parse_args()
     tables = tables_of(chosen.study)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,22 +15,25 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from vehicles import CLASSES, PAK, SPLITS, make
 
+from lightning_nrl import Target
+
 EPOCHS = 40
 FRONT, BACK = 0, 1
 
 
-class Drifting(Protocol):
-    """Data in splits `train`, `val`, `repair` and `test`, and the network for them."""
+def front_or_back(batch: tuple[Tensor, ...]) -> Tensor:
+    return (batch[2] == FRONT) | (batch[2] == BACK)
 
-    data: dict[str, TensorDataset]
 
-    def network(self) -> LightningModule:
-        """A new network for these images."""
+def occluded(batch: tuple[Tensor, ...]) -> Tensor:
+    return batch[3]
 
-    def train_dataloader(self) -> DataLoader: ...
 
-    def repair_dataloader(self) -> DataLoader:
-        """What came in after training."""
+TARGETS = {
+    "A": Target.where(occluded, name="partly occluded"),
+    "B": Target.where(front_or_back, name="front or back view"),
+    "C": Target.where(front_or_back, name="front or back view"),
+}
 
 
 class Scenes(LightningDataModule):
@@ -44,6 +48,7 @@ class Scenes(LightningDataModule):
 
     name: str
     total: int
+    draw: Callable[[str, int, int], dict[str, np.ndarray]]
 
     def __init__(
         self, experiment: str = "C", seed: int = 0, total: int | None = None, folder: str | Path = "runs"
@@ -56,10 +61,6 @@ class Scenes(LightningDataModule):
             np.savez(path, **self.draw(experiment, seed, total))
         columns = np.load(path)
         self.data = {split: _split(columns, split) for split in SPLITS}
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        """The columns of all splits."""
-        raise NotImplementedError
 
     def network(self) -> VehicleNet:
         """A new network for these images."""
@@ -81,10 +82,7 @@ class Scenes(LightningDataModule):
 class Vehicles(Scenes):
     """Seven kinds of vehicle, as many images as in the paper."""
 
-    name, total = "vehicles", 10_186
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        return make(PAK, experiment, seed, total)
+    name, total, draw = "vehicles", 10_186, staticmethod(partial(make, PAK))
 
     def network(self) -> VehicleNet:
         return VehicleNet()
@@ -93,10 +91,7 @@ class Vehicles(Scenes):
 class Digits(Scenes):
     """Scikit-learn's digits with the same attributes, for machines without the vehicles."""
 
-    name, total = "digits", 1_797
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        return draw(experiment, seed, total)
+    name, total, draw = "digits", 1_797, staticmethod(draw)
 
     def network(self) -> VehicleNet:
         return VehicleNet(width=8, classes=10, mirrored=False)
@@ -167,7 +162,7 @@ def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
     ]
 
 
-def trained(data: Drifting, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
+def trained(data: Scenes, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
     """The checkpoint of the network that is to be repaired; trained if it is not there yet."""
     if not path.exists():
         seed_everything(seed, verbose=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from operator import attrgetter
 from statistics import fmean, stdev
 from typing import Any
@@ -19,8 +18,8 @@ from grid import LINES, Line
 from scipy.stats import t
 
 from lightning_nrl.analysis.sweep import Run
-from lightning_nrl.presets import TABLE_II, PaperRow
-from lightning_nrl.stats import lower_limit, upper_limit
+from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
+from lightning_nrl.report.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""
@@ -94,7 +93,7 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
     Of the settings that repair something in the mean, the one that breaks the fewest known samples in the mean; among
     equals the one that repairs more.
     """
-    settings = [list(own) for _, own in groupby(sorted(runs, key=_setting_key), key=_setting)]
+    settings = list(_by_setting(runs).values())
     able = [own for own in settings if any(run.known.repaired for run in own)] or settings
     return min(able, key=lambda own: (fmean(r.known.broken for r in own), -fmean(r.known.repaired for r in own)))
 
@@ -151,9 +150,7 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
         f"something in {share(able, _no_worse)}",
         True if gain.low >= 0 else False if gain.high < 0 else None,
     )
-    settings: dict[str, list[Run]] = {}
-    for run in runs:
-        settings.setdefault(run.setting, []).append(run)
+    settings = _by_setting(runs)
     counts = {name: [run.counts("unseen") for run in own] for name, own in settings.items()}
     broken = {name: fmean(c.broken_in_target for c in own) for name, own in counts.items()}
     repaired = {name: fmean(c.repaired_in_target for c in own) for name, own in counts.items()}
@@ -206,20 +203,16 @@ def _rarer(claim: str, by: str, runs: Tables) -> Answer:
 
 def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
     """RQ3: between the alphas of the paper, and from a smaller one."""
-    low, high = line.ends
-    broken, repaired, known = _effects(runs, line.axis, low, high)
-    if broken is None:
+    (low, high), least = line.ends, line.values[0]
+    broken, repaired, words = _effects(runs, line.axis, low, high)
+    if broken is None or repaired is None:
         return None
-    settled, least = broken.sign and repaired.sign, line.values[0]
-    wider = _effects(runs, line.axis, least, high)
+    wider, _, more = _effects(runs, line.axis, least, high)
+    settled = broken.sign and repaired.sign
     return Answer(
         "RQ3",
         f"{experiment}: a larger alpha breaks fewer and repairs fewer",
-        f"alpha {low} to {high}: {broken} broken, {repaired} repaired; known {known} broken"
-        + (
-            f". Alpha {least} to {high}: {wider[0]} broken, {wider[1]} repaired; known {wider[2]} broken"
-            * bool(wider[0])
-        ),
+        f"alpha {low} to {high}: {words}" + (f". Alpha {least} to {high}: {more}" if wider else ""),
         (broken.sign, repaired.sign) == (-1, -1) if settled else None,
     )
 
@@ -228,7 +221,7 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer
     """RQ3: from 500 to 1000 passed samples, where regressions are weighed (not under perfect intact)."""
     few, many = line.ends
     weighed = [run for run in runs if not run.perfect_intact]
-    broken, repaired, known = _effects(weighed, line.axis, few, many)
+    broken, _, words = _effects(weighed, line.axis, few, many)
     if broken is None:
         return None
     counts = (fmean(r.n_passed - r.intact for r in weighed if r.n_passed == n) for n in (few, many))
@@ -237,8 +230,8 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer
     return Answer(
         "RQ3",
         f"{experiment}: more passed samples, more broken",
-        f"#pos {few} to {many}: {broken} broken, {repaired} repaired; known {known} broken; of the sampled ones "
-        f"{sampled} broken" + (f"; under perfect intact known {strict} broken" if strict else ""),
+        f"#pos {few} to {many}: {words}; of the sampled ones {sampled} broken"
+        + (f"; under perfect intact known {strict} broken" if strict else ""),
         broken.sign == 1 if broken.sign else None,
     )
 
@@ -269,16 +262,20 @@ def _no_worse(run: Run) -> bool:
     return run.unseen.accuracy_after >= run.unseen.accuracy_before
 
 
-def _effects(runs: Sequence[Run], axis: str, low: float, high: float) -> list[Interval | None]:
-    return [effect(runs, axis, low, high, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")]
+def _effects(runs: Sequence[Run], axis: str, low: float, high: float) -> tuple[Interval | None, Interval | None, str]:
+    """Unseen broken and repaired, and both in words with known broken."""
+    broken, repaired, known = (
+        effect(runs, axis, low, high, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")
+    )
+    return broken, repaired, f"{broken} broken, {repaired} repaired; known {known} broken"
+
+
+def _by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
+    return settings
 
 
 def _setting(run: Run) -> tuple:
     return tuple(getattr(run, name) for name in SETTING)
-
-
-def _setting_key(run: Run) -> tuple:
-    return tuple(
-        (value is not None, value or 0) if name != "fitness" else value
-        for name, value in zip(SETTING, _setting(run), strict=True)
-    )

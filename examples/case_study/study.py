@@ -23,16 +23,15 @@ from pathlib import Path
 from figures import draw_all, others_of, tables_of
 from grid import studied
 from lightning.pytorch import Trainer
-from network import EPOCHS, Digits, Scenes, Vehicles, trained
+from network import EPOCHS, TARGETS, Digits, Scenes, Vehicles, trained
 from questions import answers, page
-from repairs import TARGETS
 from rich import print
 from rich.markdown import Markdown
 from vehicles import PAK
 
 from lightning_nrl import sweep
 from lightning_nrl.analysis.sweep import SweepResult
-from lightning_nrl.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
 from lightning_nrl.search.fitness import LOSS_TERMS, Fitness
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}

@@ -6,13 +6,10 @@ sprite stands on a ground texture; an occluded one has a tree in front that cove
 
 The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B with drift: front and
 back views are rare in train and val, common in repair and test.
-
-    python examples/case_study/vehicles.py OUT.npz --experiment C    # needs numpy and pillow
 """
 
 from __future__ import annotations
 
-import argparse
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,27 +246,3 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
         for key, value in make_split(rng, round(total * share), pak, *rates(experiment, split)).items():
             out[f"{split}_{key}"] = value
     return out
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--pak", type=Path, default=PAK, help="the folder of the *.pak files")
-    parser.add_argument("--experiment", choices="ABC", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--total", type=int, default=10186)
-    args = parser.parse_args()
-    data = make(args.pak, args.experiment, args.seed, args.total)
-    np.savez_compressed(args.out, **data)
-    for split in SPLITS:
-        y, view = data[f"{split}_y"], data[f"{split}_view"]
-        print(
-            split,
-            len(y),
-            "classes",
-            np.bincount(y),
-            "front/back/side",
-            np.bincount(view, minlength=3),
-            "occluded",
-            data[f"{split}_occluded"].mean().round(3),
-        )

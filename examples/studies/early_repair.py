@@ -11,35 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import math
-import statistics
-import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from problems import PROBLEMS, RUNS, DigitNet, SlashedZeros, interval, markdown, quiet_trainer, start
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from digits import DigitNet, SlashedZeros, slashed_zero
-
-from lightning_nrl import RepairInTraining, Target, repair
+from lightning_nrl import RepairInTraining, repair
 
 EPOCHS = 15
 EARLY = (3, 6, 10)
 EVERY = 5
-SETTINGS = {"target": Target.where(slashed_zero), "method": "convex", "verbose": False}
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
+SETTINGS = {"target": PROBLEMS["slashed-zeros"].target, "method": "convex", "verbose": False}
 NAMES = {
     "trained": "15 epochs, not repaired",
     **{str(epoch): f"{epoch} epochs, then repaired" for epoch in (*EARLY, EPOCHS)},
@@ -51,8 +39,8 @@ def trained(seed: int, folder: Path, *callbacks: Callback) -> tuple[DigitNet, Sl
     """A network and its data, all with one seed."""
     seed_everything(seed, verbose=False)
     model, data = DigitNet(), SlashedZeros(seed)
-    trainer = Trainer(max_epochs=EPOCHS, callbacks=list(callbacks), default_root_dir=folder, **QUIET)
-    trainer.fit(model, datamodule=data)
+    options = {"accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": True}
+    quiet_trainer(EPOCHS, *callbacks, **options).fit(model, datamodule=data)
     return model, data
 
 
@@ -73,7 +61,7 @@ def run(seed: int) -> dict[str, list[float]]:
         before = right(model, data)
         found = {"trained": before}
         for epoch in (*EARLY, EPOCHS):
-            trainer = Trainer(max_epochs=EPOCHS, enable_checkpointing=False, default_root_dir=folder, **QUIET)
+            trainer = quiet_trainer(EPOCHS, accelerator="cpu", default_root_dir=folder)
             path = folder / f"epoch={epoch - 1}.ckpt"
             repair(trainer, model, datamodule=data, ckpt_path=str(path), seed=seed, **SETTINGS)
             found[str(epoch)] = right(model, data)
@@ -91,18 +79,8 @@ def run(seed: int) -> dict[str, list[float]]:
     }
 
 
-def interval(values: Sequence[float]) -> str:
-    """The mean, and its interval at 95 % by Student's t; of one seed alone there is none."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
-
-
 def main(seeds: Sequence[int]) -> None:
-    folder = Path("runs") / "early_repair"
+    folder = RUNS / "early_repair"
     folder.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in seeds:
@@ -111,24 +89,22 @@ def main(seeds: Sequence[int]) -> None:
             file.write_text(json.dumps(run(seed)))
         runs.append(json.loads(file.read_text()))
     last = [one[str(EPOCHS)][0] for one in runs]
-    print(f"{len(runs)} seeds, unseen data")
-    print("| | accuracy, % | slashed zeros right, % | broken | repaired | better, equal, worse than at the end |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for row, name in NAMES.items():
         columns = list(zip(*(one[row] for one in runs), strict=True))
         signs = [(a > b) - (a < b) for a, b in zip(columns[0], last, strict=True)]
-        percent = [interval([100 * value for value in column]) for column in columns[:2]]
-        counts = [f"{statistics.mean(column):.1f}" for column in columns[2:]]
-        against = ", ".join(str(signs.count(sign)) for sign in (1, 0, -1))
-        print("| " + " | ".join([name, *percent, *counts, against]) + " |")
+        percent = [interval([100 * value for value in column], ".2f") for column in columns[:2]]
+        counts = [f"{fmean(column):.1f}" for column in columns[2:]]
+        rows.append([name, *percent, *counts, ", ".join(str(signs.count(sign)) for sign in (1, 0, -1))])
+    against = "better, equal, worse than at the end"
+    print(markdown(("accuracy, %", "slashed zeros right, %", "broken", "repaired", against), rows))
     earlier = sum(max(one[str(epoch)][0] for epoch in EARLY) > one[str(EPOCHS)][0] for one in runs)
-    print(f"The best repaired model is of an earlier checkpoint in {earlier} of {len(runs)} seeds.")
+    print(f"\nThe best repaired model is of an earlier checkpoint in {earlier} of {len(runs)} seeds.")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=15)
+    start()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     main(range(parser.parse_args().seeds))

@@ -19,28 +19,18 @@ SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # imag
 UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of them
 
 
-def load_images(root: str | Path = "data") -> tuple[Tensor, Tensor]:
-    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package, else through torchvision.
+def load_images() -> tuple[Tensor, Tensor]:
+    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package.
 
     Raises:
-        SystemExit: neither is there, with what to do about it.
+        SystemExit: it is not there, with what to do about it.
     """
-    if DEBIAN.is_dir():
-        parts = ("train", "t10k")
-        images = torch.cat([_read_idx(DEBIAN / f"{part}-images-idx3-ubyte.gz", 16) for part in parts])
-        labels = torch.cat([_read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", 8) for part in parts])
-        return images.view(-1, 1, 28, 28), labels.long()
-    try:
-        from torchvision.datasets import FashionMNIST
-
-        parts = [FashionMNIST(str(root), train=train, download=True) for train in (True, False)]
-    except (ImportError, OSError, RuntimeError) as error:
-        raise SystemExit(
-            f"Fashion-MNIST is not here ({error}).\n"
-            "Install Debian's package (apt install dataset-fashion-mnist),\n"
-            "or torchvision (python -m pip install torchvision), which downloads it once."
-        ) from error
-    return torch.cat([part.data for part in parts]).unsqueeze(1), torch.cat([part.targets for part in parts])
+    if not DEBIAN.is_dir():
+        raise SystemExit("Fashion-MNIST is not here.\nHINT: apt install dataset-fashion-mnist")
+    parts = ("train", "t10k")
+    images = torch.cat([_read_idx(DEBIAN / f"{part}-images-idx3-ubyte.gz", 16) for part in parts])
+    labels = torch.cat([_read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", 8) for part in parts])
+    return images.view(-1, 1, 28, 28), labels.long()
 
 
 class DriftingFashion(LightningDataModule):
@@ -59,15 +49,8 @@ class DriftingFashion(LightningDataModule):
         parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
-    def network(self) -> FashionNet:
-        """A new network for these images."""
-        return FashionNet()
-
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["val"], 500)
 
     def repair_dataloader(self) -> DataLoader:
         return DataLoader(self.data["repair"], 500)
@@ -103,10 +86,6 @@ class FashionNet(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, _ = batch
         return F.cross_entropy(self(flip_and_shift(images)), labels)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        images, labels, _ = batch
-        self.log("val/accuracy", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-2)

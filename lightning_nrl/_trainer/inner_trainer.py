@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import (
+from lightning_nrl._trainer.lightning.packages import (
     LOGGER_NAMES,
     BatchSizeFinder,
     Callback,
@@ -32,13 +32,11 @@ from lightning_nrl._lightning import (
     Timer,
     Trainer,
     class_for,
-    release_copy,
-    shared_with_copies,
 )
-from lightning_nrl._optim.distill import WEIGHT_DECAY
+from lightning_nrl._trainer.lightning.private_parts import release_copy, shared_with_copies
+from lightning_nrl._trainer.step_outputs import nothing
 from lightning_nrl._utils.state import State, write
-
-__all__ = ["LEFT_OUT", "NullLogger", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
+from lightning_nrl.methods._solvers.distill import WEIGHT_DECAY
 
 LEFT_OUT: tuple[type, ...] = (
     BatchSizeFinder,
@@ -81,11 +79,11 @@ def copied_module(
         part.training = training
     callbacks = new.configure_callbacks
     hooks: dict[str, Callable[..., Any]] = {
-        "prepare_data": _nothing,
+        "prepare_data": nothing,
         "configure_model": partial(write, new, state),
         "configure_callbacks": lambda: _kept(callbacks(), left_out),
-        "on_train_end": _nothing,
-        "on_fit_end": _nothing,
+        "on_train_end": nothing,
+        "on_fit_end": nothing,
     }
     if rate is not None:
         hooks |= {"configure_optimizers": lambda: _adamw(new, rate), "lr_scheduler_step": _step_schedule}
@@ -98,7 +96,7 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
     """A data module with the same data and batch hooks, another trainer to ask, and another loader for training."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
-        setattr(new, name, _nothing)
+        setattr(new, name, nothing)
     new.train_dataloader = lambda: loader  # type: ignore[method-assign]
     return new
 
@@ -249,7 +247,3 @@ def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
             if name not in ("_parameters", "_buffers", "_modules"):
                 search(value)
     return found
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass

@@ -8,17 +8,16 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import LightningModule, Trainer, data_module_of
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_module
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
+from lightning_nrl._trainer.lightning.private_parts import data_module_of
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import evaluating
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.reference.old_model import OldModel, parse_reference
-from lightning_nrl.reference.predictions import Predictions
-
-__all__ = ["parse_teacher", "parse_with_weights", "reference_module"]
+from lightning_nrl.updates.old_model import OldModel, parse_reference
+from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:

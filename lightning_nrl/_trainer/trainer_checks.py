@@ -6,20 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._lightning import (
-    Callback,
-    ModelPruning,
-    Trainer,
+from lightning_nrl._trainer.lightning.packages import Callback, ModelPruning, Trainer, packages_of, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import (
     averaging_callbacks,
     callbacks_of,
     data_module_of,
     original_module,
-    packages_of,
-    rank_zero_warn,
 )
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
-
-__all__ = ["check_order", "check_packages", "check_strategy", "check_twins", "check_whole", "warn_without_step"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 """How the names of strategies begin under which no process holds whole layers."""
@@ -83,11 +77,12 @@ def check_order(
     earlier: tuple[type, ...] = (),
     start_from: str = "last",
     what: str = "the repair",
+    kind: type = Callback,
 ) -> None:
     """Refuses places among the callbacks where one change of the weights after training undoes another.
 
     After it: weight averaging, pruning, and what has to come `earlier`. Before it, if it goes back to the best
-    checkpoint: one of its own kind, and what has to come `earlier`.
+    checkpoint: one of the `kind` of repairs, and what has to come `earlier`.
     """
     overwriting = (*averaging_callbacks(), ModelPruning, *earlier)
     callbacks = callbacks_of(trainer)
@@ -98,9 +93,9 @@ def check_order(
             f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
             f"put {type(callback).__name__} after it.",
         )
-    before = [c for c in callbacks[:place] if isinstance(c, (type(callback), *earlier))]
+    before = [c for c in callbacks[:place] if isinstance(c, (kind, *earlier))]
     if start_from == "best" and before:
-        repairs = isinstance(before[0], type(callback))
+        repairs = isinstance(before[0], kind)
         whose = "the repair before this one" if repairs else f"{type(before[0]).__name__} before it"
         hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
         raise ConfigurationError(

@@ -11,29 +11,24 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
-from lightning_nrl._model.batch_statistics import refusing_batch_statistics
-from lightning_nrl._model.layers import find_scope
-from lightning_nrl._scoring import record
-from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.deployed_prediction import as_deployed
-from lightning_nrl._trainer.flipped_inputs import sample_views
-from lightning_nrl._trainer.kept_checkpoints import check_kept, with_kept_checkpoints
+from lightning_nrl._trainer.lightning.packages import LightningModule, ModelCheckpoint, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit, callbacks_of, validating
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.own_step import check_own_step
-from lightning_nrl._trainer.progress import RepairProgress
-from lightning_nrl._trainer.stability import report_stability
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.progress_bar import RepairProgress
+from lightning_nrl._trainer.random_transforms import report_stability
+from lightning_nrl._trainer.sample_views import class_names, sample_views
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import check_saved
-from lightning_nrl.data._observed_source import ObservedSource
-from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.data.adapters import adapter_hint, describe
+from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.errors import (
     ConfigurationError,
     DataWarning,
@@ -46,15 +41,38 @@ from lightning_nrl.errors import (
     UnusableSamplesError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.localization import Known, NeuRecover, NeuRecoverLite, on_data
-from lightning_nrl.methods import Convex, LocalSearch, Polish
-from lightning_nrl.pipeline._input_checks import check_task
+from lightning_nrl.evaluation.layers import find_scope, refusing_batch_statistics
+from lightning_nrl.localization import Known, NeuRecoverLite, on_data
+from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
+from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference.old_model import OldModel, Reference
+from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.old_model import OldModel, Reference
 
-__all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
+
+def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:
+    """Settings whose method has what the trainer's `ModelCheckpoint` callbacks have kept, if it wants them."""
+    method: Any = settings.method
+    if not getattr(method, "wants_checkpoints", False):
+        return settings
+    paths = [path for callback in _callbacks(trainer) for path in sorted(callback.best_k_models)]
+    return replace(settings, method=method.with_checkpoints(paths)) if paths else settings
+
+
+def check_kept(settings: Settings, trainer: Trainer) -> None:
+    """Refuses, before training, a method that wants checkpoints and will have none."""
+    if getattr(settings.method, "wants_checkpoints", False) and not _callbacks(trainer):
+        name = type(settings.method).__name__
+        raise ConfigurationError(f"`{name}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
+
+
+def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Those that keep the best ones."""
+    found = [one for one in callbacks_of(trainer) if isinstance(one, ModelCheckpoint)]
+    return [one for one in found if one.monitor is not None and one.save_top_k != 0]
+
 
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 """torch puts them into one tensor with no other dtype."""
@@ -119,7 +137,7 @@ class TrainerRepair:
         model: LightningModule,
         epochs: int,
         fit_seconds: float | None = None,
-        work: SavedWork | None = None,
+        work: ResumeStore | None = None,
     ) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
 
@@ -143,9 +161,9 @@ class TrainerRepair:
             return replace(outcome, report=report, views=views)
 
     def _repaired(
-        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: SavedWork | None
+        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: ResumeStore | None
     ) -> Outcome:
-        training = replace(trained.training, fit_seconds=fit_seconds, work=work or SavedWork())
+        training = replace(trained.training, fit_seconds=fit_seconds, work=work or ResumeStore())
         return repair_module(
             trained.evaluator,
             trained.known,
@@ -178,9 +196,7 @@ class TrainerRepair:
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
         known, unseen, calibration = self.data.sources(loaders, **how)
-        evaluator = make_evaluator(trainer, model, self.task)
-        evaluator, (known, unseen, calibration) = as_deployed(model, evaluator, known, unseen, calibration)
-        check_own_step(trainer, model, evaluator, known)
+        evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, known, unseen, calibration)
         training = ContinuedTraining(
             trainer,
             model,
@@ -214,34 +230,35 @@ def history_callback(trainer: Trainer) -> RecordsHistory | None:
 
 
 def with_history(settings: Settings, trainer: Trainer) -> Settings:
-    """Settings whose NeuRecover has the history that a callback of the trainer has recorded, unless it has another."""
-    localizer, callback = settings.localizer, history_callback(trainer)
-    if not isinstance(localizer, NeuRecover) or localizer.history is not None:
+    """Settings whose localiser has the history that a callback of the trainer has recorded, if it wants one."""
+    localizer: Any = settings.localizer
+    callback = history_callback(trainer)
+    if not _wants_history(settings) or callback is None or callback.folder is None:
         return settings
-    if callback is None or callback.folder is None:
-        return settings
-    found = replace(localizer, history=str(callback.folder))
-    return replace(settings, search=replace(settings.search, localizer=found))
+    return replace(settings, search=replace(settings.search, localizer=localizer.with_history(str(callback.folder))))
+
+
+def _wants_history(settings: Settings) -> bool:
+    return bool(getattr(settings.localizer, "wants_history", False))
 
 
 def _check_recorded(settings: Settings, trainer: Trainer, known: Sequence[LoaderSource]) -> None:
-    """Refuses a record that has nothing of the failures: NeuRecover would know of no regression among them."""
-    localizer, callback = settings.localizer, history_callback(trainer)
-    if not isinstance(localizer, NeuRecover) or localizer.history is not None or callback is None:
+    """Refuses a record that has nothing of the failures: no regression among them would be known."""
+    callback = history_callback(trainer)
+    if not _wants_history(settings) or callback is None:
         return
     failing = [source.split for source in known if source.failed]
     if callback.recorded and not set(failing) & set(callback.recorded):
         wanted = [*callback.recorded, *failing]
         raise ConfigurationError(
             f"`callbacks`: TrainingHistory records {list(callback.recorded)}, the failures are in {failing}.",
-            f"NeuRecover needs a record of them: `TrainingHistory(splits={wanted})`.",
+            f"{type(settings.localizer).__name__} needs a record of them: `TrainingHistory(splits={wanted})`.",
         )
 
 
 def _sanity_settings(settings: Settings, trainer: Trainer) -> Settings:
     """The same for a look before the first step: a history that is still to be recorded is taken on trust."""
-    localizer = settings.localizer
-    if isinstance(localizer, NeuRecover) and localizer.history is None and history_callback(trainer) is not None:
+    if _wants_history(settings) and history_callback(trainer) is not None:
         return replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
     return settings
 
@@ -269,8 +286,9 @@ def run_sanity_check(
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, task)
-        if isinstance(settings.method, Polish):
-            settings.method.check(model)
+        method: Any = settings.method
+        if hasattr(method, "check"):
+            method.check(model)
         first = sources[0]
         known = torch.arange(len(few)) < len(first.index)
         failed = known & (torch.arange(len(few)) % 2 == 0)
@@ -283,15 +301,15 @@ def run_sanity_check(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
-                if isinstance(settings.method, Convex):
-                    ranks.all_or_none(partial(settings.method.check, recording), "the method cannot be used.")
+                if hasattr(method, "check_recording"):
+                    ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used.")
                 localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
                 localizer(recording, evaluator, failed=failed, passed=known & ~failed)
         except OtherRankError:
             raise
         except InseparableBatchError:
             # Other methods do without a recording, but for a task without margins.
-            if isinstance(settings.method, (LocalSearch, Convex)) or not bool(few.margin.isfinite().all()):
+            if "recording" in getattr(method, "needs", ()) or not bool(few.margin.isfinite().all()):
                 raise
         except ReplayError:
             # Training needs no layer of its own.
@@ -301,13 +319,17 @@ def run_sanity_check(
             return
 
 
-class _LastBatch(ObservedSource):
+class _LastBatch(RecordingSource):
     """A source that keeps the batch that it gave last."""
 
     batch: Batch | None = None
 
-    def observe(self, batch: Batch) -> None:
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, self._keep, source.index[:0])
+
+    def _keep(self, batch: Batch) -> Tensor:
         self.batch = batch
+        return batch.position
 
 
 def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import (
+from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
+from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
+from lightning_nrl._trainer.lightning.packages import (
     BatchSizeFinder,
     Callback,
     Checkpoint,
@@ -22,28 +27,17 @@ from lightning_nrl._lightning import (
     ModelCheckpoint,
     ProgressBar,
     Trainer,
-    callbacks_of,
+    class_for,
+    rank_zero_only,
     rank_zero_warn,
-    reading_checkpoints,
-    set_callbacks,
 )
-from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.interrupts import interruptible
 from lightning_nrl._utils.preserve import has_own_modes, own_flags, random_state, set_modes
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
-
-__all__ = [
-    "FitTimer",
-    "StartingWeights",
-    "borrowed",
-    "epochs_of",
-    "epochs_saved",
-    "make_evaluator",
-    "starting_weights",
-    "untracked",
-]
 
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""
@@ -216,3 +210,47 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
     """A module as its trainer runs it: on its device, in its precision, its ranks sharing the data."""
     return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))
+
+
+@contextmanager
+def heeding_signals(
+    trainer: Trainer,
+    may_end_early: bool,
+    is_decided: Callable[[], bool],
+    saved_in: Callable[[], Path | None] = lambda: None,
+) -> Iterator[None]:
+    """Inside, signals end the repair as Lightning ends a fit: Ctrl-C by KeyboardInterrupt, SIGTERM by an own exception.
+
+    Lightning itself looks at signals between batches only, and while a repair works there are none.
+
+    Args:
+        trainer: processes that it has started are told of SIGTERM.
+        may_end_early: whether the first Ctrl-C lets the repair end with what it has; on a single process only.
+        is_decided: whether the repair is over and saved, for what is said at the end.
+        saved_in: where it is saved as far as it is done, likewise.
+    """
+
+    def terminated() -> BaseException:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM)
+        error: BaseException = class_for(trainer, "pytorch.utilities.exceptions.SIGTERMException")()
+        error.code = 128 + signal.SIGTERM  # type: ignore[attr-defined]  # as a shell has it; without, it is 0: success
+        return error
+
+    try:
+        with interruptible(terminated=terminated, may_end_early=may_end_early and trainer.world_size == 1, say=_say):
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_decided():
+            _say("The repair was over before: its files and the weights are those of its report.")
+        else:
+            place = saved_in()
+            text = "The repair was stopped: the weights are as training left them, and it has written no files."
+            _say(text if place is None else f"{text} The same call resumes with the steps that are finished ({place}).")
+        raise
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from lightning_nrl._utils.state import State, live_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError, DataWarning
 
-__all__ = ["fitting", "load_mapping", "read_state", "reason"]
-
 REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 """What torch's message names, behind several lines of advice and escape codes of the terminal."""
 

@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
-from lightning_nrl._utils.out_of_memory import is_out_of_memory, none_if_out_of_memory
+from lightning_nrl._utils.device import is_out_of_memory, none_if_out_of_memory
 from lightning_nrl.errors import OtherRankError, RepairError
-
-__all__ = ["Collective"]
 
 Result = TypeVar("Result")
 MAX_EXCHANGED_BYTES = 2**24

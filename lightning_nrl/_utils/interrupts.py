@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, ClassVar
 
-__all__ = ["Interrupted", "interruptible", "is_ending_early", "poll", "uninterrupted"]
-
 OVERDUE_SECONDS = 5.0
 
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-__all__ = [
-    "CpuRandomState",
-    "evaluating",
-    "has_own_modes",
-    "mixed_seed",
-    "own_flags",
-    "preserve",
-    "random_state",
-    "seed_all",
-    "seed_cpu",
-    "set_modes",
-]
 
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their bytes: as these, values are compared bit by bit, NaN and -0 included."""
@@ -149,18 +138,6 @@ class CpuRandomState:
             and self.python == random.getstate()
         )
 
-    def as_plain(self) -> dict[str, Any]:
-        """Tensors and plain values alone, which can be written to a file without pickle."""
-        inner = {**self.numpy["state"], "key": self.numpy["state"]["key"].tolist()}
-        return {"torch": self.torch, "numpy": {**self.numpy, "state": inner}, "python": self.python}
-
-    @classmethod
-    def from_plain(cls, saved: Mapping[str, Any]) -> CpuRandomState:
-        """What `as_plain` gave."""
-        inner = saved["numpy"]["state"]
-        numpy = {**saved["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}}
-        return cls(saved["torch"], numpy, saved["python"])
-
     def restore(self) -> None:
         """Brings the generators back to these states."""
         torch.set_rng_state(self.torch)
@@ -273,3 +250,52 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
     return torch.equal(value.view(size), copy.to(value.device).view(size))
+
+
+MAX_ITEMS_KEPT = 10_000
+"""Lists and dicts with more items are not given back as they were; they are data, no state of a step."""
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of modules are as found afterwards, with the tensors, lists and dicts in them: states of metrics."""
+    restores: list[Callable[[], None]] = []
+    for module in model.modules():
+        held = vars(module)
+        before = dict(held)
+
+        def restore(held: dict[str, Any] = held, before: dict[str, Any] = before) -> None:
+            held.clear()
+            held.update(before)
+
+        restores.append(restore)
+        for name, value in before.items():
+            if name not in ("_parameters", "_buffers"):
+                restores += _restores(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for undo in restores:
+                undo()
+
+
+def _write(value: Tensor, copy: Tensor) -> None:
+    if not torch.equal(value, copy):
+        value.data.copy_(copy)
+
+
+def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()
+        return [partial(_write, value, copy)]
+    if type(value) not in (list, dict, set, deque, OrderedDict) or len(value) > MAX_ITEMS_KEPT or not depth:
+        return []
+    items = value.copy()
+
+    def restore() -> None:
+        value.clear()
+        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
+
+    inside = items.values() if isinstance(items, dict) else items
+    return [restore, *(undo for item in inside for undo in _restores(item, depth - 1))]

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = [
-    "State",
-    "between",
-    "changed",
-    "check_saved",
-    "current_state",
-    "device_of",
-    "holding",
-    "live_tensors",
-    "saved_names",
-    "snapshot",
-    "write",
-]
 
 State = Mapping[str, Tensor]
 """Whole parameters and buffers by the names that the state dict has for them."""
@@ -107,6 +96,28 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
     return mixed
 
 
+@torch.no_grad()
+def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
+    """The base plus so much of the way from it to each state; tensors that no state has are left out.
+
+    Only what is floating point moves. Variances of batch norm stay at or above 0.
+    """
+    new: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        value = base[name]
+        if not value.is_floating_point():
+            continue
+        start = value.to(widest(value.device))
+        found = start.clone()
+        for factor, state in zip(factors.tolist(), states, strict=True):
+            if name in state:
+                found += factor * (state[name].to(start) - start)
+        if name.rpartition(".")[2] == "running_var":
+            found.clamp_(min=0)
+        new[name] = found.to(value.dtype)
+    return new
+
+
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, the very objects that the model holds.
 
@@ -179,3 +190,39 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
             found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
             raise ConfigurationError(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
     return live
+
+
+PART_BYTES = 2**22
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hexadecimal digits of what is in a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 in hexadecimal digits over names, dtypes, shapes and bytes of the tensors of a state dict.
+
+    It is the same on every device, in every order of the names and with any strides; what is no tensor is left out.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not isinstance(tensors[name], Tensor):
+            continue
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in _strided(tensor):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor of any layout consists of."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    entries = tensor.to_sparse_coo().coalesce()
+    return entries.indices(), entries.values()

@@ -14,8 +14,6 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import is_ending_early, poll
 
-__all__ = ["Clock", "Deadline", "Observer", "StageTimer", "TimeMark", "in_milliseconds"]
-
 Clock = Callable[[], float]
 """Tells the time in seconds, from any beginning."""
 

@@ -1,19 +1,23 @@
-"""Callbacks beside the repair: an update counted, trained and interpolated, and the release gate in a test.
+"""Callbacks for a Trainer: the repair, at the end of `fit` or at chosen epochs, and what helps to update a model.
 
-In: a Trainer and the model that is replaced. Out: metrics in every validation, a term of the training loss, weights
-between the two models, a verdict on the release; of a training, what it does to each sample.
+In: a Trainer, and in an update the old model. Out: a repair and its report; metrics in every validation, a term of the
+training loss, weights between two models, a verdict on a release, a record of the training.
 """
 
 from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining, regression_loss
 from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
 from lightning_nrl.callbacks.release_gate import ReleaseGate
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
+from lightning_nrl.callbacks.repair_in_training import RepairInTraining
 from lightning_nrl.callbacks.training_history import TrainingHistory
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 
 __all__ = [
     "PositiveCongruentTraining",
+    "RegressionFreeRepair",
     "RegressionMetrics",
     "ReleaseGate",
+    "RepairInTraining",
     "TrainingHistory",
     "WeightInterpolation",
     "regression_loss",

@@ -12,26 +12,32 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of, trainer_of, validating
-from lightning_nrl._trainer.artifacts import parse_prefix
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
-from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWrapper, add_to_loss, find_forward_pass
-from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
+from lightning_nrl._trainer.repair_files import parse_prefix
+from lightning_nrl._trainer.step_outputs import (
+    ONE_LINE,
+    ForwardPass,
+    OutputCapture,
+    Probe,
+    add_to_loss,
+    find_forward_pass,
+    replaced,
+)
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl._utils.state import State
+from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.unpacking import bind_adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
-from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
-from lightning_nrl.reference.old_model import OldModel, Reference
-from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["PositiveCongruentTraining", "regression_loss"]
+from lightning_nrl.updates.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
+from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.predictions import Predictions
 
 
 class PositiveCongruentTraining(CallbackBase):
@@ -47,7 +53,7 @@ class PositiveCongruentTraining(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
-            (`lightning_nrl.reference.loss_terms.Term`), or a list of them, whose sum is added.
+            (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
         index: a function of the batch that gives the data-set positions of its samples, or its address; the replaced
             model then sees each sample once, so only without augmentation. Needed for predictions from a file.
             None: it sees each batch, with the very inputs of the new model.
@@ -84,7 +90,7 @@ class PositiveCongruentTraining(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = StepWrapper(), OutputCapture(), ExitStack()
+        self._step, self._outputs, self._held = ExitStack(), OutputCapture(), ExitStack()
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -111,18 +117,21 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        self._step.wrap(pl_module, partial(self._step_with_terms, pl_module, batch))
+        # For the time of a batch: copies that are made between batches would keep calling the original.
+        self._step.close()
+        step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
+        self._step.enter_context(replaced(pl_module, training_step=step))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step.unwrap()
+        self._step.close()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A batch that was skipped has no end.
-        self._step.unwrap()
+        self._step.close()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,7 +196,7 @@ class PositiveCongruentTraining(CallbackBase):
             self.task.check(logits, target)
             old = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_term(term, term(self.task, logits, target, old), len(logits))
+                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, old), len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 
@@ -200,7 +209,7 @@ class PositiveCongruentTraining(CallbackBase):
         return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
 
     def _release(self) -> None:
-        self._step.unwrap()
+        self._step.close()
         self._outputs.detach()
         self._held.close()
         self._teacher, self._called = None, False

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.artifacts import parse_prefix
-from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.loaders import parse_adapter
-from lightning_nrl._trainer.output_capture import OutputCapture
-from lightning_nrl._trainer.reference_validation import ReferenceResults, evaluate_reference, is_same_validation
+from lightning_nrl._trainer.repair_files import parse_prefix
+from lightning_nrl._trainer.step_outputs import OutputCapture, logits_of
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._trainer.validation_flips import (
+    FlipCounter,
+    ReferenceResults,
+    evaluate_reference,
+    is_same_validation,
+    metrics_of,
+)
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.data.model_call import ModelCall, run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
-from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["RegressionMetrics"]
+from lightning_nrl.updates.old_model import Reference, parse_reference
 
 
 class RegressionMetrics(CallbackBase):
@@ -140,13 +141,13 @@ class RegressionMetrics(CallbackBase):
         args, kwargs, target = self._reference_results.adapter(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
         is_forward = not (args and isinstance(args[0], ModelCall))
-        logits = self._logits(output, self._counter.size(batch_idx)) if is_forward else None
+        logits = logits_of(output, self._counter.size(batch_idx), self.task) if is_forward else None
         if logits is None:
             if is_forward:
                 self._warn_once()
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
-        right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
+        right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))
 
     @override
@@ -166,14 +167,6 @@ class RegressionMetrics(CallbackBase):
         known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
         self._outputs.attach(pl_module, known.parts)
         return known
-
-    def _logits(self, output: Any, n: int) -> Tensor | None:
-        """Those in what was captured, if they are of `n` samples."""
-        if output is not None:
-            with suppress(ConfigurationError):
-                logits = self.task.logits(output)
-                return logits if logits.ndim and len(logits) == n else None
-        return None
 
     def _reset(self) -> None:
         self._outputs.detach()

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit
-from lightning_nrl._tracking import release_numbers, track_release
-from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
-from lightning_nrl._trainer.deployed_prediction import as_deployed
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
-from lightning_nrl._trainer.own_step import check_own_step
+from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.repair_files import REPORT_FILES, base_folder, report_files, show, write_report
+from lightning_nrl._trainer.tracking.loggers import track_release
+from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
@@ -25,13 +26,11 @@ from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
-from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release import ReleaseReport, Rule, parse_rules
-from lightning_nrl.release.release import check_reference, judge_pair
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["ReleaseGate"]
+from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
+from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.release import check_reference, judge_pair
 
 
 class ReleaseGate(CallbackBase):
@@ -43,7 +42,7 @@ class ReleaseGate(CallbackBase):
 
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
-        rules: what must hold, see `lightning_nrl.release.release`: texts such as `nfr:1%` or objects.
+        rules: what must hold, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`.
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
@@ -161,8 +160,7 @@ class ReleaseGate(CallbackBase):
             for name, loader in _loaders_by_name(given, stage, self.splits).items()
         ]
         with random_state():
-            evaluator, (sources,) = as_deployed(model, make_evaluator(trainer, model, self.task), sources)
-            check_own_step(trainer, model, evaluator, sources)
+            _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
 
 

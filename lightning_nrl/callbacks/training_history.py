@@ -8,28 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit, rank_zero_warn
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._tracking import Learning, track_history
-from lightning_nrl._trainer.artifacts import base_folder, parse_prefix
-from lightning_nrl._trainer.data_splits import SplitLoaders
-from lightning_nrl._trainer.loaders import check_data, parse_adapter, split_and_loader
-from lightning_nrl._trainer.pass_listener import PassListener
-from lightning_nrl._trainer.recorded_splits import find_splits, run_splits
+from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit
+from lightning_nrl._trainer.loaders import check_data, parse_adapter
+from lightning_nrl._trainer.repair_files import base_folder, parse_prefix
+from lightning_nrl._trainer.tracking.learning_curves import Learning
+from lightning_nrl._trainer.tracking.loggers import track_history, track_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_kind, check_whole
-from lightning_nrl.localization.training_record import SplitPoint, TrainingRecord, forget_after, write_point
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
+from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.localization.training_record import TrainingRecord, forget_after, write_point
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["TrainingHistory"]
-
-OWN_SPLITS = ("repair", "test")
-"""Which a training does not run over."""
 
 
 class TrainingHistory(CallbackBase):
@@ -37,13 +34,8 @@ class TrainingHistory(CallbackBase):
 
     `NeuRecover` localises by it, forgetting curves go to the loggers, `TrainingRecord.read(folder)` gives all of it.
     Every sample is recorded once, whatever the number of ranks, and a training that is resumed goes on with its record.
-
-    Training and validation data are taken down from the forward passes that the trainer makes anyway. What that says of
-    a training sample is how it was met in the epoch: in training mode, with its augmentation, by the weights before the
-    step of its batch. Samples that an epoch leaves out are not known at that point. Of validation data it is what the
-    model with the weights of the point does, if the trainer has validated at that step. All other data take a pass of
-    their own in evaluation mode, and so do training and validation data where the passes of the trainer cannot be
-    listened to, which is warned of.
+    Each record takes one pass over all splits, in evaluation mode, with the weights of the point: record less often
+    (`every_n_epochs=5`) where that is too slow. The training itself stays the same to the bit.
 
     It logs, by split, `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
     `never_learned` (never right so far); with up to 20 classes also for each, as `history_val/forgotten/3`. At the end
@@ -53,10 +45,8 @@ class TrainingHistory(CallbackBase):
         splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data,
             those that are there.
         every_n_epochs: epochs between two records.
-        every_n_steps: optimiser steps between two records instead; of training data each has the samples that were
-            trained on since the one before.
+        every_n_steps: optimiser steps between two records instead.
         layers: whose weights are kept: `auto` (the layer that a repair would take), dotted names, or `all`.
-        own_pass: has each record run the model once over all splits, in evaluation mode, with the weights of the point.
         dirpath: the folder; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
         prefix: what tags begin with.
         task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
@@ -65,6 +55,7 @@ class TrainingHistory(CallbackBase):
     Attributes:
         folder: where the record is, once training has begun.
         recorded: the splits of this training, once it has begun.
+        seconds: what the records of this training have taken.
 
     Raises:
         ConfigurationError: an argument that cannot be used; before the first step.
@@ -81,7 +72,6 @@ class TrainingHistory(CallbackBase):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         layers: str | list[str] = "auto",
-        own_pass: bool = False,
         dirpath: str | Path | None = None,
         prefix: str = "history",
         task: str | Task | None = None,
@@ -97,11 +87,9 @@ class TrainingHistory(CallbackBase):
         check_whole("every_n_epochs", every_n_epochs, 1)
         if every_n_steps is not None:
             check_whole("every_n_steps", every_n_steps, 1)
-        check_kind("own_pass", own_pass, isinstance(own_pass, bool), "bool", "own_pass=True")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.layers = layers
-        self.own_pass = own_pass
         self.dirpath = dirpath
         self.prefix = parse_prefix(prefix, "history")
         self.task = parse_task(task)
@@ -109,15 +97,9 @@ class TrainingHistory(CallbackBase):
         self.folder: Path | None = None
         self.recorded: tuple[str, ...] = ()
         self._resumed: str | None = None
-        self._listener = PassListener(self.task, self.adapter)
-        self._recording = 0.0  # seconds
+        self.seconds = 0.0
         self._last: int | None = None
-        self._learning: dict[str, Learning] = {}
-
-    @property
-    def seconds(self) -> float:
-        """What records and what is done in each batch have taken in this training."""
-        return self._recording + self._listener.seconds
+        self._was_right: dict[str, Tensor] = {}  # by split, the samples that were right at some record
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,47 +107,29 @@ class TrainingHistory(CallbackBase):
         if stage == "fit":
             check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
             self._names(pl_module)
-            self._listener.close()
-            if not self.own_pass:
-                trains = self.splits == ("auto",) or "train" in self.splits
-                self._listener.attach(trainer, pl_module, trains=trains)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener.training_starts(trainer)
         folder = base_folder(self.dirpath, trainer, "history")
         if self.dirpath is None and self._resumed is not None and trainer.global_step:
             folder = Path(self._resumed)
-        self.folder, self._recording, self._last, self._learning = folder, 0.0, None, {}
-        indices = find_splits(self.splits, SplitLoaders(trainer, pl_module))
-        self.recorded = tuple(indices)
+        self.folder, self.seconds, self._last, self._was_right = folder, 0.0, None, {}
+        self.recorded = find_splits(self.splits, SplitLoaders(trainer, pl_module))
 
         def earlier() -> None:
             if trainer.is_global_zero:
                 forget_after(folder, trainer.global_step if trainer.global_step else -1)
                 if any(folder.glob("point-*.pt")):
                     found = TrainingRecord.read(folder).splits
-                    self._learning = {split: Learning.of(record) for split, record in found.items()}
+                    self._was_right = {split: record.passed.any(0) for split, record in found.items()}
 
         failed = "the record of an earlier training could not be read on another rank."
         Collective.current(pl_module.device).all_or_none(earlier, failed)
-        own = [split for split in self.recorded if self.own_pass or split_and_loader(split)[0] in OWN_SPLITS]
-        self._listener.begin(indices, own)
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener.epoch_starts(trainer)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        wanted = self.every_n_steps is not None or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        self._listener.batch_starts(trainer, pl_module, batch, batch_idx, wanted=wanted)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._listener.batch_ends(trainer, pl_module, batch)
         n = self.every_n_steps
         if n is not None and trainer.global_step % n == 0 and trainer.global_step != self._last:
             self.record(trainer, pl_module)
@@ -176,49 +140,10 @@ class TrainingHistory(CallbackBase):
             self.record(trainer, pl_module)
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _is_of_fit(trainer):
-            self._listener.validation_starts(trainer)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if _is_of_fit(trainer):
-            self._listener.validation_batch_starts(trainer, pl_module, batch, dataloader_idx)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if _is_of_fit(trainer):
-            self._listener.validation_batch_ends(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._listener.validation_ends(trainer.global_step)
-
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener.close()
         if trainer.is_global_zero and self.folder is not None and any(self.folder.glob("point-*.pt")):
             record = TrainingRecord.read(self.folder)
             track_history(record, trainer.loggers, step=trainer.global_step, name=self.prefix)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._listener.close()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._listener.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -235,30 +160,25 @@ class TrainingHistory(CallbackBase):
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a point of what was listened to, the model running once over the other splits.
+        """Writes a point: what the model does on all splits, in evaluation mode.
 
         Modes and random states are left as found. To be called on all ranks.
         """
         began = time.perf_counter()
-        found = self._listener.points(Collective.current(pl_module.device), trainer.global_step)
-        own = [split for split in self.recorded if split not in found]
-        if own:
-            found |= run_splits(own, trainer, pl_module, self.task, self.adapter)
+        results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step
         if trainer.is_global_zero and self.folder is not None:
-            points = {split: found[split] for split in self.recorded}
             if not batch_limit(trainer):
                 weights = self._weights(pl_module)
                 try:
-                    write_point(self.folder, trainer.global_step, trainer.current_epoch, points, weights)
+                    write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
                     problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
                     hint = "make room, or give it another `dirpath`; the training goes on, and later steps are tried."
                     warnings.warn(FilesWarning(problem, hint), stacklevel=2)
-            numbers = self._learned(points)
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=trainer.global_step)
-        self._recording += time.perf_counter() - began
+            numbers = self._learned(results)
+            track_numbers(numbers, trainer.loggers, step=trainer.global_step, what="history of the training")
+        self.seconds += time.perf_counter() - began
 
     def _names(self, model: LightningModule) -> list[str]:
         """Parameters to be kept."""
@@ -270,21 +190,13 @@ class TrainingHistory(CallbackBase):
         parameters = dict(model.named_parameters())
         return {name: parameters[name] for name in self._names(model)}
 
-    def _learned(self, points: dict[str, SplitPoint]) -> dict[str, float]:
+    def _learned(self, results: SampleResults) -> dict[str, float]:
         """Counts after this record by tag."""
         numbers: dict[str, float] = {}
-        for split, point in points.items():
-            before = self._learning.get(split, Learning.none(len(point.index)))
-            other = point.known & before.seen & (before.label != point.label)
-            if bool(other.any()):
-                problem = f"`{split}` data: {int(other.sum())} samples have other labels than at the record before"
-                hint = "where batches mix samples or draw labels, record them by `own_pass=True`."
-                rank_zero_warn(DataWarning(f"{problem}.", hint))
-            self._learning[split] = before.after(point)
-            numbers |= self._learning[split].numbers(self.prefix, split)
+        for split in results.splits:
+            own = results.of(split)
+            right = results.passed[own]
+            self._was_right[split] = right | self._was_right.get(split, right)
+            learning = Learning(results.label[own], right, self._was_right[split])
+            numbers |= learning.numbers(self.prefix, split)
         return numbers
-
-
-def _is_of_fit(trainer: Trainer) -> bool:
-    """Whether a validation is one of the training, not the trainer's own check before it."""
-    return not trainer.sanity_checking and trainer.state.fn == "fit"

@@ -12,15 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit, rank_zero_warn, validating
-from lightning_nrl._tracking import track_numbers
-from lightning_nrl._trainer.artifacts import parse_prefix, show
-from lightning_nrl._trainer.data_splits import SplitLoaders
-from lightning_nrl._trainer.deployed_prediction import as_deployed
-from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
+from lightning_nrl._trainer.data_splits import SplitLoaders, choice_numbers, find_calibration, find_one
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit, validating
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
-from lightning_nrl._trainer.own_step import check_own_step
+from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.reference_copy import parse_with_weights
+from lightning_nrl._trainer.repair_files import parse_prefix, show
+from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
@@ -28,8 +27,9 @@ from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
-from lightning_nrl.reference._batch_norm import batch_norms, estimate_statistics
-from lightning_nrl.reference.interpolation import (
+from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
     ShareChoice,
     alignment,
@@ -37,10 +37,7 @@ from lightning_nrl.reference.interpolation import (
     choose_share,
     interpolate,
 )
-from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["WeightInterpolation"]
+from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
 """Weights with a smaller cosine did not begin at the old ones: those of two random beginnings have about 0."""
@@ -198,7 +195,7 @@ class WeightInterpolation(CallbackBase):
             rank_zero_warn(
                 TrainingWarning(
                     "the weights were not interpolated, because no training step ran (it was complete or skipped).",
-                    "for a trained model, call `lightning_nrl.reference.choose_share(old, new, val, train)`.",
+                    "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`.",
                 )
             )
         self._reference_state = {}
@@ -222,12 +219,9 @@ class WeightInterpolation(CallbackBase):
         counted = find_calibration(self.calibration, loaders, needed=chosen)
         fixed = self.share in (0, 1) or not batch_norms(pl_module)
         training = None if fixed else find_one("statistics", self.statistics, loaders)
-        sources = [[] if found is None else [make(*found)] for found in (counted, training)]
-        evaluator, (counting, estimating) = as_deployed(
-            pl_module, make_evaluator(trainer, pl_module, self.task), *sources
-        )
-        check_own_step(trainer, pl_module, evaluator, [*estimating, *counting])
-        return next(iter(counting), None), next(iter(estimating), None)
+        estimating, counting = ([] if found is None else [make(*found)] for found in (training, counted))
+        _, (opened,) = open_sources(trainer, pl_module, self.task, [*estimating, *counting])
+        return (opened[-1] if counting else None), (opened[0] if estimating else None)
 
     def _log(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
         tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}

@@ -4,12 +4,11 @@ In: what the user's data loaders give. Out: `Batch` and `Source`, one form for a
 condition that says which failures are to be repaired.
 """
 
+from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter, Batch, Source
 from lightning_nrl.data.columns import Column, Field
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where
+from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where, parse_target
 from lightning_nrl.data.tensor_source import TensorSource
-from lightning_nrl.data.unpacking import unpack
 
 __all__ = [
     "Adapter",

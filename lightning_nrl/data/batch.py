@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lightning_nrl.data.model_call import ModelCall
+from lightning_nrl._utils.distributed import Collective
 
-__all__ = ["Adapter", "Batch", "Source", "is_sliceable", "tensors_in", "unpacked"]
-
-Adapter = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any], Any]]
+Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
+"""`(args, kwargs, target)`: what the model is called with, and the truth."""
+Adapter = Callable[[Any], Unpacked]
 """Turns a raw batch into `(args, kwargs, target)`: what the model is called with, and the truth."""
 
 
@@ -77,9 +78,54 @@ class Source(Protocol):
         ...
 
 
-def unpacked(
-    batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
-) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any], Any]]:
+class RecordingSource:
+    """A source handed on as it is; what a function makes of each batch is kept.
+
+    Args:
+        source: whose batches are handed on.
+        note: gives a tensor for each batch, one row a sample; batches come in order.
+        empty: such a tensor without rows, for a rank without batches.
+    """
+
+    def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
+        self.source, self.note, self.empty = source, note, empty
+        self.split, self.passed, self.failed = source.split, source.passed, source.failed
+        self.index, self.positions = source.index, source.positions
+        self.noted: list[tuple[Tensor, Tensor]] = []  # positions and what was noted, by batch of the last pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.noted = []
+        for batch in self.source:
+            self.noted.append((batch.position, self.note(batch)))
+            yield batch
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Chosen samples, of which nothing is noted."""
+        return self.source.draw(batches)
+
+    def gathered(self, collective: Collective) -> Tensor:
+        """What was noted of all ranks' samples in the last pass, on the CPU, in the order of the source."""
+        positions, noted = zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
+        values, order = (torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions))
+        return values[order.argsort()]
+
+
+class ModelCall(ABC):
+    """Runs a model on a raw batch. It stands first in the `args` of a `Batch`, the raw batch second (`run_model`)."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, raw: Any) -> Any:
+        """What the model predicts, with gradients; `raw` may hold some of the batch's samples only."""
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a model gives for the inputs of a batch."""
+    if args and isinstance(args[0], ModelCall):
+        return args[0](model, *args[1:])
+    return model(*args, **kwargs)
+
+
+def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.device) -> Iterator[Unpacked]:
     """Batches as `(args, kwargs, target)`, whether they are those of a source or raw ones.
 
     Args:
@@ -92,6 +138,17 @@ def unpacked(
             yield batch.args, batch.kwargs, batch.target
         else:
             yield adapter(_moved(batch, device))
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if callable(getattr(x, "to", None)):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {name: _moved(value, device) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        moved = [_moved(value, device) for value in x]
+        return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved) if isinstance(x, tuple) else moved
+    return x
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
@@ -128,14 +185,3 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, Sequence) and not isinstance(tree, str):
         for item in tree:
             yield from tensors_in(item)
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    if callable(getattr(x, "to", None)):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {name: _moved(value, device) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        moved = [_moved(value, device) for value in x]
-        return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved) if isinstance(x, tuple) else moved
-    return x

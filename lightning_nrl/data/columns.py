@@ -6,17 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.checks import check_per_sample
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.data.target_parsing import target_in
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = ["Column", "Field", "column_values", "find_column", "numbers"]
 
 Column = Callable[[Any], Any] | Target
 """Takes a batch as the data loader gave it and gives one value a sample; or a target, which gives bools."""
@@ -58,9 +54,6 @@ def find_column(argument: str, value: Any) -> Column:
     A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
     (`package.module:function`), or a target, also as text (`"label 3"`). Other text with a colon or a dot is an
     address.
-
-    Raises:
-        ConfigurationError: it is none of these.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):
@@ -79,11 +72,7 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """What a column gives for a batch.
-
-    Raises:
-        ConfigurationError: it raises.
-    """
+    """What a column gives for a batch."""
     try:
         return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:
@@ -95,17 +84,6 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0.
-
-    Raises:
-        ConfigurationError: the column cannot be had, or is not one number or bool a sample.
-    """
+    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0."""
     found = column_values(argument, column, batch, label)
-    values = found.detach().cpu() if isinstance(found, Tensor) else np.asarray(found)
-    kind = values.dtype.kind if isinstance(values, np.ndarray) else "c" if values.is_complex() else "f"
-    if tuple(values.shape) != (len(batch),) or kind not in "biuf":
-        raise ConfigurationError(
-            f"`{argument}` gave {type(found).__name__} {list(values.shape)} for a batch of {len(batch)} samples.",
-            "give one number or bool for each sample.",
-        )
-    return torch.as_tensor(values).double()
+    return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

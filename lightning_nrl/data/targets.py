@@ -6,24 +6,29 @@ them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readabl
 
 from __future__ import annotations
 
-import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from textwrap import shorten
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.checks import check_class, check_per_sample
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError, TargetError, explain
-
-__all__ = ["AllFailures", "And", "Confusion", "Label", "Not", "Or", "Predicate", "Target", "Where"]
+from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 
 Predicate = Callable[[Any], Any]
 """Takes a batch as the data loader gave it, extras included; gives one bool a sample: a tensor, an array or a list."""
+
+TARGET_WORD = re.compile(r"->|[()]|(?:(?!->)[^\s()])+")
+TARGET_HINT = (
+    "write `label 3`, `confusion 3 -> 5`, `where package.module:function` or `all`, "
+    "and combine them with `and`, `or`, `not` and parentheses."
+)
 
 
 class Target(ABC):
@@ -130,7 +135,7 @@ class Label(Target):
     label: int = field()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "label", _class_number("label", self.label))
+        object.__setattr__(self, "label", check_class("label", self.label))
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return _classes(self, label).eq(self.label).cpu()
@@ -152,8 +157,8 @@ class Confusion(Target):
     predicted: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "true", _class_number("true", self.true))
-        object.__setattr__(self, "predicted", _class_number("predicted", self.predicted))
+        object.__setattr__(self, "true", check_class("true", self.true))
+        object.__setattr__(self, "predicted", check_class("predicted", self.predicted))
         if self.true == self.predicted:
             raise ConfigurationError(
                 f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
@@ -198,7 +203,8 @@ class Where(Target):
                 f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
                 "it is called with the whole batch as the data loader gives it, extras included.",
             ) from error
-        return _one_bool_a_sample(self, found, len(batch))
+        what = f"`target`: the predicate of '{self}'"
+        return check_per_sample(what, found, len(batch), "bool", TargetError).cpu()
 
     def __str__(self) -> str:
         if self.name is not None:
@@ -219,34 +225,35 @@ class TargetPair(Target):
     left: Target
     right: Target
 
+    word: ClassVar[str]
+    combine: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
     def __post_init__(self) -> None:
         _check_targets(type(self).__name__, self.left, self.right)
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        both = (target.select(batch, label, prediction) for target in (self.left, self.right))
+        return type(self).combine(*both)
+
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        both = (target.covers(batch, label, prediction) for target in (self.left, self.right))
+        return type(self).combine(*both)
+
+    def __str__(self) -> str:
+        other = Or if isinstance(self, And) else And
+        return f"{_grouped(self.left, other)} {self.word} {_grouped(self.right, And, Or)}"
 
 
 class And(TargetPair):
     """Samples that both targets choose."""
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.select(batch, label, prediction) & self.right.select(batch, label, prediction)
-
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.covers(batch, label, prediction) & self.right.covers(batch, label, prediction)
-
-    def __str__(self) -> str:
-        return f"{_grouped(self.left, Or)} and {_grouped(self.right, And, Or)}"
+    word, combine = "and", torch.logical_and
 
 
 class Or(TargetPair):
     """Samples that at least one of two targets chooses."""
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.select(batch, label, prediction) | self.right.select(batch, label, prediction)
-
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.covers(batch, label, prediction) | self.right.covers(batch, label, prediction)
-
-    def __str__(self) -> str:
-        return f"{_grouped(self.left, And)} or {_grouped(self.right, And, Or)}"
+    word, combine = "or", torch.logical_or
 
 
 @dataclass(frozen=True)
@@ -288,18 +295,6 @@ def _check_targets(kind: str, *targets: Any) -> None:
             )
 
 
-def _class_number(argument: str, value: Any) -> int:
-    try:
-        number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ConfigurationError(
-            f"`target`: `{argument}={value!r}` is no class.", "give a class as a whole number from 0."
-        )
-    return number
-
-
 def _classes(target: Target, classes: Tensor | None) -> Tensor:
     if classes is None:
         raise TargetError(
@@ -309,19 +304,114 @@ def _classes(target: Target, classes: Tensor | None) -> Tensor:
     return classes
 
 
-def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
-    mask = found
-    if isinstance(found, np.ndarray) and found.dtype == np.bool_:
-        mask = torch.from_numpy(found)
-    elif isinstance(found, (list, tuple)) and all(isinstance(x, (bool, np.bool_)) for x in found):
-        mask = torch.tensor(found, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (n,):
-        return mask.cpu()
-    if isinstance(found, (Tensor, np.ndarray)):
-        what = f"{found.dtype} {list(found.shape)}"
-    else:
-        what = f"{type(found).__name__}{f' of length {len(found)}' if hasattr(found, '__len__') else ''}"
-    raise TargetError(
-        f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
-        f"return one bool a sample: here a bool tensor, array or list of length {n}.",
-    )
+def parse_target(target: str | Target) -> Target:
+    """A target from text, as `str(target)` gives it; a target is given back as it is.
+
+    `not` binds more closely than `and`, and `and` more closely than `or`. A predicate is named by its address.
+
+    Raises:
+        ConfigurationError: it cannot be read, a class is no class, or a predicate cannot be imported.
+
+    Example:
+        >>> parse_target("label 3 and not confusion 3 -> 5") == Target.label(3) & ~Target.confusion(3, 5)
+        True
+    """
+    if isinstance(target, str):
+        try:
+            return _TargetReader(target).read()
+        except RecursionError as error:
+            raise TargetError("`target`: the text is nested too deeply.", TARGET_HINT) from error
+    check_kind("target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'")
+    return target
+
+
+def target_in(text: str) -> Target | None:
+    """The target that a text of several words stands for; None for a word by itself, and for what is no target."""
+    try:
+        return parse_target(text) if len(text.split()) > 1 else None
+    except TargetError:
+        return None
+
+
+class _TargetReader:
+    """Reads the words of a target from left to right, by recursive descent."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.words: list[str] = [*TARGET_WORD.findall(text), ""]
+        self.at = 0
+
+    def read(self) -> Target:
+        found = self.either()
+        if self.words[self.at]:
+            raise self.unexpected("`and`, `or` or the end")
+        return found
+
+    def either(self) -> Target:
+        found = self.both()
+        while self.skip("or"):
+            found = found | self.both()
+        return found
+
+    def both(self) -> Target:
+        found = self.single()
+        while self.skip("and"):
+            found = And(found, self.single())
+        return found
+
+    def single(self) -> Target:
+        readers: dict[str, Callable[[], Target]] = {
+            "not": lambda: ~self.single(),
+            "(": self.group,
+            "all": self.every,
+            "label": lambda: Target.label(self.class_number()),
+            "confusion": self.confusion,
+            "where": lambda: Target.where(self.address()),
+        }
+        word = self.words[self.at]
+        if word not in readers:
+            raise self.unexpected("a condition")
+        self.at += 1
+        return readers[word]()
+
+    def group(self) -> Target:
+        found = self.either()
+        self.expect(")")
+        return found
+
+    def every(self) -> Target:
+        self.skip("failures")
+        return Target.all()
+
+    def confusion(self) -> Target:
+        true = self.class_number()
+        self.expect("->")
+        return Target.confusion(true, self.class_number())
+
+    def class_number(self) -> int:
+        return int(self.take(r"[0-9]{1,18}", "a class, a whole number from 0"))
+
+    def address(self) -> str:
+        return self.take(r".*[.:].*", "the address of a function, such as `package.module:function`")
+
+    def take(self, pattern: str, expected: str) -> str:
+        word = self.words[self.at]
+        if not re.fullmatch(pattern, word):
+            raise self.unexpected(expected)
+        self.at += 1
+        return word
+
+    def skip(self, word: str) -> bool:
+        found = self.words[self.at] == word
+        self.at += found
+        return found
+
+    def expect(self, word: str) -> None:
+        if not self.skip(word):
+            raise self.unexpected(f"`{word}`")
+
+    def unexpected(self, expected: str) -> TargetError:
+        text, word, before = (shorten(part, 60) for part in (self.text, self.words[self.at], self.words[self.at - 1]))
+        place = f" behind `{before}`" if self.at else ""
+        found = f"`{word}`" if word else "the end"
+        return TargetError(f"`target='{text}'`: {expected} was expected{place}, and {found} found.", TARGET_HINT)

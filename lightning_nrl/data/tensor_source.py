@@ -12,8 +12,6 @@ from torch import Tensor
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, check_whole
 
-__all__ = ["TensorSource"]
-
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 

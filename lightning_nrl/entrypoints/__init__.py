@@ -3,9 +3,6 @@
 In: a Trainer, a LightningModule and its data. Out: a `RepairReport`, `Diagnosis`, `Comparison` or `SweepResult`.
 """
 
-from lightning_nrl.entrypoints.compare_call import compare
-from lightning_nrl.entrypoints.diagnose_call import diagnose
-from lightning_nrl.entrypoints.repair_call import repair
-from lightning_nrl.entrypoints.sweep_call import sweep
+from lightning_nrl.entrypoints.functions import compare, diagnose, repair, sweep
 
 __all__ = ["compare", "diagnose", "repair", "sweep"]

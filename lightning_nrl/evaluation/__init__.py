@@ -7,9 +7,8 @@ of samples and quotas of slices are columns of that table.
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_options import DOUBTFUL, Focal, SampleOptions
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 
 __all__ = [
     "DOUBTFUL",

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.precision import Context, may_use_tf32
+from lightning_nrl._utils.device import Context, may_use_tf32
 from lightning_nrl.evaluation.sample_results import SampleResults
-
-__all__ = ["DeployedPrecision", "coarse_rounding", "rounding_margin", "rounding_reserve"]
 
 ROUNDING_FACTOR = 2.0
 """How far rounding moves a margin, in `eps` of the deployed precision times the median margin of passed samples.

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.checks import Kind, check_per_sample
+from lightning_nrl._utils.device import Context, at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
-from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
-from lightning_nrl.data.batch import Batch, Source, tensors_in
-from lightning_nrl.data.batch_structure import adapter_hint, describe
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
+from lightning_nrl.data.batch import Adapter, Batch, Source, run_model, tensors_in, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
-
-__all__ = ["Evaluator", "Forward"]
 
 Forward = Callable[..., Any]
 """A model, or a function that calls it."""
@@ -127,8 +125,17 @@ class Evaluator:
             marker = _Marker(target, source.split, everywhere or source.failed)
             tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
             _check_classes(source, tables[-1])
-        columns: dict[str, Any] = {name: _joined([table.pop(name) for table in tables]) for name in list(tables[0])}
+        columns: dict[str, Any] = {name: torch.cat([table.pop(name) for table in tables]) for name in list(tables[0])}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
+
+    def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
+        """The logits and the truth of each batch, checked by the task; raw batches are moved and taken apart."""
+        bound = bind_adapter(adapter, self.model)
+        for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
+            with self.context():
+                output = self.task.logits(run_model(self.model, args, kwargs))
+            self.task.check(output, target)
+            yield output, target
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
         """What the deployed model does on data under other weights; afterwards it has its own again."""
@@ -238,20 +245,14 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
 
 
 def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table:
-    n, name_of_task = len(batch), type(task).__name__
+    n = len(batch)
     label, prediction, margin = task.label(batch.target), task.prediction(output), task.margin(output, batch.target)
     passed, loss = task.passed(output, batch.target), task.loss(output, batch.target)
     given = {"passed": passed, "loss": loss, "label": label, "prediction": prediction, "margin": margin}
     for name, column in given.items():
-        # Other shapes would be spread out silently, such as `n x 1` against `n`.
-        if column is not None and column.shape != (n,):
-            raise ConfigurationError(
-                f"`task`: `{name}` of {name_of_task} gave {list(column.shape)} for a batch of {n} samples.",
-                f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
-            )
-    if passed.dtype != torch.bool:
-        problem = f"`task`: `passed` of {name_of_task} gave {passed.dtype}."
-        raise ConfigurationError(problem, "return one bool a sample.")
+        if column is not None:
+            kind: Kind = "bool" if name == "passed" else "number"
+            check_per_sample(f"`task`: `{name}` of {type(task).__name__}", column, n, kind, tensors_only=True)
     unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
     targeted, in_target = marker(batch, label, prediction, passed)
     return {
@@ -266,15 +267,10 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table
     }
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """All parts in one; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
     """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
-    whole = {name: _joined(collective.gather(mine.pop(name))) for name in list(mine)}
+    whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
     if torch.equal(position, expected):
         return {"index": source.index, **whole}
@@ -285,3 +281,32 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
             "over all ranks each must come once; a collate function must neither drop nor add samples.",
         )
     return {"index": source.index, **{name: column[order] for name, column in whole.items()}}
+
+
+Need = Literal["margins", "classes", "recording"]
+
+
+def check_needs(
+    needs: Collection[Need],
+    results: SampleResults,
+    task: Task,
+    by: str = "`method='convex'`",
+    hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
+) -> None:
+    """Refuses a task that does not have what a method needs.
+
+    Args:
+        needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
+        results: of some samples at least.
+        task: that they were judged by.
+        by: what needs classes.
+        hint: what to do where there are none.
+    """
+    name = type(task).__name__
+    if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
+        raise ConfigurationError(
+            f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
+            "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
+        )
+    if "classes" in needs and bool((results.label < 0).any()):
+        raise ConfigurationError(f"{by} needs a class for each sample, the task {name} has none.", hint)

@@ -1,7 +1,8 @@
-"""How much each sample counts: options."""
+"""How much each sample counts: options, and the columns that they make of results."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -9,26 +10,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl.data import Source, Target
-from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.evaluation._quotas import Quota, checked_quotas
-from lightning_nrl.evaluation._risk import RiskTable
-from lightning_nrl.evaluation._sample_weights import (
-    ColumnRecorder,
-    breaking_costs,
-    values_by_id,
-    with_repair_worth,
-    with_slices,
-)
-from lightning_nrl.evaluation._slices import SliceRecorder
+from lightning_nrl._utils.checks import is_class
+from lightning_nrl.data import Batch, Source, Target
+from lightning_nrl.data.batch import RecordingSource
+from lightning_nrl.data.columns import Column, find_column, numbers
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.quotas import Quota, checked_quotas, normalised
 from lightning_nrl.evaluation.sample_results import SampleResults
-
-__all__ = ["DOUBTFUL", "KEEPS", "Focal", "Keep", "SampleOptions"]
+from lightning_nrl.evaluation.slices import SliceRecorder, common_names
+from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"
-"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation._neighbors.doubtful`)."""
+"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.head_features.doubtful`)."""
 
 Keep = Literal["both", "reference"]
 """In an update, what may not break: what either model gets right, or only what the replaced one does too."""
@@ -108,7 +102,7 @@ class SampleOptions:
             if value is not None:
                 find_column(name, value)
         if self.risk is not None:
-            RiskTable.parse(self.risk)
+            _RiskTable.parse(self.risk)
         if self.quotas is not None:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
@@ -151,24 +145,25 @@ class SampleOptions:
         asked |= {"importance": self.importance, "set_aside": self.set_aside} if known else {}
         columns = {name: find_column(name, value) for name, value in asked.items() if self._is_column(name, value)}
         slices = None if self.slices is None else find_column("slices", self.slices)
-        recorders = [ColumnRecorder(source, columns, evaluator.task) for source in sources]
-        slicing = [SliceRecorder(source, slices, evaluator.task) for source in recorders]
-        observed = slicing if columns or slices is not None else sources
-        results = evaluator.run(observed, target, everywhere=everywhere)
+        recording = [_column_recorder(source, columns, evaluator.task) for source in sources] if columns else []
+        slicing = [SliceRecorder(source, slices, evaluator.task) for source in recording or sources]
+        results = evaluator.run(slicing, target, everywhere=everywhere)
         if slices is not None:
-            results = with_slices(results, [one.gathered(evaluator.collective) for one in slicing])
-        values = {name: torch.cat([one.gathered(name, evaluator.collective) for one in recorders]) for name in columns}
+            names, group = common_names([one.named(evaluator.collective) for one in slicing])
+            results = replace(results, names=names, group=group)
+        noted = torch.cat([one.gathered(evaluator.collective) for one in recording]) if columns else torch.zeros(0, 0)
+        values = dict(zip(columns, noted.T, strict=True))
         for name, value in asked.items():
             if value is not None and name not in columns and not isinstance(value, (str, Focal)):
                 splits = [source.split for source in sources if source.failed or name == "protected"]
-                values[name] = values_by_id(name, value, results, splits, strict=known)
+                values[name] = _values_by_id(name, value, results, splits, strict=known)
         set_aside = torch.zeros_like(results.targeted)
         if "set_aside" in values:
             set_aside = results.targeted & (values["set_aside"] > 0)
-        cost = breaking_costs(results, values.get("protected"))
+        cost = _breaking_costs(results, values.get("protected"))
         risk: Tensor | None = None
         if self.risk is not None:
-            risk, at_worst = RiskTable.parse(self.risk).weigh(results)
+            risk, at_worst = _RiskTable.parse(self.risk).weigh(results)
             cost = torch.where(results.passed, cost * at_worst, cost)
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
         focal = Focal() if self.importance == "focal" else self.importance
@@ -176,9 +171,137 @@ class SampleOptions:
         if risk is not None:
             importance = risk if importance is None else importance * risk
         if known and importance is not None:
-            results = with_repair_worth(results, importance)
+            results = _with_repair_worth(results, importance)
         return results, set_aside
 
     def _is_column(self, name: str, value: Any) -> bool:
         word = isinstance(value, str) and value in NAMED_CHOICES.get(name, ())
         return value is not None and not word and not isinstance(value, (Mapping, list, tuple, Focal))
+
+
+PAIR = re.compile(r"\s*(\d+)\s*->\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class _RiskTable:
+    """Levels by (true, predicted) pair and by true class; a pair goes before its class, all others have 1."""
+
+    pairs: Mapping[tuple[int, int], int]
+    classes: Mapping[int, int]
+
+    @classmethod
+    def parse(cls, risk: Any) -> _RiskTable:
+        """From a mapping with keys such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`."""
+        if not isinstance(risk, Mapping):
+            raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
+        pairs: dict[tuple[int, int], int] = {}
+        classes: dict[int, int] = {}
+        for key, level in risk.items():
+            check_whole(f"risk[{key!r}]", level, 1)
+            match = PAIR.fullmatch(key) if isinstance(key, str) else None
+            number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
+            pair = (int(match[1]), int(match[2])) if match else key
+            if isinstance(pair, tuple) and len(pair) == 2 and all(map(is_class, pair)) and pair[0] != pair[1]:
+                pairs[pair[0], pair[1]] = level
+            elif is_class(number):
+                classes[number] = level
+            else:
+                raise ConfigurationError(
+                    f"`risk` has the key {key!r}.",
+                    "give a true class, or the pair of a true class and another one that it is taken for: "
+                    "`risk={7: 2, (3, 5): 4}`, in YAML `'3 -> 5': 4`.",
+                )
+        return cls(pairs, classes)
+
+    def weigh(self, results: SampleResults) -> tuple[Tensor, Tensor]:
+        """What repairs are worth, and what breaking costs: the highest level that the class can come to; `N` each."""
+        label, prediction = results.label, results.prediction
+        if bool((label < 0).all()):
+            raise ConfigurationError(
+                "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
+            )
+        worth, cost = torch.ones(2, len(label), dtype=torch.float64)
+        for true in {*self.classes, *(true for true, _ in self.pairs)}:
+            own = {predicted: level for (other, predicted), level in self.pairs.items() if other == true}
+            usual = self.classes.get(true, 1)
+            worth[label == true] = usual
+            cost[label == true] = max(usual, *own.values(), 1)
+            for predicted, level in own.items():
+                worth[(label == true) & (prediction == predicted)] = level
+        return worth, cost
+
+
+def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
+    """A source that notes columns of its batches, `n x C` float64; the task knows the labels."""
+
+    def note(batch: Batch) -> Tensor:
+        label = task.label(batch.target)
+        return torch.stack([numbers(name, column, batch, label) for name, column in columns.items()], 1)
+
+    return RecordingSource(source, note, torch.zeros(0, len(columns), dtype=torch.float64))
+
+
+def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResults:
+    """The results whose targets weigh as much as they are worth, 1 on average."""
+    wrong = results.targeted & ~(importance.isfinite() & (importance > 0))
+    if wrong.any():
+        raise ConfigurationError(
+            f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
+            f"({_some(results, wrong)}).",
+            "give finite numbers above 0; leave failures that do not count out of the `target`.",
+        )
+    return normalised(replace(results, weight=torch.where(results.targeted, importance, results.weight)))
+
+
+def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
+    """What breaking costs, `N`: 1 by default, infinite where a sample is protected."""
+    if protected is None:
+        return results.weight
+    # A mark, such as a bool, protects.
+    marks = bool(((protected == 0) | (protected == 1)).all())
+    cost = torch.where(protected > 0, torch.inf, 1.0) if marks else protected
+    wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))
+    if wrong.any():
+        raise ConfigurationError(
+            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_some(results, wrong)}).",
+            "give bools, or whole numbers from 1: how many other samples it counts for; infinity protects.",
+        )
+    return torch.where(results.passed, cost, 1.0)
+
+
+def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool) -> Tensor:
+    """`N` float64 from ids, by themselves or by split, with values or not; 1 or 0 elsewhere.
+
+    `splits` are those that ids without a name may be of; `strict` says that every id and split has to be there.
+    """
+    by_key = isinstance(value, Mapping)
+    has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())
+    values = torch.full((len(results),), 1.0 if has_costs or argument == "importance" else 0.0, dtype=torch.float64)
+    named = by_key and all(isinstance(key, str) for key in value)
+    if not named and len(splits) != 1 and strict:
+        raise ConfigurationError(
+            f"`{argument}`: the ids may be of any of {list(splits)}.",
+            f"say of which: `{argument}={{{splits[0]!r}: ...}}`." if splits else "mark the data that have failures.",
+        )
+    tables = value if named else {split: value for split in splits[:1] if strict}
+    for split, own in tables.items():
+        if split not in results.splits:
+            if strict and argument != "protected":
+                problem = f"`{argument}` names the split {split!r}."
+                raise ConfigurationError(problem, f"there are {list(results.splits)}.")
+            continue
+        pairs = own.items() if isinstance(own, Mapping) else ((i, 1.0) for i in own)
+        place = {index: row for row, index in enumerate(results.index[results.of(split)].tolist())}
+        start = results.start(split)
+        for index, number in pairs:
+            if index not in place:
+                raise ConfigurationError(
+                    f"`{argument}`: {split!r} data have no sample {index!r}.",
+                    "ids are positions in the data set, as reports give them.",
+                )
+            values[start + place[index]] = float(number)
+    return values
+
+
+def _some(results: SampleResults, rows: Tensor) -> str:
+    return "; ".join(f"{split}: {ids[:5]}" for split, ids in results.ids(rows).items() if ids)

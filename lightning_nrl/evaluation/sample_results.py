@@ -1,16 +1,20 @@
-"""What a model did on data: one row a sample, the same table on every rank."""
+"""What a model did on data, one row a sample, and what became of each sample between two models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SampleResults"]
+from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
 """Stands for a column that is not given."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
+"""Columns that are always given."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class SampleResults:
     def __len__(self) -> int:
         return len(self.passed)
 
+    @classmethod
+    def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
+        """Joins tables of different splits; weights, slices and what is in the target are left out."""
+        columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
+        splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
+        return cls(splits, sizes, **columns)
+
+    def only(self, splits: Sequence[str]) -> SampleResults:
+        """The rows of some splits, without weights, slices and what is in the target."""
+        rows = [self.of(split) for split in splits]
+        columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
+        return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
+
     def sharing(self, other: SampleResults) -> SampleResults:
         """The same, with samples and true classes held once for both where they are equal."""
         names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
@@ -80,6 +97,11 @@ class SampleResults:
         return slice(start, start + self.sizes[self.splits.index(split)])
 
     @property
+    def right(self) -> Tensor:
+        """`N` bool, samples that passed with a finite loss; all others count as wrong."""
+        return self.passed & self.loss.isfinite()
+
+    @property
     def weighted(self) -> bool:
         """Whether not all samples count alike."""
         return bool((self.weight != 1).any())
@@ -88,6 +110,11 @@ class SampleResults:
     def protected(self) -> Tensor:
         """`N` bool, passed samples that may not break at all."""
         return self.passed & self.weight.isinf()
+
+    @property
+    def margin_unit(self) -> float:
+        """Median margin of the passed samples, the unit of all margins; NaN without any."""
+        return float(self.margin[self.passed].median())
 
     @property
     def finite_weight(self) -> Tensor:
@@ -110,3 +137,118 @@ class SampleResults:
     def non_finite(self) -> dict[str, list[int]]:
         """Data-set positions of the samples whose loss is NaN or infinite, by split, without splits that have none."""
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
+
+
+def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns masks of the kept, broken, repaired and failing samples, from which are right before and after."""
+    return before & after, before & ~after, ~before & after, ~before & ~after
+
+
+@dataclass(frozen=True)
+class FlipCounts:
+    """How many samples went which way.
+
+    Attributes:
+        kept: right before and after.
+        broken: right before, wrong after: the regressions.
+        repaired: wrong before, right after.
+        failing: wrong before and after.
+    """
+
+    kept: int
+    broken: int
+    repaired: int
+    failing: int
+
+    @property
+    def n(self) -> int:
+        """All samples."""
+        return self.kept + self.broken + self.repaired + self.failing
+
+    @property
+    def passed(self) -> int:
+        """Right before."""
+        return self.kept + self.broken
+
+    @property
+    def right(self) -> int:
+        """Right after."""
+        return self.kept + self.repaired
+
+    @property
+    def accuracy_before(self) -> float:
+        """Share of samples right before, in [0, 1]; NaN without samples."""
+        return self.passed / self.n if self.n else float("nan")
+
+    @property
+    def accuracy_after(self) -> float:
+        """Share of samples right after, in [0, 1]; NaN without samples."""
+        return self.right / self.n if self.n else float("nan")
+
+    @staticmethod
+    def of(before: Tensor, after: Tensor) -> FlipCounts:
+        """Counts samples, `N` bool each: which were right before, and which are after."""
+        return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
+
+
+@dataclass(frozen=True)
+class TargetCounts(FlipCounts):
+    """Counts of samples, some of whose failures were to be repaired.
+
+    Attributes:
+        targeted: failed samples that were to be repaired (I_neg).
+        repaired_in_target: those of them that are right after.
+        passed_in_target: right samples of the kind that was to be repaired (`Target.covers`).
+        broken_in_target: those of them that are wrong after: 0 is the paper's instance level (section III).
+    """
+
+    targeted: int = 0
+    repaired_in_target: int = 0
+    passed_in_target: int = 0
+    broken_in_target: int = 0
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What became of each of `N` samples; every sample is in exactly one of the four masks.
+
+    Attributes:
+        kept: `N` bool, right before and after.
+        broken: `N` bool, right before, wrong after.
+        repaired: `N` bool, wrong before, right after.
+        failing: `N` bool, wrong before and after.
+    """
+
+    kept: Tensor
+    broken: Tensor
+    repaired: Tensor
+    failing: Tensor
+
+    @classmethod
+    def between(cls, before: SampleResults, after: SampleResults) -> Flips:
+        """Compares two tables of the same rows. A sample whose loss is NaN or infinite counts as wrong.
+
+        Raises:
+            EvaluationError: the tables are not about the same samples in the same order.
+        """
+        if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
+            raise EvaluationError(
+                f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                "collect both from the same data, without shuffling.",
+            )
+        return cls(*flip_masks(before.right, after.right))
+
+    def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
+        """How many of the chosen rows (a mask or a slice; all by default) went which way."""
+        return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
+
+    def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
+        """The same, with what became of the samples in the target by the results before."""
+        targeted, broken = before.targeted, self.broken & before.in_target
+        own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
+        masks = (self.kept, self.broken, self.repaired, self.failing, *own)
+        return TargetCounts(*(int(mask[rows].sum()) for mask in masks))
+
+
+def _shape(results: SampleResults) -> str:
+    return ", ".join(f"{split}: {size:,}" for split, size in zip(results.splits, results.sizes, strict=True))

@@ -6,16 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
+from typing import ClassVar, final
 
 from torch import Tensor
 
+from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
-
-__all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance", "read_number"]
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,9 @@ class Gate(ABC):
     `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads
     them from text. A gate of your own is a frozen dataclass with `allowed`, `rule` and `__str__`.
 
+    Attributes:
+        needs_target: whether only broken samples in the target count (`Target.covers`), and protected ones.
+
     Example:
         >>> Gate.parse("tolerance:1%")
         Tolerance(limit=0.01)
@@ -32,17 +33,41 @@ class Gate(ABC):
         56
     """
 
+    needs_target: ClassVar[bool] = False
+
     @abstractmethod
     def allowed(self, counts: FlipCounts) -> int:
         """The most broken samples that the gate lets through, given what became of all known samples."""
 
+    @final
+    def excess(self, before: SampleResults, flips: Flips) -> float:
+        """By how much the broken samples exceed what is allowed, by their weights; 0 if the gate accepts them."""
+        return self.excess_of(flips.counts(), self.harm(before, flips.broken))
+
+    @final
+    def excess_of(self, counts: FlipCounts, harm: float | None = None) -> float:
+        """By how much broken samples exceed what is allowed; 0 if the gate accepts them.
+
+        Args:
+            counts: what became of all samples.
+            harm: what the broken ones count; None: all samples count alike.
+
+        Raises:
+            ConfigurationError: the gate is about the target, and the counts are of data without one.
+        """
+        if harm is None and self.needs_target:
+            if not isinstance(counts, TargetCounts):
+                raise ConfigurationError(
+                    f"`gate='{self}'`: no failures are targeted here, so nothing is in the target.",
+                    "write `instance` or `tolerance:1%`.",
+                )
+            harm = counts.broken_in_target
+        return max(0.0, (counts.broken if harm is None else harm) - self.allowed(counts))
+
+    @final
     def harm(self, before: SampleResults, broken: Tensor) -> float:
         """What broken samples, `N` bool, count against what is allowed; infinite if a protected one is among them."""
-        return before.harm(broken)
-
-    def lets_through(self, counts: FlipCounts) -> bool:
-        """Whether no more break than is allowed, where all samples count alike."""
-        return counts.broken <= self.allowed(counts)
+        return before.harm(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
     @abstractmethod
@@ -95,7 +120,8 @@ class Gate(ABC):
         make = GATES.factory(argument, kind) if kind in GATES else None
         if make is None or bool(limit) != (make is Tolerance):
             raise GATES.unreadable(f"`{argument}={gate!r}`", kind)
-        return make(_number(limit.strip(), gate, argument)) if limit else make()
+        hint = f"write one of {list(GATES.forms)}."
+        return make(read_number(f"`{argument}={gate!r}`", limit.strip(), hint)) if limit else make()
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
@@ -126,24 +152,10 @@ class InstanceInTarget(Gate):
     A model that repairs one class at the price of another passes: look at `broken`, too.
     """
 
+    needs_target: ClassVar[bool] = True
+
     def allowed(self, counts: FlipCounts) -> int:
         return 0
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        return before.harm(broken & (before.in_target | before.protected))
-
-    def lets_through(self, counts: FlipCounts) -> bool:
-        """Whether none in the target breaks.
-
-        Raises:
-            ConfigurationError: the counts are of data without a target.
-        """
-        if not isinstance(counts, TargetCounts):
-            raise ConfigurationError(
-                "`gate='instance-in-target'`: no failures are targeted here, so nothing is in the target.",
-                "write `instance` or `tolerance:1%`.",
-            )
-        return counts.broken_in_target == 0
 
     @property
     def rule(self) -> str:
@@ -184,7 +196,13 @@ class Tolerance(Gate):
     limit: int | float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", _checked_limit(self.limit))
+        limit = count_or_share(self.limit)
+        if limit is None:
+            raise ConfigurationError(
+                f"`limit={self.limit!r}` is no tolerance.",
+                "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
+            )
+        object.__setattr__(self, "limit", limit)
 
     def allowed(self, counts: FlipCounts) -> int:
         if isinstance(self.limit, int):
@@ -207,30 +225,3 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
-
-
-def read_number(text: str) -> int | float:
-    """A whole number, or a share, also in percent; else a `ValueError`."""
-    if text.endswith("%"):
-        return float(Fraction(text[:-1].strip()) / 100)
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def _number(text: str, gate: str, argument: str) -> int | float:
-    try:
-        return read_number(text)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(GATES.forms)}."
-        ) from error
-
-
-def _checked_limit(limit: int | float) -> int | float:
-    if isinstance(limit, Integral) and not isinstance(limit, bool) and limit >= 0:
-        return int(limit)
-    if isinstance(limit, Real) and not isinstance(limit, Integral) and 0 <= limit <= 1:
-        return float(limit)
-    raise ConfigurationError(
-        f"`limit={limit!r}` is no tolerance.",
-        "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
-    )

@@ -10,12 +10,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from lightning_nrl.evaluation._quotas import below
-from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate.gates import Gate, InstanceInTarget, allowance
-
-__all__ = ["Verdict", "check_protected", "judge"]
+from lightning_nrl.evaluation.quotas import below
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
+from lightning_nrl.gate.gates import Gate, allowance
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def judge(
     status: Literal["repaired", "refused", "not repaired"] = "repaired"
     if target.repaired == 0:
         status = "not repaired"
-    elif lacking or gate.harm(before, flips.broken) > gate.allowed(counts):
+    elif lacking or gate.excess(before, flips):
         status = "refused"
     broken = before.ids(flips.broken)
     return Verdict(
@@ -112,7 +109,7 @@ def _reason(status: str, gate: Gate, counts: TargetCounts, target: FlipCounts, b
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
     limit = allowance(gate, counts)
-    if isinstance(gate, InstanceInTarget):
+    if gate.needs_target:
         limit += f" ({_count(counts.broken_in_target)} of {counts.passed_in_target:,} {breaks})"
     if status == "refused":
         sentences = f"{loss}; {limit}", gain

@@ -4,24 +4,13 @@ In: the model on known data, and which samples fail and pass. Out: a `Localizati
 `Localizer` in it, registered in `LOCALIZERS`.
 """
 
-from lightning_nrl.localization.all_weights import AllWeights
-from lightning_nrl.localization.arachne import Arachne, ArachneV2
-from lightning_nrl.localization.by_gradient import ByGradient
-from lightning_nrl.localization.contribution import contribution
-from lightning_nrl.localization.history import (
-    CheckpointHistory,
-    DataLocalizer,
-    History,
-    HistoryPoint,
-    Known,
-    on_data,
-)
+from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front
+from lightning_nrl.localization.history import CheckpointHistory, DataLocalizer, History, HistoryPoint, Known, on_data
 from lightning_nrl.localization.impact import Aggregation, Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Localizer
 from lightning_nrl.localization.neurecover import NeuRecover, TrainingFlips, localize_by_history
 from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n_weights, localize, set_sizes
-from lightning_nrl.localization.pareto import first_fronts, pareto_front
-from lightning_nrl.localization.random_weights import RandomWeights
+from lightning_nrl.localization.simple_localizers import AllWeights, ByGradient, RandomWeights
 from lightning_nrl.localization.training_record import RecordedSplit, TrainingRecord
 
 __all__ = [

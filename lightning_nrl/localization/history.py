@@ -10,16 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.localizer import Localizer
-
-__all__ = ["CheckpointHistory", "DataLocalizer", "History", "HistoryPoint", "Known", "on_data"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,10 @@ class History(Protocol):
 
 @runtime_checkable
 class DataLocalizer(Protocol):
-    """A localiser that looks at more than a recording of the model as it is now."""
+    """A localiser that looks at more than a recording of the model as it is now.
+
+    With `wants_history`, it is given the folder of a `TrainingHistory` in the same Trainer by `with_history(folder)`.
+    """
 
     @property
     def include_bias(self) -> bool:

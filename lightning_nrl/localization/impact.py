@@ -6,31 +6,31 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layer_inputs import absolute_input, as_rows, uses_per_weight
-from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._model.per_sample_grad import (
+from lightning_nrl._utils.device import no_autocast, none_if_out_of_memory, repeatable_gradients, widest
+from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layer_gradients import (
     LayerCall,
     OutputProbe,
+    absolute_input,
+    as_rows,
     bias_gradient,
     is_by_sample,
     sample_gradients,
+    uses_per_weight,
     weight_gradient,
 )
-from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
-from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
-from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
+from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.tasks import Task
-
-__all__ = ["Aggregation", "Impact", "Replay", "measure"]
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -46,23 +46,6 @@ class Impact:
     backward: Tensor  # W, the loss gradient's size for each weight, never negative
     forward: Tensor  # W, the size of what each weight passes on, never negative
     n_samples: int  # how many samples it was measured on
-
-
-class Replay(Protocol):
-    """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
-
-    @property
-    def space(self) -> ParameterSpace:
-        """The layers to be repaired."""
-        ...
-
-    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """This rank's samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
-        ...
-
-    def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """The logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
-        ...
 
 
 def measure(
@@ -119,7 +102,6 @@ def as_many_as_fit(work: Callable[[int], Sums]) -> Sums:
 def _sum_up(
     recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, weight: Tensor | None, size: int
 ) -> _Sums:
-    """Sums over this rank's marked samples, so many at once."""
     sums = _Sums.zeros(recording.space)
     unchecked = aggregation == "per_sample" or weight is not None
     with repeatable_gradients():
@@ -160,7 +142,6 @@ def _add(
     weight: Tensor | None,
     check: bool,
 ) -> None:
-    """Adds the samples of one chunk to the sums."""
     n = len(chunk.rows)
     own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.flat)
     calls, strayed = trace(recording, chunk, lambda logits: _losses(task, logits, chunk.target, own), check)
@@ -193,7 +174,6 @@ def _losses(task: Task, logits: Tensor, target: Any, weight: Tensor | None) -> T
 
 
 def _scaled(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows, `r x ...`, each as much as its sample counts, `n`."""
     return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
 
 
@@ -272,7 +252,6 @@ def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
-    """Impacts from the sums over all samples of all ranks."""
     check_marked(sums.samples)
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
         if strayed:

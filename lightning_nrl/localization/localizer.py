@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,9 +12,7 @@ from torch import Tensor
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.impact import Replay
-
-__all__ = ["LOCALIZERS", "Localization", "Localizer", "check_numbers", "localized"]
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,23 @@ class Localization:
     n_g: int  # how many top weights each of the four sets had
     requested: int | None  # the #lw that was asked for; None if N_g was given
     sizes: dict[str, int]
+
+
+class Replay(Protocol):
+    """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The layers to be repaired."""
+        ...
+
+    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
+        """This rank's samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
+        ...
+
+    def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
+        """The logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
+        ...
 
 
 @runtime_checkable

@@ -7,23 +7,21 @@ row a sample may turn from right to wrong (a regression) or from wrong to right 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
-from lightning_nrl.localization.impact import Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
-from lightning_nrl.localization.neurecover_lite import default_n_weights, places
+from lightning_nrl.localization.impact import Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
+from lightning_nrl.localization.neurecover_lite import default_n_weights, nearest, places
 from lightning_nrl.localization.training_record import FolderHistory
-
-__all__ = ["NeuRecover", "TrainingFlips", "localize_by_history"]
 
 
 @LOCALIZERS.register("neurecover")
@@ -73,6 +71,15 @@ class NeuRecover:
                     f"`n_weights={self.n_weights}` and `rate={self.rate}` are both given.", "give one of them."
                 )
         _history_of(self.history)
+
+    @property
+    def wants_history(self) -> bool:
+        """True if the record of a `TrainingHistory` in the same Trainer is meant."""
+        return self.history is None
+
+    def with_history(self, folder: str) -> NeuRecover:
+        """The same localiser with this record."""
+        return replace(self, history=folder)
 
     def on(self, known: Known) -> OnHistory:
         """The localiser for these data: reads the history, running checkpoints once over the data.
@@ -251,7 +258,6 @@ def same_point(point: HistoryPoint, now: HistoryPoint) -> bool:
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
-    """Of each weight the worst of its places."""
     return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
 
 
@@ -264,5 +270,4 @@ def _nearest_rate(enter: Tensor, leave: Tensor, size: int) -> float:
     out = torch.maximum(enter, leave)
     inside = (torch.searchsorted(x.sort().values, events, right=True) for x in (enter, out))
     sizes = next(inside) - next(inside)
-    off = (sizes - size).abs().masked_fill(sizes == 0, 2**62)
-    return float(events[int(off.argmin())])
+    return float(events[nearest(sizes, size)])

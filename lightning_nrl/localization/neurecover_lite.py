@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.impact import Aggregation, Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
-
-__all__ = ["NeuRecoverLite", "default_n_weights", "localize", "places", "set_sizes"]
+from lightning_nrl.localization.impact import Aggregation, Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
 
 
 @LOCALIZERS.register("neurecover-lite")
@@ -89,7 +87,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
     if n_g is None:
         candidates = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
         n_weights = n_weights or default_n_weights(total)
-        chosen = _nearest(candidates, n_weights)
+        chosen = nearest(candidates[1:], n_weights) + 1
     else:
         chosen = n_g
     at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
@@ -136,10 +134,9 @@ def _set_sizes(enter: Tensor, leave: Tensor) -> dict[str, Tensor]:
     return {"failed": failed, "passed": passed, "both": both, "localized": failed - both}
 
 
-def _nearest(sizes: Tensor, size: int) -> int:
-    """The smallest N_g whose set, if it has any weight, is nearest in size to the one wanted."""
-    off = (sizes - size).abs().masked_fill(sizes == 0, 2**62)
-    return int(off[1:].argmin()) + 1
+def nearest(sizes: Tensor, size: int) -> int:
+    """The first place of the size that is nearest to the one wanted, sets without any weight left out."""
+    return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
 def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:

@@ -7,13 +7,15 @@ method is one file with a frozen dataclass that is called with a problem, and a 
 from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.family import BUNDLES, bundle
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.methods.method_registry import METHODS, AnyMethod, solve
 from lightning_nrl.methods.polish_weights import Polish
+from lightning_nrl.methods.problem import Method, Problem, Training
+from lightning_nrl.methods.published_methods import BUNDLES, bundle
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
 
 __all__ = [
@@ -27,7 +29,13 @@ __all__ = [
     "Linearized",
     "LocalSearch",
     "MergedRepairs",
+    "Method",
     "Polish",
+    "Problem",
+    "Proposal",
+    "Solution",
+    "Training",
+    "better",
     "bundle",
     "solve",
     "warm_started_search",

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.precision import widest
-from lightning_nrl._utils.state import State, current_state
+from lightning_nrl._utils.state import combined, current_state
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
-from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Apricot", "Strategy", "pull"]
 
 Strategy = Literal["both", "right", "wrong"]
 """Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
@@ -86,6 +84,15 @@ class Apricot:
         for name, least in (("rounds", 1), ("patience", 1), ("epochs", 0)):
             check_whole(f"Apricot.{name}", getattr(self, name), least)
 
+    @property
+    def wants_checkpoints(self) -> bool:
+        """True if those of the Trainer are meant."""
+        return self.checkpoints is None
+
+    def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
+        """The same method with these checkpoints."""
+        return replace(self, checkpoints=tuple(paths))
+
     def __call__(self, problem: Problem) -> Solution:
         """Moves, counts, and trains on.
 
@@ -109,7 +116,7 @@ class Apricot:
                     break
                 factors = self.rate * pull(passed[:, failing], problem.before.weight[failing], self.strategy)
                 factors = factors * min(1.0, LONGEST_STEP / max(float(factors.abs().sum()), 1e-12))
-                now = problem.propose("apricot", _moved({**start, **now.state}, states, factors))
+                now = problem.propose("apricot", combined({**start, **now.state}, states, factors))
                 tried += 1
                 found = better([best, now])
                 is_ahead = now.gain - now.broken > ahead.gain - ahead.broken
@@ -191,17 +198,3 @@ def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
     towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)
     sides = {"both": towards - away, "right": towards, "wrong": -away}
     return sides[strategy] @ weight.to(torch.float64)
-
-
-@torch.no_grad()
-def _moved(weights: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """The weights plus the factors times the ways from them to the states."""
-    moved = {}
-    for name, value in weights.items():
-        own = value.to(widest(value.device))
-        ways = torch.stack([state[name].to(own) - own for state in states])
-        new = own + torch.tensordot(factors.to(own), ways, 1)
-        if name.rpartition(".")[2] == "running_var":
-            new = new.clamp_min(0)
-        moved[name] = new.to(value.dtype)
-    return moved

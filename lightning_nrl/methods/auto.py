@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl.errors import check_kind
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.methods._held_out_estimate import best_index, held_out_rows
-from lightning_nrl.methods._price_of_zero import price_points
-from lightning_nrl.methods._rungs import (
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.methods.auto_rungs import (
     RungResult,
     exact_rung,
     is_one_layer,
@@ -23,20 +20,16 @@ from lightning_nrl.methods._rungs import (
     search_rung,
     search_seconds,
 )
-from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS
-from lightning_nrl.methods._training_rung import training_rung
+from lightning_nrl.methods.auto_training import training_rung
+from lightning_nrl.methods.budget import UPDATE_TIME_SHARE
+from lightning_nrl.methods.held_out import best_index, held_out_rows
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.ladder import choice_text
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Solution
+from lightning_nrl.report.run_records import PricePoint, Step, choice_text
 from lightning_nrl.search import ParticleSwarm, Searcher
 from lightning_nrl.search.loop import TIME_WAS_OVER
-
-__all__ = ["Auto", "chosen_rung"]
-
-UPDATE_TIME_SHARE = 0.9
-"""Of the time that is left, what the polish of an update may take; the rest is the search's."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +102,9 @@ def _rungs(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -
         "training": lambda: None if one_layer else training_rung(problem, searcher, held_out),
     }
     for name in ("search", "polish") if problem.update else ("search", "exact", "training"):
-        result = problem.work.piece(name, partial(_climbed, climbs[name]), (RungResult, *SOLUTION_KINDS))
+        result = problem.work.once(name, climbs[name], RungResult)
         if result is not None:
             yield result
-
-
-def _climbed(climb: Callable[[], RungResult | None], piece: Piece) -> RungResult | None:
-    return climb()
 
 
 def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
@@ -139,10 +128,7 @@ def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) 
         return result, ()
     began = problem.clock.elapsed
 
-    def search(piece: Piece) -> Solution:
-        return search_or_keep(problem, searcher, start, seconds=math.inf)
-
-    last = problem.work.piece("search on", search, SOLUTION_KINDS)
+    last = problem.work.once("search on", lambda: search_or_keep(problem, searcher, start, seconds=math.inf), Solution)
     if last.result is None:
         return result, ()
     solution = replace(last, held_out=base.held_out, others=(*base.others, start), tried=base.tried)
@@ -154,39 +140,49 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
 
     Rungs that give slices less of what they need than others are out of the question.
     """
-    usable = [i for i, result in enumerate(results) if result.usable is not None]
+    usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         reasons = dict.fromkeys(r.solution.reason for r in results if r.solution.reason)
         return None, " ".join(reasons) or "no rung repairs a target within the gate."
-    fewest = min(_missing(results[i].usable) for i in usable)
-    usable = [i for i in usable if _missing(results[i].usable) == fewest]
+    fewest = min(one.missing for one in usable.values())
+    usable = {i: one for i, one in usable.items() if one.missing == fewest}
     estimates = [results[i].held_out for i in usable]
     if any(counts is None for counts in estimates):
-        best = max(usable, key=lambda i: (*_rank(results[i].usable), i))
+        best = max(usable, key=lambda i: (*usable[i].rank, i))
         return best, f"`{results[best].name}` repairs most."
-    best = usable[best_index(estimates, [_gain(results[i].usable) for i in usable])]
+    best = list(usable)[best_index(estimates, [one.gain for one in usable.values()])]
     return best, f"`{results[best].name}` is taken: held-out samples do not speak against it."
 
 
-def _rank(proposal: Proposal | None) -> tuple[float, ...]:
-    assert proposal is not None
-    return proposal.rank
-
-
-def _gain(proposal: Proposal | None) -> float:
-    assert proposal is not None
-    return proposal.gain
-
-
-def _missing(proposal: Proposal | None) -> int:
-    assert proposal is not None
-    return proposal.missing
-
-
 def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:
-    """What all weights that a rung counted do to known samples, and its estimate."""
     for proposal in (result.solution.proposal, *result.solution.others):
         if proposal is not None:
             yield problem.target_counts(proposal.after), result.held_out
     for counts in (*result.solution.tried, *result.tried):
         yield counts, result.held_out
+
+
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
+"""Shares of the known passed samples that might break."""
+
+
+def price_points(tried: Iterable[tuple[TargetCounts, TargetCounts | None]]) -> tuple[PricePoint, ...]:
+    """A point for each level; levels within which nothing was counted are left out.
+
+    Args:
+        tried: what some weights do to all known samples, and what the procedure that they are from does to held-out
+            ones, if that was tried.
+    """
+    counted = list(tried)
+    points = []
+    for level in PRICE_LEVELS:
+        within = [both for both in counted if both[0].broken <= level * both[0].passed]
+        if within:
+            known, held_out = max(within, key=lambda both: _worth(both[0]))
+            point = PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out)
+            points.append(point)
+    return tuple(points)
+
+
+def _worth(counts: TargetCounts) -> tuple[int, int, int]:
+    return counts.repaired_in_target, -counts.broken, counts.repaired

@@ -10,19 +10,22 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_nrl._convex.head import ConvexHead, regularization_path
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring import ActivationCache
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, check_whole
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.methods._head_inputs import check_last, record_head
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.methods._solvers.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
+from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.search_samples import record_known
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Convex"]
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl.search._scoring.replay_plan import same_values
 
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 """What a target's missing margin may cost, in units of what the median target would take if it were the only one."""
@@ -38,13 +41,7 @@ DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 """Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
 
 
-RECORDING_PASSES = 2.0
-"""What it takes to record the layer's inputs and to compare its outputs with the model's."""
-
 NO_TIME_TO_SOLVE = "there was no time left to solve anything."
-
-TRIAL_PASSES = 2.0
-"""Passes for which there must be time where another of these fractions is tried: its own, and the verdict's."""
 
 
 class _HeldOutFlips(NamedTuple):
@@ -63,20 +60,6 @@ class _HeldOutFlips(NamedTuple):
         return TargetCounts(n_passed - self.lost, self.lost, repaired, failing, n_targeted, self.gained)
 
 
-class _Point(NamedTuple):
-    """What a change does to the known samples, counted on what was recorded."""
-
-    repaired: int  # targets
-    broken: int
-    missing: int  # repairs that slices lack
-    counts: TargetCounts
-
-    def step(self, strength: float, seconds: float, held: _HeldOutFlips) -> Step:
-        """A line for the report."""
-        note = f"strength {strength:g}; held out {held.gained} repaired, {held.lost} broken"
-        return Step(f"convex {strength:g}", self.repaired, self.broken, round(seconds, 3), note)
-
-
 @dataclass(frozen=True)
 class _KnownHead:
     """The layer on the known samples: those that count, `N` bool, and the rest."""
@@ -87,20 +70,17 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once over all known data."""
         found = record_head(problem, _bias_name(problem) is not None)
         before = problem.before
         rows = before.passed | before.targeted
         return cls(rows, found.head(problem, rows, before.targeted), found.head(problem, ~rows, before.targeted))
 
-    def point(self, problem: Problem, change: Tensor) -> _Point:
-        """What a change does."""
+    def counted(self, problem: Problem, change: Tensor, strength: float) -> Proposal:
+        """What a change does to the known samples, by what was recorded; without its weights."""
         before, right = problem.before, torch.zeros_like(problem.before.passed)
         right[self.rows] = self.head.right(change).cpu()
         right[~self.rows] = _right_of_rest(self.rest, change).cpu()
-        after = replace(before, passed=right)
-        found = problem.counted("convex", {}, after)
-        return _Point(found.repaired, found.broken, found.missing, problem.target_counts(after))
+        return problem.counted(f"convex {strength:g}", {}, replace(before, passed=right))
 
 
 @dataclass(frozen=True)
@@ -116,7 +96,7 @@ class Convex:
         ConfigurationError: on construction, for a patience below 1.
     """
 
-    needs: ClassVar[tuple[Need, ...]] = ("classes",)
+    needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
     patience: int | None = None
     seconds: float = math.inf
 
@@ -124,12 +104,8 @@ class Convex:
         if self.patience is not None:
             check_whole("Convex.patience", self.patience, 1)
 
-    def check(self, recording: ActivationCache) -> None:
-        """Refuses layers that are not the one last Linear, by a recording of some samples.
-
-        Raises:
-            ConfigurationError: as above.
-        """
+    def check_recording(self, recording: ActivationCache) -> None:
+        """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
         _check_layers(recording.space)
         check_last(recording)
 
@@ -153,14 +129,17 @@ class Convex:
             changes, held = _path(problem, known, self.patience, end)
             if not len(changes):
                 return Solution(None, NO_TIME_TO_SOLVE)
-            points = [known.point(problem, change) for change in changes]
+            points = [known.counted(problem, *one) for one in zip(changes, SLACK_COSTS, strict=False)]
         del known
         seconds = (time.perf_counter() - began) / len(points)
         steps = [
-            point.step(strength, seconds, one) for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
+            point.step(seconds, f"strength {strength:g}; held out {one.gained} repaired, {one.lost} broken")
+            for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
         ]
         best = _best(held, points)
-        tried = tuple(point.counts for i, point in enumerate(points) if i != best and point.repaired)
+        tried = tuple(
+            problem.target_counts(point.after) for i, point in enumerate(points) if i != best and point.repaired
+        )
         folded, before = _folds(problem) >= 0, problem.before
         kinds = (before.passed, before.targeted, ~before.passed & ~before.targeted)
         held_out = held[best].counts(*(int((folded & kind).sum()) for kind in kinds))
@@ -197,7 +176,7 @@ def _path(
     held = torch.zeros(n, 5, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, *found) in enumerate(_solved(problem, known, patience, end)):
+        for i, (change, found) in enumerate(_solved(problem, known, patience, end)):
             changes[i], held[i] = change, torch.tensor(found)
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
@@ -208,11 +187,10 @@ def _path(
 
 def _solved(
     problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
-) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
+) -> Iterator[tuple[Tensor, _HeldOutFlips]]:
     """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
-    How many targets they repair, how many passed samples they break, what these weigh, and how many other failures they
-    repair. A strength that time cuts short is left out, but for the first.
+    A strength that time cuts short is left out, but for the first.
     """
 
     def is_over() -> bool:
@@ -243,7 +221,7 @@ def _solved(
             n_others += int((_right_of_rest(rest, one) & (fold_of_rest == number)).sum())
         gained, lost = flipped & head.targeted, flipped & ~head.targeted
         weights = float(counts[gained].sum()), float(counts[lost].sum())
-        yield change, int(gained.sum()), int(lost.sum()), *weights, n_others
+        yield change, _HeldOutFlips(int(gained.sum()), int(lost.sum()), *weights, n_others)
         worth.append(weights[0] - REGRESSION_PRICE * weights[1])
         is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
         if is_over() or is_past:
@@ -262,12 +240,7 @@ def _right_of_rest(rest: ConvexHead, change: Tensor) -> Tensor:
 def _folds(problem: Problem) -> Tensor:
     """`N` int64: the fold of each sample that came in with the failed ones, -1 for all others, which never leave."""
     before = problem.before
-    fold = torch.full_like(before.label, -1)
-    for source in problem.known:
-        if source.failed:
-            fold[before.of(source.split)] = 0
-    here = (fold == 0) & problem.used
-    fold[fold == 0] = -1
+    fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
     for kind in (before.passed, before.targeted, ~before.passed & ~before.targeted):
         which = (here & kind).nonzero().flatten()
@@ -275,7 +248,7 @@ def _folds(problem: Problem) -> Tensor:
     return fold
 
 
-def _best(held: list[_HeldOutFlips], points: list[_Point]) -> int:
+def _best(held: list[_HeldOutFlips], points: list[Proposal]) -> int:
     """Of the points whose slices lack the fewest repairs, what held-out samples speak for most; then the weakest."""
     worth = [one.gain - REGRESSION_PRICE * one.harm for one in held]
     return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
@@ -293,7 +266,6 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
 
 
 def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
-    """The layer's whole parameters with a change added."""
     module, n_in = problem.space.sites[0].module, problem.space.sites[0].module.weight.shape[1]
     weight = module.weight.detach()
     state = {next(iter(problem.space.sites[0].parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
@@ -304,7 +276,117 @@ def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
 
 
 def _bias_name(problem: Problem) -> str | None:
-    """The bias, if there is one and it may change."""
     name = next(iter(problem.space.sites[0].parameters)).removesuffix("weight") + "bias"
     has = problem.space.sites[0].module.bias is not None
     return name if has and (name in problem.scope or problem.space.sites[0].include_bias) else None
+
+
+ROWS_PER_COPY = 4096
+"""Samples that are compared, or copied out of a recording, at once."""
+
+
+class HeadInputs(NamedTuple):
+    """The layer's inputs and outputs by row of the results, at least float32."""
+
+    features: Tensor  # N x d
+    logits: Tensor  # N x C
+    ones: bool  # whether a column of ones, for the bias, is still to be put beside the features
+
+    def head(self, problem: Problem, rows: Tensor, targeted: Tensor) -> ConvexHead:
+        """Some of the samples, `N` bool; those of them that are targeted are to be repaired."""
+        device, before = self.features.device, problem.before
+        mine = rows.to(device)
+        label, own = before.label.to(device)[mine], targeted.to(device)[mine]
+        weight = before.weight.to(self.features)[mine] if before.weighted else None
+        if bool(rows.all()):
+            return ConvexHead(self.features, self.logits, label, own, weight, None, self.ones)
+        if len(rows) <= ROWS_PER_BLOCK:
+            return ConvexHead(self.features[mine], self.logits[mine], label, own, weight, None, self.ones)
+        return ConvexHead(self.features, self.logits, label, own, weight, mine.nonzero().flatten(), self.ones)
+
+
+@torch.no_grad()
+def record_head(problem: Problem, has_bias: bool) -> HeadInputs:
+    """Runs the model once over all known data.
+
+    Raises:
+        ConfigurationError: the layer's output is not the logits, on some rank.
+    """
+    site = problem.space.sites[0]
+    try:
+        recording = record_known(problem, torch.ones_like(problem.before.passed))
+    except InseparableBatchError as error:
+        raise not_last(site.name) from error
+    held = _held(recording)
+    features, logits = held if held is not None else _copied(recording, site.module.weight.shape)
+    # On all ranks alike, also where one has no such samples, or none at all.
+    if problem.collective.any(features is None or logits is None):
+        raise not_last(site.name)
+    assert features is not None
+    assert logits is not None
+    rows = torch.cat(problem.collective.gather(recording.rows))
+    del recording
+    if problem.collective.world_size > 1:
+        features, logits = (torch.cat(problem.collective.gather(x)) for x in (features, logits))
+    if not torch.equal(rows, torch.arange(len(rows))):
+        order = rows.argsort().to(features.device)
+        features, logits = features[order], logits[order]
+    if has_bias and len(features) <= ROWS_PER_BLOCK:
+        return HeadInputs(F.pad(features, (0, 1), value=1.0), logits, False)
+    return HeadInputs(features, logits, has_bias)
+
+
+def check_last(recording: ActivationCache) -> None:
+    """Refuses a layer whose output is not what the model returns as logits, by a recording of some samples."""
+    for chunk in recording.chunks(ROWS_PER_COPY):
+        if _direct(recording, chunk) is None:
+            raise not_last(recording.space.sites[0].name)
+
+
+def not_last(name: str) -> ConfigurationError:
+    """The error for a layer that is not the last one."""
+    return ConfigurationError(
+        f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
+        "name the last Linear layer, or use `method='linearized'`.",
+    )
+
+
+def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | None:
+    """The recorded tensors themselves, where they are as they are needed; twice None unless the layer is the last."""
+    if len(recording.groups) != 1 or recording.groups[0].recomputed:
+        return None
+    whole = next(iter(recording.chunks()), None)
+    if whole is None or not recording.is_replayable(whole):
+        return None
+    x, y = recording.activations(whole)
+    fits = all(t.ndim == 2 and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in (x, y))
+    if not fits or x.dtype != y.dtype:
+        return None
+    is_last = all(_direct(recording, chunk) is not None for chunk in recording.chunks(ROWS_PER_COPY))
+    return (x, y) if is_last else (None, None)
+
+
+def _copied(recording: ActivationCache, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    n, (n_out, n_in) = len(recording.rows), shape
+    features, logits = (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
+    start = 0
+    for chunk in recording.chunks(ROWS_PER_COPY):
+        part = _direct(recording, chunk)
+        if part is None:
+            return None, None
+        if part[0].dtype != features.dtype:
+            features, logits = features.to(part[0].dtype), logits.to(part[0].dtype)
+        here = slice(start, start + len(chunk))
+        features[here], logits[here] = part
+        start += len(chunk)
+    return features, logits
+
+
+def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+    """A chunk's input and output of the layer; None unless the output is what the model returns."""
+    if recording.is_replayable(chunk):
+        x, y = recording.activations(chunk)
+        logits = recording.replay(chunk, lambda site, x, y: y)
+        if x.ndim == 2 and same_values(y, logits):
+            return at_least_float32(x), at_least_float32(y)
+    return None

@@ -10,19 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT
-from lightning_nrl._optim.distill import distill
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
-from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem import Problem, Solution
-
-__all__ = ["FIT_STRENGTH", "POLISH_PASSES", "FineTunePolish", "visits_per_epoch"]
-
-POLISH_PASSES = 12.0
-"""Passes over known data that a polish takes; so much time is kept for it."""
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT
+from lightning_nrl.methods._solvers.distill import distill
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.budget import POLISH_PASSES
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Solution
 
 FIT_STRENGTH = 0.9
 """How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
@@ -85,7 +82,6 @@ class FineTunePolish:
 
 
 def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
-    """Weights that repair, and in words how they came about; None if there is no time for it."""
     seconds = deadline.agreed_seconds_left()
     if seconds > 0 and problem.whole and problem.training is not None:
         weight = visits_per_epoch(problem)

@@ -3,36 +3,42 @@
 To first order a sample's margin is linear in the weights of any layer, as it is exactly in those of the last. So the
 programme of the last layer serves deeper ones too, round by round, as long as each step is counted on all known data
 with the deployed model: what breaks nothing and repairs more is kept; what came near the border is in the next
-programme.
+programme. With the gradients of some samples' margins at the present weights, in coordinates x that measure a change by
+what it does to passed data, sought is
+
+    min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
+
+where `missing` is what a margin lacks after the step, to first order. The solution is a sum of gradients, so that only
+their inner products count (`_optim.qp`). A margin that came out other than predicted is required for the difference as
+well: the same gradients then serve a second time (second-order correction, as in sequential quadratic programming).
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._convex.head import KEPT_MARGIN_RATIO
-from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
-from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
-from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
+from lightning_nrl._utils.device import widest
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.methods._solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
+from lightning_nrl.methods._solvers.convex_head import KEPT_MARGIN_RATIO
+from lightning_nrl.methods._solvers.qp import solve_dual
+from lightning_nrl.methods._solvers.whitening import Whitening, fit_whitening, margin_gradients
+from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Linearized"]
 
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 """A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
 More than for a last layer, since gradients err."""
-
-MAX_LINEARIZATIONS = 10
-"""Linearisations at most; 3 to 6 were enough where all could be repaired."""
 
 MAX_STALLED_LINEARIZATIONS = 2
 """Rounds in a row without a further repair, after which it ends."""
@@ -52,9 +58,6 @@ STEP_FRACTIONS = (0.5, 0.25)
 
 REGRESSION_COST = 3
 """Repairs that a regression outweighs when the next step goes on from weights that break something for the moment."""
-
-FIRST_ROUND_PASSES = 5.0
-"""Passes that the first round is expected to take."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class _TrustRegionSteps:
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before
         self.problem, self.whitening = problem, whitening
-        unit = float(before.margin[before.passed].median())
+        unit = before.margin_unit
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
         # Below what is required, so that steps which fulfil it to rounding are not turned down.
@@ -120,12 +123,10 @@ class _TrustRegionSteps:
 
     @property
     def repaired(self) -> int:
-        """Targets that the best proposal repairs."""
         return self.found[-1].repaired if self.found else 0
 
     @property
     def gain(self) -> float:
-        """What these are worth."""
         return self.found[-1].gain if self.found else 0.0
 
     def round(self) -> bool:
@@ -218,3 +219,86 @@ def _margins(results: SampleResults) -> Tensor:
     """Margins, far below 0 where the model gave something that is not finite."""
     finite = results.margin.isfinite() & results.loss.isfinite()
     return torch.where(finite, results.margin, -1e6)
+
+
+PASSED_PRICE_FACTOR = 1e3
+"""A passed sample's missing margin costs so many times a target's. Not infinite: what is broken for the moment, and
+what gradients contradict, must not leave the programme without a solution."""
+
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25
+"""How the radius follows a step that broke nothing at once, and one that broke something however short."""
+
+
+@dataclass(frozen=True)
+class LinearizedMargins:
+    """Margins of some samples, to first order.
+
+    Attributes:
+        gradients: `m x K`, their gradients.
+        margin: `m`, at the present weights.
+        required: `m`, what each is to have.
+        targeted: `m` bool, samples to be repaired; the others are to be kept.
+        weight: `m`, what the missing margin of a target costs more than that of another; None: all alike.
+    """
+
+    gradients: Tensor
+    margin: Tensor
+    required: Tensor
+    targeted: Tensor
+    weight: Tensor | None = None
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`m x m`, inner products of the gradients."""
+        return (self.gradients @ self.gradients.T).to(widest(self.gradients.device))
+
+    def price(self) -> float:
+        """What the median target would take for its missing margin were it the only one; 0 if nothing can help any."""
+        length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
+        some = self.targeted & (missing > 0) & (length > 0)
+        return float((missing[some] / length[some]).median()) if some.any() else 0.0
+
+    def predicted(self, step: Tensor) -> Tensor:
+        """`m`, the margins after a step of `K`."""
+        return self.margin + self.gradients @ step
+
+    def step(self, price: float, error: Tensor | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Solves.
+
+        Args:
+            price: of a target's missing margin.
+            error: `m`, by how much margins came out above what was predicted; None: not at all.
+            start: `m`, multipliers of a similar programme.
+
+        Returns:
+            The step, `K`, and its multipliers, `m`.
+        """
+        missing = self.required - self.margin if error is None else self.required - self.margin - error
+        own = price if self.weight is None else price * self.weight
+        limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)
+        values = solve_dual(self.gram, missing.to(self.gram), limit, start).values
+        return self.gradients.T @ values.to(self.gradients), values
+
+
+@dataclass
+class TrustRadius:
+    """The trust region: how long a step may be for its gradients to be trusted; at first any length."""
+
+    value: float = torch.inf
+
+    def within(self, step: Tensor) -> Tensor:
+        """The step, shortened if it is too long."""
+        length = float(step.norm())
+        return step * (self.value / length) if length > self.value else step
+
+    def grow(self, step: Tensor) -> None:
+        """After a step that broke nothing at once."""
+        self.value = max(self.value, RADIUS_GROWTH * float(step.norm()))
+
+    def limit_to(self, step: Tensor) -> None:
+        """After a step that is as long as could be without breaking anything."""
+        self.value = float(step.norm())
+
+    def shrink(self, step: Tensor) -> None:
+        """After a step that broke something in all of its lengths."""
+        self.value = RADIUS_SHRINKAGE * float(step.norm())

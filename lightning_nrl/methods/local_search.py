@@ -10,36 +10,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.scores import Scores
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
-from lightning_nrl.methods._known_activations import half_budget, record_known
-from lightning_nrl.methods._scored_samples import choose_samples, n_to_score, preparation_seconds
-from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.search import (
-    FITNESSES,
-    SEARCHERS,
-    CmaEs,
-    DifferentialEvolution,
-    Searcher,
-    SearchHistory,
-    SearchResult,
-    WeightStats,
-    search,
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.search_samples import (
+    choose_samples,
+    n_to_score,
+    preparation_seconds,
+    record_known,
+    scorer_for,
 )
-from lightning_nrl.search.family_fitness import needs_credit
+from lightning_nrl.methods.solution import Solution
+from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
-
-__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +83,7 @@ class LocalSearch:
         ArachneDEFitness(aggressiveness=10.0)
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("recording",)
     searcher: str | Searcher[Any] = "swarm"
     seconds: float = math.inf
     localizer: str | Localizer | None = None
@@ -102,6 +94,10 @@ class LocalSearch:
         for name, registry in (("localizer", LOCALIZERS), ("fitness", FITNESSES)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
+
+    def with_parts(self, **parts: Any) -> LocalSearch:
+        """The same search with the parts that the user asked for; None leaves its own."""
+        return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
         """Localises weights of the chosen layers and searches new values for them.
@@ -126,17 +122,11 @@ class LocalSearch:
             reason = "the search found nothing better than the original weights."
             return Solution(None, reason, localization=found.localization, result=found.search, n_passed=found.n_passed)
         with problem.clock.stage("judge"):
-            proposal = problem.propose(_name_of(searcher), found.state)
+            proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
         steps = (proposal.step(found.search.seconds, found.note),)
         return Solution(
             proposal, steps=steps, localization=found.localization, result=found.search, n_passed=found.n_passed
         )
-
-
-def _name_of(searcher: Searcher[Any]) -> str:
-    """How steps of a report call a search."""
-    others = {CmaEs: "CMA-ES", DifferentialEvolution: "differential evolution"}
-    return next((name for kind, name in others.items() if isinstance(searcher, kind)), "swarm")
 
 
 def localize_and_search(
@@ -149,8 +139,8 @@ def localize_and_search(
 
     `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
     """
-    kinds = (LocalSearchResult, Localization, SearchResult, SearchHistory, Scores)
-    return problem.work.piece("search", partial(_localized_and_searched, problem, searcher, goal, elites), kinds)
+    work = partial(_localized_and_searched, problem, searcher, goal, elites)
+    return problem.work.once("search", work, LocalSearchResult)
 
 
 def _localized_and_searched(
@@ -158,7 +148,6 @@ def _localized_and_searched(
     searcher: Searcher[Any],
     goal: SearchGoal,
     elites: Callable[[Tensor, int], Tensor] | None,
-    piece: Piece,
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
@@ -180,18 +169,15 @@ def _localized_and_searched(
 
     with clock.stage("search"), torch.no_grad():
         known = None if elites is None else elites(where, searcher.n_candidates // 2)
-        scorer = make_scorer(
+        scorer = scorer_for(
+            problem,
             recording,
             where,
             scored,
             kept,
-            problem.evaluator,
-            budget=half_budget(problem),
-            passed_loss=passed_loss,
-            fragility=before.loss,
+            goal.fitness,
             reserve=goal.reserve,
-            weight=before.finite_weight if before.weighted and goal.scored is None else None,
-            credit=needs_credit(goal.fitness),
+            weighted=goal.scored is None,
         )
         result = search(
             scorer,
@@ -203,7 +189,6 @@ def _localized_and_searched(
             elites=known,
             deadline=goal.deadline,
             on_progress=tell,
-            piece=piece,
         )
     if not passed_loss:
         unknown = torch.full_like(result.history.loss_passed, torch.nan)

@@ -11,22 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import Target
+from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.state import State, combined, current_state
+from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
-from lightning_nrl.methods._coefficients import merged, search_coefficients
-from lightning_nrl.methods.family import bundle
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
-from lightning_nrl.problem import Method, Problem, Proposal, Solution, better
+from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.published_methods import bundle
+from lightning_nrl.methods.search_samples import choose_samples, record_known, scorer_for
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
-from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher
+from lightning_nrl.search import (
+    FITNESSES,
+    SEARCHERS,
+    ParticleSwarm,
+    Searcher,
+    SearchHistory,
+    SearchResult,
+    WeightStats,
+    search,
+)
 from lightning_nrl.search.fitness import FitnessFunction
-
-__all__ = ["MergedRepairs"]
-
-TIME_SHARE_OF_PARTS = 0.7
-"""Of the time that is left, what the repairs of the parts may take; the rest is for the search of the coefficients."""
+from lightning_nrl.search.scores import Scorer, Scores
 
 OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
 """What searches the few coefficients."""
@@ -106,7 +115,7 @@ class MergedRepairs:
         with problem.clock.stage("merge"):
             deadline = problem.deadline_of_method()
             coefficients, result = search_coefficients(problem, states, searcher, fitness, deadline)
-            together = problem.propose("merge", merged(problem, states, coefficients))
+            together = problem.propose("merge", combined(current_state(problem.model), states, coefficients))
         shares = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(found, coefficients.tolist(), strict=True))
         steps.append(together.step(time.perf_counter() - began, shares))
         best = better([together, *found])
@@ -167,8 +176,124 @@ class MergedRepairs:
 
 
 def _parsed(method: Any) -> Any:
-    """A method by the name of a published one or of a searcher, or as it is."""
     if isinstance(method, str):
         return SEARCHERS.parse("MergedRepairs.method", method) if method in SEARCHERS else bundle(method)
     check_kind("MergedRepairs.method", method, callable(method) or isinstance(method, Searcher), "method", "'arachne'")
     return method
+
+
+def search_coefficients(
+    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction, deadline: Deadline
+) -> tuple[Tensor, SearchResult]:
+    """How much of each of K changes is best, `K` in [0, 1], and the course of the search.
+
+    None of any of them, each alone, and an equal part of all are among the first candidates.
+    """
+    device, k = problem.space.device, len(states)
+    original = torch.zeros(k, dtype=torch.float32, device=device)
+    first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
+    first[-1] /= k
+    scorer, n_passed = _scorer(problem, states, fitness)
+
+    def tell(done: int, history: SearchHistory) -> None:
+        problem.clock.tell(done, searcher.iterations, int(history.patched[-1]), n_passed - int(history.intact[-1]))
+
+    result = search(
+        scorer,
+        original,
+        WeightStats(0.5, 0.3, 0.0, 1.0),
+        fitness=fitness,
+        searcher=searcher,
+        seed=problem.seed,
+        elites=first[: searcher.n_candidates - 1],
+        deadline=deadline,
+        on_progress=tell,
+    )
+    return problem.collective.agreed(result.values.clamp(0, 1)), result
+
+
+def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
+    """Scores coefficients, and says on how many passed samples.
+
+    On recorded activations if all changes are in the searched layers, else by whole passes.
+    """
+    space, before = problem.space, problem.before
+    parameters = space.parameters
+    if any(name not in parameters for state in states for name in state):
+        return WholeModelScorer(problem, states), int(before.passed.sum())
+    own = space.flat().to(widest(space.device))
+    flats = [torch.cat([{**parameters, **state}[name].detach().flatten() for name in parameters]) for state in states]
+    change = torch.stack([flat.to(own) - own for flat in flats])
+    where = (change != 0).any(0).nonzero().flatten()
+    recorded = choose_samples(before, before.targeted, before.passed, problem.n_scored, problem.seed).recorded
+    recording = record_known(problem, recorded)
+    failed, passed = before.targeted & recorded, before.passed & recorded
+    reserve = rounding_reserve(problem.evaluator.precision, before)
+    scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
+    return _OnRecording(scorer, own[where], change[:, where], space.dtype), int(passed.sum())
+
+
+@dataclass(frozen=True)
+class _OnRecording:
+    """Candidates are coefficients, of which a scorer of weights gets the weights."""
+
+    scorer: Scorer
+    original: Tensor  # W float64, the weights that some change moves
+    change: Tensor  # K x W, what each adds to them
+    dtype: torch.dtype  # of the weights as deployed
+
+    def __call__(self, values: Tensor) -> Scores:
+        factors = values.clamp(0, 1).to(self.change)
+        return self.scorer((self.original + factors @ self.change).to(self.dtype))
+
+
+@dataclass(frozen=True)
+class WholeModelScorer:
+    """Candidates are coefficients; each takes a pass of the whole model over all known data.
+
+    Exact whatever the changes move, and slow: for the few candidates of a search over few coefficients. As on
+    recorded activations, what rounding could flip in the deployed precision does not pass.
+    """
+
+    problem: Problem
+    states: Sequence[State]
+
+    def __call__(self, values: Tensor) -> Scores:
+        rows = [self._row(one) for one in values.clamp(0, 1).flatten(0, 1)]
+        table = torch.tensor(rows, dtype=widest(values.device), device=values.device)
+        columns = table.view(*values.shape[:2], -1).movedim(-1, 0)
+        before = self.problem.before
+        n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
+        patched, intact, loss_failed, loss_passed, gain, harm, credit_failed, credit_passed = columns
+        least = float(before.weight[before.targeted].min()) if before.weighted else 1.0
+        return Scores(
+            patched.float(),
+            intact.float(),
+            (loss_failed / max(1, n_failed)).float(),
+            (loss_passed / max(1, n_passed)).float(),
+            n_failed,
+            n_passed,
+            gain if before.weighted else None,
+            harm if before.weighted else None,
+            min(1.0, least),
+            credit_failed,
+            credit_passed,
+        )
+
+    def _row(self, coefficients: Tensor) -> tuple[float, ...]:
+        before = self.problem.before
+        after = self.problem.evaluate(combined(current_state(self.problem.model), self.states, coefficients))
+        failed, passed, weight = before.targeted, before.passed, before.finite_weight
+        reserve = rounding_reserve(self.problem.evaluator.precision, before)
+        passes = after.passed if reserve is None else after.passed & (after.margin >= reserve)
+        loss, credit = after.loss.double() * weight, torch.where(passes, 1.0, 1 / (after.loss.double() + 1))
+        return (
+            float((failed & passes).sum()),
+            float((passed & passes).sum()),
+            float(loss[failed].sum()),
+            float(loss[passed].sum()),
+            float(weight[failed & passes].sum()),
+            float(weight[passed & ~passes].sum()),
+            float(credit[failed].sum()),
+            float(credit[passed].sum()),
+        )

@@ -9,15 +9,14 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.family import BUNDLES
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.merged_repairs import MergedRepairs
-from lightning_nrl.problem import Method, Problem, Solution
+from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.published_methods import BUNDLES
+from lightning_nrl.methods.solution import Solution
 from lightning_nrl.search import SEARCHERS, Searcher
-
-__all__ = ["METHODS", "AnyMethod", "solve"]
 
 AnyMethod = Method | Searcher[Any]
 """What finds new weights: a method, or a searcher of localised weights."""

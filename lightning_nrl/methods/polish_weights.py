@@ -10,15 +10,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Polish"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +49,7 @@ class Polish:
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
     def check(self, model: nn.Module) -> None:
-        """Refuses weights that cannot be read, or are of another architecture.
-
-        Raises:
-            ConfigurationError: as above.
-        """
+        """Refuses weights that cannot be read, or are of another architecture, by a `ConfigurationError`."""
         if self.new is not None:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
@@ -91,7 +86,6 @@ class Polish:
 
 
 def _check_scope(problem: Problem, state: State) -> None:
-    """Refuses weights that differ outside of what the user lets change."""
     if problem.whole:
         return
     parameters = {name for name, _ in problem.model.named_parameters()}

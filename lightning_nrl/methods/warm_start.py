@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.methods._scored_samples import preparation_seconds
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
-from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.search_samples import preparation_seconds
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
-from lightning_nrl.search.fitness import Fitness, FitnessFunction
-
-__all__ = ["warm_started_search"]
+from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 
@@ -122,7 +121,6 @@ def warm_started_search(
 
 
 def _without_search(best: Proposal | None) -> Solution:
-    """What there is already, where time is over."""
     step = (
         Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
         if best is None
@@ -139,7 +137,7 @@ def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
 
 
 def _sufficient(problem: Problem) -> float:
-    return SUFFICIENT_MARGIN * float(problem.before.margin[problem.before.passed].median())
+    return SUFFICIENT_MARGIN * problem.before.margin_unit
 
 
 def _elites(
@@ -179,15 +177,14 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     """The fitness with every passed sample as a hard constraint, but for as many as the gate allows to break."""
     fitness = problem.fitness
-    if not isinstance(fitness, Fitness):
+    if not hasattr(fitness, "as_constraint"):
         return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    tolerated = float(problem.allowance.allowed(counts))
-    return replace(fitness, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
+    constrained: FitnessFunction = fitness.as_constraint(float(problem.gate.allowed(counts)))
+    return constrained
 
 
 def _gain(best: Proposal, final: Proposal) -> str:
-    """What a search added to what it started from."""
     parts = []
     if final.broken != best.broken:
         parts.append(f"{final.broken - best.broken:+,} broken")

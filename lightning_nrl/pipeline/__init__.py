@@ -4,8 +4,21 @@ In: a model, its known data and `Settings`. Out: an `Outcome`, the report and th
 left as it is found.
 """
 
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
+from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
+from lightning_nrl.pipeline.patch_file import safetensors_installed
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
+from lightning_nrl.pipeline.tensor_change import TensorChange
 
-__all__ = ["BoundOptions", "Outcome", "SearchOptions", "Settings", "repair_module"]
+__all__ = [
+    "PATCH_NAME",
+    "BoundOptions",
+    "Outcome",
+    "Patch",
+    "SearchOptions",
+    "Settings",
+    "TensorChange",
+    "patch_checkpoint",
+    "repair_module",
+    "safetensors_installed",
+]

@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import find_scope
-from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.saved_work import Piece, SavedWork
-from lightning_nrl._utils.state import State, changed, current_state, holding, write
+from lightning_nrl._utils.device import twice_if_out_of_memory
+from lightning_nrl._utils.preserve import has_own_modes, preserve
+from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.state import State, changed, current_state, holding, live_tensors, snapshot, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation._quotas import needed
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.layers import find_scope
+from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.gate import Gate, check_protected, judge
-from lightning_nrl.methods import solve
-from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS, found_once
-from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
-from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
-from lightning_nrl.pipeline._line_search import LineSearchResult, line_search
-from lightning_nrl.pipeline._loaded_weights import to_be_loaded
-from lightning_nrl.pipeline._problem_builder import build_problem
-from lightning_nrl.pipeline._report_builder import ReportBuilder
-from lightning_nrl.pipeline._sparsify import sparsify
-from lightning_nrl.pipeline._work_origin import origin_of
+from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
+from lightning_nrl.methods.budget import QUOTA_ROUNDS
+from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
+from lightning_nrl.pipeline.problem_builder import build_problem
+from lightning_nrl.pipeline.report_builder import ReportBuilder
+from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
-from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.pipeline.sparsify import sparsify
+from lightning_nrl.pipeline.strength import LineSearchResult, line_search
 from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.stats.post_selection import Selection, limit_after
-
-__all__ = ["Observer", "Outcome", "repair_module"]
-
-QUOTA_ROUNDS = 2
-"""How often a method is run again where slices lack repairs, each time with more weight on them."""
+from lightning_nrl.report.stats import Selection, limit_after
+from lightning_nrl.updates.old_model import Reference
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def repair_module(
     training: Training | None = None,
     reference: Reference | None = None,
     observer: Observer | None = None,
-    work: SavedWork | None = None,
+    work: ResumeStore | None = None,
 ) -> Outcome:
     """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
@@ -185,7 +178,6 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
 
 
 def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """From a method's solution to an outcome: sparse patch, line search, verdict."""
     settings = builder.settings
     solution = _sparsified(problem, solution, settings.bounds.sparse)
     builder = builder.solved(solution, int(problem.passed.sum()))
@@ -211,14 +203,14 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
     """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
-    solution = found_once(problem, "method", partial(solve, settings.method, problem))
+    solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
         again = problem.steered(problem.before if best is None else best.after)
         if again is problem or not problem.deadline.leaves(began):
             break
         problem = again
-        found = found_once(problem, "method for quotas", partial(solve, settings.method, problem))
+        found = problem.work.once("method for quotas", partial(solve, settings.method, problem), Solution)
         steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
         chosen = found if better([best, found.proposal]) is not best else solution
         solution = replace(chosen, steps=steps)
@@ -226,18 +218,12 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 
 
 def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Solution:
-    """The solution with as few changed weights as the user's loss of repairs allows."""
     if loss is None or solution.proposal is None:
         return solution
     with problem.clock.stage("sparse"):
-        proposal, step = problem.work.piece(
-            "sparse", partial(_sparse, problem, solution.proposal, loss), SOLUTION_KINDS
-        )
+        work = partial(sparsify, problem, solution.proposal, loss)
+        proposal, step = problem.work.once("sparse", work, tuple[Proposal, Step])
     return replace(solution, proposal=proposal, steps=(*solution.steps, step))
-
-
-def _sparse(problem: Problem, proposal: Proposal, loss: float, piece: Piece) -> tuple[Proposal, Step]:
-    return sparsify(problem, proposal, loss)
 
 
 def _search_strength(problem: Problem, patch: State, proposal: Proposal, builder: ReportBuilder) -> LineSearchResult:
@@ -287,12 +273,10 @@ def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> Cali
 
 
 def _changes(old: State, new: State) -> State:
-    """What was added to each weight of the new tensors, on the CPU."""
     return {name: (new[name].cpu().double() - old[name].cpu().double()).float() for name in new}
 
 
 def _nothing_passes(problem: Problem) -> str:
-    """Why there is nothing to keep, in words; empty if there is something."""
     if problem.passed.any():
         return ""
     if not problem.before.passed.any():
@@ -302,7 +286,6 @@ def _nothing_passes(problem: Problem) -> str:
 
 
 def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Settings) -> str:
-    """Why there is nothing to repair, in words."""
     target = settings.target
     if baseline.update is not None:
         return (
@@ -317,3 +300,55 @@ def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Set
 def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcome:
     warnings.warn(f"not repaired: {reason}", category=NotRepairedWarning, stacklevel=stacklevel)
     return Outcome(builder.without_candidate("not repaired", reason))
+
+
+def to_be_loaded(
+    model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
+) -> tuple[State, dict[str, Tensor]]:
+    """What to save so that `eval()` makes of it what is wanted, as nearly as the module lets it.
+
+    Args:
+        model: in evaluation mode, inside of `preserve`, which brings it back afterwards.
+        patch: whole tensors by name, as they should be in evaluation mode.
+        rewritten: the tensors to which `eval()` wrote, as they were before (see `preserve`).
+
+    Returns:
+        The tensors to save, and those that the model then has in evaluation mode, as far as either differs from what it
+        has now. Where `train()` and `eval()` are torch's own, both are the patch.
+    """
+    if not patch or not has_own_modes(model):
+        return patch, patch
+    evaluated = snapshot(model)
+    trained = {name: rewritten.get(id(x), evaluated[name]).to(x.device) for name, x in live_tensors(model).items()}
+    wanted = {**evaluated, **patch}
+    best: tuple[float, State, State] | None = None
+    for saved in _candidates(model, evaluated, trained, wanted):
+        _reload(model, saved)
+        found = snapshot(model)
+        gap = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+        if best is None or gap < best[0]:
+            best = gap, {name: x for name, x in saved.items() if not torch.equal(x, trained[name])}, found
+        if not gap:
+            break
+    assert best is not None
+    _reload(model, trained)
+    write(model, evaluated)
+    return best[1], changed(model, best[2])
+
+
+def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
+    """The module's own way back by `train()`, the same change before `eval()`, and the weights wanted."""
+    write(model, wanted)
+    model.train()
+    yield snapshot(model)
+    yield {
+        name: wanted[name] if torch.equal(x, trained[name]) else (trained[name] + (wanted[name] - x)).to(x.dtype)
+        for name, x in evaluated.items()
+    }
+    yield wanted
+
+
+def _reload(model: nn.Module, saved: State) -> None:
+    model.train()
+    write(model, saved)
+    model.eval()

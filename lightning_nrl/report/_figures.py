@@ -1,8 +1,8 @@
-"""Figures of results, drawn without touching the global state of pyplot; what draws one registers it here."""
+"""Figures of results, drawn without touching the global state of pyplot: one palette, one look."""
 
 from __future__ import annotations
 
-from functools import singledispatch
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +10,21 @@ import numpy as np
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["INK", "Plotted", "dress", "figure_of", "image_of", "literal", "new_figure"]
-
-INK, LINE_COLOUR = "#333333", "#DDDDDD"
+INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
+BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
+"""Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is darker, to be read on white, and Tol's
+wine is added."""
+TONE_COLOURS = {"good": "#00795C", "warn": "#B34B00"}
 DOTS_PER_INCH = 150
 
 
-@singledispatch
-def figure_of(result: object) -> Any:
-    """The `matplotlib.figure.Figure` of a result, such as a `Comparison`; see `Plotted.plot`."""
-    raise TypeError(f"no figure is known of a {type(result).__name__}")
+class Plotted(ABC):
+    """A result that has a figure."""
 
-
-class Plotted:
-    """A result that has a figure (`figure_of`)."""
+    @abstractmethod
+    def figure(self) -> Any:
+        """Draws the `matplotlib.figure.Figure`; see `plot`."""
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
@@ -34,7 +35,7 @@ class Plotted:
         Raises:
             ConfigurationError: matplotlib is not installed.
         """
-        figure = figure_of(self)
+        figure = self.figure()
         if path is not None:
             figure.savefig(path, dpi=DOTS_PER_INCH)
         return figure
@@ -57,6 +58,16 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return figure
 
 
+def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with as many axes, two a row, and each row of this height in inches."""
+    n_rows = max(1, -(-n_panels // 2))
+    figure = new_figure(width, height * n_rows)
+    axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()
+    for unused in axes[n_panels:]:
+        unused.set_axis_off()
+    return figure, axes[:n_panels]
+
+
 def image_of(figure: Any) -> Any:
     """What a figure of `new_figure` shows: `height x width x 3` uint8."""
     figure.set_dpi(DOTS_PER_INCH)
@@ -69,12 +80,21 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def dress(axes: Any, across: str, up: str) -> None:
-    """Labels axes, and gives them a grid behind what is drawn and no more frame than they need."""
+def shorten_name(name: str, most: int) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def label_axes(axes: Any, across: str, up: str) -> None:
+    """Labels axes in the colour and the size of all figures."""
     axes.set_xlabel(across, color=INK, fontsize=9)
     axes.set_ylabel(up, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
-    axes.grid(axis="both", color=LINE_COLOUR, linewidth=0.6)
+
+
+def dress(axes: Any, across: str, up: str, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Labels axes, and gives them a grid behind what is drawn and no more frame than they need."""
+    label_axes(axes, across, up)
+    axes.grid(axis=grid, color=LINE_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -7,19 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "count",
-    "from_here",
-    "list_ids",
-    "number",
-    "percent",
-    "plural",
-    "rough_percent",
-    "rough_time",
-    "sentence",
-    "setting",
-]
-
 LISTED_IDS = 20
 
 

@@ -1,18 +1,33 @@
-"""A page of headings, text, tables and facts, written once and shown as Markdown, as plain text or by rich."""
+"""Pages of headings, text, tables and facts, shown as Markdown, as HTML or by rich, and the base of what has one."""
 
 from __future__ import annotations
 
-import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Shown", "Table", "Text", "curve_page"]
+from rich.box import SIMPLE_HEAD, Box
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table as Grid
+from rich.text import Text as Line
+from torch import Tensor
+
+from lightning_nrl._utils.json_records import Record
+from lightning_nrl.report.html import html_fragment, html_page
+
+if TYPE_CHECKING:
+    from lightning_nrl.report.sample_views import SampleView
+
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
 TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
+PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+WIDEST = 100_000
+"""Of a table that is written, not shown: it goes on below instead of being squeezed."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +72,14 @@ class Table:
 
     @property
     def headed(self) -> bool:
-        """Whether any column has a name; notes by themselves have none."""
+        """True if any column has a name; notes by themselves have none."""
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """This table in pieces of some columns each, none wider than `width` characters unless one column is."""
-        label, widths = self.widths()
+        """Yields pieces of some columns each, none wider than `width` characters unless one column is."""
+        label = max(len(row.label) for row in self.rows)
+        cells = zip(*(row.cells for row in self.rows), strict=True)
+        widths = [max(map(len, (*head, *column))) for head, column in zip(self.columns, cells, strict=True)]
         start = 0
         while start < len(widths):
             stop, used = start + 1, label + COLUMN_GAP + widths[start]
@@ -72,12 +89,6 @@ class Table:
             rows = tuple(Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows)
             yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
             start = stop
-
-    def widths(self) -> tuple[int, list[int]]:
-        """Characters that the labels and each column need."""
-        cells = zip(*(row.cells for row in self.rows), strict=True)
-        columns = [max(map(len, (*head, *column))) for head, column in zip(self.columns, cells, strict=True)]
-        return max(len(row.label) for row in self.rows), columns
 
 
 @dataclass(frozen=True)
@@ -96,16 +107,30 @@ class Page:
 
     blocks: tuple[Block, ...]
 
+    @property
+    def title(self) -> str:
+        """The first heading; empty without any."""
+        return next((block.text for block in self.blocks if isinstance(block, Heading)), "")
+
     def markdown(self) -> str:
         """GitHub's Markdown, which TensorBoard's text tab shows too."""
         return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
 
     def plain(self, width: int = 80) -> str:
         """ASCII, no line longer than `width` save for words that are, such as paths."""
-        return "\n\n".join(_plain(block, width) for block in self.blocks) + "\n"
+        console = Console(width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False)
+        with console.capture() as capture:
+            for i, block in enumerate(self.blocks):
+                if i:
+                    console.print()
+                for shown in _rich(block, width, plain=True):
+                    # Words are never broken, so that a path can be copied.
+                    least = Measurement.get(console, console.options, shown).minimum
+                    console.print(shown, width=WIDEST if isinstance(block, Table) else max(width, least))
+        return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """What `rich.print` shows, fitted to the console's width."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """Shows the page fitted to the console's width."""
         for i, block in enumerate(self.blocks):
             if i:
                 yield ""
@@ -113,22 +138,56 @@ class Page:
 
 
 class Shown(ABC):
-    """What can be shown as a page: `rich.print` shows it as tables."""
+    """A result that can be shown as a page: `rich.print` shows it as tables."""
 
     @abstractmethod
     def to_table(self) -> Page:
-        """The page, for rich's `print`."""
+        """The page for the console, for rich's `print`."""
 
     def render(self, width: int = 80) -> str:
-        """The same as `to_table` as plain ASCII text, for where rich is not installed."""
+        """The same as `to_table` as plain ASCII text."""
         return self.to_table().plain(width)
 
     def to_markdown(self) -> str:
         """The same as Markdown."""
         return self.to_table().markdown()
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Page]:
         yield self.to_table()
+
+
+class Report(Record, Shown):
+    """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
+
+    @abstractmethod
+    def page(self, full: bool = False) -> Page:
+        """The page of the report.
+
+        Args:
+            full: for a reviewer, with all samples and whole paths; else for the console.
+        """
+
+    def to_table(self) -> Page:
+        """The page for the console, for rich's `print`."""
+        return self.page()
+
+    def to_markdown(self) -> str:
+        """The page for a reviewer as Markdown: all of it, with whole paths."""
+        return self.page(full=True).markdown()
+
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
+
+        Args:
+            views: flipped samples to be shown.
+            changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
+        """
+        page = self.page(full=True)
+        return html_page(page.title, page)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page for the console."""
+        return html_fragment(self.page())
 
 
 def curve_page(
@@ -166,82 +225,30 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _plain(block: Block, width: int) -> str:
-    if isinstance(block, Heading):
-        return block.text.upper() if block.level == 1 else f"{block.text}\n{'-' * len(block.text)}"
-    if isinstance(block, Text):
-        return _wrapped(block.text, width)
-    if isinstance(block, Facts):
-        names = max(len(name) for name, _ in block.items) + COLUMN_GAP
-        return "\n".join(_wrapped(value, width, name.ljust(names)) for name, value in block.items)
-    return "\n\n".join(_plain_table(piece) for piece in block.within(width))
-
-
-def _plain_table(table: Table) -> str:
-    label, widths = table.widths()
-
-    def line(first: str, cells: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        if table.notes:
-            padded[-1] = cells[-1]
-        return (" " * COLUMN_GAP).join([first.ljust(label), *padded]).rstrip()
-
-    lines = []
-    if table.headed:
-        lines.append(line("", [name for name, _ in table.columns]))
-        if any(kind for _, kind in table.columns):
-            lines.append(line("", [kind for _, kind in table.columns]))
-        lines.append("-" * (label + sum(width + COLUMN_GAP for width in widths)))
-    for row in table.rows:
-        lines.append(line(row.label, row.cells))
-        if row.ends_group:
-            lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def _wrapped(text: str, width: int, name: str = "") -> str:
-    # Words are never broken, so that a path can be copied.
-    return textwrap.fill(
-        text,
-        max(width, len(name) + 1),
-        initial_indent=name,
-        subsequent_indent=" " * len(name),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _rich(block: Block, width: int) -> Iterator[Any]:
-    from rich.padding import Padding
-    from rich.table import Table as Grid
-    from rich.text import Text as Line
-
+def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
     if isinstance(block, Heading):
         style = f"bold {TONE_STYLES[block.tone]}".strip()
         yield Line(block.text.upper() if block.level == 1 else block.text, style=style)
+        if plain and block.level > 1:
+            yield Line("-" * min(len(block.text), width))
     elif isinstance(block, Text):
-        yield Line(block.text)
+        yield Line(" ".join(block.text.split()))
     elif isinstance(block, Facts):
-        grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
+        names = max(len(name) for name, _ in block.items)
         for name, value in block.items:
-            grid.add_row(Line(name), Line(value))
-        yield grid
+            grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
+            grid.add_column(style="dim", no_wrap=True, width=names)
+            grid.add_column(overflow="fold")
+            grid.add_row(Line(name), Line(" ".join(value.split())))
+            yield grid
     else:
         for i, piece in enumerate(block.within(width)):
-            yield Padding(_rich_table(piece), (1 if i else 0, 0, 0, 0))
+            yield Padding(_rich_table(piece, PLAIN_HEAD if plain else SIMPLE_HEAD), (1 if i else 0, 0, 0, 0))
 
 
-def _rich_table(table: Table) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as Grid
-    from rich.text import Text as Line
-
+def _rich_table(table: Table, box: Box) -> Grid:
     # The box itself puts one space between columns.
-    grid = Grid(
-        box=SIMPLE_HEAD, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False
-    )
+    grid = Grid(box=box, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
@@ -252,6 +259,6 @@ def _rich_table(table: Table) -> Any:
         harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
         cells = [Line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone]) for cell in row.cells]
         grid.add_row(Line(row.label, style="bold" if row.tone else ""), *cells)
-        if row.ends_group:
+        if row.ends_group and row is not table.rows[-1]:
             grid.add_row()
     return grid

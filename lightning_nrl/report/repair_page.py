@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from lightning_nrl.report._formatting import from_here, sentence, setting
-from lightning_nrl.report.ladder import choice_text, estimate_text, price_table, price_text, rungs_table
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
-from lightning_nrl.report.repair_report import RepairReport, Status
-from lightning_nrl.report.report_base import page_of
-from lightning_nrl.report.sample_tables import sample_blocks
+from torch import Tensor
+
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.report._formatting import count, from_here, number, percent, plural, rough_percent, sentence, setting
+from lightning_nrl.report.html import HtmlTable, html_page, svg_of
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text, Tone
+from lightning_nrl.report.repair_figures import reviewer_figures
+from lightning_nrl.report.run_records import PricePoint, Rung, choice_text
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.stats import lower_limit, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import (
+    FLIPPED_COLUMNS,
     Fact,
     calibration_facts,
     change_text,
+    flipped_splits,
     hash_facts,
     localization_text,
     outcome_table,
     rates_table,
     rounding_text,
+    sample_blocks,
     search_text,
     set_aside_facts,
     slice_table,
@@ -27,21 +36,20 @@ from lightning_nrl.report.tables import (
     unchanged_table,
     update_table,
 )
-from lightning_nrl.report.unseen_limit import unseen_text
 
-__all__ = ["page_of_repair"]
+if TYPE_CHECKING:
+    from lightning_nrl.report.repair_report import RepairReport
+    from lightning_nrl.report.splits import SplitReport
 
-STATUS_TONES: dict[Status, Tone] = {
-    "repaired": "good",
-    "refused": "warn",
-    "not repaired": "warn",
-    "nothing to repair": "good",
-}
+
 USUAL_TASK = "Multiclass"
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
+NO_ESTIMATE = "-"
+ONE_SIDED_CONFIDENCE = 0.95
+"""Of each end of an interval, so that 90 % of all intervals hold the rate."""
+UNSEEN_CONFIDENCE = 0.95
 
 
-@page_of.register
 def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     """The verdict, a table of the splits, then what one needs next (the console) or everything else (a reviewer)."""
     if full:
@@ -52,9 +60,36 @@ def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     return Page((*_verdict(report), *_tables(report), *course, facts))
 
 
+def html_of_repair(
+    report: RepairReport, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
+) -> str:
+    """The whole page for a reviewer, figures where matplotlib is installed, and a table of all flipped samples."""
+    page, figures = page_of_repair(report, full=True), {}
+    if find_spec("matplotlib") is None:
+        hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+        page = Page((*page.blocks, Text(hint)))
+    else:
+        figures = {title: svg_of(figure) for title, figure in reviewer_figures(report, changes).items()}
+    galleries: dict[str, list[SampleView]] = {}
+    for view in views:
+        galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
+    return html_page(f"{report.status.capitalize()}: {report.target}", page, figures, _flipped(report), galleries)
+
+
+def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
+    rows = []
+    for split in flipped_splits(report):
+        for one in split.flipped:
+            cells = [split.split, str(one.id), one.flip]
+            cells += [report.class_name(label) for label in (one.label, one.predicted_before, one.predicted_after)]
+            cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else "no", one.slice]
+            rows.append(cells)
+    return (HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows),) if rows else ()
+
+
 def _verdict(report: RepairReport) -> tuple[Block, ...]:
     changed = "" if report.status == "repaired" else " The model's weights are unchanged."
-    heading = Heading(report.status.capitalize(), 1, STATUS_TONES[report.status])
+    heading = Heading(report.status.capitalize(), 1, report.tone)
     return heading, Text(sentence(report.reason) + changed)
 
 
@@ -161,3 +196,134 @@ def _run(report: RepairReport) -> tuple[Fact, ...]:
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
     return (*task, ("seed", str(report.seed)), *judge, *seconds, *report.versions.items())
+
+
+def unseen_limit(report: RepairReport) -> float | None:
+    """At most this share of samples like the unseen ones breaks, with `UNSEEN_CONFIDENCE`, in (0, 1].
+
+    Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
+    Pearson, and holds since nothing was chosen by unseen data. None if no weights changed, or nothing is unseen.
+    """
+    counted = _counted(report)
+    return None if counted is None else upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
+
+
+def unseen_text(report: RepairReport) -> str:
+    """The same in words; empty if there is no limit."""
+    counted, limit = _counted(report), unseen_limit(report)
+    if counted is None or limit is None:
+        return ""
+    text = (
+        f"broken {counted.broken:,} of {counted.passed:,} that were right; "
+        f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of samples like these"
+    )
+    known = sum(report.leaked.values())
+    return f"{text} (too good a limit: {known:,} of them are known too)" if known else text
+
+
+def _counted(report: RepairReport) -> SplitReport | None:
+    update = report.pooled_update("unseen")
+    counted = report.pooled("unseen") if update is None else update.now
+    return counted if report.status == "repaired" and counted is not None and counted.passed else None
+
+
+def rungs_table(rungs: Sequence[Rung]) -> Table:
+    """A column for each rung, the taken one marked; of held-out samples what the same procedure did without them."""
+
+    def row(label: str, cell: Callable[[Rung], str], tone: Tone = "", ends_group: bool = False) -> Row:
+        return Row(label, tuple(map(cell, rungs)), tone, ends_group)
+
+    held_out = [_held_out(rung.held_out) for rung in rungs]
+    return Table(
+        tuple((rung.name, "taken" * rung.taken) for rung in rungs),
+        (
+            row("targets repaired", lambda rung: count(rung.repaired_in_target), "gain"),
+            row("known samples repaired", lambda rung: count(rung.repaired)),
+            row("known samples broken", lambda rung: count(rung.broken), "harm", ends_group=True),
+            Row("held-out failures repaired", tuple(repaired for repaired, _, _ in held_out)),
+            Row("held-out passed samples broken", tuple(broken for _, broken, _ in held_out)),
+            Row("held-out accuracy, points", tuple(points for _, _, points in held_out), ends_group=True),
+            row("weights changed", lambda rung: count(rung.weights_changed)),
+            row("seconds", lambda rung: f"{rung.seconds:,.1f}"),
+        ),
+    )
+
+
+def price_table(price: Sequence[PricePoint]) -> Table:
+    """The most that was repaired, by how many known passed samples may break; levels that buy nothing are left out."""
+    columns = (
+        ("targets", "repaired"),
+        ("known", "repaired"),
+        ("known", "broken"),
+        ("held out", "repaired"),
+        ("held out", "broken"),
+        ("held out", "points"),
+    )
+    bought = [point for i, point in enumerate(price) if not i or _counts(point) != _counts(price[i - 1])]
+    rows = [Row(_level(point.allowed), (*map(count, _counts(point)), *_held_out(point.held_out))) for point in bought]
+    return Table(columns, tuple(rows))
+
+
+def price_text(price: Sequence[PricePoint]) -> str:
+    """What it costs here that no known sample may break, in a sentence; empty where that is not known."""
+    if not price or price[0].allowed:
+        return ""
+    none, most = price[0], max(price, key=lambda point: (point.repaired_in_target, -point.broken))
+    further = most.repaired_in_target - none.repaired_in_target
+    if further <= 0:
+        return "nothing: of all that was tried, nothing repairs more targets by breaking known samples"
+    return (
+        f"{plural(further, 'target')}: {count(most.repaired_in_target)} instead of {count(none.repaired_in_target)} "
+        f"would be repaired if {plural(most.broken, 'known sample')} might break"
+    )
+
+
+def estimate_text(held_out: TargetCounts | None, unseen: FlipCounts | None = None) -> str:
+    """What held-out samples say of unseen data like them, and what came of the unseen ones; empty without the first.
+
+    In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little.
+    """
+    if held_out is None:
+        return ""
+    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, of_rate=_share_only)}"
+    return _shares(held_out, of_rate=_share_and_interval) + counted
+
+
+def _shares(counts: FlipCounts, of_rate: Callable[[int, int], str]) -> str:
+    failed = counts.repaired + counts.failing
+    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired{of_rate(counts.repaired, failed)}"
+    broken = f"{count(counts.broken)} of {count(counts.passed)} passed samples broken"
+    return f"{repaired}, {broken}{of_rate(counts.broken, counts.passed)}, {_points(counts)} points"
+
+
+def _share_only(k: int, n: int) -> str:
+    return f" ({rough_percent(k / n)})" if n else ""
+
+
+def _share_and_interval(k: int, n: int) -> str:
+    if not n:
+        return ""
+    low, high = lower_limit(k, n, ONE_SIDED_CONFIDENCE), upper_limit(k, n, ONE_SIDED_CONFIDENCE)
+    return f" ({rough_percent(k / n)}; {rough_percent(low)} to {rough_percent(high)} at 90 % confidence)"
+
+
+def _counts(point: PricePoint) -> tuple[int, int, int]:
+    return point.repaired_in_target, point.repaired, point.broken
+
+
+def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
+    if counts is None:
+        return NO_ESTIMATE, NO_ESTIMATE, NO_ESTIMATE
+    failed = counts.repaired + counts.failing
+    shares = f"{count(counts.repaired)} of {count(failed)}", f"{count(counts.broken)} of {count(counts.passed)}"
+    return *shares, _points(counts)
+
+
+def _points(counts: FlipCounts) -> str:
+    return f"{100 * (counts.accuracy_after - counts.accuracy_before):+.1f}"
+
+
+def _level(allowed: float) -> str:
+    if not allowed:
+        return "none may break"
+    return "any may break" if allowed == 1 else f"{percent(allowed)} may break"

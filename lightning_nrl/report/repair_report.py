@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
+from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl import __version__
-from lightning_nrl._utils.serialize import to_plain
+from lightning_nrl._utils.json_records import to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.report_base import Report
+from lightning_nrl.report.page import Page, Report, Tone
+from lightning_nrl.report.repair_figures import draw_repair
+from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
 from lightning_nrl.report.run_records import (
+    CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
@@ -27,9 +30,8 @@ from lightning_nrl.report.run_records import (
     StrengthPoint,
     WeightChange,
 )
+from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-
-__all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
@@ -130,8 +132,8 @@ class RepairReport(Report, Plotted):
         """Reads what `to_dict` gives.
 
         Raises:
-            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
-                message names the place. Another version wrote it.
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+                Another version wrote it.
         """
         found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
         if type(found) is not int or found != SCHEMA:
@@ -149,6 +151,20 @@ class RepairReport(Report, Plotted):
             if split is not None:
                 counts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
+
+    @property
+    def tone(self) -> Tone:
+        """The colour of the verdict: `good` or `warn`."""
+        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
+
+    def page(self, full: bool = False) -> Page:
+        return page_of_repair(self, full)
+
+    def figure(self) -> Any:
+        return draw_repair(self)
+
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+        return html_of_repair(self, views, changes)
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

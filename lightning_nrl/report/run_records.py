@@ -6,19 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
-
-__all__ = [
-    "Hashes",
-    "Judge",
-    "LocalizationReport",
-    "PricePoint",
-    "Rung",
-    "SearchReport",
-    "Step",
-    "StrengthPoint",
-    "WeightChange",
-]
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 
 @dataclass(frozen=True)
@@ -201,3 +189,49 @@ class WeightChange:
     l2: float
     relative: float
     largest: float
+
+
+@dataclass(frozen=True)
+class CalibrationBounds:
+    """How many calibration samples broke, and at most how many others like them do.
+
+    Attributes:
+        broken: how many broke.
+        n: how many were right before.
+        confidence: with which the limit holds, in (0, 1).
+        upper: the limit on the rate at which others like them break, in (0, 1].
+        states: how many sets of weights the calibration data might have chosen; 1 if they had no say.
+        allowed: the count up to which weights were accepted, one strength after the other, from weak to strong, if that
+            is how these were; else None. The limit is then that of this count.
+    """
+
+    broken: int
+    n: int
+    confidence: float
+    upper: float
+    states: int = 1
+    allowed: int | None = None
+
+
+def choice_text(rungs: Sequence[Rung], choice: str) -> str:
+    """Why a rung was taken, in a sentence; `choice` is what the method says, for where there are no estimates."""
+    number = next((i for i, rung in enumerate(rungs) if rung.taken), None)
+    if number is None or rungs[number].held_out is None:
+        return choice
+    name = f"`{rungs[number].name}`"
+    later = rungs[number + 1 :]
+    if not later:
+        return f"{name} is taken: of the rungs that held-out samples do not speak against, it changes the most."
+    return f"{name} is taken: {', '.join(_against(rung, rungs[number]) for rung in later)}."
+
+
+def _against(rung: Rung, taken: Rung) -> str:
+    """Why a rung was not taken that changes more than the one that was."""
+    if not rung.repaired_in_target:
+        given_up = rung.held_out is not None and rung.held_out.broken > rung.held_out.repaired
+        return f"held-out samples speak against `{rung.name}`" if given_up else f"`{rung.name}` repairs no target"
+    if rung.held_out is None:
+        return f"`{rung.name}` breaks more than the gate allows"
+    if rung.repaired_in_target < taken.repaired_in_target:
+        return f"`{rung.name}` repairs fewer targets"
+    return f"held-out samples speak against `{rung.name}`"

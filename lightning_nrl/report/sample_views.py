@@ -1,20 +1,25 @@
-"""What a reviewer is shown of a flipped sample: its input as a picture or as text, with a caption."""
+"""Inputs of flipped samples as pictures or text with a caption, for pages, and as files beside a report."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_nrl.report._formatting import number
-from lightning_nrl.report.sample_records import Flip, FlippedSample
+from lightning_nrl.report.splits import Flip, FlippedSample
 
-__all__ = ["SampleView", "caption_of"]
+SAMPLES_FOLDER = "flipped_samples"
+"""Its name in the folder of the report."""
+SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
+"""How the names of files end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +63,26 @@ def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
     taken = f"{name(sample.predicted_before)} -> {name(sample.predicted_after)}"
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
     return f"{sample.id}: true {name(sample.label)}, {taken}, margin {margins}"
+
+
+def sample_name(split: str, position: int, kind: str = "picture") -> str:
+    """The name of the file that shows a sample, such as `test-17.png`; other splits have other names.
+
+    Args:
+        split: the split that it is in.
+        position: that in the data set of the split.
+        kind: one of `SAMPLE_KINDS`.
+    """
+    return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
+
+
+def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
+    """Writes each view into `flipped_samples/` of this folder, which is made if need be."""
+    samples = folder / SAMPLES_FOLDER
+    if views:
+        samples.mkdir(exist_ok=True)
+    for view in views:
+        if view.pixels is not None:
+            (samples / sample_name(view.split, view.id)).write_bytes(view.png)
+        else:
+            (samples / sample_name(view.split, view.id, "text")).write_text(view.text, encoding="utf-8")

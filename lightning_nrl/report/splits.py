@@ -5,87 +5,103 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal, TypeVar
 
-from lightning_nrl._utils.serialize import Derives, flat
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
-from lightning_nrl.metrics.rates import rates_of
-from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip, FlippedSample, MarginHistogram
-
-__all__ = ["ROLES", "Role", "SetAside", "SliceReport", "SplitReport", "UpdateSplit", "pool", "pool_updates"]
+from lightning_nrl._utils.json_records import Derives, flat
+from lightning_nrl.evaluation.rates import rates_of
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 Role = Literal["known", "calibration", "unseen"]
 """Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 
+Flip = Literal["repaired", "broken"]
+Counts = TypeVar("Counts", bound=FlipCounts)
 COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
+def _forwarded(name: str) -> Any:
+    return property(attrgetter(f"counts.{name}"))
+
+
 class _Counted(Derives):
-    """Shortcuts to the counts of what is counted."""
+    """Shortcuts to what `FlipCounts` and `TargetCounts` count."""
 
     counts: TargetCounts
+    n: int = _forwarded("n")
+    passed: int = _forwarded("passed")
+    kept: int = _forwarded("kept")
+    broken: int = _forwarded("broken")
+    repaired: int = _forwarded("repaired")
+    failing: int = _forwarded("failing")
+    targeted: int = _forwarded("targeted")
+    repaired_in_target: int = _forwarded("repaired_in_target")
+    passed_in_target: int = _forwarded("passed_in_target")
+    broken_in_target: int = _forwarded("broken_in_target")
+    accuracy_before: float = _forwarded("accuracy_before")
+    accuracy_after: float = _forwarded("accuracy_after")
 
-    @property
-    def n(self) -> int:
-        """All samples."""
-        return self.counts.n
 
-    @property
-    def passed(self) -> int:
-        """Samples right before."""
-        return self.counts.passed
+@dataclass(frozen=True)
+class FlippedSample:
+    """A sample that was repaired or broken.
 
-    @property
-    def kept(self) -> int:
-        """Samples right before and after."""
-        return self.counts.kept
+    Attributes:
+        id: its position in its data set.
+        flip: which of both.
+        in_target: whether it is of the kind that was to be repaired (`Target.covers`).
+        label: its true class; -1 where the task has none, and likewise of the predictions.
+        predicted_before: the class that it was taken for.
+        predicted_after: the class that it is taken for now.
+        margin_before: how far it was from being wrong, below 0 where it was wrong; NaN where the task has no margins.
+        margin_after: likewise now.
+        slice: the name of its slice; empty if it is in none.
+    """
 
-    @property
-    def broken(self) -> int:
-        """Samples right before and wrong after."""
-        return self.counts.broken
+    id: int
+    flip: Flip
+    in_target: bool
+    label: int
+    predicted_before: int
+    predicted_after: int
+    margin_before: float
+    margin_after: float
+    slice: str = ""
 
-    @property
-    def repaired(self) -> int:
-        """Samples wrong before and right after."""
-        return self.counts.repaired
 
-    @property
-    def failing(self) -> int:
-        """Samples wrong before and after."""
-        return self.counts.failing
+@dataclass(frozen=True)
+class ConfusionCell:
+    """How many samples of a class were, and are, taken for another, or for what they are."""
 
-    @property
-    def targeted(self) -> int:
-        """Failed samples that were to be repaired (I_neg)."""
-        return self.counts.targeted
+    label: int
+    prediction: int
+    before: int
+    after: int
 
-    @property
-    def repaired_in_target(self) -> int:
-        """Those of them that are right after."""
-        return self.counts.repaired_in_target
 
-    @property
-    def passed_in_target(self) -> int:
-        """Right samples of the kind that was to be repaired (`Target.covers`)."""
-        return self.counts.passed_in_target
+@dataclass(frozen=True)
+class ClassCounts:
+    """What became of the samples of a class."""
 
-    @property
-    def broken_in_target(self) -> int:
-        """Those of them that are wrong after."""
-        return self.counts.broken_in_target
+    label: int
+    counts: FlipCounts = field(metadata=flat())
 
-    @property
-    def accuracy_before(self) -> float:
-        """Share of samples right before, in [0, 1]; NaN without samples."""
-        return self.counts.accuracy_before
 
-    @property
-    def accuracy_after(self) -> float:
-        """Share of samples right after, in [0, 1]; NaN without samples."""
-        return self.counts.accuracy_after
+@dataclass(frozen=True)
+class MarginHistogram:
+    """Margins before and after, counted between common edges.
+
+    Attributes:
+        edges: `B + 1` in ascending order; what lies outside is counted in the first and the last bin.
+        before: `B` counts.
+        after: likewise.
+    """
+
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The numbers of `lightning_nrl.metrics`, by the names of its functions; undefined ones are NaN.
+        """The numbers of `lightning_nrl.evaluation.metrics`, by the names of its functions; undefined ones are NaN.
 
         `repair_rate` is that of the target, repaired in I_neg / |I_neg|; all others are of the whole split.
         """
@@ -196,11 +212,10 @@ class SetAside:
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no samples, since those of different data sets do not mix."""
-    counts = TargetCounts(*(sum(getattr(s, count) for s in splits) for count in COUNTS))
     return SplitReport(
         "all",
         splits[0].role,
-        counts,
+        _sum(TargetCounts, [split.counts for split in splits]),
         confusion=_pooled_confusion(splits),
         classes=_pooled_classes(splits),
         margins=_pooled_margins([s.margins for s in splits]),
@@ -219,22 +234,20 @@ def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
     found: dict[int, list[FlipCounts]] = {}
     for one in (one for split in splits for one in split.classes):
         found.setdefault(one.label, []).append(one.counts)
-    names = [f.name for f in fields(FlipCounts)]
-    return tuple(
-        ClassCounts(label, FlipCounts(*(sum(getattr(one, name) for one in counts) for name in names)))
-        for label, counts in sorted(found.items())
-    )
+    return tuple(ClassCounts(label, _sum(FlipCounts, counts)) for label, counts in sorted(found.items()))
+
+
+def _sum(kind: type[Counts], counts: Sequence[Counts]) -> Counts:
+    return kind(*(sum(getattr(one, f.name) for one in counts) for f in fields(kind)))
 
 
 def _pooled_margins(histograms: Sequence[MarginHistogram | None]) -> MarginHistogram | None:
     found = [histogram for histogram in histograms if histogram is not None]
     if not found or any(histogram.edges != found[0].edges for histogram in found):
         return None
-    sums = [
-        tuple(map(sum, zip(*columns, strict=True)))
-        for columns in zip(*((h.before, h.after) for h in found), strict=True)
-    ]
-    return MarginHistogram(found[0].edges, *sums)
+    before = tuple(map(sum, zip(*(histogram.before for histogram in found), strict=True)))
+    after = tuple(map(sum, zip(*(histogram.after for histogram in found), strict=True)))
+    return MarginHistogram(found[0].edges, before, after)
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_nrl.metrics.rates import RATES
+from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.report._formatting import count, number, percent, plural
-from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.page import Row, Table
+from lightning_nrl.report.page import Block, Heading, Row, Table
 from lightning_nrl.report.run_records import (
+    CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
@@ -19,25 +19,24 @@ from lightning_nrl.report.run_records import (
     StrengthPoint,
     WeightChange,
 )
-from lightning_nrl.report.splits import ROLES, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-from lightning_nrl.stats.binomial import percent_up, show_confidence
+from lightning_nrl.report.splits import (
+    ROLES,
+    ClassCounts,
+    ConfusionCell,
+    Flip,
+    FlippedSample,
+    SetAside,
+    SliceReport,
+    SplitReport,
+    UpdateSplit,
+    pool,
+    pool_updates,
+)
+from lightning_nrl.report.stats import percent_up, show_confidence
 
-__all__ = [
-    "calibration_facts",
-    "change_text",
-    "hash_facts",
-    "localization_text",
-    "outcome_table",
-    "rates_table",
-    "rounding_text",
-    "search_text",
-    "set_aside_facts",
-    "slice_table",
-    "steps_table",
-    "strength_table",
-    "unchanged_table",
-    "update_table",
-]
+if TYPE_CHECKING:
+    from lightning_nrl.report.repair_report import RepairReport
+
 
 Fact = tuple[str, str]
 Column = TypeVar("Column", SplitReport, UpdateSplit)
@@ -45,6 +44,24 @@ LISTED_SAMPLES = 50
 """Failures that were set aside, of which Markdown tells."""
 SHOWN_RATES = ("negative_flip_rate", "positive_flip_rate", "negative_flip_impact")
 SHOWN_COMPATIBILITIES = ("backward_trust_compatibility", "backward_error_compatibility")
+
+ClassName = Callable[[int], str]
+
+LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
+LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
+FLIPPED_COLUMNS = (
+    "split",
+    "position",
+    "flip",
+    "true",
+    "before",
+    "after",
+    "margin before",
+    "margin after",
+    "in target",
+    "slice",
+)
+"""Of a table of all flipped samples, as pages and loggers have it."""
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
@@ -243,6 +260,79 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def sample_blocks(report: RepairReport) -> Iterator[Block]:
+    """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
+    splits = flipped_splits(report)
+    for role in ROLES:
+        own = [split for split in splits if split.role == role]
+        if own and any(split.broken or split.repaired for split in own):
+            together = pool(own)
+            if together.classes:
+                yield Heading(f"Classes in which samples flipped, {role} data")
+                yield class_table(together.classes, report.class_name)
+            if confusion_changes(together.confusion):
+                yield Heading(f"Confusions that changed, {role} data")
+                yield confusion_table(together.confusion, report.class_name)
+    for split in splits:
+        for flip, most in LISTED_FLIPS.items():
+            samples = [one for one in most_telling(split.flipped) if one.flip == flip]
+            if samples:
+                listed = f", {most} of {len(samples):,}" if len(samples) > most else ""
+                yield Heading(f"{flip.capitalize()} in {split.split}, by position in the data set{listed}")
+                yield sample_table(samples[:most], report.class_name)
+
+
+def flipped_splits(report: RepairReport) -> tuple[SplitReport, ...]:
+    """The splits whose flips matter: of an update against the replaced model, of refused weights what they would do."""
+    return tuple(both.now for both in report.update) or report.candidate or report.splits
+
+
+def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
+    """All broken samples, the worst margin first, then the repaired ones, the largest gain in margin first."""
+    broken = sorted((one for one in samples if one.flip == "broken"), key=lambda one: _or_0(one.margin_after))
+    repaired = sorted((one for one in samples if one.flip == "repaired"), key=lambda one: -_gain(one))
+    return broken + repaired
+
+
+def sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
+    """One line a sample: what it is, what it was and is taken for, how far it was and is from being wrong."""
+    columns = _named("true", "before", "after", "margin before", "margin after", "target")
+    with_slices = any(one.slice for one in samples)
+    rows = []
+    for one in samples:
+        cells = [name(one.label), name(one.predicted_before), name(one.predicted_after)]
+        cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else ""]
+        rows.append(Row(str(one.id), tuple(cells + [one.slice] * with_slices)))
+    return Table(columns + _named("slice") * with_slices, tuple(rows))
+
+
+def class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
+    """The classes in which a sample flipped, those with the most broken ones first."""
+    changed = [one for one in classes if one.counts.broken or one.counts.repaired]
+    changed.sort(key=lambda one: (-one.counts.broken, -one.counts.repaired, one.label))
+    rows = []
+    for one in changed[:LISTED_CLASSES]:
+        c = one.counts
+        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
+        rows.append(Row(name(one.label), (count(c.n), *accuracies, count(c.repaired), count(c.broken))))
+    return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
+
+
+def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
+    """The confusions that changed, the largest change first; correct predictions are none."""
+    changed = [cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after]
+    return sorted(changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction))
+
+
+def confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
+    """The confusions that changed most."""
+    rows = []
+    for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
+        counts = count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"
+        rows.append(Row(f"{name(cell.label)} taken for {name(cell.prediction)}", counts))
+    return Table(_named("before", "after", "change"), tuple(rows))
+
+
 def _with_totals(splits: Sequence[Column], total: Callable[[Sequence[Column]], Column]) -> list[Column]:
     """The splits by role, known first, each role of several followed by their sum."""
     columns: list[Column] = []
@@ -260,3 +350,15 @@ def _table(columns: Sequence[Column], *rows: Row) -> Table:
 
 def _row(label: str, columns: Sequence[Column], cell: Callable[[Column], str], **style: Any) -> Row:
     return Row(label, tuple(cell(split) for split in columns), **style)
+
+
+def _named(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "") for name in names)
+
+
+def _gain(sample: FlippedSample) -> float:
+    return _or_0(sample.margin_after - sample.margin_before)
+
+
+def _or_0(margin: float) -> float:
+    return margin if margin == margin else 0.0

@@ -7,19 +7,12 @@ best candidate and the course of the search. A new algorithm is one file with a 
 
 from lightning_nrl.search.cma_es import CmaEs
 from lightning_nrl.search.differential_evolution import DifferentialEvolution
-from lightning_nrl.search.family_fitness import (
-    FITNESSES,
-    ArachneDEFitness,
-    ArachneFitness,
-    NeuRecoverFitness,
-)
+from lightning_nrl.search.family_fitness import FITNESSES, ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.search.fitness import Fitness, exchange_rate
 from lightning_nrl.search.loop import search, search_many
-from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
-from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
-from lightning_nrl.search.weight_stats import WeightStats
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, Searcher, SearchOrigin, SearchState, WeightStats
 
 __all__ = [
     "FITNESSES",

@@ -8,17 +8,14 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import of_origin
-from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["CmaEs", "Evolution"]
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 Covariance = Literal["auto", "full", "diagonal"]
 MOST_FULL = 320
@@ -63,6 +60,7 @@ class CmaEs:
             installed.
     """
 
+    label: ClassVar[str] = "CMA-ES"
     population: int = 50
     iterations: int = 300
     patience: int = 50
@@ -130,7 +128,6 @@ class CmaEs:
         return kind(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)
 
     def _units(self, state: Evolution, s: int, weights: Tensor) -> Tensor:
-        """Weights of a search as the library sees them: the way from the original in standard deviations."""
         own = slice(state.sizes[s])
         return ((weights - state.original[s, own]).double() / state.step[s, own].double()).cpu()
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
-from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["DifferentialEvolution", "Population"]
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 
 class Population(NamedTuple):
@@ -61,6 +58,7 @@ class DifferentialEvolution:
         ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
+    label: ClassVar[str] = "differential evolution"
     population: int = 100
     iterations: int = 300
     patience: int = 50

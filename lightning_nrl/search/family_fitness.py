@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import check_real
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
-
-__all__ = ["FITNESSES", "ArachneDEFitness", "ArachneFitness", "NeuRecoverFitness", "needs_credit"]
+from lightning_nrl.search.scores import Scores
 
 FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
 """Fitnesses by name; a function of a candidate's scores and the original's is one, too."""
@@ -103,7 +101,6 @@ def needs_credit(fitness: FitnessFunction) -> bool:
 
 
 def _counts(scores: Scores) -> tuple[Tensor, Tensor]:
-    """What is repaired and kept, by weight where samples have one."""
     dtype = widest(scores.patched.device)
     patched = scores.patched if scores.gain is None else scores.gain
     intact: Any = scores.intact if scores.harm is None else scores.n_passed - scores.harm

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search.protocol import SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["Start", "check_scales", "first_positions", "of_origin"]
+from lightning_nrl.search.searcher import RandomStreams, SearchOrigin
 
 Start = Literal["local", "half", "paper", "normal"]
 """Kinds of start, from all around the original weights to all but one drawn from N(mean, std) of the layer's."""

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.scores import Scores
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import check_choice, check_real
-
-__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
+from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
-"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
+"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
+
+It may have more: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
+lets scoring give up early; `as_constraint` makes no broken sample its first aim. `Fitness` has all of them.
+"""
 
 Number = float | Tensor
 
@@ -77,7 +79,7 @@ class Fitness:
 
     Example:
         >>> import torch
-        >>> from lightning_nrl._scoring.scores import Scores
+        >>> from lightning_nrl.search.scores import Scores
         >>> loss = torch.ones(1, 2)
         >>> none, every = torch.tensor([[0.0]]), torch.tensor([[10.0]])
         >>> before = Scores(none, every, loss[:, :1], loss[:, :1], n_failed=4, n_passed=10)
@@ -111,6 +113,10 @@ class Fitness:
     def uses_passed_loss(self) -> bool:
         """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
+
+    def as_constraint(self, tolerated: float) -> Fitness:
+        """The same fitness, but more broken samples than tolerated, by weight, make a candidate infeasible."""
+        return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
         """The most samples of I_pos that a candidate may break and still be worth more than `value`, `S x P`.
@@ -151,8 +157,8 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """Whether `Scores.loss_passed` matters to a fitness; it may to any function that is no `Fitness`."""
-    return not isinstance(fitness, Fitness) or fitness.uses_passed_loss
+    """True if `Scores.loss_passed` matters to a fitness: unless it says no by `uses_passed_loss`."""
+    return bool(getattr(fitness, "uses_passed_loss", True))
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
@@ -235,7 +241,6 @@ def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tenso
 
 
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-    """Those of some of several searches; a number that all share stays as it is."""
 
     def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x

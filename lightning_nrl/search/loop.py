@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
-from lightning_nrl._utils.precision import widest
-from lightning_nrl._utils.saved_work import Piece
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
-from lightning_nrl.search.rng import RandomStreams
-from lightning_nrl.search.saved_search import SearchCourse
+from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
-from lightning_nrl.search.weight_stats import WeightStats, search_dtype
-
-__all__ = ["TIME_WAS_OVER", "search", "search_many"]
+from lightning_nrl.search.searcher import (
+    SEARCHERS,
+    RandomStreams,
+    Searcher,
+    SearchOrigin,
+    SearchState,
+    WeightStats,
+    search_dtype,
+)
 
 TIME_WAS_OVER = "time was over"
 """Why a search ended that a deadline cut short."""
@@ -47,7 +49,6 @@ def search(
     deadline: Deadline | None = None,
     on_progress: Callable[[int, SearchHistory], None] | None = None,
     check_every: int | None = None,
-    piece: Piece | None = None,
 ) -> SearchResult:
     """Looks for better values of the localised weights.
 
@@ -66,7 +67,6 @@ def search(
         on_progress: told after every tenth iteration and at the end how many were made, and the history so far.
         check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
             on a CPU, 10 elsewhere. What is found does not depend on it.
-        piece: saves the search while it goes on; one that was left is gone on with.
 
     Raises:
         ConfigurationError: `elites` do not fit `original` or the number of candidates, or are not finite.
@@ -84,7 +84,6 @@ def search(
         deadline=deadline,
         on_progress=report,
         check_every=check_every,
-        piece=piece,
     )[0]
 
 
@@ -102,7 +101,6 @@ def search_many(
     deadline: Deadline | None = None,
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
     check_every: int | None = None,
-    piece: Piece | None = None,
 ) -> list[SearchResult]:
     """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
 
@@ -121,7 +119,6 @@ def search_many(
         deadline: as for `search`.
         on_progress: as for `search`, with one history a search, each as long as it went on.
         check_every: as for `search`.
-        piece: as for `search`.
 
     Raises:
         ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.
@@ -133,21 +130,17 @@ def search_many(
     _check(n_searches, n_weights, seeds, fitness, sizes)
     _check_elites(original, elites, method.n_candidates)
     value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
-    streams = RandomStreams.seeded(seeds, original.device, sizes)
+    streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
 
-    piece = piece or Piece()
     state = method.init(origin, streams)
     _check_first(method, state, origin)
     log = SearchLog(origin.original, method.iterations, method.patience, sizes)
-    course = SearchCourse.restored(piece.left(), original, state, streams, log)
-    if course is None:
-        scores = scorer(state.candidates.to(original.dtype))
-        before = _first(scores)
-        _check_original(before)
-        counted = log.record(state.candidates, scores, value(scores, before))
-        course = SearchCourse(method.tell(state, counted), streams, log, before, counted[:, 0])
-    before = course.before
+    scores = scorer(state.candidates.to(original.dtype))
+    before = _first(scores)
+    _check_original(before)
+    counted = log.record(state.candidates, scores, value(scores, before))
+    state, original_fitness = method.tell(state, counted), counted[:, 0]
     interval = check_every or (1 if original.device.type == "cpu" else PROGRESS_EVERY)
 
     def report() -> None:
@@ -157,11 +150,10 @@ def search_many(
 
     rows, over = log.read(), deadline is not None and deadline.is_over()
     while log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over:
-        piece.seam(lambda: course.saved(original, time.perf_counter() - began), same=True)
         for _ in range(min(interval - log.done % interval, method.iterations - log.done)):
-            state = method.ask(course.state, streams)
+            state = method.ask(state, streams)
             scores = _score(scorer, state, original.dtype, value, before, log.frozen)
-            course.state = method.tell(state, log.record(state.candidates, scores, value(scores, before)))
+            state = method.tell(state, log.record(state.candidates, scores, value(scores, before)))
         rows, over = log.read(), deadline is not None and deadline.is_over()
         if log.done % PROGRESS_EVERY == 0:
             report()
@@ -169,12 +161,12 @@ def search_many(
         report()
     ended = histories(rows, method.patience)
     found = log.best.to(original.dtype)
-    seconds = course.seconds + time.perf_counter() - began
+    seconds = time.perf_counter() - began
     return [
         SearchResult(
             values=found[s, :size].clone(),
             fitness=history.best[-1].item(),
-            original_fitness=course.original_fitness[s].item(),
+            original_fitness=original_fitness[s].item(),
             iterations=len(history) - 1,
             stopped=_reason(rows[len(history) - 1, -1, s], len(history) - 1, method),
             history=history,
@@ -185,7 +177,6 @@ def search_many(
 
 
 def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, elites: Tensor | None) -> SearchOrigin:
-    """Where the searches begin, in the dtype of the search."""
     dtype, device = search_dtype(original.dtype), original.device
     searched = None
     if sizes is not None:
@@ -205,7 +196,7 @@ def _score(
     if not isinstance(scorer, QuittingScorer):
         return scorer(candidates)
     threshold, limit = state.threshold, None
-    if threshold is not None and isinstance(value, Fitness):
+    if threshold is not None and hasattr(value, "most_broken"):
         limit = value.most_broken(threshold, before.n_failed)
     if scorer.gives_up and len(frozen) > 1 and bool(frozen.any()):
         if limit is None:
@@ -274,7 +265,6 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
 
 
 def _first(scores: Scores) -> Scores:
-    """The scores of each search's first candidate, the original weights: `S x 1`."""
     columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
     patched, intact, loss_failed, loss_passed = (x[:, :1] for x in columns)
     return Scores(patched, intact, loss_failed, loss_passed, scores.n_failed, scores.n_passed)

@@ -13,13 +13,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
-from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["ParticleSwarm", "Swarm"]
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 CHI = 0.7298
 """2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
@@ -113,7 +110,6 @@ class ParticleSwarm:
             )
 
     def _coefficient(self, name: str) -> float:
-        """A number of the step, given or as `constants` says."""
         given: float | None = getattr(self, name)
         return COEFFICIENTS[self.constants][name] if given is None else given
 

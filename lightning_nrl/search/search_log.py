@@ -6,17 +6,14 @@ Everything stays on the device until `SearchLog.read`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
-from lightning_nrl._utils.precision import widest
-
-__all__ = ["SearchHistory", "SearchLog", "SearchResult", "histories"]
+from lightning_nrl._utils.device import widest
+from lightning_nrl.search.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -102,23 +99,6 @@ class SearchLog:
         diversity = (std.sum(1) / self.sizes).to(fitness.dtype)
         self._rows[self.done] = torch.stack([self.best_fitness, mean, *self._best_scores, diversity, self.stale])
         return fitness
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        return {
-            "best": self.best,
-            "fitness": self.best_fitness,
-            "stale": self.stale,
-            "scores": self._best_scores,
-            "rows": self._rows[: self.done + 1],
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes the place of the log of which `saved` gave this."""
-        self.best, self.best_fitness, self.stale = saved["best"], saved["fitness"], saved["stale"]
-        self._best_scores = saved["scores"]
-        self.done = len(saved["rows"]) - 1
-        self._rows[: self.done + 1] = saved["rows"]
 
     def read(self) -> Tensor:
         """The iterations so far, `T x N_COLUMNS x S`, on the CPU. Only here the host waits for the device."""

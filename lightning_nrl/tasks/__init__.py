@@ -4,14 +4,12 @@ In: what the model gives, and the truth. Out: passed, loss and margin of each sa
 """
 
 from lightning_nrl.tasks.custom import Custom
+from lightning_nrl.tasks.elements import Segmentation, Sequence
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.multilabel import Multilabel
 from lightning_nrl.tasks.named_head import NamedHead
 from lightning_nrl.tasks.regression import Regression
-from lightning_nrl.tasks.segmentation import Segmentation
-from lightning_nrl.tasks.sequence import Sequence
-from lightning_nrl.tasks.task import Task
-from lightning_nrl.tasks.task_names import parse_task
+from lightning_nrl.tasks.task import Task, parse_task
 
 __all__ = [
     "Custom",

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.imports import import_function
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.checks import Kind, check_per_sample
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
-
-__all__ = ["Custom", "Judge"]
 
 Judge = Callable[[Tensor, Any], Tensor]
 """From an output and a target, first dimension `n`, one value a sample, `n`."""
@@ -71,14 +70,8 @@ class Custom(Task):
                     f"`Custom.{name}` raised {type(error).__name__}: {error}",
                     f"it is called with the model's output, here {list(output.shape)}, and the batch's target.",
                 ) from error
-            if not isinstance(found[name], Tensor) or found[name].shape != output.shape[:1]:
-                what = list(found[name].shape) if isinstance(found[name], Tensor) else type(found[name]).__name__
-                raise ConfigurationError(
-                    f"`Custom.{name}` gave {what} for a batch of {len(output)} samples.",
-                    f"return one value a sample, a tensor [{len(output)}].",
-                )
-        if found["passed"].dtype != torch.bool:
-            raise ConfigurationError(f"`Custom.passed` gave {found['passed'].dtype}.", "return a bool for each sample.")
+            kind: Kind = "bool" if name == "passed" else "number"
+            check_per_sample(f"`Custom.{name}`", found[name], len(output), kind, tensors_only=True)
         if "margin" in found:
             self._check_signs(found["passed"], found["margin"].detach())
 

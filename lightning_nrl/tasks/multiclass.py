@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.checks import described
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task, class_divergence, described
-
-__all__ = ["Multiclass", "check_whole_labels"]
+from lightning_nrl.tasks.task import TASKS, Task, class_divergence
 
 PROBABILITY_ROUNDING = 1e-2
 """How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
 
 
+@TASKS.register("multiclass")
 class Multiclass(Task):
     """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32.
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.checks import described
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
-from lightning_nrl.tasks.task import Task, described, masked_mean
-
-__all__ = ["Multilabel"]
+from lightning_nrl.tasks.task import TASKS, Task, masked_mean
 
 
+@TASKS.register("multilabel")
 @dataclass(frozen=True)
 class Multilabel(Task):
     """Multi-label classification from one logit a label, `n x L`: a sample is right if all of its labels are.

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl.data.batch_structure import describe, fields_of
+from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.task import Task
-
-__all__ = ["NamedHead"]
 
 
 @dataclass(frozen=True)

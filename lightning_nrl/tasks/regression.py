@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.checks import described
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.tasks.task import Task, described
-
-__all__ = ["Regression"]
+from lightning_nrl.tasks.task import Task
 
 
 @dataclass(frozen=True)

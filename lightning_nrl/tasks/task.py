@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.data.batch_structure import describe, fields_of
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = ["OUTPUT_KEYS", "Task", "class_divergence", "described", "masked_mean"]
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
 """Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
@@ -51,6 +50,12 @@ class Task(ABC):
             assert margin is not None
             passed = passed & (margin >= reserve)
         return passed, self.loss(output, target) if with_loss else None
+
+    def right(self, output: Tensor, target: Any) -> Tensor:
+        """Whether each sample counts as right, `n` bool: it passes and its loss is finite."""
+        passed, loss = self.passed_and_loss(output, target)
+        assert loss is not None
+        return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
         """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
@@ -148,6 +153,32 @@ def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
-def described(value: Any) -> str:
-    """What was found where another tensor was expected, for an error."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+TASKS: Registry[Task] = Registry(
+    "Task",
+    "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
+    lambda value: isinstance(value, Task),
+)
+"""The tasks that a name alone says."""
+
+TASKS_WITH_ARGUMENTS = {
+    "regression": "Regression(tolerance=0.1), in the units of the target",
+    "custom": "Custom(passed=function, loss=function)",
+}
+"""Tasks that a name alone does not say, and what to write."""
+
+
+def parse_task(task: Any) -> Task:
+    """A task from its name or object; None is `Multiclass`.
+
+    Raises:
+        ConfigurationError: it is neither, or the name is not enough.
+
+    Example:
+        >>> parse_task("multilabel")
+        Multilabel(threshold=0.5, wrong=0, ignore_index=-100)
+    """
+    name = task.lower() if isinstance(task, str) else "multiclass" if task is None else task
+    if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
+        hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
+        raise ConfigurationError(f"`task={task!r}` does not say enough.", hint)
+    return TASKS.parse("task", name)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from lightning_package import pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
 
 RUNS = 7
 
@@ -56,6 +64,39 @@ class ResNet27(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x.mean((2, 3)))
+
+
+class Validated(pl.LightningModule):
+    """The least validation step there is, around a network; training does nothing."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        return None
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        logits = self(batch[0])
+        self.log("loss", F.cross_entropy(logits, batch[1]))
+        self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def quiet_trainer(**arguments: Any) -> pl.Trainer:
+    """A trainer on one thread that shows and writes nothing."""
+    torch.set_num_threads(1)
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return pl.Trainer(accelerator="cpu", **quiet, **arguments)
 
 
 def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> ActivationCache:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_nrl.stats import binomial_cdf, choose, upper_limit
+from lightning_nrl.report.stats import binomial_cdf, choose, upper_limit
 
 DRAWS = 1000
 CONFIDENCE = 0.95

@@ -10,9 +10,9 @@ import torch
 from bench import compare, milliseconds, ratio, recorded, show
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

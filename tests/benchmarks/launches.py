@@ -16,7 +16,7 @@ import strict_cuda  # before torch
 from bench import show
 from many_swarms import PARTICLES, study
 
-from lightning_nrl._scoring import chunking, scorer
+from lightning_nrl.search._scoring import chunk_scorer, scorer
 
 FEWER = 20
 
@@ -36,7 +36,7 @@ def counted(swarms: int, iterations: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    scorer.GPU_BLOCK_BYTES = chunking.GPU_BLOCK_BYTES // FEWER
+    scorer.GPU_BLOCK_BYTES = chunk_scorer.GPU_BLOCK_BYTES // FEWER
     rows = []
     for swarms in [int(given) for given in sys.argv[1:]] or [660]:
         (launches, waits), (more, more_waits) = counted(swarms, 10), counted(swarms, 20)

@@ -17,10 +17,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import ActivationCache, make_scorer
-from lightning_nrl._scoring.forward_trace import with_cached_outputs
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.scorer import make_scorer
+from lightning_nrl.search._scoring.traced_model import with_cached_outputs
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

@@ -15,10 +15,10 @@ import torch
 from bench import recorded, show
 from torch import nn
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search import ParticleSwarm, WeightStats, search_many
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.fitness import Fitness
 
 EVALUATOR = Evaluator(nn.Identity())

@@ -10,10 +10,10 @@ import torch
 from bench import ResNet27, recorded, show
 from torch import nn
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.memory import measure_allocations
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.memory import measure_allocations
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

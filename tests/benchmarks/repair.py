@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl import Settings, Target, TensorSource, repair_module
-from lightning_nrl._scoring.memory import measure_allocations
-from lightning_nrl.methods import Convex, Polish
-from lightning_nrl.problem import Method
+from lightning_nrl.methods import Convex, Method, Polish
+from lightning_nrl.search._scoring.memory import measure_allocations
 
 TRAIN, NEW, BATCH = 4600, 2000, 128
 WEAK = 3

@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats, search
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

@@ -10,10 +10,11 @@ import torch
 from bench import compare, milliseconds, ratio, show
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer, record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.tasks import Sequence
 
 N, TOKENS, CLASSES = 3_700, 60, 7

@@ -16,21 +16,17 @@ import torch
 from torch import nn
 
 from lightning_nrl import Gate, TensorSource
-from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.layers import find_scope
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._held_out import HeldOut
-from lightning_nrl.pipeline._line_search import LIMIT_STRENGTHS, LineSearchResult, line_search
-from lightning_nrl.pipeline._patch_path import PatchPath
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, LineSearchResult, PatchPath, line_search
 from lightning_nrl.report import StrengthPoint
+from lightning_nrl.report.stats import ORDERED_LEVEL_SHARE, binomial_cdf, limit_after, limit_at_level, upper_limit
 from lightning_nrl.search import Fitness
-from lightning_nrl.stats import binomial_cdf, upper_limit
-from lightning_nrl.stats.binomial import limit_at_level
-from lightning_nrl.stats.post_selection import ORDERED_LEVEL_SHARE, limit_after
 
 DRAWS, CONFIDENCE = 1000, 0.95
 N, ALLOWED = 915, 9

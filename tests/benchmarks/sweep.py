@@ -15,7 +15,8 @@ from bench import show
 from torch import nn
 
 from lightning_nrl import Grid, ParticleSwarm, Settings, TensorSource
-from lightning_nrl.analysis.sweep import study, sweep_module
+from lightning_nrl.analysis.sweep import run_sweep as study
+from lightning_nrl.analysis.sweep import sweep_module
 
 SEEDS, ITERATIONS = 10, 100
 GRID = Grid(

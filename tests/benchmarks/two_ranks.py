@@ -19,13 +19,14 @@ from bench import ResNet27, show
 from torch import nn
 from two_processes import in_two_processes
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer, record
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search import ParticleSwarm, WeightStats, search
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.fitness import Fitness
 
 N, ITERATIONS = 120, 2

@@ -14,9 +14,9 @@ from filelock import FileLock
 from live_tensorboard import SCREENSHOTS
 from repository import ROOT
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
-from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
+from lightning_nrl.report.splits import ConfusionCell, FlippedSample
 
 HOSTILE = "<img src=x onerror=window.hacked=1><b>cat"
 HOSTILE_NAME = "hostile/repair"

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from tensorboard import default, program
 
-from lightning_nrl.tensorboard_plugin import RepairPlugin, repair_plugin
+from lightning_nrl.report.tensorboard_plugin import RepairPlugin, repair_plugin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

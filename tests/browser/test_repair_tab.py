@@ -10,7 +10,7 @@ from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, write_copy, write_hosti
 from live_tensorboard import SCREENSHOTS, Browser
 
 from lightning_nrl import RepairReport
-from lightning_nrl.report.sample_tables import confusion_changes
+from lightning_nrl.report.tables import confusion_changes
 
 pytestmark = pytest.mark.browser
 

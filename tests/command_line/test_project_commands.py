@@ -16,8 +16,8 @@ import yaml
 from repository import ROOT
 
 from lightning_nrl import RepairReport
-from lightning_nrl.command_line import COMMANDS, main
-from lightning_nrl.command_line import project as project_module
+from lightning_nrl.entrypoints import command_project as project_module
+from lightning_nrl.entrypoints.command_line import COMMANDS, main
 
 PAGE = (ROOT / "docs" / "command_line.md").read_text()
 

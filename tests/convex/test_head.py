@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lightning_nrl._convex.head as convex_head
-from lightning_nrl._convex.head import ConvexHead, regularization_path
+import lightning_nrl.methods._solvers.convex_head as convex_head
+from lightning_nrl.methods._solvers.convex_head import ConvexHead, regularization_path
 
 
 def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> ConvexHead:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._convex.qp import solve_dual
+from lightning_nrl.methods._solvers.qp import solve_dual
 
 
 @settings(max_examples=30, deadline=None)

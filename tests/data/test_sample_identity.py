@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from lightning_nrl import TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
-from lightning_nrl.data._sample_identity import ContentRecorder, base_samples, content_keys, is_among
+from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder, is_among
 
 X = torch.arange(20.0).view(10, 2)
 FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)
@@ -83,11 +83,11 @@ def test_many_columns_are_taken_a_part_at_a_time() -> None:
 
 def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
     source = TensorSource(X, torch.zeros(10), "all", batch_size=3)
-    alone = ContentRecorder(source)
+    alone = content_recorder(source)
     for _ in range(2):
         assert len(list(alone)) == 4
     expected = keys(X)
-    assert alone.keys(Collective()).tolist() == expected
+    assert alone.gathered(Collective()).tolist() == expected
 
     class Share(TensorSource):
         def __iter__(self) -> Any:
@@ -95,8 +95,8 @@ def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
 
     def run(collective: Collective) -> list[list[int]]:
         rank = torch.full((10,), collective.rank)
-        recorder = ContentRecorder(Share(X, torch.zeros(10), "all", extras=(rank,)))
+        recorder = content_recorder(Share(X, torch.zeros(10), "all", extras=(rank,)))
         list(recorder)
-        return recorder.keys(collective).tolist()
+        return recorder.gathered(collective).tolist()
 
     assert on_ranks(2, run) == [expected] * 2

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import inspect
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_nrl import RegressionFreeRepair, Settings
+from lightning_nrl.data import parse_target
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where
+from lightning_nrl.data.columns import Field, find_column
+from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where, target_in
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.updates import ProtectedIntact, parse_rules
 
 LABEL = torch.tensor([3, 3, 5, 3, 0])
 PREDICTION = torch.tensor([5, 3, 3, 0, 0])
@@ -74,13 +81,6 @@ def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(target: Targ
     assert target.covers(batch(), LABEL, PREDICTION).nonzero().flatten().tolist() == expected
 
 
-def test_select_gives_one_bool_a_sample_on_the_cpu() -> None:
-    mask = (Target.label(3) | Target.where(occluded)).select(batch(), LABEL, PREDICTION)
-    assert mask.dtype == torch.bool
-    assert mask.shape == (5,)
-    assert mask.device.type == "cpu"
-
-
 def test_targets_are_values() -> None:
     assert Target.label(3) | Target.confusion(3, 5) == Or(Label(3), Confusion(3, 5))
     assert ~Target.all() & Target.where(occluded) == And(Not(AllFailures()), Where(occluded))
@@ -109,17 +109,8 @@ def test_str_reads_as_words(target: Target, words: str) -> None:
 
 
 def test_str_of_a_lambda_tells_its_line() -> None:
-    first = occluded_line()
-    assert str(Target.where(lambda raw: raw)) == f"where lambda of line {first + 1}"
-
-
-def occluded_line() -> int:
-    import inspect
-
-    frame = inspect.currentframe()
-    assert frame is not None
-    assert frame.f_back is not None
-    return frame.f_back.f_lineno
+    line = inspect.currentframe().f_lineno  # type: ignore[union-attr]
+    assert str(Target.where(lambda raw: raw)) == f"where lambda of line {line + 1}"
 
 
 @pytest.mark.parametrize(
@@ -138,9 +129,6 @@ def test_where_takes_a_tensor_an_array_or_a_list(give: Callable) -> None:
 
 def test_where_by_address_finds_the_function() -> None:
     assert chosen(Target.where(f"{__name__}:occluded")) == [0, 3, 4]
-
-
-def test_where_by_address_reaches_into_a_class() -> None:
     assert Where("lightning_nrl.data.targets:Target.all").predicate == "lightning_nrl.data.targets:Target.all"
 
 
@@ -174,31 +162,21 @@ def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_wrong_address_is_found_on_construction() -> None:
-    with pytest.raises(ConfigurationError, match=r"`predicate='no.such.module:f'` was not found[\s\S]*HINT"):
-        Target.where("no.such.module:f")
-
-
-def test_a_predicate_that_cannot_be_called_is_found_on_construction() -> None:
-    with pytest.raises(ConfigurationError, match="of type Tensor cannot be called"):
-        Target.where(OCCLUDED)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("label", [-1, 2.0, "3", None, True, np.True_])
-def test_a_label_that_is_no_class_is_refused(label: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)`label=.*is no class.*HINT"):
-        Target.label(label)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("true", "predicted"), [(-1, 2), (2, -1), (1.5, 2), (0, "1")])
-def test_a_confusion_of_no_classes_is_refused(true: object, predicted: object) -> None:
-    with pytest.raises(ConfigurationError, match="is no class"):
-        Target.confusion(true, predicted)  # type: ignore[arg-type]
-
-
-def test_a_confusion_of_a_class_with_itself_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)confusion 3 -> 3 is no failure.*Target.label\(3\)"):
-        Target.confusion(3, 3)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Target.where("no.such.module:f"), "`predicate='no.such.module:f'` was not found"),
+        (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),  # type: ignore[arg-type]
+        *((lambda x=x: Target.label(x), "`label=.*is no class") for x in (-1, 2.0, "3", None, True, np.True_)),
+        *((lambda x=x: Target.confusion(*x), "is no class") for x in ((-1, 2), (2, -1), (1.5, 2), (0, "1"))),
+        (lambda: Target.confusion(3, 3), r"(?s)confusion 3 -> 3 is no failure.*Target.label\(3\)"),
+        (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_target_is_refused_on_construction(make: Callable, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as error:
+        make()
+    assert "HINT:" in str(error.value)
 
 
 @pytest.mark.parametrize("label", [np.int64(3), torch.tensor(3)])
@@ -229,24 +207,24 @@ def test_combining_with_something_else_is_refused() -> None:
         Target.label(3) & 5  # type: ignore[operator]
     with pytest.raises(TypeError):
         Target.label(3) | 5  # type: ignore[operator]
-    with pytest.raises(ConfigurationError, match="Or was given 5"):
-        Or(Target.label(3), 5)  # type: ignore[arg-type]
 
 
-LEAVES = st.one_of(
-    st.just(Target.all()),
-    st.integers(0, 5).map(Target.label),
-    st.tuples(st.integers(0, 5), st.integers(0, 5))
-    .filter(lambda pair: pair[0] != pair[1])
-    .map(lambda p: Confusion(*p)),
-    st.just(Target.where(occluded)),
-)
-TREES = st.recursive(
-    LEAVES, lambda inner: st.one_of(st.builds(And, inner, inner), st.builds(Or, inner, inner), st.builds(Not, inner))
-)
+CLASSES = st.integers(0, 10**18 - 1)
 
 
-@given(TREES, TREES)
+def trees(classes: st.SearchStrategy[int], predicates: list[Any]) -> st.SearchStrategy[Target]:
+    pairs = st.tuples(classes, classes).filter(lambda pair: pair[0] != pair[1])
+    leaves = st.one_of(
+        st.just(Target.all()),
+        classes.map(Label),
+        pairs.map(lambda pair: Confusion(*pair)),
+        st.sampled_from(predicates).map(Where),
+    )
+    both = lambda inner: [st.builds(kind, inner, inner) for kind in (And, Or)]  # noqa: E731
+    return st.recursive(leaves, lambda inner: st.one_of(*both(inner), st.builds(Not, inner)))
+
+
+@given(trees(st.integers(0, 5), [occluded]), trees(st.integers(0, 5), [occluded]))
 def test_combinations_obey_de_morgan(a: Target, b: Target) -> None:
     assert chosen(~(a & b)) == chosen(~a | ~b)
     assert chosen(~(a | b)) == chosen(~a & ~b)
@@ -264,3 +242,74 @@ def test_a_cli_builds_a_target_from_yaml() -> None:
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     assert instantiate(config).target == Or(Label(3), Where("os.path:exists"))
     assert "predicate: os.path:exists" in parser.dump(config)
+
+
+@given(trees(CLASSES, ["os.path:exists", "torch.isnan", "lightning_nrl.data.targets:Target.all"]))
+def test_what_reports_print_is_read_back(target: Target) -> None:
+    assert parse_target(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("all", Target.all()),
+        ("label 3 and not where os.path:exists", And(Label(3), Not(Where("os.path:exists")))),
+        ("confusion 3->5", Confusion(3, 5)),
+        ("  confusion 3 -> 5\n", Confusion(3, 5)),
+        ("label 1 or label 2 and label 3", Or(Label(1), And(Label(2), Label(3)))),
+        ("not label 1 and label 2", And(Not(Label(1)), Label(2))),
+        ("not(label 1 or (label 2))", Not(Or(Label(1), Label(2)))),
+    ],
+)
+def test_text_may_be_written_as_people_write_it(text: str, target: Target) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "a condition was expected, and the end found"),
+        ("label", "a class, a whole number from 0 was expected behind `label`, and the end found"),
+        ("label three", "a whole number from 0 was expected behind `label`, and `three` found"),
+        ("label -1", "a whole number"),
+        ("label " + "9" * 5000, "a whole number"),
+        ("label 3 label 5", "`and`, `or` or the end was expected behind `3`, and `label` found"),
+        ("label 3 and", "a condition was expected"),
+        ("(label 3", r"`\)` was expected"),
+        ("label 3)", r"and `\)` found"),
+        ("confusion 3 5", "`->` was expected"),
+        ("confusion 3 -> 3", "is no failure"),
+        ("where occluded", "the address of a function"),
+        ("where no.such.module:f", "was not found"),
+        ("where os.path:exists extra", "`extra` found"),
+        ("Label 3", "a condition was expected, and `Label` found"),
+        ("not " * 100_000 + "all", "nested too deeply"),
+        ("(" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_place(text: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"(?s){problem}.*HINT: "):
+        parse_target(text)
+
+
+@given(st.text("labelnotwhrcfusidk ()->.:0123456789", max_size=40))
+def test_any_text_is_a_target_or_one_error(text: str) -> None:
+    with contextlib.suppress(ConfigurationError):
+        assert isinstance(parse_target(text), Target)
+
+
+@pytest.mark.parametrize("given_target", [3, None, Label, ["label 3"]])
+def test_what_is_neither_text_nor_target_is_refused(given_target: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"`target=.*is no Target"):
+        parse_target(given_target)  # type: ignore[arg-type]
+
+
+def test_text_is_taken_wherever_a_target_is() -> None:
+    assert Settings(target="label 3").target == Label(3)  # type: ignore[arg-type]
+    assert RegressionFreeRepair(target="confusion 3 -> 5").settings.target == Confusion(3, 5)
+    assert find_column("slices", "not label 3") == Not(Label(3))
+    assert ProtectedIntact(where="label 3 or label 5").where == Or(Label(3), Label(5))
+    (rule,) = parse_rules("protected:confusion 3 -> 5")
+    assert str(rule) == "protected:confusion 3 -> 5"
+    assert find_column("slices", "camera id") == Field("camera id")
+    assert target_in("all") is None

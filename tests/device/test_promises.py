@@ -15,10 +15,10 @@ from toy_problems import make_problem
 from toy_repairs import mlp, quick, trained
 
 from lightning_nrl import Grid, ParticleSwarm, repair_module
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.methods import local_search
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.mini_batches import load_batches
 from lightning_nrl.search.search_log import SearchLog
 
 STRICT = sys.modules.get("strict_cuda")

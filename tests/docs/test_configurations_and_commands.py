@@ -15,7 +15,7 @@ from pages import PAGES, Block, blocks, fences, name_of
 from repository import ROOT
 
 from lightning_nrl import RegressionFreeRepair
-from lightning_nrl.command_line import COMMANDS, main
+from lightning_nrl.entrypoints.command_line import COMMANDS, main
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,7 +13,7 @@ from lightning_nrl import RepairReport, Settings, repair_module
 from lightning_nrl.evaluation import DeployedPrecision, Evaluator
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding, rounding_margin, rounding_reserve
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods import FineTunePolish, local_search
+from lightning_nrl.methods import FineTunePolish
 
 BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
 
@@ -91,19 +91,3 @@ def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_roundin
     assert judge.within_rounding == int((after.passed & (after.margin < judge.rounding)).sum())
     assert RepairReport.from_json(report.to_json()).judge == judge
     assert ("within rounding" in report.to_markdown()) == (judge.within_rounding > 0)
-
-
-def test_a_swarm_in_float32_has_no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    reserves = []
-    real = local_search.make_scorer
-
-    def watched(*args: object, **rest: object) -> object:
-        reserves.append(rest["reserve"])
-        return real(*args, **rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(local_search, "make_scorer", watched)
-    report = repair_module(trained(), known(), quick()).report
-    assert reserves == [None]
-    assert report.judge is not None
-    assert report.judge.within_rounding == 0
-    assert "within rounding" not in report.to_markdown()

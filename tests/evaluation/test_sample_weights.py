@@ -21,20 +21,19 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._trainer.continue_training import Shuffled
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
-from lightning_nrl.evaluation._quotas import below, needed, normalised, raised
-from lightning_nrl.evaluation._risk import RiskTable
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.quotas import below, needed, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.methods import Polish
-from lightning_nrl.problem import Proposal, better
+from lightning_nrl.methods import Polish, Proposal, better
 from lightning_nrl.search import Fitness
+from lightning_nrl.search.scores import Scores
+from lightning_nrl.tasks import Regression
 
 
 def evidence(passed: list[bool], **columns: Any) -> SampleResults:
@@ -139,7 +138,7 @@ def test_slices_by_a_column_a_function_or_a_target() -> None:
         ({"importance": True}, "type bool is no column"),
         ({"quotas": {"night": 3}}, "needs slices, and there are none"),
         ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
-        ({"slices": 2, "quotas": {"night": "half"}}, "'half' for 'night' is no quota"),
+        ({"slices": 2, "quotas": {"night": "half"}}, "`quotas.'night'.`: 'half' is no number"),
         ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),
     ],
 )
@@ -157,7 +156,10 @@ def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], messag
             SampleOptions(importance=lambda batch: batch[2] - 3),
             r"`importance` is -2.0 for 3 failed samples \(new: \[0, 2, 4\]",
         ),
-        (SampleOptions(importance=lambda batch: batch[2][:1]), r"gave Tensor \[1\] for a batch of 4 samples"),
+        (
+            SampleOptions(importance=lambda batch: batch[2][:1]),
+            r"returned torch.float32 \[1\] for a batch of 4",
+        ),
         (SampleOptions(importance={99: 1.0}), "'new' data have no sample 99"),
         (SampleOptions(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
         (SampleOptions(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
@@ -176,12 +178,6 @@ def test_quotas_in_numbers_and_what_is_missing() -> None:
     repaired = torch.tensor([False, True, False, True])
     assert below(sliced, repaired, {"night": 2, "day": 1}) == {"night": (1, 2)}
     assert raised(sliced, ["night"], 4.0).weight.tolist() == pytest.approx([1, 1 / 3, 4 / 3, 4 / 3])
-
-
-def test_weights_of_equal_targets_stay_one_to_the_bit() -> None:
-    before = evidence([True] * 4 + [False] * 7, weight=torch.full((11,), 0.3).double())
-    assert normalised(before).weight[4:].tolist() == pytest.approx([1.0] * 7)
-    assert torch.equal(normalised(evidence([True, False, False])).weight, torch.ones(3).double())
 
 
 def flipped(before: SampleResults, *rows: int) -> SampleResults:
@@ -386,13 +382,11 @@ def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> 
         assert found.weight.tolist() == [1, 3, 1, 3, 1, 3]  # all targets are alike; a class costs its worst
     both = SampleOptions(risk={0: 2}, importance={0: 1, 2: 2, 4: 3}, protected=Target.label(1))
     assert counted(both)[0].weight.tolist() == [0.5, math.inf, 1, math.inf, 1.5, math.inf]
-    results = evidence([False, False, True, True], label=torch.tensor([0, 0, 1, 2]))
-    table = RiskTable.parse({0: 5, (0, 2): 9, (1, 2): 7})
-    results = replace(results, prediction=torch.tensor([1, 2, 1, 2]))
-    worth, cost = table.weigh(results)
-    assert (worth.tolist(), cost.tolist()) == ([5, 9, 1, 1], [9, 9, 7, 1])
+    worst = SampleOptions(risk={0: 5, (0, 2): 9, 1: 2, (1, 2): 7})
+    assert counted(worst)[0].weight.tolist() == [1, 7, 1, 7, 1, 7]
+    numbers = TensorSource(torch.zeros(2, 1), torch.zeros(2, 1), "new", failed=True)
     with pytest.raises(ConfigurationError, match="`risk` is for confusions of classes"):
-        table.weigh(replace(results, label=torch.full((4,), -1)))
+        SampleOptions(risk={0: 5}).evaluate(Evaluator(nn.Linear(1, 1), Regression(0.5)), [numbers])
 
 
 @pytest.mark.parametrize("risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}, {"²": 2}])

@@ -18,10 +18,11 @@ from repository import ROOT
 EXAMPLES = ROOT / "examples"
 SHARED = {"digits", "output"}
 ALONE = {"quickstart", "release", "ddp"}  # run as a process: the first two by tests of their own
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE)
-NEEDS = {"timm_model": "timm", "published_module": "torchgeo", "tabular": "plotnine"}
+NO_REPAIRS = {"strangers"}  # needs an environment for each package
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE | NO_REPAIRS)
+NEEDS = {"tabular": "plotnine"}
 REPAIRS_NOTHING = {"diagnose", "compare", "update"}  # their tables are others
-MAY_BREAK = {"custom_fitness"}
+MAY_BREAK = {"custom"}  # its fitness
 LONG = {"attribute_slice", "lightning_cli", "ddp"}
 """More than ten seconds each: `NRL_EXAMPLES=1` runs them too."""
 LINE = re.compile(

@@ -1,19 +1,47 @@
-"""Published modules: the page, the runner and the scripts name each other."""
+"""Published modules: the page names each, each has an environment, and the uses are counted twice."""
+
+from __future__ import annotations
 
 import re
-import runpy
+import sys
 
+import pytest
+import pytorch_lightning
 from repository import ROOT
+from torch import nn
 
-FOLDER = ROOT / "examples" / "strangers"
-SCRIPTS = {path.stem for path in FOLDER.glob("*.py")} - {"run", "uses"}
+sys.path.insert(0, str(ROOT / "examples"))
+import strangers
 
 
-def test_the_page_names_each_script_once_and_no_other():
+def test_the_page_has_a_row_for_each_module():
     page = (ROOT / "docs" / "compatibility.md").read_text()
-    assert sorted(re.findall(r"strangers/(\w+)\.py\)", page)) == sorted(SCRIPTS)
+    rows = re.findall(r"^\| (\w+) [\d.]+, ([\w.]+) [\d.]+ \| \[(.*?)\]\(.*strangers\.py\)", page, re.MULTILINE)
+    modules = strangers.MODULES.items()
+    assert len(rows) == len(modules)
+    for (package, lightning, words), (name, (of, by, _)) in zip(rows, modules, strict=True):
+        assert (package, lightning) == (of, by)
+        assert name in words
 
 
-def test_the_runner_has_each_script_in_one_environment():
-    environments = runpy.run_path(str(FOLDER / "run.py"))["ENVIRONMENTS"].values()
-    assert sorted(script for environment in environments for script in environment.scripts) == sorted(SCRIPTS)
+def test_each_module_has_an_environment():
+    assert {package for package, *_ in strangers.MODULES.values()} == strangers.PACKAGES.keys()
+
+
+def small() -> strangers.Project:
+    train, val = (list(zip(*pair, strict=True)) for pair in strangers.digits().values())
+    base = pytorch_lightning.LightningModule
+
+    def make_module():
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        return strangers.classifier(base, network, 1e-2)
+
+    return strangers.Project(make_module, lambda: strangers.loaders(train, val))
+
+
+def test_four_uses_agree_with_the_modules_own_counts(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(strangers.MODULES, "small", ("torch", "pytorch_lightning", small))
+    strangers.use("small", max_time=2, verbose=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["fit", "repair", "update", "diagnose"]
+    assert all("agrees" in line and "DIFFERS" not in line for line in lines[-4:])

@@ -1073,7 +1073,7 @@ def _metrics(folder: Path) -> Any:
     pixels = [torch.randint(0, 3, (5, 4, 4), generator=generator) for _ in range(3)]
     right = [classes[2].clone(), classes[2].clone(), classes[2]]
     none = [torch.zeros(0, dtype=torch.long)] * 3
-    core = names.metrics.functional
+    core = names.metrics
     functions = [name for name in core.__all__ if name != "flip_rates"]
     inputs = {"classes": classes, "logits": [*logits, classes[2]], "pixels": pixels, "right": right, "none": none}
     found = {name: {f: getattr(core, f)(*given) for f in functions} for name, given in inputs.items()}

@@ -11,13 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nrl import metrics
-from lightning_nrl import stats as bounds
 from lightning_nrl.analysis.baselines import FineTuning, Interpolation
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.analysis.sweep import Grid, SweepResult, sweep_module
-from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.callbacks import (
     PositiveCongruentTraining,
     RegressionMetrics,
@@ -25,31 +22,36 @@ from lightning_nrl.callbacks import (
     WeightInterpolation,
     regression_loss,
 )
-from lightning_nrl.command_line import main
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-from lightning_nrl.entrypoints._option_support import OPTION_CLASSES
-from lightning_nrl.evaluation import Evaluator, Focal
+from lightning_nrl.entrypoints.arguments import OPTION_CLASSES
+from lightning_nrl.entrypoints.command_line import main
+from lightning_nrl.evaluation import Evaluator, Focal, metrics
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.methods import Auto, Polish
+from lightning_nrl.methods import Auto, Polish, Solution
 from lightning_nrl.pipeline import Settings, repair_module
-from lightning_nrl.presets import TABLE_II, paper_arguments
-from lightning_nrl.problem import Solution
-from lightning_nrl.reference import (
-    FocalDistillation,
-    MarginHinge,
-    OldModel,
-    Oversampler,
-    Predictions,
-    choose_share,
-    interpolate,
-)
-from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, release
+from lightning_nrl.pipeline.presets import TABLE_II, paper_arguments
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report import stats as bounds
 from lightning_nrl.search import Fitness, ParticleSwarm
 from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Task, parse_task
 from lightning_nrl.tasks import Sequence as SequenceTask
+from lightning_nrl.updates import (
+    AtMostBroken,
+    FocalDistillation,
+    MarginHinge,
+    MaxNegativeFlipRate,
+    NoSliceWorse,
+    OldModel,
+    Oversampler,
+    Predictions,
+    ProtectedIntact,
+    choose_share,
+    interpolate,
+    release,
+)
 
 __all__ = [
     "FLAT",

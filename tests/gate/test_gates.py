@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance
 
 
@@ -54,11 +54,11 @@ def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
 def test_a_gate_on_the_target_needs_counts_of_one() -> None:
     gate = Gate.instance_in_target()
     counts = TargetCounts(kept=5, broken=2, repaired=1, failing=0, targeted=1, passed_in_target=3)
-    assert gate.lets_through(counts)
-    assert not gate.lets_through(replace(counts, broken_in_target=1))
-    assert not Gate.instance().lets_through(counts)
+    assert gate.excess_of(counts) == 0
+    assert gate.excess_of(replace(counts, broken_in_target=1)) == 1
+    assert Gate.instance().excess_of(counts) == 2
     with pytest.raises(ConfigurationError, match="no failures are targeted here"):
-        gate.lets_through(FlipCounts(kept=5, broken=0, repaired=1, failing=0))
+        gate.excess_of(FlipCounts(kept=5, broken=0, repaired=1, failing=0))
 
 
 @pytest.mark.parametrize("limit", [-1, -0.1, 1.5, 3.0, float("nan"), True, "3", None])

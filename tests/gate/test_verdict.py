@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl.errors import EvaluationError
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate, Instance, Tolerance, judge
 
 # train: kept, kept, kept, failing; repair: kept, failing (targeted), failing (targeted), kept.
@@ -160,8 +159,23 @@ def test_a_gate_of_ones_own() -> None:
         def __str__(self) -> str:
             return "half"
 
-    assert judge(BEFORE, after(0, 5, 6), HalfOfTheRepaired()).accepted
-    assert judge(BEFORE, after(0, 5), HalfOfTheRepaired()).reason.startswith("Of 5 known samples")
+    gate = HalfOfTheRepaired()
+    assert judge(BEFORE, after(0, 5, 6), gate).accepted
+    refused = judge(BEFORE, after(0, 5), gate)
+    assert refused.reason.startswith("Of 5 known samples")
+    assert gate.excess_of(refused.counts) == gate.excess(BEFORE, Flips.between(BEFORE, after(0, 5))) == 1
+
+
+def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_counts() -> None:
+    class OneInTarget(Tolerance):
+        needs_target = True
+
+    before = replace(BEFORE, in_target=torch.tensor([i in (1, 5, 6, 7) for i in range(8)]))
+    for flipped, excess in (((0, 1, 5), 0), ((1, 5, 7), 1)):
+        flips = Flips.between(before, after(*flipped))
+        gate = OneInTarget(1)
+        assert gate.excess(before, flips) == gate.excess_of(flips.target_counts(before)) == excess
+        assert judge(before, after(*flipped), gate).accepted is (excess == 0)
 
 
 tables = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=2, max_size=30)

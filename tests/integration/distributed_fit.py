@@ -13,7 +13,7 @@ from lightning_package import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair, repair
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods import Problem, Solution
 
 SIZES = (203, 3, 1)
 """203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""

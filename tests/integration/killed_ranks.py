@@ -15,7 +15,7 @@ from distributed_fit import Continued, Leave
 from options import with_options
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, repair
-from lightning_nrl._utils.saved_work import Piece, SavedWork
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.methods import Auto
 
@@ -50,7 +50,7 @@ class End:
 
 
 def on_moments(tell: Callable[[], None]) -> None:
-    """Has it called whenever a stage begins, progress is told, or work could be saved or was finished."""
+    """Has it called whenever a stage or a step that is saved begins, or progress is told."""
 
     def before(owner: Any, name: str) -> None:
         own = getattr(owner, name)
@@ -61,7 +61,7 @@ def on_moments(tell: Callable[[], None]) -> None:
 
         setattr(owner, name, told)
 
-    for owner, name in ((StageTimer, "stage"), (StageTimer, "tell"), (Piece, "seam"), (SavedWork, "_finish")):
+    for owner, name in ((StageTimer, "stage"), (StageTimer, "tell"), (ResumeStore, "once")):
         before(owner, name)
 
 

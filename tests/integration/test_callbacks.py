@@ -20,7 +20,7 @@ from lightning_nrl import (
     RepairInTraining,
     WeightInterpolation,
 )
-from lightning_nrl.reference import FocalDistillation, MarginHinge
+from lightning_nrl.updates import FocalDistillation, MarginHinge
 
 UPDATES = (PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
@@ -69,7 +69,7 @@ def test_predictions_have_no_weights_to_go_back_to(tmp_path: Path) -> None:
         WeightInterpolation(tmp_path / "old.csv")
 
 
-TERM = {"class_path": "lightning_nrl.reference.FocalDistillation", "init_args": {"temperature": 2.0}}
+TERM = {"class_path": "lightning_nrl.updates.FocalDistillation", "init_args": {"temperature": 2.0}}
 CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     (
         PositiveCongruentTraining,

@@ -13,7 +13,7 @@ from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import ConfigurationError, RepairReport, Target
-from lightning_nrl.patches import PATCH_NAME
+from lightning_nrl.pipeline import PATCH_NAME
 
 
 def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:

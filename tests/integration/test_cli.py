@@ -12,6 +12,7 @@ from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
+from lightning_nrl.callbacks.repair import RepairCallback
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecover, NeuRecoverLite
 from lightning_nrl.methods import Auto, LocalSearch, bundle
@@ -63,7 +64,7 @@ search:
 task: {class_path: lightning_nrl.tasks.Multiclass}
 unseen: test
 calibration: val
-data: {adapter: "lightning_nrl.data.unpacking:unpack", start_from: best}
+data: {adapter: "lightning_nrl.data.adapters:unpack", start_from: best}
 bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
 verbose: false
 """
@@ -83,8 +84,8 @@ def cli(
     )
 
 
-def repair_of(found: LightningCLI) -> RegressionFreeRepair:
-    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))  # type: ignore[attr-defined]
+def repair_of(found: LightningCLI) -> Any:
+    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RepairCallback))  # type: ignore[attr-defined]
     return repair
 
 

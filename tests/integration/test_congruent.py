@@ -17,14 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from two_processes import in_two_processes
 
-from lightning_nrl import (
-    ConfigurationError,
-    OldModel,
-    PositiveCongruentTraining,
-    RegressionMetrics,
-)
+from lightning_nrl import ConfigurationError, OldModel, PositiveCongruentTraining, RegressionMetrics
 from lightning_nrl.callbacks import regression_loss
-from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler, Predictions
+from lightning_nrl.updates import FocalDistillation, MarginHinge, Oversampler, Predictions
 
 
 def third(batch: Any) -> Any:

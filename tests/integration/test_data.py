@@ -36,9 +36,9 @@ from lightning_nrl import (
     Target,
     repair,
 )
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.loaders import SeededDataset
 from lightning_nrl.errors import DataWarning, TrainingWarning
-from lightning_nrl.stats import upper_limit
+from lightning_nrl.report.stats import upper_limit
 
 
 def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:

@@ -17,7 +17,7 @@ from lightning_package import Callback, CSVLogger, ModelCheckpoint, Trainer
 from options import with_options
 
 import lightning_nrl._utils.timing
-import lightning_nrl.methods._known_activations
+import lightning_nrl.methods.search_samples
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, WeightInterpolation, repair
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.methods import Polish
@@ -84,7 +84,7 @@ class Frozen(Classifier):
 CORE = import_module("lightning_nrl.pipeline.repair_module")
 STAGES = {
     "collect": (CORE, "evaluate_baseline"),
-    "record": (lightning_nrl.methods._known_activations, "record"),
+    "record": (lightning_nrl.methods.search_samples, "record"),
     "judge": (CORE, "judge"),
 }
 

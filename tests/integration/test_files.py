@@ -21,13 +21,12 @@ from lightning_package import TensorBoardLogger, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import server
 
-import lightning_nrl._trainer.artifacts
+import lightning_nrl._trainer.repair_files
 from lightning_nrl import RegressionFreeRepair, RepairReport
-from lightning_nrl._utils import whole_files
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils import atomic_files as whole_files
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import FilesWarning, RepairWarning
-from lightning_nrl.patches import Patch
-from lightning_nrl.pipeline import Outcome
+from lightning_nrl.pipeline import Outcome, Patch
 
 NAMES = {"repaired.ckpt", "repair.patch.safetensors", "report.json", "report.md", "report.html"}
 REPORTS = {"report.json", "report.md", "report.html"}
@@ -147,8 +146,8 @@ def test_a_folder_that_cannot_be_made_costs_a_message(found: Repaired, tmp_path:
     [
         (RepairReport, "to_markdown", "lacks `report.md` (ZeroDivisionError: on purpose)"),
         (Patch, "save", "lacks `repair.patch.safetensors` (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.artifacts, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.artifacts, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.repair_files, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.repair_files, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
     ],
 )
 def test_a_late_exception_costs_a_message(
@@ -168,8 +167,8 @@ def test_a_late_exception_costs_a_message(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (lightning_nrl._trainer.artifacts, "track"),
-        (lightning_nrl._trainer.artifacts, "show"),
+        (lightning_nrl._trainer.repair_files, "track"),
+        (lightning_nrl._trainer.repair_files, "show"),
         (RepairReport, "to_html"),
     ],
 )

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 
 class Ordered(Digits):

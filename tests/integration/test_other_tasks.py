@@ -32,8 +32,8 @@ from lightning_nrl import (
 )
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto
-from lightning_nrl.reference import FocalDistillation
 from lightning_nrl.tasks import Multilabel, Sequence
+from lightning_nrl.updates import FocalDistillation
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {

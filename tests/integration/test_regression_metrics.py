@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics, Target
-from lightning_nrl.reference import Predictions
+from lightning_nrl.updates import Predictions
 
 KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
 

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, ReleaseGate
-from lightning_nrl.reference import Predictions
-from lightning_nrl.release import ProtectedIntact, ReleaseReport
+from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
 

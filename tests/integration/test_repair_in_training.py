@@ -14,7 +14,7 @@ from digit_models import QUICK, Classifier, Digits, quiet_trainer, right, same, 
 from lightning_package import Callback, CSVLogger, LightningDataModule, ModelCheckpoint, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import DataOptions, RepairInTraining, RepairReport, TrainingHistory
+from lightning_nrl import DataOptions, RegressionFreeRepair, RepairInTraining, RepairReport, TrainingHistory
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
 from lightning_nrl.localization import TrainingRecord
 
@@ -100,7 +100,9 @@ def test_a_metric_that_is_worse_than_its_best_calls_for_a_repair(
     numbers: list[float], arguments: dict[str, Any], steps: list[int], tmp_path: Path, monkeypatch: Any
 ) -> None:
     repair, found = in_training(monitor="slice", at_end=False, dirpath=tmp_path / "files", **arguments), []
-    monkeypatch.setattr(RepairInTraining, "attempt", lambda *args: pytest.fail("no repair is to be searched"))
+    monkeypatch.setattr(
+        RegressionFreeRepair, "attempt", lambda *args, **named: pytest.fail("no repair is to be searched")
+    )
     monkeypatch.setattr(RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step))
     fit(tmp_path, repair, model=Scripted(numbers), epochs=5)
     assert found == steps
@@ -132,14 +134,14 @@ def test_a_best_of_an_earlier_training_does_not_count(tmp_path: Path, monkeypatc
 
 
 def test_a_stop_of_the_last_repair_is_not_said_to_come_after_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    repair, attempt = in_training(every_n_epochs=2, **QUICK), RepairInTraining.attempt
+    repair, attempt = in_training(every_n_epochs=2, **QUICK), RegressionFreeRepair.attempt
 
-    def stopped(self: Any, trainer: Any, *rest: Any) -> Any:
-        if self.reports:
+    def stopped(*args: Any, **named: Any) -> Any:
+        if repair.reports:
             raise KeyboardInterrupt
-        return attempt(self, trainer, *rest)
+        return attempt(*args, **named)
 
-    monkeypatch.setattr(RepairInTraining, "attempt", stopped)
+    monkeypatch.setattr(RegressionFreeRepair, "attempt", stopped)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, repair, epochs=3, limit_train_batches=2)
     assert len(repair.reports) == 1

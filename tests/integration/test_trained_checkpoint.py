@@ -16,7 +16,7 @@ from options import with_options
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, repair
 from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.gate import Instance
-from lightning_nrl.patches import Patch
+from lightning_nrl.pipeline import Patch
 
 
 def repaired(path: Path, model: Classifier, *loaders: Any, **arguments: Any) -> RepairReport:

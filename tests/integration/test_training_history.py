@@ -11,24 +11,21 @@ import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
 from lightning_package import CSVLogger, ModelCheckpoint
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from two_processes import in_two_processes
 
 from lightning_nrl import RegressionFreeRepair, SearchOptions
 from lightning_nrl._trainer.trainer_repair import RecordsHistory
 from lightning_nrl.callbacks import TrainingHistory
-from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, PerformanceWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
 from lightning_nrl.localization import NeuRecover, TrainingRecord, training_record
 from lightning_nrl.methods import bundle
 
 
-def fit(folder: Path, *callbacks: Any, epochs: int = 3, model: Any = None, **more: Any) -> Any:
+def fit(folder: Path, *callbacks: Any, epochs: int = 3, **more: Any) -> Any:
     checkpoint = more.pop("ckpt_path", None)
-    model = Classifier() if model is None else model
-    data = more.pop("data", None) or Digits()
     torch.manual_seed(0)
     trainer = quiet_trainer(folder, *callbacks, max_epochs=epochs, **more)
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+    trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=checkpoint)
     return trainer
 
 
@@ -45,7 +42,7 @@ def outputs(weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor,
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingHistory, TrainingRecord, Any]:
     folder = tmp_path_factory.mktemp("recorded")
-    history = TrainingHistory(["train", "val", "repair"], layers="all", own_pass=True, dirpath=folder / "history")
+    history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
     repair = RegressionFreeRepair(method=bundle("neurecover", searcher="swarm"), verbose=False, gate="accuracy")
     trainer = fit(folder, history, repair, logger=CSVLogger(folder))
     return folder, history, TrainingRecord.read(folder / "history"), trainer
@@ -116,101 +113,6 @@ def test_a_resumed_training_goes_on_with_its_record(tmp_path: Path) -> None:
     assert [point.epoch for point in TrainingRecord.read(anew.folder).points] == [0]
 
 
-class Noting(Classifier):
-    """Notes what it does on each image that it is trained on, epoch by epoch, and counts the batches that it sees."""
-
-    def __init__(self, network: str = "mlp") -> None:
-        super().__init__(network)
-        self.noted: list[dict[bytes, tuple[bool, float]]] = []
-        self.calls = 0
-
-    def on_train_epoch_start(self) -> None:
-        self.noted.append({})
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return super().forward(images)
-
-    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
-        logits = self(batch[0])
-        loss = F.cross_entropy(logits.detach(), batch[1], reduction="none").half()
-        right = logits.argmax(1) == batch[1]
-        for image, one, two in zip(batch[0], right.tolist(), loss.tolist(), strict=True):
-            self.noted[-1][image.numpy().tobytes()] = one, two
-        return F.cross_entropy(logits, batch[1])
-
-
-def check_noted(record: TrainingRecord, model: Noting, first: int = 0) -> None:
-    """The record has what was noted in each epoch from the first on, and knows no other sample."""
-    train = record.splits["train"]
-    images = [image.numpy().tobytes() for image, *_ in Digits().train]
-    for i, noted in enumerate(model.noted, start=first):
-        assert train.taken[i] == "training"
-        found = {
-            images[at]: (bool(train.passed[i, at]), float(train.loss[i, at]))
-            for at in train.index[train.known[i]].tolist()
-        }
-        assert found == {image: (right, pytest.approx(loss, abs=1e-6)) for image, (right, loss) in noted.items()}
-
-
-@pytest.mark.parametrize("network", ["cnn", "mlp"])
-def test_samples_are_taken_down_as_they_are_trained_on_and_validated(network: str, tmp_path: Path) -> None:
-    workers = network == "mlp"
-
-    class Data(Digits):
-        def train_dataloader(self) -> DataLoader:
-            self.loader = DataLoader(
-                self.train, 32, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers
-            )
-            self.sampler = self.loader.batch_sampler
-            return self.loader
-
-    data, model = Data(), Noting(network)
-    history = TrainingHistory(layers="all", dirpath=tmp_path / "history")
-    fit(tmp_path, history, model=model, data=data, epochs=2)
-    record = TrainingRecord.read(tmp_path / "history")
-    check_noted(record, model)
-    assert record.splits["train"].known.sum(1).tolist() == [384, 384]
-    # Two epochs of 12 and 2 batches, one look before each, and the trainer's own check.
-    assert model.calls == 2 * (12 + 2) + 1 + 2
-    assert data.loader.batch_sampler is data.sampler
-    val = record.splits["val"]
-    assert val.taken == ("validation",) * 2
-    if network == "mlp":
-        for i, point in enumerate(record.points):
-            right, loss = outputs(dict(point.weights), "val")
-            assert torch.equal(val.passed[i], right)
-            torch.testing.assert_close(val.loss[i].float(), loss, rtol=2e-3, atol=1e-6)
-    plain = Noting(network)
-    fit(tmp_path, model=plain, data=Data(), epochs=2)
-    assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
-
-
-def test_a_training_that_is_resumed_within_an_epoch_knows_what_it_has_seen_since(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=17, filename="half")
-    fit(tmp_path, TrainingHistory(dirpath=tmp_path / "history"), checkpoint, epochs=2)
-    model, again = Noting(), TrainingHistory(dirpath=tmp_path / "history")
-    model.noted.append({})  # the epoch has begun already
-    fit(tmp_path, again, model=model, epochs=3, ckpt_path=str(tmp_path / "half.ckpt"))
-    record = TrainingRecord.read(tmp_path / "history")
-    assert [point.step for point in record.points] == [12, 24, 36]
-    assert record.splits["train"].known.sum(1).tolist() == [384, 7 * 32, 384]
-    check_noted(record, model, first=1)
-
-
-def test_a_step_that_cannot_be_listened_to_costs_a_pass_of_its_own(tmp_path: Path) -> None:
-    class Halves(Classifier):
-        def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
-            return F.cross_entropy(torch.cat([self(half) for half in batch[0].chunk(2)]), batch[1])
-
-    history = TrainingHistory("train", layers="all", dirpath=tmp_path / "history")
-    with pytest.warns(PerformanceWarning, match="a pass of its own over `train` data at every record: the step does"):
-        fit(tmp_path, history, model=Halves(), epochs=1)
-    record = TrainingRecord.read(tmp_path / "history")
-    assert record.splits["train"].taken == ("own",)
-    assert torch.equal(record.splits["train"].passed[0], outputs(dict(record.points[0].weights), "train")[0])
-
-
 def test_a_full_disk_costs_a_point_and_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
     real = training_record.replacing
@@ -223,7 +125,7 @@ def test_a_full_disk_costs_a_point_and_no_training(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(training_record, "replacing", replacing)
     with pytest.warns(FilesWarning, match=r"could not write step .*No space left"):
-        trainer = fit(tmp_path, TrainingHistory(own_pass=True, dirpath=tmp_path / "history"), epochs=3)
+        trainer = fit(tmp_path, TrainingHistory(dirpath=tmp_path / "history"), epochs=3)
     assert trainer.current_epoch == 3
     assert [point.epoch for point in TrainingRecord.read(tmp_path / "history").points] == [0, 2]
 
@@ -249,9 +151,7 @@ def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
     assert not all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(saved[0][name], second[name]) for name in second)
     assert all(torch.equal(value, states[0][name]) for name, value in saved[-1].items())
-    for split, n, taken in (("train", 101, "training"), ("val", 100, "validation"), ("repair", 203, "own")):
-        assert record.splits[split].taken == (taken,) * 2
-        assert bool(record.splits[split].known.all())
+    for split, n in (("train", 101), ("val", 100), ("repair", 203)):
         for i, point in enumerate(record.points):
             right, loss = (x[:n] for x in outputs(dict(point.weights), split))
             assert record.splits[split].passed.shape == (2, n)

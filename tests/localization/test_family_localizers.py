@@ -10,18 +10,16 @@ from test_impact import toy_linear
 from torch import nn
 from toy_problems import on_a_line, threshold
 
-from lightning_nrl._model.layers import find_layers
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import (
-    LOCALIZERS,
     Arachne,
     ArachneV2,
     ByGradient,
     HistoryPoint,
     Impact,
     Known,
-    Localizer,
     NeuRecover,
     RandomWeights,
     TrainingFlips,
@@ -32,16 +30,11 @@ from lightning_nrl.localization import (
     on_data,
     pareto_front,
 )
-from lightning_nrl.methods._known_activations import record_known
+from lightning_nrl.methods.search_samples import record_known
 
 EVALUATOR = Evaluator(nn.Identity())
 EVERY = torch.ones(2, dtype=torch.bool)
 FIRST, SECOND = torch.tensor([True, False]), torch.tensor([False, True])
-
-
-@pytest.mark.parametrize("name", ["neurecover", "arachne", "arachne-v2", "gradient", "random"])
-def test_each_has_a_name(name):
-    assert isinstance(LOCALIZERS.parse("localizer", name), Localizer)
 
 
 def test_weighted_impacts_by_hand(recorded, weighted):
@@ -61,27 +54,6 @@ def test_whole_numbers_as_weights_are_samples_that_come_more_often(recorded, wei
     counted = measure(recorded(layer, x, y, ""), weighted, every[:3], weight=torch.tensor([2.0, 1.0, 3.0]))
     torch.testing.assert_close(counted.backward.float(), more.backward.float())
     torch.testing.assert_close(counted.forward.float(), more.forward.float())
-
-
-def test_share_of_a_weight_in_its_neuron_by_hand(recorded):
-    found = contribution(recorded(*toy_linear()), EVALUATOR, EVERY)
-    expected = [0.4, 0.6, (1 / 13 + 1 / 3) / 2, (12 / 13 + 2 / 3) / 2]
-    torch.testing.assert_close(found.float(), torch.tensor(expected))
-
-
-def test_influence_of_a_neuron_on_all_outputs_by_hand(recorded):
-    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2))
-    model[1].weight.data = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
-    recording = recorded(model, torch.tensor([[2.0], [-1.0]]), torch.tensor([0, 1]), layer="0")
-    assert contribution(recording, EVALUATOR, EVERY).tolist() == pytest.approx([4.0, 2.5])
-
-
-def test_convolution_meets_its_input_at_every_position(recorded):
-    layer = nn.Conv1d(1, 1, 2, bias=False)
-    layer.weight.data = torch.tensor([[[1.0, -1.0]]])
-    recording = recorded(layer, torch.tensor([[[1.0, 2.0, 3.0]]]), torch.zeros(1), layer="")
-    found = contribution(recording, EVALUATOR, EVERY[:1])
-    torch.testing.assert_close(found.float(), torch.tensor([11 / 30, 19 / 30]))
 
 
 def test_contribution_is_that_of_autograd(recorded):
@@ -145,14 +117,6 @@ def test_arachne_v2_by_hand(recorded, weighted):
     found = ArachneV2()(recorded(*toy_linear()), weighted, failed=SECOND, passed=FIRST)
     assert (found.weights.tolist(), found.n_g, found.requested) == ([0, 2, 3], 4, None)
     assert found.sizes == {"localized": 3, "total": 4}
-
-
-def test_arachne_looks_at_20_weights_for_each_failed_sample(recorded):
-    layer = nn.Linear(30, 2)
-    recording = recorded(
-        layer, torch.randn(2, 30, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1]), ""
-    )
-    assert Arachne()(recording, EVALUATOR, failed=SECOND, passed=FIRST).n_g == 20
 
 
 def test_random_draws_follow_their_seed_alone(recorded):

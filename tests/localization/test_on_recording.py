@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.localization import NeuRecoverLite, measure
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.localization import measure
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""
@@ -91,26 +92,3 @@ def test_a_model_that_cannot_be_replayed_is_measured_as_a_whole(aggregation):
     each = gradients(model, x[y == 1], y[y == 1], ["step"])
     expected = each.mean(0).abs() if aggregation == "mean_gradient" else each.abs().mean(0)
     torch.testing.assert_close(impact.backward, expected)
-
-
-def test_measuring_twice_gives_the_same_and_leaves_the_recording():
-    model, x, y = known(Residual())
-    recording = recording_of(model, x, y, LAYERS)
-    mask = y == 2
-    once, again = (measure(recording, EVALUATOR, mask) for _ in range(2))
-    assert torch.equal(once.backward, again.backward)
-    assert torch.equal(once.forward, again.forward)
-
-
-@pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
-def test_order_of_the_data_does_not_change_what_is_localised(aggregation):
-    model, x, y = known(Residual())
-    failed = model(x).argmax(1) != y
-    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
-    localizer = NeuRecoverLite(n_weights=25, aggregation=aggregation, include_bias=True)
-    one, other = (
-        localizer(recording_of(model, x[o], y[o], LAYERS, size), EVALUATOR, failed=failed[o], passed=~failed[o])
-        for o, size in ((torch.arange(150), 40), (order, 31))
-    )
-    assert torch.equal(one.weights, other.weights)
-    assert (one.n_g, one.sizes) == (other.n_g, other.sizes)

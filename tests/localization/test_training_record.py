@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from toy_problems import on_a_line, threshold
 
 from lightning_nrl.analysis.diagnosis import DoubtfulLabel, diagnose_module
-from lightning_nrl.analysis.diagnosis._history_notes import history_notes
+from lightning_nrl.analysis.diagnosis.diagnose import history_notes
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.localization import Known, NeuRecover, TrainingRecord
-from lightning_nrl.localization.training_record import (
-    SplitPoint,
-    _packed,
-    _unpacked,
-    forget_after,
-    split_points,
-    write_point,
-)
-
-
-@given(st.lists(st.booleans(), max_size=40))
-def test_bits_come_out_as_they_went_in(bits: list[bool]) -> None:
-    given = torch.tensor(bits, dtype=torch.bool)
-    packed = _packed(given)
-    assert len(packed) == -(-len(bits) // 8)
-    assert torch.equal(_unpacked(packed, len(bits)), given)
+from lightning_nrl.localization.training_record import forget_after, write_point
 
 
 def recorded(folder: Path, *thresholds: float) -> Known:
@@ -37,7 +21,7 @@ def recorded(folder: Path, *thresholds: float) -> Known:
     problem = on_a_line()
     for step, at in enumerate(thresholds, start=1):
         results = problem.evaluate(threshold(at))
-        write_point(folder, step, step - 1, split_points(results), threshold(at))
+        write_point(folder, step, step - 1, results, threshold(at))
     return Known(problem.evaluator, problem.known, problem.before, problem.space)
 
 
@@ -57,25 +41,6 @@ def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
     assert not found.never_learned.any()
     assert found.label.tolist() == [0, 0, 1, 1, 0, 1, 1]
     assert found.loss.dtype == torch.float16
-
-
-def test_what_a_point_does_not_know_counts_as_it_was_known_last(tmp_path: Path) -> None:
-    rows = ("RR?W", "W?WW", "?R?R")  # right, wrong or not known, at three points
-    index = torch.tensor([2, 5, 6, 9])
-    for step, row in enumerate(rows):
-        passed, known = (torch.tensor([one in of for one in row]) for of in ("R", "RW"))
-        label = torch.where(known, torch.arange(4), -1)
-        point = SplitPoint(index, label, passed, torch.where(known, 0.5, torch.nan).half(), known, "training")
-        write_point(tmp_path, step, step, {"train": point}, {})
-    found = TrainingRecord.read(tmp_path).splits["train"]
-    assert found.label.tolist() == [0, 1, 2, 3]
-    assert found.known.tolist() == [[one != "?" for one in row] for row in rows]
-    assert found.right[-1].tolist() == [False, True, False, True]
-    assert found.forgotten.tolist() == [1, 0, 0, 0]
-    assert found.never_learned.tolist() == [False, False, True, False]
-    assert found.first_right.tolist() == [0, 0, 3, 2]
-    assert found.loss.isnan().equal(~found.known)
-    assert found.taken == ("training",) * 3
 
 
 def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path: Path) -> None:
@@ -107,10 +72,10 @@ def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigurationError, match="holds no record of a training"):
         TrainingRecord.read(tmp_path)
     known = recorded(tmp_path / "other")
-    write_point(tmp_path / "other", 1, 0, split_points(known.before), {"bias": torch.zeros(2)})
+    write_point(tmp_path / "other", 1, 0, known.before, {"bias": torch.zeros(2)})
     with pytest.raises(ConfigurationError, match="has no weights of 'weight'"):
         NeuRecover(tmp_path / "other").on(known)
     forget_after(tmp_path / "other", -1)
-    write_point(tmp_path / "other", 1, 0, {"train": split_points(known.before)["all"]}, threshold(0.5))
+    write_point(tmp_path / "other", 1, 0, replace(known.before, splits=("train",)), threshold(0.5))
     with pytest.raises(ConfigurationError, match=r"records \['train'\], the targets are in \['all'\]"):
         NeuRecover(tmp_path / "other").on(known)

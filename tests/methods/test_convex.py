@@ -9,20 +9,11 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
-from toy_problems import broken, left_alone, make_problem, on_a_line, right, same, shares, together
+from toy_problems import broken, checked, left_alone, make_problem, on_a_line, same, shares, together
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.methods import Convex
-from lightning_nrl.problem import Problem, Solution
-
-
-def checked(own: Problem, solution: Solution) -> Solution:
-    assert solution.proposal is not None
-    now = right(own, solution.proposal.state)
-    assert solution.proposal.repaired == int((own.before.targeted & now).sum()) > 0
-    assert broken(own, solution.proposal.state) == solution.proposal.broken == 0
-    return solution
 
 
 def test_what_can_be_repaired_without_a_regression_is() -> None:

@@ -13,12 +13,12 @@ from toy_problems import (
     Marginless,
     barely,
     broken,
+    checked,
     left_alone,
     make_problem,
     normed,
     on_a_line,
     retrained,
-    right,
     same,
     threshold,
     together,
@@ -26,12 +26,11 @@ from toy_problems import (
 from toy_repairs import known, trained
 
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
-from lightning_nrl._optim import distill as fit_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.methods import FineTunePolish
+from lightning_nrl.methods import FineTunePolish, Linearized, Polish, Problem, Solution
 from lightning_nrl.methods import finetune_polish as module
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods._solvers import distill as fit_module
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +38,6 @@ def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "VISITS_PER_SAMPLE", 12)
     monkeypatch.setattr(fit_module, "DISTILL_RATE", 0.01)
     monkeypatch.setattr(module, "FIT_STRENGTH", 1.0)
-
-
-def checked(problem: Problem, solution: Solution) -> Solution:
-    assert solution.proposal is not None
-    now = right(problem, solution.proposal.state)
-    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
-    assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
-    assert torch.equal(solution.proposal.after.passed, now)
-    return solution
 
 
 def test_training_goes_on_and_is_polished() -> None:
@@ -182,10 +172,11 @@ def test_weights_that_are_no_numbers_are_no_proposal() -> None:
     assert [(step.name, step.repaired) for step in solution.steps] == [("fit", 0), ("polish", 0)]
 
 
-def test_a_task_without_margins_is_refused_before_any_training() -> None:
+@pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file"), Linearized()])
+def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> None:
     training = FakeTraining(None)
     with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
-        FineTunePolish()(make_problem(trained(), known(), task=Marginless(), training=training))
+        method(make_problem(trained(), known(), "0", task=Marginless(), training=training))
     assert training.calls == []
 
 
@@ -193,12 +184,6 @@ def test_a_task_without_margins_is_refused_before_any_training() -> None:
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`FineTunePolish.share=.*` is no share"):
         FineTunePolish(share)
-
-
-def test_it_trains() -> None:
-    assert FineTunePolish.trains is True
-    assert FineTunePolish() == FineTunePolish(share=1.0)
-    assert "trains" not in Settings(method=FineTunePolish()).plain()["method"]
 
 
 def test_a_repair_by_name_writes_what_was_proposed() -> None:

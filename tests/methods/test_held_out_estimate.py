@@ -11,9 +11,9 @@ from toy_problems import make_problem, on_a_line
 from toy_repairs import blobs, known, trained
 
 from lightning_nrl import TensorSource
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods import Convex
-from lightning_nrl.methods._held_out_estimate import best_index, estimate, held_out_rows, net_rate
+from lightning_nrl.methods.held_out import best_index, estimate, held_out_rows, net_rate
 
 
 def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:

@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_problems import broken, left_alone, make_problem, right, same, together
 from toy_repairs import blobs, known, quick, trained
 
-from lightning_nrl import Target, TensorSource, repair_module
-from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
-from lightning_nrl._model.layer_inputs import windows
-from lightning_nrl._model.layers import find_scope
-from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
+from lightning_nrl import TensorSource, repair_module
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import METHODS, Linearized
-from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.search import Fitness
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.evaluation.layer_gradients import windows
+from lightning_nrl.methods import METHODS, Linearized, Problem
+from lightning_nrl.methods._solvers.whitening import fit_whitening, margin_gradients
+from lightning_nrl.methods.linearized import LinearizedMargins
+from lightning_nrl.tasks import Multiclass
 
 
-def make(
-    model: nn.Module,
-    sources: Sequence[Any],
-    layer: str | list[str] = "0",
-    *,
-    bias: bool = False,
-    task: Task | None = None,
-    target: Target | None = None,
-    context: Context = nullcontext,
-    collective: Any = None,
-    **rest: Any,
-) -> Problem:
-    space, scope = find_scope(model.eval(), layer, include_bias=bias)
-    evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
-    before = evaluator.run(sources, target or Target.all())
-    fixed: dict[str, Any] = {"localizer": NeuRecoverLite(), "fitness": Fitness(), "passed": before.passed}
-    return Problem(evaluator, sources, before, space, scope, **fixed, **rest)
+def make(model: nn.Module, sources: Sequence[Any], layer: str | list[str] = "0", **rest: Any) -> Problem:
+    return make_problem(model, sources, layer, **rest)
 
 
 def plane() -> nn.Sequential:
@@ -126,26 +102,15 @@ def test_it_never_breaks_a_known_sample(seed: int, layer: Any, shift: float) -> 
         TensorSource(*blobs(40, shift, seed + 1), split="new", failed=True),
     ]
     problem = make(trained(seed=seed % 7), sources, list(layer) if isinstance(layer, tuple) else layer)
-    before = snapshot(problem.model)
-    solution = Linearized()(problem)
+    with left_alone(problem.model):
+        solution = Linearized()(problem)
     if solution.proposal is None:
         assert solution.reason
     else:
-        assert (solution.proposal.broken, solution.proposal.repaired) == (0, int(_repaired(problem, solution)))
-        assert solution.proposal.repaired > 0
+        now = right(problem, solution.proposal.state)
+        assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+        assert solution.proposal.repaired == int((now & problem.before.targeted).sum()) > 0
         assert [other.broken for other in solution.others] == [0] * len(solution.others)
-    assert all(torch.equal(value, before[name]) for name, value in snapshot(problem.model).items())
-
-
-@torch.no_grad()
-def _repaired(problem: Problem, solution: Solution) -> Tensor:
-    assert solution.proposal is not None
-    weights = {**snapshot(problem.model), **solution.proposal.state}
-    inputs = torch.cat([s.inputs for s in problem.known])
-    labels = torch.cat([s.targets for s in problem.known])
-    right = torch.func.functional_call(problem.model, weights, (inputs,)).argmax(1) == labels
-    assert right[problem.before.passed].all()
-    return (right & problem.before.targeted).sum()
 
 
 def test_it_repairs_most_of_what_a_hidden_layer_can() -> None:
@@ -204,7 +169,7 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
-    monkeypatch.setattr("lightning_nrl._optim.whitening.MAX_FULL_MOMENT", wide)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.whitening.MAX_FULL_MOMENT", wide)
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)
@@ -254,38 +219,6 @@ def test_a_tangent_step_by_hand() -> None:
     torch.testing.assert_close(tangent.predicted(again), torch.tensor([0.5, 4.0]))
 
 
-def test_a_radius_follows_what_steps_did() -> None:
-    step, radius = torch.tensor([3.0, 4.0]), TrustRadius()
-    assert radius.within(step) is step
-    radius.shrink(step)
-    torch.testing.assert_close(radius.within(step), step / 4)
-    radius.grow(radius.within(step))
-    torch.testing.assert_close(radius.within(step), step / 2)
-    radius.limit_to(torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(radius.within(step), step / 5)
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's share of a split: every other sample, or none if there are fewer than ranks."""
-
-    whole: TensorSource
-    rank: int
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.whole, name)
-
-    @property
-    def positions(self) -> Tensor:
-        return torch.arange(len(self.whole.index))[self.rank :: 2]
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.whole.draw(self.positions.split(8))
-
-    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        return self.whole.draw(batches)
-
-
 @pytest.mark.parametrize("few", [False, True])
 def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does(few: bool) -> None:
     sources = known()
@@ -293,17 +226,9 @@ def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does(few: bool)
         failed = (trained().eval()(sources[1].inputs).argmax(1) != sources[1].targets).nonzero()[:1, 0]
         sources[1] = TensorSource(sources[1].inputs[failed], sources[1].targets[failed], "new", failed=True)
     alone = Linearized()(make(trained(), sources)).proposal
-    models = [trained(), trained()]
-
-    def run(collective: Collective) -> Solution:
-        shares = [Share(s, collective.rank) for s in sources]
-        return Linearized()(make(models[collective.rank], shares, collective=collective))
-
-    first, second = (solution.proposal for solution in on_ranks(2, run))
+    first, second = together(trained(), sources, lambda own: Linearized()(own).proposal, layer="0")
     assert alone is not None
-    assert first is not None
-    assert second is not None
-    assert torch.equal(first.state["0.weight"], second.state["0.weight"])
+    assert same(first.state, second.state)
     assert (first.repaired, first.broken) == (second.repaired, second.broken) == (alone.repaired, 0)
     torch.testing.assert_close(first.state["0.weight"], alone.state["0.weight"], rtol=1e-3, atol=1e-4)
 
@@ -364,16 +289,6 @@ def test_a_layer_that_no_margin_depends_on_is_no_error() -> None:
     solution = Linearized()(make(model, sources))
     assert solution.proposal is None
     assert solution.reason == "no margin of a target depends on the layer's weights."
-
-
-class Marginless(Multiclass):
-    def margin(self, output: Tensor, target: Tensor) -> None:  # type: ignore[override]
-        return None
-
-
-def test_a_task_without_margins_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="has no `margin`"):
-        Linearized()(make(plane(), on_the_axis(), task=Marginless()))
 
 
 def test_without_time_there_is_no_proposal() -> None:

@@ -15,9 +15,9 @@ from lightning_nrl import ConfigurationError, ParticleSwarm, SearchOptions, Sett
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, Localization, NeuRecoverLite
-from lightning_nrl.localization.impact import Replay
+from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.methods import LocalSearch
-from lightning_nrl.presets import paper_arguments
+from lightning_nrl.pipeline.presets import paper_arguments
 from lightning_nrl.search import RandomStreams, SearchOrigin
 
 SWARM = ParticleSwarm(particles=12, iterations=12)

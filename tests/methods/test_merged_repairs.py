@@ -13,9 +13,9 @@ from toy_problems import broken, left_alone, make_problem, on_a_line, retrained,
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, SampleOptions, Settings, Target, repair_module
-from lightning_nrl.methods import METHODS, MergedRepairs, bundle
-from lightning_nrl.methods._coefficients import WholeModelScorer, _scorer, merged
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl._utils.state import combined, current_state
+from lightning_nrl.methods import METHODS, MergedRepairs, Problem, Solution, bundle
+from lightning_nrl.methods.merged_repairs import WholeModelScorer, _scorer
 from lightning_nrl.search import ArachneDEFitness, Fitness
 
 QUICK = ParticleSwarm(particles=12, iterations=12)
@@ -36,7 +36,7 @@ class Lowered:
 
 def test_changes_add_up_in_parts() -> None:
     problem = on_a_line()
-    new = merged(problem, [threshold(0.65), threshold(0.45)], torch.tensor([0.5, 0.25]))
+    new = combined(current_state(problem.model), [threshold(0.65), threshold(0.45)], torch.tensor([0.5, 0.25]))
     torch.testing.assert_close(new["weight"], threshold(0.625)["weight"])  # 0.75 - 0.5 * 0.1 - 0.25 * 0.3
 
 

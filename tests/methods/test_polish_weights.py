@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_problems import (
-    Marginless,
     barely,
     broken,
     cast,
@@ -31,10 +30,9 @@ from toy_repairs import known, mlp, trained
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.methods import METHODS
+from lightning_nrl.methods import METHODS, Problem, Solution
 from lightning_nrl.methods import polish_weights as module
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.problem import Problem, Solution
 
 
 def as_state(state: State, folder: Path) -> Any:
@@ -189,11 +187,6 @@ def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
     assert torch.equal(state["0.weight"], problem.model[0].weight)
 
 
-def test_a_task_without_margins_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
-        Polish("no such file")(make_problem(trained(), known(), task=Marginless()))
-
-
 def test_time_is_left_for_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, given, polish = on_a_line(clock=StageTimer(max_time=100)), [], module.polish
     problem.clock.seconds["collect"] = 2.0
@@ -214,15 +207,11 @@ def test_a_repair_that_is_late_still_breaks_nothing() -> None:
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
 
 
-def test_it_is_a_method() -> None:
+def test_it_is_a_method_and_settings_hold_no_weights() -> None:
     method = Polish(threshold(0.65))
     assert METHODS.parse("method", method) is method
-    assert Settings(method=Polish("new.ckpt")).plain()["method"] == {"class": "Polish", "new": "new.ckpt", "share": 1.0}
-
-
-@pytest.mark.parametrize(("new", "said"), [(mlp(), "Sequential"), (snapshot(mlp()), "4 tensors")])
-def test_settings_hold_no_weights(new: Any, said: str) -> None:
-    assert Settings(method=Polish(new)).plain()["method"] == {"class": "Polish", "new": said, "share": 1.0}
+    for new, said in (("new.ckpt", "new.ckpt"), (mlp(), "Sequential"), (snapshot(mlp()), "4 tensors")):
+        assert Settings(method=Polish(new)).plain()["method"] == {"class": "Polish", "new": said, "share": 1.0}
 
 
 def test_a_repair_writes_what_was_polished() -> None:

@@ -12,9 +12,9 @@ from toy_repairs import QUICK, known, trained
 from lightning_nrl import Settings, repair_module
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods import Auto, Convex, LocalSearch
-from lightning_nrl.methods._scored_samples import FEWEST_SAMPLES, choose_samples, n_to_score, preparation_seconds
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Auto, Convex, LocalSearch, Problem
+from lightning_nrl.methods.budget import FEWEST_SAMPLES
+from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
 
 
 def results(margin: list[float]) -> SampleResults:

@@ -16,10 +16,10 @@ from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods._held_out_estimate import held_out_rows
-from lightning_nrl.methods._rungs import RungResult
-from lightning_nrl.methods._training_rung import training_rung
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods.auto_rungs import RungResult
+from lightning_nrl.methods.auto_training import training_rung
+from lightning_nrl.methods.held_out import held_out_rows
 
 QUICK = ParticleSwarm(particles=8, iterations=4)
 
@@ -108,7 +108,7 @@ def test_a_looser_gate_buys_repairs() -> None:
     new = barely(own, retrained(own.model))
     found = {}
     for gate in ("instance", "tolerance:100%"):
-        given = replace(own, training=FakeTraining(new), allowance=Gate.parse(gate))
+        given = replace(own, training=FakeTraining(new), gate=Gate.parse(gate))
         result = training_rung(given, QUICK, held_out_rows(own))
         assert result is not None
         found[gate] = result.solution.proposal

@@ -11,12 +11,11 @@ from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, Target
-from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import LocalSearch, warm_started_search
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.methods import LocalSearch, Problem, Proposal, Solution, warm_started_search
 from lightning_nrl.search import Fitness
 
 QUICK = ParticleSwarm(particles=12, iterations=12)

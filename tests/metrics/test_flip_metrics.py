@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torchmetrics import MetricCollection
 from two_processes import in_two_processes
 
-from lightning_nrl import metrics
-from lightning_nrl.metrics import functional as F
-from lightning_nrl.metrics.flip_metrics import FlipMetric
+from lightning_nrl.evaluation import metrics
+from lightning_nrl.evaluation import metrics as F
+from lightning_nrl.evaluation.metrics import FlipMetric
 
 CLASSES = {
     metrics.NegativeFlipRate: F.negative_flip_rate,

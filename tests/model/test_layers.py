@@ -8,9 +8,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_nrl._model.layers import find_layers
 from lightning_nrl._utils.state import holding
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.layers import find_layers
 
 
 class Network(nn.Module):

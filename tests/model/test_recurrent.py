@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSource, repair_module
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._model.recurrent import gates_of, opened
-from lightning_nrl._scoring import make_scorer, record
 from lightning_nrl._utils.state import holding
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.evaluation.recurrent import gates_of, opened
 from lightning_nrl.localization.impact import measure
 from lightning_nrl.methods import bundle
 from lightning_nrl.search import DifferentialEvolution
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 
 class Last(nn.Module):

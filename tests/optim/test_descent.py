@@ -14,12 +14,12 @@ from toy_repairs import known
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
-from lightning_nrl._model.per_sample_grad import margin_calls
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl._utils.state import holding, snapshot
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.problem import Problem
+from lightning_nrl.evaluation.layer_gradients import margin_calls
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.mini_batches import load_batches
 
 
 def test_a_plain_step_by_hand() -> None:

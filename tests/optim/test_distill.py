@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_problems import Marginless, cast, in_seconds, left_alone, make_problem, normed, same, together
-from toy_repairs import known, mlp, trained
+from toy_repairs import known, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._optim import distill as module
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.distill import distill
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers import distill as module
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.distill import distill
 
 
 @pytest.fixture(autouse=True)
@@ -213,14 +212,3 @@ def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
 
     first, second = together(trained(), known(), work)
     assert same(first, second)
-
-
-@pytest.mark.parametrize("make", [mlp, normed])
-def test_two_ranks_fit_as_one(make: Callable[[], nn.Module]) -> None:
-    model = trained(make).eval()
-    alone = distill(make_problem(model, known()))
-    first, second = together(model, known(), distill)
-    assert same(first, second)
-    assert not same(alone, {name: snapshot(model)[name] for name in alone})
-    for name, value in alone.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)

@@ -9,9 +9,9 @@ import torch
 from toy_problems import make_problem
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.logit_cache import LogitCache, Teacher
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.teacher import LogitCache, Teacher
 
 
 def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
@@ -40,7 +40,7 @@ def test_each_sample_is_asked_of_its_own_teacher() -> None:
 def test_what_was_said_is_remembered_where_there_is_room(
     room: int, again: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl._optim.logit_cache.MAX_CACHED_BYTES", room)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.teacher.MAX_CACHED_BYTES", room)
     problem, runs = teacher_problem()
     teacher = Teacher(problem, STATES, WHICH)
     batch, rows = parts_of(problem, 2, 1)[0]
@@ -80,12 +80,6 @@ def test_a_teacher_is_not_confused_by_weights_that_are_being_moved() -> None:
     with steps.running():
         assert teacher(batch, rows).tolist() == [[10.0, 0.0], [2.0, 0.0]]
         torch.testing.assert_close(problem.evaluator.output(batch), torch.tensor([[0.7, 0.0], [1.4, 0.0]]))
-
-
-def test_outputs_are_computed_in_the_context_of_the_deployed_model() -> None:
-    problem = make_problem(two_weights(), [numbers(1, 2)], context=lambda: torch.autocast("cpu", torch.bfloat16))
-    batch, _ = parts_of(problem, 0)[0]
-    assert problem.evaluator.output(batch).dtype == torch.bfloat16
 
 
 def test_where_the_device_has_no_memory_for_them_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

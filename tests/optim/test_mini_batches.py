@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor
-from toy_problems import Share, make_problem, shares
+from toy_problems import make_problem, shares
 from two_weights import numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
-from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (10, [4, 3, 3])])
@@ -117,8 +117,3 @@ class Bare:
 def test_a_batch_is_read_where_its_size_is_not_said() -> None:
     problem = make_problem(two_weights(), [Bare(numbers(1, 2, 3, split="own", batch_size=2))])
     assert [rows.tolist() for _, rows in parts_of(problem, 2, 1, 0)] == [[2, 1], [0]]
-
-
-def test_a_share_is_what_it_says() -> None:
-    source = Share(torch.arange(5.0)[:, None], torch.zeros(5, dtype=torch.int64), "a", rank=1, world_size=2)
-    assert [batch.args[0].flatten().tolist() for batch in source] == [[1.0, 3.0]]

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from toy_problems import make_problem, same, together
 from toy_repairs import known, trained
 
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.distill import distill
-from lightning_nrl._optim.mini_batches import load_batches
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.distill import distill
+from lightning_nrl.methods._solvers.mini_batches import load_batches
+from lightning_nrl.methods._solvers.polish import polish
 from lightning_nrl.tasks import Multiclass
 
 ROWS = torch.arange(100)

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_problems import (
-    Marginless,
     barely,
     broken,
     cast,
@@ -32,13 +31,12 @@ from toy_problems import (
 )
 from toy_repairs import known, mlp, trained
 
-from lightning_nrl import ConfigurationError, Target, TensorSource
-from lightning_nrl._optim.polish import polish
-from lightning_nrl._optim.polish_result import PolishResult
+from lightning_nrl import Target, TensorSource
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.problem import Problem
+from lightning_nrl.evaluation.sample_results import Flips
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.polish import PolishResult, polish
 from lightning_nrl.tasks import Multiclass
 
 
@@ -209,17 +207,6 @@ def test_statistics_are_those_of_the_new_model_and_nothing_is_dropped() -> None:
     assert not torch.equal(found.state["1.running_mean"], model[1].running_mean)
 
 
-def test_only_the_scope_moves() -> None:
-    problem = make_problem(trained(), known(), layer="2")
-    new = barely(problem, retrained(problem.model))
-    found = checked(problem, polish(problem, new))
-    assert found.rounds > 0
-    assert found.strength == 1
-    assert set(found.state) == set(new)
-    assert same({k: found.state[k] for k in ("0.weight", "0.bias")}, {k: new[k] for k in ("0.weight", "0.bias")})
-    assert not torch.equal(found.state["2.weight"], new["2.weight"])
-
-
 @pytest.mark.parametrize("seconds", [0, math.inf])
 def test_masked_weights_stay_as_they_are(seconds: float) -> None:
     problem = make_problem(trained(), known(), scope=("0.weight",))
@@ -269,14 +256,6 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
     assert not same(states[0], states[2])
 
 
-def test_without_time_there_is_a_step_back() -> None:
-    problem = make_problem(trained(), known())
-    new = retrained(problem.model)
-    found = checked(problem, polish(problem, new, deadline=in_seconds(problem, 0)))
-    assert found.rounds == 1
-    assert 0 < found.strength < 1
-
-
 def test_its_time_is_kept() -> None:
     problem = on_a_line()
     now, forwards = [0.0], 1.0
@@ -295,8 +274,8 @@ def test_its_time_is_kept() -> None:
 
 
 def test_more_broken_samples_than_are_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_WORKING_SET", 2)
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_REHEARSED", 0)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_WORKING_SET", 2)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_REHEARSED", 0)
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, 2, 0.6001, 0.6, 0.6002, 0.6004, 0.6003, 0.7)])
@@ -335,7 +314,7 @@ def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest
     assert counts == (60, 340)
     found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
     assert found.repaired == 60
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_RATE_FACTOR", 1.0)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_RATE_FACTOR", 1.0)
     assert polish(problem, {}, after=problem.before, insist=True).repaired < 30
 
 
@@ -361,34 +340,12 @@ def test_where_time_is_short_some_of_many_are_repaired() -> None:
     assert 0 < found[100] < found[500] < found[3_000] == 60
 
 
-def test_a_task_without_margins_is_refused() -> None:
-    problem = make_problem(trained(), known(), task=Marginless())
-    with pytest.raises(
-        ConfigurationError, match=r"`task`: Marginless has no `margin`[\s\S]*\nHINT: give it a `margin`"
-    ):
-        polish(problem, {})
-
-
 def test_where_nothing_is_right_there_is_nothing_to_break() -> None:
     source = TensorSource(torch.tensor([[2.0, 1.0]]), torch.tensor([0]), "all", passed=True, failed=True)
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     found = polish(make_problem(model, [source]), threshold(3.0))
     assert (found.repaired, found.broken, found.rounds) == (1, 0, 0)
-
-
-@pytest.mark.parametrize("make", [mlp, normed])
-def test_two_ranks_polish_as_one(make: Callable[[], nn.Module]) -> None:
-    model = trained(make).eval()
-    new = barely(make_problem(model, known()), retrained(model))
-    alone = polish(make_problem(model, known()), new)
-    first, second = together(model, known(), lambda problem: polish(problem, new))
-    assert alone.rounds > 0
-    assert same(first.state, second.state)
-    assert (first.repaired, first.broken, first.rounds) == (second.repaired, second.broken, second.rounds)
-    assert (first.repaired, first.broken, first.rounds) == (alone.repaired, 0, alone.rounds)
-    for name, value in alone.state.items():
-        torch.testing.assert_close(first.state[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_ranks_stop_together_when_the_time_of_one_is_over() -> None:

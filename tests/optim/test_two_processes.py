@@ -13,11 +13,10 @@ from toy_problems import barely, broken, make_problem, normed, retrained, same, 
 from toy_repairs import known, trained
 from two_processes import in_two_processes
 
-from lightning_nrl._optim.distill import distill
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.methods import Apricot
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Apricot, Problem
+from lightning_nrl.methods._solvers.distill import distill
+from lightning_nrl.methods._solvers.polish import polish
 
 
 def results(problem: Problem) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import TensorSource
-from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.mini_batches import load_batches
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, repair_module
-from lightning_nrl.patches import Patch, patch_checkpoint
+from lightning_nrl.pipeline import Patch, patch_checkpoint
 
 DTYPES = (
     torch.float64,
@@ -250,3 +251,49 @@ def test_a_patch_has_the_names_of_the_state_dict() -> None:
     assert (model.weight[0, 0].item(), model.bias[1].item()) == (9, 8)
     with pytest.raises(ConfigurationError, match="`mean` in the state dict of Saving is none of the module's own"):
         Patch.between(copied(model), changed(copied(model), "mean", 0, 0.5)).apply(model)
+
+
+ZEROS = {"w": torch.zeros(6), "b": torch.ones(2)}
+THREE = {"w": torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, -0.0]), "b": torch.ones(2)}
+ONE_CHANGE = Patch.between(ZEROS, THREE)
+
+
+def test_all_else_in_a_checkpoint_stays(tmp_path: Path) -> None:
+    whole = {"state_dict": ZEROS, "epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6)}}}]}
+    torch.save(whole, tmp_path / "old.ckpt")
+    patch_checkpoint(ONE_CHANGE, tmp_path / "old.ckpt", tmp_path / "new.ckpt")
+    found = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert torch.equal(found["state_dict"]["w"].view(torch.int32), THREE["w"].view(torch.int32))
+    assert found["epoch"] == 3
+    assert torch.equal(found["optimizer_states"][0]["state"][0]["exp_avg"], torch.ones(6))
+    assert torch.equal(torch.load(tmp_path / "old.ckpt")["state_dict"]["w"], ZEROS["w"])
+    patch_checkpoint(ONE_CHANGE, tmp_path / "new.ckpt", tmp_path / "new.ckpt", undo=True)
+    found = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    assert torch.equal(found["state_dict"]["w"].view(torch.int32), ZEROS["w"].view(torch.int32))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.ckpt", "old.ckpt"]
+
+
+def test_a_file_with_a_state_dict_will_do(tmp_path: Path) -> None:
+    torch.save(ZEROS, tmp_path / "old.pt")
+    patch_checkpoint(ONE_CHANGE, tmp_path / "old.pt", tmp_path / "new.pt")
+    assert torch.equal(torch.load(tmp_path / "new.pt")["w"], THREE["w"])
+
+
+def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
+    torch.save({"state_dict": THREE}, tmp_path / "new.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    torch.save({"state_dict": ZEROS, "hyper_parameters": Namespace(a=1)}, tmp_path / "objects.ckpt")
+    for name, problem in (
+        ("new.ckpt", "these weights have it already"),
+        ("list.ckpt", "holds a list"),
+        (
+            "objects.ckpt",
+            r"(?s)UnpicklingError: it holds objects, such as a `argparse.Namespace`\).*weights_only=False",
+        ),
+        ("nowhere.ckpt", "cannot be read"),
+    ):
+        with pytest.raises(ConfigurationError, match=problem):
+            patch_checkpoint(ONE_CHANGE, tmp_path / name, tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+    patch_checkpoint(ONE_CHANGE, tmp_path / "objects.ckpt", tmp_path / "out.ckpt", weights_only=False)
+    assert torch.load(tmp_path / "out.ckpt", weights_only=False)["hyper_parameters"].a == 1

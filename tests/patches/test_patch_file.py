@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
-from lightning_nrl._utils import whole_files
+from lightning_nrl._utils import atomic_files as whole_files
 from lightning_nrl.errors import ConfigurationError, RepairError
-from lightning_nrl.patches import Patch, safetensors_file
-from lightning_nrl.patches.patch_file import _digest
+from lightning_nrl.pipeline import Patch, patch_file
+from lightning_nrl.pipeline.patch_file import _digest
 
 OLD = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(4), "c": torch.zeros(2)}
 NEW = {"a": OLD["a"] + torch.eye(3, 4), "b": torch.tensor(5), "c": torch.zeros(2)}
@@ -150,6 +150,6 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(path: Path) -> None:
 
 
 def test_without_safetensors_the_error_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(patch_file, "find_spec", lambda name: None)
     with pytest.raises(RepairError, match=r"(?s)`safetensors` is not installed.*pip install safetensors"):
         Patch.load(path)

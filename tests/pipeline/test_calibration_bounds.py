@@ -19,12 +19,11 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._line_search import LIMIT_STATES, LIMIT_STRENGTHS, line_search
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.pipeline.strength import LIMIT_STATES, LIMIT_STRENGTHS, line_search
 from lightning_nrl.report import RepairReport
-from lightning_nrl.stats import Selection, binomial_cdf, choose, limit_after, upper_limit
-from lightning_nrl.stats.binomial import limit_at_level
+from lightning_nrl.report.stats import Selection, binomial_cdf, choose, limit_after, limit_at_level, upper_limit
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
 SAFE = line(1.2, 9, split="right", label=0)

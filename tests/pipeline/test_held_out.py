@@ -16,7 +16,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline._held_out import HeldOut, evaluate_held_out
+from lightning_nrl.pipeline.baseline import HeldOut, evaluate_held_out
 
 
 @dataclass(frozen=True)

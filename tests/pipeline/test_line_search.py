@@ -17,11 +17,10 @@ from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._line_search import choose_strength, line_search
-from lightning_nrl.pipeline._patch_path import PatchPath
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.pipeline.strength import PatchPath, choose_strength, line_search
 from lightning_nrl.report import StrengthPoint
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")

@@ -10,7 +10,7 @@ import pytest
 from lightning_nrl import BoundOptions, ConfigurationError, Gate, SampleOptions, SearchOptions
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline.options import changed_options
+from lightning_nrl.pipeline.settings import changed_options
 from lightning_nrl.search import Fitness
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.search import Fitness
@@ -48,6 +48,18 @@ class Nowhere:
 
     def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
         raise EmptyLocalizationError("`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer.")
+
+
+class Aliased(nn.Module):
+    """One head under two names, as a model that shares modules has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(trained()[0], nn.ReLU())
+        self.exit = self.head = trained()[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exit(self.body(x))
 
 
 @pytest.mark.parametrize("layer", ["auto", "0", ["0", "2"]])
@@ -142,6 +154,19 @@ def test_the_change_is_what_is_written() -> None:
     change = (model[2].weight.detach() - old).flatten()
     torch.testing.assert_close(change[change != 0], outcome.change[outcome.change != 0], rtol=0, atol=1e-6)
     assert outcome.report.change.largest == pytest.approx(float(change.abs().max()), rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["auto", "head", "exit"])
+def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: str) -> None:
+    model = Aliased()
+    before = hash_tensors(model.state_dict())
+    outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()))
+    hashes = outcome.report.hashes
+    assert hashes is not None
+    assert hashes.model_before == before == hash_tensors(model.state_dict())
+    assert outcome.write(model)
+    assert hashes.model_after == hash_tensors(model.state_dict()) != before
+    assert sorted(outcome.parameters or ()) == ["exit.weight", "head.weight"]
 
 
 def test_without_failures_there_is_nothing_to_repair() -> None:

@@ -22,12 +22,12 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._work_origin import _tensors_of
+from lightning_nrl.pipeline.resume_key import _tensors_of
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
@@ -66,9 +66,9 @@ class Mortal:
 
 def repaired(
     folder: Path | None, life: int | None = None, method: str = "swarm", seed: int = 0, **settings: Any
-) -> tuple[Outcome, Mortal, SavedWork]:
+) -> tuple[Outcome, Mortal, ResumeStore]:
     model, observer = trained(seed=seed), Mortal(life)
-    work = SavedWork(folder, every=0)
+    work = ResumeStore(folder, every=0)
     outcome = repair_module(
         model,
         known(),
@@ -101,14 +101,14 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert timeless(json.loads(one.report.to_json())) == timeless(json.loads(other.report.to_json()))
 
 
-@pytest.mark.parametrize(("method", "lives"), [("swarm", (8,)), ("finetune-polish", (20, 12)), ("auto", (28,))])
+@pytest.mark.parametrize(("method", "lives"), [("swarm", (7,)), ("finetune-polish", (43,)), ("auto", (17, 8))])
 def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str, lives: tuple[int, ...]) -> None:
     """NRL_DEATHS tries every moment of every method."""
     for life in lives:
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
     found, observer, work = repaired(tmp_path, method=method)
-    assert "goes on where it was stopped" in observer.said
+    assert "resumes with the steps finished before" in observer.said
     assert_same(whole(method), found)
     work.done()
     assert not list(tmp_path.iterdir())
@@ -117,7 +117,7 @@ def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str
 def on_two_ranks(folder: Path | None, life: int | None, method: str) -> list[tuple[Outcome, Mortal] | Death]:
     def work(collective: Collective) -> tuple[Outcome, Mortal] | Death:
         model, observer = trained(normed), Mortal(life)
-        saved = SavedWork(folder, every=0)
+        saved = ResumeStore(folder, every=0)
         try:
             outcome = repair_module(
                 Evaluator(model, collective=collective),
@@ -135,18 +135,15 @@ def on_two_ranks(folder: Path | None, life: int | None, method: str) -> list[tup
     return on_ranks(2, work)
 
 
-def test_two_ranks_go_on_as_one_does(tmp_path: Path) -> None:
+def test_two_ranks_resume_as_one_does(tmp_path: Path) -> None:
     """`test_killed_ranks.py` kills real ones."""
     method = "finetune-polish"
     one, other = on_two_ranks(None, None, method)
-    for life in (20, 12):
-        died = on_two_ranks(tmp_path, life, method)
-        assert all(isinstance(one, Death) for one in died)
-        assert any(tmp_path.glob("*/under-way"))
+    assert_same(one[0], other[0])
+    assert all(isinstance(died, Death) for died in on_two_ranks(tmp_path, 45, method))
     for found in on_two_ranks(tmp_path, None, method):
         assert_same(one[0], found[0])
         assert found[1].told < one[1].told
-    assert_same(one[0], other[0])
     assert not list(tmp_path.iterdir())
 
 
@@ -164,7 +161,7 @@ def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
 
 def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 8)
+        repaired(tmp_path, 7)
     for what, given in (("settings", {"max_time": 500.0}), ("weights and data", {"seed": 3})):
         fresh, _, _ = repaired(None, **given)
         found, observer, work = repaired(tmp_path, **given)
@@ -177,31 +174,23 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
 def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"], raising=False)
     with pytest.raises(Death):
-        repaired(tmp_path, 28, "auto")
+        repaired(tmp_path, 17, "auto")
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
     with pytest.raises(Death, match="is of one with other training; delete it"):
         repaired(tmp_path, 3, "auto")
 
 
-def test_files_of_a_folder_that_a_method_names_are_looked_at(tmp_path: Path) -> None:
-    once = _tensors_of(Apricot(str(tmp_path)))
-    (tmp_path / "one.ckpt").write_text("more")
-    twice = _tensors_of(Apricot(str(tmp_path)))
-    assert once != twice
-    (tmp_path / "one.ckpt").write_text("less")
-    assert twice != _tensors_of(Apricot(str(tmp_path)))
-
-
-def test_what_ctrl_c_does_and_how_often_it_saves_may_be_changed(tmp_path: Path) -> None:
+def test_what_ctrl_c_does_and_what_is_saved_may_be_changed(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 8)
-    assert "goes on" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
+        repaired(tmp_path, 7)
+    assert "resumes" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
 
 
-def test_earlier_models_in_a_list_are_told_apart(tmp_path: Path) -> None:
+def test_models_files_and_folders_that_a_method_names_are_told_apart(tmp_path: Path) -> None:
     path, seen = tmp_path / "a.pt", []
     for model in (trained(seed=1), trained(seed=2)):
         torch.save(model.state_dict(), path)
+        seen.append(json.dumps(_tensors_of(Apricot(str(tmp_path)))))
         for given in ([model], [model.state_dict()], [{"state_dict": model.state_dict()}], [path]):
             seen.append(json.dumps(_tensors_of((Apricot(given), NeuRecover(tuple(given))))))
     assert len(set(seen)) == len(seen)
@@ -209,7 +198,7 @@ def test_earlier_models_in_a_list_are_told_apart(tmp_path: Path) -> None:
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 20, "auto")
+        repaired(tmp_path, 24, "auto")
     (folder,) = tmp_path.iterdir()
     files = [path for path in folder.iterdir() if path.suffix != ".json"]
     assert len(files) >= 2
@@ -225,7 +214,7 @@ def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
-def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -233,7 +222,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
             _, _, work = repaired(tmp_path, method="finetune-polish")
             work.done()
     end = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob("*/under-way")) and time.monotonic() < end:
+    while not any(tmp_path.glob("*/*.finished")) and time.monotonic() < end:
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -14,7 +14,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.errors import DataWarning
-from lightning_nrl.pipeline._data_leakage import LeakCheck
+from lightning_nrl.pipeline.baseline import LeakCheck
 
 
 def calibration() -> list[TensorSource]:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import TensorSource, repair_module
-from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._sparsify import sparsify
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.methods import Problem, Proposal, Solution
+from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.search import Fitness
 
 FIRST = torch.zeros(2, 10)

@@ -14,9 +14,9 @@ from toy_problems import normed, threshold
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.reference import choose_share, interpolate
-from lightning_nrl.reference.interpolation import ShareChoice, alignment
 from lightning_nrl.tasks import Multilabel
+from lightning_nrl.updates import choose_share, interpolate
+from lightning_nrl.updates.interpolation import ShareChoice, alignment
 
 
 def linear(weight: Any) -> nn.Linear:

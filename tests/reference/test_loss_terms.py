@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.reference import FocalDistillation, MarginHinge
-from lightning_nrl.reference.loss_terms import OldAnswers, Term, parse_terms
 from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.updates import FocalDistillation, MarginHinge
+from lightning_nrl.updates.loss_terms import OldAnswers, Term, parse_terms
 
 TASK = Multiclass()
 STUDENT = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()

@@ -11,9 +11,9 @@ from lightning_nrl.data.tensor_source import TensorSource
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
-from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.updates.predictions import Predictions
 
 
 class Scores(nn.Module):

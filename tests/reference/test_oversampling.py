@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.reference import Oversampler
+from lightning_nrl.updates import Oversampler
 
 PASSED = torch.tensor([True, True, True, False, True])
 MARGIN = torch.tensor([8.0, 2.9, 10.0, -1.0, 8.0])

@@ -8,7 +8,7 @@ from torch import tensor
 
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.updates.predictions import Predictions
 
 
 def table(label: list[int], prediction: list[int], sizes: tuple[int, ...] = (2, 1)) -> SampleResults:

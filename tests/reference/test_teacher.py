@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.reference import Predictions
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates import Predictions
+from lightning_nrl.updates.loss_terms import ModelTeacher, PredictedTeacher
 
 TASK = Multiclass()
 X = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
@@ -75,7 +75,9 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
 
 
 def test_what_there_is_no_room_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nrl._optim.logit_cache.MAX_CACHED_BYTES", 3 * 4 * 10)  # ten rows of three floats
+    monkeypatch.setattr(
+        "lightning_nrl.methods._solvers.teacher.MAX_CACHED_BYTES", 3 * 4 * 10
+    )  # ten rows of three floats
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     for _ in range(4):
@@ -142,9 +144,9 @@ def test_predictions_of_tasks_without_classes_say_themselves_what_passed() -> No
     ("index", "message"),
     [
         (lambda batch: batch[3], "`index` raised IndexError"),
-        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for 2 samples"),
+        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for a batch of 2 samples"),
         (lambda batch: batch[2][:1], r"`index` returned torch.int64 \[1\]"),
-        (lambda batch: -batch[2], "whole numbers from 0"),
+        (lambda batch: -batch[2], "whole number from 0"),
     ],
 )
 def test_an_index_that_is_none_is_refused(index: Any, message: str) -> None:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
 
 from lightning_nrl import RepairReport, SampleOptions, Settings, Target, TensorSource, repair_module
-from lightning_nrl._tracking.scalars import outcome
+from lightning_nrl._trainer.tracking.scalars import outcome
 from lightning_nrl.methods import Polish
-from lightning_nrl.reference.old_model import OldModel
-from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.updates.old_model import OldModel
+from lightning_nrl.updates.predictions import Predictions
 
 LINE = torch.tensor([[value, 1.0] for value in (-2.0, -1.0, 0.3, 1.0, 2.0)])
 CLASS = torch.tensor([0, 0, 1, 1, 1])
@@ -141,7 +141,7 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
         """Brings one regression back, and breaks two samples that only the new model gets right."""
 
         def __call__(self, problem: Any) -> Any:
-            from lightning_nrl.problem import Solution
+            from lightning_nrl.methods import Solution
 
             return Solution(problem.propose("worse", {"weight": threshold(0.1).weight.detach()}))
 

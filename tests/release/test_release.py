@@ -19,11 +19,10 @@ from toy_repairs import blobs, mlp, right, trained
 
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl.command_line import main
+from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.reference import Predictions
-from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
+from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
 
 HOW_TO = ROOT / "docs" / "release.md"
 RULES = ["accuracy", "nfr:20%", "slices", "slices:count"]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.release import (
+from lightning_nrl.report.stats import upper_limit
+from lightning_nrl.updates import (
     AtMostBroken,
     Finding,
     MaxNegativeFlipRate,
@@ -23,10 +24,8 @@ from lightning_nrl.release import (
     ProtectedIntact,
     Rule,
 )
-from lightning_nrl.release.release_report import Identity, make_report
-from lightning_nrl.release.rule_parsing import RULES, parse_rule, parse_rules
-from lightning_nrl.release.rules import sign_test
-from lightning_nrl.stats import upper_limit
+from lightning_nrl.updates.release_report import Identity, make_report
+from lightning_nrl.updates.rules import RULES, parse_rule, parse_rules, sign_test
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
 
@@ -209,7 +208,7 @@ def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pyt
         (lambda: parse_rules(None), "`rules=None` are no rules"),
         (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
         (lambda: parse_rule("nfr"), "'nfr' is no rule"),
-        (lambda: parse_rule("nfr:few"), "'few' in 'nfr:few' is no number"),
+        (lambda: parse_rule("nfr:few"), "`rules='nfr:few'`: 'few' is no number"),
         (lambda: parse_rule("slices:count:2"), "is no rule"),
         (lambda: parse_rule("tolerance:x"), "'x' is no number"),
         (lambda: MaxNegativeFlipRate(1.0), "`limit=1.0` is no share"),

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import ParameterSpace, find_layers
-from lightning_nrl._scoring import ActivationCache, record
-from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.device import Context
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace, find_layers
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Multiclass
 
 

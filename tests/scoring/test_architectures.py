@@ -9,8 +9,8 @@ from scoring_networks import Case, floats, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
 
 P, N, C = 3, 4, 6
 
@@ -115,15 +115,6 @@ def test_channels_that_do_not_differ_are_not_computed_again(
     assert x.materialized is None
 
 
-@pytest.mark.parametrize("name", ["mean", "mean, kept", "adaptive pool to one"])
-def test_means_of_what_a_layer_leaves_with_channels_first_in_memory(name: str) -> None:
-    rest, function = CHANNELWISE[name]
-    x = candidates(*rest)
-    first = x.changed.movedim(2, 0).contiguous().movedim(0, 2)
-    actual = function(CandidateTensor(x.base, P, 1, x.units, first))
-    torch.testing.assert_close(plain(actual), function(x.dense()), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("other", [(), (4, 1), (1, 2), (0, 1, 2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "iadd", "imul"])
 def test_two_of_them(name: str, other: tuple[int, ...]) -> None:
@@ -167,14 +158,3 @@ def test_the_whole_in_another_layout_has_the_same_values(units: tuple[int, ...],
     assert torch.equal(turned.dense_view(), expected)
     assert torch.equal(turned.dense(), expected)
     assert turned.dense().is_contiguous()
-
-
-def test_a_view_of_the_whole_shares_its_memory() -> None:
-    x = candidates(5)
-    x[:, 0].zero_()
-    assert plain(x + 0)[:, 0].abs().sum() == 0
-
-
-def test_training_batch_norm_sees_all_candidates() -> None:
-    norm = nn.BatchNorm1d(C).double()
-    torch.testing.assert_close(plain(norm(candidates())), norm(candidates().dense()), rtol=1e-12, atol=1e-12)

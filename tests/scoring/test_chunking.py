@@ -6,9 +6,8 @@ import pytest
 import torch
 from scoring_networks import REPLAYED, make_problem
 
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl._scoring.chunking import make_chunk_scorers
-from lightning_nrl._scoring.sparse_delta import make_layer_deltas
+from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer, make_chunk_scorers
+from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.tasks import Multiclass
 
 
@@ -33,17 +32,6 @@ def test_chunks_hold_all_samples_in_order() -> None:
     parts = cut("middle linear", 300, budget=50_000)
     assert len(parts) > 1
     assert torch.cat([part.chunk.rows for part in parts]).tolist() == list(range(300))
-
-
-def test_what_samples_weigh_together_is_summed_once() -> None:
-    weight = torch.arange(12, dtype=torch.float64)
-    assert [part.total_weight for part in cut("head", 12, weight=weight)] == [66.0]
-    assert [part.total_weight for part in cut("head", 12)] == [12]
-
-
-def test_what_does_not_fit_in_the_room_is_not_kept() -> None:
-    assert [part.nbytes for part in cut("head", 12)] == [0]
-    assert cut("head", 12, room=1 << 20)[0].nbytes > 0
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear"])

@@ -11,10 +11,10 @@ import torch
 from scoring_networks import REPLAYED, Problem, make_problem
 from torch import nn
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.recorded_tensors import InMemory
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.recorded_tensors import InMemory
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

@@ -9,7 +9,7 @@ import torch
 from scoring_networks import REPLAYED, WHOLE, Case, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl._scoring.bitwise_replay import exact_batches
+from lightning_nrl.analysis.sweep.batch_search import exact_batches
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
 
@@ -34,7 +34,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, autocast: bool = False
                 output = torch.func.functional_call(problem.model, parameters, batch.args, dict(batch.kwargs))
             with torch.no_grad():
                 assert torch.equal(exact.logits(parameters), Multiclass().logits(output))
-        replayed.append(exact.replayed)
+        replayed.append(exact.cache.is_replayable(exact.chunk))
     return replayed
 
 
@@ -48,10 +48,6 @@ def test_in_every_precision(name: str) -> None:
     assert all(check(REPLAYED[name], torch.float64))
     check(REPLAYED[name], torch.bfloat16)
     check(REPLAYED[name], autocast=True)
-
-
-def test_most_networks_are_replayed() -> None:
-    assert sum(all(check(case)) for case in REPLAYED.values()) > 0.8 * len(REPLAYED)
 
 
 class Odd(nn.Module):

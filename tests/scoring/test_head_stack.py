@@ -11,11 +11,10 @@ from scoring_networks import Problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import Scores, make_scorer
-from lightning_nrl._scoring.head_stack import rounded_up
-from lightning_nrl._scoring.scorer import SwarmScorer, stacked
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.scorer import SwarmScorer, make_scorer, stacked
+from lightning_nrl.search.scores import Scores
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""
@@ -95,15 +94,6 @@ def test_a_swarm_among_many_in_a_stack_scores_as_alone_to_the_bit(options: dict[
         same(scored(slice(s, s + 1)), replace(together, **columns), exactly=True)
 
 
-def test_swarms_that_share_all_need_no_tables_of_their_own() -> None:
-    own = problem(dtype=torch.float64)
-    where, passed, values = torch.arange(K) * 3, ~FAILED, swarms(own)[2].double()
-    expected = make_scorer(own.recording(N), where, FAILED, passed, EVALUATOR)(values)
-    scorer = stacked(make_scorer(own.recording(N), where, FAILED, passed, EVALUATOR), K, LARGE)
-    assert [len(stack.swarms) for _, stack in scorer.stacks] == [1, 1]
-    same(scorer(values), expected)
-
-
 def test_what_is_in_front_of_another_layer_is_left_to_its_group() -> None:
     own = problem()
     model = nn.Sequential(own.model, nn.ReLU())
@@ -152,9 +142,3 @@ def test_many_swarms_take_as_many_operations_as_few() -> None:
         return counted.n
 
     assert operations(30) == operations(10)
-
-
-def test_rounding_up_leaves_few_numbers() -> None:
-    assert [rounded_up(n, 1) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
-    assert [rounded_up(n, 2) for n in (3, 5, 6, 7, 10)] == [3, 6, 6, 8, 12]
-    assert [rounded_up(n, 4) for n in (5, 9, 17, 650)] == [5, 10, 20, 768]

@@ -7,8 +7,9 @@ import torch
 from scoring_networks import REPLAYED, WHOLE, Case, Problem, make_problem
 from torch import nn
 
-from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.tasks import Multiclass
 
 EVALUATOR = Evaluator(nn.Identity())

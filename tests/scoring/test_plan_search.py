@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_nrl._scoring.plan_search import same_values
-from lightning_nrl._utils.precision import may_use_tf32
+from lightning_nrl._utils.device import may_use_tf32
+from lightning_nrl.search._scoring.replay_plan import same_values
 
 PARTS = (
     (torch.backends, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)

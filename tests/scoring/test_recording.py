@@ -10,13 +10,14 @@ from graphs import GraphNet, graph_loader
 from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import LayerRef, find_layers
-from lightning_nrl._model.per_sample_grad import margin_calls
-from lightning_nrl._scoring import ActivationCache, record
-from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import InseparableBatchError, ReplayError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layer_gradients import margin_calls
+from lightning_nrl.evaluation.layers import LayerRef, find_layers
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.tasks import Multiclass
 
 
@@ -55,21 +56,6 @@ def test_nothing_before_the_layer_is_run_again(name: str) -> None:
     assert called == []
 
 
-def test_values_that_only_reach_the_output_through_the_layer_are_not_kept() -> None:
-    recording = make_problem(REPLAYED["residual, second"]).recording(12)
-    plan = recording.groups[0].plan
-    assert plan is not None
-    # what reaches the sum besides: the stem, by the shortcut; conv1 and norm1 only go into conv2
-    assert plan.calls == ("stem", "conv1", "norm1")
-    assert plan.live_calls == {"stem"}
-
-
-def test_replaying_twice_gives_the_same_although_the_model_works_in_place() -> None:
-    recording = make_problem(REPLAYED["residual, first"]).recording(12)
-    first, second = replayed(recording)[1], replayed(recording)[1]
-    assert torch.equal(first, second)
-
-
 def test_the_model_is_left_as_it_was() -> None:
     problem = make_problem(REPLAYED["residual, both"])
     before = {name: dict(module.__dict__) for name, module in problem.model.named_modules()}
@@ -102,32 +88,6 @@ def test_hooks_of_the_user_are_applied_once() -> None:
     logits = replayed(problem.recording(12))[1]
     with torch.no_grad():
         torch.testing.assert_close(logits, problem.model(problem.data[0]))
-
-
-def test_gradients_flow_through_a_replay() -> None:
-    problem = make_problem(REPLAYED["middle linear"], dtype=torch.float64)
-    recording = problem.recording(12)
-    zeros: list[Tensor] = []
-
-    def nudged(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
-        zeros.append(torch.zeros_like(y, requires_grad=True))
-        return y + zeros[0]
-
-    recording.replay(next(recording.chunks()), nudged).sum().backward()
-    model = problem.model
-    y = model[:3](problem.data[0]).detach().requires_grad_()  # type: ignore[index]
-    model[3:](y).sum().backward()  # type: ignore[index]
-    torch.testing.assert_close(zeros[0].grad, y.grad)
-
-
-def test_copies_are_candidate_by_candidate() -> None:
-    problem = make_problem(REPLAYED["residual, second"])
-    recording = problem.recording(12)
-    chunk = next(recording.chunks())
-    logits = recording.replay(chunk, lambda site, x, y: torch.cat([y, 2 * y, y]), copies=3)
-    assert torch.equal(torch.as_tensor(logits[:12]), torch.as_tensor(logits[24:]))
-    single = recording.replay(chunk, lambda site, x, y: 2 * y)
-    torch.testing.assert_close(torch.as_tensor(logits[12:24]), single)
 
 
 def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:

@@ -15,12 +15,14 @@ from scoring_networks import REPLAYED, WHOLE, Problem, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import Scores, make_scorer, record
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Multiclass, Task
 
 EVALUATOR = Evaluator(nn.Identity())
@@ -49,19 +51,6 @@ def test_by_hand() -> None:
     passed = (F.softplus(-torch.tensor([2.0, 2.75, 4.0])) + F.softplus(torch.tensor([-1.0, -0.25, 1.0]))) / 2
     torch.testing.assert_close(scores.loss_passed[0], passed)
     assert (scores.n_failed, scores.n_passed) == (1, 2)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("changed", [[0], [1], [0, 1], [3, 0]], ids=str)
-def test_of_equal_logits_the_first_wins(classes: int, changed: list[int]) -> None:
-    x = torch.ones(classes, 1)
-    problem = linear(torch.ones(classes, 1), x, list(range(classes)))
-    where = torch.tensor([c for c in changed if c < classes])
-    everyone = torch.ones(classes, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(classes), where, everyone, everyone, EVALUATOR)
-    values = torch.stack([torch.full((len(where),), v) for v in (1.0, 1.0 + 2**-23, 1.0 - 2**-24)])
-    expected = problem.oracle(where, values).argmax(2) == torch.arange(classes)
-    assert torch.equal(scorer.by_sample(values).passed[:, :classes], expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,17 +84,6 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
     assert hits[:, passes].all()
     assert not hits[:, fails].any()
     assert scorer(values.unsqueeze(0)).intact[0].tolist() == hits.sum(1).tolist()
-
-
-def test_near_the_original_most_samples_are_left_out() -> None:
-    problem = make_problem(REPLAYED["head"], n=200)
-    where, values = problem.candidates(20, 12, 0, scale=1e-3)
-    none = torch.zeros(200, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(200), where, none, ~none, EVALUATOR, passed_loss=False)
-    head = scorer.groups[0].passed[0].head
-    assert head is not None
-    passes, fails = head.decided(values)
-    assert (passes | fails).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("budget", [1, 10_000, 1_000_000])
@@ -143,15 +121,6 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
     actual = scorer(values.unsqueeze(0))
     assert max(sizes) > 8
     assert (actual.patched.tolist(), actual.intact.tolist()) == (expected.patched.tolist(), expected.intact.tolist())
-
-
-def test_other_errors_are_not_taken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(REPLAYED["middle linear"], n=N)
-    where, values = problem.candidates(2, 6)
-    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)
-    monkeypatch.setattr(Multiclass, "loss", lambda *a: (_ for _ in ()).throw(RuntimeError("other")))
-    with pytest.raises(RuntimeError, match="other"):
-        scorer(values.unsqueeze(0))
 
 
 @pytest.mark.parametrize("name", ["head", "residual, second"])
@@ -295,7 +264,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl._scoring.scorer.N_MOST_FRAGILE", 4)
+    monkeypatch.setattr("lightning_nrl.search._scoring.scorer.N_MOST_FRAGILE", 4)
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring.candidate_tensor import CandidateTensor
-from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -38,51 +37,12 @@ def test_linear_by_hand() -> None:
     assert out.tolist() == [[[21.0, 43.0], [5.0, 15.0]], [[1.0, 44.0], [5.0, 20.0]]]
 
 
-def test_convolution_by_hand() -> None:
-    layer = nn.Conv1d(1, 2, 2, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
-    out = changed(layer, torch.tensor([3]), torch.tensor([[2.0]]), torch.tensor([[[1.0, 2.0, 3.0]]]))
-    assert out.tolist() == [[[[1.0, 2.0], [4.0, 6.0]]]]
-
-
-def test_bias_by_hand() -> None:
-    layer = nn.Linear(1, 2)
-    with torch.no_grad():
-        layer.weight.fill_(1.0)
-        layer.bias.copy_(torch.tensor([0.0, 5.0]))
-    out = changed(layer, torch.tensor([0, 3]), torch.tensor([[3.0, 7.0]]), torch.tensor([[2.0]]), include_bias=True)
-    assert out.tolist() == [[[6.0, 9.0]]]
-
-
-@torch.no_grad()
-def test_only_changed_units_are_computed() -> None:
-    layer, x = nn.Linear(4, 6), torch.randn(3, 4)
-    change = make_layer_deltas(find_layers(layer, ""), torch.tensor([5, 6]))[0]
-    assert change.units.tolist() == [1]
-    assert change.unit_outputs(torch.zeros(2, 2), change.gather(x, layer(x))).shape == (2, 3, 1)
-
-
 def test_unchanged_candidates_keep_the_recorded_output_to_the_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer, x = nn.Linear(30, 6).to(dtype), torch.randn(5, 30).to(dtype)
         where = torch.arange(0, 180, 7)
         same = find_layers(layer, "").flat()[where].unsqueeze(0)
         assert torch.equal(changed(layer, where, same, x)[0], layer(x))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("p", [2, 40], ids=["few", "many"])
-def test_what_is_added_to_another_base_is_the_same_for_few_and_for_many_candidates(p: int) -> None:
-    layer, x = nn.Linear(30, 6).double(), torch.randn(5, 30).double()
-    space, where = find_layers(layer, ""), torch.arange(0, 180, 7)
-    change = make_layer_deltas(space, where)[0]
-    base, values = torch.randn(len(change.units), 5).double(), torch.randn(p, len(where)).double()
-    values[0] = space.flat()[where]
-    found = change.changed_units(values, change.gather(x, layer(x)), base)
-    expected = (oracle(layer, where, values, x) - layer(x)).movedim(2, 0)[change.units] + base.unsqueeze(1)
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(found[:, 0], base)
 
 
 @st.composite

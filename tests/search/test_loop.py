@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search import ParticleSwarm, WeightStats, search, search_many
 from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.scores import Scores
 
 WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 N = 50
@@ -43,12 +43,6 @@ def same(a, b):
         and torch.equal(a.history.patched, b.history.patched)
         and torch.equal(a.history.loss_failed, b.history.loss_failed)
     )
-
-
-def test_solves_a_sphere():
-    result = search(sphere, original()[0], WIDE, searcher=ParticleSwarm(patience=100))
-    assert result.values.abs().max() < 1e-3
-    assert result.history.loss_failed[-1] < 1e-6
 
 
 @pytest.mark.parametrize("start", ["local", "half", "paper"])
@@ -129,13 +123,6 @@ def first_weight(values):
     return wall(values[..., :1])
 
 
-def test_same_seed_same_result_and_another_seed_another():
-    short = ParticleSwarm(iterations=30)
-    a, b, c = (search(wall, original()[0], WIDE, seed=seed, searcher=short).values for seed in (3, 3, 4))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-
-
 @pytest.mark.parametrize("interval", [2, 7, 10, 100])
 @pytest.mark.parametrize("patience", [1, 3, 10])
 def test_the_stop_rule_is_exact_however_seldom_the_host_looks(interval, patience):
@@ -176,16 +163,6 @@ def test_nothing_better_gives_the_original_bit_for_bit():
         assert (result.iterations, result.fitness) == (20, result.original_fitness)
 
 
-def test_candidates_come_in_the_dtype_of_the_weights():
-    def scorer(values):
-        assert values.dtype == torch.bfloat16
-        assert values.shape == (1, 100, 4)
-        return sphere(values)
-
-    result = search(scorer, original()[0].bfloat16(), WIDE, searcher=ParticleSwarm(iterations=3))
-    assert sphere(result.values[None, None]).loss_failed == result.history.loss_failed[-1]
-
-
 def test_candidates_with_nan_losses_rank_last():
     def scorer(values):
         scores = sphere(values)
@@ -212,17 +189,6 @@ def test_an_original_without_a_finite_loss_is_refused(value):
 
     with pytest.raises(EvaluationError, match="HINT"):
         search(scorer, original()[0], WIDE)
-
-
-def test_what_the_scorer_raises_passes_through():
-    error = RuntimeError("out of memory")
-
-    def scorer(values):
-        raise error
-
-    with pytest.raises(RuntimeError) as raised:
-        search(scorer, original()[0], WIDE)
-    assert raised.value is error
 
 
 @pytest.mark.parametrize(
@@ -264,11 +230,6 @@ def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
 def test_arguments_that_do_not_fit_are_told(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         search_many(sphere, original(2), WIDE, **{"seeds": [0, 1], **arguments})
-
-
-def test_no_weights_at_all_are_told():
-    with pytest.raises(ConfigurationError, match="`original` has 0 weights"):
-        search(sphere, torch.zeros(0), WIDE)
 
 
 @pytest.mark.gpu
@@ -359,18 +320,6 @@ def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
         assert result.fitness >= worth
         found = fitness(wall(result.values[None, None]), before)
         assert found.item() == pytest.approx(result.fitness)
-
-
-def test_an_elite_that_nothing_beats_comes_back_bit_for_bit():
-    elites = torch.tensor([[0.4, 0.6, 0.5, 0.3], [0.1, 0.2, 0.3, -1.0]]) / 3
-
-    def only_the_first(values):
-        hit = (values == elites[0]).all(-1).double()
-        return Scores(hit, torch.full_like(hit, N), 1 - hit, 1 - hit, N, N)
-
-    result = search(only_the_first, original()[0], WIDE, searcher=ParticleSwarm(patience=5), elites=elites)
-    assert torch.equal(result.values, elites[0])
-    assert (result.history.patched == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from toy_searcher import RandomLocalSearch, Walk
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.search import (
     SEARCHERS,
@@ -24,6 +23,7 @@ from lightning_nrl.search import (
     search,
     search_many,
 )
+from lightning_nrl.search.scores import Scores
 
 STATS = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 HOW = RandomLocalSearch(step=0.2)

@@ -11,7 +11,6 @@ import torch
 from test_protocol import STATS, GivingUp, original, same, wall
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.search import (
     SEARCHERS,
@@ -26,6 +25,7 @@ from lightning_nrl.search import (
     search_many,
 )
 from lightning_nrl.search.differential_evolution import three_others
+from lightning_nrl.search.scores import Scores
 
 ALL = [
     pytest.param(DifferentialEvolution(population=12, iterations=40, patience=20), id="differential evolution"),
@@ -97,7 +97,7 @@ class Drawn:
 def test_a_trial_by_hand() -> None:
     how = DifferentialEvolution(population=4, crossover=0.5, start="normal")
     stats = WeightStats(mean=0.0, std=1.0, lowest=-1.0, highest=2.0)
-    state = how.init(SearchOrigin(torch.zeros(1, 2), stats), RandomStreams.seeded([0], torch.device("cpu")))
+    state = how.init(SearchOrigin(torch.zeros(1, 2), stats), RandomStreams.seeded([0]))
     members = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [2.0, -1.0], [5.0, 3.0]]])
     drawn: Any = Drawn(
         torch.zeros(3, 1, 4, 1),  # the others are 1 2 3, 0 2 3, 0 1 3, 0 1 2
@@ -125,7 +125,7 @@ def test_others_are_different_and_all_as_likely() -> None:
 
 def test_cma_es_begins_at_the_best_of_the_first_and_leaves_random_numbers_alone() -> None:
     how = CmaEs(population=4, sigma=0.1)
-    streams = RandomStreams.seeded([0], torch.device("cpu"))
+    streams = RandomStreams.seeded([0])
     state = how.init(SearchOrigin(original(), STATS), streams)
     torch.manual_seed(0)
     before = torch.get_rng_state()

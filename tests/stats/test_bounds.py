@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.stats import (
-    Bound,
-    binomial_cdf,
-    choose,
-    lower_limit,
-    upper_limit,
-)
+from lightning_nrl.report.stats import Bound, binomial_cdf, choose, lower_limit, upper_limit
 
 HOW_TO = ROOT / "docs" / "bounds.md"
 CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)

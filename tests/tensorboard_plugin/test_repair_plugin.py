@@ -17,12 +17,11 @@ from tensorboard.plugins.base_plugin import TBContext
 from werkzeug import Response
 from werkzeug.test import Client
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint
-from lightning_nrl.report.sample_files import write_sample_files
-from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
-from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.tensorboard_plugin import RepairPlugin, repair_plugin
+from lightning_nrl.report.sample_views import SampleView, write_sample_files
+from lightning_nrl.report.splits import ConfusionCell, FlippedSample
+from lightning_nrl.report.tensorboard_plugin import RepairPlugin, repair_plugin
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 KNOWN = SplitReport(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import (
     LocalizationReport,
     PricePoint,

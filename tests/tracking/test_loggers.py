@@ -23,10 +23,11 @@ from lightning_package import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lightning_nrl._tracking import RepairLog, declare, search_curves, track
-from lightning_nrl._tracking.repair_hparams import ASKED, MEASURED
-from lightning_nrl._tracking.scalars import final_numbers
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl._trainer.tracking.loggers import declare, track
+from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.scalars import final_numbers, search_curves
+from lightning_nrl._trainer.tracking.tensorboard import ASKED, MEASURED
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.sample_views import SampleView
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from lightning_package import Logger, loggers
 
-from lightning_nrl._tracking import RepairLog, track, track_release
-from lightning_nrl._tracking.scalars import final_numbers, search_curves
+from lightning_nrl._trainer.tracking.loggers import track, track_release
+from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.scalars import final_numbers, search_curves
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.sample_records import FlippedSample
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import FlippedSample
 
 FILES = ("report.html", "report.md", "report.json", "repair.patch.safetensors")
 GREY = np.full((8, 8, 3), 128, dtype=np.uint8)

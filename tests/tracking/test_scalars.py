@@ -2,9 +2,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_nrl._tracking import outcome, search_curves, split_numbers, strength_curves
-from lightning_nrl._tracking.scalars import final_numbers, further_numbers, rung_numbers, weight_numbers
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl._trainer.tracking.scalars import (
+    final_numbers,
+    further_numbers,
+    outcome,
+    rung_numbers,
+    search_curves,
+    split_numbers,
+    strength_curves,
+    weight_numbers,
+)
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report import RepairReport, StrengthPoint
 
 

@@ -10,7 +10,7 @@ import pytest
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.artifacts import (
+from lightning_nrl._trainer.repair_files import (
     REPAIRED_FILES,
     REPORT_FILES,
     base_folder,
@@ -19,7 +19,7 @@ from lightning_nrl._trainer.artifacts import (
     report_files,
     write_report,
 )
-from lightning_nrl.patches import safetensors_file
+from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
 
 
@@ -92,7 +92,7 @@ def test_files_are_named_by_kind(tmp_path: Path) -> None:
 def test_a_patch_is_named_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["checkpoint", "patch", "json", "markdown", "html"]
     assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
-    monkeypatch.setattr(safetensors_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(patch_file, "find_spec", lambda name: None)
     kinds.remove("patch")
     assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
 

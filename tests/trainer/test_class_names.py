@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.class_names import class_names
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.sample_views import class_names
 
 
 class Named(TensorDataset):

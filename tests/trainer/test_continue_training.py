@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
-from lightning_nrl._lightning import validating
 from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer import time_budget as course_module
+from lightning_nrl._trainer import training_time as course_module
 from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
+from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer

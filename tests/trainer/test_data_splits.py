@@ -9,10 +9,9 @@ import torch
 from lightning_package import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.data_splits import DataOptions, DataRequest, SplitLoaders
 from lightning_nrl._trainer.loaders import make_source
-from lightning_nrl.data._sample_identity import Identified, is_among
+from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ConfigurationError
 
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))

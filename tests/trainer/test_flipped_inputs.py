@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.flipped_inputs import sample_views
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.sample_views import sample_views
 from lightning_nrl.errors import DataWarning
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
-from lightning_nrl.report.sample_records import FlippedSample
+from lightning_nrl.report.splits import FlippedSample
 
 
 def source(x: torch.Tensor) -> LoaderSource:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from lightning_package import Callback, LightningModule, ProgressBar, RichProgressBar, TQDMProgressBar, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.progress import RepairProgress
+from lightning_nrl._trainer.progress_bar import RepairProgress
 
 
 class Tiny(LightningModule):
@@ -158,14 +159,6 @@ def eager(init: Any) -> Any:
     return wrapped
 
 
-def test_tqdm_leaves_no_line_and_no_open_bar(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from tqdm.auto import tqdm
-
-    fit(tmp_path, [TQDMProgressBar(), Repairing()])
-    assert "Repair" not in final_line(capsys)
-    assert len(getattr(tqdm, "_instances", ())) == 0
-
-
 def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     repairing = Repairing()
     fit(tmp_path, [repairing, RichProgressBar()])
@@ -176,6 +169,9 @@ def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any, capsys: py
         ("Repair: search (20 repaired, 1 broken)", 20, 40),
         ("Repair: judge", 0, float("inf")),
     ]
+    # Lightning's own tasks are left alone.
+    assert any(text.startswith("Epoch 0") for text in repairing.after)
+    assert not any("Repair" in text for text in repairing.after)
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
@@ -210,13 +206,6 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
         assert "Repair" not in shown.split("\r")[-1]
 
 
-def test_rich_leaves_lightnings_tasks_alone(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    repairing = Repairing()
-    fit(tmp_path, [repairing, RichProgressBar()])
-    assert any(text.startswith("Epoch 0") for text in repairing.after)
-    assert not any("Repair" in text for text in repairing.after)
-
-
 def test_rich_has_a_display_of_its_own_before_lightning_starts_one(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,13 +218,14 @@ def test_rich_has_a_display_of_its_own_before_lightning_starts_one(
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
-def test_an_error_in_a_stage_passes_through_and_clears_the_line(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar]
+@pytest.mark.parametrize("error", [None, ArithmeticError("in mid-search")])
+def test_no_line_is_left_whether_a_stage_ends_or_raises(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar], error: Exception | None
 ) -> None:
     from tqdm.auto import tqdm
 
-    with pytest.raises(ArithmeticError, match="in mid-search"):
-        fit(tmp_path, [bar(), Repairing(error=ArithmeticError("in mid-search"))])
+    with nullcontext() if error is None else pytest.raises(ArithmeticError, match="in mid-search"):
+        fit(tmp_path, [bar(), Repairing(error=error)])
     assert all("Repair" not in instance.desc for instance in getattr(tqdm, "_instances", ()))
     assert "Repair" not in final_line(capsys)
 
@@ -247,35 +237,24 @@ class Plain(ProgressBar):
         pass
 
 
-def test_nothing_is_shown_when_bars_are_off(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    repairing = Repairing()
-    fit(tmp_path, [repairing], enable_progress_bar=False)
-    assert repairing.silent
-    assert "Repair" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("bar", [TQDMProgressBar(refresh_rate=0), RichProgressBar(refresh_rate=0), Plain()])
-def test_nothing_is_shown_beside_a_disabled_or_foreign_bar(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: ProgressBar
+@pytest.mark.parametrize("bar", [None, TQDMProgressBar(refresh_rate=0), RichProgressBar(refresh_rate=0), Plain()])
+def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: ProgressBar | None
 ) -> None:
     repairing = Repairing()
-    fit(tmp_path, [repairing, bar])
+    fit(tmp_path, [repairing] if bar is None else [repairing, bar], enable_progress_bar=bar is not None)
     assert repairing.silent
     assert "Repair" not in capsys.readouterr().out
 
 
-def test_nothing_is_shown_on_other_ranks(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = fit(tmp_path, [TQDMProgressBar()])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(trainer), "is_global_zero", False)
-        with RepairProgress(trainer) as progress, progress.stage("collect"):
-            progress.search(1, 2, 0, 0)
-    assert "Repair" not in capsys.readouterr().out
-
-
-def test_outside_its_context_it_is_silent(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_is_shown_outside_its_context_or_on_other_ranks(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
     trainer = fit(tmp_path, [TQDMProgressBar()])
     progress = RepairProgress(trainer)
-    with progress.stage("collect"):
-        progress.search(1, 2, 0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer), "is_global_zero", first)
+        with nullcontext() if first else progress, progress.stage("collect"):
+            progress.search(1, 2, 0, 0)
     assert "Repair" not in capsys.readouterr().out

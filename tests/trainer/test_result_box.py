@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nrl._trainer.result_box import ResultBox
+from lightning_nrl._trainer.repair_files import ResultBox
 
 
 def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(

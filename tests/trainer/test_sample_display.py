@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.sample_display import display, find_normalization, to_pixels
+from lightning_nrl._trainer.sample_views import display, find_normalization, to_pixels
 
 
 @pytest.mark.parametrize(

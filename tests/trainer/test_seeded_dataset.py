@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.loaders import SeededDataset
 from lightning_nrl._utils.preserve import seed_all
 
 

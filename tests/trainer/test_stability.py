@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
-from lightning_nrl._trainer.stability import (
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.random_transforms import (
     Stability,
     check_stability,
     checked_positions,
@@ -63,17 +62,13 @@ def by_all(i: int) -> float:
     return float(torch.rand(())) + np.random.rand() + random.random()
 
 
-@pytest.mark.parametrize("draw", [by_torch_every_second, by_seed, by_all])
-def test_random_samples_stand_still_with_numbers_of_their_own(draw: Callable[[int], float]) -> None:
+@pytest.mark.parametrize(
+    ("draw", "draws"), [(float, False), (by_torch_every_second, True), (by_seed, True), (by_all, True)]
+)
+def test_random_samples_stand_still_with_numbers_of_their_own(draw: Callable[[int], float], draws: bool) -> None:
     samples = SeededDataset(Numbers(draw), 0)
     assert check_stability(samples, range(8), default_collate) == Stability(checked=8, unstable=0)
-    assert samples.draws
-
-
-def test_samples_without_randomness_draw_nothing() -> None:
-    samples = SeededDataset(Numbers(float), 0)
-    assert check_stability(samples, range(8), default_collate) == Stability(checked=8, unstable=0)
-    assert not samples.draws
+    assert samples.draws == draws
 
 
 def test_a_generator_of_the_data_sets_own_is_noticed() -> None:

@@ -10,6 +10,7 @@ from lightning_nrl._trainer.trainer_repair import run_sanity_check
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.methods import Problem, Solution
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
@@ -82,3 +83,22 @@ def test_logits_that_do_not_fit_are_found() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
     with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
         run_sanity_check(Evaluator(model), known(), quick())
+
+
+class Picky:
+    """A method of a user's own that suits no model, or no layer."""
+
+    def __init__(self, asked: str) -> None:
+        setattr(self, asked, self._refuse)
+
+    def _refuse(self, found: object) -> None:
+        raise ConfigurationError("`method`: it does not suit this model.", "choose another one.")
+
+    def __call__(self, problem: Problem) -> Solution:
+        raise AssertionError("the repair has begun")
+
+
+@pytest.mark.parametrize("asked", ["check", "check_recording"])
+def test_a_method_of_ones_own_is_asked_before_training(asked: str) -> None:
+    with pytest.raises(ConfigurationError, match="it does not suit this model"):
+        run_sanity_check(Evaluator(trained()), known(), quick(method=Picky(asked)))

@@ -12,7 +12,7 @@ from lightning_package import BoringModel, LightningModule, ModelCheckpoint, Ran
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import validating
+from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, FitTimer, epochs_of, epochs_saved, starting_weights
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
-from lightning_nrl._trainer.validation_view import with_validation_view
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.random_transforms import with_validation_view
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -74,17 +73,10 @@ def test_two_data_sets_over_the_same_images_split_by_position() -> None:
 
 
 def test_other_images_for_validation() -> None:
-    found = viewed(Images(0, 3, jitter), Images(7, 2, clean))
-    assert inputs(found) == [100.0, 110.0, 120.0]
-
-
-def test_no_transform_for_validation() -> None:
+    union = ConcatDataset([Images(0, 2, jitter), Subset(Images(2, 3, jitter), [1])])
+    assert inputs(viewed(Images(0, 3, jitter), Images(7, 2, clean))) == [100.0, 110.0, 120.0]
     assert inputs(viewed(Images(0, 3, jitter), Images(7, 2, None))) == [0.0, 10.0, 20.0]
-
-
-def test_a_union() -> None:
-    found = viewed(ConcatDataset([Images(0, 2, jitter), Subset(Images(2, 3, jitter), [1])]), Images(7, 2, clean))
-    assert inputs(found) == [100.0, 110.0, 130.0]
+    assert inputs(viewed(union, Images(7, 2, clean))) == [100.0, 110.0, 130.0]
 
 
 def test_one_data_set_split_by_position_has_no_other_view() -> None:
@@ -117,10 +109,6 @@ def test_a_transform_that_does_not_fit_is_not_taken(transform: Transform) -> Non
     assert not viewed(Images(0, 3, jitter), Images(7, 2, transform)).has_validation_view
 
 
-def test_a_data_set_of_another_class_says_nothing() -> None:
-    assert not viewed(Images(0, 3, jitter), OtherImages(0, 3, clean)).has_validation_view
-
-
 def test_two_validation_transforms_say_nothing() -> None:
     assert not viewed(Images(0, 3, jitter), Images(7, 2, clean), Images(7, 2, shifted)).has_validation_view
     assert viewed(Images(0, 3, jitter), Images(7, 2, clean), Images(9, 2, clean)).has_validation_view
@@ -134,7 +122,8 @@ class Flipped(Images):
         return x, y + int(x > 100)
 
 
-def test_other_targets_say_that_it_is_another_sample() -> None:
+def test_another_class_or_other_targets_say_that_it_is_another_sample() -> None:
+    assert not viewed(Images(0, 3, jitter), OtherImages(0, 3, clean)).has_validation_view
     assert not viewed(Flipped(0, 3, jitter), Flipped(7, 2, clean)).has_validation_view
 
 

@@ -20,18 +20,16 @@ from torch import nn
 from toy_problems import on_a_line, threshold
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl.analysis.sweep._store import RunStore, StoredRun
-from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.command_line.file_commands import read_report
+from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun
+from lightning_nrl.entrypoints.commands import read_report
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.localization.training_record import split_points, write_point
-from lightning_nrl.patches import Patch
-from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release._prediction_files import read_slices
-from lightning_nrl.release.protected import read_ids
+from lightning_nrl.localization.training_record import write_point
+from lightning_nrl.pipeline import Patch
+from lightning_nrl.updates.predictions import Predictions, read_slices
+from lightning_nrl.updates.rules import read_ids
 
 STATE = {"layer.weight": torch.arange(12.0).view(3, 4), "layer.bias": torch.ones(3), "n": torch.tensor(4)}
 NEW = {**STATE, "layer.bias": torch.arange(3.0)}
@@ -52,7 +50,7 @@ class Reader:
 def write_record(path: Path) -> None:
     problem = on_a_line()
     for step, at in enumerate((0.45, 0.65), 1):
-        write_point(path.parent, step, 0, split_points(problem.evaluate(threshold(at))), threshold(at))
+        write_point(path.parent, step, 0, problem.evaluate(threshold(at)), threshold(at))
 
 
 def read_record(path: Path) -> Any:

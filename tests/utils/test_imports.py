@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.registry import import_function
 
 
 @pytest.mark.parametrize("address", ["math:floor", "math.floor", "os.path:join", "collections:Counter.most_common"])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lightning_nrl._utils.out_of_memory import none_if_out_of_memory, twice_if_out_of_memory
+from lightning_nrl._utils.device import none_if_out_of_memory, twice_if_out_of_memory
 from lightning_nrl.errors import DeviceMemoryError
 
 

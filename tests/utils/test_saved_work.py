@@ -1,13 +1,11 @@
-"""Pieces of work that are saved: values to the bit, what is finished, what is under way, the time, and damage."""
+"""Results of finished steps that are saved: values to the bit, other work, time, ranks, damage and full disks."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +17,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_values import DamagedValueError, UnsavableValueError, from_bytes, to_bytes
-from lightning_nrl._utils.saved_work import Piece, SavedWork
+from lightning_nrl._utils.resume import DamagedValueError, ResumeStore, from_bytes, to_bytes
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning
 
@@ -33,7 +30,7 @@ class Pair:
 
 class Point(NamedTuple):
     x: Tensor
-    name: str
+    pairs: tuple[Pair, ...] | None = None
 
 
 class Death(BaseException):
@@ -56,43 +53,33 @@ values = st.recursive(
 @settings(max_examples=30)
 @given(values)
 def test_a_value_comes_back_as_it_was(value: Any) -> None:
-    found = from_bytes(to_bytes(value), [Pair])
+    found = from_bytes(to_bytes(value), Pair)
     assert found == value
     assert repr(found) == repr(value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
-def test_tensors_come_back_to_the_bit(dtype: torch.dtype) -> None:
+def test_tensors_come_back_to_the_bit_and_records_by_the_hints_of_their_fields(dtype: torch.dtype) -> None:
     x = torch.tensor([[0.1, -0.0], [1.0, 3.0]]).to(dtype).T
-    found = from_bytes(to_bytes(Point(x, "a")), [Point])
+    found = from_bytes(to_bytes(Point(x, (Pair("a"),))), Point)
     assert type(found) is Point
+    assert found.pairs == (Pair("a"),)
     assert found.x.dtype == dtype
     assert torch.equal(found.x, x)
-    assert torch.equal(from_bytes(to_bytes(torch.tensor([torch.nan]))).isnan(), torch.tensor([True]))
 
 
-def test_a_part_of_a_tensor_is_written_without_the_rest() -> None:
-    assert len(to_bytes(torch.zeros(100_000)[:5])) < 5_000
-
-
-def test_what_is_no_plain_value_is_not_saved_and_no_kind_is_made_that_was_not_named() -> None:
-    for value in (object(), {"a": [len]}, {1, 2}):
-        with pytest.raises(UnsavableValueError):
-            to_bytes(value)
-    with pytest.raises(DamagedValueError, match="a Pair is not expected"):
-        from_bytes(to_bytes(Pair(1)))
-
-
-def test_damage_and_pickles_are_recognised(tmp_path: Path) -> None:
-    data = to_bytes(Pair(torch.arange(5), "a"))
+def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) -> None:
+    data = to_bytes(torch.arange(5))
     for at in range(0, len(data), 7):
         damaged = bytearray(data)
         damaged[at] ^= 4
         with pytest.raises(DamagedValueError):
-            from_bytes(bytes(damaged), [Pair])
+            from_bytes(bytes(damaged))
     for cut in (0, 10, 40, len(data) - 1):
         with pytest.raises(DamagedValueError):
-            from_bytes(data[:cut], [Pair])
+            from_bytes(data[:cut])
+    with pytest.raises(DamagedValueError, match="unexpected object"):
+        from_bytes(to_bytes(tmp_path))
 
     class Evil:
         def __reduce__(self) -> Any:
@@ -105,207 +92,140 @@ def test_damage_and_pickles_are_recognised(tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
 
 
-def begun(folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any) -> SavedWork:
-    work = SavedWork(folder, elsewhere or [], every=0)
-    work.begin({"data": origin, "settings": "1"}, rest.get("clock", StageTimer()), Collective(), torch.device("cpu"))
+def begun(folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any) -> ResumeStore:
+    work = ResumeStore(folder, elsewhere or [], every=rest.get("every", 0))
+    ranks, clock = rest.get("ranks", Collective()), rest.get("clock", StageTimer())
+    work.begin({"data": origin, "settings": "1"}, clock, ranks, torch.device("cpu"))
     return work
 
 
-def counting(to: int, made: list[int], dies_at: int = -1) -> Callable[[Piece], int]:
-    """Counts to a number, and writes down what it counts."""
+def counted(work: ResumeStore, made: list[int], dies_at: int = -1) -> int:
+    """Counts to 3 in three steps, in a step, and to 4."""
 
-    def work(piece: Piece) -> int:
-        for n in range(piece.left() or 0, to):
-            piece.seam(partial(int, n))
+    def step(n: int) -> Callable[[], int]:
+        def count() -> int:
             if n == dies_at:
                 raise Death
-            made.append(n + 1)
-        return to
+            made.append(n)
+            return n
 
-    return work
+        return count
 
-
-def two(work: SavedWork, made: list[int], dies_at: int = -1) -> int:
-    """Counts to 3 and to 5, inside of another piece."""
-
-    def inner(piece: Piece) -> int:
-        return work.piece("count", counting(3, made)) + work.piece("count", counting(5, made, dies_at))
-
-    return work.piece("both", inner)
+    return work.once("all", lambda: max(work.once("a step", step(n)) for n in (1, 2, 3))) + work.once("last", step(4))
 
 
-def test_what_is_finished_is_not_done_again_and_what_is_under_way_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies_at", [1, 2, 3, 4])
+def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
     made: list[int] = []
     with pytest.raises(Death):
-        two(begun(tmp_path), made, dies_at=2)
-    assert made == [1, 2, 3, 1, 2]
+        counted(begun(tmp_path), made, dies_at)
     work = begun(tmp_path)
-    assert two(work, made) == 8
-    assert made == [1, 2, 3, 1, 2, 3, 4, 5]
-    assert two(begun(tmp_path), made) == 8
-    assert len(made) == 8
-    (folder,) = tmp_path.iterdir()
-    assert {path.name for path in folder.iterdir()} == {"origin.json", "under-way", "1-both.finished"}
+    assert counted(work, made) == 7
+    assert made == [1, 2, 3, 4]
+    assert work.place is not None
+    assert {path.name for path in work.place.iterdir()} == {"origin.json", "1-all.finished", "2-last.finished"}
     work.done()
     assert not list(tmp_path.iterdir())
 
 
-def test_of_other_origin_nothing_is_used_and_that_is_said(tmp_path: Path) -> None:
+def test_results_of_another_origin_are_not_used_and_that_is_said(tmp_path: Path) -> None:
     class Said:
-        def __init__(self) -> None:
-            self.text = ""
+        text = ""
 
         def announce(self, text: str) -> None:
             self.text = text
 
     made: list[int] = []
     with pytest.raises(Death):
-        two(begun(tmp_path), made, dies_at=2)
+        counted(begun(tmp_path), made, 3)
     said: Any = Said()
-    assert two(begun(tmp_path, "b", clock=StageTimer(said)), made) == 8
-    assert made[5:] == [1, 2, 3, 1, 2, 3, 4, 5]
+    assert counted(begun(tmp_path, "b", clock=StageTimer(said)), made) == 7
+    assert made == [1, 2, 1, 2, 3, 4]
     assert "with other data;" in said.text
     begun(tmp_path, "a", clock=StageTimer(said))
-    assert "goes on where it was stopped, after 0 s" in said.text
+    assert "resumes with the steps finished before" in said.text
 
 
-def test_work_of_an_earlier_run_is_taken_over_and_removed_in_the_end(tmp_path: Path) -> None:
-    made: list[int] = []
+def test_results_of_an_earlier_run_are_taken_over_and_removed_in_the_end(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        two(begun(tmp_path / "first"), made, dies_at=2)
-    work = begun(tmp_path / "second", elsewhere=[tmp_path / "none", tmp_path / "first"])
-    assert two(work, made) == 8
-    assert made[5:] == [3, 4, 5]
+        counted(begun(tmp_path / "first"), [], 3)
+    work, made = begun(tmp_path / "second", elsewhere=[tmp_path / "none", tmp_path / "first"]), list[int]()
+    assert counted(work, made) == 7
+    assert made == [3, 4]
     work.done()
     assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[], []]
 
 
-@pytest.mark.parametrize("name", ["under-way", "1-both.1-count.finished", "origin.json"])
+@pytest.mark.parametrize("name", ["1-all.1-a-step.finished", "origin.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "empty", "other"])
 def test_damaged_files_are_not_used(tmp_path: Path, name: str, how: str) -> None:
     with pytest.raises(Death):
-        two(begun(tmp_path), [], dies_at=2)
+        counted(begun(tmp_path), [], 3)
     (path,) = tmp_path.glob(f"*/{name}")
     data = path.read_bytes()
     flipped = bytes([*data[:-20], data[-20] ^ 1, *data[-19:]])
     path.write_bytes({"flipped": flipped, "cut": data[:-9], "empty": b"", "other": b"PK" * 400}[how])
     made: list[int] = []
     if name == "origin.json" or how == "empty":
-        assert two(begun(tmp_path), made) == 8
+        assert counted(begun(tmp_path), made) == 7
     else:
         with pytest.warns(FilesWarning, match="is not used, the checksum is wrong"):
-            assert two(begun(tmp_path), made) == 8
-    assert len(made) >= 3
+            assert counted(begun(tmp_path), made) == 7
+    assert made[0] == 1
 
 
-Steps = tuple[list[str], list[float]]
+@pytest.mark.parametrize("starved", [False, True])
+def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool) -> None:
+    def work(ranks: Collective) -> list[int]:
+        made: list[int] = []
+        assert counted(begun(tmp_path, ranks=ranks), made) == 7
+        return made
 
+    assert on_ranks(3, work) == [[1, 2, 3, 4]] * 3
+    if not starved:
+        assert on_ranks(3, work) == [[]] * 3
+        return
+    calls: list[int] = []
 
-def stepping(folder: Path, collective: Collective, dies_at: int | None = None) -> Steps:
-    """Four steps on weights that all ranks have and on a number of each rank's own; says what it began with."""
-    saved, said = SavedWork(folder, every=0), []
-    saved.begin({"data": "a"}, StageTimer(), collective, torch.device("cpu"))
-
-    def work(piece: Piece) -> list[float]:
-        weights, own, start = torch.zeros(1000), torch.tensor([float(collective.rank)]), 0
-        left = piece.left()
-        if left is not None:
-            weights, own, start = left["weights"], left["own"], left["step"]
-            said.append(f"from {start}")
-        for step in range(start, 4):
-            piece.seam(partial(dict, weights=weights, own=own, step=step))
-            if step == dies_at:
-                raise Death
-            weights, own = weights + 1, own * 2 + collective.rank
-        return [float(weights[0]), float(own)]
-
-    try:
-        return said, saved.piece("steps", work)
-    except Death:
-        return said, []
-
-
-def test_each_rank_goes_on_from_its_own_state_and_what_all_have_is_saved_once(tmp_path: Path) -> None:
-    assert on_ranks(3, lambda one: stepping(tmp_path, one, 2)) == [([], [])] * 3
-    (path,) = tmp_path.glob("*/under-way")
-    assert 4_000 < path.stat().st_size < 12_000
-    found = on_ranks(3, lambda one: stepping(tmp_path, one))
-    assert found == [(["from 2"], [4.0, 31.0 * rank]) for rank in range(3)]
-
-
-def test_where_one_rank_cannot_read_what_was_saved_all_begin_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_ranks(2, lambda one: stepping(tmp_path, one, 2))
-
-    def starved(data: Any, *args: Any, like: Any = None) -> Any:
-        if like is not None:  # the second rank
+    def reading(data: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # one of the ranks
             raise DamagedValueError("MemoryError: no memory for it")
-        return from_bytes(data, *args, like=like)
+        return from_bytes(data, *args)
 
-    monkeypatch.setattr("lightning_nrl._utils.saved_work.from_bytes", starved)
-    with pytest.warns(FilesWarning, match="'under-way' is not used, MemoryError: no memory for it"):
-        found = on_ranks(2, lambda one: stepping(tmp_path, one))
-    assert found == [([], [4.0, 31.0 * rank]) for rank in range(2)]
-
-
-def test_where_one_rank_cannot_save_none_waits(tmp_path: Path) -> None:
-    def work(collective: Collective) -> int:
-        saved = SavedWork(tmp_path, every=0)
-        saved.begin({"data": "a"}, StageTimer(), collective, torch.device("cpu"))
-
-        def state() -> int:
-            if collective.rank:
-                raise MemoryError
-            return 1
-
-        def inner(piece: Piece) -> int:
-            piece.seam(state)
-            return int(collective.sum(torch.tensor(1)))
-
-        return saved.piece("work", inner)
-
-    with pytest.warns(FilesWarning, match="another rank has nothing to save"):
-        assert on_ranks(2, work) == [2, 2]
+    monkeypatch.setattr("lightning_nrl._utils.resume.from_bytes", reading)
+    with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used, MemoryError: no memory for it"):
+        assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
 
 def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, made = begun(tmp_path), []
-
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_nrl._utils.saved_work.replacing", full)
+    monkeypatch.setattr("lightning_nrl._utils.resume.replacing", full)
     with pytest.warns(FilesWarning, match="No space left on device") as warned:
-        assert two(work, made) == 8
+        assert counted(begun(tmp_path), []) == 7
     assert len(warned) == 1
 
 
-def test_what_cannot_be_saved_is_done_again(tmp_path: Path) -> None:
-    def odd(piece: Piece) -> Any:
-        piece.seam(object)
-        piece.seam(lambda: pytest.fail("asked again"))
-        return len
-
-    assert begun(tmp_path).piece("odd", odd) is len
-    assert begun(tmp_path).piece("odd", odd) is len
+def test_short_steps_and_results_that_cannot_be_saved_leave_no_file(tmp_path: Path) -> None:
+    assert counted(begun(tmp_path, every=60), []) == 7
+    assert callable(begun(tmp_path).once("odd", lambda: lambda: 1))
+    assert not list(tmp_path.iterdir())
 
 
-def test_time_that_was_spent_before_counts(tmp_path: Path) -> None:
+def test_time_that_was_spent_on_finished_steps_counts(tmp_path: Path) -> None:
     now = [100.0]
 
-    def work(clock: StageTimer, saved: SavedWork, dies: bool) -> float:
-        def inner(piece: Piece) -> float:
-            end = clock.deadline().within(50)
-            piece.left()
+    def work(clock: StageTimer, saved: ResumeStore, dies: bool) -> None:
+        def spend() -> None:
             with clock.stage("steps"):
                 now[0] += 20
-            piece.seam(lambda: 1)
-            if dies:
-                raise Death
-            return end.seconds_left
 
-        return saved.piece("work", inner)
+        saved.once("first", spend)
+        if dies:
+            raise Death
+        saved.once("second", spend)
 
     clock = StageTimer(max_time=100, now=lambda: now[0])
     now[0] += 10
@@ -314,27 +234,7 @@ def test_time_that_was_spent_before_counts(tmp_path: Path) -> None:
     now[0] += 1_000
     again = StageTimer(max_time=100, now=lambda: now[0])
     now[0] += 3  # the same beginning, in less time
-    saved = begun(tmp_path, clock=again)
-    assert work(again, saved, False) == pytest.approx(10)
+    work(again, begun(tmp_path, clock=again), False)
     assert again.elapsed == pytest.approx(10 + 20 + 20)
     assert again.left == pytest.approx(50)
     assert again.seconds == {"steps": 40}
-
-
-def test_saving_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = SavedWork(tmp_path, every=0.01)
-    work.begin({"data": "a"}, StageTimer(), Collective(), torch.device("cpu"))
-    saved = []
-
-    def state() -> int:
-        saved.append(time.perf_counter())
-        time.sleep(0.005)
-        return 1
-
-    def many(piece: Piece) -> None:
-        end = time.perf_counter() + 0.5
-        while time.perf_counter() < end:
-            piece.seam(state)
-
-    work.piece("many", many)
-    assert 1 <= len(saved) <= 3

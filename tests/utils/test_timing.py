@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -41,16 +41,30 @@ class Listener:
         self.heard.append(progress)
 
 
-def test_a_stage_takes_its_time_and_takes_more_when_it_is_entered_again(now: Time) -> None:
+@pytest.mark.parametrize(
+    ("stages", "seconds"),
+    [
+        ([("collect", 2), (None, 1), ("fit", 3), ("fit", 4)], {"collect": 2, "fit": 7}),
+        ([("fit", 1, ("polish", 5, ("judge", 7)))], {"fit": 1, "polish": 5, "judge": 7}),
+        ([("judge", 1, ("judge", 2))], {"judge": 3}),
+        ([("fit", 0, ("polish", 1))], {"fit": 0, "polish": 1}),
+    ],
+)
+def test_stages_take_their_own_time_in_the_order_in_which_they_began(
+    stages: list[Any], seconds: dict[str, float], now: Time
+) -> None:
     clock = StageTimer(now=now)
-    with clock.stage("collect"):
-        now.now += 2
-    now.now += 1
-    for seconds in (3, 4):
-        with clock.stage("fit"):
-            now.now += seconds
-    assert clock.seconds == {"collect": 2.0, "fit": 7.0}
-    assert clock.elapsed == 10.0
+
+    def spend(name: str | None, own: float, *inside: Any) -> None:
+        with clock.stage(name) if name else nullcontext():
+            for one in inside:
+                spend(*one)
+            now.now += own
+
+    for one in stages:
+        spend(*one)
+    assert list(clock.seconds.items()) == list(seconds.items())
+    assert clock.elapsed == sum(seconds.values()) + (1 if len(stages) == 4 else 0)
 
 
 def test_a_pass_of_less_than_a_millisecond_is_not_nothing(now: Time) -> None:
@@ -59,34 +73,6 @@ def test_a_pass_of_less_than_a_millisecond_is_not_nothing(now: Time) -> None:
         now.now += 2**-12
     assert clock.one_pass == 2**-12
     assert in_milliseconds({**clock.seconds, "fit": 1.23456}) == {"collect": 0.0, "fit": 1.235}
-
-
-def test_a_stage_inside_another_takes_its_time_from_it(now: Time) -> None:
-    clock = StageTimer(now=now)
-    with clock.stage("fit"):
-        now.now += 1
-        with clock.stage("polish"):
-            now.now += 5
-            with clock.stage("judge"):
-                now.now += 7
-        now.now += 2
-    assert clock.seconds == {"fit": 3.0, "polish": 5.0, "judge": 7.0}
-
-
-def test_a_stage_inside_itself_counts_once(now: Time) -> None:
-    clock = StageTimer(now=now)
-    with clock.stage("judge"):
-        now.now += 1
-        with clock.stage("judge"):
-            now.now += 2
-    assert clock.seconds == {"judge": 3.0}
-
-
-def test_stages_are_in_the_order_in_which_they_began(now: Time) -> None:
-    clock = StageTimer(now=now)
-    with clock.stage("fit"), clock.stage("polish"):
-        now.now += 1
-    assert list(clock.seconds) == ["fit", "polish"]
 
 
 def test_a_stage_that_raises_took_its_time(now: Time) -> None:

@@ -3,8 +3,7 @@
 In: a module and its known data. Out: a `Diagnosis`: the advice and what it rests on, as data, a page and a figure.
 """
 
-from lightning_nrl.analysis.diagnosis.diagnose_model import diagnose_module
-from lightning_nrl.analysis.diagnosis.diagnosis_plot import draw_diagnosis
+from lightning_nrl.analysis.diagnosis.diagnose import diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
     Cost,
@@ -15,7 +14,6 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.diagnosis.diagnosis_tables import page_of_diagnosis
 
 __all__ = [
     "Binding",
@@ -27,6 +25,4 @@ __all__ = [
     "NeighbourMixing",
     "TargetFinding",
     "diagnose_module",
-    "draw_diagnosis",
-    "page_of_diagnosis",
 ]

@@ -16,17 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl._convex.cutting_planes import (
+from lightning_nrl._utils.device import widest
+from lightning_nrl.methods._solvers.cutting_planes import (
     add_cutting_planes,
     margins_over_rivals,
     pair_gram,
     pair_sides,
     sum_of_pairs,
 )
-from lightning_nrl._convex.qp import solve_dual
-from lightning_nrl._utils.precision import widest
-
-__all__ = ["REQUIRED_MARGIN", "Fixability", "LayerSamples", "find_fixability"]
+from lightning_nrl.methods._solvers.qp import solve_dual
 
 REQUIRED_MARGIN = 1e-3
 """The margin that is required of targets, and of passed samples that have twice as much: more than rounding takes."""
@@ -98,7 +96,7 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
         for x in (passed, targets)
     ]
     programme = _FixProgramme(*white)
-    add_cutting_planes(programme, MAX_FIX_ROUNDS if len(targets.label) else 0)
+    add_cutting_planes(programme.solve, programme.add_violated, MAX_FIX_ROUNDS if len(targets.label) else 0)
     fixable, change = programme.fixable, programme.change
     size = torch.where(fixable, change.square().sum((1, 2)).sqrt(), torch.nan)
     return Fixability(

@@ -18,11 +18,8 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.evaluation._head_features import Features
-from lightning_nrl.evaluation._neighbors import NEIGHBOURS, doubtful, neighbours
+from lightning_nrl.evaluation.head_features import NEIGHBOURS, Features, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
-
-__all__ = ["LastLayer", "analyze_last_layer", "sample_places", "untried_targets"]
 
 MAX_TARGETS_TRIED = 512
 """Targets that are tried one at a time, at most, drawn by chance from more."""

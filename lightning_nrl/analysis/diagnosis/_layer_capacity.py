@@ -13,15 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl._convex.qp import solve_dual
-from lightning_nrl._model.layers import Layer, layers_of
-from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin_calls, sample_gradients
+from lightning_nrl._utils.device import no_autocast
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import no_autocast
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
-
-__all__ = ["FirstOrderCapacity", "GradientSketches", "layer_capacities", "sketch_gradients"]
+from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients
+from lightning_nrl.evaluation.layers import Layer, layers_of
+from lightning_nrl.methods._solvers.qp import solve_dual
 
 SKETCH_SIZE = 16_384
 """Numbers that a sample's gradient is kept in, where the layer has more weights."""

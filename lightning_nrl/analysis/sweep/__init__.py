@@ -5,11 +5,16 @@ In: a module, its data, settings (`Grid`) and seeds. Out: a `SweepResult`: what 
 """
 
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, Sweepable, parse_settings
-from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run
-from lightning_nrl.analysis.sweep.study import SweepObserver
+from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run
+from lightning_nrl.analysis.sweep.run_sweep import (
+    Seeds,
+    SweepObserver,
+    check_trials,
+    parse_seeds,
+    swarming,
+    sweep_module,
+)
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
-from lightning_nrl.analysis.sweep.sweep_settings import Seeds, check_trials, parse_seeds, swarming, sweep_module
-from lightning_nrl.analysis.sweep.sweep_tables import page_of_sweep
 from lightning_nrl.analysis.sweep.trials import Trials, regression_free_repairs
 
 __all__ = [
@@ -23,7 +28,6 @@ __all__ = [
     "Sweepable",
     "Trials",
     "check_trials",
-    "page_of_sweep",
     "parse_seeds",
     "parse_settings",
     "regression_free_repairs",

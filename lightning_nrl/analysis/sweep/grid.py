@@ -10,13 +10,10 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
-from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.presets import paper_arguments
+from lightning_nrl.pipeline.presets import paper_arguments
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
-
-__all__ = ["Grid", "Setting", "Sweepable", "parse_settings"]
 
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
 """What a setting may give as a whole; every field of the first three may be given by itself."""

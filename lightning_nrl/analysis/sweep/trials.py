@@ -8,10 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from lightning_nrl.analysis.sweep.grid import Grid
-from lightning_nrl.analysis.sweep.run import Run
+from lightning_nrl.analysis.sweep.run_store import Run
 from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
-
-__all__ = ["Combination", "Trials", "regression_free_repairs"]
 
 Combination = tuple[int, ...]
 """Which value of each axis."""

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._model.layers import find_scope
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
 from lightning_nrl.search import Fitness
 
 

@@ -9,7 +9,7 @@ from baseline_problems import make_problem, threshold
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.analysis.baselines import Interpolation
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods import Problem, Solution
 
 
 @dataclass(frozen=True)

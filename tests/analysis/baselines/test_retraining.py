@@ -9,7 +9,7 @@ from baseline_problems import make_problem, threshold
 from torch import nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.baselines import FurtherTraining, Retraining, fresh_weights
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.analysis import baselines as module
 from lightning_nrl.analysis.baselines import DistilledFineTuning, FineTuning, LayerFineTuning
-from lightning_nrl.analysis.baselines import fine_tuning as module
 
 
 @pytest.fixture(autouse=True)

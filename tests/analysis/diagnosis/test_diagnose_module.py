@@ -16,12 +16,12 @@ from toy_repairs import known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation import _head_features as features
+from lightning_nrl.evaluation import head_features as features
 from lightning_nrl.tasks import Task
 
 

@@ -10,7 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl._convex.qp import solve_dual
 from lightning_nrl.analysis.diagnosis._fixability import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,
@@ -19,6 +18,7 @@ from lightning_nrl.analysis.diagnosis._fixability import (
     LayerSamples,
     find_fixability,
 )
+from lightning_nrl.methods._solvers.qp import solve_dual
 
 SCORE = torch.tensor([-0.1, -1.0, 1.0])
 """Class 1 where SCORE @ x > 0, else class 0."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_nrl.analysis.baselines import BASELINES
-from lightning_nrl.analysis.comparison.compare_models import COMPARED_BY_DEFAULT
+from lightning_nrl.analysis.comparison import COMPARED_BY_DEFAULT
 from lightning_nrl.analysis.diagnosis import (
     Cost,
     Diagnosis,
@@ -20,10 +20,10 @@ from lightning_nrl.analysis.diagnosis import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.diagnosis._advice import advise
-from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis._layer_capacity import GradientSketches, layer_capacities
-from lightning_nrl.evaluation._neighbors import doubtful, neighbours
+from lightning_nrl.analysis.diagnosis.diagnose import Timings, costs
+from lightning_nrl.analysis.diagnosis.diagnosis_result import advise
+from lightning_nrl.evaluation.head_features import doubtful, neighbours
 from lightning_nrl.report._formatting import rough_percent, rough_time
 
 RIGHT, UP = [1.0, 0.0], [0.0, 1.0]

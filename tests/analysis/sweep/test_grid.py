@@ -7,7 +7,7 @@ import pytest
 from lightning_nrl import ConfigurationError, Grid, ParticleSwarm, Settings
 from lightning_nrl.analysis.sweep import parse_seeds, parse_settings
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.presets import TABLE_II, paper_arguments
+from lightning_nrl.pipeline.presets import TABLE_II, paper_arguments
 from lightning_nrl.search import Fitness
 
 BASE = Settings(method=ParticleSwarm(iterations=20))

@@ -13,9 +13,9 @@ from lightning_package import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import ConfigurationError, Gate
-from lightning_nrl._tracking import sweep_rows, track_sweep
+from lightning_nrl._trainer.tracking.loggers import sweep_rows, track_sweep
 from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 
 ASKED = ["setting", "fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles", "seed", "layer"]
 FOUND = ["n_localized", "iterations", "value", "patched", "intact", "changed"]

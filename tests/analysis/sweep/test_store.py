@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.analysis.sweep._store import RunStore, StoredRun, exchanged
-from lightning_nrl.analysis.sweep.run import Run
+from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun, exchanged
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 
 
 def stored(seed: int) -> StoredRun:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from toy_repairs import blobs, known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Gate, Grid, Settings, Target, TensorSource, repair_module
-from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.state import holding
-from lightning_nrl.analysis.sweep import Run, SweepResult, study, sweep_module
-from lightning_nrl.analysis.sweep import _recount as recount
+from lightning_nrl._utils.state import hash_tensors, holding
+from lightning_nrl.analysis.sweep import Run, SweepResult, sweep_module
+from lightning_nrl.analysis.sweep import batch_search as recount
+from lightning_nrl.analysis.sweep import run_sweep as study
 from lightning_nrl.errors import RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.presets import paper_arguments
+from lightning_nrl.pipeline.presets import paper_arguments
 
 GRID = Grid(
     fitness=["lexicographic", "eq1", "eq2"],

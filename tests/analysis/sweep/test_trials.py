@@ -9,7 +9,8 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Grid
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.analysis.sweep import Run, SweepResult, Trials, regression_free_repairs, study, sweep_module
+from lightning_nrl.analysis.sweep import Run, SweepResult, Trials, regression_free_repairs, sweep_module
+from lightning_nrl.analysis.sweep import run_sweep as study
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search import Fitness
 

@@ -1,0 +1,178 @@
+"""Does it matter which weights are localised? Seven localisers and random weights on five problems, in tables.
+
+    python examples/studies/ablation.py --problems weak-digit fashion --seeds 10
+    python examples/studies/ablation.py --problems vehicles-A vehicles-B vehicles-C --seeds 5
+
+Each localiser gets the same network, layer, number of weights, searcher, fitness and budget of candidates; random
+weights are drawn ten times, in deeper layers five times. Data, training and search have the seed. NeuRecover has nine
+checkpoints of the training. In deeper layers the search scores 300 sampled passed samples; what is broken is counted on
+all that are known. No gate judges. A difference to random weights is that of one seed and layer to the mean of its
+draws, with a 95 % t interval and an exact sign-flip test over seeds. What was run before is read from `runs/ablation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
+
+import torch
+from problems import PROBLEMS, RUNS, State, half_interval, markdown, start, trained
+
+from lightning_nrl import ParticleSwarm, Settings, TensorSource
+from lightning_nrl.analysis.sweep import Run, SweepResult, sweep_module
+from lightning_nrl.localization import (
+    AllWeights,
+    Arachne,
+    ArachneV2,
+    ByGradient,
+    HistoryPoint,
+    Localizer,
+    NeuRecover,
+    NeuRecoverLite,
+    RandomWeights,
+)
+from lightning_nrl.localization.history import Known
+
+FITNESSES = {"eq1": "the paper's equation (1), alpha 6", "lexicographic": "fewer broken first"}
+N_WEIGHTS = 64
+VEHICLE_EPOCHS = 12
+"""A short training, as many networks are needed."""
+LAST_LAYER = (ParticleSwarm(particles=50, iterations=40, patience=40), None, 10)
+DEEPER = (ParticleSwarm(particles=30, iterations=20, patience=20), 300, 5)
+"""The swarm, how many passed samples it scores, and how often random weights are drawn.
+
+A candidate takes hundreds of times as long to score in deeper layers.
+"""
+
+
+class CheckpointRuns:
+    """Earlier weights of a training as a history for NeuRecover: each is run once, whatever layers are asked for."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self.states = states
+        self._passed: list[torch.Tensor] = []
+
+    def points(self, known: Known) -> list[HistoryPoint]:
+        """The points of the training, for the layers of `known`."""
+        if not self._passed:
+            found = (known.evaluator.run_with(state, known.sources).passed for state in self.states)
+            self._passed = [passed.to(torch.int8) for passed in found]
+        weights = [torch.cat([state[name].flatten() for name in known.space.parameters]) for state in self.states]
+        return [HistoryPoint(*point) for point in zip(self._passed, weights, strict=True)]
+
+
+def localizers(history: CheckpointRuns, draws: int) -> Iterator[tuple[str, Localizer]]:
+    """All but `all` with `N_WEIGHTS` weights, or as near to that as they get."""
+    n = N_WEIGHTS
+    yield "neurecover-lite", NeuRecoverLite(n)
+    yield "neurecover", NeuRecover(history, n)
+    yield "neurecover, last two", NeuRecover(history, n, last=1)
+    yield "arachne", Arachne(n)
+    yield "arachne-v2", ArachneV2(n)
+    yield "gradient", ByGradient(n)
+    yield "all", AllWeights()
+    for draw in range(draws):
+        yield f"random {draw}", RandomWeights(n, seed=draw)
+
+
+def searched(name: str, layer: str, seed: int) -> tuple[Run, ...]:
+    """All searches in a layer of a seed's network; read if they were run before."""
+    path = RUNS / "ablation" / f"{name}_{layer}_{seed}.csv"
+    if not path.exists():
+        problem = PROBLEMS[name]
+        checkpoint, states = trained(name, seed, VEHICLE_EPOCHS if name.startswith("vehicles") else None)
+        model = problem.network.load_from_checkpoint(checkpoint)
+        swarm, n_passed, draws = LAST_LAYER if layer == problem.layers[0] else DEEPER
+        settings = [
+            {"name": f"{fitness}/{of}", "fitness": fitness, "localizer": localizer, "n_passed": n_passed}
+            for fitness, (of, localizer) in itertools.product(FITNESSES, localizers(CheckpointRuns(states), draws))
+        ]
+        data = problem.data(seed).data
+
+        def source(split: str, **roles: bool) -> TensorSource:
+            inputs, labels, *extras = data[split].tensors
+            return TensorSource(inputs, labels, split=split, extras=tuple(extras), batch_size=500, **roles)
+
+        known = [source("train", passed=True), source("repair", passed=True, failed=True)]
+        base = Settings(target=problem.target, layer=layer, method=swarm)
+        result = sweep_module(model, known, settings, seeds=[seed], base=base, unseen=[source("test")])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.to_csv(path)
+    return SweepResult.from_csv(path).runs
+
+
+def group_of(run: Run) -> str:
+    """The row of a run: the draws of random weights are one."""
+    localizer = run.setting.partition("/")[2]
+    return "random" if localizer.startswith("random") else localizer
+
+
+def difference(pairs: Sequence[float]) -> str:
+    """Mean difference with its 95 % t interval, and the p of an exact sign-flip test."""
+    if len(pairs) < 2:
+        return "-"
+    mean, half = fmean(pairs), half_interval(pairs)
+    values = torch.tensor(pairs, dtype=torch.float64)
+    signs = 1.0 - 2.0 * (torch.arange(2 ** len(pairs))[:, None] >> torch.arange(len(pairs)) & 1)
+    p = float(((signs.double() @ values).abs() >= values.sum().abs() - 1e-9).double().mean())
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}] p={p:.3f}"
+
+
+def paired(runs: Sequence[Run], number: Callable[[Run], float]) -> Mapping[str, list[float]]:
+    """Of each localiser its differences to random weights, one for each seed: the mean over layers."""
+    cells: dict[tuple[int, str, str], list[float]] = {}
+    for run in runs:
+        cells.setdefault((run.seed, run.layer, group_of(run)), []).append(number(run))
+    found: dict[str, dict[int, list[float]]] = {}
+    for (seed, layer, group), values in cells.items():
+        if group != "random":
+            found.setdefault(group, {}).setdefault(seed, []).append(fmean(values) - fmean(cells[seed, layer, "random"]))
+    return {group: [fmean(values) for values in of_seeds.values()] for group, of_seeds in found.items()}
+
+
+NUMBERS: dict[str, Callable[[Run], float]] = {
+    "repaired": lambda run: run.known.repaired_in_target,
+    "known net": lambda run: run.known.repaired_in_target - run.known.broken,
+    "unseen net": lambda run: run.unseen.repaired - run.unseen.broken,
+}
+
+
+HEADS = ("runs", "weights", "repaired", "known broken", "unseen repaired : broken")
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row for each localiser, with means over runs."""
+    differences = [paired(runs, number) for number in NUMBERS.values()]
+    rows = []
+    for group in dict.fromkeys(map(group_of, runs)):
+        own = [run for run in runs if group_of(run) == group]
+        weights = fmean(run.n_localized for run in own)
+        repaired, broken = fmean(run.known.repaired_in_target for run in own), fmean(run.known.broken for run in own)
+        gained, lost = (fmean(getattr(run.unseen, name) for run in own) for name in ("repaired", "broken"))
+        cells = (f"{weights:.0f}", f"{repaired:.1f}", f"{broken:.1f}", f"{gained:.1f} : {lost:.1f}")
+        rows.append([group, str(len(own)), *cells, *(difference(of.get(group, ())) for of in differences)])
+    return markdown((*HEADS, *(f"{name}, to random" for name in NUMBERS)), rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    choices = [name for name, problem in PROBLEMS.items() if problem.layers]
+    parser.add_argument("--problems", nargs="+", choices=choices, default=["weak-digit"])
+    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--layers", type=int, default=3, help="how many of each network, from the last one back")
+    chosen = parser.parse_args()
+    start()
+    torch.set_num_threads(1)
+    seeds = range(chosen.first, chosen.first + chosen.seeds)
+    for name in chosen.problems:
+        layers = PROBLEMS[name].layers[: chosen.layers]
+        runs = [one for seed in seeds for layer in layers for one in searched(name, layer, seed)]
+        targets = fmean(one.known.targeted for one in runs)
+        for fitness, words in FITNESSES.items():
+            for layer in (*layers, *([None] if len(layers) > 1 else [])):
+                own = [one for one in runs if one.setting.startswith(f"{fitness}/") and layer in (None, one.layer)]
+                where = "all layers" if layer is None else f"layer {layer}"
+                print(f"\n{name}, {targets:.0f} targets, {where}, fitness: {words}\n\n{table(own)}")

@@ -1,0 +1,114 @@
+"""Repairs of one problem over seeds: a line for each seed, or, of several methods, a line with means for each method.
+
+    python examples/studies/repairs.py slashed-zeros --seeds 10
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods convex      # the last layer alone
+    python examples/studies/repairs.py vehicles-C --max-time 80                    # seconds for each repair
+    python examples/studies/repairs.py toolkit --seeds 10 --methods default swarm arachne merged
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # the published methods too
+
+Data, training and repair have the seed. The problems are those of `problems.py`. What the published methods find in the
+last layer is counted as it is, whatever it breaks; all others may break no known sample. What was run before is read
+from `runs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from problems import PROBLEMS, RUNS, State, interval, markdown, quiet_trainer, start, trained
+
+from lightning_nrl import BoundOptions, RepairReport, SearchOptions, repair
+from lightning_nrl.localization import NeuRecover
+from lightning_nrl.methods import Apricot, Method, bundle
+
+AS_FOUND: dict[str, Any] = {"layer": "classifier", "gate": "tolerance:100%", "bounds": BoundOptions(strength=1.0)}
+ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples, as published
+METHODS: dict[str, Callable[[list[State]], dict[str, Any]]] = {
+    "default": lambda history: {},
+    "convex": lambda history: {"method": "convex"},
+    "swarm": lambda history: {"layer": "classifier", "method": "swarm"},
+    "neurecover-lite": lambda history: {**AS_FOUND, "method": "neurecover-lite"},
+    "neurecover": lambda history: {**AS_FOUND, "method": neurecover(history)},
+    "neurecover, last two": lambda history: {**AS_FOUND, "method": neurecover(history, last=1)},
+    "arachne": lambda history: {**ARACHNE, "method": "arachne"},
+    "arachne-de": lambda history: {**ARACHNE, "method": "arachne-de"},
+    "merged": lambda history: {**ARACHNE, "method": "merged"},
+    "apricot, no polish": lambda history: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
+    "apricot": lambda history: {"method": Apricot(history[-5:])},
+}
+"""Arguments of each repair, from the weights that the training had on the way."""
+
+
+def neurecover(history: list[State], **arguments: int) -> Method:
+    return bundle("neurecover", localizer=NeuRecover(history, **arguments))
+
+
+def repaired(name: str, seed: int, method: str, max_time: float | None = None) -> RepairReport:
+    """The report of one repair of a trained network; read if it was run before."""
+    limit = "" if max_time is None else f"_{max_time:g}s"
+    folder = RUNS / f"{name}_{method}{limit}".replace(",", "").replace(" ", "-").replace("-", "_") / f"seed_{seed}"
+    if not (folder / "report.json").exists():
+        problem, (checkpoint, history) = PROBLEMS[name], trained(name, seed)
+        repair(
+            quiet_trainer(),
+            problem.network(),
+            datamodule=problem.data(seed),
+            ckpt_path=checkpoint,
+            target=problem.target,
+            unseen="test",
+            seed=seed,
+            max_time=max_time,
+            dirpath=folder,
+            verbose=False,
+            **METHODS[method](history),
+        )
+    return RepairReport.from_json((folder / "report.json").read_text())
+
+
+NUMBERS: dict[str, tuple[Callable[[RepairReport], float], str]] = {
+    "known: targeted": (lambda report: report.pooled("known").targeted, ".1f"),
+    "repaired": (lambda report: report.pooled("known").repaired_in_target, ".1f"),
+    "broken": (lambda report: report.pooled("known").broken, ".1f"),
+    "unseen: repaired": (lambda report: report.pooled("unseen").repaired, ".1f"),
+    "broken, unseen": (lambda report: report.pooled("unseen").broken, ".1f"),
+    "accuracy: untouched, %": (lambda report: 100 * report.pooled("unseen").accuracy_before, ".1f"),
+    "points": (lambda report: 100 * (after(report) - report.pooled("unseen").accuracy_before), "+.2f"),
+    "seconds": (lambda report: sum(report.seconds.values()), ".0f"),
+}
+"""Columns of the table; known is what the repair saw, unseen is only counted."""
+
+
+def after(report: RepairReport) -> float:
+    return report.pooled("unseen").accuracy_after
+
+
+def row(name: str, reports: Sequence[RepairReport]) -> list[str]:
+    return [name, *(interval([number(one) for one in reports], form) for number, form in NUMBERS.values())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("problem", choices=PROBLEMS)
+    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["default"])
+    parser.add_argument("--max-time", type=float, help="seconds for each repair")
+    chosen = parser.parse_args()
+    start()
+    if not chosen.problem.startswith(("vehicles", "fashion")):
+        torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+    rows = []
+    for method in list(METHODS) if "all" in chosen.methods else chosen.methods:
+        reports = []
+        for seed in range(chosen.first, chosen.first + chosen.seeds):
+            reports.append(repaired(chosen.problem, seed, method, chosen.max_time))
+            rows += [row(f"{method}, seed {seed}", reports[-1:])] * (len(chosen.methods) == 1)
+        rows.append(row(method, reports))
+    print(f"{chosen.problem}, {chosen.seeds} seeds: means with 95 % t intervals\n\n{markdown(list(NUMBERS), rows)}")
+
+
+if __name__ == "__main__":
+    main()

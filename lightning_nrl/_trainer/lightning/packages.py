@@ -1,0 +1,180 @@
+"""`pytorch_lightning` and `lightning.pytorch`: whichever is installed, both where both are.
+
+They are two copies of one library, so that a class of one is no class of the other. What stands here is both:
+
+- a class is a union, `A | B`, for annotations and `isinstance`;
+- a base class, `...Base`, derives from the class of each;
+- what is constructed comes from the package of the trainer that it is for, by `class_for`.
+
+To mypy each of them is the class of `pytorch_lightning`.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from functools import reduce
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core import rank_zero
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import nn
+
+__all__ = [
+    "LOGGER_NAMES",
+    "BatchSizeFinder",
+    "Callback",
+    "CallbackBase",
+    "Checkpoint",
+    "CheckpointIO",
+    "CheckpointIOBase",
+    "DeviceStatsMonitor",
+    "DistributedSamplerWrapper",
+    "DummyLoggerBase",
+    "EarlyStopping",
+    "LearningRateFinder",
+    "LearningRateMonitor",
+    "LightningDataModule",
+    "LightningModule",
+    "LightningModuleMixin",
+    "Logger",
+    "MLFlowLogger",
+    "ModelCheckpoint",
+    "ModelPruning",
+    "ModelSummary",
+    "ProgressBar",
+    "RichProgressBar",
+    "TQDMProgressBar",
+    "TensorBoardLogger",
+    "Timer",
+    "TorchCheckpointIO",
+    "Trainer",
+    "WandbLogger",
+    "WrappingCheckpointIO",
+    "class_for",
+    "classes",
+    "load_checkpoint",
+    "packages_of",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+]
+
+FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+"""Each package, and the one that it is built on."""
+LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
+
+
+def installed_packages() -> tuple[ModuleType, ...]:
+    """Imports what is there, both where both are: the second costs 0.1 s after the first, which costs 5 s.
+
+    Only then can the class of a callback, which is made once, derive from both. Each package has the messages of rank
+    zero sent to its own logger; they stay with the one that was imported before.
+    """
+    imported = [name for name in FABRIC if name in sys.modules]
+    kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
+    packages, errors = [], []
+    for name in FABRIC:
+        try:
+            packages.append(import_module(name))
+        except ImportError as error:
+            errors.append(error)
+    if not packages:
+        hint = "HINT: python -m pip install lightning"
+        raise ImportError(f"neither `lightning.pytorch` nor `pytorch_lightning` can be imported. {hint}") from errors[0]
+    if imported:
+        rank_zero.log, rank_zero.rank_zero_deprecation_category = kept
+    return tuple(packages)
+
+
+PACKAGES = installed_packages()
+
+
+def classes(path: str) -> tuple[type[Any], ...]:
+    """A class of each installed package that has it, by its path: `pytorch.` or `fabric.`, module, name."""
+    found = (_find(package.__name__, path) for package in PACKAGES)
+    return tuple(kind for kind in found if kind is not None)
+
+
+def _find(package: str, path: str) -> Any:
+    (part, *inside), name = path.split(".")[:-1], path.rsplit(".", 1)[1]
+    root = FABRIC[package] if part == "fabric" else package
+    return getattr(import_module(".".join([root, *inside])), name, None)
+
+
+def _union(path: str) -> Any:
+    return reduce(operator.or_, classes(path))
+
+
+def _base(path: str) -> Any:
+    """A class that derives from that of each package. No class is made where there is one package."""
+    kinds = classes(path)
+    return kinds[0] if len(kinds) == 1 else type(f"{kinds[0].__name__}Base", kinds, {})
+
+
+if TYPE_CHECKING:
+    from lightning_fabric.utilities.cloud_io import _load as load_checkpoint
+    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from pytorch_lightning import Callback as CallbackBase
+    from pytorch_lightning import LightningModule as LightningModuleMixin
+    from pytorch_lightning.callbacks import (
+        BatchSizeFinder,
+        Checkpoint,
+        DeviceStatsMonitor,
+        EarlyStopping,
+        LearningRateFinder,
+        LearningRateMonitor,
+        ModelCheckpoint,
+        ModelPruning,
+        ModelSummary,
+        ProgressBar,
+        RichProgressBar,
+        Timer,
+        TQDMProgressBar,
+    )
+    from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+    from pytorch_lightning.loggers.logger import DummyLogger as DummyLoggerBase
+    from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
+    from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIOBase
+    from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
+else:
+    load_checkpoint = _find(PACKAGES[0].__name__, "fabric.utilities.cloud_io._load")
+    DistributedSamplerWrapper = _union("fabric.utilities.distributed.DistributedSamplerWrapper")
+    WrappingCheckpointIO = _union("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
+    for module, names in {
+        "pytorch": "Callback LightningDataModule LightningModule Trainer",
+        "pytorch.callbacks": "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder "
+        "LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary ProgressBar RichProgressBar Timer "
+        "TQDMProgressBar",
+        "pytorch.loggers": "Logger MLFlowLogger TensorBoardLogger WandbLogger",
+        "pytorch.plugins.io": "CheckpointIO TorchCheckpointIO",
+    }.items():
+        globals().update({name: _union(f"{module}.{name}") for name in names.split()})
+    CallbackBase = _base("pytorch.Callback")
+    CheckpointIOBase = _base("pytorch.plugins.io.CheckpointIO")
+    DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
+    # What derives from a user's module too: a base of the other package would go before the user's own class.
+    LightningModuleMixin = nn.Module
+
+
+def packages_of(thing: object) -> list[str]:
+    """The names of the packages whose Trainer, module, data module, callback or logger something is."""
+    of_package = {
+        package.__name__: (
+            package.Trainer,
+            package.LightningModule,
+            package.LightningDataModule,
+            package.Callback,
+            package.loggers.Logger,
+        )
+        for package in PACKAGES
+    }
+    return [name for name, kinds in of_package.items() if isinstance(thing, kinds)]
+
+
+def class_for(trainer: Trainer, path: str) -> Any:
+    """The class that goes with a trainer, of its own package, by its path (see `classes`)."""
+    return _find(packages_of(trainer)[0], path)

@@ -1,0 +1,214 @@
+"""Whether a sample comes out the same when it is read again, and what to say of data where it does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._utils.preserve import random_state, seed_cpu
+from lightning_nrl.data.batch import tensors_in
+from lightning_nrl.errors import DataWarning
+
+MAX_SAMPLES_CHECKED = 32
+"""Samples of a split that are read twice: those that change are noticed with 95 % if they are a tenth."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What reading some samples twice gave.
+
+    Attributes:
+        checked: how many samples were read twice.
+        unstable: how many of them changed although they were read with the same random numbers.
+    """
+
+    checked: int
+    unstable: int
+
+
+def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> Stability:
+    """Reads samples twice with the same random numbers of their own, but other ones around; notes if any are drawn.
+
+    The global random states are as found afterwards. What a collate function draws at random counts as change.
+    """
+
+    def read(i: int) -> list[Any]:
+        found = []
+        for around in (1, 2):
+            seed_cpu(around)
+            found.append(collate([samples[i]]))
+        return found
+
+    unstable = 0
+    with random_state():
+        for i in positions:
+            stays = is_same(*read(i))
+            if not stays and not samples.draws:
+                # Some ask for the seed and draw nothing.
+                samples.draws = True
+                stays = is_same(*read(i))
+            unstable += not stays
+    return Stability(len(positions), unstable)
+
+
+def checked_positions(source: LoaderSource) -> list[int]:
+    """Data-set positions of some samples, spread at random over a source."""
+    order = torch.randperm(len(source.index), generator=torch.Generator().manual_seed(source.seed))
+    return source.index[order[:MAX_SAMPLES_CHECKED].sort().values].tolist()
+
+
+def draws_at_random(source: LoaderSource) -> bool:
+    """Whether reading a source depends on random numbers, as far as some of its samples show."""
+    check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
+    return source.samples.draws
+
+
+def report_stability(sources: Sequence[LoaderSource]) -> str:
+    """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee.
+
+    Warns:
+        DataWarning: samples of a split change although they are read with the same random numbers.
+    """
+    sentences = []
+    for source in sources:
+        found = check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
+        if found.unstable:
+            changed = f"{found.unstable} of {found.checked} samples that were read twice changed"
+            rank_zero_warn(
+                DataWarning(
+                    f"`{source.split}` data: {changed}, though they were read with the same random numbers.",
+                    "nothing can be guaranteed of them. Draw from torch's, numpy's or Python's global generator in the "
+                    "data set, not from one of its own or in the collate function, or pass a DataLoader that does not.",
+                )
+            )
+            sentences.append(f"No guarantee for `{source.split}`: {changed}.")
+            continue
+        if source.has_validation_view:
+            sentence = f"`{source.split}` was read with the `transform` of the validation data."
+        elif source.samples.draws:
+            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, as so many samples"
+            sentence = f"`{source.split}` draws at random: each sample was counted in {fixed}."
+        else:
+            continue
+        rank_zero_info(sentence)
+        sentences.append(sentence)
+    return " ".join(sentences)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two samples or batches are the same; what is neither tensor, array, number, text nor made of them is."""
+    if isinstance(a, (Tensor, np.ndarray)):
+        return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return not isinstance(a, (int, float, str)) or a == b or a != a
+
+
+TRANSFORMS = ("transform", "transforms")
+"""Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
+
+OwnTransforms = Mapping[type, Mapping[str, Any]]
+"""Of classes of data sets the transforms of the validation data."""
+
+
+def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
+    """The source, read with the validation data's transform where that can be shown to give the same samples.
+
+    Where its data set draws at random, and the validation data are of the same class with another `transform`, the view
+    is a shallow copy of the data set with that `transform`: position i is the same sample, since all else is the same
+    object. The view must draw nothing at random, give the same targets, and inputs of the same types and dimensions;
+    some samples, spread over the split, are read to see that. Else the source stays as it is.
+
+    Args:
+        source: a split.
+        validation: gives the validation data loader or loaders, as a trainer holds them; None if there are none.
+    """
+    dataset = source.loader.dataset
+    if any(map(_own_transforms, innermost_datasets(dataset))):
+        dataset = _with_transforms(dataset, _transforms_of(validation()))
+    if dataset is source.loader.dataset:
+        return source
+    if not draws_at_random(source):
+        return source
+    positions, collate = checked_positions(source), source.loader.collate_fn
+    view = SeededDataset(dataset, source.seed)
+    try:
+        stable = not check_stability(view, positions, collate).unstable and not view.draws
+        fits = stable and all(
+            _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
+        )
+    except Exception:  # the user's code, with a transform that it was not made for
+        fits = False
+    return replace(source, samples=view) if fits else source
+
+
+def _is_same_sample(source: LoaderSource, own: Any, other: Any) -> bool:
+    """Whether two batches have the same targets, and inputs of the same types and numbers of dimensions."""
+    (args, kwargs, target), (other_args, other_kwargs, other_target) = source.adapter(own), source.adapter(other)
+    kinds, other_kinds = (
+        [(x.dtype, x.ndim) for x in tensors_in(inputs)] for inputs in ((args, kwargs), (other_args, other_kwargs))
+    )
+    return kinds == other_kinds and is_same(target, other_target)
+
+
+def _transforms_of(loaders: Any) -> OwnTransforms:
+    """The transforms of the innermost validation data sets by class; a class with several is left out."""
+    found: dict[type, Mapping[str, Any]] = {}
+    ambiguous = set()
+    for dataset in innermost_datasets(loaders):
+        own = _own_transforms(dataset)
+        known = found.setdefault(type(dataset), own)
+        if known.keys() != own.keys() or any(known[name] is not own[name] for name in own):
+            ambiguous.add(type(dataset))
+    return {kind: own for kind, own in found.items() if own and kind not in ambiguous}
+
+
+def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
+    """The data sets in loaders, subsets and unions."""
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        for one in data:
+            yield from innermost_datasets(one)
+    elif isinstance(data, (DataLoader, Subset)):
+        yield from innermost_datasets(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        yield from innermost_datasets(data.datasets)
+    elif isinstance(data, Dataset):
+        yield data
+
+
+def _own_transforms(dataset: Dataset[Any]) -> dict[str, Any]:
+    return {name: vars(dataset)[name] for name in TRANSFORMS if name in vars(dataset)}
+
+
+def _with_transforms(dataset: Dataset[Any], transforms: OwnTransforms) -> Dataset[Any]:
+    """The data set with transforms replaced in a copy; itself where there is nothing to replace."""
+    if isinstance(dataset, Subset):
+        inner = _with_transforms(dataset.dataset, transforms)
+        return dataset if inner is dataset.dataset else _replaced(dataset, {"dataset": inner})
+    if isinstance(dataset, ConcatDataset):
+        parts: Sequence[Dataset[Any]] = [_with_transforms(part, transforms) for part in dataset.datasets]
+        unchanged = all(new is old for new, old in zip(parts, dataset.datasets, strict=True))
+        return dataset if unchanged else _replaced(dataset, {"datasets": parts})
+    own, new = _own_transforms(dataset), transforms.get(type(dataset), {})
+    if own.keys() != new.keys() or all(own[name] is new[name] for name in own):
+        return dataset
+    return _replaced(dataset, new)
+
+
+def _replaced(dataset: Dataset[Any], attributes: Mapping[str, Any]) -> Dataset[Any]:
+    view = copy.copy(dataset)
+    vars(view).update(attributes)
+    return view

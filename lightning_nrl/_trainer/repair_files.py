@@ -1,0 +1,455 @@
+"""The files of a repair, put on disk together: what cannot be written costs a message, never the repair."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+from rich import get_console
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_nrl._trainer.lightning.checkpoint_files import CheckpointWriter, writing_checkpoint
+from lightning_nrl._trainer.lightning.packages import ModelCheckpoint, Trainer, rank_zero_info, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit, logged_hparams
+from lightning_nrl._trainer.tracking.loggers import track
+from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.scalars import outcome
+from lightning_nrl._utils.atomic_files import StagedFiles, remove_stale, write_text
+from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
+from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
+from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
+from lightning_nrl.pipeline import PATCH_NAME, Patch, safetensors_installed
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report._formatting import from_here
+from lightning_nrl.report.page import Shown
+from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
+from lightning_nrl.updates import ReleaseReport
+
+AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
+MARKS = ("html", "markdown", "json")
+"""Reports, in the order in which they are put in their places, after pictures: where `report.json` is, all is."""
+
+NOT_JUDGED = "it would not hold"
+
+
+class SavedFiles(AbstractContextManager["SavedFiles"]):
+    """Files of one report, by kind, written beside their places; `commit` puts them there.
+
+    The first rank writes; the others take part in what a trainer does together.
+
+    Args:
+        files: paths by kind, all in one folder; none at all writes nothing.
+        trainer: the trainer; None: there is one process.
+        names: what else a run may have left there, which must not stay as if it were of this one.
+    """
+
+    def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
+        self._files = {kind: Path(path) for kind, path in files.items()}
+        self._trainer = trainer
+        self._writes = bool(files) and (trainer is None or trainer.is_global_zero)
+        self._problems: dict[str, str] = {}
+        self._direct: set[str] = set()  # kinds that are written to their place by a plugin of the user's
+        self._names = names
+        self._stage: StagedFiles | None = None
+
+    def __enter__(self) -> Self:
+        if self._writes:
+            # Pictures of an earlier run must not stay beside this report.
+            marks = [SAMPLES_FOLDER, *(self._files[kind].name for kind in MARKS if kind in self._files)]
+            others = dict.fromkeys((*(path.name for path in self._files.values()), *self._names))
+            names = [*(name for name in others if name not in marks), *marks]
+            self._stage = StagedFiles(next(iter(self._files.values())).parent, names, marks)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._stage is not None:
+            self._stage.__exit__(kind, error, traceback)
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """Why files are not there, by kind."""
+        return self._problems
+
+    def write(self, kind: str, write: Callable[[Path], object]) -> None:
+        """Has one file written, if there is to be one of this kind."""
+        if self._stage is None or kind not in self._files:
+            return
+        try:
+            self._stage.write(self._files[kind].name, write)
+        except Exception as error:
+            self._problems[kind] = _short(error)
+
+    def patch(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
+        """The change from the model as it is to one with these parameters."""
+
+        def write(path: Path) -> None:
+            old = model.state_dict()
+            new = {key: parameters[name] for key, name in saved_names(model).items() if name in parameters}
+            Patch.between(old, {**old, **new}, report).save(path)
+
+        self.write("patch", write)
+
+    def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
+        """The trainer's checkpoint, read back: what is in it has to be what was judged. To be called by all ranks."""
+        trainer, path = self._trainer, self._files.get("checkpoint")
+        if trainer is None or path is None:
+            return
+        with writing_checkpoint(trainer) as writer:
+            place = path
+            if not writer.is_plain:
+                self._direct.add("checkpoint")
+            elif self._stage is not None:
+                try:
+                    place = self._stage.place(path.name)
+                except OSError as error:
+                    writer.error = error
+            trainer.save_checkpoint(place, weights_only=False)
+
+        def check(place: Path) -> None:
+            problem = _problem_of(writer, place, report, model, parameters)
+            if problem:
+                raise OSError(problem)
+
+        if self._writes and writer.is_plain:
+            self.write("checkpoint", check)
+        elif self._writes:
+            problem = _problem_of(writer, None, report, model, parameters)
+            self._problems |= {"checkpoint": problem} if problem else {}
+
+    def reports(self, report: AnyReport, views: Sequence[SampleView] = (), changes: State | None = None) -> AnyReport:
+        """The pages and the JSON of a report, which then names the files that could be written."""
+        written = self._named(report)
+        self.write("markdown", lambda path: path.write_text(written.to_markdown(), encoding="utf-8"))
+        self.write("html", lambda path: path.write_text(written.to_html(views, changes), encoding="utf-8"))
+        written = self._named(report)
+        self.write("json", lambda path: path.write_text(written.to_json(), encoding="utf-8"))
+        if self._stage is not None and views and self._is_written("json"):
+            try:
+                self._stage.write(SAMPLES_FOLDER, lambda path: write_sample_files(path.parent, views))
+            except Exception as error:
+                self._problems["samples"] = _short(error)
+        return self._named(report)
+
+    def commit(self) -> None:
+        """Puts all that was written in its place; what cannot be put there is a message, see `tell`."""
+        if self._stage is None:
+            return
+        try:
+            kept = self._stage.commit({self._files[kind].name for kind in self._direct - self._problems.keys()})
+        except OSError as error:
+            for kind, path in self._files.items():
+                if path.name not in self._stage.placed and kind not in self._direct:
+                    self._problems.setdefault(kind, _short(error))
+            return
+        for path in kept:
+            rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
+
+    def tell(self, report: AnyReport, accepted: bool = False) -> AnyReport:
+        """Warns of files that are not there; gives the report with the files that are, the same on all ranks."""
+        if self._problems:
+            folder = next(iter(self._files.values())).parent
+            names = {"samples": SAMPLES_FOLDER, **{kind: path.name for kind, path in self._files.items()}}
+            missing = "; ".join(f"`{names[kind]}` ({why})" for kind, why in self._problems.items())
+            what = "the repair was accepted and is in the model" if accepted else "the result is not affected"
+            hint = "make room, and write the report with `report.to_json()`"
+            if NOT_JUDGED in self._problems.get("checkpoint", ""):
+                hint = "look at what `on_save_checkpoint` of the module does; the patch has the change"
+            elif accepted and "checkpoint" in self._problems:
+                hint = "make room, and save the model now: `trainer.save_checkpoint(path)`"
+            rank_zero_warn(FilesWarning(f"{what}, but {folder} lacks {missing}.", f"{hint}."))
+        left = list(self._named(report).files)
+        if self._trainer is not None and self._files:
+            left = self._trainer.strategy.broadcast(left)
+        return replace(report, files={kind: path for kind, path in report.files.items() if kind in left})
+
+    def _is_written(self, kind: str) -> bool:
+        return self._stage is not None and kind in self._files and self._stage.is_written(self._files[kind].name)
+
+    def _named(self, report: AnyReport) -> AnyReport:
+        files = {kind: path for kind, path in report.files.items() if kind not in self._problems}
+        return replace(report, files=files)
+
+
+def _problem_of(
+    writer: CheckpointWriter, path: Path | None, report: RepairReport, model: nn.Module, parameters: State
+) -> str:
+    """Why a checkpoint is not what was judged, in words; empty if it is."""
+    if writer.error is not None:
+        return _short(writer.error)
+    if path is not None and not path.exists():
+        return "nothing was written"
+    return _difference(_read_back(writer, path), report, model, parameters)
+
+
+def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
+    """The state dict in a checkpoint; where it holds objects too, or is of another format, as it was to be written."""
+    given: Mapping[str, Any] = writer.state_dict if isinstance(writer.state_dict, Mapping) else {}
+    if path is None:
+        return given
+    try:
+        found: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        return found
+    except Exception as error:
+        if not REFUSED_OBJECT.search(str(error)):
+            raise
+        # Objects are not read here. That the file is whole is known without.
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken is not None:
+            raise OSError(f"{broken} in it is damaged") from error
+        return given
+
+
+def _difference(found: Mapping[str, Any], report: RepairReport, model: nn.Module, parameters: State) -> str:
+    """Which tensors of a state dict are not those that were judged, in words; empty if none is.
+
+    A module may leave out or rename what it saves, but what was repaired has to be there under some name.
+    """
+    names, live = saved_names(model), current_state(model)
+    own = {names[key]: value for key, value in found.items() if key in names and isinstance(value, Tensor)}
+    if report.hashes is not None and hash_tensors(own) == report.hashes.model_after:
+        return ""
+    judged = {**live, **parameters}
+    wrong = [name for name, value in own.items() if not _is_same(value, judged[name])]
+    others = [value for key, value in found.items() if key not in names and isinstance(value, Tensor)]
+    lost = [
+        name for name in parameters if name not in own and not any(_is_same(value, judged[name]) for value in others)
+    ]
+    if lost:
+        return f"{NOT_JUDGED} the repaired {lost[0]!r}"
+    if not wrong:
+        return ""
+    name = wrong[0]
+    kinds = (own[name].dtype, judged[name].dtype)
+    how = f"is {kinds[0]}, not {kinds[1]}" if kinds[0] != kinds[1] else "has other values"
+    more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+    return f"{NOT_JUDGED} the weights that were judged: {name!r} {how}{more}"
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and hash_tensors({"": a}) == hash_tensors({"": b})
+
+
+def _short(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, OSError) and error.errno is None else f"{type(error).__name__}: {text}"
+
+
+FILE_PREFIX = "lightning_nrl-"
+
+
+class ResultBox:
+    """Goes with its owner into other processes, and brings a text back to the one in which it was made."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._path = Path(tempfile.gettempdir()) / f"{FILE_PREFIX}{uuid4().hex}.json"
+        weakref.finalize(self, _remove, self._path, self._process)
+
+    def put(self, text: Callable[[], str]) -> None:
+        """Leaves a text for the other process, in place of an earlier one; in the same process does not ask for it."""
+        if os.getpid() != self._process:
+            with suppress(OSError):
+                remove_stale(self._path.parent, f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*")
+                write_text(self._path, text())
+
+    def take(self) -> str:
+        """The text that another process has left since the last time; empty if none has."""
+        if os.getpid() != self._process:
+            return ""
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except OSError:
+            return ""
+        _remove(self._path, self._process)
+        return text
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:
+        path.unlink(missing_ok=True)
+
+
+def run_folder(trainer: Trainer) -> str:
+    """The log folder of the first logger, as in `Trainer.log_dir`; where it has none, a folder of its run.
+
+    That of a run is `<save_dir>/<name>/<version>`, in which Lightning's checkpoints are too: loggers such as those of
+    W&B and MLflow share one `save_dir` among all runs, and a second run would find the files of the first. To be called
+    on all ranks; the first one's answer counts.
+    """
+    if not trainer.loggers:
+        return str(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    folder = getattr(logger, "log_dir", None)
+    if folder is None:
+        version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+        parts = [str(part) for part in (logger.name, version) if part is not None]
+        folder = os.path.join(logger.save_dir or trainer.default_root_dir, *parts)
+    return str(trainer.strategy.broadcast(str(folder)))
+
+
+REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
+REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
+
+
+def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
+    """The folder that the user named, or one of this name in the run's folder; refuses what is no local folder."""
+    found = dirpath if dirpath is not None else run_folder(trainer)  # asks all ranks
+    if "://" in str(found):
+        raise ConfigurationError(
+            f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
+            "pass a local folder as `dirpath=`, and copy it where it should be.",
+        )
+    return Path(found) if dirpath is not None else Path(found) / name
+
+
+def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
+    """The folder for the files, made on the first rank, the same on all; None where it cannot be made.
+
+    None in a `fast_dev_run` too, which writes no files. In the run's folder it is the next free of `name`, `name-1`,
+    `name-2` ..., where an earlier one has left its report.
+    """
+    if batch_limit(trainer):
+        return None
+    folder, made = base_folder(dirpath, trainer, name), ""
+    if trainer.is_global_zero:
+        try:
+            made = str(_made(folder if dirpath is not None else _next_free(folder)))
+        except OSError as error:
+            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
+            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
+    made = trainer.strategy.broadcast(made)
+    return Path(made) if made else None
+
+
+def _next_free(folder: Path) -> Path:
+    free, k = folder, 0
+    while (free / "report.json").exists():
+        k += 1
+        free = folder.with_name(f"{folder.name}-{k}")
+    return free
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def parse_prefix(prefix: str, default: str) -> str:
+    """What tags begin with, without a slash at the end."""
+    fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+    check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
+    return prefix.rstrip("/")
+
+
+def report_files(
+    dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """The paths of a report's files by kind, and the name that it has in logs; a patch needs safetensors.
+
+    A second report in one log gets tags of its own, as it gets a folder of its own.
+    """
+    folder = output_folder(dirpath, trainer, name)
+    if folder is None:
+        return {}, name
+    written = {kind: str(folder / file) for kind, file in files.items() if kind != "patch" or safetensors_installed()}
+    return written, folder.name if dirpath is None else name
+
+
+def write_report(
+    report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
+) -> AnyReport:
+    """Writes the report, and other files of it by kind, to the paths that it names; gives it with those that are there.
+
+    Views are of samples, where these can be shown.
+    """
+    with SavedFiles(report.files) as files:
+        for kind, write in (others or {}).items():
+            files.write(kind, write)
+        written = files.reports(report, views)
+        files.commit()
+        return files.tell(written)
+
+
+def show(report: Shown) -> None:
+    """Prints the report as tables."""
+    get_console().print(report.to_table())
+
+
+def announce(
+    report: RepairReport,
+    trainer: Trainer,
+    name: str,
+    *,
+    changes: State | None,
+    verbose: bool,
+    views: Sequence[SampleView] = (),
+) -> None:
+    """Logs and prints what is decided and saved; what goes wrong here is a warning.
+
+    `changes` are what was added to each weight, whole tensors by name; tags begin with `name`.
+    """
+    try:
+        if trainer.is_global_zero:
+            log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
+            track(log, trainer.loggers)
+            if verbose:
+                show(report)
+                if text := _about_best(report, trainer):
+                    print(text)
+        trainer.callback_metrics.update(headline(report, name))
+    except Exception as error:
+        problem = f"the report was not shown ({type(error).__name__}: {error})."
+        rank_zero_warn(LoggingWarning(problem, "the repair and its files are not affected; print `report`."))
+
+
+def _about_best(report: RepairReport, trainer: Trainer) -> str:
+    """What to know before `trainer.test()` is called without a model, in a line; empty where there is nothing."""
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    path = report.files.get("checkpoint", "")
+    if report.status != "repaired" or not best or best == path:
+        return ""
+    how = f"ckpt_path={from_here(path)!r}" if path else "the model as an argument"
+    return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
+
+
+def headline(report: RepairReport, name: str) -> dict[str, Tensor]:
+    """What `trainer.callback_metrics` gets, named as in the logs; it outlives processes that a strategy has started."""
+    return {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
+
+
+def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> ResumeStore:
+    """Returns a store in the folder of the repair's files. To be called on all ranks.
+
+    A logger makes a new folder for each run, so those of earlier runs are searched too.
+
+    Args:
+        dirpath: the folder that the user named; None: that of the run.
+        trainer: in a `fast_dev_run` nothing is saved.
+        every: seconds that a step takes at least to be saved; None: nothing is saved.
+        name: of the folder in that of the run.
+    """
+    if every is None or batch_limit(trainer):
+        return ResumeStore()
+    parent = base_folder(dirpath, trainer, name)
+    earlier: list[Path] = []
+    if dirpath is None and trainer.loggers and trainer.is_global_zero:
+        with suppress(OSError):
+            others = [path for path in parent.parent.parent.glob(f"*/{parent.name}") if path != parent]
+            earlier = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+    return ResumeStore(parent, earlier, every)

@@ -1,0 +1,295 @@
+"""How the input of one sample is shown where the user says nothing: as an image, a curve, a table or a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_nrl._trainer.lightning.packages import rank_zero_warn
+from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.random_transforms import innermost_datasets
+from lightning_nrl.data.batch import tensors_in
+from lightning_nrl.errors import DataWarning
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report._figures import INK
+from lightning_nrl.report.sample_views import SampleView, caption_of
+from lightning_nrl.report.splits import FlippedSample
+from lightning_nrl.report.tables import flipped_splits, most_telling
+
+Pixels = npt.NDArray[np.uint8]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Means and standard deviations of channels, by which a data set has normalised its images."""
+
+FEWEST_PIXELS = 4
+"""A side of less is no picture."""
+TABLE_VALUES, TOKENS, CHANNELS = 24, 120, 6
+"""More are not listed, or drawn."""
+CURVE_SIZE, FINER, LETTERS = 360, 3, 13
+"""Pixels of a side, how much finer curves are drawn, and the height of letters."""
+CURVE_FRAME = (0.2, 0.06, 0.96, 0.9)  # left, top, right, bottom, as shares
+FRAME_COLOUR = "#DDDDDD"
+CHANNEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
+DEEPEST, MOST_VISITED = 12, 200
+
+
+def display(x: Tensor, sample: Any = None, normalization: Normalization | None = None) -> Pixels | str | None:
+    """An image, `height x width x 3`, or text; None for what cannot be shown.
+
+    Whole numbers in a row are tokens, or the words of the sample if it has some; a few numbers in a row are a table,
+    and many, or few rows of many, curves. All else that has height and width is an image: of more than three channels
+    the first three, of a film or a volume the middle.
+
+    Args:
+        x: the model's input for the sample, without a batch dimension.
+        sample: what the data set gives.
+        normalization: to be undone. Without one, numbers in [0, 1] are shown as they are, and others stretched from
+            black to white.
+    """
+    x = x.detach().cpu()
+    if x.is_complex() or not x.numel():
+        return None
+    whole = not (x.is_floating_point() or x.dtype == torch.bool)
+    if x.ndim == 1 and whole:
+        return _words(sample) or _listed("tokens", x)
+    if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) == 1):
+        flat = x.flatten()
+        return _table(flat) if len(flat) <= TABLE_VALUES else _curves(flat[None])
+    if x.ndim == 2 and min(x.shape) < FEWEST_PIXELS:
+        rows = x if x.shape[0] < x.shape[1] else x.T
+        return _curves(rows)
+    image = _as_image(x)
+    if image is None:
+        return None
+    shown = _denormalized(image, normalization)
+    if shown is not None:
+        return to_pixels(shown)
+    inside = image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1
+    return to_pixels(image, stretched=not inside)
+
+
+def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
+    """An image as `height x width x 3` uint8; None for what is none.
+
+    Args:
+        image: `height x width`, with 1 or 3 channels first or last; uint8, or floating-point numbers in [0, 1]. Also
+            what numpy can make an array of, such as a PIL image.
+        stretched: whether the least value becomes black and the largest white, whatever they are.
+    """
+    x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
+    if x.is_complex() or x.ndim not in (2, 3):
+        return None
+    if x.ndim == 2:
+        x = x[None]
+    elif x.shape[0] not in (1, 3) and x.shape[2] in (1, 3):
+        x = x.permute(2, 0, 1)
+    if x.shape[0] not in (1, 3) or min(x.shape[1:]) < FEWEST_PIXELS:
+        return None
+    if x.dtype != torch.uint8:
+        x = x.double().nan_to_num(0.0)
+        if stretched:
+            least, most = x.min(), x.max()
+            x = (x - least) / (most - least).clamp_min(1e-12)
+        x = (255 * x.clamp(0, 1)).round().to(torch.uint8)
+    return x.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+
+
+def find_normalization(dataset: object) -> Normalization | None:
+    """The `Normalize` among the transforms of a data set, as torchvision and albumentations have them; None without.
+
+    It is looked for in the data set's attributes and in those of the data sets that it wraps. Of two, the last.
+    """
+    found: Normalization | None = None
+    for one in _parts(dataset):
+        if type(one).__name__ == "Normalize":
+            mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
+            if mean and std and len(mean) == len(std):
+                found = mean, std
+    return found
+
+
+def _parts(dataset: object) -> Iterator[object]:
+    """An object, and what lies in its attributes, lists and mappings, not for ever deep."""
+    seen: set[int] = set()
+    waiting: list[tuple[object, int]] = [(dataset, 0)]
+    while waiting and len(seen) < MOST_VISITED:
+        one, depth = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        if depth < DEEPEST:
+            inside = one if isinstance(one, (list, tuple)) else list(getattr(one, "__dict__", {}).values())
+            few = inside if len(inside) <= MOST_VISITED else ()  # samples, no transforms
+            waiting += [(part, depth + 1) for part in few if isinstance(part, (list, tuple)) or _may_hold(part)]
+
+
+def _may_hold(part: object) -> bool:
+    return not isinstance(part, (Tensor, type, str)) and hasattr(part, "__dict__")
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in (values if isinstance(values, (Sequence, Tensor)) else [values]))
+    except (TypeError, ValueError):
+        return ()
+
+
+def _as_image(x: Tensor) -> Tensor | None:
+    """`height x width`, or `1 or 3 x height x width`, of whatever has height and width."""
+    if x.ndim == 2:
+        return x if min(x.shape) >= FEWEST_PIXELS else None
+    if x.ndim == 3:
+        if x.shape[2] in (1, 3) and x.shape[0] not in (1, 3):
+            x = x.permute(2, 0, 1)
+        x = x if x.shape[0] in (1, 3) else x[:3] if x.shape[0] > 3 else x[:1]
+        return x if min(x.shape[1:]) >= FEWEST_PIXELS else None
+    if x.ndim == 4:
+        return _as_image(x[:, x.shape[1] // 2] if x.shape[0] in (1, 3) else x[x.shape[0] // 2])
+    return None
+
+
+def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor | None:
+    """The image in [0, 1]; None if that normalisation cannot be its own."""
+    if normalization is None or not image.is_floating_point():
+        return None
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
+    channels = image[None] if image.ndim == 2 else image
+    if len(mean) not in (1, len(channels)):
+        return None
+    shown = channels.double() * std[:, None, None] + mean[:, None, None]
+    return shown if float(shown.min()) >= -ROUNDING and float(shown.max()) <= 1 + ROUNDING else None
+
+
+def _words(sample: Any) -> str:
+    """The longest text that a sample holds."""
+    parts = (
+        list(sample.values()) if isinstance(sample, Mapping) else sample if isinstance(sample, (list, tuple)) else []
+    )
+    return max((part for part in parts if isinstance(part, str)), key=len, default="")
+
+
+def _listed(what: str, x: Tensor) -> str:
+    more = f" ... {x.numel():,} in all" if x.numel() > TOKENS else ""
+    return f"{what}: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist()) + more
+
+
+def _table(x: Tensor) -> str:
+    lines = [f"{i}: {value:.4g}" for i, value in enumerate(x[:TABLE_VALUES].tolist())]
+    return "\n".join([*lines, *([f"... {len(x):,} in all"] if len(x) > TABLE_VALUES else [])])
+
+
+def _curves(rows: Tensor) -> Pixels:
+    """Each row as a curve over its positions, with the lowest and the highest value beside it."""
+    from PIL import Image, ImageDraw
+
+    kept = rows[:CHANNELS].double()
+    finite = kept[kept.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    wide = CURVE_SIZE * FINER
+    picture = Image.new("RGB", (wide, wide), "white")
+    draw = ImageDraw.Draw(picture)
+    left, top, right, bottom = (round(share * wide) for share in CURVE_FRAME)
+    across = left + (right - left) * torch.linspace(0, 1, kept.shape[1], dtype=torch.float64)
+    up = bottom - (bottom - top) * (kept - low) / (high - low if high > low else 1.0)
+    draw.rectangle((left, top, right, bottom), outline=FRAME_COLOUR, width=FINER)
+    for row, colour in zip(up, CHANNEL_COLOURS, strict=False):
+        for part in _unbroken(across, row):
+            draw.line(part, fill=colour, width=2 * FINER, joint="curve")
+    picture = picture.resize((CURVE_SIZE, CURVE_SIZE), Image.Resampling.BOX)
+    draw = ImageDraw.Draw(picture)
+    for value, height in ((high, top), (low, bottom)):
+        draw.text((left / FINER - 6, height / FINER), f"{value:.3g}", INK, anchor="rm", font_size=LETTERS)
+    for position, place, anchor in ((0, left, "lt"), (kept.shape[1] - 1, right, "rt")):
+        draw.text((place / FINER, bottom / FINER + 6), str(position), INK, anchor=anchor, font_size=LETTERS)
+    return np.array(picture, dtype=np.uint8)
+
+
+def _unbroken(across: Tensor, up: Tensor) -> list[list[tuple[float, float]]]:
+    """The points of a curve, cut where values are no numbers; a single point is a short line."""
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(across.tolist(), up.tolist(), strict=True):
+        if isfinite(y):
+            parts[-1].append((x, y))
+        else:
+            parts.append([])
+    return [part if len(part) > 1 else [(x - FINER, y), (x + FINER, y)] for part in parts if part for x, y in part[:1]]
+
+
+Render = Callable[[Any], Any]
+"""Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
+
+VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
+"""Of each split, at most."""
+
+
+def sample_views(
+    report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None
+) -> tuple[SampleView, ...]:
+    """Views of the broken samples and of the most telling repaired ones, of each split.
+
+    Without `render` the model's input is shown, see `display`. What cannot be read or rendered is left out, with one
+    warning.
+
+    Args:
+        report: names the samples.
+        sources: the splits that it is about.
+        render: makes an image or text of a sample.
+    """
+    found: list[SampleView] = []
+    by_split = {source.split: source for source in sources}
+    try:
+        for split in flipped_splits(report):
+            telling = most_telling(split.flipped)
+            chosen = [
+                one for flip, most in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:most]
+            ]
+            if chosen and split.split in by_split:
+                found += _views(report, by_split[split.split], chosen, render)
+    except Exception as error:  # the user's data set or function; no picture is worth a repair
+        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition("\n")[0]
+        rank_zero_warn(DataWarning(f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."))
+    return tuple(found)
+
+
+def _views(
+    report: RepairReport, source: LoaderSource, samples: Sequence[FlippedSample], render: Render | None
+) -> Iterator[SampleView]:
+    normalization = find_normalization(source.samples) if render is None else None
+    for one in samples:
+        sample = source.samples[one.id]
+        shown: Any = None
+        if render is not None:
+            shown = render(sample)
+            shown = shown if isinstance(shown, str) else to_pixels(shown)
+        else:
+            args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
+            first = next(tensors_in((args, kwargs)), None)
+            if first is not None and len(first):
+                shown = display(first[0], sample, normalization)
+        caption = caption_of(one, report.class_name)
+        if isinstance(shown, str):
+            yield SampleView(source.split, one.id, one.flip, caption, text=shown)
+        elif shown is not None:
+            yield SampleView(source.split, one.id, one.flip, caption, shown)
+
+
+@runtime_checkable
+class _HasClasses(Protocol):
+    classes: Sequence[str]
+
+
+def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
+    """The first `classes` of an innermost data set, as torchvision's have them; empty where none has any."""
+    for source in sources:
+        for dataset in innermost_datasets(source.loader):
+            found = dataset.classes if isinstance(dataset, _HasClasses) else None
+            if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
+                return tuple(found)
+    return ()

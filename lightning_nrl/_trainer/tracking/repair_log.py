@@ -1,0 +1,123 @@
+"""What loggers are given of a repair: its report, figures, pictures of samples, tables and files, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report.repair_figures import SEARCH_TITLE, gallery_figures, reviewer_figures
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.summary_figure import summary_figure
+from lightning_nrl.report.tables import flipped_splits
+
+CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
+UPLOADED = ("html", "markdown", "json", "patch", "predictions")
+"""Kinds of files that go to loggers; checkpoints are large, and each logger has rules of its own for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class RepairLog:
+    """A repair as it is logged.
+
+    Attributes:
+        report: what was done.
+        step: of the training, at which the repair was made.
+        name: what tags and sub-runs begin with; that of a second repair in the same log is another one.
+        changes: what was added to each weight, whole tensors by name; None if there was no candidate.
+        views: flipped samples to be looked at.
+        hparams: the hyperparameters of training, if it has logged them.
+    """
+
+    report: RepairReport
+    step: int
+    name: str = "repair"
+    changes: Mapping[str, Tensor] | None = None
+    views: Sequence[SampleView] = ()
+    hparams: Mapping[str, Any] | None = None
+
+    @property
+    def points(self) -> list[tuple[int, Scalars]]:
+        """All numbers with their steps: iterations of the search, strengths in percent, and that of the training."""
+        search = enumerate(search_curves(self.report, self.name))
+        strength = strength_curves(self.report, self.name).items()
+        return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
+
+    @cached_property
+    def drawn(self) -> bool:
+        """Whether there can be figures."""
+        return find_spec("matplotlib") is not None
+
+    @cached_property
+    def summary(self) -> Any:
+        """The headline as a figure; None without matplotlib."""
+        return summary_figure(self.report) if self.drawn else None
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Figures by title, the summary not among them; empty without matplotlib."""
+        if not self.drawn:
+            return {}
+        figures = reviewer_figures(self.report, self.changes)
+        for title, figure in figures.items():
+            if title != SEARCH_TITLE:  # four panels
+                figure.set_size_inches(*CARD)
+        return figures
+
+    @cached_property
+    def galleries(self) -> dict[str, Any]:
+        """Captioned pictures of flipped samples as figures, by flip and split; empty without matplotlib."""
+        return gallery_figures(self.views) if self.drawn else {}
+
+    @cached_property
+    def pictures(self) -> dict[str, list[SampleView]]:
+        """Views that are pictures, by flip and split."""
+        return _grouped([view for view in self.views if view.pixels is not None])
+
+    @cached_property
+    def texts(self) -> dict[str, list[SampleView]]:
+        """Views that are text, by flip and split."""
+        return _grouped([view for view in self.views if view.pixels is None])
+
+    @cached_property
+    def flipped(self) -> list[list[Any]]:
+        """A row for each flipped sample, in the order of `FLIPPED_COLUMNS`; numbers as numbers."""
+        name = self.report.class_name
+        return [
+            [
+                split.split,
+                one.id,
+                one.flip,
+                *(name(label) for label in (one.label, one.predicted_before, one.predicted_after)),
+                one.margin_before,
+                one.margin_after,
+                one.in_target,
+                one.slice,
+            ]
+            for split in flipped_splits(self.report)
+            for one in split.flipped
+        ]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files of the report that were written, by kind."""
+        return written(self.report.files)
+
+
+def written(files: Mapping[str, str]) -> dict[str, Path]:
+    """Those files of a report that loggers are given and that are there, by kind."""
+    return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
+
+
+def _grouped(views: Sequence[SampleView]) -> dict[str, list[SampleView]]:
+    groups: dict[str, list[SampleView]] = {}
+    for view in views:
+        groups.setdefault(f"{view.flip} in {view.split}", []).append(view)
+    return groups

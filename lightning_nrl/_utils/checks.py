@@ -1,0 +1,108 @@
+"""Values that a user gave: one value a sample, a class, a number written as text."""
+
+from __future__ import annotations
+
+import operator
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError
+
+Kind = Literal["bool", "number", "whole number from 0"]
+
+
+def as_tensor(value: Any) -> Any:
+    """Numbers or bools in an array or a list as a tensor; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):  # lists of different lengths, of tensors elsewhere or with gradients
+        return value
+    if array.shape == (0,) and isinstance(value, (list, tuple)):
+        return torch.zeros(0, dtype=torch.bool)
+    return torch.as_tensor(array) if array.dtype.kind in "biuf" else value
+
+
+def check_per_sample(
+    what: str,
+    value: Any,
+    n: int,
+    kind: Kind = "number",
+    error: type[ConfigurationError] = ConfigurationError,
+    *,
+    tensors_only: bool = False,
+) -> Tensor:
+    """Returns a tensor of one value a sample; refuses anything else.
+
+    Args:
+        what: gave the value, for the message.
+        value: what it gave.
+        n: how many samples there are.
+        kind: of the values; a bool is a number too.
+        error: to be raised.
+        tensors_only: whether arrays and lists are refused too.
+
+    Raises:
+        ConfigurationError: it cannot be a tensor, or is of another shape or kind. Other shapes would be broadcast
+            silently, such as `n x 1` against `n`.
+    """
+    found = value if tensors_only else as_tensor(value)
+    if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
+        return found
+    raise error(
+        f"{what} returned {described(value)} for a batch of {n} samples.", f"return one {kind} a sample, [{n}]."
+    )
+
+
+def _is_kind(value: Tensor, kind: Kind) -> bool:
+    if kind == "number":
+        return not value.is_complex()
+    if kind == "bool":
+        return value.dtype == torch.bool
+    whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    return whole and not bool((value < 0).any())
+
+
+def described(value: Any) -> str:
+    """What was found where a tensor was expected, for a message."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
+
+
+def is_class(value: Any) -> bool:
+    """True for a whole number from 0."""
+    try:
+        return not isinstance(value, (bool, np.bool_)) and operator.index(value) >= 0
+    except TypeError:
+        return False
+
+
+def check_class(argument: str, value: Any) -> int:
+    """Returns a class number; refuses what is no whole number from 0."""
+    if not is_class(value):
+        raise ConfigurationError(f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
+    return operator.index(value)
+
+
+def count_or_share(value: Any) -> int | float | None:
+    """A whole number from 0 as int, a share in [0, 1] as float; None for anything else."""
+    if isinstance(value, Integral):
+        return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
+    return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
+
+
+def read_number(where: str, text: str, hint: str) -> int | float:
+    """Reads a whole number, or a share, also in percent: `5`, `0.5`, `50%`."""
+    try:
+        if text.endswith("%"):
+            return float(Fraction(text[:-1].strip()) / 100)
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {text!r} is no number.", hint) from error

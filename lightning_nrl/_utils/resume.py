@@ -1,0 +1,243 @@
+"""Results of finished steps, saved so that a process that is called again after a kill does not repeat them.
+
+A repair takes the same steps in the same order each time, so a step is known by its number and the numbers of those
+around it. The folder is named after a hash of all that the results depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+from torch.serialization import add_safe_globals, default_restore_location
+
+from lightning_nrl._utils.atomic_files import replacing, write_text
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.interrupts import is_ending_early
+from lightning_nrl._utils.timing import StageTimer, TimeMark
+from lightning_nrl.errors import FilesWarning
+
+MAGIC = b"lightning_nrl saved value 2\n"
+
+Bytes = bytes | bytearray | memoryview
+
+
+class DamagedValueError(ValueError):
+    """Bytes that `to_bytes` did not return, or that hold other records than the hint names."""
+
+
+def to_bytes(value: Any) -> bytes:
+    """Returns a value as bytes with a checksum; raises whatever `torch.save` raises."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    content = stream.getbuffer()
+    return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
+
+
+def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None) -> Any:
+    """Returns the value of `to_bytes`.
+
+    Args:
+        data: the bytes.
+        hint: a type that names, directly or in its fields, all records in the value.
+        device: where tensors go that were not on the CPU; None: the CPU.
+
+    Raises:
+        DamagedValueError: the checksum is wrong, an unexpected object is in the value, or memory runs out.
+    """
+    start, target = len(MAGIC), str(device or "cpu")
+    view = memoryview(data)
+    digest, content = view[start : start + 32], view[start + 32 :]
+    if view[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
+        raise DamagedValueError("the checksum is wrong")
+
+    def place(storage: Any, location: str) -> Any:
+        return default_restore_location(storage, location if location == "cpu" else target)
+
+    try:
+        add_safe_globals(list(_records(hint, {})))
+        return torch.load(io.BytesIO(content), map_location=place, weights_only=True)
+    except UnpicklingError as error:
+        raise DamagedValueError("it holds an unexpected object") from error
+    except Exception as error:
+        raise DamagedValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+
+
+def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
+    """Adds the dataclasses and named tuples in a type hint and in their fields."""
+    for part in get_args(hint):
+        _records(part, found)
+    is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
+    if is_record and hint not in found:
+        found[hint] = None
+        for inner in get_type_hints(hint).values():
+            _records(inner, found)
+    return found
+
+
+Result = TypeVar("Result")
+
+SAVE_EVERY = 5.0
+"""Seconds that a step takes at least to be saved."""
+
+PREFIX = ".resume-"
+"""Prefix of the folder's name."""
+
+ORIGIN, FINISHED = "origin.json", ".finished"
+
+
+class ResumeStore:
+    """Saves the results of finished steps in a folder; without a folder it just runs them.
+
+    Args:
+        parent: where the folder is made, once there is something to save; None: nothing is saved.
+        elsewhere: parents of earlier runs, the newest first.
+        every: seconds that a step takes at least to be saved.
+    """
+
+    def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
+        self._parent, self._elsewhere, self._every = parent, elsewhere, every
+        self._clock, self._collective, self._device = StageTimer(), Collective(), torch.device("cpu")
+        self._origin = ""
+        self._folder: Path | None = None  # of the first rank, as long as it can be written
+        self._made: list[Path] = []
+        self._is_active = self._resumes = False
+        self._path, self._number = "", 0  # of the step in progress, and how many began inside it
+
+    def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
+        """Looks for results of the same work. To be called on all ranks, with the same.
+
+        Args:
+            origin: hashes of all that the results depend on, by the names that messages use.
+            clock: the time of the work.
+            collective: the ranks that do it; the first one reads and writes.
+            device: where tensors go that were not on the CPU.
+        """
+        if self._parent is None:
+            return
+        self._clock, self._collective, self._device = clock, collective, device
+        self._is_active, self._path, self._number = True, "", 0
+        found = False
+        if collective.rank == 0:
+            self._origin = json.dumps(dict(origin), indent=2)
+            self._folder = self._parent / f"{PREFIX}{hashlib.sha256(self._origin.encode()).hexdigest()[:16]}"
+            self._made.append(self._folder)
+            found = self._find(self._folder, origin)
+        self._resumes = collective.any(found)
+        if self._resumes:
+            clock.announce(f"Repair: resumes with the steps finished before ({self._folder}).")
+
+    def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
+        """Returns the saved result of a step, or runs the step.
+
+        Args:
+            name: a word or two, for the name of the file.
+            work: the step, run by all ranks with the same result.
+            hint: a type that names the records in the result.
+        """
+        if not self._is_active:
+            return work()
+        outer, number, began = self._path, self._number + 1, self._clock.elapsed
+        self._path, self._number = f"{outer}{number}-{name.replace(' ', '-')}.", 0
+        try:
+            saved = self._read(hint) if self._resumes else None
+            if saved is not None:
+                result: Result = saved[0]
+                self._clock.set(saved[1])
+                return result
+            result = work()
+            if self._folder is not None and self._clock.elapsed - began >= self._every and not is_ending_early():
+                self._write(self._folder, result)
+            return result
+        finally:
+            self._path, self._number = outer, number
+
+    @property
+    def place(self) -> Path | None:
+        """The folder, if something is saved in it."""
+        return self._folder if self._folder is not None and self._folder.is_dir() else None
+
+    def done(self) -> None:
+        """Removes what was saved."""
+        for folder in self._made:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folder, self._made, self._is_active = None, [], False
+
+    @property
+    def _file(self) -> str:
+        return f"{self._path[:-1]}{FINISHED}"
+
+    def _write(self, folder: Path, result: Any) -> None:
+        """Writes the result of a step in place of those inside it; warns where that is not possible."""
+        try:
+            data = to_bytes((result, self._clock.mark()))
+        except Exception:  # what a user's own method returns need not be savable
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / ORIGIN).exists():
+                write_text(folder / ORIGIN, self._origin)
+            replacing(folder / self._file, lambda part: part.write_bytes(data))
+            for file in folder.glob(f"{self._path}*{FINISHED}"):
+                file.unlink(missing_ok=True)
+        except Exception as error:
+            problem = f"a repair cannot be saved while it works, in {folder} ({type(error).__name__}: {error})."
+            warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
+            self._folder = None
+
+    def _read(self, hint: Any) -> tuple[Any, TimeMark] | None:
+        """Returns the saved result and its time, the same on all ranks; None on all where one cannot read it."""
+        data = b""
+        if self._folder is not None:
+            with suppress(OSError, MemoryError):
+                data = (self._folder / self._file).read_bytes()
+        received = self._collective.first_bytes(data)
+        if not received:
+            return None
+        result, problem = None, ""
+        try:
+            result = from_bytes(received, tuple[hint, TimeMark], self._device)
+        except DamagedValueError as error:
+            problem = str(error)
+        if not self._collective.any(bool(problem)):
+            return result
+        problem = self._collective.first_text(problem)
+        if self._collective.rank == 0:
+            message = f"{self._folder}: {self._file!r} is not used, {problem}."
+            warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=3)
+        return None
+
+    def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
+        """Returns True if work of this origin is saved; that of an earlier run is moved here."""
+        for place in (folder, *(place / folder.name for place in self._elsewhere)):
+            with suppress(OSError):
+                if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
+                    if place != folder:
+                        # Should the earlier run be alive, it makes a new one.
+                        shutil.rmtree(folder, ignore_errors=True)
+                        folder.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.move(place, folder)
+                    return True
+        self._announce_other(folder, origin)
+        return False
+
+    def _announce_other(self, folder: Path, origin: Mapping[str, str]) -> None:
+        """Says how the newest saved work of another origin differs."""
+        places = dict.fromkeys((folder.parent, *self._elsewhere))
+        with suppress(OSError, ValueError):
+            others = [path for place in places for path in place.glob(f"{PREFIX}*/{ORIGIN}")]
+            newest = max(others, key=lambda path: path.stat().st_mtime)
+            other = dict(json.loads(newest.read_text(encoding="utf-8")))
+            differ = " and ".join(name for name in origin if other.get(name) != origin[name])
+            why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
+            self._clock.announce(f"Repair: begins anew, since {why}.")

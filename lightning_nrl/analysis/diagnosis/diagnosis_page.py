@@ -1,0 +1,286 @@
+"""A diagnosis as a page of tables and facts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median_high
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_nrl.report._figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINE_COLOUR,
+    ORANGE,
+    RED,
+    dress,
+    new_figure,
+    shorten_name,
+)
+from lightning_nrl.report._formatting import rough_percent, rough_time
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
+
+
+OPEN_VERDICTS: tuple[Fixable, ...] = ("undecided", "not tried")
+
+LISTED_ROWS = 8
+"""Samples, classes and layers that are shown; the JSON has all."""
+
+
+def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
+    """The advice, then what it rests on; in full with all samples, classes and layers, not the first few."""
+    most = 10**9 if full else LISTED_ROWS
+    blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
+    if any(target.fixable != "not tried" for target in diagnosis.targets):
+        blocks += [
+            Heading("Each target alone"),
+            Text(
+                f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
+                "with no known regression. Change: of the logits, by their size on passed samples."
+            ),
+            _alone(diagnosis, most),
+            Heading("Passed samples that stand in the way"),
+            *_binding(diagnosis, most),
+        ]
+    if diagnosis.doubts:
+        text = (
+            "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
+            "does a new kind of input."
+        )
+        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, most)]
+    if diagnosis.layers:
+        text = (
+            "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
+            "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
+            "sample near the border may lose any. Both to first order."
+        )
+        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, most)]
+    if diagnosis.costs:
+        costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
+        text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
+        blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
+    if diagnosis.notes:
+        blocks += [Heading("What was not looked at"), *(Text(note) for note in diagnosis.notes)]
+    return Page(tuple(blocks))
+
+
+def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
+    counts = "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
+    facts = {"target": diagnosis.target}
+    if diagnosis.task != "Multiclass":
+        facts["right means"] = diagnosis.task
+    facts["known samples"] = counts.format(**diagnosis.known)
+    mixing, check = diagnosis.mixing, diagnosis.check
+    if mixing is not None:
+        facts["neighbourhoods"] = (
+            f"of the {mixing.k} passed samples nearest to a target, {rough_percent(mixing.mean('targets'))} have "
+            f"its label; of those nearest to a passed sample, {rough_percent(mixing.mean('passed'))}"
+        )
+    if check is not None:
+        facts["held out"] = (
+            f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
+            f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
+            f"{rough_percent(check.harmless)} of such fixes break none"
+        )
+    return tuple(facts.items())
+
+
+def _alone(diagnosis: Diagnosis, most: int) -> Table:
+    """A column for all, and one for each class, or for those with most targets."""
+    counts = Counter(target.label for target in diagnosis.targets)
+    shown = sorted(label for label, _ in counts.most_common(most))
+    groups = [(str(label), "class", [t for t in diagnosis.targets if t.label == label]) for label in shown]
+    rest = [target for target in diagnosis.targets if target.label not in shown]
+    if rest:
+        groups.append((f"{len(counts) - len(shown):,} other", "classes", rest))
+    if len(counts) == 1:
+        groups = []
+    groups.insert(0, ("all", "", list(diagnosis.targets)))
+
+    def row(label: str, text: Callable[[Sequence[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
+        return Row(label, tuple(text(group) for *_, group in groups), tone)
+
+    def count(verdict: Fixable) -> Callable[[Sequence[TargetFinding]], str]:
+        return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
+
+    rows = [
+        row("targets", lambda group: f"{len(group):,}"),
+        row("can be fixed", count("yes"), "gain"),
+        row("cannot be fixed", count("no")),
+        *(row(verdict, count(verdict)) for verdict in OPEN_VERDICTS if diagnosis.count(verdict)),
+        row("change needed, median", lambda group: _of_known(median_high, (t.change for t in group))),
+        row("neighbours with its label, mean", lambda group: _of_known(fmean, (t.agreement for t in group))),
+    ]
+    return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
+
+
+def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
+    if not diagnosis.binding:
+        return (Text("None: the smallest fix of each target breaks no known passed sample."),)
+    shown, rest = diagnosis.binding[:most], diagnosis.binding[most:]
+    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
+    if rest:
+        rows.append(Row(f"and {len(rest):,} more", ("", "", f"<= {rest[0].targets:,}")))
+    text = (
+        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
+    )
+    return Text(text), Table((("class", ""), ("margin", "logits"), ("limits", "targets")), tuple(rows))
+
+
+def _doubts(diagnosis: Diagnosis, most: int) -> Table:
+    shown, rest = diagnosis.doubts[:most], diagnosis.doubts[most:]
+    rows = [
+        Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
+        for d in shown
+    ]
+    rows += [Row(f"and {len(rest):,} more", ("", "", "", ""))] if rest else []
+    return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
+
+
+def _layers(diagnosis: Diagnosis, most: int) -> Table:
+    layers = diagnosis.layers
+    best = sorted(layers, key=lambda layer: layer.change)[:most]
+    shown = [layer for layer in layers if layer in best or layer.layer == diagnosis.head]
+    rows = [
+        Row(
+            layer.layer,
+            (layer.kind, f"{layer.weights:,}", rough_percent(layer.room), rough_percent(layer.change)),
+            "gain" if layer == diagnosis.easiest_layer else "",
+        )
+        for layer in shown
+    ]
+    rest = len(layers) - len(shown)
+    rows += [Row(f"and {rest:,} that need more", ("", "", "", ""))] if rest else []
+    return Table((("kind", ""), ("weights", ""), ("room", ""), ("change", "needed")), tuple(rows))
+
+
+def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    return rough_percent(average(known) if known else math.nan)
+
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
+
+
+VERDICT_STYLES: dict[Fixable, tuple[str, str, str]] = {
+    "yes": ("can be fixed", BLUE, ""),
+    "no": ("cannot be fixed", RED, "///"),
+    "undecided": ("undecided", ORANGE, "..."),
+    "not tried": ("not tried", GREY, ""),
+}
+MARGIN_BINS = 24
+PLOTTED_LAYERS = 40
+LAYER_NAME_LENGTH = 28  # characters of a layer's name
+LAYERS_TITLE = "Room: the layer that must change least"
+
+
+def draw_diagnosis(diagnosis: Diagnosis) -> Any:
+    """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs."""
+    layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
+    figure = new_figure(13, max(4.6, 1.6 + 0.2 * layers))
+    title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
+    figure.suptitle(title.format(**diagnosis.known), color=INK, fontsize=12)
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    for draw, axes in zip((_margins, _mixing, _room), panels, strict=True):
+        draw(axes, diagnosis)
+    return figure
+
+
+def _margins(axes: Any, diagnosis: Diagnosis) -> None:
+    groups = {
+        verdict: [t.margin for t in diagnosis.targets if t.fixable == verdict and math.isfinite(t.margin)]
+        for verdict in VERDICT_STYLES
+    }
+    shown = {verdict: values for verdict, values in groups.items() if values}
+    if not shown:
+        _nothing(axes, "Targets", "no margin is known")
+        return
+    least = min(min(values) for values in shown.values())
+    names, colours, hatches = zip(*(VERDICT_STYLES[verdict] for verdict in shown), strict=True)
+    labels = [f"{name} ({len(values):,})" for name, values in zip(names, shown.values(), strict=True)]
+    _, _, stacks = axes.hist(
+        list(shown.values()),
+        bins=MARGIN_BINS,
+        range=(least, 0) if least < 0 else None,
+        stacked=True,
+        color=list(colours),  # two in a tuple are a colour and its opacity for matplotlib 3.8
+        label=labels,
+        edgecolor="white",
+        linewidth=0.5,
+    )
+    for stack, hatch in zip(stacks if len(shown) > 1 else [stacks], hatches, strict=True):
+        for bar in stack:
+            bar.set_hatch(hatch)
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _dress(axes, "Targets: can the last layer fix each?", "margin: label's logit above the largest other", "targets")
+
+
+def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
+    mixing = diagnosis.mixing
+    if mixing is None:
+        _nothing(axes, "Neighbourhoods", "not looked at")
+        return
+    places = range(mixing.k + 1)
+    for counts, name, colour, shift in (
+        (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", ORANGE, -0.2),
+        (mixing.passed, f"passed samples (mean {rough_percent(mixing.mean('passed'))})", BLUE, 0.2),
+    ):
+        total = max(1, sum(counts))
+        axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
+    axes.set(xticks=list(places), ylim=(0, 119), yticks=range(0, 101, 20))
+    axes.legend(frameon=False, fontsize=9, loc="upper center")
+    across = f"of the {mixing.k} nearest passed samples, with its label"
+    _dress(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
+
+
+def _room(axes: Any, diagnosis: Diagnosis) -> None:
+    """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
+    from matplotlib.ticker import LogLocator
+
+    best = diagnosis.easiest_layer
+    layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
+    shown = set(sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS])
+    layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
+    if not layers or best is None:
+        _nothing(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
+        return
+    places = range(len(layers))
+    left = 0.7 * best.change
+    for at, layer in zip(places, layers, strict=True):
+        marked = layer == best or layer.layer == diagnosis.head
+        colour = GREEN if layer == best else INK if marked else BLUE
+        axes.plot([left, layer.change], [at, at], color=LINE_COLOUR, linewidth=1.2, zorder=1)
+        axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
+        if marked:
+            note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+            axes.annotate(note, (layer.change, at), (8, 0), **style)
+    axes.set_yticks(list(places), [shorten_name(layer.layer, LAYER_NAME_LENGTH) for layer in layers], fontsize=8)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
+    axes.minorticks_off()
+    _dress(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
+
+
+def _nothing(axes: Any, title: str, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    axes.set(xticks=[], yticks=[])
+    _dress(axes, title, "", "")
+
+
+def _dress(axes: Any, title: str, across: str, up: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    dress(axes, across, up, grid="y" if up else "x")

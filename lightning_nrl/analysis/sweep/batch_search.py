@@ -1,0 +1,339 @@
+"""Many searches on one recording: what each would find by itself, found together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.analysis.sweep.grid import Setting
+from lightning_nrl.analysis.sweep.run_store import NO_COUNTS, Run, StoredRun
+from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts, flip_masks
+from lightning_nrl.localization import Known, Localization, on_data
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods.search_samples import record_known, scorer_for
+from lightning_nrl.pipeline.problem_builder import passed_rows
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk, ReplayGroup, split_inputs
+from lightning_nrl.search._scoring.memory import default_budget
+from lightning_nrl.search._scoring.recording import can_be_cut, find_group
+from lightning_nrl.search._scoring.sparse_delta import output_under
+from lightning_nrl.search._scoring.traced_model import EditableModel
+from lightning_nrl.search.fitness import Fitness
+
+SWARMS_BY_DEVICE = {"cpu": 32}
+"""Swarms of one call at most: a CPU gains nothing by more, and progress is told and kept after each call."""
+SWARMS_ELSEWHERE = 512
+"""The same on other devices."""
+TENSORS_PER_SWARM = 16
+"""Tensors of the size of all particles that a search holds at once, about."""
+
+OnProgress = Callable[[int, list[SearchHistory]], None]
+"""Is told how many iterations were made."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run to be made; `key` tells it from every other one on any model and data, `seed` draws I_pos and swarm."""
+
+    key: str
+    setting: Setting
+    seed: int
+
+    @property
+    def work(self) -> int:
+        """How much it takes at most, to compare with others."""
+        return self.setting.method.particles * (self.setting.method.iterations + 1)
+
+
+@dataclass
+class BatchSearch:
+    """A problem with what searches share: known data are recorded once, each localisation is made once.
+
+    The problem's own localizer, fitness and sample of passed data do not matter.
+    """
+
+    problem: Problem
+    base: Settings
+    _recording: ActivationCache | None = None
+    _localized: list[tuple[Any, Tensor, Localization | None]] = field(default_factory=list)
+    _passed: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def recording(self) -> ActivationCache:
+        """Targets and passed samples of the known data, as a single repair records them."""
+        if self._recording is None:
+            with self.problem.clock.stage("localize"):
+                before = self.problem.before
+                self._recording = record_known(self.problem, before.targeted | before.passed)
+        return self._recording
+
+    def localization(self, request: RunRequest) -> Localization | None:
+        """Which weights a request searches; None if none is left."""
+        problem, localizer, passed, localized = self.problem, request.setting.localizer, self.passed(request), None
+        for known, of, found in self._localized:
+            if known == localizer and of is passed:
+                return found
+        recording = self.recording
+        with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
+            on = on_data(localizer, Known(problem.evaluator, problem.known, problem.before, problem.space))
+            localized = on(recording, problem.evaluator, failed=problem.before.targeted, passed=passed)
+        self._localized.append((localizer, passed, localized))
+        return localized
+
+    def passed(self, request: RunRequest) -> Tensor:
+        """The passed samples that a request scores, `N` bool."""
+        which = request.setting.n_passed, request.seed if request.setting.n_passed else 0
+        if which not in self._passed:
+            search = replace(self.base.search, n_passed=request.setting.n_passed)
+            asked = replace(self.base, search=search, seed=request.seed)
+            self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
+        return self._passed[which]
+
+    def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
+        """Searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
+
+        Returns:
+            What was found, by key, with its share of the time; it is not counted yet.
+        """
+        localized = [(request, self.localization(request)) for request in requests]
+        none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=self.problem.space.dtype)
+        runs = {request.key: self._found(request, none, values) for request, found in localized if found is None}
+        searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
+        return runs | self._search(searched, on_progress) if searched else runs
+
+    @torch.no_grad()
+    def _search(
+        self, searched: Sequence[tuple[RunRequest, Tensor]], on_progress: OnProgress | None
+    ) -> dict[str, StoredRun]:
+        problem, space = self.problem, self.problem.space
+        before, requests = problem.before, [request for request, _ in searched]
+        sizes = [len(weights) for _, weights in searched]
+        where = torch.full((len(requests), max(sizes)), -1)
+        for row, (_, weights) in zip(where, searched, strict=True):
+            row[: len(weights)] = weights
+        fitness: list[Any] = [request.setting.fitness for request in requests]
+        alike = all(one == fitness[0] for one in fitness)
+        passed = torch.stack([self.passed(request) for request in requests])
+        reserve = rounding_reserve(problem.evaluator.precision, before)
+        scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
+        there = where.clamp_min(0).to(space.device)
+        original = space.flat()[there]
+        results = search_many(
+            scorer,
+            original,
+            WeightStats.around(space, there),
+            seeds=[request.seed for request in requests],
+            fitness=fitness[0] if alike else fitness,
+            searcher=requests[0].setting.method,
+            sizes=sizes,
+            on_progress=on_progress,
+        )
+        runs = {}
+        for (request, weights), result, start in zip(searched, results, original, strict=True):
+            changed = not torch.equal(result.values, start[: len(weights)])
+            seconds = result.seconds / len(requests)
+            runs[request.key] = self._found(request, weights, result.values.cpu(), result, changed, seconds)
+        return runs
+
+    def _found(
+        self,
+        request: RunRequest,
+        where: Tensor,
+        values: Tensor,
+        result: SearchResult | None = None,
+        changed: bool = False,
+        seconds: float = 0.0,
+    ) -> StoredRun:
+        """A run that is not counted yet; no result if localisation left nothing to search."""
+        setting: Setting = request.setting
+        fitness: Any = setting.fitness
+        kind = getattr(fitness, "kind", None)
+        run = Run(
+            setting=setting.name,
+            fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
+            alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
+            perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
+            n_weights=getattr(setting.localizer, "n_weights", None),
+            n_passed=setting.n_passed,
+            particles=setting.method.particles,
+            seed=request.seed,
+            layer=", ".join(site.name or type(site.module).__name__ for site in self.problem.space.sites),
+            n_localized=len(where),
+            iterations=0 if result is None else result.iterations,
+            value=None if result is None else result.fitness,
+            patched=0 if result is None else int(result.history.patched[-1]),
+            intact=int(self.passed(request).sum() if result is None else result.history.intact[-1]),
+            changed=changed,
+            known=NO_COUNTS,
+            seconds=seconds,
+        )
+        return StoredRun(run, where, values)
+
+
+def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
+    """Requests that are searched in one call: of one swarm, few enough to fit into memory.
+
+    On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
+    """
+    device = problem.space.device
+    budget = default_budget(device) if problem.budget is None else problem.budget
+    kinds: dict[Any, list[RunRequest]] = {}
+    for request in requests:
+        kinds.setdefault(_kind(request, device), []).append(request)
+    for kind in kinds.values():
+        # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
+        kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
+        size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
+        n = max(1, min(budget // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
+        for start in range(0, len(kind), n):
+            yield kind[start : start + n]
+
+
+def _kind(request: RunRequest, device: torch.device) -> Any:
+    fitness = request.setting.fitness
+    if not isinstance(fitness, Fitness):
+        return request.setting.method, id(fitness), request.setting.name
+    if device.type == "cpu":
+        return request.setting.method, fitness, request.setting.name
+    return request.setting.method, fitness.uses_passed_loss
+
+
+STATES_MEMORY = 256 << 20
+"""Bytes of whole layers, one a run, that are made once and not anew for every batch."""
+
+
+@dataclass(frozen=True)
+class ExactBatch:
+    """One batch, run under other weights to the very bits that the deployed model gives.
+
+    It is replayed in the size it has, by the model's own kernels. Where that gives, under the original weights, the
+    logits of a forward pass bit for bit, it stands for one under other weights too: the same operations on the same
+    shapes. Elsewhere the whole model is run.
+    """
+
+    cache: ActivationCache  # a recording of this batch alone
+    chunk: Chunk  # all of it: rows and targets
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.cache.groups)
+
+    def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns the deployed model's logits when the layers have these parameters, all of them by dotted name."""
+        model = self.cache.model
+
+        def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+            with model.evaluator.context():
+                return output_under(parameters, site, x)
+
+        if self.cache.is_replayable(self.chunk):
+            return self.cache.replay(self.chunk, edit)
+        group = self.cache.groups[0]
+        return model.logits(group.inputs(group.take(self.chunk.samples, model.space.device)), parameters)
+
+
+@torch.no_grad()
+def exact_batches(
+    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
+) -> Iterator[ExactBatch]:
+    """Records data batch by batch, each with its samples' rows in the results, `n` int64 on the CPU."""
+    model = EditableModel(evaluator, space)
+    own = {name: parameter.detach() for name, parameter in space.parameters.items()}
+    known: list[ReplayGroup] = []  # how batches before this one were replayed
+    sliceable: bool | None = None  # not known before the first batch
+    for batch, rows in batches:
+        inputs, n = (batch.args, batch.kwargs), len(rows)
+        if sliceable is None:
+            sliceable = can_be_cut(model, inputs, n)
+        made = None
+        if sliceable:
+            cache = ActivationCache(model, list(known), rows)
+            made = _of_one_batch(model, *find_group(cache, inputs, n, space.device), batch, rows)
+            known = [group for group in cache.groups if group.plan is not None]
+        if made is None or not torch.equal(made.logits(own), model.logits(inputs, {})):
+            made = _of_one_batch(model, *split_inputs(inputs, n, space.device), batch, rows)
+        yield made
+
+
+def _of_one_batch(
+    model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
+) -> ExactBatch:
+    # Every tensor is kept for itself, in the layout that it came in: another one may round in another way.
+    own = group.empty_like(model.space.device, False, ())
+    own.add(stored, batch.target, rows)
+    own.finish()
+    cache = ActivationCache(model, [own], rows)
+    (chunk,) = cache.chunks()
+    return ExactBatch(cache, chunk)
+
+
+@dataclass
+class Recount:
+    """Counts runs on the data of one role. What is recorded of them is `kept`, None where memory does not allow it."""
+
+    problem: Problem
+    sources: Sequence[Source]
+    before: SampleResults
+    kept: list[ExactBatch] | None = field(default_factory=list)
+    _complete: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether counting reads the data again."""
+        return self.kept is None
+
+    @torch.no_grad()
+    def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
+        """Counts what the weights of some runs do."""
+        before, space = self.before, self.problem.space
+        right, targeted = before.right, before.targeted
+        spared = right & before.in_target
+        sums = torch.zeros(4, len(runs), dtype=torch.int64, device=space.device)
+        changed = [r for r, stored in enumerate(runs) if stored.run.changed]
+
+        def whole(r: int) -> Mapping[str, Tensor]:
+            return space.changed(runs[r].where, runs[r].values)
+
+        small = len(changed) * space.size * space.dtype.itemsize <= STATES_MEMORY
+        state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
+        for batch in self._batches() if changed else ():
+            was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
+            task, target = self.problem.task, batch.chunk.target
+            now = torch.stack([task.right(batch.logits(state(r)), target) for r in changed])
+            _, broken, repaired, _ = flip_masks(was, now)
+            sums[:, changed] += torch.stack([repaired & aimed, repaired, broken, broken & own]).sum(2)
+        n, passed, n_targeted, n_spared = len(before), *(int(mask.sum()) for mask in (right, targeted, spared))
+        return [
+            TargetCounts(passed - broken, broken, repaired, n - passed - repaired, n_targeted, aimed, n_spared, own)
+            for aimed, repaired, broken, own in sums.t().tolist()
+        ]
+
+    def _batches(self) -> Iterator[ExactBatch]:
+        if self._complete:
+            yield from self.kept or ()
+            return
+        problem, device = self.problem, self.problem.space.device
+        free = (default_budget(device) if problem.budget is None else problem.budget) // 2
+        batches = (
+            (batch, self.before.rows(source.split, batch.position)) for source in self.sources for batch in source
+        )
+        for batch in exact_batches(problem.evaluator, batches, problem.space):
+            free -= batch.nbytes
+            if free < 0:
+                self.kept = None
+            elif self.kept is not None:
+                self.kept.append(batch)
+            yield batch
+        self._complete = self.kept is not None

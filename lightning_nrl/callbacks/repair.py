@@ -1,0 +1,378 @@
+"""The Lightning shell: hooks and checks, in order. What a repair is stands in `lightning_nrl.pipeline`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import logged_hparams
+from lightning_nrl._trainer.repair_files import (
+    REPAIRED_FILES,
+    REPORT_FILES,
+    ResultBox,
+    SavedFiles,
+    announce,
+    base_folder,
+    report_files,
+    saved_work,
+)
+from lightning_nrl._trainer.tracking.loggers import declare
+from lightning_nrl._trainer.trainer_checks import (
+    check_order,
+    check_packages,
+    check_strategy,
+    check_twins,
+    check_whole,
+    warn_without_step,
+)
+from lightning_nrl._trainer.trainer_repair import TrainerRepair
+from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, heeding_signals, starting_weights
+from lightning_nrl._utils.interrupts import uninterrupted
+from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.state import State, changed, saved_names
+from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
+from lightning_nrl.data.targets import Target, parse_target
+from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
+from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.evaluation.layers import find_scope
+from lightning_nrl.gate import Gate
+from lightning_nrl.methods import METHODS, Method
+from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
+from lightning_nrl.pipeline.input_checks import check_limit
+from lightning_nrl.pipeline.presets import with_paper_row
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import Searcher
+from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.old_model import Reference, parse_reference
+
+
+class RepairCallback(CallbackBase):
+    """A callback that repairs the model of its trainer."""
+
+    settings: Settings
+    data: DataOptions
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
+        if stage == "fit":
+            check_strategy(trainer)
+            check_twins(self, trainer)
+            check_order(self, trainer, (WeightInterpolation,), self.data.start_from, kind=RepairCallback)
+            if hparams := logged_hparams(trainer):  # which Lightning logs next
+                declare(trainer.loggers, hparams)
+
+
+class RegressionFreeRepair(RepairCallback):
+    """Repairs the model that `fit` has trained, and keeps what worked working.
+
+    After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
+    matter for the failures and not for the rest, and searches new values for them. Then it goes further as far as it
+    pays: it solves that layer, and where more may change, training goes on and what broke is polished away. The result
+    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, the weight change
+    (`repair.patch.safetensors`, where safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`,
+    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
+    training left them.
+
+    Args:
+        target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
+        layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
+            there is none, the last convolution) is searched, and training may change the whole network. With a single
+            layer the default stays in it.
+        gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
+            `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
+        method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
+            `lightning_nrl.methods`.
+        task: what passed and loss mean: `multiclass`, `multilabel`, `segmentation`, `sequence`, or an object of
+            `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: multiclass classification from logits.
+        reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
+            of its predictions, or an `OldModel`. Known samples that it gets right and the new one wrong are repaired.
+        unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a
+            DataLoader or None.
+        calibration: data that no search looks at, to choose the strength by: `val`, `test`, a DataLoader or None.
+        data: where known data come from, how their batches are read, and which weights are repaired: `DataOptions`.
+        samples: what each sample counts, slices, and samples that may not break: `SampleOptions`.
+        search: how candidates are ranked and searched: `SearchOptions`.
+        bounds: how much of the change is made, and what is said of other samples: `BoundOptions`.
+        max_time: seconds that the repair may take; None: about as long as the fit took, or as its method needs.
+        seed: the same seed gives the same repair.
+        dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
+        verbose: whether the report is printed at the end.
+
+    Attributes:
+        report: what was done, once it is done.
+
+    Raises:
+        ConfigurationError: an argument that cannot be used, as early as that can be known.
+
+    Example::
+
+        repair = RegressionFreeRepair(target=Target.label(3))
+        trainer = Trainer(max_epochs=10, callbacks=[repair])
+        trainer.fit(model, datamodule=dm)
+        trainer.test(model, ckpt_path=repair.repaired_model_path, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        target: Target | str | None = None,
+        layer: str | list[str] = "auto",
+        gate: str | Gate = "instance",
+        method: str | Method | Searcher[Any] = "auto",
+        task: str | Task | None = None,
+        reference: nn.Module | str | Path | State | Reference | None = None,
+        unseen: str | DataLoader[Any] | None = None,
+        calibration: str | DataLoader[Any] | None = None,
+        data: DataOptions | None = None,
+        samples: SampleOptions | None = None,
+        search: SearchOptions | None = None,
+        bounds: BoundOptions | None = None,
+        max_time: float | None = None,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.settings = Settings(
+            target=parse_target("all" if target is None else target),
+            layer=layer,
+            gate=Gate.parse(gate),
+            method=METHODS.parse("method", method),
+            max_time=max_time,
+            seed=seed,
+            search=SearchOptions() if search is None else search,
+            bounds=BoundOptions() if bounds is None else bounds,
+            samples=SampleOptions() if samples is None else samples,
+        )
+        self.data = DataOptions() if data is None else data
+        check_limit(self.settings, calibration is not None)
+        self.repair = TrainerRepair(
+            settings=self.settings,
+            data=DataRequest(self.data, unseen, calibration),
+            task=parse_task(task),
+            reference=parse_reference(reference),
+            left_out=(RepairCallback, WeightInterpolation),
+        )
+        self.dirpath = dirpath
+        self.verbose = verbose
+        self._report: RepairReport | None = None
+        self._box = ResultBox()
+        self._parameters: State | None = None
+        self._pending = False
+        self._ran = False
+        self._fit_timer: FitTimer | None = None
+        self._work = ResumeStore()
+
+    @classmethod
+    def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
+        """A callback with the settings of one row of the paper's Table II, such as `EXP-B1`.
+
+        Where the paper is silent or contradicts itself, the package's decisions stand (docs/paper.md).
+
+        Args:
+            row: the paper's ID of the experiment.
+            **arguments: further arguments of the constructor, such as `target` and `layer`; they go before the row's.
+                Of `search` and `bounds`, the row says what they leave as it is by default.
+
+        Raises:
+            ConfigurationError: Table II has no such row.
+        """
+        return cls(**with_paper_row(row, arguments))
+
+    @property
+    def report(self) -> RepairReport | None:
+        """What was done, once it is done; also where a strategy had it done in processes of its own."""
+        if text := self._box.take():
+            self._report = RepairReport.from_json(text)
+        return self._report
+
+    @report.setter
+    def report(self, report: RepairReport | None) -> None:
+        self._report = report
+
+    @property
+    def repaired_model_path(self) -> str:
+        """The repaired checkpoint; empty unless a repair was accepted."""
+        return "" if self.report is None else self.report.files.get("checkpoint", "")
+
+    @property
+    def patch_path(self) -> str:
+        """The weight change as a file, for `Patch.load`; empty without an accepted repair, or without safetensors."""
+        return "" if self.report is None else self.report.files.get("patch", "")
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole(pl_module)
+        if self.settings.layer != "auto":  # which takes a layer that the prediction calls
+            find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
+        self._ran = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ran = True
+        self.report = self._parameters = None
+        base_folder(self.dirpath, trainer)
+        self.repair.check(trainer, pl_module)
+        self._fit_timer = FitTimer.start(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where other weights than the repaired ones are tested.
+
+        `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
+        """
+        if self._parameters and changed(pl_module, self._parameters):
+            problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
+            hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
+            if not self.repaired_model_path:
+                hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
+            rank_zero_warn(TrainingWarning(problem, hint))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair_now(trainer, pl_module, self.data.start_from)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._ran:
+            warn_without_step()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the repaired weights into the file, whatever other callbacks have put there.
+
+        That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
+        layer holds the repaired weights: weight averaging would save its average instead. The report goes there as the
+        state of this callback.
+        """
+        self.add_to(checkpoint, pl_module, self.state_key)
+
+    def add_to(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
+        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key."""
+        if self.report is not None:
+            checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
+        if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
+            state = checkpoint["state_dict"]
+            saved = saved_names(pl_module)
+            for key in (*saved, *(self._parameters.keys() - saved.values())):
+                if (value := self._parameters.get(saved.get(key, key))) is not None:
+                    state[key] = value.to(state.get(key, value).device, copy=True)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the report; `state_dict` is not there, since Lightning would refuse twins before `setup` says why."""
+        if isinstance(state_dict, dict) and "report" in state_dict:
+            try:
+                self.report = RepairReport.from_json(state_dict["report"])
+            except ConfigurationError as error:
+                problem = f"the report in the checkpoint cannot be read ({str(error).partition(chr(10))[0]})"
+                hint = "training goes on without it; the weights are those of the checkpoint."
+                rank_zero_warn(DataWarning(f"{problem}.", hint))
+
+    def repair_now(
+        self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
+    ) -> Outcome:
+        """Searches a repair, saves it, writes it into the model, logs and prints it.
+
+        Args:
+            trainer: is in a fit.
+            pl_module: the module that it trains.
+            start_from: the weights that are repaired, as for `DataOptions`.
+            name: of the folder of the files, and in logs.
+        """
+        began = time.perf_counter()
+        self.report = self._parameters = None
+        with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
+            outcome = self.attempt(trainer, pl_module, name=name)
+            logged = self.save(trainer, pl_module, outcome, start, name)
+        self.announce(trainer, outcome, logged)
+        if self._fit_timer is not None:  # what a repair takes is no part of the training
+            self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
+        return outcome
+
+    def training_went_on(self, pl_module: LightningModule) -> None:
+        """Forgets the weights of a repair that further training has changed."""
+        if self._parameters and changed(pl_module, self._parameters):
+            self._parameters = None
+
+    def attempt(
+        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None, name: str = "repair"
+    ) -> Outcome:
+        """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
+        self._work = saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
+        seconds = None
+        if epochs is None:
+            epochs = epochs_of(trainer)
+            seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
+        return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
+
+    def save(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outcome: Outcome,
+        start: StartingWeights | None = None,
+        name: str = "repair",
+    ) -> str:
+        """Writes the files, and puts the repaired weights into the model at the moment at which the files are there.
+
+        Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
+        """
+        accepted = outcome.parameters is not None
+        files, name = report_files(self._folder(name), trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
+        report = self.report = replace(outcome.report, files=files)
+        parameters = self._parameters = outcome.parameters
+        self._pending = True
+        try:
+            with SavedFiles(files, trainer, tuple(REPAIRED_FILES.values())) as saved:
+                if parameters is not None:
+                    saved.patch(report, pl_module, parameters)
+                    saved.checkpoint(report, pl_module, parameters)
+                report = saved.reports(report, outcome.views, outcome.changes)
+                with uninterrupted():
+                    saved.commit()
+                    outcome.write(pl_module)
+                    self.report, self._pending = report, False
+                    if start is not None:
+                        start.keep = accepted
+                    self._work.done()
+                self.report = report = saved.tell(report, accepted)
+            if trainer.is_global_zero:
+                self._box.put(report.to_json)
+        except BaseException:
+            if self._pending:
+                self.report = self._parameters = None
+            raise
+        finally:
+            self._pending = False
+        return name
+
+    def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
+        """Logs and prints the report of a repair that is saved."""
+        assert self.report is not None
+        announce(self.report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
+
+    @contextmanager
+    def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
+        may_end_early = self.settings.search.on_interrupt == "best"
+        with heeding_signals(trainer, may_end_early, lambda: self.report is not None, lambda: self._work.place):
+            yield
+
+    def _folder(self, name: str) -> str | Path | None:
+        """The folder of the files of one of several repairs; None: one of that name in the folder of the run."""
+        return self.dirpath if self.dirpath is None or name == "repair" else Path(self.dirpath) / name

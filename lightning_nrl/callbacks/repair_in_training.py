@@ -1,0 +1,227 @@
+"""Repairs within a training, at chosen epochs, beside the one at its end; the training goes on from what they leave."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import rerun_validation
+from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
+from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.errors import (
+    ConfigurationError,
+    DataWarning,
+    TrainingWarning,
+    check_choice,
+    check_kind,
+    check_real,
+    check_whole,
+)
+from lightning_nrl.report import RepairReport
+
+HOOK = "on_train_epoch_end"
+"""Of the module: repairs follow it."""
+
+
+class RepairInTraining(RepairCallback):
+    """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
+
+    Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
+    It comes right after the module's own `on_train_epoch_end`, so what the module does there is in what is repaired and
+    saved, and before callbacks that save or stop by a metric.
+    What it promises is about the samples that were right before it; what the training does to them afterwards it
+    cannot hold. States of optimizers and schedules stay as they are: moments go on as if the weights had moved by
+    a step. Files go to `<log_dir>/repair-step-<step>/`, and what loggers get has that name, also as a run of
+    TensorBoard; the repair at the end is called `repair` as ever.
+
+    A repair takes as long as one at the end would, by default about as long as the training took so far: give a
+    `max_time`, or a method that takes seconds (`convex`, `swarm`).
+
+    Args:
+        every_n_epochs: epochs between two repairs; None: none by the count of epochs.
+        monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
+            worse than its best since the last repair. A repaired model is validated once more for it, without logging.
+        mode: whether the best of the metric is its `min` or its `max`.
+        min_delta: by more than how much it has to be worse, from 0.
+        at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
+        **arguments: those of `RegressionFreeRepair`.
+
+    Attributes:
+        repair: the `RegressionFreeRepair` that makes each of them, with what it says of the last one.
+        reports: of all repairs of this training, the oldest first.
+
+    Raises:
+        ConfigurationError: neither `every_n_epochs` nor `monitor` is given, or an argument cannot be used.
+
+    Example::
+
+        repair = RepairInTraining(every_n_epochs=5, monitor="regression/night/nfr", method="convex")
+        Trainer(callbacks=[RegressionMetrics("old.ckpt", slices="camera"), repair]).fit(model, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        min_delta: float = 0.0,
+        at_end: bool = True,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.repair = RegressionFreeRepair(**arguments)
+        self.settings, self.data = self.repair.settings, self.repair.data
+        if every_n_epochs is None and monitor is None:
+            hint = "give one of them, or take `RegressionFreeRepair`, which repairs when training ends."
+            raise ConfigurationError("`every_n_epochs` and `monitor` are both None.", hint)
+        if every_n_epochs is not None:
+            check_whole("every_n_epochs", every_n_epochs, 1)
+        named = monitor is None or (isinstance(monitor, str) and bool(monitor))
+        check_kind("monitor", monitor, named, "name", "monitor='val_loss'")
+        check_choice("mode", mode, ("min", "max"))
+        check_real("min_delta", min_delta, "number", "give a number from 0.", least=0)
+        self.every_n_epochs = every_n_epochs
+        self.monitor = monitor
+        self.mode = mode
+        self.min_delta = min_delta
+        self.at_end = at_end
+        self.reports: list[RepairReport] = []
+        self._best: float | None = None
+        self._last_step: int | None = None
+        self._warned = False
+
+    @property
+    def report(self) -> RepairReport | None:
+        """Of the last repair."""
+        return self.repair.report
+
+    @property
+    def repaired_model_path(self) -> str:
+        """The checkpoint of the last repair; empty unless it was accepted."""
+        return self.repair.repaired_model_path
+
+    @property
+    def patch_path(self) -> str:
+        """The weight change of the last repair, see `RegressionFreeRepair`."""
+        return self.repair.patch_path
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._best = None  # of an earlier training; that of a checkpoint is loaded after this
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_train_start(trainer, pl_module)
+        release_hook(pl_module, HOOK)  # of a training that ended where no callback heard of it
+        self.reports, self._last_step, self._warned = [], None, False
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What the module does there belongs to what is repaired and saved; Lightning calls callbacks before it.
+        follow_hook(pl_module, HOOK, partial(self._epoch_ends, trainer, pl_module))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        release_hook(pl_module, HOOK)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at_end and self._last_step != trainer.global_step:
+            self.repair.on_train_end(trainer, pl_module)
+            self._done(trainer)
+        else:
+            self.repair.training_went_on(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_fit_end(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_test_start(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.repair.add_to(checkpoint, pl_module, self.state_key)
+        # Not in `state_dict`, for which Lightning would refuse twins before `setup` says why.
+        if self._best is not None:
+            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.repair.load_state_dict(state_dict)
+        self._best = None
+        if not isinstance(state_dict, dict):
+            self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
+        elif "best" in state_dict:
+            found = state_dict["best"]
+            if isinstance(found, float) and math.isfinite(found):
+                self._best = found
+            else:
+                self._warn_of(f"`best` in the checkpoint is no finite number (found a {type(found).__name__})")
+
+    def _warn_of(self, problem: str) -> None:
+        hint = "training goes on, and the next validation is the first that counts; the weights are the checkpoint's."
+        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
+
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Metrics may differ between ranks; the first one decides.
+        if trainer.strategy.broadcast(self._is_due(trainer)):
+            self._repair(trainer, pl_module)
+
+    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
+        outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
+        self._done(trainer)
+        self._best = measured if outcome.parameters is None else self._measured(trainer)
+
+    def _done(self, trainer: Trainer) -> None:
+        self._last_step = trainer.global_step
+        assert self.repair.report is not None
+        self.reports.append(self.repair.report)
+
+    def _measured(self, trainer: Trainer) -> float | None:
+        """The metric of a repaired model; None where it is not known."""
+        if self.monitor is None or not trainer.enable_validation:
+            return None
+        # All ranks validate or none does, whatever each of them logs.
+        if not trainer.strategy.broadcast(self.monitor in trainer.callback_metrics):
+            return None
+        with random_state(), untracked(trainer, kept=()):
+            rerun_validation(trainer)
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        return None if math.isnan(value) else value
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        n = self.every_n_epochs
+        due = n is not None and (trainer.current_epoch + 1) % n == 0
+        if self.monitor is None:
+            return due
+        if self.monitor not in trainer.callback_metrics:
+            if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+                self._warned = True
+                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged"
+                hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
+                rank_zero_warn(TrainingWarning(f"{problem}, so no repair follows it.", hint))
+            return due
+        sign = 1 if self.mode == "min" else -1
+        value = sign * float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            return due
+        best = value if self._best is None else sign * self._best
+        due |= value > best + self.min_delta
+        # After a repair that is refused, what it was made for is the measure.
+        self._best = sign * (value if due else min(best, value))
+        return due

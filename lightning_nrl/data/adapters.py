@@ -1,0 +1,354 @@
+"""Adapters: what a batch holds, how it is taken apart by default, and adapters that run the model themselves."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
+from lightning_nrl.errors import ConfigurationError
+
+TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
+"""Usual names of the truth. Where there are several, the first of this list is it."""
+
+INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
+"""Usual names of a model's only input."""
+
+ADAPTER_HINT = """give what is deployed as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
+
+    def predict(module, batch):
+        x, y = batch
+        logits = module.net(x)  # as your own step makes them: normalised, embedded, chosen
+        return logits, y
+"""
+
+MAX_STRUCTURE_LINES, MAX_STRUCTURE_DEPTH, MAX_SHOWN_ITEMS = 12, 4, 3
+
+TARGET_NAME_PARTS = ("label", "target", "class", "truth", "mask", "answer", "y")
+INPUT_NAME_PARTS = ("input", "image", "img", "pixel", "feature", "data", "audio", "text", "x")
+"""What the names of a truth or of an input contain, or are, likely ones first."""
+
+
+@runtime_checkable
+class _NamedTuple(Protocol):
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Graphs(Protocol):
+    """Graphs in one object with fields by name, as torch_geometric has them."""
+
+    @property
+    def num_nodes(self) -> int | None: ...
+
+    def keys(self) -> Any: ...
+
+    def __getitem__(self, key: str) -> Any: ...
+
+
+def fields_of(value: Any) -> Mapping[str, Any] | None:
+    """The fields of a mapping, a data class, a named tuple or a batch of graphs, by name; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (type, Tensor)):
+        return None
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, _NamedTuple):
+        return value._asdict()
+    if isinstance(value, Graphs):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118, it is no mapping
+    return None
+
+
+class _Part(NamedTuple):
+    """Something in a batch."""
+
+    path: str  # as Python writes it, from the batch on
+    name: str  # the last key in it
+    depth: int
+    value: Any
+
+
+def describe(raw: Any, name: str = "batch") -> str:
+    """The structure of a batch or an output: types, names, shapes and dtypes, a line each, at most about a dozen."""
+    lines = [f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)]
+    if len(lines) > MAX_STRUCTURE_LINES:
+        lines[MAX_STRUCTURE_LINES - 1 :] = [f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def adapter_hint(raw: Any) -> str:
+    """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
+    tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
+    classes = [part for part in tensors if part.value.dtype is not torch.bool]  # a bool is rather an attribute
+    truth = _likely(classes or tensors, TARGET_NAME_PARTS, lambda x: x.ndim == 1 and not x.is_floating_point())
+    rest = [part for part in tensors if part is not truth]
+    given = _likely(rest, INPUT_NAME_PARTS, Tensor.is_floating_point) or (rest[0] if rest else None)
+    return (
+        "pass `adapter=f` (`data=DataOptions(adapter=f)` in a repair), with the right fields for these:\n"
+        "    def f(batch):\n"
+        "        args, kwargs = (" + (given.path if given else "INPUT") + ",), {}  # what the model is called with\n"
+        "        return args, kwargs, " + (truth.path if truth else "TARGET") + "  # and the truth of each sample"
+    )
+
+
+def _parts(value: Any, path: str = "batch", name: str = "batch", depth: int = 0) -> Iterator[_Part]:
+    yield _Part(path, name, depth, value)
+    if depth < MAX_STRUCTURE_DEPTH:
+        for inner_path, inner_name, inner in _items(value, path):
+            yield from _parts(inner, inner_path, inner_name, depth + 1)
+
+
+def _items(value: Any, path: str) -> list[tuple[str, str, Any]]:
+    named = fields_of(value)
+    if named is not None:
+        by_key = isinstance(value, Mapping)
+        return [(f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x) for key, x in named.items()]
+    if isinstance(value, (list, tuple)):
+        # Of many, such as one for each sample, the first say enough.
+        most = len(value) if len(value) <= 2 * MAX_SHOWN_ITEMS else MAX_SHOWN_ITEMS
+        return [(f"{path}[{i}]", f"[{i}]", x) for i, x in enumerate(value[:most])]
+    return []
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, (bool, int, float)) or value is None:
+        return repr(value)
+    length = f" of {len(value)}" if isinstance(value, (list, tuple, str, Mapping)) else ""
+    return f"{type(value).__name__}{length}"
+
+
+def _likely(parts: Sequence[_Part], names: Sequence[str], suits: Callable[[Tensor], bool]) -> _Part | None:
+    """The part with the likeliest name, else the last that suits."""
+    for name in names:
+        for part in parts:
+            own = part.name.lower()
+            if own == name or (len(name) > 1 and name in own):
+                return part
+    return next((part for part in reversed(parts) if suits(part.value)), None)
+
+
+@dataclass(frozen=True)
+class ForwardSignature:
+    """What a model's forward takes.
+
+    Attributes:
+        names: of its parameters, without `*args` and `**kwargs`.
+        required: those without a default, in the same order.
+        takes_mapping: whether its one parameter is a whole batch, by its annotation or because it is called `batch`.
+        takes_keywords: whether any keyword argument is taken.
+    """
+
+    names: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    takes_mapping: bool = False
+    takes_keywords: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ForwardSignature | None:
+        """That of a module; None where it takes whatever comes, as wrapped modules do."""
+        try:
+            parameters = list(inspect.signature(module.forward).parameters.values())
+        except (TypeError, ValueError):
+            return None
+        kinds = {p.kind for p in parameters}
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return None
+        own = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        required = tuple(p.name for p in own if p.default is inspect.Parameter.empty)
+        return cls(
+            tuple(p.name for p in own),
+            required,
+            len(required) == 1 and _is_whole_batch(next(p for p in own if p.name == required[0])),
+            inspect.Parameter.VAR_KEYWORD in kinds,
+        )
+
+
+def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
+    """An adapter for one module: `unpack` gets what its forward takes, one that runs the module gets the module."""
+    if adapter is unpack:
+        return partial(unpack, signature=ForwardSignature.of(module))
+    adapter = as_adapter(adapter)
+    return replace(adapter, model=module) if isinstance(adapter, ModelAdapter) else adapter
+
+
+def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
+    """The default adapter: takes `(x, y, *extras)`, mappings, named tuples, data classes and graphs.
+
+    In `(x, y, *extras)` x may be a tuple of several inputs, which are as many arguments if forward takes so many.
+
+    Where there are names, the truth is the first of `TARGET_KEYS`. A forward with one parameter gets the field of its
+    name, or the one of `INPUT_KEYS`, or the only tensor; the whole batch if its annotation is a mapping, if it is
+    called `batch`, or if nothing else suits. A forward with several gets the fields of their names. `**kwargs` get
+    every tensor but the truth. Inputs may be nested (`{"inputs": {...}, "targets": ...}`), and so may the batch
+    (`{"batch": ...}`).
+
+    Args:
+        raw: a batch as a data loader gives it.
+        signature: of the model's forward, if it is known; else one usual input goes by position, or all tensors do by
+            their names.
+
+    Returns:
+        `(args, kwargs, target)`.
+
+    Raises:
+        ConfigurationError: the batch has no shape that is known here.
+    """
+    named = _named(raw)
+    if named is not None:
+        if len(named) == 1 and _is_batch(inner := next(iter(named.values()))):
+            return unpack(inner, signature)
+        return _unpack_named(raw, named, signature)
+    if isinstance(raw, Sequence) and not isinstance(raw, (str, bytes)) and len(raw) >= 2:
+        return _unpack_sequence(raw, signature)
+    raise _unknown(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
+
+
+def _named(raw: Any) -> Mapping[str, Any] | None:
+    """The fields of a batch; a named tuple without a usual name of the truth, such as a plain pair, is a sequence."""
+    named = fields_of(raw)
+    return None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
+
+
+def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None) -> Unpacked:
+    names, key = sorted(map(str, named)), _target_key(named)
+    if key is None:
+        raise _unknown(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
+    target = _only_value(named[key])
+    rest = {name: value for name, value in named.items() if name != key}
+    inner = _only_value(rest)
+    nested = isinstance(inner, Mapping) and inner is not rest and not (signature and set(rest) <= set(signature.names))
+    if nested:
+        raw, rest = inner, dict(inner)
+    tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
+    if signature is not None:
+        own = {name: rest[name] for name in signature.names if name in rest}
+        if key in signature.required:
+            own[key] = target
+        takes_one = len(signature.required) == 1
+        if takes_one and (isinstance(raw, Graphs) or (signature.takes_mapping and not own)):
+            return (raw,), {}, target
+        if own and set(signature.required) <= set(own):
+            given = own | (tensors if signature.takes_keywords else {})
+            return (tuple(given.values()), {}, target) if len(given) == 1 else ((), given, target)
+        if signature.takes_keywords and not signature.required and tensors:
+            return (), tensors, target
+        if takes_one and len(tensors) == 1:
+            return tuple(tensors.values()), {}, target
+    usual = next((name for name in INPUT_KEYS if name in rest), None)
+    if isinstance(raw, Graphs):
+        return (raw,), {}, target
+    if usual is not None:
+        return (rest[usual],), {}, target
+    if nested or (signature is not None and len(signature.required) == 1):
+        return (raw,), {}, target
+    if not tensors:
+        raise _unknown(raw, f"a batch with the keys {names} has no tensor beside the target")
+    return (), tensors, target
+
+
+def _unpack_sequence(raw: Sequence[Any], signature: ForwardSignature | None) -> Unpacked:
+    x, y = raw[0], _only_value(raw[1])
+    if signature is None:
+        return (x,), {}, y
+    least, most = len(signature.required), len(signature.names)
+    if isinstance(x, Mapping) and not signature.takes_mapping:
+        named = {name: x[name] for name in signature.names if name in x}
+        if signature.takes_keywords:
+            named |= x
+        if named and set(signature.required) <= set(named):
+            return (), named, y
+    if least > 1:
+        if isinstance(x, (list, tuple)) and least <= len(x) <= most:
+            return tuple(x), {}, y
+        if len(raw) > least:
+            return tuple(raw[:least]), {}, raw[least]
+    return (x,), {}, y
+
+
+def _only_value(target: Any) -> Any:
+    return next(iter(target.values())) if isinstance(target, Mapping) and len(target) == 1 else target
+
+
+def _target_key(named: Mapping[str, Any]) -> str | None:
+    lower = {str(key).lower(): key for key in reversed(list(named))}
+    return next((lower[key] for key in TARGET_KEYS if key in lower), None)
+
+
+def _is_batch(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) > 1
+    return is_pair or (not isinstance(value, Tensor) and _named(value) is not None)
+
+
+def _is_whole_batch(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kind = text.partition("[")[0].rpartition(".")[2]
+    return parameter.name == "batch" or kind in ("dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding")
+
+
+def _unknown(raw: Any, problem: str) -> ConfigurationError:
+    return ConfigurationError(f"`adapter`: {problem}.\n{describe(raw)}", adapter_hint(raw))
+
+
+@dataclass(frozen=True)
+class _AdapterCall(ModelCall):
+    adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
+
+    def __call__(self, model: nn.Module, raw: Any) -> Any:
+        return _pair(self.adapt(model, raw))[0]
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """An adapter that runs the model itself: `adapt(module, batch) -> (logits, target)`.
+
+    It is run once more for each batch that is read, without gradients, for the target.
+    """
+
+    adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
+    model: nn.Module | None = None  # whose predictions it is asked for; see `bind_adapter`
+
+    def __call__(self, raw: Any) -> Unpacked:
+        """`(args, kwargs, target)` for `run_model`; a `ConfigurationError` where no model is known."""
+        if self.model is None:
+            raise ConfigurationError(
+                "`adapter`: f(module, batch) -> (logits, target) cannot be used here, where inputs are needed.",
+                "give f(batch) -> (args, kwargs, target).",
+            )
+        with torch.no_grad(), preserve(self.model):
+            _, target = _pair(self.adapt(self.model, raw))
+        return (_AdapterCall(self.adapt), raw), {}, target
+
+
+def as_adapter(function: Callable[..., Any]) -> Adapter:
+    """The adapter that a function is: one of two required parameters runs the model, f(module, batch)."""
+    return ModelAdapter(function) if required_parameters(function) == 2 else function
+
+
+def required_parameters(function: Callable[..., Any]) -> int:
+    """How many positional parameters without a default a function has; 0 where it does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def _pair(found: Any) -> tuple[Any, Any]:
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ConfigurationError(
+            f"`adapter`: f(module, batch) returned {type(found).__name__}, not (logits, target).", ADAPTER_HINT
+        )
+    return found

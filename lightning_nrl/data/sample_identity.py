@@ -1,0 +1,110 @@
+"""Which samples of two data sets are the same: by data set and index where these are known, else by their content.
+
+Either way a sample is known by two 64-bit numbers, a row of a tensor.
+"""
+
+from __future__ import annotations
+
+import secrets
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
+
+COLUMNS_AT_ONCE = 2**14
+"""Numbers of a sample that are made integers at once, eight bytes each."""
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source that knows which samples of which data set it reads."""
+
+    @property
+    def identity(self) -> Tensor:
+        """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
+        ...
+
+
+def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:
+    """`n x 2` int64, the innermost data set of each sample and its place there, through subsets and unions.
+
+    The first number means something in this process alone. `index` is `n` int64, places in `dataset`.
+    """
+    if isinstance(dataset, Subset):
+        inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
+        length = len(dataset.dataset)  # type: ignore[arg-type]
+        return base_samples(dataset.dataset, torch.where(inner < 0, inner + length, inner))
+    if isinstance(dataset, ConcatDataset):
+        ends = torch.tensor(dataset.cumulative_sizes)
+        part = torch.searchsorted(ends, index, right=True)
+        pairs = torch.empty(len(index), 2, dtype=torch.int64)
+        for number, own in enumerate(dataset.datasets):
+            rows = part == number
+            pairs[rows] = base_samples(own, index[rows] - (int(ends[number - 1]) if number else 0))
+        return pairs
+    return torch.stack([torch.full_like(index, id(dataset)), index], 1)
+
+
+def is_among(samples: Tensor, others: Tensor) -> Tensor:
+    """Which samples, `n x 2`, are among others, `m x 2`: `n` bool."""
+    _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
+    return torch.isin(number[: len(samples)], number[len(samples) :])
+
+
+def content_recorder(source: Source) -> RecordingSource:
+    """A source that notes a key of each sample's content, `n x 2` int64, without waiting for the device."""
+    return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
+
+
+def content_keys(batch: Batch) -> Tensor:
+    """Two 64-bit numbers for each sample, alike for samples whose inputs and truths are alike to the bit: `n x 2`.
+
+    Each is a sum of the numbers in a sample with random weights, modulo 2^64, so that two samples that differ share
+    both with a probability below 2^-64. Zeros count nothing: sequences may be padded to different lengths. Where it
+    cannot be said which of the inputs belong to a sample, no two samples are alike.
+    """
+    n = len(batch)
+    if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
+        generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
+        return torch.randint(-(2**62), 2**62, (n, 2), generator=generator, device="cpu")
+    total: Tensor | None = None
+    for place, x in enumerate(tensors_in((batch.args, batch.kwargs, batch.target))):
+        if x.ndim == 0 or len(x) != n:
+            continue
+        x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+        columns = x.reshape(n, -1)
+        weights = _weights(place, columns.shape[1]).to(x.device)
+        own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
+        for some, weight in zip(*(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True):
+            numbers = _as_integers(some)
+            own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
+        total = own if total is None else total + own.to(total.device)
+    return torch.zeros(n, 2, dtype=torch.int64) if total is None else total
+
+
+def _has_samples(batch: Batch) -> bool:
+    """Whether all inputs are tensors, and one of several dimensions has a row a sample, as images have."""
+    leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
+    return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
+
+
+@lru_cache(maxsize=16)
+def _weights(seed: int, n: int) -> Tensor:
+    """`2 x n` random int64 on the CPU, the first ones the same whatever n is."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")
+    return (halves[..., 0] * 2**32 + halves[..., 1]).T
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The bits of numbers as int64; -0.0 as 0.0."""
+    if not x.is_floating_point():
+        return x.long()
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    whole = x if x.element_size() in kinds else x.float()
+    return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()

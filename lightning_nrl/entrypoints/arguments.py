@@ -1,0 +1,93 @@
+"""Arguments that a function passes on to `RegressionFreeRepair`, and the model that it is given."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from lightning_nrl._trainer.data_splits import DataOptions
+from lightning_nrl._trainer.lightning.packages import LightningModule
+from lightning_nrl._trainer.lightning.private_parts import original_module
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, changed_options
+
+OPTION_CLASSES = {"data": DataOptions, "samples": SampleOptions, "search": SearchOptions, "bounds": BoundOptions}
+"""The arguments of a repair that are option objects."""
+
+SEARCHES = "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
+HEEDED: Mapping[str, tuple[str, ...]] = {
+    "compare": (*SEARCHES.split(), "augment", "n_scored", "max_time", "seed"),
+    "sweep": (*SEARCHES.split(), "method", "calibration", "set_aside", "dirpath"),
+}
+"""Options with an effect. `repair` and `diagnose` take all but `start_from`."""
+
+REFUSALS = {
+    "compare": "a comparison counts what methods give, and accepts and writes nothing",
+    "sweep": "a sweep runs searches to their end, and judges and accepts nothing",
+}
+INSTEAD = {
+    ("compare", "method"): ("a comparison runs several", "name them: `methods=[{value!r}, ...]`."),
+    ("sweep", "seed"): ("a sweep has `seeds`", "write `seeds=[{value!r}]`."),
+}
+
+
+def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
+    """Refuses options that have no effect; of an option object, those that are not as by default."""
+    for name, value in sorted(_given(arguments), key=lambda pair: pair[0]):
+        if name == "start_from":
+            why, hint = "it has no meaning without training", "name the checkpoint to start from as `ckpt_path`."
+        elif name in HEEDED.get(entry_point, (name,)):
+            continue
+        else:
+            hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
+            why, hint = INSTEAD.get((entry_point, name), (REFUSALS[entry_point], hint))
+        raise ConfigurationError(f"`{name}={value!r}`: {why}.", hint.format(value=value))
+
+
+def heeded(entry_point: str, argument: str) -> bool:
+    """True if an argument, or any option in it, has an effect."""
+    kind = OPTION_CLASSES.get(argument)
+    names = {argument} if kind is None else {field.name for field in fields(kind)}
+    return not names.isdisjoint(HEEDED[entry_point])
+
+
+def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        if isinstance(value, tuple(OPTION_CLASSES.values())):
+            yield from changed_options(value).items()
+        else:
+            yield name, value
+
+
+def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
+    """A callback with these arguments; refuses unknown ones (the nearest is named) and those without effect here."""
+    known = list(inspect.signature(RegressionFreeRepair).parameters)
+    inside = {
+        field.name: f"`{name}={kind.__name__}({field.name}=...)`"
+        for name, kind in OPTION_CLASSES.items()
+        for field in fields(kind)
+    }
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *inside], n=1)
+            hint = f"did you mean {inside.get(near[0], f'`{near[0]}`')}?" if near else f"it is one of {known}."
+            raise ConfigurationError(f"`{name}` is no argument of a repair.", hint)
+    check_heeded(entry_point, arguments)
+    return RegressionFreeRepair(**arguments)
+
+
+def check_model(model: Any, without_lightning: str) -> None:
+    """Refuses a plain module, which has neither data nor a training that a Trainer knows; a compiled one is none."""
+    inner = original_module(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, LightningModule):
+        raise ConfigurationError(
+            f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule.",
+            f"give a LightningModule; for a plain PyTorch module there is `{without_lightning}`.",
+        )

@@ -1,0 +1,199 @@
+"""A project from YAML and arguments: what LightningCLI makes of them, and how a repair was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_nrl._trainer.lightning.packages import classes
+from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl._utils.registry import import_function
+from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.errors import ConfigurationError, RepairError
+
+HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+"""Where a checkpoint of LightningCLI says how each was made."""
+
+COMPARED: Mapping[str, tuple[Any, str]] = {
+    "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
+    "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
+    "new": (str, "the checkpoint of the model that is to replace it"),
+    "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
+}
+"""What a comparison is given beside a project, with its type."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a command works on.
+
+    Attributes:
+        source: trainer, model, data module and checkpoint, by the arguments that they are.
+        options: arguments of `RegressionFreeRepair` that are not as by default.
+        compared: what else a comparison was given: `methods`, or two checkpoints, `old` and `new`, and `rules`.
+    """
+
+    source: dict[str, Any]
+    options: dict[str, Any]
+    compared: dict[str, Any]
+
+
+def read_project(program: str, purpose: str, arguments: Sequence[str], compares: bool = False) -> Project:
+    """Model, data and trainer, made by LightningCLI of the model's own Lightning package.
+
+    How to repair is said by the `RegressionFreeRepair` among the trainer's callbacks, if there is one, and by
+    `repair`, which goes before it.
+
+    Args:
+        program: the command, for its help.
+        purpose: likewise, what it is for.
+        arguments: those of LightningCLI without a subcommand, with `ckpt_path`, `weights_only` and `repair`.
+        compares: whether what is to be compared may be given too.
+
+    Raises:
+        RepairError: jsonargparse is not installed.
+        ConfigurationError: the checkpoint cannot be read, or an argument of the repair cannot be used.
+        SystemExit: another argument cannot be used, or help was asked for.
+    """
+    if find_spec("jsonargparse") is None:
+        raise RepairError(
+            f"`{program}` reads YAML with jsonargparse, which is not installed.",
+            'python -m pip install "jsonargparse[signatures]>=4.34.1"',
+        )
+    sketch = _Sketch.of(arguments)
+    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch.model)), {"compares": compares})
+    cli = kind(
+        save_config_callback=None,
+        run=False,
+        args=[*sketch.from_checkpoint(), *arguments],
+        seed_everything_default=False,
+        parser_kwargs={"prog": program, "description": purpose},
+    )
+    config = cli.config_init
+    source = {
+        "trainer": cli.trainer,
+        "model": cli.model,
+        "datamodule": cli.datamodule,
+        "ckpt_path": config.ckpt_path,
+        "weights_only": config.weights_only is not False,
+    }
+    return Project(source, cli.options(), {name: config[name] for name in COMPARED} if compares else {})
+
+
+class _ProjectArguments:
+    """What is added to LightningCLI, whose hooks these are."""
+
+    compares = False
+    config: Any
+    config_init: Any
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.defaults = parser.get_defaults().repair
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="the checkpoint of the trained model")
+        parser.add_argument(
+            "--weights_only",
+            type=bool | None,
+            default=None,
+            help="false: you trust the checkpoint, which may hold objects and run their code",
+        )
+        parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
+        if self.compares:
+            for name, (kind, purpose) in COMPARED.items():
+                parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
+
+    def before_instantiate_classes(self) -> None:
+        """Moves what the trainer's `RegressionFreeRepair` says to `repair`, where that does not say it."""
+        callbacks = self.config.trainer.get("callbacks")
+        listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        for entry in listed:
+            if _is_repair(entry.class_path):
+                for name, value in entry.get("init_args", {}).items():
+                    if name in self.defaults and self.config.repair[name] == self.defaults[name]:
+                        self.config.repair[name] = value
+        self.config.trainer.callbacks = [entry for entry in listed if not _is_repair(entry.class_path)] or None
+
+    def options(self) -> dict[str, Any]:
+        given, made = self.config.repair, self.config_init.repair
+        return {name: made[name] for name in vars(made) if given[name] != self.defaults[name]}
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """What has to be known before the arguments can be parsed: the model's class, and the checkpoint."""
+
+    model: str | None
+    data: str | None
+    ckpt_path: str | None
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> _Sketch:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("-c", "--config", action="append", default=[])
+        for name in ("model", "data"):
+            parser.add_argument(f"--{name}", f"--{name}.class_path")
+        parser.add_argument("--ckpt_path")
+        try:
+            given = parser.parse_known_args(arguments)[0]
+        except argparse.ArgumentError:
+            return cls(None, None, None)
+        found: dict[str, Any] = {}
+        for config in _configurations(given.config):
+            found |= config
+        named = {name: getattr(given, name) or _class_path(found.get(name)) for name in ("model", "data")}
+        return cls(**named, ckpt_path=given.ckpt_path or found.get("ckpt_path"))
+
+    def from_checkpoint(self) -> Iterator[str]:
+        """Arguments for the model and the data that are not named, where the checkpoint is one of LightningCLI."""
+        missing = [name for name in HYPER_PARAMETERS if getattr(self, name) is None]
+        if not missing or self.ckpt_path is None:
+            return
+        hint = "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values."
+        checkpoint = load_mapping("ckpt_path", self.ckpt_path, hint)
+        for name in missing:
+            own = dict(checkpoint.get(HYPER_PARAMETERS[name]) or {})
+            own.pop("_instantiator", None)
+            class_path = own.pop("_class_path", None)
+            if class_path is not None:
+                yield f"--{name}={json.dumps({'class_path': class_path, 'init_args': own})}"
+
+
+def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import yaml
+
+    for path in paths:
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # The parser says what is wrong with it.
+        if isinstance(found, dict):
+            yield found
+
+
+def _class_path(entry: object) -> str | None:
+    if isinstance(entry, dict):
+        entry = entry.get("class_path")
+    return entry if isinstance(entry, str) else None
+
+
+def _cli_class(model: str | None) -> Any:
+    """LightningCLI of the package that the model's class is of; of the first that is installed if that is not known."""
+    pairs = list(zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True))
+    try:
+        kind: Any = None if model is None else import_function("model", model)
+    except ConfigurationError:
+        kind = None  # LightningCLI says what is wrong with it.
+    found = [cli for base, cli in pairs if isinstance(kind, type) and issubclass(kind, base)]
+    return (found or [pairs[0][1]])[0]
+
+
+def _is_repair(class_path: str) -> bool:
+    kind: Any = import_function("callbacks", class_path)
+    return isinstance(kind, type) and issubclass(kind, RepairCallback)

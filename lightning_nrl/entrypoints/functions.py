@@ -1,0 +1,303 @@
+"""Repairing a trained checkpoint, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from lightning_nrl._trainer.lightning.packages import LightningDataModule, LightningModule, Trainer
+from lightning_nrl._trainer.tracking.loggers import track_sweep
+from lightning_nrl._trainer.trainer_checks import check_packages
+from lightning_nrl._trainer.trainer_repair import TrainedModel
+from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
+from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
+from lightning_nrl.analysis.sweep import (
+    Seeds,
+    Sweepable,
+    SweepResult,
+    Trials,
+    check_trials,
+    parse_seeds,
+    parse_settings,
+    swarming,
+    sweep_module,
+)
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
+from lightning_nrl.entrypoints.arguments import callback_with, check_heeded, check_model
+from lightning_nrl.entrypoints.without_training import dry_fit, without_training
+from lightning_nrl.errors import ConfigurationError, RepairError, check_choice, check_kind
+from lightning_nrl.report import RepairReport
+
+
+def repair(
+    trainer: Trainer,
+    model: LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
+    callback: RegressionFreeRepair | None = None,
+    **arguments: Any,
+) -> RepairReport:
+    """Repairs a trained model: the same report, files and logs as after training, and no training.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        callback: a `RegressionFreeRepair` that says how to repair, such as one of `from_paper`.
+        **arguments: arguments of `RegressionFreeRepair` instead, such as `target=Target.label(3)`.
+
+    Returns:
+        The report. Its `files["checkpoint"]` is the repaired checkpoint; the model holds the repaired weights.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
+
+    Example::
+
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+    """
+    if callback is None:
+        callback = callback_with("repair", **arguments)
+    elif arguments:
+        raise ConfigurationError(
+            f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself."
+        )
+    else:
+        kind = isinstance(callback, RegressionFreeRepair)
+        check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
+        check_heeded("repair", {"data": callback.data})
+    check_model(model, "repair_module")
+    check_packages(trainer, model=model, datamodule=datamodule)
+    with without_training(trainer, callback, callback.attempt, weights_only):
+        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    if callback.report is None:
+        raise RepairError(
+            "the repair was made in another process, its report is in the files alone.",
+            "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
+        )
+    return callback.report
+
+
+def diagnose(
+    trainer: Trainer,
+    model: LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
+    history: str | Path | None = None,
+    **arguments: Any,
+) -> Diagnosis:
+    """Says before a repair what can be fixed, what stands in the way, where there is room, what it costs, what to do.
+
+    It takes about as long as two evaluations of the known data and some seconds. The model keeps its weights, the
+    trainer and its logs stay as they are, and no file is written.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
+            forgotten, and which of the former have a label that looks wrong.
+        **arguments: arguments of `RegressionFreeRepair`, so that a repair can be given the same. Those that say which
+            failures and data are meant (`target`, `task`, `data`) and `seed` matter here.
+
+    Returns:
+        The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` says what to do.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
+        EvaluationError: the model gives losses that are not finite; the samples are named.
+
+    Example::
+
+        diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+        print(diagnosis.advice)
+    """
+    callback = callback_with("diagnose", **arguments)
+    check_model(model, "diagnose_module")
+
+    def work(trained: TrainedModel) -> Diagnosis:
+        training = trained.training
+        epochs = None if training.obstacle else training.epochs
+        return diagnose_module(
+            trained.evaluator,
+            trained.known,
+            callback.settings,
+            epochs=epochs,
+            history=history,
+            observer=trained.observer,
+        )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    return dry_fit(work, callback, trainer, model, *loaders, **source)
+
+
+def compare(
+    trainer: Trainer,
+    model: LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
+    methods: Methods | None = None,
+    unseen: str | DataLoader[Any] | None = "test",
+    **arguments: Any,
+) -> Comparison:
+    """Runs repairs and what people do instead of a repair on one trained model, and counts what each fixes and breaks.
+
+    Each method starts from the same weights with the same seed. The model keeps these weights; the trainer, its logs
+    and the random state stay as they are, and no file is written.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        methods: names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
+            mapping; None: every method and baseline that has a name.
+        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
+        **arguments: further arguments of `RegressionFreeRepair`, such as `target` and `layer`; `max_time` is what each
+            method may take, retraining excepted. docs/options.md says which have an effect; others are refused.
+
+    Returns:
+        The comparison: `rich.print` shows its table, `plot()` draws its curves.
+
+    Raises:
+        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
+
+    Example::
+
+        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+        comparison.plot("comparison.png")
+    """
+    chosen = parse_methods(methods)
+    callback = callback_with("compare", unseen=unseen, **arguments)
+    check_model(model, "compare_module")
+
+    def work(trained: TrainedModel) -> Comparison:
+        return compare_module(
+            trained.evaluator,
+            trained.known,
+            callback.settings,
+            unseen=trained.unseen,
+            methods=chosen,
+            training=trained.training,
+            observer=trained.observer,
+        )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    return dry_fit(work, callback, trainer, model, *loaders, **source)
+
+
+LOGS = ("setting", "run", "none")
+
+
+def sweep(
+    trainer: Trainer,
+    model: LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    settings: Sweepable,
+    seeds: Seeds = 10,
+    datamodule: LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
+    unseen: str | DataLoader[Any] | None = "test",
+    dirpath: str | Path | None = None,
+    trials: Trials | None = None,
+    log: Literal["setting", "run", "none"] = "none",
+    **arguments: Any,
+) -> SweepResult:
+    """Runs the paper's search with many settings and seeds on one trained model, and counts what each run does.
+
+    Each run finds, bit for bit, what `repair` finds with the same arguments, at a fraction of the time: data are read
+    once and many swarms searched at a time. The model keeps its weights, the trainer and the random state stay as they
+    are, and files are written to `dirpath` alone. Ranks share out the runs.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        settings: what to try: a `Grid`, names of rows of the paper's Table II, or mappings of arguments.
+        seeds: how many seeds for each, from 0 on, or a list of them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
+        dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
+        trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
+        log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
+        **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
+            settings leave open of the search: `method=ParticleSwarm(...)` and `search=SearchOptions(...)`.
+            docs/options.md says which have an effect; others are refused.
+
+    Returns:
+        The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
+
+    Raises:
+        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
+
+    Example::
+
+        result = sweep(
+            Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", settings=Grid(alpha=[4, 6, 8], n_weights=[16, 32])
+        )
+        run = result.best()
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
+    """
+    check_choice("log", log, LOGS)
+    callback = callback_with("sweep", unseen=unseen, dirpath=dirpath, **arguments)
+    base = swarming(callback.settings)
+    parse_settings(settings, base)
+    numbers = parse_seeds(seeds)
+    check_trials(trials, settings)
+    check_model(model, "sweep_module")
+
+    def work(trained: TrainedModel) -> SweepResult:
+        with starting_weights("last", trainer, trained.model):
+            return sweep_module(
+                trained.evaluator,
+                trained.known,
+                settings,
+                seeds=numbers,
+                base=base,
+                unseen=trained.unseen,
+                calibration=trained.calibration,
+                dirpath=dirpath,
+                trials=trials,
+                observer=trained.observer,
+            )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    result = dry_fit(work, callback, trainer, model, *loaders, whole=True, **source)
+    if log != "none":
+        track_sweep(result, trainer.loggers, each=log)
+    return result

@@ -1,0 +1,237 @@
+"""Inputs of the last Linear layer on known data, and the labels that they make doubtful."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Source, run_model
+from lightning_nrl.data.targets import AllFailures, Target
+from lightning_nrl.evaluation.evaluator import Evaluator, Forward
+from lightning_nrl.evaluation.layers import last_linear
+from lightning_nrl.evaluation.sample_results import SampleResults
+
+MAX_SAMPLES = 20_000
+"""Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
+
+
+class Features(NamedTuple):
+    """Inputs and outputs of the last Linear, whose outputs are the logits. On the model's device."""
+
+    rows: Tensor  # n int64 on the CPU, rows of the results, ascending
+    inputs: Tensor  # n x D, at least float32
+    logits: Tensor  # n x C
+
+
+class HeadFeatures(NamedTuple):
+    """The results, the features, and how long the model took."""
+
+    results: SampleResults
+    features: Features | None  # None where no Linear gives the logits
+    seconds: float  # for one pass over this rank's share of the known data
+
+
+@torch.no_grad()
+def collect_features(
+    evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target
+) -> HeadFeatures:
+    """Runs the model over known data; where these are many, once more over the samples that matter most.
+
+    All ranks get the same features. `head` is the last Linear; None if there is none.
+    """
+    collective = evaluator.collective
+    few = sum(len(source.index) for source in known) <= MAX_SAMPLES
+    start = time.perf_counter()
+    with _recording(head if few else None) as recorder:
+        results = evaluator.run(known, target, forward=recorder.judged(evaluator))
+    seconds = time.perf_counter() - start
+    if few:
+        mine = torch.cat([results.rows(source.split, source.positions) for source in known])
+        return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
+    parts = []
+    with _recording(head) as recorder:
+        for batch, rows in drawn(known, results, _matter(results)):
+            evaluator.output(batch, recorder.judged(evaluator))
+            parts.append(rows)
+    mine = torch.cat(parts) if parts else torch.zeros(0).long()
+    return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
+
+
+def drawn(
+    known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
+) -> Iterator[tuple[Any, Tensor]]:
+    """This rank's share of chosen rows of the results, in batches, each with its rows."""
+    for source in known:
+        start = results.start(source.split)
+        mine = source.positions[torch.isin(source.positions + start, rows)]
+        for batch in source.draw(list(mine.split(size)) if len(mine) else []):
+            yield batch, batch.position + start
+
+
+class _HeadRecorder:
+    """Collects what a layer is given as long as it gives the logits, once a pass, one row a sample."""
+
+    def __init__(self, head: nn.Linear | None) -> None:
+        self.usable = head is not None
+        self.inputs: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self._calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Copies, since the model may go on to change its own tensors in place.
+        self._calls.append((args[0].detach().clone(), output.detach().clone()))
+
+    def judged(self, evaluator: Evaluator) -> Forward:
+        """The model; each call of it adds features or ends the recording."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._calls.clear()
+            output = run_model(evaluator.model, args, kwargs)
+            if self.usable:
+                logits = evaluator.task.logits(output)
+                self.usable = len(self._calls) == 1 and logits.ndim == 2 and torch.equal(self._calls[0][1], logits)
+            if self.usable:
+                x, logits = self._calls[0]
+                self.inputs.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+                self.logits.append(logits.to(self.inputs[-1].dtype))
+            return output
+
+        return forward
+
+
+@contextmanager
+def _recording(head: nn.Linear | None) -> Iterator[_HeadRecorder]:
+    recorder = _HeadRecorder(head)
+    if head is None:
+        yield recorder
+        return
+    handle = head.register_forward_hook(recorder.note)
+    try:
+        yield recorder
+    finally:
+        handle.remove()
+
+
+def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
+    """Every rank's features in the order of the rows; None if any rank's layer does not give the logits."""
+    usable = recorder.usable and bool(recorder.inputs)
+    if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
+        return None
+    empty = torch.zeros(0, 0)
+    parts = [mine, *(torch.cat(x) if x else empty for x in (recorder.inputs, recorder.logits))]
+    rows, inputs, logits = (torch.cat([x for x in collective.gather(part) if x.numel()]) for part in parts)
+    order = rows.argsort()
+    return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))
+
+
+def _matter(results: SampleResults) -> Tensor:
+    """`MAX_SAMPLES` rows, ascending: of targets, of other failures, and of passed samples by rising margin."""
+    rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
+    rank = torch.where(results.targeted, -2.0, rank)
+    return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
+
+
+NEIGHBOURS = 10
+"""Passed samples that a sample is compared with."""
+
+MAX_SIMILARITIES = 2**24
+"""Most similarities that are held at once."""
+
+AGREEMENT_SHARE = 0.9
+"""Share of the neighbours that must have the predicted class before a label is doubted."""
+
+
+class Neighbours(NamedTuple):
+    """The nearest passed samples of each sample."""
+
+    agreement: Tensor  # n float, share of them that have the sample's own label; NaN if there are none
+    label: Tensor  # n int64, the label that most of them have; the smallest of several
+    share: Tensor  # n float, share of them that have it
+
+
+@torch.no_grad()
+def neighbours(
+    inputs: Tensor,
+    label: Tensor,
+    passed: Tensor,
+    passed_label: Tensor,
+    *,
+    itself: Tensor | None = None,
+    k: int = NEIGHBOURS,
+) -> Neighbours:
+    """Compares labels with those of the k nearest passed samples, by the cosine of centred features.
+
+    Args:
+        inputs: `n x D`, features of the samples.
+        label: `n` int64.
+        passed: `P x D`, features of the passed samples.
+        passed_label: `P` int64.
+        itself: `n` int64, which passed sample each one is; it is no neighbour of its own.
+        k: how many are compared with; all where there are fewer.
+    """
+    middle = passed.mean(0)
+    left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
+    k = min(k, len(passed) - (itself is not None))
+    if k < 1 or not len(inputs):
+        agreement = torch.full_like(label, torch.nan, dtype=torch.float32)
+        return Neighbours(agreement, torch.full_like(label, -1), torch.zeros_like(agreement))
+    classes = int(torch.cat([label, passed_label]).max()) + 1
+    counts = []
+    for at in torch.arange(len(left), device=left.device).split(max(1, MAX_SIMILARITIES // len(right))):
+        likeness = left[at] @ right.T
+        if itself is not None:
+            likeness.scatter_(1, itself[at, None], -torch.inf)
+        near = passed_label[likeness.topk(k, dim=1).indices]
+        votes = torch.zeros(len(at), classes, device=left.device)
+        counts.append(votes.scatter_add_(1, near, torch.ones_like(near, dtype=votes.dtype)))
+    shares = torch.cat(counts) / k
+    share, most = shares.max(1)
+    return Neighbours(shares.gather(1, label[:, None])[:, 0], most, share)
+
+
+def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor) -> Tensor:
+    """Samples with a doubtful label, `n` bool: neighbours and model agree on another class, and the model is sure.
+
+    Sure means: by as large a lead over the given label as it has, at the median, over the runner-up where it is right
+    about that class. So there is no threshold to choose. Shapes: `label` is `n` int64, `logits` `n x C`, those of the
+    passed samples `P` and `P x C`.
+    """
+    prediction = logits.argmax(1)
+    lead = (logits.gather(1, prediction[:, None]) - logits.gather(1, label[:, None]))[:, 0]
+    top = passed_logits.topk(2, dim=1).values
+    usual = torch.full((logits.shape[1],), torch.inf, dtype=top.dtype, device=top.device)
+    for c in passed_label.unique().tolist():
+        usual[c] = (top[:, 0] - top[:, 1])[passed_label == c].median()
+    agreed = (near.label == prediction) & (near.share >= AGREEMENT_SHARE) & (prediction != label)
+    return agreed & (lead >= usual[prediction])
+
+
+def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
+    """Targets whose label the model and the nearest passed samples agree to be another, `N` bool.
+
+    One pass over the known data, or over those that matter most of very many. None is found where no Linear layer gives
+    the logits. `results` are what the model does on this rank's share of the splits.
+    """
+    found = torch.zeros_like(results.passed)
+    _, head = last_linear(evaluator.model, evaluator.called)
+    features = collect_features(evaluator, known, head, AllFailures()).features
+    if features is None:
+        return found
+    label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
+    right = features.logits.argmax(1).cpu() == label
+    targets, kept = (targeted & ~right).nonzero().flatten(), (passed & right).nonzero().flatten()
+    if not len(targets) or not len(kept):
+        return found
+    device = features.inputs.device
+    label, mine, theirs = label.to(device), targets.to(device), kept.to(device)
+    near = neighbours(features.inputs[mine], label[mine], features.inputs[theirs], label[theirs])
+    doubted = doubtful(near, label[mine], features.logits[mine], features.logits[theirs], label[theirs])
+    found[features.rows[targets[doubted.cpu()]]] = True
+    return found

@@ -1,0 +1,343 @@
+"""Layers to be repaired, seen as one flat vector of weights; and layers that no repair can vouch for."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.recurrent import Gates, Recurrent, gates_of
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | Convolution
+"""The kinds of layer that can be repaired as they are. Recurrent ones are taken apart into Linears."""
+KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
+
+
+@dataclass(frozen=True)
+class LayerRef:
+    """One layer to be repaired."""
+
+    name: str  # dotted, in the model; empty if the model itself is the layer
+    module: Layer  # the live layer
+    offset: int  # where its weights start in the flat vector
+    include_bias: bool = False  # whether its bias is part of the vector, behind its weight
+    gates: Gates | None = None  # the recurrent layer that the module is a part of
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Its repairable parameters by dotted name, in the order of the flat vector."""
+        if self.gates is not None:
+            owner, _, end = self.name.rpartition(".")
+            recurrent = dict(self.gates.module.named_parameters(recurse=False))
+            kinds = ("weight", "bias") if self.include_bias else ("weight",)
+            ends = [f"{kind}_{end}" for kind in kinds if f"{kind}_{end}" in recurrent]
+            return {f"{owner}.{name}" if owner else name: recurrent[name] for name in ends}
+        prefix = f"{self.name}." if self.name else ""
+        own = dict(self.module.named_parameters(recurse=False))
+        names = ("weight", "bias") if self.include_bias else ("weight",)
+        return {f"{prefix}{name}": own[name] for name in names if name in own}
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """`out x in/groups x kernel...`, for a Linear `out x in`."""
+        return self.module.weight.shape
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included.
+
+    Without a site there is nothing to be searched, and `obstacle` says why; training may still move what is in scope.
+    """
+
+    sites: tuple[LayerRef, ...]
+    obstacle: str = ""
+
+    @property
+    def gates(self) -> tuple[Gates, ...]:
+        """The recurrent layers among them, each once, to be `opened` where their parts are called."""
+        return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
+
+    @property
+    def size(self) -> int:
+        return sum(site.size for site in self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sites[0].module.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sites[0].module.weight.dtype
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All repairable parameters by dotted name, in the order of the flat vector."""
+        return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
+
+    def flat(self) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
+
+    def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
+
+        The live parameters are not touched. The result suits `lightning_nrl._utils.state.holding`.
+        """
+        flat = self.flat()
+        flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
+        parameters = self.parameters
+        parts = flat.split([parameter.numel() for parameter in parameters.values()])
+        return {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
+
+
+def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
+    """Resolves layer names: a dotted name, several of them, or `auto`.
+
+    `auto` is the last Linear in the order of registration that is not frozen; where all are, the last; where there is
+    none, likewise the last convolution. `include_bias` says whether biases may be changed too.
+
+    Raises:
+        ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
+            a lazy, quantised or parametrised layer, weights shared with another module, several dtypes or devices.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: list[LayerRef] = []
+    for name in _names(layer, modules):
+        for part, module, gates in _parts(name, modules):
+            offset = sites[-1].offset + sites[-1].size if sites else 0
+            sites.append(LayerRef(part, module, offset, include_bias, gates))
+    if len({id(next(iter(site.parameters.values()))) for site in sites}) < len(sites):
+        raise ConfigurationError(f"`layer={layer!r}` names a layer twice.", "name each layer once.")
+    _check_shared(model, sites)
+    space = ParameterSpace(tuple(sites))
+    kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in space.parameters.values()}
+    if len(kinds) > 1:
+        raise ConfigurationError(
+            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one."
+        )
+    return space
+
+
+def find_scope(
+    model: nn.Module,
+    layer: str | Sequence[str] = "auto",
+    *,
+    include_bias: bool = False,
+    called: Collection[str] | None = None,
+    trains: bool = False,
+) -> tuple[ParameterSpace, tuple[str, ...]]:
+    """What may change: the layers whose weights can be searched, and names of all parameters that training may move.
+
+    `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
+    for all of its parameters. `auto` lets training move all parameters that are not frozen. It takes a layer that is
+    `called`; None: any. A method that `trains` does without a layer to be searched where `auto` finds none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    is_auto = layer == "auto" and "auto" not in modules
+    parameters = dict(model.named_parameters())
+    try:
+        names = [_last_inside(name, modules) for name in _names(layer, modules, called)]
+        space = find_layers(model, names, include_bias=include_bias)
+    except ConfigurationError as error:
+        scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        # Layers outside of the module tree are in no checkpoint.
+        if not (is_auto and trains and scope) or _outside_tree(modules):
+            raise
+        return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
+    if is_auto:
+        scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        # Where all that the prediction calls is frozen, such as a moving average, training moves something else.
+        scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
+    else:
+        scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
+    return space, tuple(scope or space.parameters)
+
+
+def layer_names(layer: str | Sequence[str]) -> list[str]:
+    """One name or several as a list; a `ConfigurationError` if there is none."""
+    names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
+    return names
+
+
+def _names(
+    layer: str | Sequence[str], modules: Mapping[str, nn.Module], called: Collection[str] | None = None
+) -> list[str]:
+    names = layer_names(layer)
+    if names != ["auto"] or "auto" in modules:
+        return names
+    pools = [modules] if called is None else [{name: modules[name] for name in modules if name in called}, modules]
+    # A network without any Linear, as those for segmentation are, ends in a convolution.
+    for pool in pools:
+        for kind in (nn.Linear, Layer):
+            found = [name for name, module in pool.items() if isinstance(module, kind)]
+            if found:
+                # Whoever froze a layer wants it as it is, unless all are frozen.
+                free = [name for name in found if modules[name].weight.requires_grad]
+                return (free or found)[-1:]
+    found_outside = _outside_tree(modules)
+    if found_outside:
+        raise _outside_error("auto", next(iter(found_outside)))
+    hint = f"only {KINDS} can be repaired; a recurrent layer has to be named."
+    raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
+
+
+def _is_inside(parameter: str, block: str) -> bool:
+    return not block or parameter.startswith(f"{block}.")
+
+
+def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The last layer that can be repaired inside a block; a layer, or what has none inside, is given back."""
+    if name not in modules or isinstance(modules[name], Layer | Recurrent):
+        return name
+    inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
+    return inside[-1] if inside else name
+
+
+def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
+    """A layer's name and the layer; of a recurrent one those of its parts, with what they are parts of."""
+    module = modules.get(name)
+    if not isinstance(module, Recurrent):
+        return [(name, _repairable(name, modules), None)]
+    if not all(isinstance(x, nn.Parameter) and x.is_floating_point() for x in module._parameters.values()):
+        raise _not_own(name)
+    gates = gates_of(name, module)
+    return [(f"{name}.{end}" if name else end, linear, gates) for end, linear in gates.linears.items()]
+
+
+def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
+    if name not in modules:
+        for attribute in _outside_tree(modules):
+            if name == attribute or name.startswith(f"{attribute}."):
+                raise _outside_error(name, attribute)
+        raise ConfigurationError(
+            f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}."
+        )
+    module = modules[name]
+    if not isinstance(module, Layer):
+        inside = _suggest("", dict(module.named_modules(prefix=name)))
+        raise ConfigurationError(
+            f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
+            f"name a {KINDS}{f', such as one of {inside}' if inside else ''}.",
+        )
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first."
+        )
+    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        raise _not_own(name)
+    return module
+
+
+def _not_own(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
+        "remove a parametrisation with `torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`; "
+        "repair before quantising.",
+    )
+
+
+def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Attributes, by dotted name, that hold layers in plain lists, tuples or dicts, where torch does not know them."""
+    known = {id(module) for module in modules.values()}
+    found = []
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            layers = (layer for x in inside if isinstance(x, nn.Module) for layer in x.modules())
+            if not attribute.startswith("_") and any(isinstance(x, Layer) and id(x) not in known for x in layers):
+                found.append(f"{name}.{attribute}" if name else attribute)
+    return found
+
+
+def _outside_error(layer: str, attribute: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`layer={layer!r}`: `{attribute}` holds layers in a plain list or dict, outside of the module tree: no "
+        "optimizer gets them by `parameters()`, and no checkpoint has them.",
+        "make it an `nn.ModuleList` or an `nn.ModuleDict`.",
+    )
+
+
+def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
+    """Refuses weights that another module uses too: what is repaired in one place would change the other."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for site in sites:
+        if any(owners[id(parameter)] > 1 for parameter in site.parameters.values()):
+            raise ConfigurationError(
+                f"`layer={site.name!r}` shares its weights with another module (tied weights).",
+                "name a layer whose weights are its own, or untie them before the repair.",
+            )
+
+
+def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of layers that can be repaired: the nearest to a name, else the last ones."""
+    names = [other for other, module in modules.items() if isinstance(module, Layer)]
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-5:]
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The Linear and convolution layers that have a floating-point weight of their own, by dotted name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Layer) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+    }
+
+
+def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
+    """The last Linear layer, among those that are `called` where that is known, and its name; None if there is none."""
+    linear = [
+        (name, layer)
+        for name, layer in layers_of(model).items()
+        if isinstance(layer, nn.Linear) and (called is None or name in called)
+    ]
+    return linear[-1] if linear else (None, None)
+
+
+@contextmanager
+def refusing_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, a call of a batch norm without running statistics is an error; the model is in evaluation mode.
+
+    Raises:
+        ConfigurationError: as above; it names the layer.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None
+    }
+    handles = [module.register_forward_pre_hook(partial(_refuse, name)) for name, module in found.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(name: str, *_: Any) -> None:
+    raise ConfigurationError(
+        f"`model`: `{name}` is a batch norm without running statistics, so that a prediction depends on the other "
+        "samples in its batch: of no sample it can be said that it stays right.",
+        "make it with `track_running_stats=True`, or put a layer norm or group norm in its place.",
+    )
+
+
+def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the output of a Linear or a convolution with other weights."""
+    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)

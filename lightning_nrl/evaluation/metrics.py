@@ -1,0 +1,221 @@
+"""Metrics for model updates: what an update breaks and repairs, as `torchmetrics` metrics and as functions.
+
+In: predictions of the old and the new model and the true classes, or the counts of kept, broken, repaired and failing
+samples. Out: the rates of the literature; `rates.RATES` is the one table of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.rates import RATES, Rate, flip_rates
+from lightning_nrl.evaluation.sample_results import flip_masks
+
+__all__ = [
+    "BackwardErrorCompatibility",
+    "BackwardTrustCompatibility",
+    "BreakRate",
+    "NegativeFlipImpact",
+    "NegativeFlipRate",
+    "PositiveFlipRate",
+    "RelativeNegativeFlipRate",
+    "RepairRate",
+    "backward_error_compatibility",
+    "backward_trust_compatibility",
+    "break_rate",
+    "flip_rates",
+    "negative_flip_impact",
+    "negative_flip_rate",
+    "positive_flip_rate",
+    "relative_negative_flip_rate",
+    "repair_rate",
+]
+
+
+def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
+    """Which predictions are right, `N x ...` bool; logits with a NaN are not."""
+    if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
+        return (preds.argmax(1) == target) & ~preds.isnan().any(1)
+    if preds.shape == target.shape and not preds.is_floating_point():
+        return preds == target
+    raise ConfigurationError(
+        f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
+        "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
+    )
+
+
+def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """Counts the flips of one batch on the target's device, `4` int64: kept, broken, repaired, failing."""
+    masks = flip_masks(_is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target))
+    return torch.stack([mask.sum() for mask in masks])
+
+
+def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    return RATES[name](_flips_update(old_preds, new_preds, target))
+
+
+def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of all samples that the update breaks, in [0, 1]; NaN without samples.
+
+    Args:
+        old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
+        new_preds: the new model's, likewise; it may know another number of classes.
+        target: the true classes, `N x ...` integers.
+
+    Raises:
+        ConfigurationError: the shapes do not fit together.
+    """
+    return _rate("negative_flip_rate", old_preds, new_preds, target)
+
+
+def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of all samples that the update repairs; arguments as for :func:`negative_flip_rate`."""
+    return _rate("positive_flip_rate", old_preds, new_preds, target)
+
+
+def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of the new model's errors that are regressions; arguments as for :func:`negative_flip_rate`."""
+    return _rate("negative_flip_impact", old_preds, new_preds, target)
+
+
+def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """NFR against that of two models that err independently; arguments as for :func:`negative_flip_rate`."""
+    return _rate("relative_negative_flip_rate", old_preds, new_preds, target)
+
+
+def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of what was right that stays right; arguments as for :func:`negative_flip_rate`."""
+    return _rate("backward_trust_compatibility", old_preds, new_preds, target)
+
+
+def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of the new model's errors that are old ones; arguments as for :func:`negative_flip_rate`."""
+    return _rate("backward_error_compatibility", old_preds, new_preds, target)
+
+
+def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of what was wrong that is now right; arguments as for :func:`negative_flip_rate`."""
+    return _rate("repair_rate", old_preds, new_preds, target)
+
+
+def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    """The share of what was right that is now wrong; arguments as for :func:`negative_flip_rate`."""
+    return _rate("break_rate", old_preds, new_preds, target)
+
+
+class FlipMetric(Metric):
+    """Counts kept, broken, repaired and failing samples, and computes one rate of them, NaN where it is undefined.
+
+    All of them have the same state, so a `MetricCollection` updates it once for all (compute groups). Keyword arguments
+    are those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
+    """
+
+    rate: ClassVar[Rate]
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound: float | None = 1.0
+
+    flips: Tensor  # 4 int64: kept, broken, repaired, failing
+
+    def __init_subclass__(cls, *, rate: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.rate = RATES[rate]
+        cls.higher_is_better = cls.rate.higher_is_better
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("flips", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> None:
+        """Counts one batch.
+
+        Args:
+            old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
+            new_preds: the new model's, likewise; it may know another number of classes.
+            target: the true classes, `N x ...` integers.
+
+        Raises:
+            ConfigurationError: the shapes do not fit together.
+        """
+        self.flips += _flips_update(old_preds, new_preds, target)
+
+    def compute(self) -> Tensor:
+        """The rate over all that was counted since the last reset."""
+        return self.rate(self.flips)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """A figure and its axes (needs matplotlib) of what `compute` or `forward` gave, or a list of such.
+
+        Args:
+            val: these values; None calls `compute`.
+            ax: the axes to draw on; None makes new ones.
+        """
+        return self._plot(val, ax)
+
+
+class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
+    """The share of all samples that the update breaks: `broken / N` (Yan et al., CVPR 2021).
+
+    Example:
+        >>> from torch import tensor
+        >>> metric = NegativeFlipRate()
+        >>> metric(old_preds=tensor([0, 1, 1, 2]), new_preds=tensor([0, 1, 2, 1]), target=tensor([0, 1, 1, 1]))
+        tensor(0.2500)
+    """
+
+
+class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
+    """The share of all samples that the update repairs: `repaired / N`, the gain that stands against the NFR."""
+
+
+class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
+    """The share of the new model's errors that are regressions: `broken / (broken + failing)`.
+
+    Of two models of equal accuracy it names the one whose errors are news to its users. NaN where the new model makes
+    no error.
+    """
+
+
+class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
+    """NFR against that of two models that err independently: `NFR / ((1 - ER_old) * ER_new)` (Yan et al., CVPR 2021).
+
+    ER are the error rates of the two models. A number from 0; 1 is what independent errors give. It compares updates of
+    different accuracy. NaN where the old model gets nothing right or the new one everything.
+    """
+
+    plot_upper_bound = None
+
+
+class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
+    """The share of what was right that stays right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
+
+    1 where the old model got nothing right, since then nothing could break.
+    """
+
+
+class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
+    """The share of the new model's errors that are old ones: `failing / (broken + failing)` (Srivastava, KDD 2020).
+
+    NaN where the new model makes no error.
+    """
+
+
+class RepairRate(FlipMetric, rate="repair_rate"):
+    """The share of what was wrong that is now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
+
+    Give it the targeted samples alone for the rate within I_neg. NaN where the old model got nothing wrong.
+    """
+
+
+class BreakRate(FlipMetric, rate="break_rate"):
+    """The share of what was right that is now wrong: `broken / (kept + broken)` (Sohn et al., Arachne).
+
+    It is 1 - BTC, save that it is NaN where the old model got nothing right.
+    """

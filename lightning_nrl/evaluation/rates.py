@@ -1,0 +1,99 @@
+"""The one table of rates of an update: the name, the meaning and the formula of each.
+
+Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines. Reports,
+the release gate, TensorBoard and the counting of validations read this table. Where the rates come from
+stands with the metrics (`flip_metrics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.evaluation.sample_results import FlipCounts
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One rate of an update: its name, which is that of its function and in reports, and its tag in logs.
+
+    `meaning` is the formula in words; `compute` makes of kept, broken, repaired and failing, each `...`, the rate,
+    `...`, where 0/0 is NaN.
+    """
+
+    name: str
+    short: str
+    meaning: str
+    higher_is_better: bool
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, flips: Tensor) -> Tensor:
+        """The rate of counts `... x 4`, kept, broken, repaired and failing."""
+        return self.compute(*flips.unbind(-1))
+
+    def of(self, counts: FlipCounts) -> float:
+        """The rate of one set of counts, in double precision."""
+        return float(self(_tensor(counts)))
+
+    @property
+    def title(self) -> str:
+        """Its short name as a heading, such as `relative NFR`."""
+        first, _, rest = self.short.rpartition("_")
+        return f"{first} {rest.upper()}".strip()
+
+    @property
+    def label(self) -> str:
+        """Its name and what it means, such as `negative flip rate: broken of all`."""
+        return f"{self.name.replace('_', ' ')}: {self.meaning}"
+
+
+def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
+    """The negative flip rate over (1 - error rate before) * error rate after."""
+    return b / (b + f) / ((k + b) / (k + b + r + f))
+
+
+def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
+    """1 where nothing was right before, since then nothing could break."""
+    return torch.where(k + b == 0, 1.0, k / (k + b))
+
+
+# k, b, r and f are kept, broken, repaired and failing.
+_ALL = (
+    Rate("negative_flip_rate", "nfr", "broken of all", False, lambda k, b, r, f: b / (k + b + r + f)),
+    Rate("positive_flip_rate", "pfr", "repaired of all", True, lambda k, b, r, f: r / (k + b + r + f)),
+    Rate("negative_flip_impact", "nfi", "broken of those wrong now", False, lambda k, b, r, f: b / (b + f)),
+    Rate("relative_negative_flip_rate", "relative_nfr", "1 if old and new errors were independent", False, _relative),
+    Rate("backward_trust_compatibility", "btc", "kept of those right before", True, _btc),
+    Rate("backward_error_compatibility", "bec", "failing of those wrong now", True, lambda k, b, r, f: f / (b + f)),
+    Rate("repair_rate", "rr", "repaired of those wrong before", True, lambda k, b, r, f: r / (r + f)),
+    Rate("break_rate", "br", "broken of those right before", False, lambda k, b, r, f: b / (k + b)),
+)
+RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
+"""All rates by name."""
+
+UPDATE_RATES: tuple[Rate, ...] = tuple(
+    rate for rate in _ALL if rate.short in ("nfr", "pfr", "relative_nfr", "btc", "bec")
+)
+"""The rates of one model against the one that it replaces, for which no failures are targeted."""
+
+
+def flip_rates(flips: Tensor) -> dict[str, Tensor]:
+    """All rates by name, one tensor `...` a rate; undefined ones are NaN.
+
+    Args:
+        flips: `... x 4`, kept, broken, repaired, failing; floats keep their precision, integers give float32.
+    """
+    return {name: rate(flips) for name, rate in RATES.items()}
+
+
+def rates_of(counts: FlipCounts) -> dict[str, float]:
+    """All rates of one set of counts by name, in double precision; undefined ones are NaN."""
+    return {name: float(rate) for name, rate in flip_rates(_tensor(counts)).items()}
+
+
+def _tensor(counts: FlipCounts) -> Tensor:
+    return torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing], dtype=torch.float64)

@@ -1,0 +1,145 @@
+"""LSTM, GRU and RNN layers taken apart: the same computation, step by step, with a Linear for each of their weights.
+
+What localises, replays and scores knows a Linear. While a recurrent layer is `opened`, it runs as Python code that
+calls one: on the whole sequence for the weights of the inputs, at every step for those of the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl.errors import ConfigurationError
+
+Recurrent = nn.LSTM | nn.GRU | nn.RNN
+"""The kinds of recurrent layer that can be repaired."""
+
+
+class GateLinear(nn.Linear):
+    """A Linear with the weight and bias that a recurrent layer holds at the moment, under an end of their names."""
+
+    def __init__(self, owner: Recurrent, end: str) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["owner"] = owner  # no part of this one
+        self.end = end
+        self.out_features, self.in_features = self.weight.shape
+        self.train(owner.training)
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        found: Any = self.__dict__["owner"]._parameters[f"weight_{self.end}"]
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        found: Any = self.__dict__["owner"]._parameters.get(f"bias_{self.end}")
+        return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """A recurrent layer and a Linear for each of its weights."""
+
+    module: Recurrent  # the live layer
+    linears: Mapping[str, GateLinear]  # by the end of a weight's name, such as `ih_l0` or `hh_l0_reverse`
+
+
+def gates_of(name: str, module: Recurrent) -> Gates:
+    """Takes a layer apart; a `ConfigurationError` for one with projections."""
+    if getattr(module, "proj_size", 0):
+        raise ConfigurationError(
+            f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
+        )
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    layers = range(module.num_layers)
+    ends = [f"{kind}_l{layer}{side}" for layer in layers for side in directions for kind in ("ih", "hh")]
+    return Gates(module, {end: GateLinear(module, end) for end in ends})
+
+
+@contextmanager
+def opened(gates: Sequence[Gates]) -> Iterator[None]:
+    """Inside, these layers run step by step through their Linears, on whatever tensors they hold."""
+    if not gates:
+        yield
+        return
+    held = [one.module.__dict__.get("forward") for one in gates]
+    try:
+        for one in gates:
+            one.module.__dict__["forward"] = _Unrolled(one)
+        yield
+    finally:
+        for one, before in zip(gates, held, strict=True):
+            one.module.__dict__.pop("forward")
+            if before is not None:
+                one.module.__dict__["forward"] = before
+
+
+@dataclass(frozen=True)
+class _Unrolled:
+    """The forward of a recurrent layer, samples first inside."""
+
+    gates: Gates
+
+    def __call__(self, input: Any, hx: Any = None) -> tuple[Tensor, Any]:
+        module = self.gates.module
+        if not isinstance(input, Tensor):
+            raise ConfigurationError(
+                f"`layer`: a {type(module).__name__} that is given packed sequences cannot be repaired.",
+                "give it padded ones, or name another layer.",
+            )
+        unbatched, is_lstm = input.dim() == 2, isinstance(module, nn.LSTM)
+        x = input.unsqueeze(0) if unbatched else input if module.batch_first else input.transpose(0, 1)
+        states = None if hx is None else hx if is_lstm else (hx,)
+        if states is not None and unbatched:
+            states = tuple(state.unsqueeze(1) for state in states)
+        directions, last = 2 if module.bidirectional else 1, []
+        for layer in range(module.num_layers):
+            sides = []
+            for side in range(directions):
+                number = layer * directions + side
+                start = None if states is None else tuple(state[number] for state in states)
+                outputs, ended = self._run(f"l{layer}{'_reverse' * side}", x, start, reverse=bool(side))
+                sides.append(outputs)
+                last.append(ended)
+            x = sides[0] if directions == 1 else torch.cat(sides, -1)
+        final = tuple(torch.stack(kind) for kind in zip(*last, strict=True))
+        if unbatched:
+            x, final = x.squeeze(0), tuple(state.squeeze(1) for state in final)
+        elif not module.batch_first:
+            x = x.transpose(0, 1)
+        return x, final if is_lstm else final[0]
+
+    def _run(
+        self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One layer in one direction: its outputs `n x T x H`, and its states after the last step, `n x H` each."""
+        module = self.gates.module
+        inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
+        steps = inner(x).unbind(1)
+        if start is None:
+            zero = steps[0].new_zeros(steps[0].shape[0], module.hidden_size)
+            start = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
+        state, outputs = start, []
+        for step in reversed(steps) if reverse else steps:
+            state = _step(module, step, hidden(state[0]), state)
+            outputs.append(state[0])
+        return torch.stack(outputs[::-1] if reverse else outputs, 1), state
+
+
+def _step(module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The states after one step, from what the Linears give for the input and for the hidden state."""
+    if isinstance(module, nn.LSTM):
+        i, f, g, o = (of_input + of_hidden).chunk(4, 1)
+        cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(cell), cell
+    if isinstance(module, nn.GRU):
+        (r, z, n), (hr, hz, hn) = of_input.chunk(3, 1), of_hidden.chunk(3, 1)
+        r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
+        return ((1 - z) * torch.tanh(n + r * hn) + z * state[0],)
+    act = torch.relu if module.nonlinearity == "relu" else torch.tanh
+    return (act(of_input + of_hidden),)

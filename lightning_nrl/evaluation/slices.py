@@ -1,0 +1,91 @@
+"""Which slice of the data each sample is in, noted while the data are read for something else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Batch, RecordingSource, Source
+from lightning_nrl.data.columns import column_values
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.tasks import Task
+
+Slices = Callable[[Any], Any] | Target
+"""Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
+MAX_SLICES = 200
+"""Slices, each with its own curves: more are most likely ids."""
+
+
+class SliceRecorder(RecordingSource):
+    """A source that notes which slice each sample is in; with None in none. `argument` is for errors."""
+
+    def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
+        super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
+        self.slices, self.task, self.argument = slices, task, argument
+        self._numbers: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._numbers = {}
+        return super().__iter__()
+
+    def _note(self, batch: Batch) -> Tensor:
+        if self.slices is None:
+            return torch.full((len(batch),), -1)
+        names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
+        return torch.tensor(
+            [-1 if name is None else self._numbers.setdefault(name, len(self._numbers)) for name in names]
+        )
+
+    def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
+        """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
+        mine = json.dumps(list(self._numbers)).encode()
+        lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
+        if len(names) > MAX_SLICES:
+            raise ConfigurationError(
+                f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
+                f"return one of at most {MAX_SLICES} names or numbers for each sample.",
+            )
+        self.noted = [(at, _renumbered(list(self._numbers), group, names)) for at, group in self.noted]
+        self._numbers = {name: i for i, name in enumerate(names)}
+        return tuple(names), self.gathered(collective)
+
+
+def _renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
+    """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
+    return torch.tensor([*(names.index(name) for name in own), -1])[group]
+
+
+def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+    """The slices of all splits under common numbers, from the names and numbers of each split."""
+    names = tuple(sorted({name for own, _ in parts for name in own}))
+    return names, torch.cat([_renumbered(own, group, names) for own, group in parts])
+
+
+def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
+    found = column_values(argument, slices, batch, label)
+    values = found.tolist() if hasattr(found, "tolist") else found
+    fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
+    if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):
+        raise ConfigurationError(
+            f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
+            "return one name, whole number or bool for each sample.",
+        )
+    own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
+    return [_tag(own, value) for value in values]
+
+
+def _tag(own: str, value: Any) -> str | None:
+    """The slice of one sample, fit for the name of a curve; bools choose the samples of one slice."""
+    if value is None or (isinstance(value, (bool, np.bool_)) and not value):
+        return None
+    name = own if isinstance(value, (bool, np.bool_)) else str(value)
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen"

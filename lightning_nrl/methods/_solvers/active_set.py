@@ -1,0 +1,259 @@
+"""An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
+
+Every known passed sample is a constraint: its margin must stay above 0. Few of them ever come close to it. These are
+the working set: their margins are measured again and again. Those of them that are closer still are active: steps are
+on their hinge losses, each with a multiplier that grows as long as its constraint is violated. As many others of the
+working set are rehearsed, which holds the model where it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
+from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
+from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
+from lightning_nrl.methods.budget import FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION
+from lightning_nrl.methods.problem import Problem
+
+REFERENCE_MARGIN = 8.0
+"""The median margin of passed samples for which the margins below are meant; they grow and shrink with it."""
+SAFETY_MARGIN = 1e-3
+"""Below it a passed sample counts as broken, so that another batch size or device does not flip it; where the deployed
+precision is coarser than float32, its `rounding_reserve` counts too."""
+HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5
+"""Passed samples are pushed up to this margin, or to this part of the one they had, whichever is less."""
+HINGE_OVER_REQUIRED = 1.2
+"""They are pushed so many times as far as is required of them, at least."""
+TARGET_HINGE_MARGIN = 0.1
+"""Targets are pushed up to this margin; more would be paid for by passed samples."""
+REACHABLE_MARGIN = 0.3
+"""Failing targets this close to being right are tried too."""
+ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0
+"""Samples with a margin below the first are active; below the second they join the working set."""
+MAX_REHEARSED = 8 * BATCH_SIZE
+"""Passed samples further away, drawn once, that join the working set to hold the model where it is."""
+MAX_WORKING_SET = 64 * BATCH_SIZE
+"""Samples close to the boundary in the working set, at most, so that a round stays short however much is known."""
+POLISH_RATE = 5e-5
+"""Learning rate of Adam. Each step moves unmeasured samples too, so small steps are better than few."""
+RATE_PER_BROKEN_SAMPLE, RATE_PER_OPEN_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
+"""How much faster for each broken sample, for each open one while targets are insisted on, and at most: hundreds are
+out of reach of small steps, and few are not worth large ones."""
+MAX_OPEN_TO_MEASURE = 32
+"""While more than these are open, the margins that were measured during the steps suffice to go on."""
+MIN_STEPS_PER_ROUND = 8
+"""Few samples are gone through several times in a round."""
+MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3
+"""What an open sample's multiplier grows by, round by round, and what it becomes at most: half precisions end at some
+60,000."""
+
+
+class ActiveSet:
+    """Margins of all known samples as last measured, and the working set.
+
+    A sample of the working set has a teacher: the given state where it is right, else the original model, which matters
+    where that is right.
+
+    `insisted`, `N` bool, are targets that steps go on for however far from right they are; whoever owns the tensor may
+    change it between rounds. Without `holds_repairs` no step is made for a sample that the original model fails, nor is
+    it held where it is, unless it is insisted on.
+
+    Attributes:
+        margin: `N`, NaN where the loss is not finite.
+        working: `N` bool, the working set.
+        multiplier: `N`, from 1.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        state: State,
+        after: SampleResults,
+        insisted: Tensor,
+        *,
+        holds_repairs: bool = True,
+    ) -> None:
+        before = problem.before
+        self._held = torch.full_like(before.passed, holds_repairs)
+        self.problem, self.insisted = problem, insisted
+        self._unit = before.margin_unit / REFERENCE_MARGIN
+        safety = SAFETY_MARGIN * max(1.0, self._unit)
+        self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
+        reserve = rounding_reserve(problem.evaluator.precision, before)
+        if reserve is not None:
+            self._required = self._required.maximum(reserve)
+        least = HINGE_MARGIN_RATIO * 0.05 * self._unit
+        hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(least, HINGE_MARGIN * self._unit)
+        hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
+        # Steps end at the hinge, which must be beyond what is required.
+        self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required.nan_to_num(0.0))
+        weight = before.weight.float()
+        self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
+        self.multiplier = torch.where(before.passed, weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
+        # Failing targets that count more are tried from further away.
+        reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
+        self._reachable = -self._unit * REACHABLE_MARGIN * reach
+        self._right = after.passed & (before.passed | self._held)
+        self._teacher = Teacher(problem, (state, {}), (~self._right).long())
+        self._generator = torch.Generator().manual_seed(problem.seed)
+        self.margin = _margins(after)
+        self.working = self._close()
+        far = (before.passed & ~self.working).nonzero().flatten()
+        self.working[far[torch.randperm(len(far), generator=self._generator)[:MAX_REHEARSED]]] = True
+
+    @property
+    def broken(self) -> Tensor:
+        """`N` bool: passed samples without the margin that is required of them."""
+        return self.problem.before.passed & ~(self.margin >= self._required)
+
+    @property
+    def open(self) -> Tensor:
+        """`N` bool: broken samples, and targets insisted on that are not right yet."""
+        return self.broken | (self.insisted & ~(self.margin >= self._required))
+
+    @property
+    def hopeless(self) -> Tensor:
+        """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
+        return self.broken & self.margin.isnan()
+
+    def update(self, after: SampleResults) -> None:
+        """Takes the margins of all known samples; those that came close to the boundary join the working set."""
+        self.margin = _margins(after)
+        self.working |= self._close()
+
+    def breaks(self, state: State, rows: Tensor) -> bool:
+        """Whether any of some passed samples, by row, is broken under a state."""
+        self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
+        return bool(self.broken[rows].any())
+
+    def round(self, descent: Descent) -> None:
+        """Steps on the active samples and as many rehearsed ones, then their margins again."""
+        before = self.problem.before
+        self.multiplier[self.open] *= MULTIPLIER_GROWTH
+        self.multiplier.clamp_(max=MAX_MULTIPLIER)
+        near = self.margin < self._unit * ACTIVE_MARGIN
+        pursued = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
+        pursued = (pursued & self._held) | (self.insisted & near)
+        is_active = self.working & ((before.passed & near) | pursued)
+        active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
+        rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
+        weight = self._weight * torch.where(before.passed | self.insisted, self.multiplier, pursued.float())
+        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
+        # One transfer a round.
+        table = table.to(self.problem.device)
+        measured: list[tuple[Tensor, Tensor]] = []
+
+        def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+            columns = table[rows.to(table.device, non_blocking=True)].to(output.device)
+            weight, hinge, is_taught = columns.unbind(1)
+            margin = self._margin(output, batch)
+            measured.append((rows, margin.detach()))
+            divergence = self.problem.task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+            return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
+
+        n_open = int(self.open.sum())
+        factor = (RATE_PER_OPEN_TARGET if self.insisted.any() else RATE_PER_BROKEN_SAMPLE) * n_open
+        rate = POLISH_RATE * min(max(1.0, factor), MAX_RATE_FACTOR)
+        rows = torch.cat([active, rehearsed])
+        self._teacher.prepare(rows)
+        batches = shuffled_batches(rows, self._generator)
+        while 0 < len(batches) < MIN_STEPS_PER_ROUND:
+            batches += shuffled_batches(rows, self._generator)
+        for parts in load_batches(self.problem, batches):
+            descent.step(parts, loss, rate=rate)
+        self.margin = merge_measurements(self.problem, self.margin, measured)
+        if not self.insisted.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
+            self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
+
+    def _close(self) -> Tensor:
+        """`N` bool: the samples nearest to the boundary that can still matter, and targets insisted on."""
+        before, margin = self.problem.before, self.margin
+        repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
+        close = (before.passed | repaired) & self.problem.used & (margin < self._unit * WORKING_SET_MARGIN)
+        rows = close.nonzero().flatten()
+        nearest = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MAX_WORKING_SET]
+        chosen = self.insisted.clone()
+        chosen[rows[nearest]] = True
+        return chosen
+
+    @torch.no_grad()
+    def _measure(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows and margins of chosen samples of this rank's share under a state."""
+        problem, measured = self.problem, []
+        with holding(problem.model, state):
+            for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
+                for batch, places in parts:
+                    output = problem.evaluator.output(batch)
+                    is_finite = problem.task.loss(output, batch.target).isfinite()
+                    measured.append((places, torch.where(is_finite, self._margin(output, batch), torch.nan)))
+        return measured
+
+    def _margin(self, output: Tensor, batch: Batch) -> Tensor:
+        margin = self.problem.task.margin(output, batch.target)
+        assert margin is not None
+        return margin
+
+
+def _margins(after: SampleResults) -> Tensor:
+    """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
+    margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
+    return torch.where(after.loss.isfinite(), margin, torch.nan)
+
+
+class TargetSchedule:
+    """Targets that steps go on for, however far from being right they are.
+
+    Attributes:
+        wanted: `N` bool, those that are not given up for good.
+        insisted: `N` bool, those of them that steps go on for at present; the same tensor all the time.
+    """
+
+    def __init__(self, problem: Problem, wanted: Tensor) -> None:
+        self._weight = problem.before.weight
+        self.wanted, self.insisted = wanted, wanted.clone()
+        self._rounds, self._max_rounds, self._until = 0, FIRST_INSISTING_ROUNDS, Deadline()
+
+    @property
+    def insists_on_all(self) -> bool:
+        """Whether no target is let go for the time being."""
+        return torch.equal(self.insisted, self.wanted)
+
+    def begin(self, deadline: Deadline) -> None:
+        """From now on targets are insisted on for some rounds or a part of the time, if that is limited."""
+        self._rounds, self._until = 0, deadline.within(INSISTING_TIME_FRACTION * deadline.seconds_left)
+
+    def insist_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
+        """Insists on all that are wanted, for twice as many rounds."""
+        self.insisted |= self.wanted
+        active_set.working |= self.wanted
+        self._max_rounds *= 2
+        self.begin(deadline)
+
+    def before_round(self, active_set: ActiveSet) -> None:
+        """Lets go of what is not right for the time being, where the rounds or the time for it are over."""
+        is_limited = self._until.is_set and self._rounds > 0
+        if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
+            self.insisted &= ~active_set.open
+        self._rounds += 1
+
+    def give_up(self, active_set: ActiveSet) -> None:
+        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same.
+
+        If all are right and something is broken all the same, those with the largest multiplier are in its way.
+        """
+        weight, multiplier = self._weight, active_set.multiplier
+        late = self.insisted & active_set.open
+        if not late.any() and self.insisted.any():
+            late = self.insisted & (multiplier >= multiplier[self.insisted].max())
+        if late.any():
+            given_up = late & (weight <= weight[late].median())
+            self.insisted &= ~given_up
+            self.wanted &= ~given_up

@@ -1,0 +1,270 @@
+"""Changing a last Linear layer is a convex problem: with its inputs at hand, every margin is linear in its weights.
+
+For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
+weights. Sought is the D that moves the logits of passed data least, in the mean square, while every passed sample keeps
+a part of its margin (hard) and targets get one (each at a price: the strength).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.device import widest
+from lightning_nrl.methods._solvers.cutting_planes import (
+    add_cutting_planes,
+    margins_over_rivals,
+    pair_gram,
+    pair_sides,
+    sum_of_pairs,
+)
+from lightning_nrl.methods._solvers.qp import solve_dual
+
+KEPT_MARGIN_RATIO = 0.5
+"""Of its margin, a passed sample keeps at least this part."""
+
+MAX_KEPT_MARGIN = 0.05
+"""A passed sample need not keep more than this, in units of the median margin of passed data."""
+
+HEAD_TARGET_MARGIN = 0.05
+"""The margin that a repaired target gets, in the same units."""
+
+HEAD_RIDGE = 1e-4
+"""Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
+are not free."""
+
+MAX_PATH_ROUNDS = 31
+"""Most rounds of cutting planes."""
+
+PAIRS_PER_ROUND = 400
+"""Most pairs that a round adds, the most violated first."""
+
+VIOLATION_TOLERANCE = 1e-3
+"""A pair counts as violated if this part of the unit is missing; the last rest is scaled away exactly."""
+
+ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
+"""Samples that are computed at once, all of them up to so many. Of more, parts that a processor's cache likes, and only
+those samples whose margin may be too small."""
+
+REACH_SLACK = 1.001
+"""More than what rounding may add to a distance in whitened weights."""
+
+LEAST_KEPT_MARGIN = 0.01
+"""What a passed sample keeps at least of the margin required, after that scaling."""
+
+
+@dataclass(frozen=True)
+class ConvexHead:
+    """A last Linear layer on `n` known samples. Beside its tensors it holds a block of samples at once.
+
+    Attributes:
+        features: `N x d`, what the layer gets; with a column of ones if its bias may change and `ones` is false.
+        logits: `N x C`, what it gives.
+        label: `n` int64, the true classes.
+        targeted: `n` bool, samples to be repaired; all others are passed and to be kept.
+        weight: `n`, what the missing margin of a target costs more than that of another; None: all alike.
+        rows: `n` int64, where the samples are among the `N`; None: they are all of them.
+        ones: whether a column of ones is put beside the features where they are used.
+    """
+
+    features: Tensor
+    logits: Tensor
+    label: Tensor
+    targeted: Tensor
+    weight: Tensor | None = None
+    rows: Tensor | None = None
+    ones: bool = False
+
+    @property
+    def n_features(self) -> int:
+        return self.features.shape[1] + self.ones
+
+    def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
+        """Samples, all or chosen ones (int64), block by block."""
+        n = len(self.label) if chosen is None else len(chosen)
+        size = ROWS_PER_BLOCK if len(self.label) <= ROWS_PER_BLOCK else ROWS_OF_MANY
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            yield part if chosen is None else chosen[part]
+
+    def inputs(self, some: Tensor | slice) -> Tensor:
+        """`m x d`, the features of some samples, with the column of ones."""
+        own = self.features[some if self.rows is None else self.rows[some]]
+        return F.pad(own, (0, 1), value=1.0) if self.ones else own
+
+    def outputs(self, some: Tensor | slice) -> Tensor:
+        return self.logits[some if self.rows is None else self.rows[some]]
+
+    def margins(self, some: Tensor | slice) -> Tensor:
+        """`m x C`: the margin of some samples over each class, infinite over their own."""
+        return margins_over_rivals(self.outputs(some), self.label[some])
+
+    @cached_property
+    def narrowest(self) -> Tensor:
+        """`n`, the least margin of each sample."""
+        return torch.cat([self.margins(some).amin(1) for some in self.blocks()])
+
+    @cached_property
+    def unit(self) -> float:
+        return float(self.narrowest[~self.targeted].median().clamp_min(1e-12))
+
+    @cached_property
+    def required(self) -> Tensor:
+        """`n`, the margin that each sample is to have."""
+        kept = (KEPT_MARGIN_RATIO * self.narrowest).clamp(max=MAX_KEPT_MARGIN * self.unit)
+        return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """`d x d`: C^(-1/2), where C is the second moment of the features of passed data."""
+        dtype, passed = widest(self.features.device), ~self.targeted
+        moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
+        for some in self.blocks():
+            own = self.inputs(some)[passed[some]].to(dtype)
+            moment += own.T @ own
+        moment /= passed.sum()
+        values, vectors = torch.linalg.eigh(moment)
+        values = values.clamp_min(0) + HEAD_RIDGE * values.clamp_min(0).mean().clamp_min(1e-30)
+        root: Tensor = (vectors * values.rsqrt()) @ vectors.T
+        return root
+
+    def white(self, rows: Tensor) -> Tensor:
+        """`n x d`: the features of some samples in coordinates in which the passed ones have a second moment of 1."""
+        return self.inputs(rows).to(self.root.dtype) @ self.root
+
+    def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
+        """The logits of some samples, `m x C`, under a change of the weights, `C x d`."""
+        return self.outputs(some) + self.inputs(some) @ change.T.to(self.features)
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """`n`: how far two classes' weights must move apart, in whitened weights, before a margin can be too small.
+
+        That margin moves by no more than this distance times the length of the whitened features (Cauchy, Schwarz).
+        """
+        root = self.root.to(self.features)
+        length = torch.cat([(self.inputs(some) @ root).norm(dim=1) for some in self.blocks()])
+        return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
+
+    def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
+        """Of some samples, `n` bool, those whose margin may be less than required under a change, `m` int64.
+
+        None, which stands for all, where there are no more samples than in a block.
+        """
+        if len(self.label) <= ROWS_PER_BLOCK:
+            return None
+        white = torch.linalg.solve(self.root, change.T.to(self.root)).T
+        apart = REACH_SLACK * torch.cdist(white, white).amax(1).to(self.reach)
+        return (among & (self.reach <= apart[self.label])).nonzero().flatten()
+
+    def right(self, change: Tensor) -> Tensor:
+        """`n` bool, which samples the layer gets right under a change of the weights, `C x d`."""
+        right = ~self.targeted
+        for some in self.blocks(self.reached(change, torch.ones_like(right))):
+            right[some] = self.changed(change, some).argmax(1) == self.label[some]
+        return right
+
+
+def regularization_path(
+    head: ConvexHead,
+    strengths: Sequence[float],
+    used: Tensor | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[Tensor]:
+    """The best change at each strength, weakest first, each solved from the one before.
+
+    Args:
+        head: the layer on known samples.
+        strengths: the price of a target's missing margin, from weak to strong, in units of what the median target
+            would take if it were the only one.
+        used: `N` bool, the samples that count; None: all.
+        is_over: whether time is over: then no step is made and no pair added any more, and more is lost by the scaling.
+
+    Yields:
+        `C x d`, a change under which every passed sample that counts stays right, with what the scaling left of the
+        margin required.
+    """
+    used = torch.ones_like(head.targeted) if used is None else used
+    missing = (head.required - head.narrowest)[used & head.targeted]
+    unit = float((missing / (2 * head.white(used & head.targeted).square().sum(1))).median())
+    programme = _PairProgramme(head, used, is_over)
+    for strength in strengths:
+        programme.begin(strength * unit)
+        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, is_over)
+        yield _scale_back(head, programme.change @ head.root, used)
+
+
+class _PairProgramme:
+    """The programme of one price under some pairs of a sample and a class.
+
+    Attributes:
+        change: `C x d`, the solution in whitened weights.
+    """
+
+    def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
+        self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
+        device = head.root.device
+        self._code = torch.zeros(0, dtype=torch.int64, device=device)  # sample * C + class
+        self._multipliers = head.root.new_zeros(0)
+        self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
+
+    def begin(self, price: float) -> None:
+        """Goes on at another price of a target's missing margin, with the pairs that bind."""
+        binding = self._multipliers > 0
+        self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
+
+    def solve(self) -> None:
+        """Finds the change that the pairs ask for."""
+        head, n_classes = self.head, self.head.logits.shape[1]
+        sample, rival = self._code // n_classes, self._code % n_classes
+        features = head.white(sample)
+        margin = head.margins(sample).gather(1, rival[:, None]).squeeze(1)
+        required = (head.required[sample] - margin).to(features.dtype)
+        price = features.new_full((len(sample),), self.price)  # huge inputs give prices beyond single precision
+        if head.weight is not None:
+            price *= head.weight[sample]
+        limit = torch.where(head.targeted[sample], price, torch.inf)
+        sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
+        gram = pair_gram(features, sides)
+        self._multipliers = solve_dual(gram, required, limit, self._multipliers, is_over=self.is_over).values
+        self.change = sum_of_pairs(features, sides, self._multipliers)
+
+    def add_violated(self) -> bool:
+        """Adds the pairs that lack most of the margin required."""
+        head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
+        codes, lacks = [self._code[:0]], [head.required[:0]]
+        for some in head.blocks(head.reached(change, self.used)):
+            missing = head.required[some][:, None] - margins_over_rivals(head.changed(change, some), head.label[some])
+            missing[~self.used[some]] = -torch.inf
+            place, rival = (missing > VIOLATION_TOLERANCE * head.unit).nonzero().unbind(1)
+            sample = place + some.start if isinstance(some, slice) else some[place]
+            codes.append(sample * n_classes + rival)
+            lacks.append(missing[place, rival])
+        code, lacking = torch.cat(codes), torch.cat(lacks)
+        new = ~torch.isin(code, self._code)
+        code, lacking = code[new], lacking[new]
+        code = code[lacking.argsort(descending=True, stable=True)[:PAIRS_PER_ROUND]]
+        self._code = torch.cat([self._code, code])
+        self._multipliers = torch.cat([self._multipliers, self._multipliers.new_zeros(len(code))])
+        return len(code) > 0
+
+
+def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
+    """The greatest part of a change that leaves every passed sample at least a hundredth of the margin required."""
+    passed = used & ~head.targeted
+    least = 1.0
+    for some in head.blocks(head.reached(change, passed)):
+        own = passed[some]
+        old = head.margins(some)[own]
+        if not len(old):
+            continue
+        new = margins_over_rivals(head.changed(change, some), head.label[some])[own]
+        floor = LEAST_KEPT_MARGIN * head.required[some][own][:, None]
+        part = torch.where(new < floor, (old - floor) / (old - new), 1)
+        least = min(least, float(part.amin().clamp(0, 1)))
+    return change * least

@@ -1,0 +1,146 @@
+"""Gradient steps on weights of a copy: as deployed, over all known splits and ranks, the live model left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import none_if_out_of_memory, repeatable_gradients
+from lightning_nrl._utils.state import State, holding, live_tensors
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DeviceMemoryError
+from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, Part, load_batches
+from lightning_nrl.methods.problem import Problem
+
+MAX_SAMPLE_WEIGHT = 10.0
+"""A loss with a larger weight would drown all others."""
+
+Loss = Callable[[Batch, Tensor, Tensor], Tensor]
+"""From a batch, its rows among the known samples and the logits: a sum over its samples, to be made small."""
+
+
+class Descent:
+    """Weights that take steps.
+
+    Batch norm and dropout work as deployed, since the model stays in evaluation mode. Steps are taken on float32
+    copies, because steps that are smaller than the rounding of a half precision would be lost; the model runs on them
+    in its own dtype. Where a mini-batch does not fit in memory, its gradient is summed over smaller forward passes.
+
+    Args:
+        problem: its `scope` names the parameters that move; its model is run, never written to.
+        state: where they start. What it has beyond the scope stays as it is there.
+        optimizer: is made from the copies. One that does not care for the scale of the loss, such as Adam: losses are
+            sums over samples, so that they add up over splits and ranks and do not vanish in half precision.
+        masks: by name of a parameter, which of its weights may move; all of those that are not named.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        state: State,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.problem = problem
+        live = live_tensors(problem.model)
+        parameters = dict(problem.model.named_parameters())
+        given = {id(live[name]): value for name, value in state.items()}
+        moving = {id(parameters[name]) for name in problem.scope}
+        self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
+        # Without gradients, which would otherwise gather in the live parameters.
+        fixed = {k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given}
+        self._frozen = fixed | self._given
+        self._dtypes = {name: parameters[name].dtype for name in problem.scope}
+        self._copies = {
+            name: given.get(id(parameters[name]), parameters[name])
+            .detach()
+            .to(torch.promote_types(dtype, torch.float32), copy=True)
+            .requires_grad_()
+            for name, dtype in self._dtypes.items()
+        }
+        self._masked = [(self._copies[k], mask.to(self._copies[k].device)) for k, mask in (masks or {}).items()]
+        self._samples_at_once = BATCH_SIZE
+        self.optimizer = optimizer(list(self._copies.values()))
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """The weights as they are now, in the dtypes of the model, with what was given beyond the scope."""
+        moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
+        return {**self._given, **moved}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model runs on the weights as they are now, and gradients lead to them."""
+        cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
+        with holding(self.problem.model, {**self._frozen, **cast}):
+            yield
+
+    def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
+        """One step on this rank's share of a mini-batch, the gradients summed over splits and ranks.
+
+        Raises:
+            DeviceMemoryError: on all ranks, if a single sample does not fit in the memory of one. The weights are as
+                they were before the step.
+        """
+        for group in self.optimizer.param_groups if rate is not None else ():
+            group["lr"] = rate
+        has_fitted = self._backward(list(parts), loss)
+        if self.problem.collective.world_size > 1:
+            has_fitted = self._sum_gradients(has_fitted)
+        if not has_fitted:
+            self.optimizer.zero_grad()
+            raise DeviceMemoryError(
+                "the gradient of a single sample does not fit in the memory of the device.",
+                "name a later `layer`, or free memory.",
+            )
+        old = [x.detach().clone() for x, _ in self._masked]
+        for x, mask in self._masked:
+            if x.grad is not None:
+                x.grad = x.grad.where(mask, 0)
+        self.optimizer.step()
+        for (x, mask), value in zip(self._masked, old, strict=True):
+            # Weight decay moves also what has no gradient.
+            x.detach().copy_(x.detach().where(mask, value))
+        self.optimizer.zero_grad()
+
+    def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
+        """Leaves the gradient of the loss over this rank's parts in the copies; whether memory sufficed for it."""
+
+        def work() -> bool:
+            with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
+                for batch, rows in self._pieces(parts):
+                    loss(batch, rows, self.problem.evaluator.output(batch)).backward()
+            return True
+
+        while none_if_out_of_memory(work) is None:
+            self.optimizer.zero_grad()
+            most = min(self._samples_at_once, max(len(rows) for _, rows in parts))
+            if most <= 1:
+                return False
+            self._samples_at_once = most // 2
+        return True
+
+    def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The same samples, as many at once as have fitted in memory so far."""
+        for part in parts:
+            if len(part[1]) <= self._samples_at_once:
+                yield part
+                continue
+            for pieces in load_batches(self.problem, part[1].split(self._samples_at_once)):
+                yield from pieces
+
+    def _sum_gradients(self, has_fitted: bool) -> bool:
+        """Sums gradients over ranks; whether memory sufficed on all of them."""
+        copies = list(self._copies.values())
+        mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
+        flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
+        total = self.problem.collective.sum(torch.cat([*mine, flags]))
+        *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
+        *used, failed = flags.tolist()
+        for x, grad, ranks in zip(copies, grads, used, strict=True):
+            # As on one rank: what no loss depends on has no gradient, and weight decay leaves it.
+            x.grad = grad.view_as(x).to(x.dtype) if ranks else None
+        return not failed

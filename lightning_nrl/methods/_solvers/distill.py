@@ -1,0 +1,138 @@
+"""Fine-tuning with distillation: steps that repair targets, for one layer, a block or a whole network as deployed.
+
+Every known sample is trained on; passed samples are held to what the original model says of them. Hard samples are
+mined: those that are right by a wide margin, before and now, are left out of most epochs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DeviceMemoryError, RepairWarning
+from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
+from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
+from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
+from lightning_nrl.methods.budget import PACE_STEPS, VISITS_PER_SAMPLE
+from lightning_nrl.methods.problem import Problem
+
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
+"""Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
+TARGET_EMPHASIS = 3.0
+"""How much more the loss of a target counts than that of another sample."""
+EASY_MARGIN = 3 / 8
+"""Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
+EASY_FRACTION = 0.25
+"""The part of the easy samples that an epoch trains on."""
+
+
+def distill(
+    problem: Problem, *, deadline: Deadline | None = None, start: State | None = None, visits: int | None = None
+) -> State:
+    """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
+
+    They begin at `start`, by default the original weights, and go through so many samples, by default each of them
+    `VISITS_PER_SAMPLE` times.
+
+    Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
+    1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
+
+    Without margins no sample is easy. How many steps there are before a deadline is chosen by the time of the first
+    ones, the same on every rank, and the schedule ends with them. Without time for a step the parameters are the
+    original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
+    """
+
+    def work() -> State:
+        rows = problem.used.nonzero().flatten()
+        planned = VISITS_PER_SAMPLE * len(rows) if visits is None else visits
+        run = _Distillation(problem, deadline or Deadline(), start or {}, planned)
+        try:
+            while run.epoch(rows):
+                rows = run.hard_and_some_easy()
+        except DeviceMemoryError as error:
+            message = f"the fit ended after {run.visits:,} samples: {error}"
+            warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
+        return run.descent.state()
+
+    return problem.work.once("distil", work)
+
+
+class _Distillation:
+    """A fit in progress.
+
+    Attributes:
+        margin: `N` float, of each sample as last measured, the same on every rank.
+        visits: samples that were trained on so far, counted at each visit.
+        planned: how many that will be.
+    """
+
+    def __init__(self, problem: Problem, deadline: Deadline, start: State, planned: int) -> None:
+        before = problem.before
+        self.problem, self.deadline = problem, deadline
+        self.descent = Descent(problem, start, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
+        self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
+        self._generator = torch.Generator().manual_seed(problem.seed)
+        weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
+        weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
+        weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
+        self._weights = torch.stack(weights, 1).to(problem.device)
+        self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
+        self.margin = before.margin.clone()
+        self.visits, self.planned, self._most = 0, planned, planned
+
+    def epoch(self, rows: Tensor) -> bool:
+        """Steps on these rows in random order; whether there is time for another epoch."""
+        batches = shuffled_batches(rows, self._generator)
+        measured: list[tuple[Tensor, Tensor]] = []
+        start, began = self.visits, self.deadline.now()
+        for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
+            if number == 1 and not start:
+                # The first step also warms up.
+                start, began = self.visits, self.deadline.now()
+            if number == 1 + PACE_STEPS:
+                self._plan(start, began)
+            if self.visits >= self.planned or self.deadline.is_over():
+                return False
+            cosine = math.cos(math.pi * (self.visits / self.planned))
+            self.descent.step(parts, partial(self._loss, measured), rate=DISTILL_RATE * (1 + cosine) / 2)
+            self.visits += len(batch)
+        self.margin = merge_measurements(self.problem, self.margin, measured)
+        self._plan(start, began)
+        self._report()
+        return self.visits < self.planned
+
+    def hard_and_some_easy(self) -> Tensor:
+        """Rows for the next epoch: all but the easy ones, and a random part of these."""
+        easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
+        is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
+        return (is_drawn & self.problem.used).nonzero().flatten()
+
+    def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+        task = self.problem.task
+        margin = task.margin(output.detach(), batch.target)
+        if margin is not None:
+            measured.append((rows, margin))
+        weights = self._weights[rows.to(self._weights.device, non_blocking=True)].to(output.device)
+        of_loss, of_divergence = weights.unbind(1)
+        divergence = task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+        return (of_loss * task.loss(output, batch.target)).sum() + (of_divergence * divergence).sum()
+
+    def _plan(self, start: int, began: float) -> None:
+        """How many samples there is time for, by the pace since then; the first rank's answer."""
+        if self.deadline.is_set and self.visits > start:
+            more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
+            planned = min(self._most, self.visits + int(more))
+            self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
+
+    def _report(self) -> None:
+        before, passes = self.problem.before, self.margin > 0
+        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
+        n_repaired = int((before.targeted & passes).sum())
+        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)

@@ -1,0 +1,78 @@
+"""Mini-batches of chosen rows over all known splits and ranks, and what was measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.interrupts import poll
+from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.methods.problem import Problem
+
+BATCH_SIZE = 128
+"""Samples in one step, over all ranks: what the recipes here were tried with."""
+
+Part = tuple[Batch, Tensor]
+"""Samples of one split, and their rows among the known samples, `n` int64."""
+
+
+@runtime_checkable
+class _SizedSource(Protocol):
+    """A source that says how many samples the model is known to take at once."""
+
+    @property
+    def batch_size(self) -> int | None: ...
+
+
+def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE) -> list[Tensor]:
+    """Rows in random order, in mini-batches of about the same size, at most `size`."""
+    if not len(rows):
+        return []
+    shuffled = rows[torch.randperm(len(rows), generator=generator)]
+    return list(shuffled.tensor_split(-(-len(rows) // size)))
+
+
+def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
+    """This rank's share of mini-batches of rows, each as parts of one split, none larger than that split's batches."""
+    streams = []
+    for source in problem.known:
+        start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
+        mine[source.positions] = True
+        at_once = min(BATCH_SIZE, _batch_size(source) or BATCH_SIZE)
+        chosen = []
+        for rows in batches:
+            places = rows[(rows >= start) & (rows < start + len(mine))] - start
+            places = places[mine[places]]
+            chosen.append(list(places.split(at_once)) if len(places) else [])
+        flat = [places for parts in chosen for places in parts]
+        streams.append((start, [len(parts) for parts in chosen], iter(source.draw(flat) if flat else ())))
+    for at in range(len(batches)):
+        poll()
+        yield [
+            (batch, batch.position + start)
+            for start, counts, stream in streams
+            for batch in (next(stream) for _ in range(counts[at]))
+        ]
+
+
+def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """A column over all known samples, `N`, with new values at the rows that any rank measured; of several the last."""
+    new, is_new = torch.zeros_like(column), torch.zeros_like(column)
+    if measured:
+        rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])
+        sizes = [len(rows) for rows, _ in measured]
+        # One transfer; and later values overwrite earlier ones, which indexing alone would not promise.
+        for some, value in zip(rows.split(sizes), values.cpu().split(sizes), strict=True):
+            new[some], is_new[some] = value.to(column.dtype), 1.0
+    new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
+    return torch.where(is_new > 0, new, column)
+
+
+def _batch_size(source: Source) -> int:
+    if isinstance(source, _SizedSource) and source.batch_size:
+        return source.batch_size
+    # Reading a batch to know is slow where workers have to start for it.
+    return len(next(iter(source), ()))

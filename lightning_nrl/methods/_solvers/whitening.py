@@ -1,0 +1,218 @@
+"""Changes of layers in units in which all of them move what the layers give by the same amount.
+
+A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data,
+a change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
+measure a change by what it does to what is right. Gradients of margins come in the same coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.device import at_least_float32, no_autocast, widest
+from lightning_nrl._utils.state import State, holding
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients, windows
+from lightning_nrl.evaluation.layers import LayerRef
+from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
+from lightning_nrl.methods.problem import Problem
+
+MOMENT_RIDGE = 0.1
+"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
+they help the targets, and few samples beside them."""
+
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128
+"""Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""
+
+MAX_FULL_MOMENT = 2048
+"""Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
+
+
+class MarginGradients(NamedTuple):
+    """Gradients of margins, whitened."""
+
+    rows: Tensor  # m int64, of the known samples, ascending
+    values: Tensor  # m x K
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Coordinates of changes, one set a layer, behind each other: `K` in all.
+
+    Attributes:
+        sites: the layers.
+        outputs: of each layer the output channels whose weights may move, int64.
+        roots: of each layer C^(-1/2) by output channel group, `groups x d x d`, or `groups x d` where it is diagonal;
+            `d` is one more than the weights of an output where its bias may move.
+    """
+
+    sites: tuple[LayerRef, ...]
+    outputs: tuple[Tensor, ...]
+    roots: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
+
+    def state(self, change: Tensor) -> State:
+        """Whole parameters with a change, `K`, added to the live ones."""
+        found, at = {}, 0
+        for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
+            size = len(outputs) * root.shape[-1]
+            columns = _scaled(site, outputs, root, change[at : at + size].view(1, len(outputs), -1))[0]
+            at, first = at + size, 0
+            for name, parameter in site.parameters.items():
+                last = first + parameter.numel() // len(parameter)
+                added = columns.new_zeros(len(parameter), last - first)
+                added[outputs], first = columns[:, first:last], last
+                old = at_least_float32(parameter.detach())
+                found[name] = (old + added.view_as(old)).to(parameter.dtype)
+        return found
+
+
+@torch.no_grad()
+def fit_whitening(problem: Problem, max_size: int) -> Whitening:
+    """Whitens the layers of a problem by passed data, with at most about `max_size` coordinates.
+
+    Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
+    with the greatest squared gradients of their margins.
+
+    Raises:
+        ConfigurationError: gradients do not reach a layer.
+    """
+    space, before = problem.space, problem.before
+    passed = before.passed.nonzero().flatten()
+    generator = torch.Generator().manual_seed(problem.seed)
+    drawn = passed[torch.randperm(len(passed), generator=generator)[:MAX_MOMENT_SAMPLES]]
+    moments = [_empty(site) for site in space.sites]
+    for _, calls in _traced(problem, drawn):
+        for site, moment in zip(space.sites, moments, strict=True):
+            for x, _ in calls[site.name]:
+                _add(site, moment, x)
+    roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
+    outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
+    whole = Whitening(space.sites, outputs, roots)
+    if whole.size <= max_size:
+        return whole
+    useful = [torch.zeros(len(o), device=space.device) for o in outputs]
+    for _, found in _gradients(problem, before.targeted.nonzero().flatten(), whole):
+        for total, part in zip(useful, found, strict=True):
+            total += part.square().sum((0, 2))
+    kept = [max(1, int(max_size / whole.size * len(o))) for o in outputs]
+    order = [problem.collective.agreed(problem.collective.sum(u).argsort(descending=True)) for u in useful]
+    return Whitening(space.sites, tuple(o[:n].sort().values for o, n in zip(order, kept, strict=True)), roots)
+
+
+@torch.no_grad()
+def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> MarginGradients:
+    """Gradients of the margins of chosen rows under a state, the same on every rank.
+
+    Raises:
+        ConfigurationError: gradients do not reach a layer.
+    """
+    rows, parts = [], []
+    with holding(problem.model, state):
+        for at, found in _gradients(problem, chosen, whitening):
+            rows.append(at)
+            parts.append(torch.cat([part.flatten(1) for part in found], 1))
+    device = problem.space.device
+    own = torch.cat(parts) if parts else torch.zeros(0, whitening.size, device=device)
+    own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    all_rows = torch.cat(problem.collective.gather(own_rows))
+    order = all_rows.argsort()
+    return MarginGradients(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
+
+
+def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
+    """Rows and calls of this rank's share of chosen samples; afterwards all ranks know whether gradients came.
+
+    Raises:
+        ConfigurationError: they did not, on any rank.
+    """
+    if problem.space.gates:
+        name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
+        raise ConfigurationError(
+            f"`layer={name!r}`: steps along gradients cannot be made in a recurrent layer.",
+            "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
+        )
+    layers = {site.name: site.module for site in problem.space.sites}
+    missed = dict.fromkeys(layers, False)
+    for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
+        for batch, at in parts:
+            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.evaluator.context)
+            missed |= {name: missed[name] or not is_by_sample(found, len(at)) for name, found in calls.items()}
+            if not any(missed.values()):
+                yield at, calls
+    for name, missing in missed.items():
+        if problem.collective.any(missing):
+            raise ConfigurationError(
+                f"`layer={name!r}`: the gradients of the margins do not reach it, sample by sample.",
+                "name a layer that the model calls as a module outside `torch.no_grad`, with a batch first; or use "
+                "`method='swarm'`, which needs no gradients.",
+            )
+
+
+def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Rows and whitened gradients of this rank's share, of each layer `n x outputs x d`."""
+    for at, calls in _traced(problem, chosen):
+        with no_autocast(problem.space.device):
+            layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
+            yield at, [_of_site(site, calls[site.name], len(at), *rest) for site, *rest in layers]
+
+
+def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
+    parts = []
+    for weight, bias in sample_gradients(site.module, calls, n):
+        gradient = weight.flatten(2)[:, outputs]
+        if _has_bias(site):
+            gradient = torch.cat([gradient, bias[:, outputs, None]], 2)
+        parts.append(_scaled(site, outputs, root, gradient))
+    return torch.cat(parts)
+
+
+def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
+    """`n x outputs x d` times C^(-1/2), which is symmetric: from coordinates to weights, and gradients back."""
+    root = root.to(x.dtype)
+    group = outputs // (len(site.module.weight) // len(root))
+    if root.ndim == 2:
+        return x * root[group]
+    if len(root) == 1:
+        return x @ root[0]
+    return torch.bmm(x.transpose(0, 1), root[group]).transpose(0, 1)
+
+
+def _has_bias(site: LayerRef) -> bool:
+    return len(site.parameters) > 1
+
+
+def _empty(site: LayerRef) -> Tensor:
+    """The sum of no moments: `groups x d x d`, or `groups x d` where that is too large."""
+    groups = getattr(site.module, "groups", 1)
+    d = site.module.weight[0].numel() + _has_bias(site)
+    shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
+    return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
+
+
+def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
+    with no_autocast(x.device):
+        inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
+        if _has_bias(site):
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
+
+
+def _root(moment: Tensor) -> Tensor:
+    """C^(-1/2) of each group, C scaled to a mean eigenvalue of 1."""
+    diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1).clamp_min(1e-30)
+    if moment.ndim == 2:
+        return (moment / mean[:, None] + MOMENT_RIDGE).rsqrt()
+    values, vectors = torch.linalg.eigh(moment / mean[:, None, None])
+    root: Tensor = (vectors * (values.clamp_min(0) + MOMENT_RIDGE).rsqrt()[:, None, :]) @ vectors.mT
+    return root

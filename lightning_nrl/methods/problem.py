@@ -1,0 +1,255 @@
+"""What a method is, and what it is given: a model, what it does on known data, and what may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.state import State, device_of
+from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl.data.batch import Source
+from lightning_nrl.data.sample_identity import Identified, is_among
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.quotas import below, raised
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.gate.gates import Gate, Instance
+from lightning_nrl.localization import Localizer
+from lightning_nrl.methods.budget import JUDGING_PASSES
+from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.tasks import Task
+
+N_SCORED = 100_000
+"""Known samples that a search looks at, at most, unless something else is said."""
+
+LACKING_SLICE_FACTOR = 4.0
+"""How much more the targets of a slice count while it lacks repairs."""
+
+
+class Training(Protocol):
+    """Goes on with the training of the model, the known failures added to the training data.
+
+    One that treats targets in another way than other samples has `for_targets(targeted)`, which gives the same training
+    told which samples are targets, `N` bool by row of the results.
+    """
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the model was trained for."""
+        ...
+
+    @property
+    def visits(self) -> int:
+        """How many samples that training went through, each counted at each visit."""
+        ...
+
+    @property
+    def fit_seconds(self) -> float | None:
+        """How long that training took; None where that is not known."""
+        ...
+
+    def __call__(
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: StageTimer,
+        start: State | None = None,
+        weight: Tensor | None = None,
+        epochs: int | None = None,
+        rate: float | None = None,
+    ) -> State | None:
+        """Trains a copy; gives every parameter and persistent buffer on the model's device, None if time is too short.
+
+        Args:
+            seconds: how long that may take; infinite: as long as the epochs take.
+            seed: of the order of the samples and of all else that is random.
+            clock: is notified of progress.
+            start: weights to begin with, such as fresh ones; None: the model's own.
+            weight: `N` by row of the results, how often a sample is trained on in an epoch, on average; None: once.
+            epochs: over all known data; None: as many as the model was trained for.
+            rate: of AdamW, in place of the module's own optimizers and schedules, whose `training_step` it stays; None:
+                these.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, what is known of it, and what may be changed to repair it.
+
+    Attributes:
+        evaluator: the original model, in evaluation mode on its device, and what judges it. Nothing may write to the
+            model; all ranks run the same method in step.
+        known: all data that a method may use, this rank's share of it.
+        before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
+            `before.passed` is to be kept.
+        space: the layers whose weights are localised and searched.
+        scope: names of the parameters that may be changed at all; `space` is inside.
+        localizer: how weights to be searched are chosen.
+        fitness: how candidates of a swarm are ranked.
+        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or #pos of them.
+        clock: what stages took, and what is left of the time.
+        seed: of everything random.
+        budget: bytes that the search may use on the device; None takes a share of what is free.
+        n_scored: how many known samples a search looks at, at most; what it finds is counted on all.
+        training: goes on with the training; None where it is not known how the model was trained.
+        whole: whether the scope is the whole network, so that training may go on.
+        update: whether the model replaces another one that gets the targets right: they are regressions of it.
+        needed: how many targets of a slice are to be repaired at least, by the name of the slice.
+        gate: how many known passed samples may break; by default none.
+        held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
+            They are neither passed nor targeted in `before`.
+        unmasked: with samples held out, what the model does on all known data.
+        work: saves the results of finished steps, see `ResumeStore`.
+    """
+
+    evaluator: Evaluator
+    known: Sequence[Source]
+    before: SampleResults
+    space: ParameterSpace
+    scope: tuple[str, ...]
+    localizer: Localizer
+    fitness: FitnessFunction
+    passed: Tensor
+    clock: StageTimer = field(default_factory=StageTimer)
+    seed: int = 0
+    budget: int | None = None
+    n_scored: int = N_SCORED
+    training: Training | None = None
+    whole: bool = True
+    update: bool = False
+    needed: Mapping[str, int] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Instance)
+    held_out: Tensor | None = None
+    unmasked: SampleResults | None = None
+    work: ResumeStore = field(default_factory=ResumeStore)
+
+    @property
+    def model(self) -> nn.Module:
+        """The original model."""
+        return self.evaluator.model
+
+    @property
+    def task(self) -> Task:
+        """What passed, loss and margin mean."""
+        return self.evaluator.task
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
+    def collective(self) -> Collective:
+        """The ranks that share the data."""
+        return self.evaluator.collective
+
+    @property
+    def used(self) -> Tensor:
+        """`N` bool, the known samples that a method may use: all that are not held out."""
+        return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
+
+    @property
+    def deadline(self) -> Deadline:
+        """When the repair must be over, agreed upon over ranks."""
+        return self.clock.deadline(self.collective)
+
+    def deadline_of_method(self, share: float = 1.0) -> Deadline:
+        """When a method must be over that takes a share of the time that is left; `JUDGING_PASSES` come after it."""
+        return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
+
+    def evaluate(self, state: State) -> SampleResults:
+        """What the deployed model does on all known data under a state: one forward pass over them."""
+        return self.evaluator.run_with(state, self.known).sharing(self.before)
+
+    def propose(self, name: str, state: State) -> Proposal:
+        """A state as a proposal, counted on all known data."""
+        return self.counted(name, state, self.evaluate(state))
+
+    def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
+        """A state as a proposal, with results on all known data that are there already."""
+        before, flips = self.before, Flips.between(self.before, after)
+        repaired, broken = flips.repaired & before.targeted, flips.broken
+        missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
+        harm = before.harm(broken)
+        excess = self.excess(after, broken)
+        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
+        return Proposal(name, state, after, *counts)
+
+    def original(self, name: str) -> Proposal:
+        """The original weights as a proposal; nothing is run for it."""
+        return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
+
+    def target_counts(self, after: SampleResults) -> TargetCounts:
+        """What becomes of the known samples that a method may use."""
+        return Flips.between(self.before, after).target_counts(self.before, self.used)
+
+    def without(self, held_out: Tensor) -> Problem:
+        """The same problem for a method that must not use some samples, `N` bool, nor their copies in another split."""
+        held_out = held_out | (self.copies(held_out) & ~self.before.protected)
+        before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
+        unmasked = self.before if self.unmasked is None else self.unmasked
+        passed = self.passed & ~held_out
+        return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
+
+    @property
+    def came_with_failures(self) -> Tensor:
+        """`N` bool, the samples that came in with the failed ones: the model was not trained on them."""
+        came = torch.zeros_like(self.before.passed)
+        for source in self.known:
+            if source.failed:
+                came[self.before.of(source.split)] = True
+        return came
+
+    def copies(self, rows: Tensor) -> Tensor:
+        """`N` bool, these rows and all that are the same place of the same data set, where sources know that."""
+        identities = [source.identity for source in self.known if isinstance(source, Identified)]
+        if len(identities) < max(2, len(self.known)):
+            return rows
+        samples = torch.cat(identities)
+        return rows | is_among(samples, samples[rows])
+
+    def excess(self, after: SampleResults, broken: Tensor) -> float:
+        """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""
+        counts = Flips.between(self.before, after).counts(self.used)
+        return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
+
+    def steered(self, after: SampleResults) -> Problem:
+        """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
+
+        `after` are results on known data under the weights from which the search goes on.
+        """
+        names = below(self.before, self.before.targeted & after.passed, self.needed)
+        return replace(self, before=raised(self.before, names, LACKING_SLICE_FACTOR)) if names else self
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How new weights are found. A method of your own is a frozen dataclass with this call.
+
+    It may have more, which is used before the first step of training and has a default:
+
+    - `trains = True`: it goes on with the training where it can; it is checked that this will be possible.
+    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: what it needs of the task and the data.
+    - `check(model)`, `check_recording(recording)`: refuse what does not suit it by a `ConfigurationError`.
+    - `fitness`, `localizer`: how candidates are ranked and weights chosen, unless the user says so; a method that has
+      them even where the user does takes the user's by `with_parts(**parts)`.
+    - `wants_checkpoints`, `with_checkpoints(paths)`: it looks at earlier models and is given those of the Trainer.
+    """
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Finds new weights; the model is left as found.
+
+        Raises:
+            EmptyLocalizationError: no weight can be chosen; the repair then ends as `not repaired`.
+            ConfigurationError: the method does not suit the model or the task.
+        """
+        ...

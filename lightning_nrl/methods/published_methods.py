@@ -1,0 +1,67 @@
+"""The published methods of this family: each a localiser, a fitness and a searcher, any of which can be another one.
+
+docs/methods.md has their equations, and where they differ from the published texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_nrl.errors import check_choice
+from lightning_nrl.localization import Arachne, ArachneV2, Localizer, NeuRecover, NeuRecoverLite
+from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.search import (
+    ArachneDEFitness,
+    ArachneFitness,
+    DifferentialEvolution,
+    Fitness,
+    NeuRecoverFitness,
+    ParticleSwarm,
+    Searcher,
+)
+from lightning_nrl.search.fitness import FitnessFunction
+
+ITERATIONS, PATIENCE = 100, 10
+"""When all of them stop, as published."""
+
+
+def _arachne_swarm() -> ParticleSwarm:
+    return ParticleSwarm(iterations=ITERATIONS, patience=PATIENCE, start="normal", constants="arachne")
+
+
+BUNDLES: Mapping[str, Callable[[], LocalSearch]] = {
+    "neurecover-lite": lambda: LocalSearch(
+        ParticleSwarm(iterations=ITERATIONS, patience=PATIENCE, start="paper"),
+        localizer=NeuRecoverLite(),
+        fitness=Fitness("eq1"),
+    ),
+    "neurecover": lambda: LocalSearch(_arachne_swarm(), localizer=NeuRecover(), fitness=NeuRecoverFitness()),
+    "arachne": lambda: LocalSearch(_arachne_swarm(), localizer=Arachne(), fitness=ArachneFitness()),
+    "arachne-de": lambda: LocalSearch(
+        DifferentialEvolution(iterations=ITERATIONS, patience=PATIENCE, start="normal"),
+        localizer=ArachneV2(),
+        fitness=ArachneDEFitness(),
+    ),
+}
+"""The published methods by name, with their published settings."""
+
+
+def bundle(
+    name: str,
+    *,
+    localizer: str | Localizer | None = None,
+    fitness: str | FitnessFunction | None = None,
+    searcher: str | Searcher[Any] | None = None,
+) -> LocalSearch:
+    """A published method, with parts of it replaced by others, each by name or as an object; None: its own.
+
+    Raises:
+        ConfigurationError: there is no such method or part.
+
+    Example:
+        >>> bundle("arachne", localizer="random").localizer
+        RandomWeights(n_weights=None, seed=0, include_bias=False)
+    """
+    check_choice("name", name, tuple(BUNDLES))
+    return BUNDLES[name]().with_parts(localizer=localizer, fitness=fitness, searcher=searcher)

@@ -1,0 +1,102 @@
+"""What a method gives: new weights, and what they do on known data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lightning_nrl._utils.state import State
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.localization import Localization
+from lightning_nrl.report.run_records import PricePoint, Rung, Step
+from lightning_nrl.search.search_log import SearchResult
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New weights, and what they do on known data.
+
+    Attributes:
+        name: where they come from, such as `fit`, `polish` or `convex`.
+        state: whole tensors; those that are not named stay as they are.
+        after: what the deployed model does on known data under them.
+        repaired: targeted samples that pass.
+        broken: known passed samples that do not pass any more.
+        gain: what the repairs are worth, see `SampleResults.weight`; as many as they are unless something else is said.
+        harm: what the broken samples cost, likewise; infinite if one of them is protected.
+        missing: repairs that slices lack of what they need.
+        excess: how much more is broken, by `harm`, than the gate allows; all of it where none may break.
+    """
+
+    name: str
+    state: State
+    after: SampleResults
+    repaired: int
+    broken: int
+    gain: float = math.nan
+    harm: float = math.nan
+    missing: int = 0
+    excess: float = math.nan
+
+    def __post_init__(self) -> None:
+        for name, count in (("gain", self.repaired), ("harm", self.broken)):
+            if math.isnan(getattr(self, name)):
+                object.__setattr__(self, name, float(count))
+        if math.isnan(self.excess):
+            object.__setattr__(self, "excess", self.harm)
+
+    @property
+    def rank(self) -> tuple[float, int, float, float]:
+        """The larger the better: within the gate, then fewest repairs that slices lack, most gain, and least harm."""
+        return -self.excess, -self.missing, self.gain, -self.harm
+
+    def step(self, seconds: float, note: str = "") -> Step:
+        """A line for the report."""
+        return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method found.
+
+    Attributes:
+        proposal: the best it has; None if it has nothing better than the original weights.
+        reason: why there is no proposal, in words.
+        steps: what it did, in order.
+        others: further proposals worth keeping.
+        tried: what became of the known samples under other weights, such as those along a path over strength.
+        localization: which weights a swarm searched, if one did.
+        result: the course of that search.
+        n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
+        held_out: what the method does to known samples when it may not use them; None where that was not tried.
+        rungs: of a method that tries several, from the least change to the most.
+        choice: why one of them was taken, in a sentence.
+        price: what was found where some known samples may break.
+    """
+
+    proposal: Proposal | None
+    reason: str = ""
+    steps: tuple[Step, ...] = ()
+    others: tuple[Proposal, ...] = ()
+    tried: tuple[TargetCounts, ...] = ()
+    localization: Localization | None = None
+    result: SearchResult | None = None
+    n_passed: int | None = None
+    held_out: TargetCounts | None = None
+    rungs: tuple[Rung, ...] = ()
+    choice: str = ""
+    price: tuple[PricePoint, ...] = ()
+
+
+def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
+    """The best proposal, of equals the earlier; None if there is none.
+
+    Fewest known broken beyond what the gate allows, then most targets repaired, each counted by its weight; between
+    these, of slices that need a number of repairs, the fewest that are missing.
+    """
+    best: Proposal | None = None
+    for proposal in proposals:
+        if proposal is not None and (best is None or proposal.rank > best.rank):
+            best = proposal
+    return best

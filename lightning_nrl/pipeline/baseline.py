@@ -1,0 +1,206 @@
+"""What the original model does on all data, what of that a repair is about, and which held-out samples are known too.
+
+Held-out data are not searched: calibration data choose the strength, unseen data are only counted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.data import Source
+from lightning_nrl.data.batch import RecordingSource
+from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
+from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
+from lightning_nrl.evaluation.head_features import find_label_issues
+from lightning_nrl.evaluation.layers import refusing_batch_statistics
+from lightning_nrl.evaluation.quotas import normalised
+from lightning_nrl.pipeline.input_checks import check_losses, check_task
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.report import Role
+from lightning_nrl.updates.old_model import Reference, Update, look_back
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the original model does on all data.
+
+    Attributes:
+        known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
+        before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
+            keeps no more than what the replaced model gets right.
+        held_out: data that no search uses, and its results on them, by role; roles without data are left out.
+        set_aside: `N` bool, known failed samples that are no targets although they are in the target.
+        update: what the replaced model does; None: there is none.
+        leaked: by unseen split, how many of its samples are known too; splits without any are left out.
+    """
+
+    known: SampleResults
+    before: SampleResults
+    held_out: Mapping[Role, HeldOut]
+    set_aside: Tensor
+    update: Update | None = None
+    leaked: Mapping[str, int] = field(default_factory=dict)
+
+
+def evaluate_baseline(
+    evaluator: Evaluator,
+    known: Sequence[Source],
+    settings: Settings,
+    *,
+    unseen: Sequence[Source] = (),
+    calibration: Sequence[Source] = (),
+    clock: StageTimer,
+    reference: Reference | None = None,
+) -> Baseline:
+    """Makes a pass over all data; the clock keeps the time of each. The arguments are those of `repair_module`.
+
+    Raises:
+        ConfigurationError: the data, the target, the task or the reference cannot be used, or calibration data are
+            known too.
+        EvaluationError: losses are not finite; the samples are named.
+    """
+    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
+    held_out = {role: sources for role, sources in roles.items() if sources}
+    leaks = LeakCheck(known, held_out)
+    with clock.stage("collect"), refusing_batch_statistics(evaluator.model):
+        before, set_aside = settings.samples.evaluate(
+            evaluator, leaks.known, settings.target, everywhere=reference is not None
+        )
+    others: dict[Role, SampleResults] = {}
+    for role, sources in leaks.held_out.items():
+        with clock.stage("unseen"):
+            others[role] = evaluate_held_out(evaluator, sources, settings)
+    leaked = leaks.leaked(evaluator.collective)
+    check_losses(before)
+    check_task(settings, before, evaluator.task)
+    update, own = None, before
+    if reference is not None:
+        with clock.stage("reference"):
+            update = look_back(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
+        own = update.regressions("known", before)
+        others = {role: update.regressions(role, results) for role, results in others.items()}
+        before = update.kept(own, settings.samples.keep)
+    if settings.samples.set_aside == DOUBTFUL:
+        with clock.stage("labels"):
+            set_aside = find_label_issues(evaluator, known, before)
+    same, before = own is before, _without(before, set_aside)
+    return Baseline(
+        before if same else _without(own, set_aside),
+        before,
+        {role: HeldOut(held_out[role], results) for role, results in others.items()},
+        set_aside,
+        update,
+        leaked,
+    )
+
+
+def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
+    """The results without targets that are set aside, those that are left weighing 1 on average."""
+    return normalised(replace(results, targeted=results.targeted & ~set_aside))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Data that no search uses.
+
+    Attributes:
+        sources: this rank's share of them.
+        before: what the original model does on them.
+    """
+
+    sources: Sequence[Source]
+    before: SampleResults
+
+    def flips(self, evaluator: Evaluator, state: State) -> Flips:
+        """What becomes of their samples under other weights."""
+        return Flips.between(self.before, evaluator.run_with(state, self.sources))
+
+
+def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
+    """The results on data that no search uses.
+
+    Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
+    because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
+
+    Warns:
+        DataWarning: the failures in the target are not marked.
+    """
+    try:
+        return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
+    except Exception as error:
+        # Where one rank fails, all come here; they try again only if all can.
+        if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
+            raise
+        problem = f"the target's failures are not counted on unseen data: {error}"
+        warnings.warn(DataWarning(problem), stacklevel=3)
+    return settings.samples.evaluate(evaluator, sources, known=False)[0]
+
+
+MAX_LISTED_IDS = 10
+"""Samples that a message names."""
+
+
+class LeakCheck:
+    """Looks for samples of held-out data that are known too, while the model runs over all data anyway.
+
+    Samples are the same if they are one place of one data set, seen through subsets and unions, or if their inputs and
+    truths are alike to the bit.
+    """
+
+    def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
+        watched = any(held_out.values())
+        self.known: Sequence[Source] = [content_recorder(source) for source in known] if watched else known
+        self.held_out: dict[Role, Sequence[Source]] = {
+            role: [content_recorder(source) for source in sources] for role, sources in held_out.items()
+        }
+
+    def leaked(self, collective: Collective) -> dict[str, int]:
+        """How many samples of each unseen split are known too, or calibrate; to be called after a pass over all data.
+
+        Warns:
+            DataWarning: there are some.
+
+        Raises:
+            ConfigurationError: calibration samples are known too. They say nothing of data to come.
+        """
+        found: dict[str, int] = {}
+        others = [source for source in self.known if isinstance(source, RecordingSource)]
+        for role in ("calibration", "unseen"):
+            own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
+            for source in own:
+                again = _again(source, others, collective)
+                if not again.any():
+                    continue
+                ids = source.index[again].tolist()
+                some = f"{ids[:MAX_LISTED_IDS]}{' ...' if len(ids) > MAX_LISTED_IDS else ''}"
+                what = f"{len(ids):,} of the {len(again):,} samples of `{source.split}` are"
+                if role == "calibration":
+                    raise ConfigurationError(
+                        f"`calibration`: {what} known data too ({some}).",
+                        "leave them out, from one or the other: a bound holds only of samples that nothing has read.",
+                    )
+                found[source.split] = len(ids)
+                problem = f"`unseen`: {what} known or calibration data too ({some})."
+                hint = "leave them out: the counts on unseen data are better than they would be on new data."
+                warnings.warn(DataWarning(problem, hint), stacklevel=4)
+            others += own
+        return found
+
+
+def _again(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
+    """Which samples of a source are among those of others, `n` bool, the same on every rank."""
+    keys = source.gathered(collective)
+    again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
+    identified = [other.source.identity for other in others if isinstance(other.source, Identified)]
+    if isinstance(source.source, Identified) and identified:
+        again |= is_among(source.source.identity, torch.cat(identified))
+    return again

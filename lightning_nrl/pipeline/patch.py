@@ -1,0 +1,230 @@
+"""The change from one state of a model to another, as a value and as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.atomic_files import replacing
+from lightning_nrl._utils.checkpoint import load_mapping, read_state
+from lightning_nrl._utils.state import hash_tensors, saved_names, write
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.pipeline.patch_file import read_patch, write_patch
+from lightning_nrl.pipeline.tensor_change import TensorChange, hash_tensor
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report.repair_report import installed_versions
+
+PATCH_NAME = "repair.patch.safetensors"
+"""The file that a repair writes beside its checkpoint."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """The change from one state of a model to another, which can be applied to the first and taken from the second.
+
+    Patches stack: the base of the second is the result of the first. They are taken back in the opposite order.
+
+    Attributes:
+        changes: by the tensor's name in the state dict; tied tensors share theirs.
+        base: SHA-256 of the whole state before, see `hash_tensors`; `result` likewise of that after.
+        versions: versions of the software that made it, by name.
+        report_json: the report of the repair; empty if there is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> old = {name: value.clone() for name, value in model.state_dict().items()}
+        >>> _ = torch.nn.init.zeros_(model.bias)
+        >>> patch = Patch.between(old, model)
+        >>> patch.names, patch.n_changed
+        (('bias',), 2)
+        >>> torch.equal(patch.revert(model).bias, old["bias"])
+        True
+    """
+
+    changes: Mapping[str, TensorChange]
+    base: str
+    result: str
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    report_json: str = ""
+
+    @classmethod
+    def between(
+        cls,
+        old: nn.Module | Mapping[str, Any] | str | Path,
+        new: nn.Module | Mapping[str, Any] | str | Path,
+        report: RepairReport | None = None,
+    ) -> Patch:
+        """The patch that makes one state of a model of another.
+
+        Args:
+            old: a module, a state dict, or the path of a checkpoint.
+            new: likewise, of the same model.
+            report: of the repair, to be kept in the file.
+
+        Raises:
+            ConfigurationError: the states are not of one model, or do not differ.
+        """
+        before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
+        if before.keys() != after.keys():
+            name = min(before.keys() ^ after.keys())
+            raise ConfigurationError(f"`{name}` is in one state only.", "give two states of the same model.")
+        changes: dict[str, TensorChange] = {}
+        shared: dict[tuple[str, str], TensorChange] = {}
+        for name, value in before.items():
+            change = TensorChange.between(name, value, after[name])
+            if change is not None:
+                changes[name] = shared.setdefault((change.sha256_old, change.sha256_new), change)
+        if not changes:
+            raise ConfigurationError("`new` is the same as `old`, to the bit.", "give the state after a change.")
+        json = "" if report is None else report.to_json()
+        return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The changed tensors, in the order of the state dict."""
+        return tuple(self.changes)
+
+    @property
+    def n_changed(self) -> int:
+        """How many values are kept, those of tied tensors once."""
+        return sum({id(change): change.n_changed for change in self.changes.values()}.values())
+
+    @property
+    def report(self) -> RepairReport | None:
+        """The report of the repair, if the patch has one; a `ConfigurationError` where another version wrote it."""
+        return RepairReport.from_json(self.report_json) if self.report_json else None
+
+    @overload
+    def apply(self, to: Module) -> Module: ...
+    @overload
+    def apply(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
+    def apply(self, to: Any) -> Any:
+        """Puts the new values in the place of the old ones.
+
+        Args:
+            to: a module, which is changed and given back; or a state dict, which stays: a changed copy is given.
+
+        Raises:
+            ConfigurationError: these are not the weights that the patch was made for; nothing was changed.
+        """
+        return self._changed(to, undo=False)
+
+    @overload
+    def revert(self, to: Module) -> Module: ...
+    @overload
+    def revert(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
+    def revert(self, to: Any) -> Any:
+        """Puts the old values back, to the bit. Arguments and errors are those of `apply`."""
+        return self._changed(to, undo=True)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the patch to a safetensors file, whole or not at all."""
+        write_patch(path, **vars(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Patch:
+        """Reads what `save` has written.
+
+        Raises:
+            ConfigurationError: the file is not there, no patch, damaged, or contradicts itself.
+        """
+        return cls(**read_patch(path))
+
+    def _changed(self, to: Any, undo: bool) -> Any:
+        if not isinstance(to, (nn.Module, Mapping)):
+            found = type(to).__name__
+            raise ConfigurationError(f"`to`: found a {found}, no module and no state dict.", "load the model first.")
+        state = _tensors(to.state_dict() if isinstance(to, nn.Module) else to)
+        self._check_state(state, undo)
+        made: dict[tuple[int, ...], Tensor] = {}
+        new: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            # Tensors that share memory share the new values too.
+            place = (id(change), state[name].data_ptr(), *state[name].stride())
+            new[name] = made[place] if place in made else made.setdefault(place, change.applied(state[name], undo))
+        if hash_tensors({**state, **new}) != (self.base if undo else self.result):
+            problem = "`patch` does not lead to the weights whose hash it has."
+            raise ConfigurationError(problem, "make the patch anew; nothing was changed.")
+        if not isinstance(to, nn.Module):
+            copied = copy(to) if isinstance(to, dict) else dict(to)  # of a dict also what torch notes on it
+            copied.update(new)
+            return copied
+        live = saved_names(to)
+        unknown = [name for name in new if name not in live]
+        if unknown:
+            raise ConfigurationError(
+                f"`{unknown[0]}` in the state dict of {type(to).__name__} is none of the module's own tensors.",
+                "apply the patch to the state dict, and load that into the module.",
+            )
+        write(to, {live[name]: value for name, value in new.items()})
+        return to
+
+    def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
+        """Refuses a state that is not the one before the patch or, to be reverted, the one after it."""
+        task = "reverted" if undo else "applied"
+        wanted, other = (self.result, self.base) if undo else (self.base, self.result)
+        found, misfit = hash_tensors(state), self._misfit(state)
+        if found == wanted and not misfit:
+            return
+        if found == other and not misfit:
+            done = "these are the weights without it" if undo else "these weights have it already"
+            raise ConfigurationError(f"`patch` cannot be {task}: {done}.", "there is nothing to do.")
+        hint = "it fits only the weights that it was made for; apply patches in the order in which they were made."
+        if undo:
+            hint = "take back what came after it first: patches are reverted in the opposite order."
+        raise ConfigurationError(f"`patch` cannot be {task}: {misfit or self._difference(state, undo)}.", hint)
+
+    def _misfit(self, state: Mapping[str, Tensor]) -> str:
+        """Which changed tensor is not there, or of another kind, in words; empty if there is none."""
+        for name, change in self.changes.items():
+            if name not in state:
+                return f"the model has no tensor `{name}`"
+            own, fits = (state[name].dtype, list(state[name].shape)), (change.old.dtype, list(change.shape))
+            if own != fits:
+                return f"`{name}` is {own[0]} {own[1]}, and {fits[0]} {fits[1]} in the patch"
+        return ""
+
+    def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
+        """Where the values are not as the patch needs them, in words."""
+        hashes = {name: one.sha256_new if undo else one.sha256_old for name, one in self.changes.items()}
+        wrong = [name for name, sha256 in hashes.items() if hash_tensor(state[name]) != sha256]
+        if wrong:
+            return f"{len(wrong)} of the {len(hashes)} tensors that it changes have other values, such as `{wrong[0]}`"
+        return "the tensors that it changes are as they should be, others of the model are not"
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def patch_checkpoint(
+    patch: Patch, checkpoint: str | Path, out: str | Path, *, undo: bool = False, weights_only: bool = True
+) -> None:
+    """Writes a checkpoint with a patch applied; all else in it stays as it is.
+
+    Args:
+        patch: what to apply.
+        checkpoint: of Lightning, or a file with a state dict.
+        out: the file to write, whole or not at all; it may be `checkpoint` itself.
+        undo: takes the patch out instead.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+
+    Raises:
+        ConfigurationError: the checkpoint cannot be read, or is not of the weights that the patch was made for.
+    """
+    hint = "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file."
+    found = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
+    inside: Any = found.get("state_dict")
+    state = inside if isinstance(inside, Mapping) else found
+    new = patch.revert(state) if undo else patch.apply(state)
+    whole = {**found, "state_dict": new} if state is inside else new
+    replacing(out, lambda part: torch.save(whole, part))

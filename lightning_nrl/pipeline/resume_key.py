@@ -1,0 +1,84 @@
+"""Hashes of all that the results of a repair depend on; saved results of another origin are not used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl import __version__
+from lightning_nrl._utils.state import current_state, hash_file, hash_tensors
+from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.methods import Problem
+from lightning_nrl.pipeline.baseline import Baseline
+from lightning_nrl.pipeline.settings import Settings, plain_value
+
+FREE = ("on_interrupt", "save_every")
+"""Settings that the result does not depend on."""
+
+
+def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
+    """Hashes by what messages call them.
+
+    Data are hashed by what the model does on them, sample by sample: who changes an input changes a loss.
+    """
+    model, training = problem.model, problem.training
+    plain = {name: value for name, value in settings.plain().items() if name not in FREE}
+    calibration = baseline.held_out.get("calibration")
+    surroundings = {
+        "task": plain_value(problem.task),
+        "device": problem.device.type,
+        "ranks": problem.collective.world_size,
+        "scope": list(problem.scope),
+        "training": None if training is None else (training.epochs, training.visits),
+        "update": problem.update,
+        "tensors of the method": _tensors_of((settings.method, settings.localizer)),
+    }
+    return {
+        "weights": hash_tensors(current_state(model)),
+        "data": _text_hash([_table(problem.before), None if calibration is None else _table(calibration.before)]),
+        "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
+        "training": _text_hash(getattr(training, "origin", None)),
+        "versions": f"lightning_nrl {__version__}, torch {torch.__version__}",
+    }
+
+
+def _text_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _table(results: SampleResults) -> list[Any]:
+    columns = {f.name: getattr(results, f.name) for f in fields(results)}
+    rest = {name: value for name, value in columns.items() if not isinstance(value, Tensor)}
+    return [hash_tensors(columns), rest]
+
+
+def _tensors_of(value: Any) -> Any:
+    """Hashes of models, states and files that a method was given, which its plain form does not tell apart.
+
+    Of a folder, names and hashes of its files.
+    """
+    if isinstance(value, nn.Module):
+        return hash_tensors(value.state_dict())
+    if isinstance(value, Mapping):
+        own = {str(key): item for key, item in value.items()}
+        return [hash_tensors(own), {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)}]
+    if isinstance(value, (list, tuple)):
+        return [_tensors_of(item) for item in value]
+    if isinstance(value, (str, Path)):
+        with suppress(OSError, ValueError):
+            path = Path(value)
+            if path.is_file():
+                return hash_file(path)
+            if str(value) and path.is_dir():
+                return sorted((file.name, hash_file(file)) for file in path.iterdir() if file.is_file())
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _tensors_of(getattr(value, f.name)) for f in fields(value)}
+    return None

@@ -1,0 +1,307 @@
+"""How far to go: the strength at which a patch is taken, by counts on known and calibration data along its path.
+
+The path leads from the original weights (t = 0) to the patch (t = 1) and a little beyond.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from lightning_nrl._utils.state import State, between, current_state
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
+from lightning_nrl.gate import Gate
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.budget import CURVE_TIME_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHES
+from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.report import StrengthPoint
+from lightning_nrl.report.stats import Selection
+
+PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
+"""Strengths to be counted, the most telling first, since time may be short."""
+
+
+class PatchPath:
+    """What a patch does at several strengths, by real forward passes over known and calibration data.
+
+    A patch that breaks nothing at its end may break something half way: a point that is taken there is polished first.
+
+    Attributes:
+        counted: what was counted so far, by strength; where a point was polished, after that.
+        broken_unpolished: calibration samples that break at a strength before anything is polished there.
+    """
+
+    def __init__(
+        self, problem: Problem, patch: State, gate: Gate | None = None, calibration: HeldOut | None = None
+    ) -> None:
+        self.problem, self.patch, self.calibration = problem, patch, calibration
+        self.gate = gate or Gate.instance()
+        self.counted: dict[float, StrengthPoint] = {}
+        self.broken_unpolished: dict[float, int] = {}
+
+    @property
+    def points(self) -> tuple[StrengthPoint, ...]:
+        """What was counted, by ascending strength."""
+        return tuple(self.counted[strength] for strength in sorted(self.counted))
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether anything can be polished."""
+        return not bool(self.problem.before.margin.isnan().all())
+
+    def state(self, strength: float) -> State:
+        """The weights at a strength."""
+        return between(current_state(self.problem.model), self.patch, strength)
+
+    def count(
+        self,
+        strengths: Iterable[float] = PATH_STRENGTHS,
+        *,
+        after: SampleResults | None = None,
+        deadline: Deadline | None = None,
+    ) -> tuple[StrengthPoint, ...]:
+        """Counts the patch at several strengths, each by one forward pass.
+
+        Args:
+            strengths: the most telling first. Of those beyond 1, none above the first that breaks more than the gate
+                allows; the last ones are left out where time is short, but not the first.
+            after: what the model does on known data at 1, if that is known already.
+            deadline: after which no further point is begun; None: that of the repair alone.
+
+        Returns:
+            The points that were counted so far, ascending; the same on every rank.
+        """
+        clock, took, strongest = self.problem.clock, 0.0, float("inf")
+        for number, strength in enumerate(strengths):
+            if number and (not self.leaves_time_for(took) or (deadline is not None and deadline.is_over())):
+                break
+            if strength > strongest:
+                continue
+            began, known = clock.now(), after if strength == 1 else None
+            point = self.point(strength, known)
+            took = max(clock.now() - began, clock.one_pass if known is not None else 0.0)
+            if strength > 1 and not self.within_gate(point):
+                strongest = min(strongest, strength)
+        return self.points
+
+    def point(self, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+        """What the patch does at a strength, counted once; `after` are results on known data, if there are any yet."""
+        if strength not in self.counted:
+            point = self._count(self.state(strength), strength, after)
+            self.counted[strength] = point
+            if point.calibration is not None:
+                self.broken_unpolished[strength] = point.calibration.broken
+        return self.counted[strength]
+
+    def take(self, strength: float) -> State:
+        """The weights at a strength, polished if it lies before the patch and breaks more than the gate allows."""
+        state = self.state(strength)
+        if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
+            state = polish(self.problem, state, deadline=self.problem.deadline).state
+            self.counted[strength] = replace(self._count(state, strength), polished=True)
+        return state
+
+    def count_broken_unpolished(self, strength: float) -> int:
+        """Calibration samples that break at a strength before anything is polished there."""
+        assert self.calibration is not None
+        if strength not in self.broken_unpolished:
+            flips = self.calibration.flips(self.problem.evaluator, self.state(strength))
+            self.broken_unpolished[strength] = flips.counts().broken
+        return self.broken_unpolished[strength]
+
+    def within_gate(self, point: StrengthPoint) -> bool:
+        """Whether no more known samples break than the gate allows."""
+        return not self.gate.excess_of(point.known, point.cost)
+
+    def within_limit(self, strength: float, limit: Gate) -> bool:
+        """Whether a strength keeps within a limit for calibration data and within the gate.
+
+        Before the patch anything that breaks known samples counts as within the gate, since it can be polished.
+        """
+        point = self.point(strength)
+        assert point.calibration is not None
+        known = self.within_gate(point) or (strength < 1 and self.has_margins)
+        return known and not limit.excess_of(point.calibration, point.calibration_cost)
+
+    def takes_time(self, strength: float) -> bool:
+        """Whether a strength has to be counted first, or polished."""
+        return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
+
+    def leaves_time_for(self, seconds: float) -> bool:
+        """Whether there is time for work that long and the recount that follows; the same on every rank."""
+        return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
+
+    def _count(self, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+        problem, before = self.problem, self.problem.before
+        flips = Flips.between(before, problem.evaluate(state) if after is None else after)
+        repaired = flips.repaired & before.targeted
+        point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
+        cost = self.gate.harm(before, flips.broken)
+        if before.weighted:
+            point = replace(point, gain=before.gain(repaired))
+        if before.weighted or cost != point.known.broken:
+            point = replace(point, harm=cost)
+        if self.calibration is None:
+            return point
+        held_out, results = self.calibration.flips(problem.evaluator, state), self.calibration.before
+        harm = results.harm(held_out.broken) if results.weighted else None
+        return replace(point, calibration=held_out.counts(), calibration_harm=harm)
+
+
+LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))
+"""Strengths among which the strongest under a limit is sought, 0.05 to 1.3."""
+
+LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
+"""Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
+
+
+@dataclass(frozen=True)
+class LineSearchResult:
+    """How far a repair goes.
+
+    Attributes:
+        path: the strengths that were counted, ascending.
+        chosen: the one to take; None if none keeps within the limit.
+        state: the weights there, whole tensors.
+        selection: how calibration data chose it.
+    """
+
+    path: tuple[StrengthPoint, ...] = ()
+    chosen: float | None = 1.0
+    state: State = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+
+
+def line_search(
+    problem: Problem,
+    patch: State,
+    gate: Gate,
+    *,
+    calibration: HeldOut | None = None,
+    fixed: float | None = None,
+    limit: Gate | None = None,
+    after: SampleResults | None = None,
+    full_curve_samples: int = FULL_CURVE_SAMPLES,
+) -> LineSearchResult:
+    """Counts a patch along its path and says how far to go: see `choose_strength` for the default.
+
+    Args:
+        problem: what is to be repaired.
+        patch: whole tensors.
+        gate: how many known samples may break.
+        calibration: data to choose by; needed for a limit.
+        fixed: the strength to take, whatever is found.
+        limit: how many calibration samples may break. The strongest of `LIMIT_STRENGTHS` within it and, once polished,
+            within the gate is taken.
+        after: what the model does on known data under the patch, if that is known already.
+        full_curve_samples: with no more known samples than these, all points are counted.
+    """
+    path = PatchPath(problem, patch, gate, calibration)
+    strengths, deadline = PATH_STRENGTHS, None
+    if fixed is not None and fixed not in strengths:
+        strengths = (fixed, *strengths)
+    if calibration is None:
+        # Nothing is decided: what the patch does on the way to it comes first.
+        strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
+        if len(problem.before) > full_curve_samples:
+            deadline = problem.deadline.within(CURVE_TIME_SHARE * problem.clock.elapsed)
+    points = path.count(strengths, after=after, deadline=deadline)
+    if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
+        # Anything may break but what is protected.
+        limit = Gate.tolerance(1.0)
+    if limit is not None and calibration is not None:
+        return _strongest_within(path, limit)
+    strength, selection = fixed, Selection()
+    if strength is None:
+        # Whether something protected breaks at a strength decides which ones are tried.
+        weighted = calibration is not None and calibration.before.weighted
+        strength = choose_strength(points)
+        selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
+    state = path.take(strength)
+    return LineSearchResult(path.points, strength, state, selection)
+
+
+def choose_strength(path: Sequence[StrengthPoint]) -> float:
+    """The default strength: that of the patch, 1, or one beyond it that is free by calibration data.
+
+    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None
+    is without these: what is free on known data was costly on unseen data, wherever it was tried.
+    """
+    chosen = _whole_patch(path)
+    if chosen is None:
+        return 1.0
+    for point in _free(path):
+        no_worse = point.calibration is not None and point.calibration_cost <= chosen.calibration_cost
+        if no_worse and point.worth > chosen.worth:
+            chosen = point
+    return chosen.strength
+
+
+def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
+    """Points beyond the patch that are better than it on known data; calibration data have the last word on them."""
+    patch = _whole_patch(path)
+    if patch is None or patch.calibration is None:
+        return []
+    return [point for point in path if point.strength > 1 and not point.known.broken and point.worth > patch.worth]
+
+
+def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
+    return next((point for point in path if point.strength == 1), None)
+
+
+def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
+    """Searches between the strongest point that keeps within the limit and the next one, on a finer grid."""
+    low = max((t for t in path.counted if path.within_limit(t, limit)), default=0.0)
+    high = min((t for t in path.counted if t > low), default=low)
+    finer = [t for t in reversed(LIMIT_STRENGTHS) if low < t < high]
+    weaker = [t for t in reversed(LIMIT_STRENGTHS) if t <= low]
+    clock, took, polished = path.problem.clock, 0.0, 0
+    for strength in (*finer, *([low] if low and low not in weaker else []), *weaker):
+        if path.takes_time(strength) and (polished == MAX_POLISHES or not path.leaves_time_for(took)):
+            continue
+        began = clock.now()
+        if path.within_limit(strength, limit):
+            state = path.take(strength)
+            polished += path.counted[strength].polished
+            if path.within_limit(strength, limit) and path.within_gate(path.counted[strength]):
+                return LineSearchResult(path.points, strength, state, _selection(path, strength, limit))
+        took = clock.now() - began
+    return LineSearchResult(path.points, None)
+
+
+def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
+    """How calibration data chose a strength that was found under a limit.
+
+    It was sought from strong to weak, which costs least. If all weaker strengths keep within the limit too, it is also
+    one that a walk from weak to strong accepts, and what is said of those holds: the order of `LIMIT_STRENGTHS` and the
+    number of samples that may break are fixed before anything is counted.
+    """
+    allowed = _fixed_number(path, limit)
+    if allowed is not None and not path.counted[strength].polished and _is_walked_to(path, strength, allowed):
+        return Selection(LIMIT_STATES, True, allowed)
+    return Selection(LIMIT_STATES, allowed is not None)
+
+
+def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
+    """Whether a walk from weak to strong accepts a strength; not if there is no time to count all weaker ones."""
+    clock, took = path.problem.clock, 0.0
+    for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
+        if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
+            return False
+        counted, began = weaker in path.broken_unpolished, clock.now()
+        if path.count_broken_unpolished(weaker) > allowed:
+            return False
+        took = took if counted else clock.now() - began
+    return True
+
+
+def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
+    """How many calibration samples may break, if not all and whatever becomes of them."""
+    assert path.calibration is not None
+    now = Flips.between(path.calibration.before, path.calibration.before).counts()
+    best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
+    allowed = limit.allowed(best)
+    return allowed if allowed == limit.allowed(worst) and allowed < now.kept else None

@@ -1,0 +1,353 @@
+"""Figures of a repair: margins, confusions, the path of the patch, the course of the search, the change of weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics.utilities.plot import plot_confusion_matrix
+
+from lightning_nrl.report._figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    RED,
+    dress,
+    label_axes,
+    literal,
+    new_figure,
+    panel_grid,
+    shorten_name,
+)
+from lightning_nrl.report.run_records import LocalizationReport, SearchReport, StrengthPoint
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import ROLES, ConfusionCell, MarginHistogram, SplitReport, pool
+from lightning_nrl.report.tables import confusion_changes
+
+if TYPE_CHECKING:
+    from lightning_nrl.report.repair_report import RepairReport
+
+
+SEARCH_TITLE = "Course of the search"
+PLOTTED_CONFUSIONS = 12
+MATRIX_CLASSES = 16
+"""A matrix of more is not legible."""
+CHANGE_COLOURS = "BrBG"
+"""Brown for the worse, teal for the better; colour-blind readers tell them apart."""
+DARK = 0.7  # share of the deepest shade from which on text is white
+GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
+CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
+PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
+SEARCH_WIDTH, SEARCH_ROW = 8.4, 2.7  # inches
+SEARCH_PANELS = {
+    "best so far: samples": {"patched": "repaired", "broken": "broken"},
+    "fitness": {"best": "best so far", "mean": "mean of the swarm"},
+    "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
+    "diversity of the swarm": {"diversity": "diversity"},
+}
+"""Panels, each with curves of `SearchHistory` and what they are called."""
+PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
+GRID_ROWS, GRID_COLUMNS = 128, 256
+"""Of the cells that a picture can show; of larger tensors a cell is the largest change of several weights."""
+
+Draw = Callable[[Any], None]
+"""Draws one panel on matplotlib axes."""
+
+
+def repair_figures(report: RepairReport) -> dict[str, Any]:
+    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figures = {}
+    for title, draw in _panels(report).items():
+        figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+        draw(figure.subplots())
+        figures[title] = figure
+    return figures
+
+
+def reviewer_figures(report: RepairReport, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """All figures for a reviewer: those of the report, the search in full, the weights that changed.
+
+    Args:
+        report: of the repair.
+        changes: by the names of the state dict, whole tensors of what was added; None if that is not known.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figures = repair_figures(report)
+    in_full = None if report.search is None else search_figure(report.search)
+    if in_full is not None:
+        figures[SEARCH_TITLE] = in_full
+    return figures | weight_figures(changes or {}, report.localization)
+
+
+def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
+    """Pictures of flipped samples with their captions, by flip and split; those shown as text are left out."""
+    galleries: dict[str, list[SampleView]] = {}
+    for view in views:
+        if view.pixels is not None:
+            galleries.setdefault(f"{view.flip} in {view.split}", []).append(view)
+    return {title: _gallery(own) for title, own in galleries.items()}
+
+
+def _gallery(views: Sequence[SampleView]) -> Any:
+    captions = [wrap(view.caption, CAPTION_WIDTH) for view in views]
+    caption_height = CAPTION_LINE * (max(map(len, captions)) + 0.5)
+    n_columns = min(len(views), GALLERY_COLUMNS)
+    n_rows = -(-len(views) // n_columns)
+    height = (GALLERY_CELL + caption_height) * n_rows
+    figure = new_figure(GALLERY_CELL * n_columns, height, layout=None)
+    places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - caption_height / height}
+    gaps = {"wspace": 0.1, "hspace": caption_height / GALLERY_CELL}
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=places | gaps).flatten()
+    for own in axes:
+        own.set_axis_off()
+    for own, view, caption in zip(axes, views, captions, strict=False):
+        own.imshow(view.pixels, interpolation="nearest")
+        own.set_title(literal("\n".join(caption)), color=INK, fontsize=8)
+    return figure
+
+
+def draw_repair(report: RepairReport) -> Any:
+    """All panels in one figure, two a row."""
+    panels = _panels(report)
+    figure, axes = panel_grid(len(panels), 2 * PANEL_WIDTH, PANEL_HEIGHT)
+    figure.suptitle(literal(f"{report.status.capitalize()}: {report.target}"), color=INK, fontsize=12)
+    _draw_panels(axes, panels)
+    return figure
+
+
+def search_figure(search: SearchReport) -> Any:
+    """The whole course of a search: a panel for each kind of curve; None where the search has no course.
+
+    Fitness is shown from the first that breaks nothing on: at the start the mean is far below zero.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    panels = _search_panels(search)
+    if not panels:
+        return None
+    figure, axes = panel_grid(len(panels), SEARCH_WIDTH, SEARCH_ROW)
+    _draw_panels(axes, panels)
+    return figure
+
+
+def _draw_panels(axes: Sequence[Any], panels: Mapping[str, Draw]) -> None:
+    for own, (title, draw) in zip(axes, panels.items(), strict=True):
+        draw(own)
+        own.set_title(title, color=INK, fontsize=10)
+
+
+def _panels(report: RepairReport) -> Mapping[str, Draw]:
+    panels: dict[str, Draw] = {}
+    splits = report.candidate or report.splits
+    for role in ROLES:
+        own = [split for split in splits if split.role == role]
+        if own:
+            panels |= _role_panels(pool(own), report.class_name)
+    if len(report.strength) > 1:
+        panels["How far to go, samples by strength"] = partial(_strength, report.strength, report.chosen_strength)
+    course = {} if report.search is None else _search_panels(report.search)
+    first = next(iter(SEARCH_PANELS))
+    if first in course:
+        panels[SEARCH_TITLE] = course[first]
+    return panels
+
+
+def _role_panels(split: SplitReport, name: Callable[[int], str]) -> dict[str, Draw]:
+    panels: dict[str, Draw] = {}
+    if split.margins is not None and split.n:
+        panels[f"Margins of {split.role} data"] = partial(_margins, split.margins)
+    if len(_changed_classes(split.confusion)) > MATRIX_CLASSES:
+        panels[f"Confusions that changed, {split.role} data"] = partial(_confusions, split.confusion, name)
+    elif confusion_changes(split.confusion):
+        panels[f"Change of the confusion matrix, {split.role} data"] = partial(_matrix, split.confusion, name)
+    return panels
+
+
+def _margins(histogram: MarginHistogram, axes: Any) -> None:
+    axes.stairs(histogram.before, histogram.edges, fill=True, color=GREY, alpha=0.45, label="before")
+    axes.stairs(histogram.after, histogram.edges, color=BLUE, linewidth=1.6, label="after")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yscale("symlog", linthresh=1)
+    _finish_curves(axes, "margin: wrong below 0, right above", "samples")
+
+
+def _confusions(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
+    shown = confusion_changes(cells)[:PLOTTED_CONFUSIONS][::-1]
+    changes = [cell.after - cell.before for cell in shown]
+    labels = [literal(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in shown]
+    bars = axes.barh(range(len(shown)), changes, color=[RED if change > 0 else GREEN for change in changes])
+    axes.bar_label(bars, [f"{cell.before} -> {cell.after}" for cell in shown], padding=3, fontsize=8)
+    axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.margins(x=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    dress(axes, "wrong predictions, after less before", "")
+
+
+def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
+    return sorted({one for cell in cells if cell.before != cell.after for one in (cell.label, cell.prediction)})
+
+
+def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
+    """Draws how many more samples (fewer: below 0) of each class are taken for each class than before.
+
+    More on the diagonal and fewer beside it is for the better. torchmetrics' colours would tell more from fewer alone.
+    Classes in which nothing changed are left out.
+    """
+    classes = _changed_classes(cells)
+    place = {label: i for i, label in enumerate(classes)}
+    change = torch.zeros(len(classes), len(classes), dtype=torch.long)
+    for cell in cells:
+        if cell.before != cell.after:
+            change[place[cell.label], place[cell.prediction]] = cell.after - cell.before
+    labels: list[int | str] = [literal(name(label)) for label in classes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchmetrics gives matplotlib tensors
+        plot_confusion_matrix(change, axes, labels=labels, cmap=CHANGE_COLOURS)
+    _recolour(axes, torch.where(torch.eye(len(change), dtype=torch.bool), change, -change))
+    label_axes(axes, "predicted class", "true class")
+
+
+def _recolour(axes: Any, improvement: Tensor) -> None:
+    (image,) = axes.images
+    shade = improvement.sign() * improvement.abs().sqrt()  # one sample for the worse is to be seen beside fifty others
+    most = float(shade.abs().max())
+    image.set_data(shade.numpy())
+    image.set_clim(-most, most)
+    size = 9 if len(improvement) <= MATRIX_CLASSES // 2 else 7
+    for text in axes.texts:
+        j, i = text.get_position()
+        value = float(shade[i, j])
+        text.set(fontsize=size, color="white" if abs(value) > DARK * most else INK, visible=value != 0)
+        if not text.get_text().startswith("-"):
+            text.set_text(f"+{text.get_text()}")
+
+
+def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) -> None:
+    points = sorted(path, key=lambda point: point.strength)
+    at = [0.0, *(point.strength for point in points)]
+    axes.plot(at, [0, *(p.known.repaired for p in points)], "o-", color=GREEN, label="repaired")
+    axes.plot(at, [0, *(p.known.broken for p in points)], "s--", color=RED, label="broken")
+    held = [(p.strength, p.calibration) for p in points if p.calibration is not None]
+    if held:
+        at = [0.0, *(strength for strength, _ in held)]
+        for flip, colour in (("repaired", GREEN), ("broken", RED)):
+            counts = [0, *(getattr(flips, flip) for _, flips in held)]
+            axes.plot(at, counts, ":", marker="x", color=colour, label=f"{flip}, calibration")
+    if chosen is not None:
+        axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
+    across = "strength: 0 the original weights, 1 the patch"
+    _finish_curves(axes, across, "samples" if held else "known samples")
+
+
+def _search_panels(search: SearchReport) -> dict[str, Draw]:
+    history: dict[str, Sequence[float]] = dict(search.history)
+    if search.n_passed is not None and "intact" in history:
+        history["broken"] = [search.n_passed - intact for intact in history["intact"]]
+    panels: dict[str, Draw] = {}
+    for title, names in SEARCH_PANELS.items():
+        curves = {label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1}
+        if curves:
+            best, up = history.get("best") if "best" in names else None, "scored samples" * ("patched" in names)
+            panels[title] = partial(_course, curves, best, up)
+    return panels
+
+
+def _course(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None, up: str, axes: Any) -> None:
+    for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
+        axes.plot(curve, line, color=colour, label=label)
+    _finish_curves(axes, "iteration", up)
+    if best is not None:
+        known = [value for value in best if math.isfinite(value)] or [0.0]
+        axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
+
+
+def _finish_curves(axes: Any, across: str, up: str) -> None:
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+    dress(axes, across, up)
+
+
+def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
+    """Figures by title of what was added to each weight; none if nothing was.
+
+    Args:
+        changes: by the names of the state dict, whole tensors of what was added, 0 where a weight stays as it is.
+        localization: which weights were searched.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
+    if not changed:
+        return {}
+    norms = {name: float(torch.linalg.vector_norm(change, dtype=torch.float64)) for name, change in changed.items()}
+    by_norm = sorted(changed, key=lambda name: -norms[name])
+    figures = {
+        title: new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+        for title in ("Weights, change by tensor", f"Weights, change of {by_norm[0]}")
+    }
+    bars, picture = figures.values()
+    _bars(bars.subplots(), {name: (changed[name], norms[name]) for name in by_norm[:PLOTTED_TENSORS][::-1]})
+    _map(picture, changed[by_norm[0]])
+    if localization is not None and "localized" in localization.sizes:
+        sizes = localization.sizes
+        of = f" of {sizes['total']:,}" if "total" in sizes else ""
+        bars.axes[0].set_title(f"searched: {sizes['localized']:,}{of} weights", color=INK, fontsize=9, loc="left")
+    return figures
+
+
+def _bars(axes: Any, tensors: Mapping[str, tuple[Tensor, float]]) -> None:
+    places = range(len(tensors))
+    bars = axes.barh(places, [norm for _, norm in tensors.values()], color=BLUE)
+    counts = [f"{int((change != 0).sum()):,} of {change.numel():,}" for change, _ in tensors.values()]
+    axes.bar_label(bars, counts, padding=3, fontsize=8)
+    axes.set_yticks(places, [shorten_name(name, LABEL_CHARACTERS) for name in tensors], fontsize=8)
+    axes.margins(x=0.3)
+    axes.set_ylim(-0.6, max(len(tensors), 4) - 0.4)
+    dress(axes, "Euclidean norm of the change; weights changed", "")
+
+
+def _map(figure: Any, change: Tensor) -> None:
+    grid = grid_of(change)
+    axes = figure.subplots()
+    most = float(np.abs(grid).max())
+    image = axes.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="added to the weight")
+    shape = " x ".join(map(str, change.shape))
+    label_axes(axes, f"inputs ({shape}; white: as before)" if change.ndim > 1 else "", "outputs" * (change.ndim > 1))
+
+
+def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
+    """A tensor as a matrix, outputs by inputs, of at most `GRID_ROWS x GRID_COLUMNS` cells.
+
+    A cell of a larger one is that change of the weights it stands for which is largest, with its sign.
+    """
+    rows = change.reshape(change.shape[0] if change.ndim > 1 else 1, -1)
+    return _thinned(_thinned(rows, GRID_COLUMNS).T, GRID_ROWS).T.double().numpy()
+
+
+def _thinned(rows: Tensor, most: int) -> Tensor:
+    """`n x k` to `n x most` at most; what is largest of each group of columns."""
+    n_columns = rows.shape[1]
+    size = -(-n_columns // most)
+    if size == 1:
+        return rows
+    padded = torch.nn.functional.pad(rows, (0, -n_columns % size)).reshape(rows.shape[0], -1, size)
+    return padded.gather(2, padded.abs().argmax(2, keepdim=True)).squeeze(2)

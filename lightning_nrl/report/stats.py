@@ -1,0 +1,294 @@
+"""Confidence limits: what calibration samples that nothing else has looked at say of unseen data.
+
+In: counts of broken samples. Out: upper limits on their rate, alone or after the data have chosen among candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from operator import index
+from typing import SupportsIndex
+
+from lightning_nrl.errors import ConfigurationError, check_real
+
+__all__ = ["Bound", "Choice", "Selection", "binomial_cdf", "choose", "limit_after", "lower_limit", "upper_limit"]
+
+NEGLIGIBLE = 1e-17
+"""A term of a falling series below this share of the sum no longer changes it in double precision."""
+
+
+def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """The upper limit of Clopper and Pearson (1934) on a rate, one-sided, in (0, 1]; 1 without samples or if all broke.
+
+    The largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence. Whatever the true rate, the limit lies below it in
+    at most a share 1 - confidence of all draws of n independent samples. Right to 1e-9.
+
+    Args:
+        broken: how many of the samples broke, in [0, n].
+        n: how many samples there are, from 0; 1e6 is no problem.
+        confidence: in (0, 1).
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> round(upper_limit(4, 908), 4)
+        0.0101
+    """
+    broken, n = check_counts(broken, n)
+    return limit_at_level(broken, n, 1 - check_confidence(confidence))
+
+
+def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """The lower limit of Clopper and Pearson (1934) on a rate, one-sided: the upper limit on what did not break.
+
+    In [0, 1); 0 if there are no samples or none broke. Arguments and errors are those of :func:`upper_limit`.
+    """
+    broken, n = check_counts(broken, n)
+    return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
+
+
+@lru_cache(maxsize=4096)
+def limit_at_level(broken: int, n: int, level: float) -> float:
+    """The upper limit that lies below the true rate in at most a share `level` of all draws.
+
+    As :func:`upper_limit`, unchecked, and as good for levels so small that 1 - level is 1. Found by halving until no
+    number lies between the two ends; the upper one is given back.
+    """
+    if broken == n:
+        return 1.0
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        if binomial_cdf(broken, n, middle) > level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke; n from 1, p in (0, 1).
+
+    The terms are summed from k away from the mean, where each is smaller than the one before: of positive numbers, so
+    nothing cancels, and about sqrt(n) of them count.
+    """
+    if k >= n:
+        return 1.0
+    odds = p / (1 - p)
+    if k <= n * p:
+        return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
+    return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
+
+
+def _pmf(k: int, n: int, p: float) -> float:
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(min(0.0, ways + k * math.log(p) + (n - k) * math.log1p(-p)))
+
+
+def _falling(top: int, bottom: int, factor: float) -> float:
+    """1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)): a binomial tail over its largest term."""
+    total = term = 1.0
+    while top and term > NEGLIGIBLE * total:
+        term *= top / bottom * factor
+        total += term
+        top, bottom = top - 1, bottom + 1
+    return total
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
+
+    Attributes:
+        broken: how many of them broke.
+        n: how many were right before.
+        confidence: with which the limit holds, in (0, 1).
+        rate: broken / n; NaN if there are none.
+        upper: the limit on the true rate, in (0, 1].
+
+    Example:
+        >>> print(Bound.of(4, 908))
+        broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples
+    """
+
+    broken: int
+    n: int
+    confidence: float
+    rate: float
+    upper: float
+
+    @classmethod
+    def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
+        """The bound of Clopper and Pearson; arguments and errors are those of :func:`upper_limit`."""
+        return cls.at_level(broken, n, 1 - check_confidence(confidence))
+
+    @classmethod
+    def at_level(cls, broken: int, n: int, level: float) -> Bound:
+        """The bound that may fail in a share `level` of all draws, in (0, 1)."""
+        broken, n = check_counts(broken, n)
+        rate = broken / n if n else math.nan
+        return cls(broken, n, 1 - level, rate, limit_at_level(broken, n, level))
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "broken 0 of 0; nothing is known of such samples"
+        return (
+            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); with {show_confidence(self.confidence)} "
+            f"confidence at most {percent_up(self.upper)} of such samples"
+        )
+
+
+def percent_up(rate: float) -> str:
+    """A limit in percent, rounded up, so that what is printed holds too: two decimals, or two digits below 0.1 %."""
+    percent = Decimal(repr(rate)) * 100
+    places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
+    return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
+
+
+def show_confidence(confidence: float) -> str:
+    """A confidence in percent, with two digits of what is missing to 100 %."""
+    return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
+
+
+def check_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
+    """Whole numbers of any kind, the first no larger than the second; else a `ConfigurationError`."""
+    found = _count("broken", broken), _count("n", n)
+    if found[0] > found[1]:
+        raise ConfigurationError(
+            f"`broken={found[0]}` is more than `n={found[1]}`.",
+            "count as broken only what was right before, and give the number of those as `n`.",
+        )
+    return found
+
+
+def _count(argument: str, value: SupportsIndex) -> int:
+    try:
+        found = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ConfigurationError(f"`{argument}={value!r}` is no count.", "give a whole number from 0.")
+    return found
+
+
+def check_confidence(confidence: float, argument: str = "confidence") -> float:
+    """A number between 0 and 1; else a `ConfigurationError`."""
+    check_real(argument, confidence, "share between 0 and 1", "write 0.95 for 95 %, for instance.", above=0, below=1)
+    return float(confidence)
+
+
+ORDERED_LEVEL_SHARE = 0.8
+"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What say calibration data had in which weights are taken.
+
+    Attributes:
+        states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they
+            had no say.
+        ordered: whether strengths are accepted from weak to strong first, and these states are what there is beside.
+        allowed: how many calibration samples might break, a number fixed before they were looked at, if the strength
+            taken and all weaker ones of the grid keep within it; else None.
+    """
+
+    states: int = 1
+    ordered: bool = False
+    allowed: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which candidates may be taken, and which one is.
+
+    Attributes:
+        limit: on the rate of broken samples, in (0, 1).
+        confidence: with which the rates of all accepted candidates are within the limit, in (0, 1).
+        p_values: of "this candidate breaks more than the limit", one a candidate.
+        accepted: positions of the candidates whose rate is within the limit.
+        index: the last accepted one; None if there is none.
+    """
+
+    limit: float
+    confidence: float
+    p_values: tuple[float, ...]
+    accepted: tuple[int, ...]
+    index: int | None
+
+    def __str__(self) -> str:
+        if self.index is None:
+            return f"none of {len(self.p_values)} candidates can be said to break at most {percent_up(self.limit)}"
+        return (
+            f"candidate {self.index + 1} of {len(self.p_values)}; with {show_confidence(self.confidence)} confidence "
+            f"it breaks at most {percent_up(self.limit)} of such samples"
+        )
+
+
+def choose(
+    broken_counts: Sequence[int], n: int, limit: float, confidence: float = 0.95, ordered: bool = True
+) -> Choice:
+    """The boldest candidate that can be said to break at most a share `limit`.
+
+    Learn then Test (Angelopoulos et al. 2021). A candidate's p-value is P(Bin(n, limit) <= broken), which is
+    1 - confidence or less exactly if its Clopper-Pearson limit is within `limit`. *Ordered*: candidates are tested one
+    after another, and the first one that fails ends it (fixed-sequence testing). For anything to be wrong, the first
+    candidate whose true rate is above the limit must pass by chance, and the probability of that is at most
+    1 - confidence, however many candidates there are. *Unordered*: every one of C candidates is tested at
+    (1 - confidence) / C (Bonferroni).
+
+    Nothing is assumed of how the candidates' counts depend on each other. What holds of the chosen one is the `limit`,
+    not its own smaller Clopper-Pearson limit, since it was chosen for its count.
+
+    Args:
+        broken_counts: `C` counts, one a candidate, each of the same `n` samples. From the safest to the boldest, in an
+            order fixed before anything was counted; if not `ordered`, from the least wanted to the most wanted.
+        n: the calibration samples that were right before, from 1 for anything to be accepted.
+        limit: on the rate of broken samples, in (0, 1); fixed before anything was counted.
+        confidence: in (0, 1).
+        ordered: whether the order is one from safe to bold.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> choose([0, 1, 2, 9], n=900, limit=0.01).index
+        2
+    """
+    level = 1 - check_confidence(confidence)
+    check_confidence(limit, "limit")
+    counts = [check_counts(broken, n) for broken in broken_counts]
+    p_values = tuple(binomial_cdf(k, size, limit) for k, size in counts)
+    passes = [p <= (level if ordered else level / len(counts)) for p in p_values]
+    end = passes.index(False) if ordered and False in passes else len(passes)
+    accepted = tuple(i for i in range(end) if passes[i])
+    return Choice(limit, confidence, p_values, accepted, accepted[-1] if accepted else None)
+
+
+def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
+    """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
+
+    Let a = 1 - confidence be what may fail. Where the data had no say, the limit is that of Clopper and Pearson at the
+    level a. Where they chose one of C sets of weights, each is given a / C (Bonferroni).
+
+    Where a limit of k broken samples was set, strengths are accepted one after the other from weak to strong while k at
+    most break. That is fixed-sequence testing of "more than the rate r break", r being the limit of Clopper and Pearson
+    of k: the p-value P(Bin(n, r) <= broken) is within the level exactly where no more than k broke (Learn then Test;
+    see `choose`). These have four fifths of a together, and r is what holds of them; all else that
+    might have been taken, such as polished weights, shares the last fifth.
+
+    Args:
+        broken: calibration samples that the chosen weights break.
+        n: calibration samples that were right before.
+        selection: what say they had.
+        confidence: in (0, 1).
+    """
+    level = 1 - confidence
+    if selection.allowed is not None:
+        return limit_at_level(min(selection.allowed, n), n, level * ORDERED_LEVEL_SHARE)
+    rest = level * (1 - ORDERED_LEVEL_SHARE) if selection.ordered else level
+    return limit_at_level(broken, n, rest / selection.states)

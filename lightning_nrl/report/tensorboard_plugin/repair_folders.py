@@ -1,0 +1,90 @@
+"""Where repairs lie below a log folder. Nothing outside of it is ever read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPORT_NAME = "report.json"
+MAX_FOLDERS = 50_000
+"""Looked into, at most."""
+MAX_DEPTH = 12
+FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*"reason":')
+"""How a repair's report begins; other reports have the same file name."""
+
+
+@dataclass(frozen=True)
+class RepairFolder:
+    """A folder with the report of a repair.
+
+    Attributes:
+        name: its path below the log folder, with slashes; what a browser asks for it by.
+        root: the log folder.
+        path: where it is.
+        modified: when its report was written, in nanoseconds.
+        size: of its report, in bytes.
+    """
+
+    name: str
+    root: Path
+    path: Path
+    modified: int
+    size: int
+
+    @property
+    def report(self) -> Path:
+        """The file of its report."""
+        return self.path / REPORT_NAME
+
+
+def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
+    """Folders that TensorBoard looks at: that of `--logdir`, without a name, or those of `--logdir_spec` by name."""
+    spec = getattr(flags, "logdir_spec", None) if not getattr(flags, "logdir", None) else None
+    if not spec:
+        return {"": Path(logdir)} if logdir else {}
+    roots = {}
+    for part in spec.split(","):
+        # A name has no slash, as in TensorBoard.
+        name, colon, path = part.partition(":")
+        named = bool(colon) and "/" not in name
+        roots[name if named else Path(part).name] = Path(path if named else part)
+    return roots
+
+
+def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
+    """Every folder with a report of a repair, the latest first; links that lead out of a root are not followed."""
+    found = [folder for name, root in roots.items() for folder in _below(name, root)]
+    return sorted(found, key=lambda folder: (-folder.modified, folder.name))
+
+
+def confined(path: Path, root: Path) -> bool:
+    """Whether what a path leads to, by links too, is a file that lies below the root."""
+    try:
+        return path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
+    except OSError:
+        return False
+
+
+def _below(name: str, root: Path) -> Iterator[RepairFolder]:
+    for n, (place, folders, files) in enumerate(os.walk(root)):
+        here = Path(place)
+        depth = len(here.relative_to(root).parts)
+        folders[:] = sorted(one for one in folders if not one.startswith(".")) if depth < MAX_DEPTH else []
+        if n >= MAX_FOLDERS:
+            return
+        if REPORT_NAME in files and confined(here / REPORT_NAME, root) and _is_of_a_repair(here / REPORT_NAME):
+            stat = (here / REPORT_NAME).stat()
+            below = "/".join(filter(None, (name, here.relative_to(root).as_posix().removeprefix("."))))
+            yield RepairFolder(below or here.resolve().name, root, here, stat.st_mtime_ns, stat.st_size)
+
+
+def _is_of_a_repair(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return FIRST_KEYS.match(file.read(4096)) is not None
+    except OSError:
+        return False

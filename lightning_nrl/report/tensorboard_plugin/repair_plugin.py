@@ -1,0 +1,138 @@
+"""The tab as TensorBoard asks for it: whether there is anything to show, and answers to a browser."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorboard.backend import http_util
+from tensorboard.plugins import base_plugin
+from werkzeug import Request, Response
+
+from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder, confined, find_repairs, log_roots
+
+if TYPE_CHECKING:
+    from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
+
+
+HERE = Path(__file__).parent
+STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
+    name: HERE.parent / "report" / name for name in ("table.js", "report.css")
+}
+"""What the browser needs, by name; two of the files are those of report.html."""
+MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
+MAX_REPORT_BYTES = 64 * 2**20
+MAX_SAMPLE_BYTES = 16 * 2**20
+MAX_LISTED = 200
+"""Repairs in the table, the latest."""
+KEPT_REPORTS = 4
+"""In memory."""
+LOOK_SECONDS = 5.0
+"""For so long a list of folders counts as new."""
+
+
+class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
+    """Shows each repair below the log folder: its verdict, its flipped samples, how it was found.
+
+    Args:
+        context: TensorBoard's; the log folder is all that is read of it.
+    """
+
+    plugin_name = "lightning_nrl"
+
+    def __init__(self, context: base_plugin.TBContext) -> None:
+        self._roots = log_roots(context.logdir, context.flags)
+        self._lock = threading.RLock()
+        self._found: list[RepairFolder] = []
+        self._looked = float("-inf")
+        self._summaries: dict[RepairFolder, dict[str, Any]] = {}
+        self._load = lru_cache(maxsize=KEPT_REPORTS)(_read)
+
+    def is_active(self) -> bool:
+        """Whether there is a repair."""
+        return bool(self._folders())
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        """A tab that reads its data anew by itself."""
+        return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="Repair", disable_reload=True)
+
+    def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
+        """What answers a browser, by path."""
+        apps = {"/static/*": self._static, "/repairs": self._repairs, "/repair": self._repair, "/sample": self._sample}
+        return {path: Request.application(app) for path, app in apps.items()}
+
+    def _static(self, request: Request) -> Response:
+        path = STATIC_FILES.get(request.path.rpartition("/")[2])
+        if path is None:
+            return _missing(request, "there is no such file.")
+        return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
+
+    def _repairs(self, request: Request) -> Response:
+        folders = self._folders()
+        return _answer(request, {"repairs": [*map(self._summary, folders[:MAX_LISTED])], "found": len(folders)})
+
+    def _repair(self, request: Request) -> Response:
+        loaded = self._asked(request)
+        return _missing(request, loaded) if isinstance(loaded, str) else _answer(request, loaded.details)
+
+    def _sample(self, request: Request) -> Response:
+        loaded = self._asked(request)
+        if isinstance(loaded, str):
+            return _missing(request, loaded)
+        position = request.args.get("position", -1, type=int)
+        file = loaded.sample_file(request.args.get("split", ""), position, request.args.get("kind", ""))
+        path = loaded.folder.path / (file or "")
+        if file is None or not confined(path, loaded.folder.root) or path.stat().st_size > MAX_SAMPLE_BYTES:
+            return _missing(request, "there is no picture of such a sample.")
+        return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
+
+    def _folders(self) -> list[RepairFolder]:
+        with self._lock:
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._found = find_repairs(self._roots)
+                self._looked = time.monotonic()
+            return self._found
+
+    def _asked(self, request: Request) -> LoadedRepair | str:
+        """The repair of a request; it is one of those that were found, or none."""
+        name = request.args.get("name", "")
+        folder = next((folder for folder in self._folders() if folder.name == name), None)
+        return "there is no repair of that name." if folder is None else self._load(folder)
+
+    def _summary(self, folder: RepairFolder) -> dict[str, Any]:
+        """A row of the table of repairs; what is wrong with a report that cannot be read."""
+        with self._lock:
+            if folder not in self._summaries:
+                loaded = self._load(folder)
+                problem = {"name": folder.name, "problem": loaded}
+                self._summaries[folder] = problem if isinstance(loaded, str) else loaded.summary
+            return self._summaries[folder]
+
+
+def _read(folder: RepairFolder) -> LoadedRepair | str:
+    """The report of a folder; in words what is wrong with it."""
+    if folder.size > MAX_REPORT_BYTES:
+        return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
+    # Only now, as it takes seconds: torch comes with it.
+    from lightning_nrl.errors import RepairError
+    from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
+
+    try:
+        return LoadedRepair(folder)
+    except (RepairError, OSError, ValueError, RecursionError) as error:
+        return f"report.json cannot be read: {error}".partition("\n")[0]
+
+
+def _answer(request: Request, content: Any, kind: str = "application/json", code: int = 200) -> Response:
+    text = json.dumps(content, allow_nan=False, separators=(",", ":")) if kind == "application/json" else content
+    answer: Response = http_util.Respond(request, text, kind, code=code)
+    return answer
+
+
+def _missing(request: Request, problem: str) -> Response:
+    return _answer(request, {"problem": problem}, code=404)

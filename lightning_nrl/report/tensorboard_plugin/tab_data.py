@@ -1,0 +1,175 @@
+"""A report as what the tab shows: plain values for JSON, and parts of the report's page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.html import html_blocks
+from lightning_nrl.report.page import Table
+from lightning_nrl.report.repair_page import unseen_limit, unseen_text
+from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
+from lightning_nrl.report.splits import ROLES, SplitReport, pool
+from lightning_nrl.report.stats import percent_up
+from lightning_nrl.report.tables import calibration_facts, confusion_changes, flipped_splits, most_telling
+from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
+
+Plain = dict[str, Any]
+
+
+class LoadedRepair:
+    """A report that was read, and the folder that it was read from.
+
+    Raises:
+        ConfigurationError: the file is no report, or a newer version wrote it.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: RepairFolder) -> None:
+        self.folder = folder
+        self.report = RepairReport.from_json(folder.report.read_text(encoding="utf-8"))
+
+    @cached_property
+    def summary(self) -> Plain:
+        """A row of the table of repairs."""
+        report = self.report
+        rows: dict[str, Plain | None] = {}
+        for role in ("known", "unseen"):
+            shown = [split for split in flipped_splits(report) if split.role == role]
+            rows[role] = _numbers(pool(shown)) if shown else None
+        limit = unseen_limit(report)
+        return {
+            "name": self.folder.name,
+            "modified": self.folder.modified // 1_000_000,
+            "status": report.status,
+            "tone": report.tone,
+            "target": report.target,
+            "layers": ", ".join(report.layers),
+            "gate": report.gate,
+            "at_most": "" if limit is None else percent_up(limit),
+            "weights_changed": None if report.change is None else report.change.changed,
+            "seconds": sum(report.seconds.values()),
+            **rows,
+        }
+
+    @cached_property
+    def details(self) -> Plain:
+        """All that the tab shows of this repair."""
+        report = self.report
+        splits = flipped_splits(report)
+        _, reason, *blocks = report.page(full=True).blocks
+        first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
+        return {
+            **self.summary,
+            "reason": getattr(reason, "text", report.reason),
+            "bounds": self._bounds(),
+            "against": "the model that it replaces" if report.update else "the model as it was trained",
+            "accepted": report.status == "repaired",
+            "changes": report.status == "repaired" or bool(report.candidate),
+            "outcome": html_blocks(blocks[:first]),
+            "more": html_blocks(blocks[first:]),
+            "classes": list(report.class_names),
+            "splits": [{"name": split.split, "role": split.role, "n": split.n} for split in splits],
+            "origin": "" if report.hashes is None else report.hashes.model_before or "",
+            "confusion": _confusion(splits),
+            "flips": self._flips(splits),
+            "search": _search(report),
+            "strength": _strength(report),
+            "chosen_strength": report.chosen_strength,
+        }
+
+    def sample_file(self, split: str, position: int, kind: str) -> str | None:
+        """The path of a sample's picture or text below the folder; None for what is no flipped sample of the report."""
+        if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
+            return None
+        return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
+
+    @cached_property
+    def _positions(self) -> set[tuple[str, int]]:
+        return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
+
+    def _bounds(self) -> list[list[str]]:
+        facts = [] if self.report.bounds is None else list(calibration_facts(self.report.bounds))
+        facts += [("unseen data", unseen_text(self.report))] if unseen_text(self.report) else []
+        return [list(fact) for fact in facts]
+
+    def _flips(self, splits: Sequence[SplitReport]) -> Plain:
+        """Flipped samples as rows of values, the most telling first, and the names of their slices."""
+        try:
+            files = set(os.listdir(self.folder.path / SAMPLES_FOLDER))
+        except OSError:
+            files = set()
+        slices = list(dict.fromkeys(one.slice for split in splits for one in split.flipped if one.slice))
+        rows = []
+        for flip in ("broken", "repaired"):
+            for i, split in enumerate(splits):
+                for one in most_telling([sample for sample in split.flipped if sample.flip == flip]):
+                    kinds = [kind for kind in SAMPLE_KINDS if sample_name(split.split, one.id, kind) in files]
+                    margins = _finite(one.margin_before), _finite(one.margin_after)
+                    where = slices.index(one.slice) if one.slice else -1
+                    classes = one.label, one.predicted_before, one.predicted_after
+                    rows.append([i, one.id, flip, *classes, *margins, one.in_target, where, *(kinds or [""])[:1]])
+        return {"rows": rows, "slices": slices}
+
+
+def _numbers(split: SplitReport) -> Plain:
+    counted = ("n", "broken", "repaired", "targeted", "repaired_in_target")
+    return {name: getattr(split, name) for name in counted} | {
+        "right": split.passed,
+        "wrong": split.repaired + split.failing,
+        "accuracy_before": percent(split.accuracy_before),
+        "accuracy_after": percent(split.accuracy_after),
+    }
+
+
+def _confusion(splits: Sequence[SplitReport]) -> dict[str, list[list[int]]]:
+    """By role the confusions that changed: label, prediction, how many before and after."""
+    found: dict[str, list[list[int]]] = {}
+    for role in ROLES:
+        own = [split for split in splits if split.role == role]
+        cells = confusion_changes(pool(own).confusion) if own else []
+        if cells:
+            found[role] = [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
+    return found
+
+
+def _search(report: RepairReport) -> Plain | None:
+    search = report.search
+    if search is None or not search.history:
+        return None
+    curves = {name: [_finite(value) for value in curve] for name, curve in search.history.items()}
+    if search.n_passed is not None and "intact" in curves:
+        curves["broken"] = [None if value is None else search.n_passed - value for value in curves["intact"]]
+    return {"curves": curves, "n_failed": search.n_failed, "n_passed": search.n_passed, "stopped": search.stopped}
+
+
+def _strength(report: RepairReport) -> list[Plain]:
+    """The way from the original weights, where all counts are 0."""
+    points: list[Plain] = []
+    for point in sorted(report.strength, key=lambda point: point.strength):
+        calibration = point.calibration
+        points.append(
+            {
+                "strength": point.strength,
+                "repaired_in_target": point.repaired_in_target,
+                "repaired": point.known.repaired,
+                "broken": point.known.broken,
+                "calibration_repaired": None if calibration is None else calibration.repaired,
+                "calibration_broken": None if calibration is None else calibration.broken,
+                "polished": point.polished,
+            }
+        )
+    if points and points[0]["strength"] > 0:
+        counted = {name: value if value is None else 0 for name, value in points[0].items()}
+        points.insert(0, {**counted, "polished": False})
+    return points
+
+
+def _finite(value: float) -> float | None:
+    """Four significant digits; None for what JSON has no number for."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None

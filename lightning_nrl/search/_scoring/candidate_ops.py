@@ -1,0 +1,356 @@
+"""Operations on `CandidateTensor`: on what candidates share once, and on the channels that differ for each.
+
+First those that treat channels one by one, then those that mix them (a Linear or a convolution adds what the channels
+that differ change in its output), then sums and products. An operation that is not listed here, or that is called in a
+way that is not known here, gets whole tensors. Every handler takes the function and its arguments and gives a result or
+`NotImplemented`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, handles
+
+RELU = (F.relu, torch.relu, Tensor.relu)
+ACTIVATIONS = (
+    *(*RELU, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.logsigmoid),
+    *(F.hardtanh, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.threshold),
+)
+POINTWISE = (
+    *ACTIVATIONS,
+    *(torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.exp, torch.sqrt, torch.square, torch.abs, torch.clone),
+    *(Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.tanh_, Tensor.clamp, Tensor.clamp_),
+    *(Tensor.exp, Tensor.sqrt, Tensor.square, Tensor.abs, Tensor.pow, Tensor.__pow__, Tensor.__neg__),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type),
+    *(Tensor.detach, Tensor.clone, Tensor.contiguous),
+)
+POOLS = (
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
+)
+MEANS = (torch.mean, Tensor.mean)
+ADAPTIVE_MEANS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+REDUCTIONS = (torch.mean, torch.sum, torch.amax, Tensor.mean, Tensor.sum, Tensor.amax)
+
+
+def _inplace_position(function: Any) -> int | None:
+    try:
+        return list(inspect.signature(function).parameters).index("inplace")
+    except (ValueError, TypeError):
+        return None
+
+
+INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIVATIONS}
+INPLACE_METHODS = (torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_, Tensor.clamp_)
+
+
+@handles(*POINTWISE)
+def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
+    x, *rest = args
+    if not isinstance(x, CandidateTensor) or any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
+        return NotImplemented
+    position = INPLACE_POSITIONS.get(func)
+    flagged = position is not None and (kwargs.get("inplace") or (len(args) > position and args[position]))
+    if flagged or func in INPLACE_METHODS:
+        return x.assign(x.map_channels(lambda t, units: func(t.clone() if units is None else t, *rest, **kwargs)))
+    if func in RELU and x.pending is not None and not x.identical:
+        return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, x.evaluated().relu_())
+    return x.map_channels(lambda t, _: func(t, *rest, **kwargs))
+
+
+@handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return NotImplemented if training and p else x
+
+
+@handles(F.batch_norm)
+def _batch_norm(
+    func: Any,
+    x: Any,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if training or not isinstance(x, CandidateTensor) or x.axis != 1:
+        return NotImplemented
+
+    def normalised(t: Tensor, units: Tensor | None) -> Tensor:
+        vectors = [v if v is None or units is None else v.index_select(0, units) for v in (mean, var, weight, bias)]
+        return F.batch_norm(t, vectors[0], vectors[1], vectors[2], vectors[3], False, momentum, eps)
+
+    if x.pending is not None and not x.identical and var is not None:
+        factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+        pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
+        return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
+    return x.map_channels(normalised)
+
+
+@handles(*POOLS)
+def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, CandidateTensor) or x.axis != 1:
+        return NotImplemented
+    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    if kwargs.get("return_indices") or any(a is True for a in args[5:]):
+        return NotImplemented
+    if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
+        return _mean_of_places(x, keepdim=True)
+    return x.map_channels(lambda t, _: func(t, *args, **kwargs))
+
+
+@handles(*REDUCTIONS)
+def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    dims = args[0] if args else kwargs.get("dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not isinstance(x, CandidateTensor) or not isinstance(dims, (tuple, list)) or not dims:
+        return NotImplemented
+    places = {d % x.ndim for d in dims}
+    if any(d <= x.axis for d in places):
+        return NotImplemented
+    if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
+        return _mean_of_places(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
+    return x.map_channels(lambda t, _: func(t, *args, **kwargs))
+
+
+def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
+    """The mean over all that comes behind the channels.
+
+    On a CPU as a product with a vector: a sum of few numbers that lie side by side takes several times as long.
+    """
+    dims = tuple(range(x.axis + 1, x.ndim))
+
+    def mean(t: Tensor, units: Tensor | None) -> Tensor:
+        flat = t.movedim(x.axis, 0).flatten(2) if units is not None and x.axis == 1 else None
+        fits = flat is not None and flat.is_contiguous() and t.numel() and t.dtype in (torch.float32, torch.float64)
+        if flat is None or not fits or t.device.type != "cpu":
+            return t.mean(dims, keepdim)
+        n = flat.shape[-1]
+        found = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
+        return found.view(*found.shape, *[1] * len(dims)) if keepdim else found
+
+    return x.map_channels(mean)
+
+
+@handles(torch.flatten, Tensor.flatten)
+def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if not isinstance(x, CandidateTensor) or end_dim % x.ndim != x.ndim - 1:
+        return NotImplemented
+    start = start_dim % x.ndim
+    if start == 1 and x.axis == 1:
+        return _flatten_channels(x)
+    return x.map_channels(lambda t, _: t.flatten(start)) if start > x.axis else NotImplemented
+
+
+@handles(Tensor.view, Tensor.reshape, torch.reshape)
+def _view(func: Any, x: Any, *shape: Any) -> Any:
+    if not isinstance(x, CandidateTensor) or x.axis != 1 or not shape or isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
+    features = x.base[0].numel()
+    if sizes in ((x.shape[0], -1), (-1, features), (x.shape[0], features)):
+        return _flatten_channels(x)
+    if len(sizes) > 2 and sizes[:2] == tuple(x.shape[:2]):
+        return x.map_channels(lambda t, _: t.reshape(*t.shape[:2], *sizes[2:]))
+    return NotImplemented
+
+
+def _flatten_channels(x: CandidateTensor) -> CandidateTensor:
+    base = x.base.flatten(1)
+    if x.identical:
+        return CandidateTensor.repeated(base, x.copies)
+    places = x.base[0, 0].numel()
+    units = (x.units.unsqueeze(1) * places + torch.arange(places, device=base.device)).flatten()
+    return CandidateTensor(base, x.copies, 1, units if places > 1 else x.units, x.changed.flatten(2))
+
+
+@handles(F.linear)
+def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
+        return NotImplemented
+    if x.identical:
+        return CandidateTensor.repeated(func(x.base, weight, bias), x.copies)
+    if x.axis != x.ndim - 1:
+        return NotImplemented
+    if x.all_differ:
+        return func(x.changed, weight.index_select(1, x.units), bias).flatten(0, 1)
+    if not _is_exact_in_parts(x):
+        return NotImplemented
+    delta = (x.changed - x.base.index_select(x.axis, x.units)) @ weight.index_select(1, x.units).t()
+    return delta.add_(func(x.base, weight, bias)).flatten(0, 1)
+
+
+@handles(torch.conv1d, torch.conv2d, torch.conv3d)
+def _conv(
+    func: Any,
+    x: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
+        return NotImplemented
+    if x.identical:
+        return CandidateTensor.repeated(func(x.base, weight, bias, stride, padding, dilation, groups), x.copies)
+    if groups == x.shape[1] == len(weight) and x.axis == 1:
+
+        def depthwise(t: Tensor, units: Tensor | None) -> Tensor:
+            own = [w if w is None or units is None else w.index_select(0, units) for w in (weight, bias)]
+            out: Tensor = func(t, *own, stride, padding, dilation, t.shape[1])
+            return out
+
+        return x.map_channels(depthwise)
+    if groups != 1 or x.axis != 1:
+        return NotImplemented
+    if x.all_differ:
+        return func(x.changed.flatten(0, 1), weight.index_select(1, x.units), bias, stride, padding, dilation)
+    if not _is_exact_in_parts(x):
+        return NotImplemented
+    base = func(x.base, weight, bias, stride, padding, dilation)
+    change = (x.changed - x.base.index_select(1, x.units)).flatten(0, 1)
+    delta = func(change, weight.index_select(1, x.units), None, stride, padding, dilation)
+    return delta.unflatten(0, (x.copies, -1)).add_(base).flatten(0, 1)
+
+
+@handles(F.layer_norm, F.group_norm, F.embedding, F.prelu)
+def _samplewise(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, CandidateTensor) or not x.identical:
+        return NotImplemented
+    if any(isinstance(a, CandidateTensor) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies)
+
+
+@handles(torch.cat, torch.concat, torch.concatenate)
+def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    if not all(isinstance(t, CandidateTensor) and t.materialized is None and t.copies == first.copies for t in tensors):
+        return NotImplemented
+    dim %= first.ndim
+    if dim == 0 or any(not t.identical and t.axis != dim for t in tensors):
+        return NotImplemented
+    base = torch.cat([t.base for t in tensors], dim)
+    if all(t.identical for t in tensors):
+        return CandidateTensor.repeated(base, first.copies)
+    offset, units, changed = 0, [], []
+    for t in tensors:
+        if not t.identical:
+            units.append(t.units + offset)
+            changed.append(t.changed)
+        offset += t.shape[dim]
+    return CandidateTensor(base, first.copies, dim, torch.cat(units), torch.cat(changed, dim + 1))
+
+
+def _is_exact_in_parts(x: CandidateTensor) -> bool:
+    """Whether a product may be summed from two parts: not in half precision, where two roundings are not one."""
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+
+
+ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+OPERATIONS = (
+    *(*ADDITIONS, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+    *(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, Tensor.__rtruediv__),
+)
+IN_PLACE: dict[Any, Callable[..., Any]] = {
+    Tensor.__iadd__: operator.add,
+    Tensor.__isub__: operator.sub,
+    Tensor.__imul__: operator.mul,
+    Tensor.__itruediv__: operator.truediv,
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
+}
+"""Each operation that changes its first argument, and the one that gives a new tensor."""
+
+
+@handles(*OPERATIONS, *IN_PLACE)
+def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    if "out" in kwargs:
+        return NotImplemented
+    in_place, apply = func in IN_PLACE, IN_PLACE.get(func, func)
+    if not isinstance(a, CandidateTensor):
+        return _onto_plain(apply, a, b, in_place, kwargs) if isinstance(a, Tensor) else NotImplemented
+    if isinstance(b, CandidateTensor):
+        out = _shifted(apply, a, b, kwargs)
+        if out is NotImplemented:
+            out = _both(lambda s, t: apply(s, t, **kwargs), a, b)
+    elif isinstance(b, Tensor) and b.ndim:
+        out = _with_plain(lambda s, t: apply(s, t, **kwargs), a, b)
+    else:
+        out = a.map_channels(lambda t, _: apply(t, b, **kwargs))
+    if out is NotImplemented or not in_place:
+        return out
+    return a.assign(out) if out.shape == a.shape and out.dtype == a.dtype else NotImplemented
+
+
+def _shifted(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
+    """A sum of what differs and what does not: only the base moves."""
+    if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
+        return NotImplemented
+    for x, other in ((a, b), (b, a)):
+        if x.pending is not None and not x.identical and other.identical and x.dtype == other.dtype:
+            return CandidateTensor(a.base + b.base, a.copies, x.axis, x.units, x.pending)
+    return NotImplemented
+
+
+def _both(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: CandidateTensor) -> Any:
+    if a.copies != b.copies or a.ndim != b.ndim or len(a.base) != len(b.base):
+        return NotImplemented
+    if a.identical and b.identical:
+        return CandidateTensor.repeated(apply(a.base, b.base), a.copies)
+    dim = b.axis if a.identical else a.axis
+    if (not a.identical and not b.identical and a.axis != b.axis) or a.base.shape[dim] != b.base.shape[dim]:
+        return NotImplemented
+    units = b.units if a.identical else a.units
+    if not a.identical and not b.identical and a.units is not b.units:
+        units = torch.cat([a.units, b.units]).unique()
+    changed = apply(_channels(a, dim, units), _channels(b, dim, units))
+    return CandidateTensor(apply(a.base, b.base), a.copies, dim, units, changed)
+
+
+def _channels(x: CandidateTensor, dim: int, units: Tensor) -> Tensor:
+    if x.units is units:
+        return x.changed
+    base = x.base.index_select(dim, units).unsqueeze(0)
+    if x.identical:
+        return base
+    whole = base.expand(x.copies, *base.shape[1:]).clone()
+    return whole.index_copy_(dim + 1, (units.unsqueeze(1) == x.units).int().argmax(0), x.changed)
+
+
+def _with_plain(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: Tensor) -> Any:
+    if b.shape == a.shape and len(b) != 1:
+        if not a.identical:
+            return NotImplemented
+        return apply(a.base.unsqueeze(0), b.unflatten(0, (a.copies, -1))).flatten(0, 1)
+    if b.ndim > a.ndim or (b.ndim == a.ndim and len(b) != 1):
+        return NotImplemented
+    place = a.axis - (a.ndim - b.ndim)
+
+    def one(t: Tensor, units: Tensor | None) -> Tensor:
+        return apply(t, b if units is None or place < 0 or b.shape[place] == 1 else b.index_select(place, units))
+
+    return a.map_channels(one) if torch.broadcast_shapes(a.shape, b.shape) == a.shape else NotImplemented
+
+
+def _onto_plain(apply: Any, a: Tensor, b: CandidateTensor, in_place: bool, kwargs: dict[str, Any]) -> Any:
+    if not b.identical or a.shape != b.shape:
+        return NotImplemented
+    out = apply(a.unflatten(0, (b.copies, -1)), b.base.unsqueeze(0), **kwargs).flatten(0, 1)
+    return a.copy_(out) if in_place else out

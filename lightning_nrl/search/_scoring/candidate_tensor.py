@@ -1,0 +1,191 @@
+"""A tensor of many candidates that says what they share: one base for all, and the channels in which they differ.
+
+What comes after a repaired layer is ordinary Python on ordinary tensors. `CandidateTensor` stands in for one: to the
+code it has the samples of all candidates, `P * n` of them; inside it holds `n` samples and the channels that differ.
+Operations that treat channels one by one (activations, batch norm, pooling, sums) run on the base once and on the
+channels that differ; a Linear or a convolution adds what those channels change to its output for the base. Whatever is
+not known here gets the whole tensor, so the result is always that of the plain code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
+"""What to do instead of a function; filled by the modules `channel_*`."""
+
+
+@dataclass(frozen=True)
+class LazyDelta:
+    """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
+
+    `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own; each
+    channel's sum is first multiplied by a factor, `U`, unless that is None.
+    """
+
+    onto: Callable[[Tensor, Tensor | None], Tensor]
+    scale: Tensor | None = None  # the factor so far
+
+    def times(self, factor: Tensor) -> LazyDelta:
+        return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
+
+
+def _no_delta(base: Tensor, scale: Tensor | None) -> Tensor:
+    raise AssertionError("candidates that do not differ have no channels that do")
+
+
+NO_DELTA = LazyDelta(_no_delta)
+
+
+@cache
+def _no_units(device: torch.device) -> Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
+
+
+class CandidateTensor(Tensor):
+    """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`."""
+
+    base: Tensor  # n x ..., what all have where they do not differ; never changed in place
+    axis: int  # the dimension of base, from the front, that counts channels
+    units: Tensor  # U int64, channels that differ, each once
+    copies: int  # P
+    pending: LazyDelta | None  # what is added to the base in those channels; None once it is computed
+    computed: Tensor | None  # P x n x ..., those channels with it; see `changed`
+    materialized: Tensor | None  # the whole tensor, once something has asked for it; from then on it alone counts
+
+    @staticmethod
+    def __new__(
+        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | LazyDelta
+    ) -> CandidateTensor:
+        shape = (copies * base.shape[0], *base.shape[1:])
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
+        new.base, new.copies, new.axis, new.units, new.materialized = base, copies, axis, units, None
+        new.pending = changed if isinstance(changed, LazyDelta) else None
+        new.computed = None if isinstance(changed, LazyDelta) else changed
+        return new
+
+    @classmethod
+    def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
+        return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NO_DELTA)
+
+    @property
+    def changed(self) -> Tensor:
+        """The values of the channels that differ, `P x n x ...` with `U` channels at `axis + 1`."""
+        if self.computed is None:
+            self.computed, self.pending = self.evaluated(), None
+        return self.computed
+
+    def evaluated(self) -> Tensor:
+        assert self.pending is not None
+        base = self.base.index_select(self.axis, self.units).movedim(self.axis, 0)
+        return self.pending.onto(base, self.pending.scale).movedim(0, self.axis + 1)
+
+    @property
+    def identical(self) -> bool:
+        """Whether the candidates do not differ at all."""
+        return self.units.numel() == 0
+
+    @property
+    def all_differ(self) -> bool:
+        """Whether the candidates differ in every channel, so that nothing of the base is left."""
+        return self.units.numel() == self.base.shape[self.axis]
+
+    def dense(self) -> Tensor:
+        """The whole tensor, in memory of its own; changing it changes this."""
+        if self.materialized is None:
+            base, dim = self.base, self.axis
+            if self.all_differ:
+                whole = self._all_changed().contiguous()
+            else:
+                whole = base.expand(self.copies, *base.shape).clone(memory_format=torch.contiguous_format)
+                if not self.identical:
+                    whole.index_copy_(dim + 1, self.units, self.changed)
+            self.materialized = whole.flatten(0, 1)
+        return self.materialized
+
+    def dense_view(self) -> Tensor:
+        """The whole tensor, to be read only, in whatever layout costs least."""
+        if self.materialized is None and self.all_differ:
+            return self._all_changed().flatten(0, 1)
+        return self.dense()
+
+    def _all_changed(self) -> Tensor:
+        dim = self.axis + 1
+        return self.changed.movedim(dim, 0).index_select(0, self.units.argsort()).movedim(0, dim)
+
+    def assign(self, other: Any) -> CandidateTensor:
+        if isinstance(other, CandidateTensor):
+            self.base, self.axis, self.units = other.base, other.axis, other.units
+            self.pending, self.computed, self.materialized = other.pending, other.computed, other.materialized
+        else:
+            self.materialized = other
+        return self
+
+    def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
+        """Applies a function of samples and their channels (None for all) that treats both one by one."""
+        base = function(self.base, None)
+        if self.identical:
+            return CandidateTensor.repeated(base, self.copies)
+        changed = function(self.changed.flatten(0, 1), self.units).unflatten(0, (self.copies, -1))
+        return CandidateTensor(base, self.copies, self.axis, self.units, changed)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in METADATA_FUNCTIONS:
+                return func(*args, **kwargs)
+            handler = OP_HANDLERS.get(func)
+            if handler is not None and not any(
+                isinstance(a, CandidateTensor) and a.materialized is not None for a in args
+            ):
+                result = handler(func, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs))
+            out = func(*whole[0], **whole[1])
+            if args and isinstance(args[0], CandidateTensor) and out is args[0].materialized:
+                return args[0]
+            return out
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs or {}))
+        return func(*whole[0], **whole[1])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"CandidateTensor({list(self.shape)}, copies={self.copies}, differing={self.units.numel()} at {self.axis})"
+        )
+
+
+METADATA_FUNCTIONS = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_nested", "requires_grad", "is_sparse")
+    ),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
+    torch.is_floating_point,
+    torch.numel,
+}
+
+
+def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what to do instead of some functions; a handler may return `NotImplemented`."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        OP_HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register

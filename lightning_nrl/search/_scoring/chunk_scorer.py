@@ -1,0 +1,216 @@
+"""Chunks of the known data, ready to be run under many candidates at once within a memory budget.
+
+They are as large as the memory allows, and no larger than a processor's cache likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import none_if_out_of_memory, widest
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.last_layer_scorer import (
+    HeadScorer,
+    Sums,
+    is_plain_multiclass,
+    make_head_scorer,
+    summed,
+)
+from lightning_nrl.search._scoring.memory import in_blocks, measure_allocations
+from lightning_nrl.search._scoring.sample_layout import repeat_all
+from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
+from lightning_nrl.tasks import Task
+
+
+@dataclass
+class ChunkScorer:
+    """`n` samples with all that does not depend on the candidates."""
+
+    cache: ActivationCache  # where they come from
+    chunk: Chunk
+    deltas: tuple[LayerDelta, ...]  # the change of each site
+    where: Tensor  # flat positions of the changed weights
+    task: Task
+    rows: int  # candidates times samples that are run at once; halved for good when memory runs out
+    reserve: Tensor | None = None  # n, the margin that a sample must keep to pass; None: any
+    weight: Tensor | None = None  # n, what each sample counts; None: all alike
+    total_weight: float = 0.0  # what all samples count together
+    is_head: bool = False  # whether the samples are in front of a last layer whose output is the model's
+    gathered: GatheredInputs | None = None  # what the first site's change needs of the samples, if there is room
+    head: HeadScorer | None = None  # the samples in front of that last layer, if there is room
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
+
+    def keep(self, room: int) -> None:
+        """Keeps what is the same in every call, if it takes at most `room` bytes."""
+        if not self.is_head:
+            if len(self.first_delta.units):
+                gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
+                self.gathered = gathered if gathered.nbytes <= room else None
+            return
+        head = self._make_head()
+        self.head = head if head.nbytes <= room else None
+
+    def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Runs candidates `P x K`: which of them, their passes `p x n` bool, and if asked for their losses `p x n`."""
+        work = partial(self._run, with_loss=with_loss)
+        for part, (passed, loss) in in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0])):
+            yield part, passed, loss
+
+    def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
+        """The same summed over the samples."""
+
+        def work(values: Tensor) -> Sums:
+            # To leave decided samples out, the host has to learn which those are.
+            if self.is_head and not with_loss and values.device.type == "cpu":
+                return Sums(*(self.head or self._make_head()).count_passed(values, self.weight))
+            passed, loss = self._run(values, with_loss)
+            return summed(passed, loss, self.weight, with_credit)
+
+        yield from in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0]))
+
+    @property
+    def first_delta(self) -> LayerDelta:
+        """The change of the site that the model calls first."""
+        first = self.cache.plan(self.chunk).first
+        return next(delta for delta in self.deltas if delta.site is first)
+
+    def _make_head(self) -> HeadScorer:
+        x, y = self.cache.activations(self.chunk)
+        label = self.task.label(self.chunk.target)
+        assert label is not None
+        return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
+
+    def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
+        if self.is_head:
+            return (self.head or self._make_head()).evaluate(values, with_loss)
+        if self.rows >= len(self.chunk):
+            return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
+        chunks = list(self.cache.split(self.chunk, self.rows))
+        reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
+        parts = [
+            self.outputs(chunk, None, values, with_loss, reserve)
+            for chunk, reserve in zip(chunks, reserves, strict=True)
+        ]
+        losses = [loss for _, loss in parts if loss is not None]
+        return torch.cat([passed for passed, _ in parts], 1), torch.cat(losses, 1) if losses else None
+
+    def outputs(
+        self,
+        chunk: Chunk,
+        gathered: GatheredInputs | None,
+        values: Tensor,
+        with_loss: bool,
+        reserve: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Passes and losses of some of the samples under candidates `P x K`, all in one block."""
+        p = len(values)
+        if self.cache.is_replayable(chunk):
+            logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
+            logits = logits.dense_view() if isinstance(logits, CandidateTensor) else logits
+        else:
+            logits = self.cache.rerun(chunk, self.where, values)
+        own_reserve = None if reserve is None else reserve.repeat(p)
+        passed, loss = self.task.passed_and_loss(logits, repeat_all(chunk.target, p), own_reserve, with_loss)
+        return passed.view(p, -1), None if loss is None else loss.view(p, -1)
+
+
+CPU_CACHE_BYTES = 1 << 20
+"""Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
+stay in its cache."""
+CPU_BLOCK_BYTES = 16 << 20
+"""Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
+GPU_BLOCK_BYTES = 256 << 20
+"""The same on a GPU, enough to keep it busy."""
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384
+"""Samples a chunk at most: a GPU is only busy with many of them a launch."""
+
+
+@torch.no_grad()
+def make_chunk_scorers(
+    cache: ActivationCache,
+    deltas: tuple[LayerDelta, ...],  # the change of each site
+    where: Tensor,  # K int64, flat positions of the changed weights
+    mask: Tensor,  # N bool by row of the results, which samples
+    task: Task,
+    *,
+    budget: int,  # bytes that running a block may take
+    room: int,  # bytes that may be kept from one call to the next
+    reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
+    weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
+) -> list[ChunkScorer]:
+    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
+    device = cache.space.device
+    weight = None if weight is None else weight.to("cpu", widest(device))
+
+    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
+        own_reserve, own = (None if x is None else x[chunk.rows] for x in (reserve, weight))
+        total = len(chunk) if own is None else float(own.sum())
+        own_reserve, own = (None if x is None else x.to(device) for x in (own_reserve, own))
+        return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head)
+
+    def cut(group: Chunk, samples: int, make: Callable[[Chunk], ChunkScorer], room: int) -> list[ChunkScorer]:
+        scorers = []
+        for chunk in cache.split(group, samples):
+            scorers.append(make(chunk))
+            if room > 0:
+                scorers[-1].keep(room)
+                room -= scorers[-1].nbytes
+        return scorers
+
+    scorers: list[ChunkScorer] = []
+    for group in cache.chunks(None, mask):
+        whole = scorer_of(group, 1)
+        if not cache.is_replayable(group):
+            whole.rows = _rows_of_block(whole, budget, 0)
+            scorers.append(whole)
+            continue
+        _, y = cache.activations(next(iter(cache.split(group, 1))))
+        n_units = len(whole.first_delta.units)
+        is_last = cache.plan(group).is_last_layer and n_units > 0 and y.dtype in (torch.float32, torch.float64)
+        is_head = is_last and y.ndim == 2 and is_plain_multiclass(task)
+        if is_head:
+            block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+            rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
+        else:
+            rows = _rows_of_block(whole, budget, y.nbytes)
+        most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
+        samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
+        make = partial(scorer_of, rows=rows, is_head=is_head)
+        made = none_if_out_of_memory(partial(cut, group, samples, make, room))
+        while made is None:
+            samples, room = max(1, samples // 2), 0
+            made = none_if_out_of_memory(partial(cut, group, samples, make, 0), last_try=samples == 1)
+        scorers += made
+        room -= sum(scorer.nbytes for scorer in made)
+    return scorers
+
+
+def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
+    """How many rows to run at once, by what a few of them take; the same on every run."""
+    few = next(iter(scorer.cache.split(scorer.chunk, 2)))
+    original = scorer.deltas[0].original
+
+    def measure(p: int) -> tuple[int, int]:
+        return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True))
+
+    measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
+    if measures is None:
+        return 1
+    (_, total_of_4), (peak, total_of_8) = measures
+    together = len(few) * (8 if scorer.cache.is_replayable(scorer.chunk) else 1)
+    peak_of_row, total_of_row = peak / together, (total_of_8 - total_of_4) / (4 * len(few))
+    fitting = int(budget / max(1, peak_of_row))
+    if original.device.type != "cpu" or not y_bytes:
+        return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
+    wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
+    wanted = min(max(wanted, CPU_CACHE_BYTES // y_bytes), 8 * CPU_CACHE_BYTES // y_bytes)
+    return max(1, min(fitting, wanted))

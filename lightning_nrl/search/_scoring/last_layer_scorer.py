@@ -1,0 +1,351 @@
+"""From the inputs of a last layer to what counts: which samples pass and how large their losses are.
+
+Where the layer's output is what the model returns, only its changed classes are computed. On a CPU each swarm is scored
+by itself and samples whose fate is decided are left out. On a device many swarms are scored together, in as many
+launches as one takes: each has weights and samples of its own, padded to a common shape. That shape is made of the
+swarm's own numbers, rounded up a little, so that it goes through the same products and sums alone and among others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.device import no_autocast, widest
+from lightning_nrl.search._scoring.memory import in_blocks
+from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
+from lightning_nrl.tasks import Multiclass, Task
+
+MAX_UNDECIDED_SHARE = 0.75
+"""Decided samples are only left out if at most this share of all is undecided."""
+
+
+def is_plain_multiclass(task: Task) -> bool:
+    """Whether passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
+    own, plain = type(task), Multiclass
+    return (own.passed, own.loss, own.prediction, own.margin) == (
+        plain.passed,
+        plain.loss,
+        plain.prediction,
+        plain.margin,
+    )
+
+
+class Sums(NamedTuple):
+    """What `p` candidates do on all samples of a chunk, `p` each."""
+
+    passed: Tensor  # how many pass
+    weight: Tensor | None  # what these weigh; None: all alike
+    loss: Tensor | None = None  # sum of (weighted) losses; None: not asked for
+    credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not asked for
+
+
+def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
+    """Sums over samples, the last dimension of `passed` and `loss`."""
+    wide = widest(passed.device)
+    credit = None
+    if loss is not None and with_credit:
+        credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(-1, dtype=wide)
+    if loss is not None and weight is not None:
+        loss = loss * weight
+    return Sums(*sum_passed(passed, weight), None if loss is None else loss.sum(-1, dtype=wide), credit)
+
+
+def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """How many of `P x n` samples pass, `P`, and what these weigh; None without weights, `n`."""
+    return passed.sum(-1), None if weight is None else torch.where(passed, weight, 0.0).sum(-1)
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """What is known of `n` samples in front of a last layer whose output is the model's, `U` of its classes changing.
+
+    Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
+    exponentials, and the largest logit before and after the true class, since arg max takes the first of equals. The
+    reserve has no part in the loss.
+    """
+
+    rivals: Tensor  # U x 1 x n, old logits of the changed classes, -inf for the true one
+    true_unit: Tensor  # 1 x 1 x n int64, place of the true class among the changed ones, 0 if it does not change
+    true_logit: Tensor  # n, the true class's old logit, less the reserve
+    true_changes: Tensor  # n, 1 if the true class changes, else 0
+    fixed_max: Tensor  # n, the largest logit of the classes that do not change, the true one left out
+    fixed_sum: Tensor  # n, their exponentials, relative to fixed_max, summed
+    fixed_max_before: Tensor  # n, the largest of them before the true class
+    is_before: Tensor  # U x 1 x n bool, which changed classes come before the true one
+    reserve: Tensor | None  # n, how far above all others the true class must be to pass; None: not at all
+
+    def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for.
+
+        `z`, `U x P x n`, is what each candidate adds to each changed class; it is used up. All may have one more
+        dimension in front, with tables that have it too.
+        """
+        moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
+        true = torch.addcmul(self.true_logit, self.true_changes, moved)
+        z += self.rivals
+        best = torch.maximum(z.amax(-3), self.fixed_max)
+        passed = true > best
+        tied = true == best
+        if z.device.type != "cpu" or bool(tied.any()):
+            before = torch.where(self.is_before, z, -torch.inf).amax(-3).maximum(self.fixed_max_before)
+            passed |= tied & (true > before)
+        if not with_loss:
+            return passed, None
+        if self.reserve is not None:
+            true = true + self.reserve
+        most = torch.maximum(best, true)
+        z -= most.unsqueeze(-3)
+        total = z.exp_().sum(-3).add_((true - most).exp_()).addcmul_(self.fixed_sum, (self.fixed_max - most).exp_())
+        return passed, total.log_().add_(most).sub_(true)
+
+
+@dataclass(frozen=True)
+class HeadScorer(HeadTables):
+    """Samples in front of a last layer whose output is the model's, with the change of that layer."""
+
+    delta: LayerDelta  # the change of the layer
+    gathered: GatheredInputs  # what it needs to know of the samples
+
+    @property
+    def nbytes(self) -> int:
+        return self.gathered.nbytes + self.rivals.nbytes + self.is_before.nbytes
+
+    def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for, of candidates `P x K`."""
+        return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
+
+    def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples that go the same way under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
+
+        Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
+        bounds (interval arithmetic). A sample is decided if the bounds of its true class and of the best rival do not
+        meet, with room for rounding between them: `eps * (m + 8)` times the sum of all magnitudes, for sums of `m`
+        products.
+        """
+        change = self.delta.weight_delta(values, self.true_logit.dtype)
+        least, most = change.aminmax(dim=0)
+        ends = torch.stack([least, most, torch.maximum(most, -least)])  # 3 x (K + 1)
+        low, high, size, terms = [], [], [], 0
+        for bucket, x in zip(self.delta.buckets, self.gathered.x, strict=True):
+            d, terms = ends[:, bucket.columns].transpose(0, 1), max(terms, bucket.columns.shape[1])
+            up, down = d @ x[:, 0].clamp_min(0), d @ x[:, 0].clamp_max(0)  # u x 3 x n
+            low.append(up[:, 0] + down[:, 1])
+            high.append(up[:, 1] + down[:, 0])
+            size.append(up[:, 2] - down[:, 2])
+        below, above, magnitude = torch.cat(low), torch.cat(high), torch.cat(size)
+        if self.delta.site.include_bias:
+            moved = ends[:, self.delta.bias].unsqueeze(2)
+            below, above, magnitude = below + moved[0], above + moved[1], magnitude + moved[2]
+        rivals, unit = self.rivals[:, 0], self.true_unit[0]
+        true_below = self.true_logit + self.true_changes * below.gather(0, unit)[0]
+        true_above = self.true_logit + self.true_changes * above.gather(0, unit)[0]
+        best_below, best_above = ((rivals + b).amax(0).maximum(self.fixed_max) for b in (below, above))
+        scale = magnitude.amax(0) + self.true_logit.abs() + best_below.abs() + best_above.abs()
+        if self.reserve is not None:
+            scale = scale + self.reserve.abs()
+        rounding = scale * (2 * (terms + 8) * torch.finfo(scale.dtype).eps)
+        return true_below > best_above + rounding, true_above + rounding < best_below
+
+    def subset(self, samples: Tensor) -> HeadScorer:
+
+        def some(x: Tensor) -> Tensor:
+            return x.index_select(-1, samples)
+
+        own = self.gathered
+        tensors: dict[str, Any] = {name: some(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        gathered = GatheredInputs(tuple(map(some, own.x)), own.base[:, samples], own.rounded[:, samples])
+        return replace(self, gathered=gathered, **tensors)
+
+    def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """How many samples each candidate, `P x K`, passes, and what these weigh; decided ones are not computed."""
+        pass_all, fail_all = self.decided(values)
+        undecided = (~(pass_all | fail_all)).nonzero().flatten()
+        if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
+            return sum_passed(self.evaluate(values, with_loss=False)[0], weight)
+        count, weighed = sum_passed(pass_all[None], weight)
+        count, weighed = count.expand(len(values)), None if weighed is None else weighed.expand(len(values))
+        if len(undecided):
+            own_weight = None if weight is None else weight[undecided]
+            more, more_weighed = sum_passed(self.subset(undecided).evaluate(values, with_loss=False)[0], own_weight)
+            count = more + count
+            weighed = None if weighed is None or more_weighed is None else more_weighed + weighed
+        return count, weighed
+
+
+def make_head_scorer(
+    delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
+) -> HeadScorer:
+    """Prepares samples with old logits `y`, `n x C`, of which some change, true classes and margins to keep, `n`."""
+    n, c = y.shape
+    units, true = delta.units, target.unsqueeze(1)
+    place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))
+    unit = place[target]
+    classes = torch.arange(c, device=y.device)
+    fixed = y.index_fill(1, units, -torch.inf).scatter(1, true, -torch.inf)
+    fixed_max = fixed.amax(1)
+    true_logit = y.gather(1, true).squeeze(1)
+    return HeadScorer(
+        delta=delta,
+        gathered=gathered,
+        rivals=y.scatter(1, true, -torch.inf)[:, units].t().contiguous().unsqueeze(1),
+        true_unit=unit.clamp_min(0).view(1, 1, n),
+        true_logit=true_logit if reserve is None else true_logit - reserve,
+        true_changes=(unit >= 0).to(y.dtype),
+        fixed_max=fixed_max,
+        fixed_sum=torch.where(fixed_max.isneginf(), 0.0, (fixed - fixed_max.unsqueeze(1)).exp().sum(1)),
+        fixed_max_before=fixed.masked_fill(classes >= true, -torch.inf).amax(1),
+        is_before=(units.unsqueeze(1) < target).unsqueeze(1),
+        reserve=reserve,
+    )
+
+
+UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
+"""Numbers are rounded up to one of so many between a power of two and the next, so that few shapes are left. Padding of
+weights costs least, since they are few beside the candidates."""
+
+OF_UNITS = ("rivals", "is_before")
+"""Tables of changed classes."""
+FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
+"""What tables have for samples and classes that are padding: they pass with a loss of 0. What is not named: 0."""
+
+
+class SwarmHead(NamedTuple):
+    """The samples of one role that one swarm scores."""
+
+    swarm: int  # which one
+    columns: Tensor | None  # which of the K values its own weights are, int64; None if they are the first
+    head: HeadScorer
+    weight: Tensor | None  # n, what each sample counts; None: all alike
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Changed classes, weights of a class with its bias, samples: what others in its stack have too."""
+        delta, n = self.head.delta, self.head.true_logit.shape[-1]
+        most = max((bucket.columns.shape[1] for bucket in delta.buckets), default=0) + delta.site.include_bias
+        return rounded_up(len(delta.units), UNIT_STEPS), rounded_up(most, WEIGHT_STEPS), rounded_up(n, SAMPLE_STEPS)
+
+    @property
+    def padded_nbytes(self) -> int:
+        return math.prod(self.shape) * self.head.true_logit.element_size()
+
+
+@dataclass
+class HeadStack:
+    """Samples of one role of S swarms, padded to `U` changed classes of `m` weights each and `n` samples."""
+
+    swarms: Tensor  # S int64, which swarms
+    original: Tensor  # S x 1 x K, their values as they are now, padded with 0
+    columns: Tensor  # S x 1 x (U * m) int64, which of the K values a weight is; K: it stays
+    x: Tensor  # S x U x m x n, what the weights meet
+    tables: HeadTables  # with a dimension for swarms in front
+    counted: Tensor  # S x 1 x n bool, which samples are no padding
+    weight: Tensor | None  # S x 1 x n, what each counts; None: all alike
+    rows: int  # swarms times candidates times samples that are run at once; halved for good when memory runs out
+    deployed: torch.dtype  # of the weights
+
+    @property
+    def total_weight(self) -> Tensor | float:
+        """What all samples of a swarm count together, `S x 1`."""
+        return 0.0 if self.weight is None else self.weight.sum(-1)
+
+    def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Sums:
+        """What the candidates of these swarms, `S x P x K`, do on their samples, `S x P` each."""
+        work = partial(self._run, with_loss, with_credit)
+        parts = [found for _, found in in_blocks(self, values, self.x.shape[-1], work)]
+
+        def joined(column: Sequence[Tensor | None]) -> Tensor | None:
+            known = [x.flatten() for x in column if x is not None]
+            return torch.cat(known).view(values.shape[:2]) if known else None
+
+        return Sums(*map(joined, zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+    def _run(self, with_loss: bool, with_credit: bool, which: slice, values: Tensor) -> Sums:
+        tables = HeadTables(*(_some(getattr(self.tables, f.name), which) for f in fields(HeadTables)))  # type: ignore[arg-type]
+        dtype, x = tables.true_logit.dtype, self.x[which]
+        (s, p, _), (_, u, m, n) = values.shape, x.shape
+        new, old = (w.to(self.deployed).to(dtype) for w in (values, self.original[which]))
+        change = F.pad(new - old, (0, 1)).gather(2, self.columns[which].expand(-1, p, -1))
+        d = change.view(s, p, u, m).transpose(1, 2).reshape(s * u, p, m)
+        with no_autocast(values.device):
+            z = torch.bmm(d, x.view(s * u, m, n)).view(s, u, p, n)
+        passed, loss = tables.judged(z, with_loss)
+        counted = self.counted[which]
+        passed &= counted
+        # Padding has a loss of 0, but a credit.
+        found = summed(passed, loss, _some(self.weight, which), with_credit)
+        if found.credit is None:
+            return found
+        return found._replace(credit=found.credit - (~counted).sum(-1))
+
+
+def rounded_up(n: int, steps: int) -> int:
+    """The next of so many numbers, a power of two, between a power of two and the next."""
+    step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
+    return -(-n // step) * step
+
+
+def stack_heads(swarms: Sequence[SwarmHead], n_columns: int, block_bytes: int) -> list[HeadStack]:
+    """Stacks of swarms of like shape; `n_columns` is K, `block_bytes` what the logits of one block may take."""
+    shapes: dict[tuple[int, int, int], list[SwarmHead]] = {}
+    for one in swarms:
+        shapes.setdefault(one.shape, []).append(one)
+    return [_stacked(alike, shape, n_columns, block_bytes) for shape, alike in shapes.items()]
+
+
+def _stacked(alike: Sequence[SwarmHead], shape: tuple[int, int, int], n_columns: int, block_bytes: int) -> HeadStack:
+    u, m, n = shape
+    first = alike[0].head
+    device, dtype, deployed = first.true_logit.device, first.true_logit.dtype, first.delta.original.dtype
+
+    def table(name: str) -> Tensor | None:
+        if getattr(first, name) is None:
+            return None
+        own = [getattr(one.head, name) for one in alike]
+        units = u if name in OF_UNITS else 1
+        pads = [(0, n - x.shape[-1], 0, 0, 0, units - len(x)) if x.ndim == 3 else (0, n - len(x)) for x in own]
+        padded = torch.stack([F.pad(x, pad, value=FILLS.get(name, 0)) for x, pad in zip(own, pads, strict=True)])
+        return padded if padded.ndim == 4 else padded.unsqueeze(1)
+
+    places = torch.full((len(alike), u, m), n_columns, device=device)
+    x = torch.zeros(len(alike), u, m, n, dtype=dtype, device=device)
+    original = torch.zeros(len(alike), 1, n_columns, dtype=deployed, device=device)
+    for s, one in enumerate(alike):
+        delta = one.head.delta
+        own = torch.arange(len(delta.original), device=device) if one.columns is None else one.columns
+        to_all = F.pad(own, (0, 1), value=n_columns)
+        original[s, 0].index_copy_(0, own, delta.original)
+        start = 0
+        for bucket, inputs in zip(delta.buckets, one.head.gathered.x, strict=True):
+            met = inputs[:, 0]  # u x m x n
+            part = slice(start, start + len(met))
+            places[s, part, : met.shape[1]] = to_all[bucket.columns]
+            x[s, part, : met.shape[1], : met.shape[2]] = met
+            start = part.stop
+        if delta.site.include_bias:
+            places[s, : len(delta.bias), -1] = to_all[delta.bias]
+            x[s, : len(delta.bias), -1] = 1.0
+    counts = torch.tensor([one.head.true_logit.shape[-1] for one in alike], device=device)
+    weights = [F.pad(one.weight, (0, n - len(one.weight))) for one in alike if one.weight is not None]
+    return HeadStack(
+        swarms=torch.tensor([one.swarm for one in alike], device=device),
+        original=original,
+        columns=places.view(len(alike), 1, u * m),
+        x=x,
+        tables=HeadTables(*(table(f.name) for f in fields(HeadTables))),  # type: ignore[arg-type]
+        counted=torch.arange(n, device=device) < counts.view(-1, 1, 1),
+        weight=torch.stack(weights).unsqueeze(1) if weights else None,
+        rows=max(1, block_bytes // (u * dtype.itemsize)),
+        deployed=deployed,
+    )
+
+
+def _some(x: Tensor | None, which: slice) -> Tensor | None:
+    return None if x is None else x[which]

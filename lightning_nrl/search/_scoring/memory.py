@@ -1,0 +1,149 @@
+"""How much memory scoring may take, and how much a piece of work takes."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_nrl._utils.device import none_if_out_of_memory
+
+T = TypeVar("T")
+
+BUDGET_DIVISOR = 4
+"""One part in so many of the free memory is the default budget."""
+
+
+def default_budget(device: torch.device) -> int:
+    """A share of the memory that is free on a device, in bytes."""
+    return free_memory(device) // BUDGET_DIVISOR
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of main memory those that this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        # What the system holds in memory of files counts as free, as it does for the system.
+        text = Path("/proc/meminfo").read_text()
+        available = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        available = _installed_memory() // 2
+    return min([available, *_container_limit()])
+
+
+def _installed_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 8 << 30
+
+
+def _container_limit() -> list[int]:
+    """What a container's limit (control groups, version 2) leaves; nothing where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = (folder / "memory.stat").read_text().split("\ninactive_file ")[1].split()[0]
+    except (OSError, IndexError, ValueError):
+        return []
+    return [max(0, limit - used + int(files))]
+
+
+class InBlocks(Protocol):
+    """Work whose blocks are halved for good when memory runs out."""
+
+    rows: int  # candidates times samples that are run at once
+
+
+def in_blocks(
+    worker: InBlocks, values: Tensor, n: int, work: Callable[[slice, Tensor], T]
+) -> Iterator[tuple[slice, T]]:
+    """Does the work on `n` samples for candidates `S x P x K`, for as many swarms at once as memory allows.
+
+    Where not even one swarm fits, for some of its candidates. Yields these and what the work gave, in their order.
+    """
+    start, candidate, (s, p, _) = 0, 0, values.shape
+    while start < s and p:
+        many = max(1, worker.rows // n)
+        part = slice(candidate, min(p, candidate + many))
+        which = slice(start, min(s, start + (1 if candidate else max(1, many // p))))
+        done = none_if_out_of_memory(partial(work, which, values[which, part]), last_try=worker.rows <= 1)
+        if done is None:
+            worker.rows //= 2
+            continue
+        yield part, done
+        start, candidate = (which.stop, 0) if part.stop == p else (start, part.stop)
+
+
+def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
+    meter = AllocationMeter()
+    with meter:
+        work()
+    return meter.peak, meter.total
+
+
+class AllocationMeter(TorchDispatchMode):
+    """Inside, follows the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.users: dict[int, int] = {}  # how many tensors share each, by address
+        self.held = 0  # bytes of all of them
+        self.peak = 0  # the most that was held at any one time
+        self.total = 0  # bytes of all that were ever made
+
+    def _follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
+        """Notes what an operation made of the given tensors, unless it is a view of what was there before."""
+        key, size = _storage_of(x)
+        if not key:
+            return
+        if key not in self.users:
+            if any(_storage_of(a)[0] == key for a in given):
+                return
+            self.users[key] = 0
+            self.held += size
+            self.total += size
+            self.peak = max(self.peak, self.held)
+        self.users[key] += 1
+        weakref.finalize(x, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
+            self.held -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())]
+        for x in _tensors((out,)):
+            if not any(x is a for a in given):
+                self._follow(x, given)
+        return out
+
+
+def _storage_of(x: Tensor) -> tuple[int, int]:
+    try:
+        storage = x.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

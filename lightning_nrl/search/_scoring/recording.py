@@ -1,0 +1,259 @@
+"""Runs a model once over known data and keeps what is needed to resume its passes at the first repaired layer.
+
+Nothing is taken on trust. The first pass of each shape is replayed under changed weights and compared with the whole
+model, every later one under the original weights. What cannot be replayed is kept as model inputs and run as a whole:
+slower, as exact. What does not fit in memory is computed again each time; the bytes alone decide that, so that a run
+can be repeated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl._utils.interrupts import poll
+from lightning_nrl.data.batch import Batch, is_sliceable
+from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning, ReplayError
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, ReplayGroup, split_inputs
+from lightning_nrl.search._scoring.memory import free_memory
+from lightning_nrl.search._scoring.replay_plan import ReplayPlan, find_replay_plan, perturbed, same_values
+from lightning_nrl.search._scoring.sample_layout import index_batch
+from lightning_nrl.search._scoring.sparse_delta import output_under
+from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
+
+OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
+
+
+Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
+"""Reads samples again, by their rows in the results, ascending: batches with their rows."""
+
+
+@torch.no_grad()
+def record(
+    evaluator: Evaluator,
+    batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the results, n int64 on the CPU
+    space: ParameterSpace,
+    keep: Tensor,  # N bool by row of the results, which samples are wanted
+    *,
+    budget: int | None = None,  # bytes of memory on the model's device; None: half of what is free
+    draw: Draw | None = None,  # for what does not fit; None: it is kept in memory all the same
+) -> ActivationCache:
+    """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
+
+    Beside a GPU's memory as much main memory is used as a model on the CPU would get by default. A layer that is never
+    called is a `ReplayError`, and so is that there is none.
+    """
+    if not space.sites:
+        raise ReplayError(space.obstacle)
+    cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
+    memory = _memory(space.device, budget)
+    can_recompute = draw is not None
+    n_wanted = -(-int(keep.sum()) // evaluator.collective.world_size)
+    sliceable: bool | None = None  # not known before the first batch
+    for batch, rows in batches:
+        poll()
+        index = keep.cpu()[rows].nonzero().flatten()
+        if not len(index):
+            continue
+        inputs: Inputs = (batch.args, batch.kwargs)
+        target = batch.target
+        if sliceable is None:
+            sliceable = can_be_cut(cache.model, inputs, len(rows))
+            # Batches made of other samples might be padded, or put together, in another way.
+            can_recompute &= sliceable and is_sliceable(inputs, len(rows))
+        if len(index) < len(rows):
+            target = index_batch(target, index, len(rows))
+            inputs = index_batch(inputs, index, len(rows)) if sliceable else inputs
+        if sliceable:
+            group, stored = find_group(cache, inputs, len(index), space.device)
+        else:
+            group, stored = find_head_group(cache, inputs, len(rows), space.device)
+            stored = [x.index_select(0, index.to(x.device)) for x in stored]
+        again = None if draw is None else partial(_stored_again, cache.model, group, draw)
+        group = _place(cache, group, stored, memory, n_wanted, len(index), can_recompute)
+        group.add(stored, target, rows[index], again)
+    for group in cache.groups:
+        group.finish(pin=space.device.type == "cuda" and group.device.type == "cpu")
+    cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
+    if cache.fallback_reason is not None:
+        warnings.warn(
+            PerformanceWarning(
+                f"`layer`: {cache.fallback_reason}, so every candidate is run through the whole model.",
+                "the repair is as exact, only slower; another layer may be faster.",
+            ),
+            stacklevel=2,
+        )
+    return cache
+
+
+def find_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """Runs `n` samples: the group that they belong to, added where none is like it, and what to store of them."""
+    model = cache.model
+    plans = [group.plan for group in cache.groups if group.plan is not None]
+    live = {name for plan in plans for name in plan.live_calls}
+    trace, logits = model.trace(inputs, live.__contains__)
+
+    def replays(plan: ReplayPlan, stored: list[Tensor]) -> bool:
+        return same_values(plan.resume(model, stored, n, lambda site, x, y: y), logits, stored[-1].dtype)
+
+    for group in cache.groups:
+        stored = None if group.plan is None else group.plan.match(trace, inputs, n)
+        if group.plan is not None and stored is not None:
+            if replays(group.plan, stored):
+                return group, stored
+            return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
+    if plans and all(tuple(trace.calls) != plan.calls for plan in plans):
+        reason = "the order in which modules are called depends on the data"
+        return find_whole_group(cache, inputs, n, device, reason)
+    plan = find_replay_plan(model, inputs, n)
+    if isinstance(plan, str):
+        try:
+            return find_head_group(cache, inputs, n, device)
+        except InseparableBatchError:
+            return find_whole_group(cache, inputs, n, device, plan)
+    trace, logits = model.trace(inputs, plan.live_calls.__contains__)
+    stored = plan.match(trace, inputs, n)
+    if stored is None or not replays(plan, stored):
+        return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
+    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
+    return cache.groups[-1], stored
+
+
+def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
+    """Whether the model gives the samples of a batch what it gives some of them, taken from its tensors.
+
+    Where tensors are there that do not count samples, a pass with two of the samples says so.
+    """
+    if is_sliceable(inputs, n):
+        return True
+    some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
+    try:
+        few, whole = model.logits(index_batch(inputs, some, n), {}), model.logits(inputs, {})
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if is_out_of_memory(error):  # which says nothing of the batch
+            raise
+        return False
+    return len(whole) == n and same_values(few, whole[some.to(whole.device)])
+
+
+def find_head_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """As `find_group`, of a batch that is run as it is, whose samples nothing but the logits tells apart.
+
+    An `InseparableBatchError` unless there is one layer, which gives the logits from one row a sample.
+    """
+    model = cache.model
+    trace, logits = model.trace(inputs, lambda name: False)
+    if len(logits) != n:
+        raise ConfigurationError(
+            f"`task`: the model returned logits {list(logits.shape)} for a batch of {n} samples.",
+            "the model's output and the target must count the same samples; an `adapter` says what both are.",
+        )
+    stored = [] if trace.input is None or trace.output is None else [trace.input, trace.output]
+    first = model.sites[trace.layer_order[0]]
+    flat = model.space.flat()
+    changed = model.space.changed(torch.arange(len(flat), device=flat.device), perturbed(flat))
+    if (
+        len(trace.layer_order) > 1
+        or any(len(x) != n for x in stored)
+        or not same_values(stored[1], logits)
+        or not same_values(output_under(changed, first, stored[0]), model.logits(inputs, changed))
+    ):
+        raise InseparableBatchError(
+            f"`layer={first.name!r}`: samples cannot be taken out of these batches, and the layer's output is not what "
+            "the model returns as logits, so the layer cannot be searched.",
+            "name the last Linear layer, or use a method that trains, such as `finetune-polish`.",
+        )
+    plan = ReplayPlan.of_last_layer(first, *stored)
+    for group in cache.groups:
+        if group.plan is not None and group.plan.is_like(plan):
+            return group, stored
+    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
+    return cache.groups[-1], stored
+
+
+def find_whole_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """The same for a batch that is run as a whole, for a reason that is noted."""
+    cache.fallback_reason = cache.fallback_reason or reason
+    new, stored = split_inputs(inputs, n, device)
+    for group in cache.groups:
+        if group.holds_inputs_like(new, stored):
+            return group, stored
+    cache.groups.append(new)
+    return new, stored
+
+
+def _memory(device: torch.device, budget: int | None) -> dict[torch.device, int]:
+    memory = {device: free_memory(device) // 2 if budget is None else budget}
+    if device.type != "cpu":
+        main = torch.device("cpu")
+        memory[main] = free_memory(main) // 2
+    return memory
+
+
+def _place(
+    cache: ActivationCache,
+    group: ReplayGroup,
+    stored: list[Tensor],
+    memory: dict[torch.device, int],
+    n_wanted: int,  # samples to be recorded in all
+    n: int,  # samples of this batch
+    can_recompute: bool,
+) -> ReplayGroup:
+    """Returns the group for passes like these that are kept in the same place, made where there is none."""
+    same = _first_equal(stored)
+    nbytes = sum(stored[i].nbytes for i in set(same))
+    fitting = next((device for device, left in memory.items() if nbytes <= left), None)
+    device, recomputed = fitting or list(memory)[-1], fitting is None and can_recompute
+    if not recomputed:
+        memory[device] -= nbytes
+    if not group.rows:
+        group.device, group.recomputed, group.same = device, recomputed, same
+        fits = nbytes * (n_wanted / n - 1) <= memory[device]
+        group.expected = n_wanted if len(cache.groups) == 1 and fits else 0
+    for other in cache.groups:
+        place = other.device, other.recomputed, other.same
+        if other.constants is group.constants and place == (device, recomputed, same):
+            return other
+    cache.groups.append(group.empty_like(device, recomputed, same))
+    return cache.groups[-1]
+
+
+def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
+    """For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get."""
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+    return tuple(next(j for j in range(i + 1) if j == i or equal(stored[j], x)) for i, x in enumerate(stored))
+
+
+@torch.no_grad()
+def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
+    parts = []
+    for batch, own in draw(rows):
+        inputs: Inputs = (batch.args, batch.kwargs)
+        if group.plan is None:
+            stored: list[Tensor] | None = split_inputs(inputs, len(own), group.device)[1]
+        else:
+            trace, _ = model.trace(inputs, group.plan.live_calls.__contains__)
+            stored = group.plan.match(trace, inputs, len(own))
+        if stored is None:
+            raise ReplayError(
+                "`layer`: samples that were read once more took another way through the model than before.",
+                "raise `SearchOptions.budget`, so that nothing has to be read again.",
+            )
+        parts.append(stored)
+    return [torch.cat(xs, layout.dim) for xs, layout in zip(zip(*parts, strict=True), group.layouts, strict=True)]

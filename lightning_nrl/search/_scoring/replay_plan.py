@@ -1,0 +1,317 @@
+"""How passes of one shape are resumed at the first repaired layer: found by trial, checked against the whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_nrl._utils.device import is_out_of_memory, may_use_tf32
+from lightning_nrl.errors import ReplayError
+from lightning_nrl.evaluation.layers import LayerRef
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_batch, infer_layout
+from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
+from lightning_nrl.search._scoring.traced_model import (
+    EditableModel,
+    ForwardTrace,
+    Inputs,
+    LayerEdit,
+    edit_outputs,
+    is_packed,
+    with_cached_outputs,
+)
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """One leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant."""
+
+    layout: SampleLayout | None  # where its samples are; None for a constant
+    live: bool  # whether its values matter; else only its shape does
+    value: Any  # the constant, or one sample of a tensor of samples
+    repeats: bool = True  # whether each copy needs it; the first site's input and output are not
+
+    @property
+    def stored(self) -> bool:
+        return self.layout is not None and self.live
+
+    def matches(self, x: Any, n: int) -> bool:
+        if not isinstance(self.value, Tensor) or not isinstance(x, Tensor):
+            return type(x) is type(self.value) and (not isinstance(x, (int, float, str, bool)) or x == self.value)
+        if x.dtype != self.value.dtype:
+            return False
+        if self.layout is None:
+            return x.shape == self.value.shape and (x.is_meta or torch.equal(x, self.value))
+        return self.layout.matches(x.shape, self.value.shape, n)
+
+    def rebuild(
+        self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device, *, read_only: bool = False
+    ) -> Any:
+        """The leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`.
+
+        It may be changed in place unless it is `read_only`: then it may be the stored one itself.
+        """
+        if self.layout is None:
+            return self.value.clone() if isinstance(self.value, Tensor) else self.value
+        if not self.repeats:
+            return next(stored).to(device)
+        if copies == 1:
+            if not self.live:
+                return self.layout.expand(self.value, n).clone()
+            return next(stored).to(device, copy=not read_only)
+        base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
+        return CandidateTensor.repeated(base, copies) if self.layout.dim == 0 else self.layout.expand(base, copies)
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """How passes of one shape are resumed."""
+
+    calls: tuple[str, ...]  # the frontier, see ForwardTrace
+    modules: Mapping[str, nn.Module]  # its modules by name
+    first: LayerRef  # the site that is called first
+    dims: Mapping[str, int]  # for each site the dimension of its output that counts samples
+    spec: pytree.TreeSpec  # of the tree (inputs, outputs of the frontier, input and output of the first site)
+    leaves: tuple[LeafSpec, ...]  # what that tree holds
+    is_last_layer: bool = False  # whether the first site's output is what the model returns: nothing has to be run
+
+    @classmethod
+    def of_last_layer(cls, site: LayerRef, x: Tensor, y: Tensor) -> ReplayPlan:
+        """The plan where the layer's output is what the model returns: nothing but its input and output is kept."""
+        leaves = [LeafSpec(SampleLayout(0), True, t[:1].clone(), repeats=False) for t in (x, y)]
+        spec = pytree.tree_structure((((), {}), [], (x, y)))
+        return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
+
+    def is_like(self, other: ReplayPlan) -> bool:
+        """Whether samples of another plan of a last layer can be kept with those of this one."""
+        return (
+            self.is_last_layer
+            and self.spec == other.spec
+            and all(
+                a.value.shape == b.value.shape and a.value.dtype == b.value.dtype
+                for a, b in zip(self.leaves, other.leaves, strict=True)
+            )
+        )
+
+    @property
+    def live_calls(self) -> frozenset[str]:
+        numbered = pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)
+        pairs = zip(self.calls, numbered[1], strict=True)
+        return frozenset(name for name, tree in pairs if any(self.leaves[i].live for i in pytree.tree_leaves(tree)))
+
+    @property
+    def layouts(self) -> list[SampleLayout]:
+        return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
+
+    @cached_property
+    def _of_first(self) -> frozenset[int]:
+        return frozenset(pytree.tree_leaves(pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)[-1]))
+
+    def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
+        if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
+            return None
+        leaves, spec = flatten_trace(inputs, trace)
+        if spec != self.spec or not all(leaf.matches(x, n) for leaf, x in zip(self.leaves, leaves, strict=True)):
+            return None
+        return [x for leaf, x in zip(self.leaves, leaves, strict=True) if leaf.stored]
+
+    def resume(
+        self, model: EditableModel, stored: Sequence[Tensor], n: int, edit: LayerEdit, copies: int = 1
+    ) -> Tensor:
+        """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
+
+        `edit` is called at every site with samples in the first dimension: at the first one with the recorded input and
+        output of `n` samples, of which it returns `copies`, at later ones with those of `copies * n`.
+        """
+        if self.is_last_layer:
+            x, y = (t.to(model.space.device) for t in stored[-2:])
+            return _copy_if_recorded(edit(self.first, x, y), y)
+        source = iter(stored)
+        leaves = [
+            leaf.rebuild(source, n, copies, model.space.device, read_only=i in self._of_first)
+            for i, leaf in enumerate(self.leaves)
+        ]
+        inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
+
+        def samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+            dim = self.dims[site.name]
+            if dim == 0:
+                return edit(site, x, y)
+            return edit(site, x.movedim(dim, 0), y.movedim(dim, 0)).movedim(0, dim)
+
+        def first_output() -> Tensor:
+            return _copy_if_recorded(samples_first(self.first, x, y), y)
+
+        later = [site for site in model.space.sites if site is not self.first]
+        with (
+            edit_outputs(later, samples_first),
+            with_cached_outputs(self.calls, self.modules, outputs, self.first.module, first_output),
+        ):
+            return model.forward(inputs)
+
+
+def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[Any], pytree.TreeSpec]:
+    """The tree `(inputs, outputs of the frontier, input and output of the first site)` of a traced pass."""
+    args, kwargs = inputs
+    return pytree.tree_flatten(((tuple(args), dict(kwargs)), list(trace.outputs), (trace.input, trace.output)))
+
+
+def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it is the recorded one, which what comes after might change in place."""
+    return new.clone() if new is recorded or (type(new) is Tensor and new.data_ptr() == recorded.data_ptr()) else new
+
+
+def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
+    """A plan for passes like this one, of `n` samples, that gave the whole model's logits for changed weights.
+
+    If there is none, why not, in words. A site that is never called is a `ReplayError`.
+    """
+    small = max(2, min(n, 6))
+    few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
+    (trace, _), (other, _) = model.trace(few), model.trace(more)
+    first_name = trace.layer_order[0]
+    if trace.layer_order.count(first_name) > 1:
+        return f"layer {first_name!r} is called {trace.layer_order.count(first_name)} times in one pass"
+    if trace.calls != other.calls or trace.layer_order != other.layer_order:
+        return "the order in which modules are called depends on the data"
+    if is_packed(trace.outputs):
+        return "a module returns a packed sequence"
+    leaves, spec = flatten_trace(few, trace)
+    others, other_spec = flatten_trace(more, other)
+    if spec != other_spec:
+        return "what modules return depends on the data"
+    try:
+        layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
+        site_shapes = zip(trace.layer_order, trace.layer_shapes, other.layer_shapes, strict=True)
+        found = [(name, infer_layout(a, b, small, small + 1)) for name, a, b in site_shapes]
+        site_layouts = dict(found)
+    except ValueError as error:
+        return f"a module's output does not count samples in one dimension: {error}"
+    if any(layout is None for _, layout in found) or layouts[-2] is None:
+        return "a layer's output is the same for all samples"
+    if len({(name, layout.dim) for name, layout in found if layout is not None}) > len(site_layouts):
+        return "a layer is called with samples in several dimensions"
+    dims = {name: layout.dim for name, layout in site_layouts.items() if layout is not None}
+    first = model.sites[trace.layer_order[0]]
+    modules = {name: model.model.get_submodule(name) for name in trace.calls}
+    alive = _liveness(model, trace, few)
+    problem = ""
+    for live in (alive, [True] * len(leaves)):
+        made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
+        site = tuple(LeafSpec(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
+        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, (*made[:-2], *site))
+        stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
+        try:
+            problem = _check(model, plan, stored, few, small)
+        except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
+            if is_out_of_memory(error):  # which says nothing of the model
+                raise
+            problem = f"resuming it failed: {error}".splitlines()[0]
+        if not problem:
+            return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
+    return problem
+
+
+def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
+    """Whether two results differ by no more than rounding, in the dtype they were computed in."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(precision or b.dtype, 5e-2)
+    if b.is_cuda and tolerance == 1e-4 and may_use_tf32():
+        tolerance = 1e-2
+    finite = b[b.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+
+
+def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """Resumes the pass under original weights and with changed ones; says what is wrong, or nothing.
+
+    First all weights change, then a few, whose effect is followed channel by channel.
+    """
+    flat = model.space.flat()
+    changed = perturbed(flat)
+    whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        if site is not plan.first:
+            x, y = x[len(x) // 2 :], y[: len(y) // 2]
+        return torch.cat([y, output_under(whole, site, x)])
+
+    where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
+    values = torch.stack([flat, changed])[:, where]
+    sparse = edit_layers(make_layer_deltas(model.space, where), values)
+    unchanged, few = (model.space.changed(where, v) for v in values)
+    for some_edit, weights in ((edit, ({}, whole)), (sparse, (unchanged, few))):
+        resumed = plan.resume(model, stored, n, some_edit, copies=2)
+        precision = min((stored[-1].dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
+        halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
+        for half, parameters in zip(halves, weights, strict=True):
+            if not same_values(half, model.logits(inputs, parameters), precision):
+                return "resuming it after the layer gives other outputs than the whole model"
+    return ""
+
+
+def perturbed(flat: Tensor) -> Tensor:
+    """Other weights of the same size, the same ones every time."""
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
+    return flat + noise * flat.std(correction=0).clamp_min(1e-3)
+
+
+def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
+    """Whether the first site's output, untouched, is what the model returns."""
+    given: list[Tensor] = []
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        given.append(y.clone())
+        return given[-1]
+
+    logits = plan.resume(model, stored, n, edit)
+    return len(given) == 1 and logits is given[0]
+
+
+def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
+    """Which leaves reach the logits other than through the first site, by the gradients that come back to them."""
+    leaves, spec = flatten_trace(inputs, trace)
+    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = [x.detach().clone().requires_grad_() for x, f in zip(leaves, floats, strict=True) if f]
+            source = iter(wanted)
+            given = [next(source).clone() if f else x for x, f in zip(leaves, floats, strict=True)]
+            inputs, outputs, (_, y) = pytree.tree_unflatten(given, spec)
+            y = y.detach()
+            first = model.sites[trace.layer_order[0]].module
+            modules = dict(model.model.named_modules())
+            with with_cached_outputs(trace.calls, modules, outputs, first, lambda: y):
+                logits = model.forward(inputs)
+            found: Iterator[Tensor | None] = iter([None] * len(wanted))
+            if logits.requires_grad:
+                found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))
+    except (RuntimeError, ReplayError) as error:
+        if is_out_of_memory(error):
+            raise
+        return [True] * len(leaves)
+    return [next(found) is not None if f else True for f in floats]
+
+
+def _leaf(x: Any, layout: SampleLayout | None, live: bool) -> LeafSpec:
+    if layout is None:
+        return LeafSpec(None, True, x)
+    return LeafSpec(layout, live, layout.take(x, slice(0, 1)).clone())
+
+
+def _layout(a: Any, b: Any, small: int) -> SampleLayout | None:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    return infer_layout(a.shape, b.shape, small, small + 1)

@@ -1,0 +1,281 @@
+"""Scoring of candidates: how many samples pass, and how large their losses are, for all candidates in one call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.chunk_scorer import GPU_BLOCK_BYTES, ChunkScorer, make_chunk_scorers
+from lightning_nrl.search._scoring.last_layer_scorer import HeadStack, Sums, SwarmHead, stack_heads
+from lightning_nrl.search._scoring.memory import default_budget
+from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
+from lightning_nrl.search.scores import Scores
+
+N_MOST_FRAGILE = 128
+"""How many of the most fragile samples of I_pos are scored before the others."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What each candidate does on each of this rank's samples, all on the CPU."""
+
+    rows: Tensor  # n int64, in the results
+    passed: Tensor  # P x n bool
+    loss: Tensor  # P x n
+
+
+@dataclass(frozen=True)
+class SwarmGroup:
+    """Swarms that search the same weights on the same samples. Each is run on its own, to score as if alone."""
+
+    swarms: tuple[int, ...]  # which ones
+    columns: Tensor | slice  # which of the K values are theirs; a slice if all are
+    failed: list[ChunkScorer]  # samples of I_neg
+    passed: list[ChunkScorer]  # samples of I_pos
+    is_stacked: bool = False  # whether a stack scores them, with those of other groups
+
+
+@dataclass(frozen=True)
+class SwarmScorer:
+    """Scores candidates on recorded data; see `make_scorer`.
+
+    Candidates that break too many are given up only where the host need not wait for a device to learn who they are.
+    """
+
+    cache: ActivationCache  # the known data of this rank
+    groups: tuple[SwarmGroup, ...]  # swarms with equal weights and samples together
+    n_failed: int | Tensor  # |I_neg| over all ranks, a number or S x 1
+    n_passed: int | Tensor  # |I_pos| over all ranks, likewise
+    collective: Collective  # the ranks that share the work
+    passed_loss: bool  # whether losses on I_pos are asked for
+    gives_up: bool = False  # whether candidates that break too many are scored no further when told how many that is
+    weighted: bool = False  # whether samples have weights
+    least: float = 1.0  # the least weight of a sample of I_neg
+    credit: bool = False  # whether credits (see `Scores`) are asked for; losses on I_pos must be, too
+    stacks: tuple[tuple[int, HeadStack], ...] = ()  # what is scored for many swarms at once: 0 I_neg, 1 I_pos; samples
+
+    @torch.no_grad()
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates, `S x P x K`, on all ranks' samples.
+
+        `most_broken`, `S x P`, is how many samples of I_pos a candidate may break; None for any number. One that breaks
+        more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which all may
+        break fewer than none is not scored.
+        """
+        device = self.cache.space.device
+        values = values.to(device)
+        rows = 4 + 2 * self.weighted + 2 * self.credit
+        sums = torch.zeros(rows, *values.shape[:2], device=device, dtype=widest(device))
+        for role, stack in self.stacks:
+            several = isinstance(self.n_failed, Tensor)
+            own = values[stack.swarms] if several else values.flatten(0, 1).unsqueeze(0)
+            found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
+            _add_up(sums if several else sums.view(rows, 1, -1), role, stack.swarms, found, stack.total_weight)
+        for group in self.groups:
+            if group.is_stacked:
+                continue
+            for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
+                own = values[swarm][:, group.columns]
+                limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
+                if limit is not None and bool((limit < 0).all()):
+                    sums[2:, swarm] = torch.nan
+                    continue
+                self._add(group, own, limit, sums[:, swarm])
+        patched, intact, loss_failed, loss_passed, *more = self.collective.sum(sums)
+        weights, credit = more[: 2 * self.weighted], more[2 * self.weighted :]
+        least = values.dtype if values.dtype == torch.float64 else torch.float32
+        return Scores(
+            patched.float(),
+            intact.float(),
+            (loss_failed / _at_least_one(self.n_failed)).to(least),
+            (loss_passed / _at_least_one(self.n_passed)).to(least),
+            self.n_failed,
+            self.n_passed,
+            weights[0] if weights else None,
+            weights[1] if weights else None,
+            self.least,
+            *credit,
+        )
+
+    def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
+        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
+        alive = None if limit is None else torch.arange(len(values), device=values.device)
+        n_scored = 0
+        for role, scorers in ((1, group.passed), (0, group.failed)):
+            for scorer in scorers:
+                chosen = values if alive is None else values[alive]
+                with_loss = role == 0 or self.passed_loss
+                for part, found in scorer.sums(chosen, with_loss=with_loss, with_credit=self.credit):
+                    which = part if alive is None else alive[part]
+                    _add_up(sums, role, which, found, scorer.total_weight)
+                if role == 1 and alive is not None and limit is not None:
+                    n_scored += len(scorer.chunk)
+                    broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
+                    alive = alive[broken <= limit[alive]]
+        if alive is not None:
+            given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
+            given_up[alive] = False
+            sums[2:, given_up] = torch.nan
+
+    @torch.no_grad()
+    def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
+        """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
+        values = values.to(self.cache.space.device)
+        group = next(group for group in self.groups if swarm in group.swarms)
+        scorers = [*group.failed, *group.passed]
+        passed = [torch.cat([p.cpu() for _, p, _ in scorer.evaluate(values[:, group.columns])]) for scorer in scorers]
+        losses = [_losses(scorer, values[:, group.columns]) for scorer in scorers]
+        none = torch.zeros(len(values), 0)
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(scorer.chunk.rows for scorer in scorers)])
+        return SampleScores(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
+
+
+def make_scorer(
+    cache: ActivationCache,
+    where: Tensor,  # K int64, flat positions of the localised weights; or S x K, padded with -1, those of each swarm
+    failed: Tensor,  # N bool, I_neg; or S x N, that of each swarm
+    passed: Tensor,  # I_pos, likewise
+    evaluator: Evaluator,
+    *,
+    budget: int | None = None,  # bytes that scoring may take beside the recording; None: a share of what is free
+    passed_loss: bool = True,  # whether losses on I_pos are needed
+    fragility: Tensor | None = None,  # N, such as the original loss, the highest first; None: as recorded
+    reserve: Tensor | None = None,  # N, the margin that each must keep to pass; the task needs margins; None: any
+    weight: Tensor | None = None,  # N float64, finite, what each counts, 1 on average for I_neg; None: all alike
+    credit: bool = False,  # whether the credits of `Scores` are needed; with losses on I_pos only
+) -> SwarmScorer:
+    """Prepares the scoring of candidates; `N` is by row of the results.
+
+    If losses on I_pos are not needed, `Scores.loss_passed` is 0, and samples of I_pos that no candidate of a call can
+    break are not computed. The most fragile of them are scored first, so that candidates that break too many are given
+    up early. Numbers of swarms that do not agree are a `ConfigurationError`.
+    """
+    task, collective = evaluator.task, evaluator.collective
+    device = cache.space.device
+    gives_up = not is_stacked_on(device)
+    budget = default_budget(device) if budget is None else budget
+    where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
+    counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
+    if len(counted) > 1:
+        raise ConfigurationError(
+            f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same."
+        )
+    s = counted.pop() if counted else 1
+    several = any(x.ndim == 2 for x in (where, failed, passed))
+    tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
+    counts = torch.stack([mask[:, cache.rows].sum(1) for mask in tables[1:]])
+    n_failed, n_passed = collective.sum(counts)
+    equal = _equal_swarms(tables)
+    room = budget // 4 // (2 * len(equal))
+    groups = []
+    for swarms in equal:
+        own_where, own_failed, own_passed = (table[swarms[0]] for table in tables)
+        is_own = own_where >= 0
+        own_where = own_where[is_own]
+        make = partial(
+            make_chunk_scorers,
+            cache,
+            make_layer_deltas(cache.space, own_where),
+            own_where,
+            task=task,
+            budget=budget - budget // 4,
+            reserve=reserve,
+            weight=weight,
+        )
+        first = _most_fragile(own_passed, fragility if gives_up else None)
+        fragile, others = (
+            make(mask, room=own_room)
+            for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
+        )
+        columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
+        groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
+    scorer = SwarmScorer(
+        cache,
+        tuple(groups),
+        n_failed.view(s, 1).to(device) if several else int(n_failed),
+        n_passed.view(s, 1).to(device) if several else int(n_passed),
+        collective,
+        passed_loss,
+        gives_up=gives_up,
+        weighted=weight is not None,
+        least=1.0
+        if weight is None or not bool(failed.any())
+        else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
+        credit=credit,
+    )
+    if gives_up:
+        return scorer
+    return stacked(scorer, where.shape[-1], max(1, min(GPU_BLOCK_BYTES, budget // 6)), room=budget // 4)
+
+
+def is_stacked_on(device: torch.device) -> bool:
+    """Whether swarms are scored in stacks; else candidates that break too many are given up, and decided samples."""
+    return device.type != "cpu"
+
+
+def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
+    """The same, with stacks of all groups whose samples are in front of a last layer; what is kept, is kept once.
+
+    `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what stacks may take that are mostly
+    padding.
+    """
+    groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
+    each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
+    for group in scorer.groups:
+        columns = None if isinstance(group.columns, slice) else group.columns
+        parts = [(role, part) for role, scorers in ((0, group.failed), (1, group.passed)) for part in scorers]
+        heads = [(role, SwarmHead(0, columns, part.head, part.weight)) for role, part in parts if part.head is not None]
+        # At most one stretch of samples of each role, and no more padding than there is room for.
+        fits = max(len(group.failed), len(group.passed)) <= 1 and all(one.padded_nbytes <= each for _, one in heads)
+        if not fits or len(heads) < len(parts):
+            groups.append(group)
+            continue
+        groups.append(replace(group, is_stacked=True))
+        for role, one in heads:
+            roles[role].extend(one._replace(swarm=swarm) for swarm in group.swarms)
+        for _, part in parts:
+            part.head = None
+    stacks = [(role, one) for role, own in enumerate(roles) for one in stack_heads(own, n_columns, block_bytes)]
+    return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
+
+
+def _add_up(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
+    """Adds what some candidates do on samples of I_neg (0) or I_pos (1), whose broken ones are what is weighed."""
+    weighed = total_weight - found.weight if role and found.weight is not None else found.weight
+    for row, column in ((role, found.passed), (2 + role, found.loss), (role - 2, found.credit), (4 + role, weighed)):
+        if column is not None:
+            sums[row, which] += column
+
+
+def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
+    """The samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
+    first = torch.zeros_like(passed)
+    if fragility is not None:
+        rows = passed.nonzero().flatten()
+        order = fragility.cpu()[rows].argsort(descending=True, stable=True)
+        first[rows[order[:N_MOST_FRAGILE]]] = True
+    return first
+
+
+def _equal_swarms(tables: list[Tensor]) -> list[tuple[int, ...]]:
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for swarm in range(len(tables[0])):
+        groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)
+    return [tuple(swarms) for swarms in groups.values()]
+
+
+def _losses(scorer: ChunkScorer, values: Tensor) -> Tensor:
+    return torch.cat([loss.cpu().double() for _, _, loss in scorer.evaluate(values) if loss is not None])
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,0 +1,288 @@
+"""The sparse change of one layer: what K changed weights of a Linear or a convolution add to its output.
+
+The new output is the old one plus, for each output unit that has changed weights, a dense product of the weights'
+change with the few input values that they meet. Units are grouped by how many changed weights they have, within a
+factor of two, so that each group is one batched matrix product with little padding.
+
+In half precisions the old output and the change are summed in float32 and rounded once, as matrix products in half
+precision do themselves; under autocast inputs and weights are rounded first, as autocast does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl._utils.device import no_autocast
+from lightning_nrl.evaluation.layer_gradients import pad_input
+from lightning_nrl.evaluation.layers import Convolution, LayerRef, ParameterSpace, layer_output
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, LazyDelta
+
+MIN_SHARE_OF_ALL_UNITS = 0.9
+"""Beyond this share of changed units all units are treated as changed: that saves putting them together."""
+
+
+@dataclass(frozen=True)
+class UnitBucket:
+    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay."""
+
+    columns: Tensor  # u x m int64, which of the K values each weight is; K: it stays
+    kernel_index: Tensor  # u x m int64, its place in the unit's flattened kernel
+    channels: Tensor  # int64, input channels that the weights meet, ascending
+    channel: Tensor  # u x m int64, which of them each weight meets
+
+    def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
+        """For each weight the input of a Linear that it meets, `u x copies x m x R`."""
+        u, m = self.kernel_index.shape
+        met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
+        return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
+
+    def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
+        """For each weight the padded input at its place in the kernel, at every output position.
+
+        `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
+        """
+        u, m = self.kernel_index.shape
+        x = pad_input(conv, x.index_select(1, self.channels))
+        size, kernel = x.shape[2:], conv.kernel_size
+        index = self.channel.view(u, m, 1)
+        position = torch.zeros(1, dtype=torch.int64, device=x.device)
+        within = self.kernel_index % math.prod(kernel)
+        for d in range(len(size)):
+            inner = math.prod(kernel[d + 1 :])
+            at = within // inner % kernel[d] * conv.dilation[d]
+            index = index * size[d] + at.unsqueeze(2)
+            step = torch.arange(out[d], device=x.device) * conv.stride[d]
+            position = (position.unsqueeze(1) * size[d] + step).flatten()
+        places = (index + position).flatten()
+        flat = x.flatten(1).index_select(1, places).view(copies, -1, u, m, len(position))
+        return flat.permute(2, 0, 3, 1, 4).flatten(3)
+
+
+@dataclass(frozen=True)
+class DeltaLayout:
+    """Changed weights of one layer."""
+
+    units: Tensor  # U int64, the output units that have some, bucket by bucket
+    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
+    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
+
+    def to(self, device: torch.device) -> DeltaLayout:
+        own = [self.units, self.bias]
+        for b in self.buckets:
+            own += [b.columns, b.kernel_index, b.channels, b.channel]
+        if device.type == "cpu":
+            return self
+        moved = torch.cat([x.flatten() for x in own]).to(device).split([x.numel() for x in own])
+        units, bias, *rest = (new.view(old.shape) for new, old in zip(moved, own, strict=True))
+        return DeltaLayout(units, tuple(UnitBucket(*rest[i : i + 4]) for i in range(0, len(rest), 4)), bias)
+
+
+def make_delta_layout(site: LayerRef, where: Tensor) -> DeltaLayout:
+    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
+    k, out = len(where), site.weight_shape[0]
+    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
+    is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)
+    unit, index, column = where[is_weight] // per_unit, where[is_weight] % per_unit, is_weight.nonzero().flatten()
+    units = torch.cat([unit, where[is_bias] - size]).unique()
+    if len(units) > MIN_SHARE_OF_ALL_UNITS * out:
+        units = torch.arange(out, device=where.device)
+    bias = torch.full((len(units),), k, device=where.device)
+    bias[torch.searchsorted(units, where[is_bias] - size)] = is_bias.nonzero().flatten()
+    slot = torch.searchsorted(units, unit)
+    counts = torch.bincount(slot, minlength=len(units))
+    level = counts.clamp_min(1).double().log2().ceil().long()
+    groups = 1 if isinstance(site.module, nn.Linear) else site.module.groups
+    kernel = math.prod(site.weight_shape[2:])
+    by_unit, first = slot.argsort(stable=True), counts.cumsum(0) - counts
+    buckets, order = [], []
+    for size_class in level.unique().tolist():
+        slots = (level == size_class).nonzero().flatten()
+        places = torch.arange(max(1, int(counts[slots].max())), device=where.device)
+        stays = places >= counts[slots].unsqueeze(1)
+        own = torch.where(stays, 0, first[slots].unsqueeze(1) + places)
+        columns, kernel_index = (
+            F.pad(x[by_unit], (0, 1))[own].masked_fill(stays, fill) for x, fill in ((column, k), (index, 0))
+        )
+        group = units[slots] // (out // groups)
+        met = group.unsqueeze(1) * site.weight_shape[1] + kernel_index // kernel
+        buckets.append(UnitBucket(columns, kernel_index, *met.unique(return_inverse=True)))
+        order.append(slots)
+    if order:
+        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
+    return DeltaLayout(units, tuple(buckets), bias)
+
+
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+COPIED_INPUTS = 2
+"""With more candidates than so many times the weights of a unit, a CPU copies its inputs rather than its outputs."""
+
+
+@dataclass(frozen=True)
+class GatheredInputs:
+    """What the change of a layer needs to know of some samples; `B` is 1 if all candidates have one input, else `P`."""
+
+    x: tuple[Tensor, ...]  # a bucket: u x B x m x R, what changed weights meet at R output positions of all samples
+    base: Tensor  # B x n x U x ..., the units' old outputs, float32 in half precisions
+    rounded: Tensor  # the same as the layer gave them
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.x, self.base))
+
+
+@dataclass(frozen=True)
+class LayerDelta(DeltaLayout):
+    """The change of one layer, for any values of the changed weights."""
+
+    site: LayerRef
+    original: Tensor  # the K values as they are now, in the deployed dtype
+
+    @property
+    def unit_dim(self) -> int:
+        return -1 if isinstance(self.site.module, nn.Linear) else 1
+
+    def output(
+        self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1, gathered: GatheredInputs | None = None
+    ) -> Tensor:
+        """The layer's output under candidates `P x K`: `P * n` samples in memory of their own, candidate by candidate.
+
+        `x` is the layer's input, `copies * n` samples: `copies` is 1 if all candidates have the same, P if it goes
+        candidate by candidate; `y` is its output under the weights as they are, `gathered` what `gather` gave, if kept.
+        A `CandidateTensor` if the input is the same for all candidates and some units do not change.
+        """
+        p, dim = values.shape[0], self.unit_dim % y.ndim
+        if not self.units.shape[0]:
+            return CandidateTensor.repeated(y, p) if copies != p else y
+        if copies == 1 and y.dtype not in HALF_PRECISIONS:
+            gathered = self.gather(x, y) if gathered is None else gathered
+            delta = LazyDelta(partial(self._onto, self.weight_delta(values, y.dtype), gathered))
+            return CandidateTensor(y, p, dim, self.units, delta)
+        with no_autocast(y.device):
+            gathered = self.gather(x, y, copies) if gathered is None else gathered
+            units = self.unit_outputs(values, gathered).movedim(2, dim + 1)
+            if copies == 1:
+                return CandidateTensor(y, p, dim, self.units, units)
+            changed: Tensor = y.unflatten(0, (p, -1)).index_copy(dim + 1, self.units, units)
+            return changed.flatten(0, 1)
+
+    def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
+        """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
+        module = self.site.module
+        is_linear = isinstance(module, nn.Linear)
+
+        def units_of(y: Tensor) -> Tensor:
+            chosen: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
+            return chosen.movedim(-1, 2) if is_linear else chosen
+
+        rounded = units_of(y)
+        half = y.dtype in HALF_PRECISIONS
+        base = units_of(self._in_float32(x, y.dtype)) if half else rounded
+        compute = torch.float32 if half else y.dtype
+        gathered = (
+            bucket.linear_inputs(x, copies)
+            if isinstance(module, nn.Linear)
+            else bucket.convolution_inputs(module, x, y.shape[2:], copies)
+            for bucket in self.buckets
+        )
+        return GatheredInputs(tuple(inputs.to(y.dtype).to(compute) for inputs in gathered), base, rounded)
+
+    def unit_outputs(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
+        """The changed units' outputs under each candidate, `P x n x U x ...`, in the layer's output dtype."""
+        change = self.weight_delta(values, gathered.rounded.dtype)
+        p, (_, n, u, *rest) = values.shape[0], gathered.base.shape
+        delta = self._products(change, gathered).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
+        new = torch.add(gathered.base, delta, out=gathered.base.new_empty(p, n, u, *rest))
+        if gathered.rounded.dtype in HALF_PRECISIONS:
+            same = (change == 0).all(1).view(p, *[1] * (new.ndim - 1))
+            new = torch.where(same, gathered.rounded, new.to(gathered.rounded.dtype))
+        return new
+
+    def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """New minus old of each weight as the layer's product sees them, `P x (K + 1)`; the last one is 0."""
+        compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
+        new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
+        return F.pad(new - old, (0, 1))
+
+    def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
+        """What each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
+        with no_autocast(values.device):
+            return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
+
+    def _onto(self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None) -> Tensor:
+        """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
+        with no_autocast(change.device):
+            out = self._products(change, gathered, scale, base.reshape(base.shape[0], 1, -1))
+        return out.view(base.shape[0], change.shape[0], *base.shape[1:])
+
+    def _products(
+        self, change: Tensor, gathered: GatheredInputs, scale: Tensor | None = None, base: Tensor | None = None
+    ) -> Tensor:
+        delta = change.new_empty(self.units.shape[0], change.shape[0], gathered.base[0, :, 0].numel())
+        start = 0
+        for bucket, x in zip(self.buckets, gathered.x, strict=True):
+            d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
+            stop = start + d.shape[0]
+            if scale is not None:
+                d = d * scale[start:stop].view(-1, 1, 1)
+            if x.shape[1] != 1:
+                torch.matmul(d.unsqueeze(2), x, out=delta[start:stop].unsqueeze(2))
+            elif base is None:
+                torch.bmm(d, x[:, 0], out=delta[start:stop])
+            elif d.device.type == "cpu" and d.shape[1] > COPIED_INPUTS * d.shape[2]:
+                # One more weight of 1, which meets the base: the base is not first copied for each candidate.
+                d, met = F.pad(d, (0, 1), value=1.0), torch.cat([x[:, 0], base[start:stop]], 1)
+                torch.bmm(d, met, out=delta[start:stop])
+            else:
+                torch.baddbmm(base[start:stop], d, x[:, 0], out=delta[start:stop])
+            start = stop
+        if self.site.include_bias:
+            bias = change[:, self.bias].t()
+            delta += (bias if scale is None else bias * scale.unsqueeze(1)).unsqueeze(2)
+        return delta
+
+    def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        module = self.site.module
+        bias = None if module.bias is None else module.bias.detach().to(dtype).float()
+        with no_autocast(x.device):
+            return layer_output(module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias)
+
+
+def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
+    """What a site gives with its parameters, by dotted name, in place of its own."""
+    new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
+    return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
+
+
+def edit_layers(
+    deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
+) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
+    """What `ReplayPlan.resume` calls at each site for candidates `P x K`; `gathered` is the first site's, if kept."""
+    by_site = {id(delta.site): delta for delta in deltas}
+    first = True
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        nonlocal first
+        if first:
+            first = False
+            return by_site[id(site)].output(values, x, y, 1, gathered)
+        x, y = (t.dense() if isinstance(t, CandidateTensor) else t for t in (x, y))
+        return by_site[id(site)].output(values, x, y, len(values))
+
+    return edit
+
+
+def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
+    """The change of each site, in their order; `where` is `K` int64, flat positions that change, each once."""
+    original, where = space.flat()[where.to(space.device)], where.cpu()
+    layouts = [make_delta_layout(site, where - site.offset).to(space.device) for site in space.sites]
+    return tuple(
+        LayerDelta(layout.units, layout.buckets, layout.bias, site, original)
+        for site, layout in zip(space.sites, layouts, strict=True)
+    )

@@ -1,0 +1,52 @@
+"""Scores of candidate weights, counts and losses: what a scorer gives and a fitness takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over all ranks, one entry a candidate (`S x P`: S independent swarms of P particles). On the device."""
+
+    patched: Tensor  # S x P float, samples of I_neg that now pass
+    intact: Tensor  # S x P float, samples of I_pos that still pass
+    loss_failed: Tensor  # S x P, mean loss over I_neg
+    loss_passed: Tensor  # S x P, mean loss over I_pos
+    n_failed: int | Tensor  # |I_neg|, a number or S x 1
+    n_passed: int | Tensor  # |I_pos|, a number or S x 1
+    gain: Tensor | None = None  # S x P, what the patched samples are worth, at most |I_neg|; None: as many as they are
+    harm: Tensor | None = None  # S x P of whole numbers, what failing samples of I_pos cost; None: as many as they are
+    least: float = 1.0  # what the least of I_neg is worth, from 0 to 1
+    credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not asked for
+    credit_passed: Tensor | None = None  # S x P, the same over I_pos
+
+
+class Scorer(Protocol):
+    """Scores candidate weights against I_neg and I_pos."""
+
+    def __call__(self, values: Tensor) -> Scores:
+        """Scores candidates, `S x P x K`: values of the K localised weights."""
+        ...
+
+
+@runtime_checkable
+class QuittingScorer(Protocol):
+    """A scorer that need not finish a candidate that breaks too many samples."""
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether it does; if not, `most_broken` has no effect."""
+        ...
+
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates, `S x P x K`: values of the K localised weights.
+
+        `most_broken`, `S x P`, is how many samples of I_pos each may break, or what they may cost where weights are
+        given; None for any number. One that breaks more may come back with NaN losses and counts that mean nothing;
+        below 0, whatever it breaks.
+        """
+        ...

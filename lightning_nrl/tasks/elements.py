@@ -1,0 +1,365 @@
+"""Tasks with a class for each of a sample's elements: tokens of a sequence, pixels of an image."""
+
+from __future__ import annotations
+
+import collections.abc
+from abc import abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.checks import described, is_class
+from lightning_nrl._utils.device import at_least_float32, widest
+from lightning_nrl.errors import ConfigurationError, check_real
+from lightning_nrl.tasks.task import TASKS, Task, class_divergence, masked_mean
+
+
+class Elements(NamedTuple):
+    """Samples taken apart: `n` of them with `E` elements of `C` classes each."""
+
+    logits: Tensor  # n x C x E, at least float32
+    label: Tensor  # n x E int64, 0 where the element is ignored
+    counts: Tensor  # n x E bool, whether the element is not ignored
+
+    def lead(self) -> Tensor:
+        """The logit of the true class less the largest other one, `n x E`.
+
+        Above 0 where an element is right; minus infinity where logits are not numbers.
+        """
+        others = self._others()
+        # Of equals `max` gives one the gradient, `amax` each a part; without gradients `amax` is much faster.
+        return self._above(others.max(1).values if others.requires_grad else others.amax(1))
+
+    def lead_and_rival(self) -> tuple[Tensor, Tensor]:
+        """The same, and the class of that largest other logit, `n x E` int64."""
+        best, rival = self._others().max(1)
+        return self._above(best), rival
+
+    def _others(self) -> Tensor:
+        return self.logits.clone().scatter_(1, self.label[:, None], -torch.inf)
+
+    def _above(self, best: Tensor) -> Tensor:
+        lead = self.logits.gather(1, self.label[:, None])[:, 0] - best
+        return torch.where(lead.isnan(), -torch.inf, lead)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`n`, the mean of `n x E` values over the elements that are not ignored; 0 where all are."""
+        return masked_mean(values, self.counts)
+
+
+class ElementsTask(Task):
+    """Base of tasks with a class for each element. The loss is cross entropy, the mean over a sample's elements.
+
+    A subclass is a frozen dataclass with `ignore_index`, and says where the classes are.
+    """
+
+    ignore_index: int
+
+    @abstractmethod
+    def classes_first(self, output: Tensor) -> Tensor:
+        """The logits as `n x C x ...`, `C` at least 2.
+
+        Raises:
+            ConfigurationError: they have no such shape.
+        """
+
+    @abstractmethod
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        """Whether each sample is right, `n` bool, and if a reserve is given, `n`, whether its margin is at least that.
+
+        Without ranking elements, as `elements_margin` must.
+        """
+
+    @abstractmethod
+    def elements_margin(self, elements: Elements) -> Tensor:
+        """The margin of each sample, `n`, differentiable."""
+
+    def labels(self, target: Any, ndim: int) -> Tensor:
+        """The true classes, `n x ...` int64, of so many dimensions.
+
+        Raises:
+            ConfigurationError: the target is something else.
+        """
+        if isinstance(target, Tensor) and not target.is_floating_point() and target.ndim > 1:
+            return target.long()
+        raise ConfigurationError(
+            f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {described(target)}.",
+            "give a class number for each element, or pass an `adapter` that does.",
+        )
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuses shapes that do not fit, labels without a logit, and samples of which every element is ignored."""
+        logits = self.classes_first(output)
+        label = self.labels(target, logits.ndim - 1)
+        name = type(self).__name__
+        if (len(logits), *logits.shape[2:]) != label.shape:
+            raise ConfigurationError(
+                f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
+                self._shapes_hint(output, label),
+            )
+        classes, counts = logits.shape[1], label != self.ignore_index
+        wrong = counts & ((label < 0) | (label >= classes))
+        if wrong.any():
+            raise ConfigurationError(
+                f"`task`: there is a label {int(label[wrong][0])}, and the model returned {classes} logits an element.",
+                f"labels are from 0 to {classes - 1}; set `ignore_index` if that one means no class.",
+            )
+        empty = int((~counts.flatten(1).any(1)).sum())
+        if empty:
+            raise ConfigurationError(
+                f"`task`: {empty} samples of a batch have the label {self.ignore_index} (ignored) everywhere.",
+                "leave samples without any label out of the data.",
+            )
+
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return self.elements_passed(self.elements(output, target))
+
+    def margin(self, output: Tensor, target: Any) -> Tensor:
+        return self.elements_margin(self.elements(output, target))
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        return _cross_entropy(self.elements(output, target))
+
+    def passed_and_loss(
+        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `passed` and `loss` give; the samples are taken apart once, unless a subclass has a rule of its own."""
+        own, plain = type(self), ElementsTask
+        if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
+            return super().passed_and_loss(output, target, reserve, with_loss)
+        elements = self.elements(output, target)
+        return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`, the mean over elements.
+
+        Those that the target ignores have no part in it.
+        """
+        each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
+        return each.mean(1) if target is None else self.elements(output, target).mean(each)
+
+    def elements(self, output: Tensor, target: Any) -> Elements:
+        """The samples taken apart; shapes that were not checked must fit."""
+        label = self.labels(target, output.ndim - 1).flatten(1)
+        counts = label != self.ignore_index
+        logits = at_least_float32(self.classes_first(output).flatten(2))
+        return Elements(logits, label.masked_fill(~counts, 0), counts)
+
+    def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
+        return "the model must give logits for each element of the labels; an `adapter` can change these."
+
+
+def _cross_entropy(elements: Elements) -> Tensor:
+    """`n`, the mean over each sample's elements."""
+    return elements.mean(F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none"))
+
+
+@TASKS.register("sequence")
+@dataclass(frozen=True)
+class Sequence(ElementsTask):
+    """Token classification: a sequence is right if its tokens are, all of them or a share.
+
+    A token is right if the logit of its class is above all others. The margin of a sequence is that of its least
+    certain token, the allowed number of wrong ones left out.
+
+    Attributes:
+        share: of the tokens that are not ignored, how many must be right, above 0 to 1.
+        class_dim: the dimension of the classes in the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are
+            `n x T`.
+        ignore_index: the label of tokens that do not count, such as padding.
+
+    Raises:
+        ConfigurationError: on construction, for values out of range.
+
+    Example:
+        The second token is wrong, by half a logit.
+
+        >>> logits = torch.tensor([[[0.0, 2.0], [0.5, 1.0], [3.0, 0.0]]])
+        >>> labels = torch.tensor([[1, 0, -100]])
+        >>> Sequence().margin(logits, labels), Sequence().passed(logits, labels)
+        (tensor([-0.5000]), tensor([False]))
+        >>> Sequence(share=0.5).passed(logits, labels)
+        tensor([True])
+    """
+
+    share: float = 1.0
+    class_dim: int = -1
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        check_real("Sequence.share", self.share, "share", "give a number above 0 and at most 1.", above=0, most=1)
+        if self.class_dim not in (-1, 1):
+            raise ConfigurationError(
+                f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",
+                "write -1 for logits [samples, tokens, classes], 1 for [samples, classes, tokens].",
+            )
+
+    def __str__(self) -> str:
+        return f"Sequence: {'every token' if self.share == 1 else f'at least {self.share:.4g} of the tokens'} right"
+
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        lead = elements.lead()
+        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
+        # The margin is the lead in this place of the ranking, so at most so many tokens lie below.
+        return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
+
+    def elements_margin(self, elements: Elements) -> Tensor:
+        """The least lead of a token's own class over the best other one, once the allowed wrong tokens are left out."""
+        lead = torch.where(elements.counts, elements.lead(), torch.inf)
+        return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
+
+    def allowed_wrong(self, elements: Elements) -> Tensor:
+        """How many tokens of each sample may be wrong, `n` int64: in whole numbers, so that 0.7 of 10 are 7 of them."""
+        n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
+        return n - (n * share.numerator + share.denominator - 1) // share.denominator
+
+    def classes_first(self, output: Tensor) -> Tensor:
+        if output.ndim < 3 or output.shape[self.class_dim] < 2:
+            shape = "[samples, tokens, classes]" if self.class_dim == -1 else "[samples, classes, tokens]"
+            raise ConfigurationError(
+                f"`task`: Sequence needs logits {shape}, the model returned {list(output.shape)}.",
+                "return one logit for each token and each of two or more classes, or set `class_dim`.",
+            )
+        return output.movedim(self.class_dim, 1)
+
+    def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
+        other = -1 if self.class_dim == 1 else 1
+        turned = output.movedim(other, 1)
+        if (len(turned), *turned.shape[2:]) == label.shape:
+            return f"write `Sequence(class_dim={other})`: the classes seem to be in that dimension."
+        return super()._shapes_hint(output, label)
+
+
+IOU_ROUNDING = 1e-6
+"""An IoU this much below the threshold reaches it, so that 3 of 5 are 0.6."""
+
+WINDOW = 0.02
+"""The part of an image's pixels, by rank around the deciding one, whose mean gives the margin's gradient."""
+
+
+@TASKS.register("segmentation")
+@dataclass(frozen=True)
+class Segmentation(ElementsTask):
+    """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a threshold.
+
+    The mean is over the classes that are present in the image's truth. A pixel is right if the logit of its class is
+    above all others, else it goes to the best other class. Outputs are `n x C x H x W` (or any number of dimensions of
+    pixels), or `n x 1 x H x W` for two classes, one logit that is above 0 for class 1; targets are `n x H x W`, for two
+    classes also `n x 1 x H x W`, whole or bool.
+
+    The margin is how many logits the image has to spare: the largest number by which the lead of every pixel's true
+    class could shrink before the IoU falls below the threshold. So it is above 0 exactly where the image is right, it
+    is the lead of one pixel, the deciding one, and it is found by ranking pixels. The gradient is the mean over the
+    pixels next to that one in rank, since a single one says little of a whole image (the derivative of a quantile is
+    the mean change of what lies at it).
+
+    Attributes:
+        iou: the threshold, above 0 to 1.
+        classes: the classes that count, such as `(1,)` for the foreground alone; None: all. In an image without any of
+            them all classes count.
+        ignore_index: the label of pixels that do not count; 255 in many data sets.
+
+    Raises:
+        ConfigurationError: on construction, for values out of range.
+
+    Example:
+        Three of four pixels are right: the IoU is 2/3 for class 0 and 1/2 for class 1.
+
+        >>> logits = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.5]]]])
+        >>> truth = torch.tensor([[[0, 1], [0, 0]]])
+        >>> Segmentation(iou=0.5).passed(logits, truth), Segmentation(iou=0.6).passed(logits, truth)
+        (tensor([True]), tensor([False]))
+        >>> Segmentation(iou=0.5).margin(logits, truth)
+        tensor([1.])
+    """
+
+    iou: float = 0.5
+    classes: collections.abc.Sequence[int] | None = None
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        hint = "give a number above 0 and at most 1."
+        check_real("Segmentation.iou", self.iou, "threshold", hint, above=0, most=1)
+        if self.classes is None:
+            return
+        if not isinstance(self.classes, (list, tuple)) or not self.classes or not all(map(is_class, self.classes)):
+            raise ConfigurationError(
+                f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,)."
+            )
+        object.__setattr__(self, "classes", tuple(self.classes))
+
+    def __str__(self) -> str:
+        of = "" if self.classes is None else f" of classes {', '.join(map(str, self.classes))}"
+        return f"Segmentation: mean IoU{of} at least {self.iou:.4g}"
+
+    def check(self, output: Tensor, target: Any) -> None:
+        super().check(output, target)
+        n_classes = self.classes_first(output).shape[1]
+        if self.classes is not None and max(self.classes) >= n_classes:
+            raise ConfigurationError(
+                f"`Segmentation.classes={self.classes!r}`, and the model returned {n_classes} logits a pixel.",
+                f"give classes from 0 to {n_classes - 1}.",
+            )
+
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        lead, rival = elements.lead_and_rival()
+        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
+        return self._reaches(elements, elements.label, rival, elements.counts, right)
+
+    def elements_margin(self, elements: Elements) -> Tensor:
+        """The lead of the deciding pixel, `n`: with all more certain ones right, it is the one that is needed too."""
+        lead, rival = elements.lead_and_rival()
+        order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        # Ignored pixels come last, also after those that are infinitely wrong.
+        order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))
+        lead, label, rival, counts = (x.gather(1, order) for x in (lead, elements.label, rival, elements.counts))
+        rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
+        # How many pixels must be right, by halving: with none the IoU is 0, with all it is 1.
+        none, enough = torch.zeros_like(n), n.clamp_min(1)
+        for _ in range(lead.shape[1].bit_length()):
+            middle = (none + enough) // 2
+            reached = self._reaches(elements, label, rival, counts, rank < middle[:, None])
+            none, enough = torch.where(reached, none, middle), torch.where(reached, middle, enough)
+        deciding = lead.gather(1, enough[:, None] - 1)[:, 0]
+        if not deciding.requires_grad:
+            return deciding
+        near = (rank - (enough - 1)[:, None]).abs() <= (WINDOW / 2 * n)[:, None]
+        near &= counts & lead.detach().isfinite()
+        mean = torch.where(near, lead, 0.0).sum(1) / near.sum(1).clamp_min(1)
+        return deciding.detach() + (mean - mean.detach())
+
+    def classes_first(self, output: Tensor) -> Tensor:
+        if output.ndim < 3 or output.shape[1] < 1:
+            raise ConfigurationError(
+                f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
+                "return one logit for each class and pixel; for two classes one logit a pixel will do.",
+            )
+        # The sigmoid of a logit is the softmax of 0 and that logit.
+        return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
+
+    def labels(self, target: Any, ndim: int) -> Tensor:
+        if isinstance(target, Tensor) and target.ndim == ndim + 1 and target.shape[1] == 1:
+            target = target[:, 0]
+        return super().labels(target, ndim)
+
+    def _reaches(self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor) -> Tensor:
+        """`n` bool, whether the IoU does if some pixels are right and the others are taken for their rivals."""
+        zeros = torch.zeros(elements.logits.shape[:2], dtype=widest(label.device), device=label.device)
+
+        def of_class(where: Tensor, chosen: Tensor) -> Tensor:
+            return zeros.scatter_add(1, where, (chosen & counts).to(zeros))
+
+        truth, hit = of_class(label, torch.ones_like(counts)), of_class(label, right)
+        union = truth + of_class(rival, ~right)
+        present = truth > 0
+        if self.classes is not None:
+            chosen = torch.zeros_like(present)
+            chosen[:, list(self.classes)] = True
+            chosen &= present
+            present = torch.where(chosen.any(1, keepdim=True), chosen, present)
+        shares = torch.where(present, hit / union.clamp_min(1), 0.0)
+        return shares.sum(1) / present.sum(1).clamp_min(1) >= self.iou - IOU_ROUNDING

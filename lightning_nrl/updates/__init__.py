@@ -1,0 +1,46 @@
+"""Updates: the old model, training that stays close to it, and the release gate between old and new.
+
+In: modules, checkpoints or files of predictions. Out: `OldModel` and `Predictions`, terms of a training loss, weights
+between two models, and a `ReleaseReport` with a verdict for each rule.
+"""
+
+from lightning_nrl.updates.interpolation import choose_share, interpolate
+from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge
+from lightning_nrl.updates.model_pair import ModelPair
+from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.oversampling import Oversampler
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.release import release
+from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.rules import (
+    AtMostBroken,
+    Finding,
+    MaxNegativeFlipRate,
+    NoSliceWorse,
+    ProtectedIntact,
+    Rule,
+    parse_rules,
+)
+
+__all__ = [
+    "AtMostBroken",
+    "Finding",
+    "FocalDistillation",
+    "Identity",
+    "MarginHinge",
+    "MaxNegativeFlipRate",
+    "ModelPair",
+    "NoSliceWorse",
+    "OldModel",
+    "Oversampler",
+    "Predictions",
+    "ProtectedIntact",
+    "Reference",
+    "ReleaseReport",
+    "ReleaseRow",
+    "Rule",
+    "choose_share",
+    "interpolate",
+    "parse_rules",
+    "release",
+]

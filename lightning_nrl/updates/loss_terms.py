@@ -1,0 +1,340 @@
+"""Terms of a training loss that hold a new model to what the replaced one gets right, and the teachers behind them.
+
+A term is a number for each sample, from what the new model and the replaced one make of it. Its mean over a batch is
+added to the loss of the training.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl._utils.checks import check_per_sample
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.adapters import bind_adapter
+from lightning_nrl.data.batch import Adapter, run_model
+from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_real
+from lightning_nrl.methods._solvers.teacher import LogitCache
+from lightning_nrl.tasks import Task
+from lightning_nrl.updates.old_model import Classes, table_of
+from lightning_nrl.updates.predictions import Predictions
+
+
+@dataclass(frozen=True, eq=False)
+class OldAnswers:
+    """What the replaced model makes of the `n` samples of a batch, on the device of the new model's output.
+
+    It gets right those of `passed`, `n` bool. Its logits (`output`, first dimension `n`) and its margins, `n`, at least
+    float32, are None where they are not known. For `output` with fewer classes than the new model has, `columns` says
+    which of the new model's these are, int64.
+    """
+
+    passed: Tensor
+    output: Tensor | None = None
+    margin: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class Term(ABC):
+    """Is added to a training loss.
+
+    Attributes:
+        name: what its curve is called.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
+        """`n`, at least float32, not below 0, differentiable in the output.
+
+        Args:
+            task: what passed means.
+            output: logits of the new model, first dimension `n`.
+            target: the truth.
+            old: what the replaced model makes of the same samples.
+
+        Raises:
+            ConfigurationError: the task or the replaced model does not give what the term needs.
+        """
+
+
+TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
+"""The terms that can be named."""
+
+
+@TERMS.register("focal_distillation")
+@dataclass(frozen=True)
+class FocalDistillation(Term):
+    """Distils the replaced model, most of all where it is right (Yan et al. 2021, Positive-Congruent Training).
+
+    `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)`, with the divergence of the
+    task: Kullback-Leibler for `Multiclass`. T^2 keeps the size of gradients when T is changed (Hinton et al. 2015).
+    By default only what the old model gets right is taught; with `focus=0` it is ordinary distillation, which teaches
+    its errors too. Samples on which the old output is not finite are left out.
+
+    Attributes:
+        weight: of the whole term; above 0.
+        base: weight of every sample (alpha in the paper); at least 0.
+        focus: weight that a sample has beyond that if the old model gets it right (beta); at least 0.
+        temperature: T; above 0. The higher, the more the term is about all logits and the less about the top ones.
+
+    Raises:
+        ConfigurationError: on construction, for numbers outside these ranges.
+    """
+
+    weight: float = 1.0
+    base: float = 0.0
+    focus: float = 1.0
+    temperature: float = 1.0
+    name: str = "focal_distillation"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, above=("weight", "temperature"), least=("base", "focus"))
+        if self.base + self.focus == 0:
+            raise ConfigurationError("`base=0` and `focus=0`: the term is always 0.", "give one a number above 0.")
+
+    def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
+        if old.output is None:
+            raise ConfigurationError(
+                "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
+                "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
+            )
+        taught = output if old.columns is None else output[:, old.columns]
+        if taught.shape != old.output.shape:
+            raise ConfigurationError(
+                f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
+                "say which old class is which new one: `OldModel(old, classes=...)`.",
+            )
+        taught, teacher = at_least_float32(taught), at_least_float32(old.output)
+        known = teacher.isfinite()[:, None].flatten(1).all(1)
+        # In place of what is not finite the new output itself, from which nothing is to be learnt.
+        teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
+        apart = task.divergence(taught / self.temperature, teacher / self.temperature, target)
+        focal = self.base + self.focus * old.passed.to(apart)
+        return self.weight * self.temperature**2 * focal * apart * known
+
+
+@TERMS.register("margin_hinge")
+@dataclass(frozen=True)
+class MarginHinge(Term):
+    """Asks for a part of the margin that the replaced model had, on samples that it gets right.
+
+    `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, the goals of a polish
+    (`methods/_solvers/polish.py`): below 0 no loss is made by being surer than that. Where only predictions of the
+    old model are known the goal is `most`.
+
+    Attributes:
+        weight: of the whole term; above 0.
+        share: the part of the old margin that is asked for; above 0.
+        most: no goal is above this margin, in the unit of the task's margins (logits); above 0.
+
+    Raises:
+        ConfigurationError: on construction, for numbers outside these ranges.
+    """
+
+    weight: float = 1.0
+    share: float = 0.5
+    most: float = math.inf
+    name: str = "margin_hinge"
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, above=("weight", "share"))
+        real = isinstance(self.most, (int, float)) and not isinstance(self.most, bool) and self.most > 0
+        check_kind("most", self.most, real, "number above 0", "most=1.0")
+
+    def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
+        margin = task.margin(output, target)
+        if margin is None:
+            raise ConfigurationError(
+                f"`term`: {type(task).__name__} has no margins.",
+                "use `FocalDistillation()`, or a `task` whose `margin` gives a number.",
+            )
+        if old.margin is None and math.isinf(self.most):
+            raise ConfigurationError(
+                "`reference`: predictions alone do not say what margin is to be kept.",
+                "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
+            )
+        goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
+        goal = goal.clamp(max=self.most)
+        asked = old.passed & goal.isfinite()
+        return self.weight * F.relu(torch.where(asked, goal - margin, torch.zeros_like(margin)))
+
+
+def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
+    """Terms from names, terms, or several; a `ConfigurationError` for none, two of one name, or something else."""
+    given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
+    terms = tuple(TERMS.parse("term", one) for one in given)
+    names = [one.name for one in terms]
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
+        )
+    return terms
+
+
+def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:
+    for name in above:
+        check_real(name, getattr(term, name), "number above 0", f"write {name}=1.0.", above=0)
+    for name in least:
+        check_real(name, getattr(term, name), "number from 0", f"write {name}=1.0.", least=0)
+
+
+OUTPUT_TOLERANCE = 0.02
+"""Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
+Index = Callable[[Any], Any]
+"""The data-set positions of the samples of a raw batch, `n` whole numbers."""
+
+
+ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
+"""Says what the replaced model makes of a batch: what the new model was called with, the truth, the raw batch, and the
+new model's logits, first dimension `n`."""
+
+
+class ModelTeacher:
+    """Runs the replaced model, on the device of the new one, in evaluation mode and without gradients.
+
+    Args:
+        adapter: takes a raw batch apart for it; None: it gets the inputs that the new model got.
+        classes: which of its classes are which of the new model (see `lightning_nrl.OldModel`).
+        index: where samples are always the same, which ones a raw batch has: each is asked about once, as long as there
+            is room (256 MiB). None: every batch is asked about.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        adapter: Adapter | None = None,
+        classes: Classes | None = None,
+        index: Index | None = None,
+    ) -> None:
+        self.model, self.task = model, task
+        self.adapter = None if adapter is None else bind_adapter(adapter, model)
+        self.classes = table_of(classes, task)
+        self.index, self.cache, self._is_checked = index, LogitCache(), False
+        held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
+        self._dtype = None if held is None else held.dtype
+
+    @torch.no_grad()
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+    ) -> OldAnswers:
+        rows = None if self.index is None else rows_of(self.index, raw, len(like))
+        # Of two dimensions the second counts classes, which may be others than those of the new model.
+        output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
+        if output is None or not self._is_checked:
+            known, output = output, self._run(args, kwargs, raw, len(like))
+            self._check(known, output)
+            if rows is not None and self.index is not None:
+                self.cache.put(rows, output)
+        if self.classes is None:
+            return OldAnswers(self.task.right(output, target), output, self.task.margin(output, target))
+        wide, new, old = _relaid(output, self.classes, like.shape[1])
+        passed = self.task.passed(wide, target) & output.isfinite().all(1)
+        return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
+
+    def _check(self, known: Tensor | None, output: Tensor) -> None:
+        """The first samples that come back are asked about twice, to see whether they are still the same."""
+        if known is None:
+            return
+        self._is_checked = True
+        apart, size = (known.float() - output.float()).abs().nan_to_num().max(), output.float().abs().nan_to_num().max()
+        if bool(apart > OUTPUT_TOLERANCE * size):
+            self.index = None
+            warnings.warn(
+                DataWarning(
+                    "`index`: samples come back changed, so what the old model said of them is not remembered.",
+                    "leave `index` out where samples are augmented.",
+                ),
+                stacklevel=2,
+            )
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
+        if self.adapter is not None:
+            args, kwargs, _ = self.adapter(raw)
+        cast = self._dtype
+        args, kwargs = tuple(_cast(x, cast) for x in args), {name: _cast(x, cast) for name, x in kwargs.items()}
+        try:
+            output = self.task.logits(run_model(self.model, args, kwargs))
+        except Exception as error:
+            raise ConfigurationError(
+                f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
+                "give it inputs of its own with `OldModel(old, adapter=...)`.",
+            ) from error
+        if not output.ndim or len(output) != n:
+            raise ConfigurationError(
+                f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
+                "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
+            )
+        return output
+
+
+class PredictedTeacher:
+    """Knows from a file, of one split, which samples the replaced model gets right, and nothing else."""
+
+    def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
+        rows = predictions.splits.get(split, {})
+        if not rows:
+            there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
+            raise ConfigurationError(
+                f"`reference`: no predictions of `{split}`; there are those of {there}.", "add them."
+            )
+        self.task, self.index, self.split = task, index, split
+        ids, said = torch.tensor(list(rows)), [prediction for prediction, _ in rows.values()]
+        right = [-1 if passed is None else int(passed) for _, passed in rows.values()]
+        self.table = torch.full((int(ids.max()) + 1, 3), -1)
+        self.table[ids] = torch.tensor([said, right, [1] * len(said)]).T
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+    ) -> OldAnswers:
+        rows = rows_of(self.index, raw, len(like)).to(self.table.device)
+        inside = rows < len(self.table)
+        said, right, there = self.table[rows.clamp(max=len(self.table) - 1)].unbind(1)
+        missing = rows[~inside | (there < 0)].tolist()
+        label = self.task.label(target)
+        if missing or (label is None and bool((right < 0).any())):
+            found = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
+            raise ConfigurationError(f"`reference`: {found} `{self.split}`.", "give one for each data-set position.")
+        passed = right.bool() if label is None else said == label.to(said.device)
+        return OldAnswers(passed.to(like.device))
+
+
+def rows_of(index: Index, raw: Any, n: int) -> Tensor:
+    """The positions that a function gives for a raw batch, `n` int64; a `ConfigurationError` for anything else."""
+    try:
+        found = index(raw)
+    except Exception as error:
+        raise ConfigurationError(
+            f"`index` raised {type(error).__name__}: {error}.",
+            "it is called with a batch as the data loader gives it, and returns data-set positions.",
+        ) from error
+    return check_per_sample("`index`", found, n, "whole number from 0").long()
+
+
+def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Old logits in the new order of classes, those that only the old model has behind them; and the pairs of classes.
+
+    Classes that only the new model has are impossible for the old one.
+    """
+    pairs = [(new, old) for old, new in table.items() if old < output.shape[1] and new < classes]
+    new, old = torch.tensor(pairs, device=output.device).view(-1, 2).unbind(1)
+    alone = [i for i in range(output.shape[1]) if i not in {o for _, o in pairs}]
+    wide = output.new_full((len(output), classes + len(alone)), -torch.inf)
+    wide[:, new] = output[:, old]
+    wide[:, classes:] = output[:, alone]
+    return wide, new, old
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,0 +1,125 @@
+"""What two models do on the same data, sample by sample: what the rules of a release look at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl.data.batch import Source
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
+from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.predictions import Predictions
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models on `N` samples, row by row.
+
+    Attributes:
+        before: what the old model does.
+        after: what the new one does on the same samples.
+        slices: names of the slices, `S` of them.
+        group: `N` int64, the number of each sample's slice; -1: in none.
+        marked: `N` bool for each target that a rule asks about: which samples it chooses, right or wrong.
+        flips: what became of each sample.
+    """
+
+    before: SampleResults
+    after: SampleResults
+    slices: tuple[str, ...]
+    group: Tensor
+    marked: Mapping[Target, Tensor] = field(default_factory=dict)
+    flips: Flips = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flips", Flips.between(self.before, self.after))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return self.after.splits
+
+    def rows(self, split: str) -> Tensor:
+        """`N` bool, the samples of a split."""
+        mask = torch.zeros(len(self.after), dtype=torch.bool)
+        mask[self.after.of(split)] = True
+        return mask
+
+    def slices_of(self, split: str) -> dict[str, Tensor]:
+        """`N` bool for each slice that has samples in a split: these samples."""
+        own = self.rows(split)
+        masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
+        return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def evaluate_pair(
+    new: Evaluator,
+    old: Reference,
+    data: Sequence[Source],
+    *,
+    slices: Slices | None = None,
+    targets: Sequence[Target] = (),
+) -> ModelPair:
+    """One pass of each model over the data, batch by batch. Models and random states are left as found.
+
+    Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
+    both; targets say what else is to be noted of the samples.
+    """
+    ranks = new.collective
+    slicing = [SliceRecorder(source, slices, new.task) for source in data]
+    recording: Sequence[Any] = slicing
+    marking: dict[Target, list[SliceRecorder]] = {}
+    for target in targets:
+        # One around the other, so that a single pass notes all.
+        recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
+    with preserve(new.model):
+        after = new.run(recording)
+        before = old.answers(new, data, after)
+    names, group = common_names([source.named(ranks) for source in slicing])
+    marked = {target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
+    return ModelPair(before, after, names, group, marked)
+
+
+def pair_from_files(
+    old: Predictions, new: Predictions, slices: Mapping[tuple[str, int], str] | None = None
+) -> ModelPair:
+    """What two models did on the samples that the new one has predictions for; those in no slice have none."""
+    after = new.alone()
+    samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
+    names = tuple(sorted(set((slices or {}).values())))
+    number = {name: i for i, name in enumerate(names)}
+    group = torch.tensor([number[slices[sample]] if slices and sample in slices else -1 for sample in samples])
+    return ModelPair(old.results(after), after, names, group.long())
+
+
+def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    """The splits that are asked for, all if none is named; a `ConfigurationError` if one is not there."""
+    unknown = [name for name in asked if name not in there]
+    if unknown:
+        raise ConfigurationError(
+            f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these."
+        )
+    return tuple(asked) or tuple(there)
+
+
+def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
+    """How many samples have old predictions and no new ones, by split; what is left out could be what broke."""
+    missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
+    check_splits("allow_missing", tuple(allowed), tuple(old.splits))
+    for split, ids in missing.items():
+        if ids and split not in allowed:
+            raise ConfigurationError(
+                f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
+                f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
+            )
+    return {split: len(ids) for split, ids in missing.items() if ids}

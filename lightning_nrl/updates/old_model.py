@@ -1,0 +1,214 @@
+"""The model that an update replaces: of it only which samples it gets right matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checks import is_class
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.state import State, device_of
+from lightning_nrl.data.adapters import bind_adapter
+from lightning_nrl.data.batch import Adapter, Batch, Source
+from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_options import Keep
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.report import Role
+from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates.predictions import Predictions
+
+Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
+"""Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """Knows which samples the replaced model gets right."""
+
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+        """What the replaced model does on this rank's share of data; only `prediction` and `passed` are meaningful.
+
+        The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
+
+        Raises:
+            ConfigurationError: the replaced model or its predictions do not fit the data.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class OldModel:
+    """The replaced model itself.
+
+    Attributes:
+        model: a module of any architecture; or the new one's architecture with other weights: a state dict, the path of
+            a Lightning checkpoint or of a saved state dict. Of a state dict a copy is taken, since that of a module
+            changes when the module is trained on.
+        adapter: takes a batch of the data loader apart for it, where it needs other inputs than the new model.
+        classes: where its outputs are not those of the new model: `{old class: new class}`, or the names of both. A
+            class that the new model does not have is never right.
+        cache: a file for its predictions. They are read from there if it holds them for the same weights and samples,
+            else computed and written there.
+
+    Raises:
+        ConfigurationError: on construction, for what cannot be a model or a mapping of classes.
+
+    Example::
+
+        RegressionFreeRepair(reference=OldModel(old, classes=(["car", "bus"], ["bus", "car", "tram"])))
+    """
+
+    model: nn.Module | State | str | Path
+    adapter: Adapter | None = None
+    classes: Classes | None = None
+    cache: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.model, (nn.Module, Mapping, str, Path))
+        check_kind("reference", self.model, fits, "model", "OldModel(model), 'old.ckpt' or a state dict")
+        if isinstance(self.model, (str, Path)) and not Path(self.model).is_file():
+            raise ConfigurationError(f"`reference={str(self.model)!r}` is not there.", "give the path of a checkpoint.")
+        if isinstance(self.model, Mapping):
+            state = read_state("reference", self.model).items()
+            copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
+            object.__setattr__(self, "model", copied)
+        table_of(self.classes)
+
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+        """Runs it over the data, unless its predictions are in the cache."""
+        weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
+        state = None if isinstance(self.model, nn.Module) else weights
+        known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
+        if not collective.any(known is None):
+            assert known is not None
+            return known.results(like)
+        table = table_of(self.classes, task)
+        mapped = task if table is None else _MappedMulticlass(table)
+        found = self._run(replace(evaluator, task=mapped), state, sources)
+        answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
+        if self.cache is not None and collective.rank == 0:
+            Predictions.of(answer, weights, task).save(self.cache)
+        return answer
+
+    def weights(self, model: nn.Module) -> State:
+        """Its state dict; of weights alone in the dtypes and on the device of a model of the same architecture."""
+        if isinstance(self.model, nn.Module):
+            return self.model.state_dict()
+        return fitting("reference", read_state("reference", self.model), model)
+
+    def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
+        own = self.model if isinstance(self.model, nn.Module) else evaluator.model
+        adapter = None if self.adapter is None else bind_adapter(self.adapter, own)
+        seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
+        if state is not None:
+            with preserve(evaluator.model):
+                return evaluator.run_with(state, seen)
+        assert isinstance(self.model, nn.Module)
+        here = device_of(evaluator.model)
+        home = device_of(self.model)
+        try:
+            with preserve(self.model):
+                return replace(evaluator, model=self.model.to(here)).run(seen)
+        finally:
+            self.model.to(home)
+
+
+def parse_reference(reference: Any) -> Reference | None:
+    """A reference from what a user may write: a path, a module, a state dict, predictions, or nothing."""
+    if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
+        return reference
+    if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
+        return Predictions.read(reference)
+    return OldModel(reference)
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A source whose batches are taken apart in another way."""
+
+    source: Source
+    adapter: Adapter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            args, kwargs, _ = self.adapter(batch.raw)
+            yield replace(batch, args=args, kwargs=kwargs)
+
+
+def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
+    """Old class numbers to new ones; refuses two old classes that are one new class, and a task without classes."""
+    if classes is None:
+        return None
+    if task is not None and not isinstance(task, Multiclass):
+        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
+    if isinstance(classes, Mapping):
+        table = dict(classes)
+        whole = all(map(is_class, (*table, *table.values())))
+    else:
+        both = isinstance(classes, (tuple, list)) and len(classes) == 2
+        whole = both and all(isinstance(names, (tuple, list)) for names in classes)
+        table = {i: classes[1].index(name) for i, name in enumerate(classes[0]) if name in classes[1]} if whole else {}
+    if not whole or not table or len(set(table.values())) < len(table):
+        raise ConfigurationError(
+            f"`classes={classes!r}` does not say which old class is which new one.",
+            "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
+        )
+    return table
+
+
+class _MappedMulticlass(Multiclass):
+    """Right is the old model's class, as the new model numbers it."""
+
+    def __init__(self, table: Mapping[int, int]) -> None:
+        self.table = table
+
+    def prediction(self, output: Tensor) -> Tensor:
+        old = super().prediction(output)
+        numbers = torch.full((max(output.shape[1], max(self.table) + 1),), -1, device=old.device)
+        for was, now in self.table.items():
+            numbers[was] = now
+        return numbers[old]
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return (~self.passed(output, target)).float()
+
+    def margin(self, output: Tensor, target: Tensor) -> Tensor:
+        return torch.full(output.shape[:1], torch.nan, device=output.device)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the replaced model does on the data, by their role, row by row as the new model's results."""
+
+    answers: Mapping[Role, SampleResults]
+
+    def regressions(self, role: Role, new: SampleResults) -> SampleResults:
+        """The new model's results, with those of its targeted failures marked that the replaced model gets right."""
+        return replace(new, targeted=new.targeted & self.answers[role].passed)
+
+    def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
+        """The new model's known results, with those samples marked as passed that may not break."""
+        return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
+
+
+def look_back(
+    reference: Reference,
+    evaluator: Evaluator,
+    sources: Mapping[Role, Sequence[Source]],
+    results: Mapping[Role, SampleResults],
+) -> Update:
+    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them."""
+    # At once, since a cache is one file; roles may not share the name of a split.
+    together = [source for own in sources.values() for source in own]
+    found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
+    return Update({role: found.only(results[role].splits) for role in sources})

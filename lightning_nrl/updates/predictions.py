@@ -1,0 +1,264 @@
+"""What a model predicted, sample by sample, as a file: all that is needed of a model that may no longer exist."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lightning_nrl._utils.atomic_files import replacing
+from lightning_nrl._utils.state import State, hash_tensors
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.tasks import Task
+
+LARGEST_INT64 = 2**63 - 1
+WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
+
+
+class Line(NamedTuple):
+    """One line of a file, with what is needed to refuse it."""
+
+    where: str  # the argument, the file and the number of the line
+    hint: str
+    values: dict[str, str]
+
+    def whole_number(self, column: str) -> int:
+        """The value of a column as a whole number from 0 to 2^63 - 1; else a `ConfigurationError`."""
+        text = self.values[column].strip(" ")
+        if not WHOLE_NUMBER.fullmatch(text) or int(text) > LARGEST_INT64:
+            raise self.refused(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
+        return int(text)
+
+    def flag(self, column: str) -> bool:
+        """The value of a column that is 0 or 1; else a `ConfigurationError`."""
+        text = self.values[column].strip(" ")
+        if text not in ("0", "1"):
+            raise self.refused(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
+        return text == "1"
+
+    def refused(self, found: str) -> ConfigurationError:
+        """The error that names this line."""
+        return ConfigurationError(f"{self.where}: {found}.", self.hint)
+
+
+def read_csv(
+    argument: str, path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), comment: str = ""
+) -> Iterator[Line]:
+    """Reads a CSV file in UTF-8 with a header, line by line; empty lines and further columns are left out.
+
+    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. Where an
+    optional column is not there, its values are empty. `comment` is how a first line begins that is no part of the
+    table.
+
+    Raises:
+        ConfigurationError: there is no such file, a column is missing or there twice, or a line cannot be read.
+    """
+    name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{name} cannot be read ({error}).", hint) from error
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
+    if comment and numbered[0][1].startswith(comment):
+        del numbered[0]
+    header: list[str] | None = None
+    for number, text in numbered:
+        where = f"{name}, line {number:,}"
+        if not text.strip():
+            continue
+        try:
+            (values,) = csv.reader([text], strict=True)
+        except (csv.Error, ValueError) as error:
+            raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
+        if header is None:
+            header = _header(where, values, columns, hint)
+            continue
+        line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
+        if len(values) != len(header):
+            raise line.refused(f"{len(values)} values for {len(header)} columns")
+        yield line
+    if header is None:
+        raise ConfigurationError(f"{name} is empty.", hint)
+
+
+def _header(where: str, header: list[str], columns: Sequence[str], hint: str) -> list[str]:
+    missing = [column for column in columns if column not in header]
+    if missing or len(set(header)) < len(header):
+        problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
+        raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
+    return header
+
+
+Rows = Mapping[int, tuple[int, bool | None]]
+"""By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
+CSV_COLUMNS = ["split", "id", "prediction", "passed"]
+WEIGHTS = "# weights "
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions by split and data-set position, the ids that reports give.
+
+    As a file: CSV with the columns `split`, `id` and `prediction`, the number of the class as the new model counts;
+    or `passed` (1 or 0) for tasks without classes.
+
+    Attributes:
+        splits: by the names of the splits.
+        weights: which weights they are of, as a hash; None where that is not known.
+
+    Example::
+
+        RegressionFreeRepair(reference="old_predictions.csv")
+    """
+
+    splits: Mapping[str, Rows]
+    weights: str | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
+        """Reads a file.
+
+        Raises:
+            ConfigurationError: there is no such file, a line cannot be read, or a sample is there twice; it is named.
+        """
+        splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
+        for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed"), comment=WEIGHTS):
+            named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
+            if not named and not judged:
+                raise line.refused("there is neither a prediction nor `passed`")
+            rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
+            if at in rows:
+                raise line.refused(f"sample {at} of {line.values['split']!r} is there twice")
+            rows[at] = line.whole_number("prediction") if named else -1, line.flag("passed") if judged else None
+        with Path(path).open(encoding="utf-8-sig") as file:
+            first = file.readline()
+        return cls(splits, first.removeprefix(WEIGHTS).strip() if first.startswith(WEIGHTS) else None)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `read` reads; it is there as a whole or not at all."""
+        file = io.StringIO()
+        if self.weights is not None:
+            file.write(f"{WEIGHTS}{self.weights}\n")
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for split, rows in self.splits.items():
+            for at, (said, passed) in rows.items():
+                writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replacing(path, lambda part: part.write_bytes(file.getvalue().encode()))
+
+    @classmethod
+    def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
+        """Those of a model whose results is known, by a task."""
+        columns = zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True)
+        rows = list(columns)
+        splits = {
+            split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
+        }
+        return cls(splits, None if weights is None else _key(weights, results, task))
+
+    @classmethod
+    def cached(
+        cls, path: str | Path, weights: State, like: SampleResults, task: Task | None = None
+    ) -> Predictions | None:
+        """Those in a file, if they are of these weights and of all these samples, with these labels.
+
+        Where the task has no classes what passed hangs on the task, so that it must be the same one.
+        """
+        if not Path(path).is_file():
+            return None
+        found = cls.read(path)
+        if found.weights != _key(weights, like, task):
+            return None
+        for split in like.splits:
+            rows = found.splits.get(split, {})
+            for at, label in zip(like.index[like.of(split)].tolist(), like.label[like.of(split)].tolist(), strict=True):
+                said, passed = rows.get(at, (-1, None))
+                if at not in rows or (label >= 0 and passed is not None and passed != (said == label)):
+                    return None
+        return found
+
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+        """What the model did on the samples of `like`; no model is run (see `Reference`)."""
+        return self.results(like)
+
+    def results(self, like: SampleResults) -> SampleResults:
+        """As a table of the same samples as another one; losses are 0 where right and 1 where wrong.
+
+        Raises:
+            ConfigurationError: samples have no prediction, or the task has no classes and the file no `passed`.
+        """
+        said, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
+        for split in like.splits:
+            rows, start = self.splits.get(split, {}), like.start(split)
+            ids = like.index[like.of(split)].tolist()
+            missing = [at for at in ids if at not in rows]
+            if missing:
+                there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
+                raise ConfigurationError(
+                    f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
+                    f"({missing[:5]}); there are those of {there}.",
+                    "give one for each known and unseen sample; ids are positions in the data set.",
+                )
+            for i, at in enumerate(ids, start):
+                prediction, right = rows[at]
+                if right is None and int(like.label[i]) < 0:
+                    raise ConfigurationError(
+                        "`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0."
+                    )
+                said[i] = prediction
+                passed[i] = right if right is not None and int(like.label[i]) < 0 else prediction == int(like.label[i])
+        nothing = torch.full_like(like.margin, torch.nan)
+        targeted = torch.zeros_like(like.targeted)
+        loss = (~passed).to(like.loss)
+        told = replace(like, prediction=said, passed=passed, loss=loss, margin=nothing)
+        return replace(told, targeted=targeted, in_target=targeted)
+
+    def alone(self) -> SampleResults:
+        """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
+        rows = [(split, at, *found) for split, own in self.splits.items() for at, found in sorted(own.items())]
+        unknown = [(split, at) for split, at, _, passed in rows if passed is None]
+        if unknown or not rows:
+            problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
+            raise ConfigurationError(
+                f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
+            )
+        passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
+        nothing = torch.full((len(rows),), -1)
+        return SampleResults(
+            splits=tuple(self.splits),
+            sizes=tuple(map(len, self.splits.values())),
+            index=torch.tensor([row[1] for row in rows]),
+            label=nothing,
+            prediction=torch.tensor([row[2] for row in rows]),
+            loss=(~passed).float(),
+            passed=passed,
+            targeted=torch.zeros_like(passed),
+            margin=torch.full((len(rows),), torch.nan),
+        )
+
+
+def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
+    """Slices in a CSV file with the columns `split`, `id` and `slice`."""
+    found: dict[tuple[str, int], str] = {}
+    for line in read_csv("slices", path, ("split", "id", "slice")):
+        sample = line.values["split"], line.whole_number("id")
+        if sample in found:
+            raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
+        found[sample] = line.values["slice"]
+    return found
+
+
+def _key(weights: State, results: SampleResults, task: Task | None) -> str:
+    """Which weights, and where there are no classes which task."""
+    told = "" if task is None or bool((results.label >= 0).all()) else f" {task!r}"
+    return hash_tensors(weights) + told

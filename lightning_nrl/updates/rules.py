@@ -1,0 +1,517 @@
+"""What a new model must satisfy to replace the old one: rules on what became of each sample, also from text."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.checks import read_number
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.targets import Predicate, Target, target_in
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.gate.gates import Gate, allowance
+from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.stats import Bound, binomial_cdf, check_confidence, percent_up, show_confidence
+from lightning_nrl.updates.model_pair import ModelPair, check_splits
+from lightning_nrl.updates.predictions import read_csv
+
+Ids = Mapping[str, Sequence[int]]
+"""Data-set positions, by split."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule says: whether the new model satisfies it, and why, in figures.
+
+    `ids` are data-set positions of the samples that it objects to, by split; empty if it passed.
+    """
+
+    rule: str
+    passed: bool
+    reason: str
+    ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class Rule(ABC):
+    """One condition on an update. A rule of your own is a frozen dataclass with `check` and `__str__`."""
+
+    @abstractmethod
+    def check(self, pair: ModelPair) -> Finding:
+        """Whether the new model satisfies it.
+
+        Raises:
+            ConfigurationError: the rule asks for what the data do not have.
+        """
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The rule, as text."""
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        """Refuses data for which the rule has no meaning, before any model runs, by a `ConfigurationError`.
+
+        Args:
+            splits: the names of the splits.
+            sliced: whether slices are told apart.
+        """
+        return None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the rule wants to know of the samples: `ModelPair.marked` has the answers."""
+        return ()
+
+
+class Part(NamedTuple):
+    """Samples that a rule counts together."""
+
+    split: str
+    name: str
+    rows: Tensor  # N bool
+    counts: FlipCounts
+
+
+class SplitRule(Rule):
+    """Base of rules that count parts of the data: each of some splits, or their slices."""
+
+    splits: tuple[str, ...]
+
+    @property
+    def counts(self) -> Literal["splits", "slices", "both"]:
+        """What the parts are."""
+        return "splits"
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The rule, as text, without the splits."""
+
+    def __post_init__(self) -> None:
+        names = (self.splits,) if isinstance(self.splits, str) else self.splits
+        fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+        check_kind("splits", self.splits, fits, "list of splits", "splits=('test',)")
+        object.__setattr__(self, "splits", tuple(names))
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        check_splits(str(self), self.splits, splits)
+        if self.counts != "splits" and not sliced:
+            raise ConfigurationError(
+                f"the rule `{self}` needs slices, and `slices` is not given.",
+                "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
+            )
+
+    @abstractmethod
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        """True if the rule objects to one of so many parts."""
+
+    @abstractmethod
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        """The sentences of the reason, without full stops."""
+
+    def check(self, pair: ModelPair) -> Finding:
+        parts = self._parts(pair)
+        bad = torch.zeros(len(pair.after), dtype=torch.bool)
+        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
+        for part in worse:
+            bad |= part.rows & pair.flips.broken
+        return Finding(str(self), not worse, f"{'. '.join(self.words(parts))}.", _ids(pair, bad))
+
+    def _parts(self, pair: ModelPair) -> list[Part]:
+        found = []
+        for split in check_splits(str(self), self.splits, pair.splits):
+            named = {split: pair.rows(split)} if self.counts != "slices" else {}
+            if self.counts != "splits":
+                named |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
+            found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.text} in {', '.join(self.splits)}" if self.splits else self.text
+
+
+@dataclass(frozen=True)
+class AtMostBroken(SplitRule):
+    """In each split no more samples are broken than a gate allows.
+
+    Attributes:
+        gate: `instance`: none, for data that must not break; `accuracy`: no more than are repaired, which is to say
+            that accuracy does not fall; `tolerance:3` or `tolerance:1%`; or a `Gate`.
+        splits: on which splits; empty: on each.
+
+    Raises:
+        ConfigurationError: on construction, if `gate` is none.
+
+    Example:
+        >>> print(AtMostBroken("accuracy", splits=("test",)))
+        accuracy in test
+    """
+
+    gate: Gate | str = "instance"
+    splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        gate = Gate.parse(self.gate)
+        gate.excess_of(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
+        object.__setattr__(self, "gate", gate)
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return Gate.parse(self.gate).excess_of(counts) > 0
+
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        return [
+            f"{part.name}: {part.counts.broken:,} of {part.counts.passed:,} that were right broke; "
+            f"{allowance(Gate.parse(self.gate), part.counts)} (accuracy {_accuracies(part.counts)})"
+            for part in parts
+        ]
+
+    @property
+    def text(self) -> str:
+        return str(self.gate)
+
+
+@dataclass(frozen=True)
+class MaxNegativeFlipRate(SplitRule):
+    """In each split the negative flip rate, broken of all, is below a limit with a confidence.
+
+    What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to
+    come only if the split is a sample of them that nothing has looked at: no training, no choice of a model.
+
+    If several splits, or slices, must all be below the limit, each is held to the confidence by itself: a wrong model
+    passes all with a probability of 1 - confidence at most, since it must pass where it is wrong.
+
+    Attributes:
+        limit: on the rate, in (0, 1).
+        confidence: in (0, 1).
+        each_slice: whether every slice must be below the limit, and not only the whole split.
+        splits: on which splits; empty: on each.
+
+    Raises:
+        ConfigurationError: on construction, for a number out of its range.
+
+    Example:
+        >>> print(MaxNegativeFlipRate(0.01, 0.99))
+        nfr:1%:99%
+    """
+
+    limit: float
+    confidence: float = 0.95
+    each_slice: bool = False
+    splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_confidence(self.limit, "limit")
+        check_confidence(self.confidence)
+
+    @property
+    def counts(self) -> Literal["splits", "both"]:
+        return "both" if self.each_slice else "splits"
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return self._bound(counts).upper > self.limit
+
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        words = []
+        for _, group in groupby(parts, lambda part: part.split):
+            found = {part.name: self._bound(part.counts) for part in group}
+            worst = max(found, key=lambda name: found[name].upper)
+            if found[worst].upper > self.limit:
+                words += [self._line(name, bound) for name, bound in found.items() if bound.upper > self.limit]
+            else:
+                words.append(self._line(worst, found[worst]) + (", the highest" if len(found) > 1 else ""))
+        return words
+
+    def _bound(self, counts: FlipCounts) -> Bound:
+        return Bound.of(counts.broken, counts.n, self.confidence)
+
+    def _line(self, name: str, bound: Bound) -> str:
+        text = (
+            f"{name}: negative flip rate {percent(bound.rate)} ({bound.broken:,} of {bound.n:,}), with "
+            f"{show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
+        )
+        if bound.upper <= self.limit:
+            return text
+        needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
+        few = f"; that takes {needed:,} samples even where none breaks" if bound.n < needed else ""
+        return f"{text}, not within {_share(self.limit)}{few}"
+
+    @property
+    def text(self) -> str:
+        sure = "" if self.confidence == 0.95 else f":{_share(self.confidence)}"
+        return f"{'slice-' if self.each_slice else ''}nfr:{_share(self.limit)}{sure}"
+
+
+@dataclass(frozen=True)
+class NoSliceWorse(SplitRule):
+    """No slice is worse than before.
+
+    By *test*, for data that are a sample: a slice is worse if so many more of its samples broke than were repaired that
+    chance alone makes it so with a probability below `level` (the exact sign test, one-sided, which is McNemar's; the
+    level is divided by the number of slices, so that an update that makes none worse fails in at most that share of
+    cases). That it passes is no proof: of small slices the test can say little, and the finding names those of which it
+    can say nothing. What proves something of a slice is `MaxNegativeFlipRate(each_slice=True)`.
+
+    By *count*, for data that are the whole matter, such as a suite of cases: a slice is worse if fewer of its samples
+    are right than before. On a sample, chance makes some slice of most updates worse by count.
+
+    Attributes:
+        by: `test` or `count`.
+        level: of the test, in (0, 1).
+        splits: on which splits; empty: on each.
+
+    Raises:
+        ConfigurationError: on construction, for another word or a level out of its range.
+
+    Example:
+        >>> print(NoSliceWorse("count"))
+        slices:count
+    """
+
+    by: Literal["test", "count"] = "test"
+    level: float = 0.05
+    splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("by", self.by, ("test", "count"))
+        check_confidence(self.level, "level")
+
+    @property
+    def counts(self) -> Literal["slices"]:
+        return "slices"
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        if self.by == "count":
+            return counts.broken > counts.repaired
+        return sign_test(counts.broken, counts.repaired) < self.level / n_parts
+
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
+        words = [self._line(part.name, part.counts, len(parts)) for part in worse]
+        if not worse:
+            words = [f"none of {len(parts):,} slices is worse by {self.by}"]
+        mute = [part.name for part in parts if sign_test(part.counts.passed, 0) >= self.level / len(parts)]
+        if self.by == "test" and mute:
+            named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
+            words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
+        return words
+
+    def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
+        text = f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired (accuracy {_accuracies(counts)}"
+        if self.by == "count":
+            return f"{text})"
+        return f"{text}; p = {sign_test(counts.broken, counts.repaired):.2g}, below {self.level / n_parts:.2g})"
+
+    @property
+    def text(self) -> str:
+        level = "" if self.level == 0.05 or self.by == "count" else f":{_share(self.level)}"
+        return f"slices{':count' if self.by == 'count' else level}"
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedIntact(Rule):
+    """Every protected sample that was right is right still.
+
+    Attributes:
+        ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
+            positions alone where there is one split.
+        where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
+            its address; a target also as text, such as `label 3`.
+
+    Raises:
+        ConfigurationError: on construction, if neither is given or the file cannot be read.
+
+    Example:
+        >>> print(ProtectedIntact({"test": [3, 17]}))
+        protected:2 samples
+    """
+
+    ids: Ids | Sequence[int] | str | Path | None = None
+    where: Target | Predicate | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.where is None:
+            raise ConfigurationError(
+                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
+            )
+        named = target_in(self.where) if isinstance(self.where, str) else None
+        where = self.where if named is None else named
+        target = where if where is None or isinstance(where, Target) else Target.where(where)
+        object.__setattr__(self, "where", target)
+        object.__setattr__(self, "_file", str(self.ids) if isinstance(self.ids, (str, Path)) else "")
+        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids
+        object.__setattr__(self, "ids", {"": ids} if isinstance(ids, Sequence) else ids)
+        lists = (ids,) if isinstance(ids, Sequence) else (ids or {}).values()
+        whole = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in lists)
+        check_kind("ids", ids, whole, "list of samples", "ids={'test': [3, 17]}")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (self.where,) if isinstance(self.where, Target) else ()
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        check_splits("ids", tuple(self._by_split(splits)), splits)
+
+    def check(self, pair: ModelPair) -> Finding:
+        chosen = self._chosen(pair)
+        counts = pair.flips.counts(chosen)
+        text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
+        wrong = counts.failing + counts.repaired
+        rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
+        return Finding(str(self), not counts.broken, f"{text}{rest}.", _ids(pair, chosen & pair.flips.broken))
+
+    def _by_split(self, splits: Sequence[str]) -> Ids:
+        found: Ids = self.ids or {}  # type: ignore[assignment]
+        if "" not in found:
+            return found
+        if len(splits) != 1:
+            raise ConfigurationError(
+                f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
+            )
+        return {splits[0]: found[""]}
+
+    def _chosen(self, pair: ModelPair) -> Tensor:
+        chosen = torch.zeros(len(pair.after), dtype=torch.bool)
+        for split, ids in self._by_split(pair.splits).items():
+            wanted, rows = torch.as_tensor(list(ids), dtype=torch.int64), pair.after.of(split)
+            there = pair.after.index[rows]
+            missing = wanted[~torch.isin(wanted, there)].tolist()
+            if missing:
+                raise ConfigurationError(
+                    f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
+                    "give positions in the data set; what is not there cannot be checked.",
+                )
+            chosen[rows] |= torch.isin(there, wanted)
+        for target in self.targets:
+            if not pair.marked[target].any():
+                raise ConfigurationError(
+                    f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
+                    "give data that have such samples, or leave the rule out.",
+                )
+            chosen |= pair.marked[target]
+        return chosen
+
+    def __str__(self) -> str:
+        listed_ids: Ids = self.ids or {}  # type: ignore[assignment]
+        n = sum(len(rows) for rows in listed_ids.values())
+        listed = self._file or (f"{n:,} sample{'s' if n != 1 else ''}" if n else "")  # type: ignore[attr-defined]
+        return "protected:" + " and ".join(filter(None, (listed, *map(str, self.targets))))
+
+
+def read_ids(path: str | Path) -> dict[str, list[int]]:
+    """Samples in a CSV file with the columns `split` and `id`."""
+    found: dict[str, list[int]] = {}
+    for line in read_csv("ids", path, ("split", "id")):
+        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
+    if not found:
+        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
+    return found
+
+
+def sign_test(broken: int, repaired: int) -> float:
+    """P(Bin(broken + repaired, 1/2) >= broken): how likely chance alone breaks so many of the samples that changed.
+
+    In (0, 1]; 1 if none changed.
+
+    Example:
+        >>> sign_test(5, 0)
+        0.03125
+    """
+    changed = broken + repaired
+    return binomial_cdf(repaired, changed, 0.5) if changed else 1.0
+
+
+def _ids(pair: ModelPair, rows: Tensor) -> Ids:
+    return {split: ids for split, ids in pair.after.ids(rows).items() if ids}
+
+
+def _accuracies(counts: FlipCounts) -> str:
+    if not counts.n:
+        return "of no sample"
+    return f"{percent(counts.passed / counts.n)}, now {percent(counts.right / counts.n)}"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.12g}%"
+
+
+RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
+"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+
+
+def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
+    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
+    listed = [rules] if isinstance(rules, (str, Rule)) else rules
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
+    return tuple(parse_rule(rule) for rule in listed)
+
+
+def parse_rule(rule: Any) -> Rule:
+    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
+
+    All but `protected` may end with ` in SPLIT, SPLIT`. What cannot be read is a `ConfigurationError`.
+
+    Example:
+        >>> parse_rule("nfr:1%:99% in test")
+        MaxNegativeFlipRate(limit=0.01, confidence=0.99, each_slice=False, splits=('test',))
+    """
+    if isinstance(rule, Rule):
+        return rule
+    text, _, named = str(rule).partition(" in ")
+    kind, *given = (part.strip() for part in text.split(":"))
+    splits = tuple(name.strip() for name in named.split(",")) if named else ()
+    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
+    if made is None:
+        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
+    return made
+
+
+def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
+    return AtMostBroken(text.partition(" in ")[0], splits)
+
+
+RULES.register("instance")(_at_most_broken)
+RULES.register("accuracy")(_at_most_broken)
+RULES.register("tolerance", "tolerance:1%")(_at_most_broken)
+
+
+def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...], each_slice: bool = False) -> Rule | None:
+    numbers = [_number(part, text) for part in given]
+    if len(numbers) not in (1, 2):
+        return None
+    return MaxNegativeFlipRate(numbers[0], numbers[1] if len(numbers) == 2 else 0.95, each_slice, splits)
+
+
+RULES.register("nfr", "nfr:1%", "nfr:1%:99%")(_max_nfr)
+RULES.register("slice-nfr", "slice-nfr:5%")(partial(_max_nfr, each_slice=True))
+
+
+@RULES.register("slices", "slices", "slices:count")
+def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    if "count" in given:
+        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
+    numbers = [_number(part, text) for part in given]
+    return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
+
+
+@RULES.register("protected", "protected:ids.csv", "protected:label 3")
+def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    what = text.partition(":")[2].strip()
+    target = target_in(what)
+    return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
+
+
+def _number(text: str, rule: str) -> float:
+    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))

@@ -1,0 +1,110 @@
+"""The studies over seeds: their commands run on small data, and their statistics are those counted by hand."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+from torch.utils.data import TensorDataset
+
+from lightning_nrl import Target
+from lightning_nrl.analysis.sweep import Run
+from lightning_nrl.evaluation.sample_results import TargetCounts
+
+STUDIES = ROOT / "examples" / "studies"
+sys.path.insert(0, str(STUDIES))
+
+import ablation  # noqa: E402
+import congruent  # noqa: E402
+import early_repair  # noqa: E402
+import fashion_mnist  # noqa: E402
+import problems  # noqa: E402
+import updates  # noqa: E402
+
+
+class Tiny(problems.SlashedZeros):
+    """Few of the digits."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.data = {split: TensorDataset(*(x[:120] for x in data.tensors)) for split, data in self.data.items()}
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One problem in a few seconds, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
+    tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
+    for name in ("slashed-zeros", "fashion"):
+        monkeypatch.setitem(problems.PROBLEMS, name, tiny)
+    monkeypatch.setattr(congruent, "EPOCHS", 2)
+    monkeypatch.setattr(early_repair, "EPOCHS", 10)
+    monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
+
+
+def printed(script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list]:
+    """The rows of the table that a command prints."""
+    monkeypatch.setattr(sys, "argv", [script, *line.split(" ")])
+    module = sys.modules.get(script.removesuffix(".py"))
+    if hasattr(module, "main"):
+        module.main()
+    else:
+        runpy.run_path(str(STUDIES / script), run_name="__main__")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+COMMANDS = {
+    "repairs.py": ("slashed-zeros --seeds 2 --max-time 2", ["default, seed 0", "default, seed 1", "default"]),
+    "updates.py": (
+        "--problem fashion --seeds 1 --updates from_the_old_weights",
+        ["", ", repaired", ", interpolated 0.1", ", interpolated 0.2", ", interpolated 0.3"],
+    ),
+    "congruent.py": ("--start old --terms plain --interpolate --seeds 1", ["plain", "plain, interpolated"]),
+    "ablation.py": ("--problems fashion --seeds 1", ["neurecover-lite", "neurecover", "neurecover, last two"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) -> None:
+    line, names = COMMANDS[script]
+    monkeypatch.setattr(updates, "UPDATES", ("from_the_old_weights", "from the old weights"))
+    rows = printed(script, line, monkeypatch, capsys)
+    for row, name in zip(rows, names, strict=False):
+        assert row[0].endswith(name)
+    monkeypatch.setattr(problems.Trainer, "fit", None)
+    assert printed(script, line, monkeypatch, capsys) == rows
+
+
+def run(localizer: str = "gradient", seed: int = 0, layer: str = "last", repaired: int = 5) -> Run:
+    known, unseen = TargetCounts(80, 1, 9, 10, 10, repaired, 40, 0), TargetCounts(80, 2, 4, 14, 10, 4, 40, 0)
+    more = {"known": known, "unseen": unseen, "patched": 0, "intact": 0, "changed": True, "iterations": 1}
+    return Run(f"eq1/{localizer}", "eq1", 6, False, 64, None, 5, seed, layer, 64, value=1.0, **more)
+
+
+def test_a_difference_is_that_of_a_seed_and_layer_to_the_mean_of_its_draws():
+    runs = [run(), run("random 0", repaired=1), run("random 1", repaired=3)]
+    runs += [run(layer="first", repaired=9), run("random 0", layer="first", repaired=1)]
+    runs += [run(seed=1, repaired=7), run("random 0", seed=1, repaired=8)]
+    # Seed 0: 5 - 2 in one layer and 9 - 1 in the other; seed 1: 7 - 8.
+    assert ablation.paired(runs, ablation.NUMBERS["repaired"]) == {"gradient": [5.5, -1.0]}
+    assert (ablation.NUMBERS["known net"](runs[0]), ablation.NUMBERS["unseen net"](runs[0])) == (4, 2)
+
+
+def test_statistics_by_hand():
+    # Of the 8 choices of signs of 1, 2, 3 only +++ and --- reach a sum of 6; 4.3027 / sqrt(3) is half of the interval.
+    assert ablation.difference([1.0, 2.0, 3.0]) == "+2.0 [-0.5, +4.5] p=0.250"
+    assert ablation.difference([1.0]) == "-"
+    assert problems.interval([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
+    assert problems.interval([1.0]) == "1.0"
+
+
+def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
+    with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
+        fashion_mnist.DriftingFashion(0)

@@ -1,0 +1,259 @@
+"""Pages of three reports as a reader has them. `python tests/report/test_stored_pages.py` writes the stored ones anew."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_report_codec import REPORTS
+
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.report import (
+    Hashes,
+    Judge,
+    LocalizationReport,
+    Page,
+    PricePoint,
+    RepairReport,
+    Rung,
+    SearchReport,
+    SplitReport,
+    Step,
+    StrengthPoint,
+    WeightChange,
+    repair_page,
+)
+from lightning_nrl.report.page import Facts, Heading, Row, Table, Text
+from lightning_nrl.report.run_records import choice_text
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample
+
+PAGES = Path(__file__).parent / "pages"
+HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
+HARM = TargetCounts(kept=70, broken=30, repaired=2, failing=18, targeted=15, repaired_in_target=2)
+SEARCH, TRAINING = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True), Rung("training", 20, 31, 2, 27_163, 30.0)
+GAINED = tuple(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in range(14))
+TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), GAINED[:9])
+VAL = SplitReport("val", "known", TargetCounts(288, 0, 14, 16, 30, 14), tuple(range(30)), GAINED)
+TEST = SplitReport(
+    "test",
+    "unseen",
+    TargetCounts(270, 1, 12, 14, 22, 11),
+    tuple(range(22)),
+    (*GAINED[:12], FlippedSample(17, "broken", False, 3, 3, 5, 1.5, -0.125, "night")),
+    (ConfusionCell(3, 5, 13, 2), ConfusionCell(3, 3, 90, 101), ConfusionCell(5, 3, 2, 2)),
+    (ClassCounts(3, FlipCounts(90, 1, 12, 1)), ClassCounts(5, FlipCounts(180, 0, 0, 13))),
+)
+REPAIRED = RepairReport(
+    status="repaired",
+    reason="14 of 30 targeted failures pass now. Of 1,460 known samples that passed before, none broke.",
+    layers=("classifier",),
+    target="confusion 3 -> 5",
+    gate="instance",
+    task="Multiclass",
+    splits=(TRAIN, VAL, TEST),
+    leaked={"test": 12},
+    localization=LocalizationReport(32, 210, {"failed": 80, "passed": 90, "both": 49, "localized": 31, "total": 640}),
+    search=SearchReport(62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460),
+    steps=(Step("fit", 20, 9, 12.34, "8 epochs"), Step("polish", 19, 0, 3.0), Step("swarm", 21, 0, 2.0, "+2")),
+    rungs=(SEARCH, TRAINING),
+    price=(PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 9, 20, 28, HELD_OUT)),
+    strength=(
+        StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
+        StrengthPoint(1.15, 21, FlipCounts(1460, 0, 30, 26), FlipCounts(269, 1, 12, 11)),
+    ),
+    chosen_strength=1.15,
+    change=WeightChange(31, 640, 0.123, 0.0123, 0.04),
+    hashes=Hashes("a" * 64, "b" * 64, "c" * 64, "d" * 64),
+    judge=Judge(DeployedPrecision("cpu", ("float32",)), 1e-6, 3),
+    seed=7,
+    seconds={"collect": 0.3, "search": 3.21},
+    versions={"python": "3.12.0", "torch": "2.9.0"},
+    files={"checkpoint": "logs/version_0/repair/repaired.ckpt", "json": "logs/version_0/repair/report.json"},
+    settings={"n_passed": None, "method": {"particles": 100}},
+    class_names=("0", "1", "2", "three", "4", "five"),
+)
+REFUSED = replace(
+    REPAIRED,
+    status="refused",
+    reason="Of 1,460 known samples that passed before, 3 would break (3 in val); the gate allows none.",
+    splits=(
+        SplitReport("train", "known", TargetCounts(1172, 0, 0, 26, 0, 0)),
+        SplitReport("val", "known", TargetCounts(288, 0, 0, 30, 30, 0), tuple(range(30))),
+        SplitReport("test", "unseen", TargetCounts(271, 0, 0, 26, 22, 0), tuple(range(22))),
+    ),
+    candidate=(TRAIN, replace(VAL, counts=replace(VAL.counts, kept=285, broken=3))),
+    hashes=Hashes("a" * 64, "a" * 64),
+    files={},
+    rungs=(),
+    price=(),
+    steps=(),
+    strength=(),
+    leaked={},
+)
+SHOWN = {"repaired": REPAIRED, "refused": REFUSED, "update": REPORTS["repair"], "release": REPORTS["release"]}
+TABLE = Table(
+    columns=(("train", "known"), ("test", "unseen")),
+    rows=(Row("samples", ("1,000", "20"), ends_group=True), Row("broken", ("0", "3"), "harm")),
+)
+
+
+def pages(report: RepairReport) -> dict[str, str]:
+    """The page of each kind; of HTML only what stands between the style and the script."""
+    html = report.to_html().partition('<div class="report">')[2].partition("<script")[0]
+    return {"txt": report.render(100), "md": report.to_markdown(), "html": html}
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_page, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize("kind", ["txt", "md", "html"])
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.usefixtures("without_figures")
+def test_a_page_is_the_stored_one(name: str, kind: str) -> None:
+    stored = (PAGES / f"{name}.{kind}").read_text(encoding="utf-8")
+    assert pages(SHOWN[name])[kind].splitlines() == stored.splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name: str, width: int) -> None:
+    report = replace(SHOWN[name], files={})
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(report)
+    assert max(map(len, capture.get().splitlines())) <= width
+    text = report.render(width)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= width
+    plain, shown = text.split(), capture.get().split()
+    assert [word for word in shown if word.strip("─")] == [word for word in plain if word == "-" or word.strip("-")]
+
+
+def test_a_wide_table_goes_on_below() -> None:
+    notes = Table((("repaired", ""), ("", "")), (Row("fit", ("3", "some steps")), Row("polish", ("12", "long"))), True)
+    page = Page((Heading("Done", 1), TABLE, Heading("More"), notes))
+    assert page.plain(20) == (
+        "DONE\n\n         train\n         known\n--------------\nsamples  1,000\n\nbroken       0\n\n"
+        "           test\n         unseen\n---------------\nsamples      20\n\nbroken        3\n\n"
+        "More\n----\n\n        repaired\n----------------\nfit            3\npolish        12\n\n"
+        "fit     some steps\npolish  long\n"
+    )
+    console = Console(width=22, file=io.StringIO(), color_system=None)
+    console.print(Page((TABLE,)))
+    assert "samples  1,000      20" in console.file.getvalue()
+
+
+def test_long_words_are_never_broken() -> None:
+    path = "logs/" + "x" * 90
+    assert path in Page((Facts((("file", path),)), Text(f"see {path}"))).plain(30)
+
+
+def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(Path.cwd() / "logs" / "repaired.ckpt")
+    report = replace(REPAIRED, files={"checkpoint": checkpoint, "json": "elsewhere/report.json"})
+    lines = [line.split("  ")[-1].strip() for line in report.render(120).splitlines()]
+    assert lines[-2:] == [str(Path("logs/repaired.ckpt")), "elsewhere/report.json"]
+    assert f"- **checkpoint**: {checkpoint}" in report.to_markdown()
+
+
+def test_harm_is_red_where_it_is_done_and_only_there() -> None:
+    console = Console(width=100, force_terminal=True, color_system="standard", legacy_windows=False)
+    with console.capture() as capture:
+        console.print(REPAIRED.to_table())
+    line = next(line for line in capture.get().splitlines() if "broken (was right" in line)
+    assert (line.count("\x1b[1;31m"), line.count("\x1b[32m")) == (1, 3)
+
+
+class Elements(HTMLParser):
+    """Notes the elements of a document, and that each is closed."""
+
+    VOID = ("meta", "input", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
+    picture = SampleView("val", 7, "broken", "7: true <cat>", np.zeros((4, 4, 3), dtype=np.uint8))
+    text = SampleView("val", 2, "repaired", "2: true dog", text="a <b> c")
+    html = REPAIRED.to_html([picture, text])
+    found = Elements(html).found
+    assert [tag for tag, _ in found].count("script") == 1
+    (image,) = [own for tag, own in found if tag == "img"]
+    assert str(image["src"]).startswith("data:image/png;base64,")
+    for _, own in found:
+        assert not {"href", "srcset", "action"} & own.keys()
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", html)
+    assert "<pre>a &lt;b&gt; c</pre><figcaption>2: true dog</figcaption>" in html
+    assert html.index("Inputs of samples broken in val") < html.index("Inputs of samples repaired in val")
+    assert "they need matplotlib" in html
+    notebook = REPAIRED._repr_html_()
+    assert "script" not in [tag for tag, _ in Elements(notebook).found]
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (replace(TRAINING, held_out=HELD_OUT), "held-out samples speak against `training`"),
+        (replace(TRAINING, repaired_in_target=4, held_out=HELD_OUT), "`training` repairs fewer targets"),
+        (TRAINING, "`training` breaks more than the gate allows"),
+        (replace(TRAINING, repaired_in_target=0), "`training` repairs no target"),
+        (replace(TRAINING, repaired_in_target=0, held_out=HELD_OUT), "`training` repairs no target"),
+        (replace(TRAINING, repaired_in_target=0, held_out=HARM), "held-out samples speak against `training`"),
+    ],
+)
+def test_the_choice_says_what_is_against_the_rungs_that_change_more(last: Rung, why: str) -> None:
+    assert choice_text((SEARCH, last), "") == f"`search` is taken: {why}."
+    assert choice_text((last,), "none") == "none"
+
+
+def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> None:
+    unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
+    report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
+    assert repair_page.unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
+    for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
+        assert repair_page.unseen_limit(other) is None
+        assert "samples like these" not in other.to_markdown()
+
+
+def test_of_many_repaired_samples_those_that_gained_most_are_listed() -> None:
+    many = tuple(replace(GAINED[0], id=i, margin_after=i) for i in range(1234))
+    text = replace(REPAIRED, splits=(replace(TRAIN, flipped=many),)).to_markdown()
+    assert "Repaired in train, by position in the data set, 10 of 1,234" in text
+    assert "| 1224 |" in text
+    assert "| 1223 |" not in text
+
+
+if __name__ == "__main__":
+    repair_page.find_spec = lambda name: None  # type: ignore[assignment]
+    PAGES.mkdir(exist_ok=True)
+    for name, report in SHOWN.items():
+        for kind, text in pages(report).items():
+            (PAGES / f"{name}.{kind}").write_text(text, encoding="utf-8")

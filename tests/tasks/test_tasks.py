@@ -1,0 +1,471 @@
+"""What each task says of samples that are counted by hand, and what it refuses; what holds for all: test_invariants."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_nrl import ConfigurationError
+from lightning_nrl import RegressionFreeRepair as Repair
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl.tasks import Multiclass, Multilabel, NamedHead, Regression, Segmentation, Sequence, Task, parse_task
+
+NAN, INF = math.nan, math.inf
+
+TAGS = torch.tensor([[2.0, -1.0, 0.5], [1.0, -3.0, -0.25], [0.0, -1.0, -1.0]])
+TAG_LABELS = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 0]])
+NUMBERS = torch.tensor([[1.25, 2.0], [1.0, 4.0], [1.5, 2.0]])
+TRUE_NUMBERS = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
+# Two sequences of three tokens, the last of the second is padding.
+TOKENS = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 0.5]], [[0.0, 0.25], [2.0, 1.0], [9.0, 0.0]]])
+TOKEN_LABELS = torch.tensor([[0, 1, 0], [1, 1, -100]])
+# One logit a pixel, for class 1. Leads are 1, 2, 3 and -0.5; of the most certain pixels two give an IoU of
+# (1/3 + 1/3) / 2, three (2/3 + 1/2) / 2.
+PIXELS = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.5]]]])
+TRUTH = torch.tensor([[[0, 1], [0, 0]]])
+HALF_IGNORED = torch.tensor([[[0, 1], [0, 255]]])
+SEVEN_OF_TEN = torch.stack([torch.tensor([1.0] * 7 + [-1.0] * 3), torch.zeros(10)], 1)[None]
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target", "margin"),
+    [
+        # A logit of exactly 0 is on neither side.
+        (Multilabel(), TAGS, TAG_LABELS, [-0.5, 0.25, 0.0]),
+        (Multilabel(), TAGS.half(), TAG_LABELS, [-0.5, 0.25, 0.0]),
+        (Multilabel(wrong=1), TAGS, TAG_LABELS, [1.0, 1.0, 1.0]),
+        # 0.2 is a logit of ln(1/4) = -1.386294
+        (Multilabel(threshold=0.2), torch.tensor([[-1.0, -2.0]]), torch.tensor([[1, 0]]), [0.386294]),
+        (Multilabel(), torch.tensor([[1.0, 5.0], [NAN, 1.0]]), torch.tensor([[1, -100], [1, 1]]), [1.0, -INF]),
+        (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.5, -3.0, 0.0]),
+        # 0.5 + 0.25 * 6 = 2
+        (Regression(0.5, relative=0.25), torch.tensor([-7.0, -3.0]), torch.tensor([-6.0, -6.0]), [0.5, -0.5]),
+        (Regression(1.0), torch.tensor([1.5, 2.0, 5.0]).bfloat16(), torch.tensor([1, 2, 3]), [0.5, 1.0, -1.0]),
+        (Regression(1.0), torch.tensor([NAN, INF]), torch.zeros(2), [-INF, -INF]),
+        (Sequence(), TOKENS, TOKEN_LABELS, [0.5, -1.0]),
+        (Sequence(class_dim=1), TOKENS.transpose(1, 2), TOKEN_LABELS, [0.5, -1.0]),
+        (Sequence(share=0.5), TOKENS, TOKEN_LABELS, [2.0, 0.25]),
+        (Sequence(share=0.7), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [1.0]),
+        (Sequence(share=0.71), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [-1.0]),
+        (Sequence(), torch.tensor([[[1.0, 1.0]], [[NAN, 0.0]]]), torch.zeros(2, 1, dtype=torch.int64), [0.0, -INF]),
+        (Segmentation(0.3), PIXELS, TRUTH, [2.0]),
+        (Segmentation(0.58), PIXELS, TRUTH, [1.0]),
+        (Segmentation(0.59), PIXELS, TRUTH, [-0.5]),
+        (Segmentation(0.5), PIXELS, TRUTH[:, None], [1.0]),
+        (Segmentation(1.0, ignore_index=255), PIXELS, HALF_IGNORED, [1.0]),
+        (Segmentation(), PIXELS * NAN, TRUTH, [-INF]),
+    ],
+)
+def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: list[float]) -> None:
+    task.check(output, target)
+    torch.testing.assert_close(task.margin(output, target), torch.tensor(margin))
+    assert task.passed(output, target).tolist() == [value > 0 for value in margin]
+    assert task.loss(output, target).dtype == torch.float32
+    assert task.prediction(output) is task.label(target) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target", "loss"),
+    [
+        # (ln 2 + ln(1 + e)) / 2 and ln 2
+        (
+            Multilabel(),
+            torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+            torch.tensor([[1, 0], [1, -100]]),
+            [1.003204, 0.693147],
+        ),
+        # errors of 1/2 and 0, 0 and 4, 1 and 0 tolerances: quadratic within one, linear beyond
+        (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.0625, 1.75, 0.25]),
+        # (ln(1 + e^-3) + ln(1 + e^-2) + ln(1 + e^-0.5)) / 3 and (ln(1 + e^-0.25) + ln(1 + e)) / 2
+        (Sequence(), TOKENS, TOKEN_LABELS, [0.216531, 0.944600]),
+        (Sequence(class_dim=1), TOKENS.transpose(1, 2), TOKEN_LABELS, [0.216531, 0.944600]),
+        # (ln(1 + e^-1) + ln(1 + e^-2) + ln(1 + e^-3)) / 3, the last pixel ignored
+        (Segmentation(ignore_index=255), PIXELS, HALF_IGNORED, [0.162926]),
+    ],
+)
+def test_losses_by_hand(task: Task, output: Tensor, target: Tensor, loss: list[float]) -> None:
+    torch.testing.assert_close(task.loss(output, target), torch.tensor(loss))
+
+
+def test_divergences_by_hand() -> None:
+    # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4), and nothing for the second label
+    student, teacher = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
+    torch.testing.assert_close(Multilabel().divergence(student, teacher), torch.tensor([0.071921]))
+    known = torch.tensor([[1, -100]])
+    torch.testing.assert_close(Multilabel().divergence(student, teacher, known), torch.tensor([0.143841]))
+    assert Regression(tolerance=0.5).divergence(NUMBERS, TRUE_NUMBERS).tolist() == [0.125, 8.0, 0.5]
+    relative = Regression(tolerance=0.5, relative=0.25)
+    assert relative.divergence(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([6.0])).tolist() == [1.0]
+    padded = TOKENS.clone()
+    padded[1, 2] = torch.tensor([0.0, 7.0])
+    assert Sequence().divergence(padded, TOKENS, TOKEN_LABELS).tolist() == [0.0, 0.0]
+    assert float(Sequence().divergence(padded, TOKENS)[1]) > 1
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target", "slope"),
+    [
+        (Multilabel(), TAGS, TAG_LABELS, [0, 0, -1, 0, 0, -1, 1, 0, 0]),
+        (Regression(0.5), NUMBERS[:2], TRUE_NUMBERS[:2], [-2, 0, 0, -2]),
+        (Sequence(), TOKENS, TOKEN_LABELS, [0, 0, 0, 0, 1, -1, 0, 0, -1, 1, 0, 0]),
+        (Segmentation(0.6), PIXELS, TRUTH, [0, 0, 0, -1]),
+    ],
+)
+def test_the_margin_leads_to_what_decides(task: Task, output: Tensor, target: Tensor, slope: list[float]) -> None:
+    output = output.clone().requires_grad_()
+    margin = task.margin(output, target)
+    assert margin is not None
+    margin.sum().backward()
+    assert output.grad is not None
+    assert output.grad.flatten().tolist() == slope
+
+
+def test_the_margin_of_a_large_image_leads_to_the_neighbours_in_rank() -> None:
+    # 300 pixels of class 0 with leads 300, 299, ..., 1: half of them are needed, the 150th has a lead of 151.
+    line = -torch.arange(300.0, 0, -1).view(1, 1, 300)
+    line.requires_grad_()
+    margin = Segmentation(iou=0.5).margin(line, torch.zeros(1, 300, dtype=torch.int64))
+    assert margin.tolist() == [151.0]
+    margin.sum().backward()
+    assert line.grad is not None
+    # A window of 2 %, 3 on either side, each with a seventh.
+    assert line.grad.flatten().nonzero().flatten().tolist() == list(range(146, 153))
+    torch.testing.assert_close(line.grad[0, 0, 149], torch.tensor(-1 / 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
+def test_labels_of_any_dtype_will_do(dtype: torch.dtype) -> None:
+    labels = TAG_LABELS.to(dtype)
+    Multilabel().check(TAGS, labels)
+    assert torch.equal(Multilabel().loss(TAGS, labels), Multilabel().loss(TAGS, TAG_LABELS))
+    assert Multilabel().passed(TAGS, labels).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("output", [(3,), (3, 1)])
+@pytest.mark.parametrize("target", [(3,), (3, 1)])
+def test_a_column_and_a_list_of_numbers_are_the_same(output: tuple[int, ...], target: tuple[int, ...]) -> None:
+    one, other = torch.tensor([1.0, 2.0, 3.0]).view(output), torch.tensor([1.0, 2.0, 4.0]).view(target)
+    task = Regression(tolerance=0.5)
+    task.check(one, other)
+    assert task.margin(one, other).tolist() == [1.0, 1.0, -1.0]
+    assert task.loss(one, other).shape == task.divergence(one, one).shape == (3,)
+
+
+def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
+    two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
+    for truth in (TRUTH, TRUTH[:, None], TRUTH.bool()):
+        assert torch.equal(task.margin(PIXELS, truth), task.margin(two, TRUTH))
+        assert torch.equal(task.loss(PIXELS, truth), task.loss(two, TRUTH))
+    assert torch.equal(task.divergence(PIXELS, -PIXELS), task.divergence(two, torch.cat([PIXELS * 0, -PIXELS], 1)))
+
+
+def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> None:
+    logits, truth = PIXELS.expand(2, -1, -1, -1), torch.cat([TRUTH, torch.zeros_like(TRUTH)])
+    # Class 1 has an IoU of 1/2; the second image has only class 0, of which two pixels of four are right.
+    assert Segmentation(iou=0.5, classes=(1,)).passed(logits, truth).tolist() == [True, True]
+    assert Segmentation(iou=0.51, classes=[1]).passed(logits, truth).tolist() == [False, False]
+    assert Segmentation(iou=0.51).passed(logits, truth).tolist() == [True, False]
+
+
+def test_volumes_are_images_of_three_dimensions() -> None:
+    logits, truth = torch.randn(2, 3, 2, 4, 5), torch.randint(0, 3, (2, 2, 4, 5))
+    Segmentation().check(logits, truth)
+    assert torch.equal(Segmentation().margin(logits, truth), Segmentation().margin(logits.flatten(3), truth.flatten(2)))
+
+
+def test_a_subclass_with_a_margin_of_its_own_is_asked_for_it() -> None:
+    class Doubled(Sequence):
+        def margin(self, output: Any, target: Any) -> Tensor:
+            return 2 * super().margin(output, target)
+
+    passed, loss = Doubled().passed_and_loss(TOKENS, TOKEN_LABELS, torch.tensor([1.0, 1.0]), with_loss=False)
+    assert (passed.tolist(), loss) == ([True, False], None)
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target", "message"),
+    [
+        (Multilabel(), TAGS, TAG_LABELS[:, :2], r"the shape of the logits, \[3, 3\], found torch.int64 \[3, 2\]"),
+        (Multilabel(), TAGS, [[1, 0, 0]] * 3, "found list"),
+        (Multilabel(), TAGS, TAG_LABELS * 2, "found a label 2, neither 0 nor 1"),
+        (Multilabel(), TAGS, TAG_LABELS * NAN, "found a label nan"),
+        (Multilabel(), TAGS, TAG_LABELS * 0 - 100, "a sample has 0 known labels, so none need be right"),
+        (Multilabel(), TAGS[0], TAG_LABELS, r"multilabel needs logits \[samples, labels\]"),
+        (Multilabel(), torch.zeros(3, 0), torch.zeros(3, 0), r"multilabel needs logits \[samples, labels\]"),
+        (Regression(1.0), torch.zeros(3, 2), torch.zeros(3), r"outputs \[3, 2\] for targets \[3\]"),
+        (Regression(1.0), torch.zeros(2, 3), torch.zeros(3, 2), r"outputs \[2, 3\] for targets \[3, 2\]"),
+        (Regression(1.0), torch.zeros(3), [1.0, 2.0, 3.0], "tensor of numbers as target, found list"),
+        (Regression(1.0), torch.zeros(2), torch.tensor([1.0, NAN]), "1 numbers of a batch's target are NaN"),
+        (Sequence(), TOKENS[0], TOKEN_LABELS, r"logits \[samples, tokens, classes\], the model returned \[3, 2\]"),
+        (Sequence(), TOKENS, TOKEN_LABELS[:, :2], r"logits \[2, 3, 2\] for labels \[2, 2\]"),
+        (Sequence(), TOKENS.transpose(1, 2), TOKEN_LABELS, r"HINT: write `Sequence\(class_dim=1\)"),
+        (Sequence(), TOKENS, TOKEN_LABELS.float(), r"whole labels \[samples, ...\], found torch.float32"),
+        (Sequence(), TOKENS, TOKEN_LABELS[0], r"found torch.int64 \[3\]"),
+        (Sequence(), TOKENS, TOKEN_LABELS + 1, "there is a label 2, and the model returned 2 logits"),
+        (Sequence(), TOKENS, TOKEN_LABELS.clamp(-1), "there is a label -1"),
+        (Sequence(), TOKENS, TOKEN_LABELS * 0 - 100, "2 samples of a batch have the label -100"),
+        (Segmentation(), PIXELS[0, 0], TRUTH, r"needs logits \[samples, classes, ...\], the model returned \[2, 2\]"),
+        (Segmentation(), PIXELS, TRUTH[:, :1], r"logits \[1, 1, 2, 2\] for labels \[1, 1, 2\]"),
+        (Segmentation(classes=(2,)), PIXELS, TRUTH, "the model returned 2 logits a pixel"),
+    ],
+)
+def test_what_does_not_fit_is_refused(task: Task, output: Tensor, target: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as error:
+        task.check(output, target)
+    assert "HINT:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (Multilabel, "threshold", [0, 1.0, "0.5"]),
+        (Multilabel, "wrong", [-1]),
+        (Regression, "tolerance", [0, -1.0, INF, "0.1", True, None]),
+        (Regression, "relative", [-1.0, INF, "0.1", True, None]),
+        (Sequence, "share", [0, 1.5, True]),
+        (Sequence, "class_dim", [2]),
+        (Segmentation, "iou", [0, 50]),
+        (Segmentation, "classes", [(), 1, ["a"]]),
+    ],
+)
+def test_values_out_of_range_are_refused(kind: Any, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigurationError, match=f"`{kind.__name__}.{name}="):
+            kind(**{"tolerance": 1.0, name: value} if kind is Regression else {name: value})
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Multilabel(), "Multilabel: every label right"),
+        (Multilabel(0.3, wrong=2), "Multilabel: all labels but 2 right at a threshold of 0.3"),
+        (Regression(0.1), "Regression: every output within 0.1 of its target"),
+        (Regression(5, 0.05), "Regression: every output within 5 + 0.05 of the target of its target"),
+        (Sequence(), "Sequence: every token right"),
+        (Sequence(share=0.9), "Sequence: at least 0.9 of the tokens right"),
+        (Segmentation(), "Segmentation: mean IoU at least 0.5"),
+        (Segmentation(0.75, (1, 2)), "Segmentation: mean IoU of classes 1, 2 at least 0.75"),
+    ],
+)
+def test_it_says_what_right_means(task: Task, words: str) -> None:
+    assert str(task) == words
+
+
+def test_names_stand_for_tasks_with_their_defaults() -> None:
+    assert parse_task("multilabel") == Multilabel()
+    assert parse_task("Segmentation") == Segmentation()
+    assert Repair(task="sequence").repair.task == Sequence()
+    assert type(parse_task(None)) is type(parse_task("multiclass")) is Multiclass
+    given = Regression(tolerance=2.0)
+    assert Repair(task=given).repair.task is given
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("regression", r"does not say enough.\nHINT: write Regression\(tolerance=0.1\)"),
+        ("custom", "does not say enough"),
+        ("multi-label", "did you mean 'multilabel'"),
+        (Multilabel, "is no Task"),
+        (3, "is no Task"),
+    ],
+)
+def test_what_is_no_task_is_refused(task: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Repair(task=task)
+
+
+LOGITS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+LABELS = torch.tensor([0, 0, 1])
+
+
+class Named(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Output:
+    prediction: Tensor
+    attention: Tensor | None = None
+
+
+def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
+    task = Multiclass()
+    assert task.prediction(LOGITS).tolist() == [0, 1, 0]
+    assert task.passed(LOGITS, LABELS).tolist() == [True, False, False]
+    # ln(1 + 1), ln(1 + e), ln(1 + e^2)
+    torch.testing.assert_close(task.loss(LOGITS, LABELS), torch.tensor([0.693147, 1.313262, 2.126928]))
+
+
+def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
+    task, output = Multiclass(), torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
+    margin = task.margin(output, torch.tensor([0, 2]))
+    assert margin.tolist() == [1.0, -3.0]
+    margin.sum().backward()
+    assert output.grad.tolist() == [[1.0, 0.0, -1.0], [0.0, -1.0, 1.0]]
+    # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4)
+    student, teacher = torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2)
+    torch.testing.assert_close(task.divergence(student, teacher), torch.tensor([0.143841]))
+
+
+def test_a_margin_of_no_class_does_not_raise() -> None:
+    assert Multiclass().margin(LOGITS, torch.tensor([0, -100, 1])).tolist() == [0.0, -1.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_labels_of_any_whole_kind_will_do(dtype: torch.dtype) -> None:
+    labels = LABELS.to(dtype)
+    assert Multiclass().label(labels).dtype == torch.int64
+    assert torch.equal(Multiclass().loss(LOGITS, labels), Multiclass().loss(LOGITS, LABELS))
+    assert Multiclass().passed(LOGITS, labels).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_half_precision_is_float32(dtype: torch.dtype) -> None:
+    loss = Multiclass().loss(LOGITS.to(dtype), LABELS)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, Multiclass().loss(LOGITS, LABELS))
+    assert at_least_float32(LOGITS.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 4)])
+def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigurationError, match=r"multiclass needs logits \[samples, classes\]"):
+        Multiclass().passed(torch.zeros(shape), LABELS)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        LABELS[:, None],
+        LABELS.double(),
+        LABELS[:, None].float(),
+        torch.eye(2)[LABELS],
+        torch.eye(2, dtype=torch.bool)[LABELS],
+        torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.25, 0.75]]),
+    ],
+)
+def test_labels_are_also_columns_floats_one_hot_and_soft(target: Tensor) -> None:
+    Multiclass().check(LOGITS, target)
+    assert Multiclass().label(target).tolist() == [0, 0, 1]
+    assert Multiclass().passed(LOGITS, target).tolist() == [True, False, False]
+    assert Multiclass().margin(LOGITS, target).tolist() == [0.0, -1.0, -2.0]
+
+
+def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None:
+    soft = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
+    # ln 2; ln(1 + 1 / e); ln(1 + e^2) - 2 / 4
+    torch.testing.assert_close(Multiclass().loss(LOGITS, soft), torch.tensor([0.693147, 0.313262, 1.626928]))
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        (torch.tensor([0.0, 0.5, 1.0]), "needs whole labels"),
+        (torch.eye(3), "no probabilities of 2 classes"),
+        (torch.tensor([[1, 1], [0, 1], [1, 0]]), "no probabilities of 2 classes"),
+        (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: str) -> None:
+    with pytest.raises(ConfigurationError, match=found):
+        Multiclass().check(LOGITS, target)
+
+
+@pytest.mark.parametrize("target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]])
+def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"multiclass needs whole labels \[samples\]"):
+        Multiclass().label(target)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOGITS,
+        {"logits": LOGITS},
+        {"loss": torch.tensor(1.0), "out": LOGITS, "aux": LOGITS + 1},
+        {"loss": torch.tensor(1.0), "scores": LOGITS},
+        SimpleNamespace(logits=LOGITS),
+        Named(LABELS, LOGITS),
+        Output(LOGITS),
+        (LOGITS, LABELS),
+        (torch.tensor(1.0), LOGITS, LABELS),
+        [LOGITS],
+    ],
+)
+def test_logits_are_found_in_what_models_return(output: Any) -> None:
+    assert Multiclass().logits(output) is LOGITS
+
+
+@pytest.mark.parametrize(
+    "output", [None, {"a": LOGITS, "b": LOGITS}, (), ("a",), (torch.tensor(1.0),), SimpleNamespace(logits=None)]
+)
+def test_output_without_logits_is_refused(output: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`task`: no tensor of logits"):
+        Multiclass().logits(output)
+
+
+def test_a_task_has_no_classes_unless_it_says_so() -> None:
+    class Sign(Task):
+        def passed(self, output: Tensor, target: Any) -> Tensor:
+            return output.sign() == target.sign()
+
+        def loss(self, output: Tensor, target: Any) -> Tensor:
+            return (output - target).abs()
+
+    assert Sign().prediction(LOGITS) is None
+    assert Sign().label(LABELS) is None
+
+
+HEAD, OTHER_HEAD = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.zeros(2, 5)
+HEAD_LABELS = torch.tensor([1, 1])
+
+
+@dataclass
+class Heads:
+    digit: Tensor
+    colour: Tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "target"),
+    [
+        ("digit", {"digit": HEAD, "colour": OTHER_HEAD}, {"digit": HEAD_LABELS, "colour": HEAD_LABELS - 1}),
+        ("digit", Heads(HEAD, OTHER_HEAD), HEAD_LABELS),
+        (1, (OTHER_HEAD, HEAD), (HEAD_LABELS - 1, HEAD_LABELS)),
+        ("digit", {"digit": {"logits": HEAD}}, HEAD_LABELS),
+    ],
+)
+def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: Any, target: Any) -> None:
+    task, alone = NamedHead(name), Multiclass()
+    logits = task.logits(output)
+    assert logits is HEAD
+    task.check(logits, target)
+    assert task.passed(logits, target).tolist() == [True, False]
+    assert task.margin(logits, target).tolist() == [1.0, -2.0]
+    assert task.label(target).tolist() == [1, 1]
+    assert torch.equal(task.loss(logits, target), alone.loss(HEAD, HEAD_LABELS))
+    assert torch.equal(task.passed_and_loss(logits, target, torch.tensor([2.0, 0.0]))[0], torch.tensor([False, False]))
+    assert torch.equal(task.divergence(logits, HEAD + 1, target), alone.divergence(HEAD, HEAD + 1))
+    assert task.prediction(logits).tolist() == [1, 0]
+
+
+def test_any_task_can_judge_a_head() -> None:
+    task = NamedHead("tags", Multilabel())
+    assert task.passed(HEAD - 0.5, {"tags": torch.tensor([[0, 1], [0, 1]])}).tolist() == [True, False]
+    assert task.prediction(HEAD) is None
+    assert "'tags'" in str(task)
+
+
+def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
+    with pytest.raises(ConfigurationError, match=r"no part of the output[\s\S]*colour: float32 \[2, 5\]"):
+        NamedHead("digit").logits({"colour": OTHER_HEAD})
+    with pytest.raises(ConfigurationError, match=r"NamedHead\.task"):
+        NamedHead("digit", "multiclass")  # type: ignore[arg-type]
