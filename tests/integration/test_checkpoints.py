@@ -55,17 +55,6 @@ def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
         assert other.report == RepairReport.from_json((tmp_path / "repair" / "report.json").read_text())
 
 
-def test_training_goes_on_from_the_repaired_checkpoint_and_is_repaired_again(tmp_path: Path) -> None:
-    first, second = quick_repair(), quick_repair()
-    fit(tmp_path, first, max_epochs=1)
-    resumed, model = quiet_trainer(tmp_path, second, max_epochs=2), Classifier()
-    resumed.fit(model, datamodule=Digits(), ckpt_path=first.repaired_model_path)
-    assert resumed.global_step == 24
-    assert second.report.hashes.model_before != first.report.hashes.model_after
-    assert second.repaired_model_path == str(tmp_path / "repair-1" / "repaired.ckpt")
-    assert_holds(second.repaired_model_path, model)
-
-
 def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path) -> None:
     repair, again, model = quick_repair(), quick_repair(), Classifier()
     _, repaired = fit(tmp_path, repair, max_epochs=1)

@@ -31,7 +31,7 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.sample_views import SampleView
 
-CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]])}
+CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]]).bfloat16().requires_grad_()}
 
 
 class Notes(Logger):
@@ -208,13 +208,6 @@ def test_without_a_search_there_is_all_but_a_histogram(tmp_path: Path, nothing: 
     assert events.Tags()["histograms"] == []
     assert events.Scalars("repair/accepted")[0].value == 0.0
     assert "repair/report/text_summary" in events.Tags()["tensors"]
-
-
-def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: RepairReport) -> None:
-    changes = {"weight": torch.tensor([0.5, -0.25, 0.75]).bfloat16().requires_grad_()}
-    track(RepairLog(accepted, 5, changes=changes), [board(tmp_path)])
-    (event,) = read(tmp_path / "run" / "repair").Histograms("repair_weights/change")
-    assert event.histogram_value.sum == 1.0
 
 
 def test_csv_gets_every_number_and_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_nrl._trainer.tracking.scalars import (
-    final_numbers,
     further_numbers,
     outcome,
     rung_numbers,
@@ -107,11 +106,6 @@ def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairRe
         "repair_strength/calibration_repaired": 3.0,
         "repair_strength/calibration_broken": 2.0,
     }
-
-
-def test_tags_begin_with_the_name(accepted: RepairReport) -> None:
-    scalars = final_numbers(accepted, "second") | search_curves(accepted, "second")[0]
-    assert {tag.split("/")[0] for tag in scalars} == {"second", "second_numbers", "second_search"}
 
 
 def test_each_rung_and_the_localised_weights_have_numbers(accepted: RepairReport) -> None:
