@@ -40,9 +40,9 @@ def test_the_search_for_private_uses_finds_them() -> None:
 def test_no_other_module_touches_private_parts_of_lightning(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     uses = private_uses(source) if any(name in source for name in LIGHTNING) else []
-    if path == PACKAGE / "_lightning" / "private_parts.py":
+    if path == PACKAGE / "_trainer" / "lightning" / "private_parts.py":
         assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
-    elif path == PACKAGE / "_lightning" / "packages.py":
+    elif path == PACKAGE / "_trainer" / "lightning" / "packages.py":
         assert uses == ["_load", "_WrappingCheckpointIO"]
     else:
         assert uses == []
@@ -58,7 +58,7 @@ def test_one_module_alone_imports_lightning(path: Path) -> None:
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
         if name.split(".")[0] in modules
     ]
-    assert bool(imported) == (path == PACKAGE / "_lightning" / "packages.py")
+    assert bool(imported) == (path == PACKAGE / "_trainer" / "lightning" / "packages.py")
 
 
 def test_a_module_without_a_trainer_has_none() -> None:
