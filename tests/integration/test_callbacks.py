@@ -18,6 +18,7 @@ from lightning_nrl import (
     RegressionMetrics,
     ReleaseGate,
     RepairInTraining,
+    TrainingHistory,
     WeightInterpolation,
 )
 from lightning_nrl.updates import FocalDistillation, MarginHinge
@@ -48,6 +49,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (WeightInterpolation, {"prefix": ""}, "`prefix=''` is no name"),
     (WeightInterpolation, {"seed": -1}, "`seed=-1` is out of range"),
     (WeightInterpolation, {"reference": OldModel({}, classes={0: 1})}, "an OldModel with `classes` has other inputs"),
+    (TrainingHistory, {"splits": "validation"}, "is no split"),
+    (TrainingHistory, {"splits": []}, "names no split"),
+    (TrainingHistory, {"every_n_epochs": 0}, "every_n_epochs"),
+    (TrainingHistory, {"every_n_steps": 0.5}, "every_n_steps"),
     (RepairInTraining, {}, "are both None"),
     (RepairInTraining, {"every_n_epochs": 0}, "every_n_epochs"),
     (RepairInTraining, {"monitor": ""}, "monitor"),
