@@ -12,7 +12,7 @@ from digit_models import Classifier, Digits, quick_repair, state_of
 from lightning_package import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
-from lightning_nrl import RegressionFreeRepair, repair
+from lightning_nrl import RegressionFreeRepair
 from lightning_nrl.methods import Problem, Solution
 
 SIZES = (203, 3, 1)
@@ -82,14 +82,6 @@ def fit(folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int
     return trainer, model
 
 
-def repair_checkpoint(folder: Path, n: int, strategy: Any = "auto", devices: int = 1) -> None:
-    """The same without training, in the folder `checkpoint`."""
-    callback = quick_repair(unseen="test", dirpath=folder / "checkpoint")
-    trainer, path = trainer_on(folder, strategy, devices), folder.parent / "trained.ckpt"
-    repair(trainer, model := Classifier(), datamodule=FewRepairs(n), ckpt_path=path, callback=callback)
-    Leave(callback).on_train_end(trainer, model)
-
-
 @dataclass(frozen=True)
 class Continued:
     """Proposes what training gives when it goes on, and leaves the rest to the gate; every rank may write it down."""
@@ -136,5 +128,4 @@ def fit_batch_norm(folder: Path) -> None:
 def fit_all(folder: Path) -> None:
     """By a rank of two."""
     fit(folder, SIZES, "ddp", 2)
-    repair_checkpoint(folder, SIZES[0], "ddp", 2)
     fit_batch_norm(folder)
