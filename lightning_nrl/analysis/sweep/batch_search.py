@@ -1,11 +1,11 @@
-"""Many searches on one recording: what each would find by itself, found together."""
+"""Many searches on one recording, and exact counts of what they find."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
 from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
+from lightning_nrl.search import SearchHistory, WeightStats, search_many
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk, ReplayGroup, split_inputs
 from lightning_nrl.search._scoring.memory import default_budget
 from lightning_nrl.search._scoring.recording import can_be_cut, find_group
@@ -66,21 +66,18 @@ class BatchSearch:
 
     problem: Problem
     base: Settings
-    _recording: ActivationCache | None = None
     _localized: list[tuple[Any, Tensor, Localization | None]] = field(default_factory=list)
     _passed: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def recording(self) -> ActivationCache:
         """Targets and passed samples of the known data, as a single repair records them."""
-        if self._recording is None:
-            with self.problem.clock.stage("localize"):
-                before = self.problem.before
-                self._recording = record_known(self.problem, before.targeted | before.passed)
-        return self._recording
+        with self.problem.clock.stage("localize"):
+            before = self.problem.before
+            return record_known(self.problem, before.targeted | before.passed)
 
     def localization(self, request: RunRequest) -> Localization | None:
-        """Which weights a request searches; None if none is left."""
+        """Returns the weights that a request searches; None if none is left."""
         problem, localizer, passed, localized = self.problem, request.setting.localizer, self.passed(request), None
         for known, of, found in self._localized:
             if known == localizer and of is passed:
@@ -93,7 +90,7 @@ class BatchSearch:
         return localized
 
     def passed(self, request: RunRequest) -> Tensor:
-        """The passed samples that a request scores, `N` bool."""
+        """Returns the passed samples that a request scores, `N` bool."""
         which = request.setting.n_passed, request.seed if request.setting.n_passed else 0
         if which not in self._passed:
             search = replace(self.base.search, n_passed=request.setting.n_passed)
@@ -101,31 +98,26 @@ class BatchSearch:
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 
+    @torch.no_grad()
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
         """Searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
 
         Returns:
-            What was found, by key, with its share of the time; it is not counted yet.
+            The runs by key, each with its share of the time; they are not counted yet.
         """
+        problem, space, before = self.problem, self.problem.space, self.problem.before
+        runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
-        none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=self.problem.space.dtype)
-        runs = {request.key: self._found(request, none, values) for request, found in localized if found is None}
         searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
-        return runs | self._search(searched, on_progress) if searched else runs
-
-    @torch.no_grad()
-    def _search(
-        self, searched: Sequence[tuple[RunRequest, Tensor]], on_progress: OnProgress | None
-    ) -> dict[str, StoredRun]:
-        problem, space = self.problem, self.problem.space
-        before, requests = problem.before, [request for request, _ in searched]
+        if not searched:
+            return runs
         sizes = [len(weights) for _, weights in searched]
-        where = torch.full((len(requests), max(sizes)), -1)
+        where = torch.full((len(searched), max(sizes)), -1)
         for row, (_, weights) in zip(where, searched, strict=True):
             row[: len(weights)] = weights
-        fitness: list[Any] = [request.setting.fitness for request in requests]
+        fitness: list[Any] = [request.setting.fitness for request, _ in searched]
         alike = all(one == fitness[0] for one in fitness)
-        passed = torch.stack([self.passed(request) for request in requests])
+        passed = torch.stack([self.passed(request) for request, _ in searched])
         reserve = rounding_reserve(problem.evaluator.precision, before)
         scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
         there = where.clamp_min(0).to(space.device)
@@ -134,80 +126,66 @@ class BatchSearch:
             scorer,
             original,
             WeightStats.around(space, there),
-            seeds=[request.seed for request in requests],
+            seeds=[request.seed for request, _ in searched],
             fitness=fitness[0] if alike else fitness,
             searcher=requests[0].setting.method,
             sizes=sizes,
             on_progress=on_progress,
         )
-        runs = {}
         for (request, weights), result, start in zip(searched, results, original, strict=True):
-            changed = not torch.equal(result.values, start[: len(weights)])
-            seconds = result.seconds / len(requests)
-            runs[request.key] = self._found(request, weights, result.values.cpu(), result, changed, seconds)
+            run = replace(
+                runs[request.key].run,
+                n_localized=len(weights),
+                iterations=result.iterations,
+                value=result.fitness,
+                patched=int(result.history.patched[-1]),
+                intact=int(result.history.intact[-1]),
+                changed=not torch.equal(result.values, start[: len(weights)]),
+                seconds=result.seconds / len(searched),
+            )
+            runs[request.key] = StoredRun(run, weights, result.values.cpu())
         return runs
 
-    def _found(
-        self,
-        request: RunRequest,
-        where: Tensor,
-        values: Tensor,
-        result: SearchResult | None = None,
-        changed: bool = False,
-        seconds: float = 0.0,
-    ) -> StoredRun:
-        """A run that is not counted yet; no result if localisation left nothing to search."""
-        setting: Setting = request.setting
-        fitness: Any = setting.fitness
-        kind = getattr(fitness, "kind", None)
+    def _unsearched(self, request: RunRequest) -> StoredRun:
+        space = self.problem.space
         run = Run(
-            setting=setting.name,
-            fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
-            alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
-            perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
-            n_weights=getattr(setting.localizer, "n_weights", None),
-            n_passed=setting.n_passed,
-            particles=setting.method.particles,
+            setting=request.setting.name,
+            **request.setting.columns(),
             seed=request.seed,
-            layer=", ".join(site.name or type(site.module).__name__ for site in self.problem.space.sites),
-            n_localized=len(where),
-            iterations=0 if result is None else result.iterations,
-            value=None if result is None else result.fitness,
-            patched=0 if result is None else int(result.history.patched[-1]),
-            intact=int(self.passed(request).sum() if result is None else result.history.intact[-1]),
-            changed=changed,
+            layer=", ".join(site.name or type(site.module).__name__ for site in space.sites),
+            n_localized=0,
+            iterations=0,
+            value=None,
+            patched=0,
+            intact=int(self.passed(request).sum()),
+            changed=False,
             known=NO_COUNTS,
-            seconds=seconds,
         )
-        return StoredRun(run, where, values)
+        return StoredRun(run, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=space.dtype))
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Requests that are searched in one call: of one swarm, few enough to fit into memory.
+    """Yields requests that are searched in one call: of one swarm, few enough to fit into memory.
 
     On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
     """
-    device = problem.space.device
-    budget = default_budget(device) if problem.budget is None else problem.budget
-    kinds: dict[Any, list[RunRequest]] = {}
+    device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
-        kinds.setdefault(_kind(request, device), []).append(request)
+        fitness, method = request.setting.fitness, request.setting.method
+        together = device.type != "cpu" and isinstance(fitness, Fitness)
+        kind = fitness.uses_passed_loss if together else request.setting.name  # type: ignore[union-attr]
+        kinds.setdefault((method, kind), []).append(request)
     for kind in kinds.values():
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
-        n = max(1, min(budget // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
+        n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
         for start in range(0, len(kind), n):
             yield kind[start : start + n]
 
 
-def _kind(request: RunRequest, device: torch.device) -> Any:
-    fitness = request.setting.fitness
-    if not isinstance(fitness, Fitness):
-        return request.setting.method, id(fitness), request.setting.name
-    if device.type == "cpu":
-        return request.setting.method, fitness, request.setting.name
-    return request.setting.method, fitness.uses_passed_loss
+def _budget(problem: Problem) -> int:
+    return default_budget(problem.space.device) if problem.budget is None else problem.budget
 
 
 STATES_MEMORY = 256 << 20
@@ -281,18 +259,12 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role. What is recorded of them is `kept`, None where memory does not allow it."""
+    """Counts runs on the data of one role; what is recorded of them is kept if memory allows it, else made again."""
 
     problem: Problem
     sources: Sequence[Source]
     before: SampleResults
-    kept: list[ExactBatch] | None = field(default_factory=list)
-    _complete: bool = False
-
-    @property
-    def streams(self) -> bool:
-        """Whether counting reads the data again."""
-        return self.kept is None
+    _kept: list[ExactBatch] | None = None
 
     @torch.no_grad()
     def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
@@ -321,19 +293,18 @@ class Recount:
         ]
 
     def _batches(self) -> Iterator[ExactBatch]:
-        if self._complete:
-            yield from self.kept or ()
+        if self._kept is not None:
+            yield from self._kept
             return
-        problem, device = self.problem, self.problem.space.device
-        free = (default_budget(device) if problem.budget is None else problem.budget) // 2
+        free, kept = _budget(self.problem) // 2, list[ExactBatch]()
         batches = (
             (batch, self.before.rows(source.split, batch.position)) for source in self.sources for batch in source
         )
-        for batch in exact_batches(problem.evaluator, batches, problem.space):
+        for batch in exact_batches(self.problem.evaluator, batches, self.problem.space):
             free -= batch.nbytes
-            if free < 0:
-                self.kept = None
-            elif self.kept is not None:
-                self.kept.append(batch)
+            if free >= 0:
+                kept.append(batch)
+            else:
+                kept.clear()
             yield batch
-        self._complete = self.kept is not None
+        self._kept = kept if free >= 0 else None

@@ -1,24 +1,24 @@
-"""What came of a sweep: a table of runs, and what can be read off it."""
+"""The result of a sweep: its table of runs, their weights, and what can be read off them."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run, StoredRun, run_of_text
 from lightning_nrl.errors import ConfigurationError, check_choice
-from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report import Report, installed_versions
 from lightning_nrl.report._formatting import count, plural
@@ -41,7 +41,7 @@ class SweepResult(Report):
         versions: versions of the software by name.
         settings: the settings by name; none if the result was read from a file.
         weights: what was found, by setting and seed; likewise.
-        original: the layers as they were, by whether biases were searched too; likewise.
+        original: the layers as they were; likewise.
     """
 
     runs: tuple[Run, ...]
@@ -50,10 +50,10 @@ class SweepResult(Report):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     settings: Mapping[str, Setting] = _unwritten()
     weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
-    original: Mapping[bool, Mapping[str, Tensor]] = _unwritten()
+    original: Mapping[str, Tensor] = _unwritten()
 
     def page(self, full: bool = False) -> Page:
-        return page_of_sweep(self)
+        return _page(self)
 
     def of(self, setting: str) -> tuple[Run, ...]:
         """The runs of one setting.
@@ -122,11 +122,11 @@ class SweepResult(Report):
         if (run.setting, run.seed) not in self.weights:
             raise _without(run, "its weights")
         kept = self.weights[run.setting, run.seed]
-        original = self.original[self.settings[run.setting].localizer.include_bias]
-        flat = torch.cat([value.flatten() for value in original.values()])
+        flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
-        parts = flat.split([value.numel() for value in original.values()])
-        return {name: part.view_as(value).clone() for part, (name, value) in zip(parts, original.items(), strict=True)}
+        parts = flat.split([value.numel() for value in self.original.values()])
+        named = zip(parts, self.original.items(), strict=True)
+        return {name: part.view_as(value).clone() for part, (name, value) in named}
 
     def write(self, model: nn.Module, run: Run) -> None:
         """Puts a run's weights into a model for good. Nothing judges them: look at the run's counts first.
@@ -146,7 +146,10 @@ class SweepResult(Report):
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(to_plain(run) for run in self.runs)
-        return _written(out.getvalue(), path)
+        text = out.getvalue()
+        if path is not None:
+            write_text(path, text)
+        return text
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
@@ -166,30 +169,10 @@ class SweepResult(Report):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Strict JSON of everything but the weights; written to a file too if there is a `path`."""
-        return _written(super().to_json(), path)
-
-    def to_parquet(self, path: str | Path) -> None:
-        """The table as a Parquet file.
-
-        Raises:
-            ConfigurationError: pyarrow is not installed.
-        """
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ConfigurationError(
-                "`to_parquet` needs pyarrow.", 'pip install "lightning_nrl[parquet]", or use `to_csv`.'
-            ) from error
-        rows = [to_plain(run) for run in self.runs]
-        columns = {name: [row[name] for row in rows] for name in RUN_COLUMNS}
-        parquet.write_table(pyarrow.table(columns), path)
-
-
-def _written(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
+        text = super().to_json()
+        if path is not None:
+            write_text(path, text)
+        return text
 
 
 def _without(run: Run, what: str) -> ConfigurationError:
@@ -199,18 +182,13 @@ def _without(run: Run, what: str) -> ConfigurationError:
     )
 
 
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.sweep.run_store import Run
-
-
 SWEEP_NOTE = (
     "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs that repair something "
     "known and break nothing known. No gate judged."
 )
 
 
-def page_of_sweep(result: SweepResult) -> Page:
-    """What there is to say, then the table."""
+def _page(result: SweepResult) -> Page:
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
     blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []
     facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
@@ -234,35 +212,24 @@ def _summary(result: SweepResult) -> str:
 def _table(result: SweepResult) -> Table:
     first = result.runs[0]
     columns = [("runs", ""), ("repaired", f"of {first.known.targeted:,}"), ("broken", "known"), ("free of", "regr.")]
-    measures: list[Callable[[Run], float]] = [lambda run: run.known.repaired_in_target, lambda run: run.known.broken]
     later = [role for role in ROLES[1:] if first.has(role)]
     for role in later:
         columns += [("repaired", role), ("broken", role), ("accuracy", "points")]
     rows = []
     for name in dict.fromkeys(run.setting for run in result.runs):
         runs = result.of(name)
-        free = sum(run.regression_free for run in runs)
-        cells = [count(len(runs)), *(_mean(runs, measure) for measure in measures), f"{free / len(runs):.0%}"]
+        free = sum(run.regression_free for run in runs) / len(runs)
+        cells = [count(len(runs)), _mean(run.known.repaired_in_target for run in runs)]
+        cells += [_mean(run.known.broken for run in runs), f"{free:.0%}"]
         for role in later:
-            cells += _role_cells(runs, role)
+            counts = [run.counts(role) for run in runs]
+            cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
+            cells.append(_mean((100 * (one.repaired - one.broken) / max(1, one.n) for one in counts), sign="+"))
         rows.append(Row(name, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
 
 
-def _role_cells(runs: Sequence[Run], role: Role) -> list[str]:
-    """Repaired, broken and the change of accuracy in points."""
-    return [
-        _mean(runs, lambda run: run.counts(role).repaired),
-        _mean(runs, lambda run: run.counts(role).broken),
-        _mean(runs, lambda run: _points(run.counts(role)), sign="+"),
-    ]
-
-
-def _points(counts: FlipCounts) -> float:
-    return 100 * (counts.repaired - counts.broken) / max(1, counts.n)
-
-
-def _mean(runs: Sequence[Run], measure: Callable[[Run], float], sign: str = "") -> str:
-    values = [measure(run) for run in runs]
+def _mean(numbers: Iterable[float], sign: str = "") -> str:
+    values = list(numbers)
     middle = f"{mean(values):{sign},.1f}"
     return f"{middle} ({stdev(values):,.1f})" if len(values) > 1 else middle
