@@ -62,7 +62,7 @@ def swept(
 
 
 def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta) -> dict[str, object]:
-    """Arguments of a setting, and its name; infeasible candidates, start and end of the swarm are as in `from_paper`."""
+    """Arguments of a setting, and its name; what the row does not say is as in `from_paper`."""
     arguments = asdict(row)
     words = (
         f"{row.equation} alpha={row.alpha}",

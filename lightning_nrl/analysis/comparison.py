@@ -1,20 +1,10 @@
-"""Methods and baselines beside each other on one problem.
-
-In: a module, known and unseen data, and names of methods. Out: a `Comparison`: what each method repairs and breaks at
-several strengths, as data, a page and a figure.
-"""
+"""Methods and baselines beside each other on one problem."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,7 +13,7 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
-from lightning_nrl.analysis.comparison_plot import draw_comparison
+from lightning_nrl.analysis.comparison_result import Comparison, CurvePoint, Entry
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -31,7 +21,6 @@ from lightning_nrl.errors import (
     EvaluationError,
     OtherRankError,
     ReplayError,
-    check_choice,
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
@@ -42,12 +31,9 @@ from lightning_nrl.pipeline.input_checks import check_losses, check_sources, che
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
-from lightning_nrl.report import Report, StrengthPoint, installed_versions
-from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report._formatting import count, plural
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report import StrengthPoint
 
-__all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead", "Methods", "compare_module", "parse_methods"]
+__all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
@@ -83,8 +69,7 @@ def compare_module(
     Args:
         model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
         known: data that methods may look at.
-        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
-            `gate`, `strength`, `limit`, `sparse`).
+        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter.
         unseen: data that is only counted: nothing is chosen by it.
         methods: names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
         training: goes on with the training of the model, or begins it anew; without it there is no retraining.
@@ -127,11 +112,7 @@ def compare_module(
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Methods by the names that a comparison gives them.
-
-    Raises:
-        ConfigurationError: a name is unknown or there twice, or something is no method.
-    """
+    """Methods by the names that a comparison gives them; a `ConfigurationError` if one is unknown or there twice."""
     methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
@@ -148,14 +129,12 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
 def _solved(
     method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
 ) -> tuple[Solution, float]:
-    """What a method gives and how long it takes; the far end of an interpolation is not trained a second time."""
+    """Runs a method and measures its time; the far end of an interpolation is not trained a second time."""
     began, earlier = time.perf_counter(), 0.0
-    known = [
-        (end, seconds) for other, end, seconds in found if isinstance(method, Interpolation) and other == method.new
-    ]
     try:
-        if isinstance(method, Interpolation) and known:
-            end, earlier = known[0]
+        if isinstance(method, Interpolation):
+            ends = [(end, seconds) for other, end, seconds in found if other == method.new]
+            end, earlier = ends[0] if ends else (method.new(problem), 0.0)
             solution = method.towards(problem, end)
         else:
             solution = solve(method, problem)
@@ -167,7 +146,6 @@ def _solved(
 
 
 def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float) -> Entry:
-    """Counts what a method gave, and what lies between it and the original weights."""
     if solution.proposal is None:
         return Entry(name, seconds, note=solution.reason)
     path = PatchPath(problem, solution.proposal.state)
@@ -181,7 +159,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """The largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
+    """Returns the largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
 
     Counts need not rise with the strength, so a larger one may be missed; this one was counted.
     """
@@ -195,212 +173,7 @@ def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]
 
 
 def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> CurvePoint:
-    """A point of the curve, counted on unseen data too."""
     later = NOTHING_UNSEEN
     if unseen is not None:
         later = unseen.flips(path.problem.evaluator, path.state(counted.strength)).counts()
     return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, later)
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A method's weights at one strength, counted by a forward pass of the deployed model.
-
-    Attributes:
-        strength: t of w0 + t (w - w0); 0 is the original, 1 what the method gave.
-        targeted: failures to be repaired that pass.
-        known: what became of all known samples.
-        unseen: what became of samples that no method looked at.
-    """
-
-    strength: float
-    targeted: int
-    known: FlipCounts
-    unseen: FlipCounts
-
-    @property
-    def gain(self) -> float:
-        """The change of accuracy on unseen data in points, that is hundredths; NaN without such data."""
-        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else math.nan
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What came of one method.
-
-    Attributes:
-        method: its name.
-        seconds: wall time until it gave its weights.
-        curve: its weights at rising strengths from 0, the last as it gave them; empty if it gave none.
-        scaled: the weights at the largest strength that was found to break no known sample, as they are if they break
-            none; None if the method gave none.
-        scaling: seconds that the search for this strength took.
-        note: what the method says of its result, or why there is none.
-    """
-
-    method: str
-    seconds: float
-    curve: tuple[CurvePoint, ...] = ()
-    scaled: CurvePoint | None = None
-    scaling: float = 0.0
-    note: str = ""
-
-    @property
-    def given(self) -> CurvePoint | None:
-        """The weights as the method gave them."""
-        return self.curve[-1] if self.curve else None
-
-    def broken_at(self, repaired: float) -> float:
-        """How many unseen samples break where so many are repaired, by straight lines between points of the curve.
-
-        Where the curve is at that height more than once, the fewest; NaN where it never is.
-        """
-        ends = [(point.unseen.repaired, point.unseen.broken) for point in self.curve]
-        found = [float(x) for y, x in ends if y == repaired]
-        for (y, x), (y_next, x_next) in pairwise(ends):
-            if min(y, y_next) < repaired < max(y, y_next):
-                found.append(x + (x_next - x) * (repaired - y) / (y_next - y))
-        return min(found, default=math.nan)
-
-
-@dataclass(frozen=True)
-class HeadToHead:
-    """A method at one strength, and another method where that repairs as many unseen samples.
-
-    Attributes:
-        method: the first method.
-        point: its weights at one strength.
-        broken: unseen samples that the other breaks for as many repaired ones; NaN if it never repairs as many.
-    """
-
-    method: str
-    point: CurvePoint
-    broken: float
-
-    @property
-    def fewer(self) -> bool:
-        """Whether the other breaks fewer."""
-        return self.broken < self.point.unseen.broken
-
-
-@dataclass(frozen=True)
-class Comparison(Report, Plotted):
-    """Several methods on one problem. `rich.print(comparison)` shows it as a table.
-
-    Attributes:
-        entries: one a method, in the order in which they ran.
-        targets: failures that were to be repaired.
-        target: which these are, in words.
-        layer: what was to be changed, as it was asked for.
-        seed: of everything random.
-        versions: versions of the software by name.
-    """
-
-    entries: tuple[Entry, ...]
-    targets: int
-    target: str
-    layer: str
-    seed: int
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
-
-    def page(self, full: bool = False) -> Page:
-        return page_of_comparison(self)
-
-    def figure(self) -> Any:
-        return draw_comparison(self)
-
-    def __getitem__(self, method: str) -> Entry:
-        """The entry of a method.
-
-        Raises:
-            ConfigurationError: it is not there; the nearest name is given.
-        """
-        found = {entry.method: entry for entry in self.entries}
-        check_choice("method", method, tuple(found))
-        return found[method]
-
-    def head_to_head(self, method: str) -> tuple[HeadToHead, ...]:
-        """A method beside every other one at each point of that one's curve, at equal unseen repaired."""
-        own = self[method]
-        return tuple(
-            HeadToHead(entry.method, point, own.broken_at(point.unseen.repaired))
-            for entry in self.entries
-            if entry.method != method
-            for point in entry.curve[1:]
-        )
-
-    def to_csv(self) -> str:
-        """A line for every point of every curve, and one for the weights scaled back."""
-        out = io.StringIO()
-        names = ("repaired", "broken", "n")
-        columns = ("method", "weights", "strength", "seconds", "targeted")
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow((*columns, *(f"{role}_{name}" for role in ("known", "unseen") for name in names), "gain"))
-        for entry in self.entries:
-            lines = [("given" if point is entry.given else "curve", entry.seconds, point) for point in entry.curve]
-            if entry.scaled is not None:
-                lines.append(("scaled", entry.seconds + entry.scaling, entry.scaled))
-            for kind, seconds, point in lines:
-                counts = (getattr(flips, name) for flips in (point.known, point.unseen) for name in names)
-                start = (entry.method, kind, f"{point.strength:g}", f"{seconds:.2f}", point.targeted)
-                table.writerow((*start, *counts, f"{point.gain:.3f}"))
-        return out.getvalue()
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder, which is made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, text in (("json", self.to_json()), ("csv", self.to_csv()), ("md", self.to_markdown())):
-            (folder / f"comparison.{kind}").write_text(text, encoding="utf-8")
-
-
-SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
-
-
-def page_of_comparison(comparison: Comparison) -> Page:
-    """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
-    shown = [entry for entry in comparison.entries if entry.curve]
-    blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison))]
-    if shown:
-        blocks.append(_table(comparison, shown))
-        if any(len(_lines(entry)) > 1 for entry in shown):
-            blocks.append(Text(SCALED_NOTE))
-    left_out = tuple((entry.method, entry.note) for entry in comparison.entries if not entry.curve)
-    if left_out:
-        blocks += [Heading("Left out"), Facts(left_out)]
-    facts = (("target", comparison.target), ("layer", comparison.layer), ("seed", str(comparison.seed)))
-    return Page((*blocks, Facts(facts)))
-
-
-def _summary(comparison: Comparison) -> str:
-    text = f"{plural(comparison.targets, 'failure')} to repair"
-    first = next((entry.curve[0] for entry in comparison.entries if entry.curve), None)
-    if first is None:
-        return f"{text}; no method gave new weights."
-    text += f", {first.known.passed:,} of {first.known.n:,} known samples right before"
-    if first.unseen.n:
-        text += f", {first.unseen.passed:,} of {first.unseen.n:,} unseen ones"
-    return f"{text}."
-
-
-def _table(comparison: Comparison, entries: list[Entry]) -> Table:
-    with_unseen = any(entry.curve[0].unseen.n for entry in entries)
-    columns = [("repaired", f"of {comparison.targets:,}"), ("repaired", "known"), ("broken", "known")]
-    if with_unseen:
-        columns += [("repaired", "unseen"), ("broken", "unseen"), ("accuracy", "points")]
-    rows = []
-    for entry in entries:
-        for label, seconds, point in _lines(entry):
-            texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
-            if with_unseen:
-                texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
-            rows.append(Row(label, (*texts, f"{seconds:,.1f}")))
-    return Table((*columns, ("time", "s")), tuple(rows))
-
-
-def _lines(entry: Entry) -> list[tuple[str, float, CurvePoint]]:
-    given, scaled = entry.curve[-1], entry.scaled
-    lines = [(entry.method, entry.seconds, given)]
-    if scaled is not None and scaled.strength < 1:
-        lines.append((f"  scaled to {scaled.strength:.2f}", entry.seconds + entry.scaling, scaled))
-    return lines

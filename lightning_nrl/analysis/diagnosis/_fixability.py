@@ -1,12 +1,9 @@
 """Which failures a last Linear layer can repair, one at a time, while every known passed sample stays right.
 
 With features h before the layer and a change D of its weights, sample p keeps its margin over class c if
-(z_y - z_c) + (D_y - D_c) h >= required, which is linear in D. For each target the smallest D is sought (in the root
-mean square of what it does to the logits of passed samples) that makes it right under all of these rows, which are
-added as they are violated, for all targets side by side.
-
-What repairs several failures without a regression repairs each of them, so the number of those that can be repaired
-one at a time bounds what any repair of this layer can reach.
+(z_y - z_c) + (D_y - D_c) h >= required, which is linear in D. For each target the smallest D is sought (root mean
+square of its effect on the logits of passed samples) under rows that are added as they are violated. The number of
+targets that can be repaired one at a time bounds what any repair of this layer can reach.
 """
 
 from __future__ import annotations
@@ -26,26 +23,13 @@ from lightning_nrl.methods._solvers.cutting_planes import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3
-"""The margin that is required of targets, and of passed samples that have twice as much: more than rounding takes."""
-
-FULFILLED_FRACTION = 0.9
-"""A row that gives this part of what it requires is not violated."""
-
-MAX_FIX_ROUNDS = 14
-"""Of cutting planes: each is dearer than the one before. What is open then is undecided."""
-
-ROWS_PER_ROUND = 12
-"""Rows that one round adds for a target at most: the most violated ones, each of another sample."""
-
-MAX_ROWS_PER_TARGET = 192
-"""Rows that a target has at most; those that do not bind make way."""
-
-FEATURE_RIDGE = 1e-6
-"""Part of the mean square of a feature, added to all: features that never occur would cost nothing."""
-
-MAX_LOGITS_AT_ONCE = 2**24
-"""Most logits (samples x targets x classes) that are held at once."""
+REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples that have twice as much: more than rounding takes
+FULFILLED_FRACTION = 0.9  # of what a row requires: if that is given it is not violated
+MAX_FIX_ROUNDS = 14  # of cutting planes, each dearer than the one before; what is open then is undecided
+ROWS_PER_ROUND = 12  # the most violated, each of another sample, that one round adds for a target
+MAX_ROWS_PER_TARGET = 192  # those that do not bind make way
+FEATURE_RIDGE = 1e-6  # part of a feature's mean square, added to all: features that never occur would cost nothing
+MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
 
 
 class Fixability(NamedTuple):
@@ -67,8 +51,7 @@ class LayerSamples(NamedTuple):
     label: Tensor  # n int64
 
     def at(self, where: Tensor) -> LayerSamples:
-        """Some of them."""
-        return LayerSamples(*(x[where] for x in self))
+        return LayerSamples(*(x[where.to(x.device)] for x in self))
 
 
 class _Rows(NamedTuple):
@@ -84,10 +67,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Seeks for each target the smallest change of a Linear that repairs it and keeps all passed samples right.
-
-    Labels of `passed` have the largest logit, those of `targets` have not, or not alone.
-    """
+    """Seeks for each target, whose label has not alone the largest logit, the smallest change that repairs it."""
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
     root = _root(passed.features.to(home, dtype))
@@ -119,7 +99,7 @@ def _root(features: Tensor) -> Tensor:
 
 
 class _FixProgramme:
-    """One programme for each target that is undecided, all solved at once on whitened samples; `_going` are left."""
+    """One programme for each undecided target (`_going`), all solved at once on whitened samples."""
 
     def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
         self.passed, self.targets = passed, targets
@@ -136,7 +116,6 @@ class _FixProgramme:
         self._rows = _Rows(torch.full_like(rival, n_passed), rival, multiplier)
 
     def solve(self) -> None:
-        """Finds the smallest change of each target under its present rows, and a lower bound of its size."""
         rows, passed, target = self._rows, self.passed, self.targets.at(self._going)
         own, some = rows.sample == len(passed.label), rows.sample >= 0
         at = torch.where(own | ~some, 0, rows.sample)
@@ -157,7 +136,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Keeps what was found, and adds rows for the targets that are still undecided."""
+        """Keeps the fixes that were found and adds rows for the other targets; False if none is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis._fixability import Fixability, LayerSamples, find_fixability
-from lightning_nrl.analysis.diagnosis.diagnosis_result import (
+from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
     DoubtfulLabel,
     HeldOutCheck,
@@ -21,24 +21,15 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
 from lightning_nrl.evaluation.head_features import NEIGHBOURS, Features, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-MAX_TARGETS_TRIED = 512
-"""Targets that are tried one at a time, at most, drawn by chance from more."""
-
-MAX_MULTIPLICATIONS = 8e9
-"""Of one pass over all passed samples: a second or so on one core."""
-
-MIN_TARGETS_TRIED = 8
-"""Targets that are tried, whatever it takes."""
-
-MAX_FIXES_CHECKED = 96
-"""Targets that can be fixed whose fixes are tried on samples held out, twice: enough for a mean."""
-
-MAX_PASSED_COMPARED = 2_000
-"""Passed samples that are compared with their own neighbours."""
+MAX_TARGETS_TRIED = 512  # one at a time, drawn by chance from more
+MAX_MULTIPLICATIONS = 8e9  # of one pass over all passed samples: a second or so on one core
+MIN_TARGETS_TRIED = 8  # whatever it takes
+MAX_FIXES_CHECKED = 96  # on samples held out, twice: enough for a mean
+MAX_PASSED_COMPARED = 2_000  # with their own neighbours
 
 
 class LastLayer(NamedTuple):
-    """What was found of the last layer, as a diagnosis has it."""
+    """Findings of the last layer."""
 
     targets: tuple[TargetFinding, ...]
     binding: tuple[Binding, ...]
@@ -51,7 +42,7 @@ class LastLayer(NamedTuple):
 def analyze_last_layer(
     layer: nn.Linear, features: Features, results: SampleResults, failing: Tensor, seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """All findings, or why there are none, in words; `failing` are rows of data marked `failed`, `N` bool."""
+    """Returns all findings, or why there are none; `failing` are rows of data marked `failed`, `N` bool."""
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
@@ -70,14 +61,14 @@ def analyze_last_layer(
     tried = sample_places(len(targets), max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, most)), generator)
     with clock.stage("alone"):
         start = time.perf_counter()
-        found = find_fixability(affine.at(kept.to(device)), affine.at(targets[tried].to(device)))
+        found = find_fixability(affine.at(kept), affine.at(targets[tried]))
         seconds = (time.perf_counter() - start) * len(targets) / len(tried)
     with clock.stage("held out"):
         fixed = tried[found.fixable.cpu()]
         chosen = targets[fixed[sample_places(len(fixed), MAX_FIXES_CHECKED, generator)]]
         check = _check(affine, kept, failing[features.rows][kept], chosen, targets, generator)
     with clock.stage("neighbours"):
-        mine, theirs = samples.at(targets.to(device)), samples.at(kept.to(device))
+        mine, theirs = samples.at(targets), samples.at(kept)
         near = neighbours(mine.features, mine.label, theirs.features, theirs.label)
         some = sample_places(len(kept), MAX_PASSED_COMPARED, generator).to(device)
         own = theirs.at(some)
@@ -95,7 +86,6 @@ def analyze_last_layer(
 
 
 def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
-    """The targets, of which no more is known."""
     return tuple(
         TargetFinding(*_sample(results, row), int(results.prediction[row]), float(results.margin[row]))
         for row in results.targeted.nonzero().flatten().tolist()
@@ -103,7 +93,6 @@ def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
 
 
 def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
-    """Split, position in the data set and label."""
     split = next(split for split in results.splits if row < results.of(split).stop)
     return split, int(results.index[row]), int(results.label[row])
 
@@ -153,16 +142,15 @@ def _check(
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
-    device = samples.features.device
     halves = with_failures[torch.randperm(len(with_failures), generator=generator)].chunk(2)
     broken, repaired = torch.zeros(len(chosen)), torch.zeros(len(chosen))
     own = chosen[:, None] == targets
     for half in halves:
         rest = torch.ones(len(kept), dtype=torch.bool)
         rest[half] = False
-        found = find_fixability(samples.at(kept[rest].to(device)), samples.at(chosen.to(device)))
-        broken += (~_right(found.change, samples.at(kept[half].to(device)))).sum(1).cpu()
-        repaired += (_right(found.change, samples.at(targets.to(device))).cpu() & ~own).sum(1) / len(halves)
+        found = find_fixability(samples.at(kept[rest]), samples.at(chosen))
+        broken += (~_right(found.change, samples.at(kept[half]))).sum(1).cpu()
+        repaired += (_right(found.change, samples.at(targets)).cpu() & ~own).sum(1) / len(halves)
     return HeldOutCheck(
         repairs=len(chosen),
         passed=len(with_failures),

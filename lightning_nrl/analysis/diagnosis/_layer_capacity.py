@@ -1,8 +1,8 @@
 """Each layer's capacity for a repair: how free it is to help targets and harm no passed sample, to first order.
 
 The gradient of a target's margin in a layer's weights says how the layer could help it, those of near passed samples
-say what would harm them. Only inner products count (a Gram matrix a layer), so that the gradients of large layers are
-kept as random sketches whose inner products are right on average (count sketch, Charikar et al. 2002).
+what would harm them. Only inner products count, so gradients of large layers are kept as random sketches whose inner
+products are right on average (count sketch, Charikar et al. 2002).
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, ma
 from lightning_nrl.evaluation.layers import Layer, layers_of
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-SKETCH_SIZE = 16_384
-"""Numbers that a sample's gradient is kept in, where the layer has more weights."""
-
-MAX_RELATIVE_CHANGE = 10.0
-"""A change that is so many times as large as the layer is none."""
+SKETCH_SIZE = 16_384  # numbers that a sample's gradient is kept in, where the layer has more weights
+MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm: a larger change is none
 
 
 class GradientSketches(NamedTuple):
@@ -46,10 +43,7 @@ class FirstOrderCapacity(NamedTuple):
 def sketch_gradients(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, seed: int = 0
 ) -> GradientSketches:
-    """Gradients of samples' margins in the weights of every layer, which need not ask for them; all ranks get the same.
-
-    `batches` are this rank's samples with their rows of the results, as large as memory allows in training.
-    """
+    """Gradients of this rank's samples, given with their rows, and of all others: every rank gets the same."""
     collective, layers = evaluator.collective, layers_of(evaluator.model)
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -74,10 +68,7 @@ def sketch_gradients(
 def layer_capacities(
     sketches: GradientSketches, targets: Tensor, norms: Mapping[str, float], keep: float
 ) -> dict[str, FirstOrderCapacity]:
-    """What each layer, of a norm by name, can do for each target (`n` bool of the sketches), to first order.
-
-    `keep` is the margin asked of targets, and of passed samples that have twice as much.
-    """
+    """First-order capacities; `keep` is the margin asked of targets, and of passed samples with twice as much."""
     margin, t, p = sketches.margin.double(), targets.nonzero().flatten(), (~targets).nonzero().flatten()
     if not sketches.layers or not len(t):
         return {}

@@ -32,12 +32,10 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}
-"""Swarms of one call at most: a CPU gains nothing by more, and progress is told and kept after each call."""
+SWARMS_BY_DEVICE = {"cpu": 32}  # of one call: a CPU gains nothing by more, and runs are kept after each call
 SWARMS_ELSEWHERE = 512
-"""The same on other devices."""
-TENSORS_PER_SWARM = 16
-"""Tensors of the size of all particles that a search holds at once, about."""
+TENSORS_PER_SWARM = 16  # of the size of all particles that a search holds at once, about
+STATES_MEMORY = 256 << 20  # bytes of whole layers, one a run, that are made once and not anew for every batch
 
 OnProgress = Callable[[int, list[SearchHistory]], None]
 """Is told how many iterations were made."""
@@ -45,7 +43,7 @@ OnProgress = Callable[[int, list[SearchHistory]], None]
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to be made; `key` tells it from every other one on any model and data, `seed` draws I_pos and swarm."""
+    """One run to be made; `key` tells it from every other one on any model and data."""
 
     key: str
     setting: Setting
@@ -53,7 +51,7 @@ class RunRequest:
 
     @property
     def work(self) -> int:
-        """How much it takes at most, to compare with others."""
+        """Candidates at most."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
 
 
@@ -188,10 +186,6 @@ def _budget(problem: Problem) -> int:
     return default_budget(problem.space.device) if problem.budget is None else problem.budget
 
 
-STATES_MEMORY = 256 << 20
-"""Bytes of whole layers, one a run, that are made once and not anew for every batch."""
-
-
 @dataclass(frozen=True)
 class ExactBatch:
     """One batch, run under other weights to the very bits that the deployed model gives.
@@ -226,7 +220,7 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Records data batch by batch, each with its samples' rows in the results, `n` int64 on the CPU."""
+    """Records batches, each given with its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []  # how batches before this one were replayed

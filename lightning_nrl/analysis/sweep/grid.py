@@ -26,10 +26,8 @@ class Grid:
             or `Fitness` objects, and of any field of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`,
             `perfect_intact` (pi), `n_weights` (#lw), `particles` (#p) and `patience`.
 
-    A single value may stand for a list of one. An argument that is not given stays as it is.
-
-    Raises:
-        ConfigurationError: an axis has no value.
+    A single value may stand for a list of one. An argument that is not given stays as it is; an axis without a value is
+    refused.
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
@@ -64,15 +62,7 @@ Sweepable = Grid | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the paper's search, for any number of seeds.
-
-    Attributes:
-        name: its label.
-        fitness: how candidates are ranked.
-        method: the swarm.
-        localizer: how the weights to be searched are chosen.
-        n_passed: how many passed samples are scored (#pos); None: all that are known.
-    """
+    """One setting of the paper's search under its label; all passed samples are scored if `n_passed` is None."""
 
     name: str = field(compare=False)
     fitness: FitnessFunction
@@ -86,7 +76,7 @@ class Setting:
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
-        """What tells it from other settings, in dicts, lists, text and numbers; its name does not."""
+        """All but its name in dicts, lists, text and numbers."""
         said = Settings(**self.arguments()).plain()
         return {name: said[name] for name in SETTING_PARTS}
 
@@ -106,15 +96,10 @@ class Setting:
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
-    """Returns the settings that are meant, each once, in order.
+    """Returns the settings that are meant, each once, in order; `base` says what they leave open.
 
-    Args:
-        settings: a grid, or mappings of arguments. A mapping may give itself a `name`.
-        base: says what a setting leaves open.
-
-    Raises:
-        ConfigurationError: an argument that nothing has (the nearest is named), a value that cannot be used, no
-            setting, two of one name.
+    A mapping may give itself a `name`. A `ConfigurationError` for an argument that nothing has, a value that cannot be
+    used, no setting, or two of one name.
     """
     if not isinstance(base.method, ParticleSwarm):
         problem = f"`method` is a {type(base.method).__name__}: a sweep runs the paper's search."

@@ -140,11 +140,7 @@ class RunStore:
     folder: Path | None
 
     def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
-        """Returns the stored runs by key. A file that cannot be read, or is damaged, is warned of and left out.
-
-        Raises:
-            ConfigurationError: the folder is a file.
-        """
+        """Returns the stored runs by key. A file that cannot be read, or is damaged, is warned of and left out."""
         if self.folder is None:
             return {}
         if self.folder.is_file():

@@ -107,7 +107,7 @@ def swarming(base: Settings) -> Settings:
 
 
 def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
-    """The seeds that are meant; a `ConfigurationError` if there is none, one is there twice or out of range."""
+    """Returns the seeds; a `ConfigurationError` if there is none, one is there twice or out of range."""
     whole = isinstance(seeds, int) and not isinstance(seeds, bool)
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
@@ -138,7 +138,7 @@ def _check_whole(sources: Iterable[Source]) -> None:
 
 
 class _Progress:
-    """Tells an observer how many runs of `total` are done, and how long `work` takes at the pace so far."""
+    """Tells an observer how many runs of `total` are done, and how long the rest takes at the pace so far."""
 
     def __init__(self, observer: SweepObserver | None, total: int, mine: Sequence[RunRequest]) -> None:
         self._observer, self._total, self._done = observer, total, total - len(mine)
@@ -162,7 +162,7 @@ class _Progress:
 
 @dataclass
 class _Sweep:
-    """A model and its data, for any number of runs: `data` are sources and results of the original model by role."""
+    """A model and its data; `data` are sources and results of the original model by role."""
 
     problem: Problem
     base: Settings
@@ -172,7 +172,7 @@ class _Sweep:
     observer: SweepObserver | None = None
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
-        """Makes all that are wanted, the same on each rank: ranks share out those that are not stored yet."""
+        """Returns the same on each rank: ranks share out the runs that are not stored yet."""
         ground = self._digest()
         requests = [RunRequest(digest([ground, setting.plain(), seed]), setting, seed) for setting, seed in wanted]
         there = self._on_each_rank(lambda: self.store.read(request.key for request in requests))

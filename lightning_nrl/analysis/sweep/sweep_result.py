@@ -56,22 +56,14 @@ class SweepResult(Report):
         return _page(self)
 
     def of(self, setting: str) -> tuple[Run, ...]:
-        """The runs of one setting.
-
-        Raises:
-            ConfigurationError: it is not there; the nearest name is given.
-        """
+        """The runs of one setting; a `ConfigurationError` names the nearest one if it is not there."""
         check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """The front over all runs of repaired against broken: who repairs more breaks more. From few broken to many.
+        """The front of repaired against broken samples of a role, from few broken to many.
 
-        Args:
-            role: `known`, `calibration` or `unseen`. The front of unseen data describes; it is not to be chosen from.
-
-        Raises:
-            ConfigurationError: there were no such data.
+        That of unseen data describes; do not choose from it. A `ConfigurationError` where there were no such data.
         """
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
@@ -90,8 +82,7 @@ class SweepResult(Report):
         targets, breaks fewer known samples, repairs more of them, and comes first.
 
         Args:
-            under: what may break of the known data: `instance`, `instance-in-target`, `accuracy`, `tolerance:1%`, or a
-                gate.
+            under: a gate or its name: what may break of the known data.
         """
         gate = Gate.parse(under, "under")
 
@@ -104,20 +95,18 @@ class SweepResult(Report):
         return max(fit, key=worth, default=None)
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Arguments of `repair` that find a run's weights again, beside those that all runs share.
+        """Arguments of `repair` that find a run's weights again, without those that all runs share.
 
-        Raises:
-            ConfigurationError: the result was read from a file, which does not have them.
+        A `ConfigurationError` if the result was read from a file, which does not have them.
         """
         if run.setting not in self.settings:
             raise _without(run, "how it was made")
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """The whole parameters of the searched layers as a run would have them, on the CPU.
+        """The whole parameters of the searched layers as a run has them, on the CPU.
 
-        Raises:
-            ConfigurationError: the result was read from a file, which does not have them.
+        A `ConfigurationError` if the result was read from a file, which does not have them.
         """
         if (run.setting, run.seed) not in self.weights:
             raise _without(run, "its weights")
@@ -129,14 +118,10 @@ class SweepResult(Report):
         return {name: part.view_as(value).clone() for part, (name, value) in named}
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Puts a run's weights into a model for good. Nothing judges them: look at the run's counts first.
+        """Writes a run's weights into the model, or another with the same parameters, on any device.
 
-        Args:
-            model: the model that was swept, or another with the same parameters, on any device.
-            run: such as that of `best`.
-
-        Raises:
-            ConfigurationError: as for `state`, or the model lacks the parameters; nothing was written.
+        Nothing judges them: look at the run's counts first. A `ConfigurationError` as for `state`, or where the model
+        lacks the parameters; nothing was written then.
         """
         write(model, self.state(run))
 
@@ -146,18 +131,11 @@ class SweepResult(Report):
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(to_plain(run) for run in self.runs)
-        text = out.getvalue()
-        if path is not None:
-            write_text(path, text)
-        return text
+        return _written(out.getvalue(), path)
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table, without weights, from a file or as text.
-
-        Raises:
-            ConfigurationError: it is no such table.
-        """
+        """Reads a table, without weights, from a file or as text; a `ConfigurationError` if it is none."""
         text = source if isinstance(source, str) and "\n" in source else Path(source).read_text(encoding="utf-8")
         try:
             return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
@@ -169,10 +147,13 @@ class SweepResult(Report):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Strict JSON of everything but the weights; written to a file too if there is a `path`."""
-        text = super().to_json()
-        if path is not None:
-            write_text(path, text)
-        return text
+        return _written(super().to_json(), path)
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_text(path, text)
+    return text
 
 
 def _without(run: Run, what: str) -> ConfigurationError:

@@ -104,11 +104,11 @@ def test_why_there_may_be_no_training(method: Any, arguments: dict[str, Any], re
 
 
 def test_only_a_function_that_makes_the_network_will_do() -> None:
-    with pytest.raises(ConfigurationError, match="`fresh`: a Sequential makes no network"):
+    with pytest.raises(ConfigurationError, match=r"`fresh=Sequential[\s\S]*is no function that makes a network"):
         Retraining(fresh=network())
     for make, message in (
-        (lambda: nn.Linear(2, 2), "`fresh`: '0.weight' is not there in what it made"),
-        (lambda: nn.Sequential(nn.Linear(1, 1)), r"`fresh`: '0.weight' has the shape \[1, 1\]"),
+        (lambda: nn.Linear(2, 2), "`fresh` lacks '0.weight'"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), r"`fresh` has '0.weight' in the shape \[1, 1\]"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             fresh_weights(network(), 0, make)

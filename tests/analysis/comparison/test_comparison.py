@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -284,34 +283,6 @@ def test_the_table_has_a_second_line_where_weights_are_scaled_back() -> None:
     assert lines[at + 1] == ["scaled", "to", "0.50", "120", "120", "4", "95", "40", "+6.2", "15.0"]
     assert "350 failures to repair, 5,000 of 5,400 known samples right before" in page
     assert "| fine-tuning | 211 |" in COMPARISON.to_markdown()
-
-
-def test_repairs_are_set_beside_baselines_that_repair_as_many() -> None:
-    # The curve of the repair leads from 0 by (20 broken, 120 repaired) to (58, 380).
-    broken = {
-        (pair.method, pair.point.strength): (pair.broken, pair.fewer)
-        for pair in COMPARISON.head_to_head("finetune-polish")
-    }
-    assert broken == {
-        ("fine-tuning", 0.5): (pytest.approx(20 * 95 / 120), True),
-        ("fine-tuning", 1.0): (pytest.approx(20 + 38 * 32 / 260), True),
-        ("interpolation", 0.5): (pytest.approx(20 * 50 / 120), True),
-        ("interpolation", 1.0): (pytest.approx(20 * 95 / 120), True),
-        ("retraining", 0.5): (pytest.approx(20 * 10 / 120), True),
-        ("retraining", 1.0): (pytest.approx(math.nan, nan_ok=True), False),
-    }
-    # The other way round, the repair is at its worst: fine-tuning breaks more, or never repairs as many.
-    assert [pair.fewer for pair in COMPARISON.head_to_head("fine-tuning") if pair.method == "finetune-polish"] == [
-        False,
-        False,
-    ]
-
-
-def test_of_several_crossings_the_one_that_breaks_fewest_counts() -> None:
-    # Repaired rises to 40, falls to 20 and rises again, and more and more is broken.
-    bent = made("bent", (0.25, 0, 0, 40, 8), (0.5, 0, 0, 20, 16), (1.0, 0, 0, 60, 24))
-    assert [bent.broken_at(repaired) for repaired in (0, 30, 40, 50, 60)] == [0, 6, 8, 22, 24]
-    assert math.isnan(bent.broken_at(61))
 
 
 def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path: Path) -> None:

@@ -1,13 +1,25 @@
-"""A diagnosis as a page of tables and facts."""
+"""The result of a diagnosis as data, a page and a figure."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median_high
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
+from lightning_nrl.analysis.diagnosis.findings import (
+    Binding,
+    Cost,
+    DoubtfulLabel,
+    Fixable,
+    HeldOutCheck,
+    LayerCapacity,
+    NeighbourMixing,
+    TargetFinding,
+)
+from lightning_nrl.report import Page, Report, installed_versions
 from lightning_nrl.report._figures import (
     BLUE,
     GREEN,
@@ -16,44 +28,99 @@ from lightning_nrl.report._figures import (
     LINE_COLOUR,
     ORANGE,
     RED,
+    Plotted,
     dress,
     new_figure,
     shorten_name,
 )
 from lightning_nrl.report._formatting import rough_percent, rough_time
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
+from lightning_nrl.report.page import Block, Facts, Heading, Row, Table, Text
 
 
-OPEN_VERDICTS: tuple[Fixable, ...] = ("undecided", "not tried")
+@dataclass(frozen=True)
+class Diagnosis(Report, Plotted):
+    """What can be known before a repair. `rich.print(diagnosis)` shows it as tables.
+
+    Attributes:
+        advice: what to do, with the reason in figures.
+        target: which failures are to be repaired, in words.
+        task: what right and wrong mean, in words.
+        known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
+        head: dotted name of the last Linear; None where none gives the logits.
+        targets: what was found for each failure to be repaired.
+        binding: passed samples that stand in the way, most often first.
+        check: what repairs of the last layer do to samples that are held out; None if that could not be looked at.
+        mixing: how mixed neighbourhoods are; None if that could not be looked at.
+        doubts: targets whose label looks wrong, the surest first.
+        layers: in the order of the model.
+        costs: what each method would take.
+        notes: what could not be looked at, and why.
+        seconds: wall time by stage.
+        versions: versions of the software by name.
+    """
+
+    advice: str
+    target: str
+    task: str
+    known: Mapping[str, int]
+    head: str | None = None
+    targets: tuple[TargetFinding, ...] = ()
+    binding: tuple[Binding, ...] = ()
+    check: HeldOutCheck | None = None
+    mixing: NeighbourMixing | None = None
+    doubts: tuple[DoubtfulLabel, ...] = ()
+    layers: tuple[LayerCapacity, ...] = ()
+    costs: tuple[Cost, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+    def page(self, full: bool = False) -> Page:
+        return _page(self, full)
+
+    def figure(self) -> Any:
+        return _figure(self)
+
+    def count(self, fixable: Fixable) -> int:
+        """How many targets have this verdict."""
+        return sum(target.fixable == fixable for target in self.targets)
+
+    @property
+    def easiest_layer(self) -> LayerCapacity | None:
+        """The layer that repairs a target by the smallest change of itself; None if no layer was looked at."""
+        return min(self.layers, key=lambda layer: layer.change, default=None)
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
+
 
 LISTED_ROWS = 8
 """Samples, classes and layers that are shown; the JSON has all."""
 
 
-def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
+def _page(diagnosis: Diagnosis, full: bool) -> Page:
     """The advice, then what it rests on; in full with all samples, classes and layers, not the first few."""
     most = 10**9 if full else LISTED_ROWS
     blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
     if any(target.fixable != "not tried" for target in diagnosis.targets):
-        blocks += [
-            Heading("Each target alone"),
-            Text(
-                f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
-                "with no known regression. Change: of the logits, by their size on passed samples."
-            ),
-            _alone(diagnosis, most),
-            Heading("Passed samples that stand in the way"),
-            *_binding(diagnosis, most),
-        ]
+        text = (
+            f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
+            "with no known regression. Change: of the logits, by their size on passed samples."
+        )
+        blocks += [Heading("Each target alone"), Text(text), _alone(diagnosis, most)]
+        blocks += [Heading("Passed samples that stand in the way"), *_binding(diagnosis, most)]
     if diagnosis.doubts:
         text = (
             "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
             "does a new kind of input."
         )
-        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, most)]
+        rows = [
+            Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
+            for d in diagnosis.doubts
+        ]
+        columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
+        blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _first(rows, most))]
     if diagnosis.layers:
         text = (
             "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
@@ -68,6 +135,15 @@ def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
     if diagnosis.notes:
         blocks += [Heading("What was not looked at"), *(Text(note) for note in diagnosis.notes)]
     return Page(tuple(blocks))
+
+
+def _first(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
+    """The first rows, then how many more there are, with a last cell."""
+    rest = rows[most:]
+    if not rest:
+        return tuple(rows)
+    blank = [""] * (len(rest[0].cells) - 1)
+    return (*rows[:most], Row(f"and {len(rest):,} {more}", (*blank, last)))
 
 
 def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
@@ -93,71 +169,29 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
 
 def _alone(diagnosis: Diagnosis, most: int) -> Table:
     """A column for all, and one for each class, or for those with most targets."""
+    groups: dict[tuple[str, str], list[TargetFinding]] = {("all", ""): list(diagnosis.targets)}
     counts = Counter(target.label for target in diagnosis.targets)
     shown = sorted(label for label, _ in counts.most_common(most))
-    groups = [(str(label), "class", [t for t in diagnosis.targets if t.label == label]) for label in shown]
-    rest = [target for target in diagnosis.targets if target.label not in shown]
-    if rest:
-        groups.append((f"{len(counts) - len(shown):,} other", "classes", rest))
-    if len(counts) == 1:
-        groups = []
-    groups.insert(0, ("all", "", list(diagnosis.targets)))
+    if len(counts) > 1:
+        groups |= {(str(label), "class"): [t for t in diagnosis.targets if t.label == label] for label in shown}
+    if rest := [target for target in diagnosis.targets if target.label not in shown]:
+        groups[f"{len(counts) - len(shown):,} other", "classes"] = rest
 
-    def row(label: str, text: Callable[[Sequence[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
-        return Row(label, tuple(text(group) for *_, group in groups), tone)
+    def row(label: str, text: Callable[[list[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
+        return Row(label, tuple(map(text, groups.values())), tone)
 
-    def count(verdict: Fixable) -> Callable[[Sequence[TargetFinding]], str]:
+    def with_verdict(verdict: Fixable) -> Callable[[list[TargetFinding]], str]:
         return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
 
     rows = [
         row("targets", lambda group: f"{len(group):,}"),
-        row("can be fixed", count("yes"), "gain"),
-        row("cannot be fixed", count("no")),
-        *(row(verdict, count(verdict)) for verdict in OPEN_VERDICTS if diagnosis.count(verdict)),
+        row("can be fixed", with_verdict("yes"), "gain"),
+        row("cannot be fixed", with_verdict("no")),
+        *(row(verdict, with_verdict(verdict)) for verdict in get_args(Fixable)[2:] if diagnosis.count(verdict)),
         row("change needed, median", lambda group: _of_known(median_high, (t.change for t in group))),
         row("neighbours with its label, mean", lambda group: _of_known(fmean, (t.agreement for t in group))),
     ]
-    return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
-
-
-def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
-    if not diagnosis.binding:
-        return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    shown, rest = diagnosis.binding[:most], diagnosis.binding[most:]
-    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
-    if rest:
-        rows.append(Row(f"and {len(rest):,} more", ("", "", f"<= {rest[0].targets:,}")))
-    text = (
-        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
-    )
-    return Text(text), Table((("class", ""), ("margin", "logits"), ("limits", "targets")), tuple(rows))
-
-
-def _doubts(diagnosis: Diagnosis, most: int) -> Table:
-    shown, rest = diagnosis.doubts[:most], diagnosis.doubts[most:]
-    rows = [
-        Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
-        for d in shown
-    ]
-    rows += [Row(f"and {len(rest):,} more", ("", "", "", ""))] if rest else []
-    return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
-
-
-def _layers(diagnosis: Diagnosis, most: int) -> Table:
-    layers = diagnosis.layers
-    best = sorted(layers, key=lambda layer: layer.change)[:most]
-    shown = [layer for layer in layers if layer in best or layer.layer == diagnosis.head]
-    rows = [
-        Row(
-            layer.layer,
-            (layer.kind, f"{layer.weights:,}", rough_percent(layer.room), rough_percent(layer.change)),
-            "gain" if layer == diagnosis.easiest_layer else "",
-        )
-        for layer in shown
-    ]
-    rest = len(layers) - len(shown)
-    rows += [Row(f"and {rest:,} that need more", ("", "", "", ""))] if rest else []
-    return Table((("kind", ""), ("weights", ""), ("room", ""), ("change", "needed")), tuple(rows))
+    return Table(tuple(groups), tuple(rows))
 
 
 def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) -> str:
@@ -165,8 +199,33 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
     return rough_percent(average(known) if known else math.nan)
 
 
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
+def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
+    if not diagnosis.binding:
+        return (Text("None: the smallest fix of each target breaks no known passed sample."),)
+    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in diagnosis.binding]
+    text = (
+        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
+    )
+    last = f"<= {diagnosis.binding[most].targets:,}" if len(rows) > most else ""
+    columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
+    return Text(text), Table(columns, _first(rows, most, last=last))
+
+
+def _layers(diagnosis: Diagnosis, most: int) -> Table:
+    """The layers that must change least and the last one, in the order of the model."""
+    best = sorted(diagnosis.layers, key=lambda layer: layer.change)[:most]
+    shown = [layer for layer in diagnosis.layers if layer in best or layer.layer == diagnosis.head]
+    others = [layer for layer in diagnosis.layers if layer not in shown]
+    rows = [
+        Row(
+            layer.layer,
+            (layer.kind, f"{layer.weights:,}", rough_percent(layer.room), rough_percent(layer.change)),
+            "gain" if layer == diagnosis.easiest_layer else "",
+        )
+        for layer in (*shown, *others)
+    ]
+    columns = (("kind", ""), ("weights", ""), ("room", ""), ("change", "needed"))
+    return Table(columns, _first(rows, len(shown), "that need more"))
 
 
 VERDICT_STYLES: dict[Fixable, tuple[str, str, str]] = {
@@ -181,15 +240,16 @@ LAYER_NAME_LENGTH = 28  # characters of a layer's name
 LAYERS_TITLE = "Room: the layer that must change least"
 
 
-def draw_diagnosis(diagnosis: Diagnosis) -> Any:
+def _figure(diagnosis: Diagnosis) -> Any:
     """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs."""
     layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
     figure = new_figure(13, max(4.6, 1.6 + 0.2 * layers))
     title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
     figure.suptitle(title.format(**diagnosis.known), color=INK, fontsize=12)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for draw, axes in zip((_margins, _mixing, _room), panels, strict=True):
-        draw(axes, diagnosis)
+    _margins(panels[0], diagnosis)
+    _mixing(panels[1], diagnosis)
+    _room(panels[2], diagnosis)
     return figure
 
 
@@ -248,14 +308,13 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
 
     best = diagnosis.easiest_layer
     layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
-    shown = set(sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS])
+    shown = sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS]
     layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
     if not layers or best is None:
         _nothing(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
         return
-    places = range(len(layers))
     left = 0.7 * best.change
-    for at, layer in zip(places, layers, strict=True):
+    for at, layer in enumerate(layers):
         marked = layer == best or layer.layer == diagnosis.head
         colour = GREEN if layer == best else INK if marked else BLUE
         axes.plot([left, layer.change], [at, at], color=LINE_COLOUR, linewidth=1.2, zorder=1)
@@ -264,7 +323,8 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
             note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
             axes.annotate(note, (layer.change, at), (8, 0), **style)
-    axes.set_yticks(list(places), [shorten_name(layer.layer, LAYER_NAME_LENGTH) for layer in layers], fontsize=8)
+    names = [shorten_name(layer.layer, LAYER_NAME_LENGTH) for layer in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
