@@ -169,10 +169,7 @@ def _steps_left(problem: Problem, pace: float) -> int:
 class Retraining:
     """Trains anew from random weights, as the model was trained, the known failures added to the data.
 
-    It needs `problem.training`, the model's own training; without it there is no proposal.
-
-    Attributes:
-        fresh: makes an untrained network; None: every layer of a copy is initialised again.
+    It needs `problem.training`. `fresh` makes an untrained network; None: every layer is initialised again.
     """
 
     fresh: Callable[[], nn.Module] | None = None
@@ -187,10 +184,9 @@ class Retraining:
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Trains on from the old weights, as the model was trained, the known failures added to the data (a warm start).
+    """Trains on from the old weights with the known failures added to the data (a warm start).
 
-    Learning rate, schedule and augmentation are those of the training, for as many epochs or as many as there is time
-    for. It needs `problem.training`.
+    Everything else is as in the model's own training, `problem.training`, which it needs.
     """
 
     def __call__(self, problem: Problem) -> Solution:
@@ -237,15 +233,11 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 
 @dataclass(frozen=True)
 class Interpolation:
-    """The weights (1 - a) old + a new: fewer regressions than the new ones for part of their gain.
+    """The weights (1 - a) old + a new: fewer regressions than those of the method `new` for part of their gain.
 
-    Schumann et al. 2024, Backward compatibility during data updates by weight interpolation. They choose a on data set
-    aside; on data that the new weights were trained on, a = 1 is always the most accurate. So it is half unless told,
-    which Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) found good without any choice.
-
-    Attributes:
-        new: the method whose weights are the far end.
-        a: the share of the new weights, above 0 and at most 1.
+    Schumann et al. 2024 (Backward compatibility during data updates by weight interpolation) choose a on data set
+    aside; on data that the new weights were trained on, a = 1 is always the most accurate. Half is what Wortsman et al.
+    2022 (Robust fine-tuning of zero-shot models) found good without any choice.
     """
 
     new: Method = field(default_factory=FineTuning)

@@ -26,8 +26,8 @@ from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
-from lightning_nrl.pipeline.baseline import HeldOut, LeakCheck
-from lightning_nrl.pipeline.input_checks import check_losses, check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.baseline import HeldOut, evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
@@ -66,14 +66,9 @@ def compare_module(
     No gate judges them. What each gives is counted at several strengths between the original and its own weights, and
     at the largest strength that breaks no known sample. The model is left as found.
 
-    Args:
-        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
-        known: data that methods may look at.
-        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter.
-        unseen: data that is only counted: nothing is chosen by it.
-        methods: names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
-        training: goes on with the training of the model, or begins it anew; without it there is no retraining.
-        observer: is told how it goes.
+    Model and data are as of `repair_module`; nothing is chosen by unseen data. `settings` say what to repair; each
+    method has `max_time`. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
+    Without `training`, which goes on with the model's own or begins it anew, there is no retraining.
 
     Raises:
         ConfigurationError: the layer, the data, the target, the task or a method cannot be used, or no failed sample is
@@ -87,16 +82,12 @@ def compare_module(
     include_bias = settings.localizer.include_bias
     layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve(model):
-        collecting, leaks = StageTimer(observer), LeakCheck(known, {"unseen": unseen})
-        with collecting.stage("collect"):
-            before, _ = SampleOptions(importance=settings.samples.importance).evaluate(
-                evaluator, leaks.known, settings.target
-            )
-        check_losses(before)
-        check_targets(before, settings)
-        problem = build_problem(evaluator, known, before, layers, settings, training=training)
-        later = HeldOut(unseen, evaluator.run(leaks.held_out["unseen"])) if unseen else None
-        leaks.leaked(evaluator.collective)
+        collecting = StageTimer(observer)
+        bare = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
+        baseline = evaluate_baseline(evaluator, known, bare, unseen=unseen, clock=collecting)
+        check_targets(baseline.before, settings)
+        problem = build_problem(evaluator, known, baseline.before, layers, settings, training=training)
+        later = baseline.held_out.get("unseen")
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():
@@ -108,7 +99,7 @@ def compare_module(
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
     layer = ", ".join(layer_names(settings.layer))
-    return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
+    return Comparison(tuple(entries), int(problem.before.targeted.sum()), str(settings.target), layer, settings.seed)
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:

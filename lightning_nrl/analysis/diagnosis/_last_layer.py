@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from lightning_nrl.analysis.diagnosis.findings import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.evaluation.head_features import NEIGHBOURS, Features, doubtful, neighbours
+from lightning_nrl.data.batch import Source
+from lightning_nrl.evaluation.head_features import NEIGHBOURS, HeadFeatures, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 MAX_TARGETS_TRIED = 512  # one at a time, drawn by chance from more
@@ -40,9 +42,15 @@ class LastLayer(NamedTuple):
 
 
 def analyze_last_layer(
-    layer: nn.Linear, features: Features, results: SampleResults, failing: Tensor, seed: int, clock: StageTimer
+    layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """Returns all findings, or why there are none; `failing` are rows of data marked `failed`, `N` bool."""
+    """Returns all findings, or why there are none."""
+    results, features = seen.results, seen.features
+    if layer is None:
+        return "the model has no Linear layer."
+    if features is None:
+        return "the last Linear does not give the logits."
+    failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
@@ -75,12 +83,20 @@ def analyze_last_layer(
         near_passed = neighbours(own.features, own.label, theirs.features, theirs.label, itself=some)
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
+    agreement, k = near.agreement.cpu(), min(NEIGHBOURS, max(1, len(kept) - 1))
+    of_targets = untried_targets(results)
+    columns = (x.tolist() for x in (doubted, near.share, lead))
+    doubts = [
+        DoubtfulLabel(target.split, target.id, target.label, target.prediction, agreed, ahead)
+        for target, is_doubted, agreed, ahead in zip(of_targets, *columns, strict=True)
+        if is_doubted
+    ]
     return LastLayer(
-        _targets(results, tried, found, near.agreement.cpu()),
+        _targets(of_targets, tried, found, agreement),
         _binding(results, features.rows[kept], found.binds.sum(0).cpu()),
         check,
-        _mixing(min(NEIGHBOURS, max(1, len(kept) - 1)), near.agreement.cpu(), near_passed.agreement.cpu()),
-        _doubts(results, features.rows[targets], doubted.cpu(), near.share.cpu(), lead.cpu()),
+        NeighbourMixing(k, _histogram(agreement, k), _histogram(near_passed.agreement.cpu(), k)),
+        tuple(sorted(doubts, key=lambda doubt: (-doubt.agreed, -doubt.lead))),
         seconds,
     )
 
@@ -97,9 +113,10 @@ def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
     return split, int(results.index[row]), int(results.label[row])
 
 
-def _targets(results: SampleResults, tried: Tensor, found: Fixability, agreement: Tensor) -> tuple[TargetFinding, ...]:
-    known = zip(untried_targets(results), agreement.tolist(), strict=True)
-    targets = [replace(target, agreement=share) for target, share in known]
+def _targets(
+    untried: Sequence[TargetFinding], tried: Tensor, found: Fixability, agreement: Tensor
+) -> tuple[TargetFinding, ...]:
+    targets = [replace(target, agreement=share) for target, share in zip(untried, agreement.tolist(), strict=True)]
     columns = (tried, found.fixable, found.unfixable, found.size / found.limit)
     for at, yes, no, change in zip(*(column.tolist() for column in columns), strict=True):
         targets[at] = replace(targets[at], fixable="yes" if yes else "no" if no else "undecided", change=change)
@@ -114,20 +131,9 @@ def _binding(results: SampleResults, passed: Tensor, bound: Tensor) -> tuple[Bin
     )
 
 
-def _mixing(k: int, *agreements: Tensor) -> NeighbourMixing:
-    known = (agreement[~agreement.isnan()] for agreement in agreements)
-    return NeighbourMixing(k, *(tuple((x * k).round().long().bincount(minlength=k + 1).tolist()) for x in known))
-
-
-def _doubts(
-    results: SampleResults, rows: Tensor, doubted: Tensor, share: Tensor, lead: Tensor
-) -> tuple[DoubtfulLabel, ...]:
-    columns = (x[doubted].tolist() for x in (rows, share, lead))
-    found = [
-        DoubtfulLabel(*_sample(results, row), int(results.prediction[row]), agreed, ahead)
-        for row, agreed, ahead in zip(*columns, strict=True)
-    ]
-    return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))
+def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
+    known = agreement[~agreement.isnan()]
+    return tuple((known * k).round().long().bincount(minlength=k + 1).tolist())
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
 from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
 from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
-from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities, sketch_gradients
+from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
-from lightning_nrl.evaluation.layers import last_linear, layers_of
+from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.methods.budget import (
     CONVEX_SOLVES,
@@ -57,14 +57,9 @@ def diagnose_module(
 
     It takes about as long as two passes over the known data. The model is left as found.
 
-    Args:
-        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
-        known: data that a repair may look at.
-        settings: the target and the seed; the rest does not matter here.
-        epochs: how long the model was trained, if that is known; for the cost of training on.
-        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
-            forgotten, and which of the former have a label that looks wrong.
-        observer: is told how it goes.
+    Model and data are as of `repair_module`; of the settings, target and seed matter. `epochs`, how long the model was
+    trained, is for the cost of training on. With the `history` that `TrainingHistory` has written, or its folder, notes
+    say which targets were never learnt, which were forgotten, and which of the former have a label that looks wrong.
 
     Raises:
         ConfigurationError: the data, the target, the task or the history cannot be used.
@@ -79,10 +74,10 @@ def diagnose_module(
             seen = collect_features(evaluator, known, layer, settings.target)
         results = seen.results
         check_losses(results)
-        last = _last_layer(layer, seen, known, settings.seed, clock)
+        last = analyze_last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
             chosen = drawn(known, results, _near(results, settings.seed), LAYER_BATCH)
-            layers = _capacities(evaluator, chosen, results, settings.seed)
+            layers = layer_capacities(evaluator, chosen, results, settings.seed, REQUIRED_MARGIN)
         found = Diagnosis(
             advice="",
             target=str(settings.target),
@@ -107,20 +102,6 @@ def diagnose_module(
     return replace(found, advice=advise(found))
 
 
-def _last_layer(
-    layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
-) -> LastLayer | str:
-    """What the last layer can do, or why that cannot be said."""
-    if layer is None:
-        return "the model has no Linear layer."
-    if seen.features is None:
-        return "the last Linear does not give the logits."
-    failing = torch.zeros(len(seen.results), dtype=torch.bool)
-    for source in known:
-        failing[seen.results.of(source.split)] = source.failed
-    return analyze_last_layer(layer, seen.features, seen.results, failing, seed, clock)
-
-
 def _near(results: SampleResults, seed: int) -> Tensor:
     """Rows of some targets, and of the passed samples that are nearest to failing."""
     targets = results.targeted.nonzero().flatten()
@@ -128,27 +109,6 @@ def _near(results: SampleResults, seed: int) -> Tensor:
     nearness = torch.where(results.passed, results.margin.nan_to_num(torch.inf), torch.inf)
     passed = nearness.argsort(stable=True)[: min(LAYER_PASSED, int(results.passed.sum()))]
     return torch.cat([targets, passed])
-
-
-def _capacities(
-    evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
-) -> tuple[LayerCapacity, ...]:
-    if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
-        return ()
-    layers = layers_of(evaluator.model)
-    sketches = sketch_gradients(evaluator, chosen, seed=seed)
-    norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
-    found = layer_capacities(sketches, results.targeted[sketches.rows], norms, REQUIRED_MARGIN)
-    return tuple(
-        LayerCapacity(
-            layer=name,
-            kind=type(layers[name]).__name__,
-            weights=layers[name].weight.numel(),
-            room=round(float(own.share.mean()), 4),
-            change=float(own.change.median()),
-        )
-        for name, own in found.items()
-    )
 
 
 def _notes(

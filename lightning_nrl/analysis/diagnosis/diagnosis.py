@@ -43,20 +43,14 @@ class Diagnosis(Report, Plotted):
 
     Attributes:
         advice: what to do, with the reason in figures.
-        target: which failures are to be repaired, in words.
-        task: what right and wrong mean, in words.
+        target: which failures are to be repaired, in words; `task` says what right and wrong mean.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
         head: dotted name of the last Linear; None where none gives the logits.
-        targets: what was found for each failure to be repaired.
         binding: passed samples that stand in the way, most often first.
         check: what repairs of the last layer do to samples that are held out; None if that could not be looked at.
-        mixing: how mixed neighbourhoods are; None if that could not be looked at.
         doubts: targets whose label looks wrong, the surest first.
-        layers: in the order of the model.
-        costs: what each method would take.
         notes: what could not be looked at, and why.
         seconds: wall time by stage.
-        versions: versions of the software by name.
     """
 
     advice: str
@@ -95,8 +89,7 @@ class Diagnosis(Report, Plotted):
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
 
-LISTED_ROWS = 8
-"""Samples, classes and layers that are shown; the JSON has all."""
+LISTED_ROWS = 8  # samples, classes and layers that are shown; the JSON has all
 
 
 def _page(diagnosis: Diagnosis, full: bool) -> Page:
@@ -228,15 +221,13 @@ def _layers(diagnosis: Diagnosis, most: int) -> Table:
     return Table(columns, _first(rows, len(shown), "that need more"))
 
 
-VERDICT_STYLES: dict[Fixable, tuple[str, str, str]] = {
-    "yes": ("can be fixed", BLUE, ""),
-    "no": ("cannot be fixed", RED, "///"),
-    "undecided": ("undecided", ORANGE, "..."),
-    "not tried": ("not tried", GREY, ""),
+VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
+    "yes": ("can be fixed", BLUE),
+    "no": ("cannot be fixed", RED),
+    "undecided": ("undecided", ORANGE),
+    "not tried": ("not tried", GREY),
 }
-MARGIN_BINS = 24
 PLOTTED_LAYERS = 40
-LAYER_NAME_LENGTH = 28  # characters of a layer's name
 LAYERS_TITLE = "Room: the layer that must change least"
 
 
@@ -254,30 +245,23 @@ def _figure(diagnosis: Diagnosis) -> Any:
 
 
 def _margins(axes: Any, diagnosis: Diagnosis) -> None:
-    groups = {
-        verdict: [t.margin for t in diagnosis.targets if t.fixable == verdict and math.isfinite(t.margin)]
-        for verdict in VERDICT_STYLES
-    }
+    margins = [(t.fixable, t.margin) for t in diagnosis.targets if math.isfinite(t.margin)]
+    groups = {verdict: [margin for own, margin in margins if own == verdict] for verdict in VERDICT_STYLES}
     shown = {verdict: values for verdict, values in groups.items() if values}
     if not shown:
         _nothing(axes, "Targets", "no margin is known")
         return
     least = min(min(values) for values in shown.values())
-    names, colours, hatches = zip(*(VERDICT_STYLES[verdict] for verdict in shown), strict=True)
-    labels = [f"{name} ({len(values):,})" for name, values in zip(names, shown.values(), strict=True)]
-    _, _, stacks = axes.hist(
+    axes.hist(
         list(shown.values()),
-        bins=MARGIN_BINS,
+        bins=24,
         range=(least, 0) if least < 0 else None,
         stacked=True,
-        color=list(colours),  # two in a tuple are a colour and its opacity for matplotlib 3.8
-        label=labels,
+        color=[VERDICT_STYLES[verdict][1] for verdict in shown],
+        label=[f"{VERDICT_STYLES[verdict][0]} ({len(values):,})" for verdict, values in shown.items()],
         edgecolor="white",
         linewidth=0.5,
     )
-    for stack, hatch in zip(stacks if len(shown) > 1 else [stacks], hatches, strict=True):
-        for bar in stack:
-            bar.set_hatch(hatch)
     axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
@@ -323,8 +307,7 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
             note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
             axes.annotate(note, (layer.change, at), (8, 0), **style)
-    names = [shorten_name(layer.layer, LAYER_NAME_LENGTH) for layer in layers]
-    axes.set_yticks(range(len(layers)), names, fontsize=8)
+    axes.set_yticks(range(len(layers)), [shorten_name(layer.layer, 28) for layer in layers], fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))

@@ -25,7 +25,6 @@ class TargetFinding(FoundSample):
     """One failure that is to be repaired.
 
     Attributes:
-        prediction: the class that the model gives it.
         margin: how far it is from being right, at most 0; NaN where the task has no margin.
         fixable: whether the last Linear can repair it alone at zero known regressions. `no` is a proof: a change that
             does it would have to be larger than the logits themselves.
@@ -96,13 +95,7 @@ class NeighbourMixing:
 
 @dataclass(frozen=True)
 class DoubtfulLabel(FoundSample):
-    """A target whose label looks wrong.
-
-    Attributes:
-        prediction: the class that its neighbours and the model give it.
-        agreed: share of its neighbours of that class.
-        lead: of the predicted class's logit over the label's.
-    """
+    """A target whose label looks wrong: a share of its neighbours agree with the prediction, whose logit leads."""
 
     prediction: int
     agreed: float

@@ -33,24 +33,13 @@ class Run(Derives):
     """One search with one seed, and what its weights do; the counts are those of the deployed model.
 
     Attributes:
-        setting: its label.
-        fitness: the kind of fitness.
-        alpha: its intact weight; None where it has none.
-        perfect_intact: whether one regression makes a candidate infeasible (pi).
-        n_weights: localised weights that were asked for (#lw); None: as many as the localizer thinks fit.
-        n_passed: passed samples that were scored (#pos) as asked for; None: all that are known.
-        particles: of the swarm (#p).
-        seed: of the sample of passed data and of the search.
-        layer: the layers that were searched.
+        setting: the label of what was asked for, as the columns from `fitness` to `particles` say; None in one of these
+            means no intact weight, as many weights as the localizer thinks fit, all passed samples that are known.
         n_localized: weights that were searched; 0 where localisation left none.
-        iterations: steps that the swarm made.
         value: the fitness of the best candidate; None where nothing was searched.
         patched: samples of I_neg that it repairs, as the search counts them.
         intact: samples of the sampled I_pos that it keeps.
-        changed: whether it differs from the original weights.
-        known: what becomes of known samples; in the table `known_broken` and so on.
-        calibration: what becomes of calibration samples; None where there are none.
-        unseen: what becomes of unseen samples; None where there are none.
+        known: what becomes of known samples; in the table `known_broken` and so on. None for roles without data.
         seconds: wall time, its share of what was searched and counted together.
     """
 

@@ -61,20 +61,12 @@ def sweep_module(
     """Runs every setting with every seed, each as a single repair by `ParticleSwarm` would, and counts all of them.
 
     Known data are recorded once and swarms searched many at a time; each finds, bit for bit, what `repair` finds with
-    the same arguments at strength 1. No gate judges, and the model is left as found.
+    the same arguments at strength 1. No gate judges, and the model is left as found. The ranks of an `Evaluator` share
+    out the runs; each reads all data and ends with the same result.
 
-    Args:
-        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode. The ranks of an
-            `Evaluator` share out the runs; each ends with the same result.
-        known: data that searches may look at. All of it on each rank: ranks share out the runs, not the data.
-        settings: what to try: a `Grid`, or mappings of arguments.
-        seeds: how many seeds, from 0 on, or a list of them.
-        base: what all settings share, such as target, layer and what they leave open of the search; its method is a
-            `ParticleSwarm`, or the default, which stands for one. How one repair ends does not matter.
-        unseen: data that is only counted.
-        calibration: data that no search looks at, to choose among runs by.
-        dirpath: a folder in which runs are kept; those that are there already are not made again.
-        observer: is told how it goes.
+    Model and data are as of `repair_module`; calibration data, which no search looks at, are to choose among runs by.
+    `settings`, `seeds` and `dirpath` are as of `sweep`. `base` is what all settings share, such as target, layer and
+    what they leave open of the search; its method is a `ParticleSwarm`, or the default, which stands for one.
 
     Raises:
         ConfigurationError: a setting, the layer, the data, the target or the task cannot be used, no failed sample is
