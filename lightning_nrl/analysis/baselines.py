@@ -33,11 +33,7 @@ __all__ = [
     "fresh_weights",
 ]
 
-EPOCHS = 8  # more gains little: regressions grow along with repairs
 STEPS = 400  # about what that is on 6,000 samples; small data are gone through more often, or nothing would move
-LEARNING_RATE = 3e-4
-LAYER_LEARNING_RATE = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
-EMPHASIS = 3.0  # times the loss of a targeted sample
 TIMED = 4  # steps, after a first one, to find how many there is time for
 
 
@@ -54,9 +50,9 @@ class FineTuning:
         emphasis: how many times the loss of a targeted sample counts.
     """
 
-    epochs: int = EPOCHS
-    learning_rate: float = LEARNING_RATE
-    emphasis: float = EMPHASIS
+    epochs: int = 8  # more gains little: regressions grow along with repairs
+    learning_rate: float = 3e-4
+    emphasis: float = 3.0
 
     def __post_init__(self) -> None:
         check_whole("epochs", self.epochs, 1)
@@ -74,7 +70,7 @@ class LayerFineTuning(FineTuning):
     Its learning rate is higher: at that of a whole network one layer hardly moves.
     """
 
-    learning_rate: float = LAYER_LEARNING_RATE
+    learning_rate: float = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))

@@ -151,10 +151,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """How much of each change repairs its target and breaks nothing, 0 if none; and the rows that it violates most.
-
-    Margins are linear in the strength of a change, so one pass gives the largest strength that breaks nothing.
-    """
+    """Strength at which each change repairs its target and breaks nothing, or 0; the rows that it violates most."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -184,7 +181,7 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
-    """Old rows, and new ones behind; without memory for all, of the old those that bind."""
+    """Old rows and new ones; where these are too many, of the old those that bind."""
     spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))

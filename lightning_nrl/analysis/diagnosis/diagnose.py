@@ -103,7 +103,6 @@ def diagnose_module(
 
 
 def _near(results: SampleResults, seed: int) -> Tensor:
-    """Rows of some targets, and of the passed samples that are nearest to failing."""
     targets = results.targeted.nonzero().flatten()
     targets = targets[sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
     nearness = torch.where(results.passed, results.margin.nan_to_num(torch.inf), torch.inf)
@@ -125,11 +124,7 @@ def _notes(
 
 
 def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """What the training says of the targets.
-
-    A target that was never right at any point, and whose neighbours agree with the model rather than with its label,
-    most likely has a wrong label: what is mislabelled is learnt last (Toneva et al. 2019; Pleiss et al. 2020).
-    """
+    """What the training says of the targets; what is mislabelled is learnt last (Toneva et al. 2019)."""
     seen, lost, never = 0, 0, set[tuple[str, int]]()
     for split in (split for split in results.splits if split in record.splits):
         found, rows = record.splits[split], results.of(split)
@@ -182,8 +177,8 @@ def costs(
 ) -> tuple[Cost, ...]:
     """A line for each method that can be used, the quickest first; without `epochs` training cannot go on.
 
-    Seconds of a pass over all known samples by the model, of one by the last Linear, and of a look at every target
-    alone; NaN where there is no such thing. Without margins nothing can be done but swarm.
+    The seconds are of the model and of the last Linear for all known samples, and of a look at every target alone; NaN
+    where there is no such thing.
     """
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
@@ -261,13 +256,12 @@ def _method(found: Diagnosis) -> str:
 
 
 def _alone(alone: int, tried: int, check: HeldOutCheck | None) -> str:
-    if not tried:
-        return ""
-    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions"
-    if check is None:
-        return f"{text}."
-    others = f"repairs {check.repaired:.1f} other targets and breaks {check.broken:.1f} passed samples"
-    return f"{text}; on samples held out, fixing one {others}."
+    others = "."
+    if check is not None:
+        repaired = f"repairs {check.repaired:.1f} other targets and breaks {check.broken:.1f} passed samples."
+        others = f"; on samples held out, fixing one {repaired}"
+    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions{others}"
+    return text if tried else ""
 
 
 def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:

@@ -102,7 +102,7 @@ def _page(diagnosis: Diagnosis, full: bool) -> Page:
             "with no known regression. Change: of the logits, by their size on passed samples."
         )
         blocks += [Heading("Each target alone"), Text(text), _alone(diagnosis, most)]
-        blocks += [Heading("Passed samples that stand in the way"), *_binding(diagnosis, most)]
+        blocks += [Heading("Passed samples that stand in the way"), *_binding(diagnosis.binding, most)]
     if diagnosis.doubts:
         text = (
             "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
@@ -132,19 +132,14 @@ def _page(diagnosis: Diagnosis, full: bool) -> Page:
 
 def _first(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
     """The first rows, then how many more there are, with a last cell."""
-    rest = rows[most:]
-    if not rest:
-        return tuple(rows)
-    blank = [""] * (len(rest[0].cells) - 1)
-    return (*rows[:most], Row(f"and {len(rest):,} {more}", (*blank, last)))
+    rest = [Row(f"and {len(rows) - most:,} {more}", (*[""] * (len(rows[0].cells) - 1), last))]
+    return (*rows[:most], *rest[: len(rows) > most])
 
 
 def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
     counts = "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
-    facts = {"target": diagnosis.target}
-    if diagnosis.task != "Multiclass":
-        facts["right means"] = diagnosis.task
-    facts["known samples"] = counts.format(**diagnosis.known)
+    right = {} if diagnosis.task == "Multiclass" else {"right means": diagnosis.task}
+    facts = {"target": diagnosis.target, **right, "known samples": counts.format(**diagnosis.known)}
     mixing, check = diagnosis.mixing, diagnosis.check
     if mixing is not None:
         facts["neighbourhoods"] = (
@@ -192,14 +187,14 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
     return rough_percent(average(known) if known else math.nan)
 
 
-def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
-    if not diagnosis.binding:
+def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
+    if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in diagnosis.binding]
     text = (
         "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
     )
-    last = f"<= {diagnosis.binding[most].targets:,}" if len(rows) > most else ""
+    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
+    last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
     return Text(text), Table(columns, _first(rows, most, last=last))
 
@@ -232,9 +227,7 @@ LAYERS_TITLE = "Room: the layer that must change least"
 
 
 def _figure(diagnosis: Diagnosis) -> Any:
-    """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs."""
-    layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
-    figure = new_figure(13, max(4.6, 1.6 + 0.2 * layers))
+    figure = new_figure(13, max(4.6, 1.6 + 0.2 * min(len(diagnosis.layers), PLOTTED_LAYERS)))
     title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
     figure.suptitle(title.format(**diagnosis.known), color=INK, fontsize=12)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
@@ -287,7 +280,6 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
 
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
-    """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
     from matplotlib.ticker import LogLocator
 
     best = diagnosis.easiest_layer
@@ -311,7 +303,7 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
-    low, high = axes.get_xlim()
+    low, high = axes.get_xlim()  # a logarithmic axis has no 0 for bars to begin at
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
     axes.minorticks_off()

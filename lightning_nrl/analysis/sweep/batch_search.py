@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -57,10 +57,7 @@ class RunRequest:
 
 @dataclass
 class BatchSearch:
-    """A problem with what searches share: known data are recorded once, each localisation is made once.
-
-    The problem's own localizer, fitness and sample of passed data do not matter.
-    """
+    """A problem with what searches share: known data are recorded once, each localisation is made once."""
 
     problem: Problem
     base: Settings
@@ -69,13 +66,11 @@ class BatchSearch:
 
     @cached_property
     def recording(self) -> ActivationCache:
-        """Targets and passed samples of the known data, as a single repair records them."""
         with self.problem.clock.stage("localize"):
             before = self.problem.before
             return record_known(self.problem, before.targeted | before.passed)
 
     def localization(self, request: RunRequest) -> Localization | None:
-        """Returns the weights that a request searches; None if none is left."""
         problem, localizer, passed, localized = self.problem, request.setting.localizer, self.passed(request), None
         for known, of, found in self._localized:
             if known == localizer and of is passed:
@@ -98,10 +93,9 @@ class BatchSearch:
 
     @torch.no_grad()
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
+        """Runs searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
 
-        Returns:
-            The runs by key, each with its share of the time; they are not counted yet.
+        The runs, by key, have their shares of the time and are not counted yet.
         """
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
@@ -262,18 +256,13 @@ class Recount:
 
     @torch.no_grad()
     def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
-        """Counts what the weights of some runs do."""
         before, space = self.before, self.problem.space
         right, targeted = before.right, before.targeted
         spared = right & before.in_target
         sums = torch.zeros(4, len(runs), dtype=torch.int64, device=space.device)
         changed = [r for r, stored in enumerate(runs) if stored.run.changed]
-
-        def whole(r: int) -> Mapping[str, Tensor]:
-            return space.changed(runs[r].where, runs[r].values)
-
-        small = len(changed) * space.size * space.dtype.itemsize <= STATES_MEMORY
-        state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
+        at_once = max(1, STATES_MEMORY // (space.size * space.dtype.itemsize))
+        state = lru_cache(at_once)(lambda r: space.changed(runs[r].where, runs[r].values))
         for batch in self._batches() if changed else ():
             was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
             task, target = self.problem.task, batch.chunk.target

@@ -22,12 +22,9 @@ class Grid:
     """Every combination of some values of some arguments, the last argument running fastest.
 
     Args:
-        **axes: values of `n_passed`, the number of sampled passed samples (#pos), of `fitness`, as kinds such as `eq1`
-            or `Fitness` objects, and of any field of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`,
-            `perfect_intact` (pi), `n_weights` (#lw), `particles` (#p) and `patience`.
-
-    A single value may stand for a list of one. An argument that is not given stays as it is; an axis without a value is
-    refused.
+        **axes: values of `n_passed` (#pos), of `fitness`, as kinds such as `eq1` or `Fitness` objects, and of any field
+            of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`, `perfect_intact` (pi), `n_weights` (#lw),
+            `particles` (#p) and `patience`. A single value may stand for a list of one.
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)

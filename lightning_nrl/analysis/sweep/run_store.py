@@ -86,14 +86,12 @@ class Run(Derives):
         }
 
 
-def _columns() -> tuple[str, ...]:
-    own = [f.name for f in fields(Run) if f.name not in (*ROLES, "seconds")]
-    first, *later = DERIVED_COUNTS
-    counted = [first, *(f.name for f in fields(TargetCounts)), *later]
-    return (*own, *(f"{role}_{name}" for role in ROLES for name in counted), "seconds")
-
-
-RUN_COLUMNS = _columns()
+_first, *_later = DERIVED_COUNTS
+RUN_COLUMNS = (
+    *(f.name for f in fields(Run) if f.name not in (*ROLES, "seconds")),
+    *(f"{role}_{name}" for role in ROLES for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)),
+    "seconds",
+)
 """The columns of the table."""
 
 
@@ -140,7 +138,7 @@ class RunStore:
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
                 checksum, _, data = path.read_bytes().partition(b"\n")
-                if checksum != _checksum(data):
+                if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
                     raise ConfigurationError("it does not fit its checksum")
                 found |= _unpacked(data)
             except (OSError, ConfigurationError) as error:
@@ -157,7 +155,7 @@ class RunStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         data = _packed(runs)
-        content = _checksum(data) + b"\n" + data
+        content = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
         replacing(self.folder / f"runs-{digest(sorted(runs))[:16]}.pt", lambda part: part.write_bytes(content))
 
 
@@ -181,10 +179,6 @@ def exchanged(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str
         return dict(mine)
     packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
     return {key: run for rank in collective.gather(packed) for key, run in _unpacked(rank.numpy().tobytes()).items()}
-
-
-def _checksum(data: bytes) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()
 
 
 def _packed(runs: Mapping[str, StoredRun]) -> bytes:

@@ -76,8 +76,7 @@ def sweep_module(
     evaluator, base = Evaluator.of(model), swarming(given_or_default(base))
     tried, numbers = parse_settings(settings, base), parse_seeds(seeds)
     check_sources(known, (*calibration, *unseen), base)
-    _check_counting(base)
-    _check_whole((*known, *calibration, *unseen))
+    _check(base, (*known, *calibration, *unseen))
     include_bias = base.localizer.include_bias
     layers = find_scope(evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called)
     # Each rank looks at all data, as they share out the runs.
@@ -111,16 +110,13 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
     return found
 
 
-def _check_counting(base: Settings) -> None:
+def _check(base: Settings, sources: Iterable[Source]) -> None:
     for name in ("slices", "quotas", "protected"):
         if getattr(base.samples, name) is not None:
             raise ConfigurationError(
                 f"`{name}`: the table of a sweep has no column for it.",
                 f"leave `{name}` out, and give it to `repair` with the run that you choose.",
             )
-
-
-def _check_whole(sources: Iterable[Source]) -> None:
     for source in sources:
         if len(source.positions) < len(source.index):
             raise ConfigurationError(
@@ -137,19 +133,18 @@ class _Progress:
         self._work, self._worked = sum(request.work for request in mine), 0.0
         self._began = time.perf_counter()
 
-    def within(self, part: Sequence[RunRequest], iterations: int, histories: list[SearchHistory]) -> None:
-        share = iterations / max(1, part[0].setting.method.iterations)
-        self._show(self._worked + sum(request.work for request in part) * share)
+    def within(self, part: Sequence[RunRequest], iterations: int, histories: Sequence[SearchHistory] = ()) -> None:
+        worked = self._worked + sum(request.work for request in part) * iterations / max(
+            1, part[0].setting.method.iterations
+        )
+        if self._observer is not None and worked:
+            left = (time.perf_counter() - self._began) / worked * (self._work - worked)
+            self._observer.show(self._done, self._total, f"{rough_time(left)} left")
 
     def finish(self, part: Sequence[RunRequest]) -> None:
         self._worked += sum(request.work for request in part)
         self._done += len(part)
-        self._show(self._worked)
-
-    def _show(self, worked: float) -> None:
-        if self._observer is not None and worked:
-            left = (time.perf_counter() - self._began) / worked * (self._work - worked)
-            self._observer.show(self._done, self._total, f"{rough_time(left)} left")
+        self.within(part, 0)
 
 
 @dataclass

@@ -26,10 +26,6 @@ from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, T
 from lightning_nrl.report.splits import ROLES, Role
 
 
-def _unwritten() -> Any:
-    return field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
-
-
 @dataclass(frozen=True)
 class SweepResult(Report):
     """Runs of many settings and seeds. `rich.print(result)` shows means and spread for each setting.
@@ -37,8 +33,6 @@ class SweepResult(Report):
     Attributes:
         runs: one a setting and seed, settings in their order.
         target: which failures were to be repaired, in words.
-        layer: what was to be changed, as it was asked for.
-        versions: versions of the software by name.
         settings: the settings by name; none if the result was read from a file.
         weights: what was found, by setting and seed; likewise.
         original: the layers as they were; likewise.
@@ -48,9 +42,11 @@ class SweepResult(Report):
     target: str = ""
     layer: str = ""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
-    settings: Mapping[str, Setting] = _unwritten()
-    weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
-    original: Mapping[str, Tensor] = _unwritten()
+    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
+    weights: Mapping[tuple[str, int], StoredRun] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+    original: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
 
     def page(self, full: bool = False) -> Page:
         return _page(self)
@@ -77,12 +73,9 @@ class SweepResult(Report):
     def best(self, under: str | Gate = "instance") -> Run | None:
         """The run to take, chosen on known and calibration data; unseen data have no part in it.
 
-        Of the runs that repair a target and that the gate lets through on known data: the one with the most repaired
-        less broken calibration samples, if there are any; of several, the one that breaks fewer of these, repairs more
-        targets, breaks fewer known samples, repairs more of them, and comes first.
-
-        Args:
-            under: a gate or its name: what may break of the known data.
+        Of the runs that repair a target and that the gate `under` lets through on known data: the one with the most
+        repaired less broken calibration samples, if there are any; of several, the one that breaks fewer of these,
+        repairs more targets, breaks fewer known samples, repairs more of them, and comes first.
         """
         gate = Gate.parse(under, "under")
 
@@ -99,8 +92,7 @@ class SweepResult(Report):
 
         A `ConfigurationError` if the result was read from a file, which does not have them.
         """
-        if run.setting not in self.settings:
-            raise _without(run, "how it was made")
+        self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
@@ -108,14 +100,20 @@ class SweepResult(Report):
 
         A `ConfigurationError` if the result was read from a file, which does not have them.
         """
-        if (run.setting, run.seed) not in self.weights:
-            raise _without(run, "its weights")
-        kept = self.weights[run.setting, run.seed]
+        kept = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
         parts = flat.split([value.numel() for value in self.original.values()])
         named = zip(parts, self.original.items(), strict=True)
         return {name: part.view_as(value).clone() for part, (name, value) in named}
+
+    def _stored(self, run: Run) -> StoredRun:
+        if (run.setting, run.seed) not in self.weights:
+            raise ConfigurationError(
+                f"`run`: of {run.setting!r} with seed {run.seed} this result does not know the weights.",
+                "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
+            )
+        return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
         """Writes a run's weights into the model, or another with the same parameters, on any device.
@@ -154,13 +152,6 @@ def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
         write_text(path, text)
     return text
-
-
-def _without(run: Run, what: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"`run`: of {run.setting!r} with seed {run.seed} this result does not know {what}.",
-        "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
-    )
 
 
 SWEEP_NOTE = (
