@@ -81,13 +81,8 @@ class DistilledFineTuning(FineTuning):
     """Fine-tuning that is held to the old model's outputs, most of all where it is right.
 
     To each sample's loss it adds `base + scale [old model right]` times the divergence from the old model's output at
-    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are).
-
-    Attributes:
-        base: weight of the divergence on every sample.
-        scale: what is added to it where the old model is right.
-        temperature: what outputs are divided by; the divergence is multiplied by its square, so that its gradient
-            keeps its size (Hinton et al. 2015).
+    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are). The divergence is multiplied
+    by the temperature's square, so that its gradient keeps its size (Hinton et al. 2015).
     """
 
     base: float = 1.0

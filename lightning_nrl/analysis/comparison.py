@@ -155,10 +155,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Returns the largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
-
-    Counts need not rise with the strength, so a larger one may be missed; this one was counted.
-    """
+    """Bisects for the largest strength that breaks no known sample; counts need not rise, so one may be missed."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -200,8 +197,7 @@ class Entry:
     Attributes:
         seconds: wall time until it gave its weights.
         curve: its weights at rising strengths from 0, the last as it gave them; empty if it gave none.
-        scaled: the weights at the largest strength that was found to break no known sample, as they are if they break
-            none; None if the method gave none.
+        scaled: the weights at the largest strength that was found to break no known sample; None if it gave none.
         scaling: seconds that the search for this strength took.
         note: what the method says of its result, or why there is none.
     """
@@ -334,11 +330,6 @@ LEGEND = (
 
 
 def _figure(comparison: Comparison) -> Any:
-    """Draws repaired against broken, known data on the left, unseen data on the right.
-
-    A method whose way between leads through networks that break more than all that is shown, such as one that was
-    trained anew, has no line.
-    """
     shown = [entry for entry in comparison.entries if entry.curve]
     figure = new_figure(11, 5)
     roles = ("known", "unseen") if _has_unseen(shown) else ("known",)
@@ -362,7 +353,7 @@ def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
         colour = PALETTE[i % len(PALETTE)]
-        if all(x <= right for x, _ in curve):
+        if all(x <= right for x, _ in curve):  # the way to one that was trained anew leads through broken networks
             style = "--" if entry.method in BASELINES else "-"
             axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
         axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=literal(entry.method))

@@ -61,13 +61,15 @@ def layer_capacities(
     change = torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change)
     return tuple(
         LayerCapacity(
-            layer=name,
-            kind=type(layers[name]).__name__,
-            weights=layers[name].weight.numel(),
-            room=round(float(own_room.float().mean()), 4),
-            change=float(own_change.float().median()),
+            name,
+            type(layers[name]).__name__,
+            layers[name].weight.numel(),
+            room=round(float(own_room.mean()), 4),
+            change=float(own_change.median()),
         )
-        for name, own_room, own_change in zip(gradients, room.split(len(t)), change.split(len(t)), strict=True)
+        for name, own_room, own_change in zip(
+            gradients, room.float().split(len(t)), change.float().split(len(t)), strict=True
+        )
     )
 
 

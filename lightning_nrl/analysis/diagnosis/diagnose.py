@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
-from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
-from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
+from lightning_nrl.analysis.diagnosis._last_layer import (
+    REQUIRED_MARGIN,
+    LastLayer,
+    analyze_last_layer,
+    sample_places,
+    untried_targets,
+)
 from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
@@ -24,15 +29,7 @@ from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
 from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.methods.budget import (
-    CONVEX_SOLVES,
-    LADDER_SEARCHES,
-    LINEARIZED_PASSES,
-    PASSES_PER_VISIT,
-    POLISH_PASSES,
-    SCORED_SHARE,
-    VISITS_PER_SAMPLE,
-)
+from lightning_nrl.methods import budget
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PATH_STRENGTHS
@@ -90,7 +87,7 @@ def diagnose_module(
             },
             targets=untried_targets(results),
             layers=layers,
-            costs=_costs(results, seen.seconds, layer, last, evaluator.collective, epochs),
+            costs=costs(*_measured(seen, layer, last, evaluator.collective), epochs),
             notes=_notes(results, seen, last, layers),
             seconds=in_milliseconds(clock.seconds),
         )
@@ -146,30 +143,22 @@ def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequen
     return text, f"Never right, and their neighbours agree with the model: look first at the labels of {named}{more}."
 
 
-def _costs(
-    results: SampleResults,
-    one_pass: float,
-    layer: nn.Linear | None,
-    last: LastLayer | str,
-    collective: Collective,
-    epochs: int | None,
-) -> tuple[Cost, ...]:
-    """What methods take by what the first rank measured, so that all tell the same."""
-    n = len(results)
-    head = math.nan if layer is None else n / collective.world_size * _head_seconds(layer)
-    alone = last.seconds if isinstance(last, LastLayer) else math.nan
-    measured = torch.tensor([one_pass, head, alone], dtype=torch.float64)
-    return costs(*collective.agreed(measured).tolist(), bool(results.margin.isnan().all()), epochs)
-
-
 @torch.no_grad()
-def _head_seconds(layer: nn.Linear, n: int = 1024) -> float:
-    """Seconds per sample of a Linear layer."""
-    inputs = layer.weight.new_zeros(n, layer.in_features)
-    layer(inputs).sum().item()  # the first call may be slow
-    start = time.perf_counter()
-    layer(inputs).sum().item()
-    return (time.perf_counter() - start) / n
+def _measured(
+    seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
+) -> tuple[float, float, float, bool]:
+    """The first rank's times for `costs`, so that all tell the same."""
+    head = math.nan
+    if layer is not None:
+        inputs = layer.weight.new_zeros(1024, layer.in_features)
+        layer(inputs).sum().item()  # the first call may be slow
+        start = time.perf_counter()
+        layer(inputs).sum().item()
+        head = (time.perf_counter() - start) / 1024 * len(seen.results) / collective.world_size
+    alone = last.seconds if isinstance(last, LastLayer) else math.nan
+    measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
+    one_pass, head, alone = collective.agreed(measured).tolist()
+    return one_pass, head, alone, bool(seen.results.margin.isnan().all())
 
 
 def costs(
@@ -182,18 +171,18 @@ def costs(
     """
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
-    search = SCORED_SHARE * candidates * head
+    search = budget.SCORED_SHARE * candidates * head
     how = f"at most {candidates:,} candidates for the last Linear"
     found = [Cost("swarm", around + search, how)]
     if without_margins:
         found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
     else:
-        found.append(Cost("convex", around + CONVEX_SOLVES * alone, "exact programmes for the last Linear"))
-        found.append(Cost("linearized", around + LINEARIZED_PASSES * one_pass, "some steps of one layer"))
-        fit = ((epochs or VISITS_PER_SAMPLE) * PASSES_PER_VISIT + POLISH_PASSES) * one_pass
-        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
+        found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "exact programmes for the last Linear"))
+        found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "some steps of one layer"))
+        fit = ((epochs or budget.VISITS_PER_SAMPLE) * budget.PASSES_PER_VISIT + budget.POLISH_PASSES) * one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
-        parts = (LADDER_SEARCHES * search, CONVEX_SOLVES * alone)
+        parts = (budget.LADDER_SEARCHES * search, budget.CONVEX_SOLVES * alone)
         layer = sum(part for part in parts if not math.isnan(part))
         found.append(Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish"))
     return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))

@@ -20,25 +20,13 @@ from lightning_nrl.analysis.diagnosis.findings import (
     TargetFinding,
 )
 from lightning_nrl.report import Page, Report, installed_versions
-from lightning_nrl.report._figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    LINE_COLOUR,
-    ORANGE,
-    RED,
-    Plotted,
-    dress,
-    new_figure,
-    shorten_name,
-)
+from lightning_nrl.report import _figures as figures
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.report.page import Block, Facts, Heading, Row, Table, Text
 
 
 @dataclass(frozen=True)
-class Diagnosis(Report, Plotted):
+class Diagnosis(Report, figures.Plotted):
     """What can be known before a repair. `rich.print(diagnosis)` shows it as tables.
 
     Attributes:
@@ -217,19 +205,19 @@ def _layers(diagnosis: Diagnosis, most: int) -> Table:
 
 
 VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
-    "yes": ("can be fixed", BLUE),
-    "no": ("cannot be fixed", RED),
-    "undecided": ("undecided", ORANGE),
-    "not tried": ("not tried", GREY),
+    "yes": ("can be fixed", figures.BLUE),
+    "no": ("cannot be fixed", figures.RED),
+    "undecided": ("undecided", figures.ORANGE),
+    "not tried": ("not tried", figures.GREY),
 }
 PLOTTED_LAYERS = 40
 LAYERS_TITLE = "Room: the layer that must change least"
 
 
 def _figure(diagnosis: Diagnosis) -> Any:
-    figure = new_figure(13, max(4.6, 1.6 + 0.2 * min(len(diagnosis.layers), PLOTTED_LAYERS)))
+    figure = figures.new_figure(13, max(4.6, 1.6 + 0.2 * min(len(diagnosis.layers), PLOTTED_LAYERS)))
     title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
-    figure.suptitle(title.format(**diagnosis.known), color=INK, fontsize=12)
+    figure.suptitle(title.format(**diagnosis.known), color=figures.INK, fontsize=12)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     _margins(panels[0], diagnosis)
     _mixing(panels[1], diagnosis)
@@ -268,8 +256,8 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
         return
     places = range(mixing.k + 1)
     for counts, name, colour, shift in (
-        (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", ORANGE, -0.2),
-        (mixing.passed, f"passed samples (mean {rough_percent(mixing.mean('passed'))})", BLUE, 0.2),
+        (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", figures.ORANGE, -0.2),
+        (mixing.passed, f"passed samples (mean {rough_percent(mixing.mean('passed'))})", figures.BLUE, 0.2),
     ):
         total = max(1, sum(counts))
         axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
@@ -292,14 +280,14 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     left = 0.7 * best.change
     for at, layer in enumerate(layers):
         marked = layer == best or layer.layer == diagnosis.head
-        colour = GREEN if layer == best else INK if marked else BLUE
-        axes.plot([left, layer.change], [at, at], color=LINE_COLOUR, linewidth=1.2, zorder=1)
+        colour = figures.GREEN if layer == best else figures.INK if marked else figures.BLUE
+        axes.plot([left, layer.change], [at, at], color=figures.LINE_COLOUR, linewidth=1.2, zorder=1)
         axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
         if marked:
             note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
             axes.annotate(note, (layer.change, at), (8, 0), **style)
-    axes.set_yticks(range(len(layers)), [shorten_name(layer.layer, 28) for layer in layers], fontsize=8)
+    axes.set_yticks(range(len(layers)), [figures.shorten_name(layer.layer, 28) for layer in layers], fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
@@ -311,11 +299,11 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
 
 
 def _nothing(axes: Any, title: str, text: str) -> None:
-    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=figures.GREY, transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])
     _dress(axes, title, "", "")
 
 
 def _dress(axes: Any, title: str, across: str, up: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-    dress(axes, across, up, grid="y" if up else "x")
+    axes.set_title(title, fontsize=10, color=figures.INK, loc="left")
+    figures.dress(axes, across, up, grid="y" if up else "x")

@@ -51,13 +51,8 @@ class Binding(FoundSample):
 class HeldOutCheck:
     """Effect of repairs of one target on samples that were not constrained: an exchange rate for the last layer.
 
-    Attributes:
-        repairs: of how many targets.
-        passed: passed samples from the data with failures, each left out of the constraints of some repairs.
-        broken: of all these, how many one repair breaks, on average.
-        others: other targets.
-        repaired: of all these, how many one repair repairs too, on average.
-        harmless: share of the repairs that break none of those left out.
+    On average one of the `repairs` breaks `broken` of the `passed` samples that were left out, from the data with
+    failures, and repairs `repaired` of the `others`, the other targets. The share `harmless` breaks none.
     """
 
     repairs: int

@@ -32,13 +32,11 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # of one call: a CPU gains nothing by more, and runs are kept after each call
-SWARMS_ELSEWHERE = 512
+SWARMS_BY_DEVICE = {"cpu": 32}  # of one call, else 512: a CPU gains nothing by more, and runs are kept after each call
 TENSORS_PER_SWARM = 16  # of the size of all particles that a search holds at once, about
 STATES_MEMORY = 256 << 20  # bytes of whole layers, one a run, that are made once and not anew for every batch
 
-OnProgress = Callable[[int, list[SearchHistory]], None]
-"""Is told how many iterations were made."""
+OnProgress = Callable[[int, list[SearchHistory]], None]  # is told how many iterations were made
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
-        n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
+        n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, 512)))
         for start in range(0, len(kind), n):
             yield kind[start : start + n]
 

@@ -28,8 +28,6 @@ class Grid:
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
-        >>> len(grid.settings())
-        12
         >>> grid.settings()[0]
         {'fitness': 'eq1', 'alpha': 4, 'n_weights': 32, 'n_passed': 500}
     """

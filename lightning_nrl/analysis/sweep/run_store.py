@@ -103,10 +103,8 @@ def run_of_text(row: Mapping[str, str]) -> Run:
 
 def _value(text: str) -> object:
     """A cell as a bool, a number or None for an empty one; as it is if it is none of them."""
-    if text in ("", "True", "False"):
-        return {"": None, "True": True, "False": False}[text]
-    for kind in (int, float):
-        with suppress(ValueError, TypeError):  # a line of another length has cells that are no text
+    for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
+        with suppress(KeyError, ValueError, TypeError):  # a line of another length has cells that are no text
             return kind(text)
     return text
 

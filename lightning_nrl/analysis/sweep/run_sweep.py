@@ -160,7 +160,11 @@ class _Sweep:
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
         """Returns the same on each rank: ranks share out the runs that are not stored yet."""
-        ground = self._digest()
+        # Model, data and target tell runs from others as well.
+        evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
+        passed = [source.split for source in self.problem.known if source.passed]
+        model, layer = hash_tensors(self.problem.model.state_dict()), self.base.plain()["layer"]
+        ground = digest([model, evidence, passed, layer, repr(self.problem.task)])
         requests = [RunRequest(digest([ground, setting.plain(), seed]), setting, seed) for setting, seed in wanted]
         there = self._on_each_rank(lambda: self.store.read(request.key for request in requests))
         missing = [request for request in requests if request.key not in there]
@@ -188,13 +192,6 @@ class _Sweep:
                 self._result(requests, {**there, **made})
                 progress.finish(part)
         return made
-
-    def _digest(self) -> str:
-        """Tells model, data and target from others."""
-        evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
-        model = hash_tensors(self.problem.model.state_dict())
-        passed = [source.split for source in self.problem.known if source.passed]
-        return digest([model, evidence, passed, self.base.plain()["layer"], repr(self.problem.task)])
 
     def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
         """Returns those of the runs that are there; writes their table."""

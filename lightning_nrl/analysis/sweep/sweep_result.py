@@ -96,10 +96,7 @@ class SweepResult(Report):
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """The whole parameters of the searched layers as a run has them, on the CPU.
-
-        A `ConfigurationError` if the result was read from a file, which does not have them.
-        """
+        """The whole parameters of the searched layers as a run has them, on the CPU, as of `arguments`."""
         kept = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
@@ -116,10 +113,9 @@ class SweepResult(Report):
         return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Writes a run's weights into the model, or another with the same parameters, on any device.
+        """Writes a run's weights into a model with such parameters, on any device; nothing judges them.
 
-        Nothing judges them: look at the run's counts first. A `ConfigurationError` as for `state`, or where the model
-        lacks the parameters; nothing was written then.
+        A `ConfigurationError` as for `state`, or where the model lacks the parameters; nothing was written then.
         """
         write(model, self.state(run))
 
@@ -164,7 +160,7 @@ def _page(result: SweepResult) -> Page:
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
     blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []
     facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
-    return Page((*blocks, *((Facts(facts),) if facts else ())))
+    return Page((*blocks, Facts(facts)) if facts else tuple(blocks))
 
 
 def _summary(result: SweepResult) -> str:
@@ -172,8 +168,7 @@ def _summary(result: SweepResult) -> str:
         return "No run."
     first, names = result.runs[0], {run.setting for run in result.runs}
     text = f"{plural(len(result.runs), 'run')} of {plural(len(names), 'setting')}"
-    text += f" in {sum(run.seconds for run in result.runs):,.0f} s."
-    text += f" {first.known.targeted:,} failures to repair"
+    text += f" in {sum(run.seconds for run in result.runs):,.0f} s. {first.known.targeted:,} failures to repair"
     for role in ROLES:
         if first.has(role):
             counts = first.counts(role)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl.analysis.diagnosis._fixability import (
+from lightning_nrl.analysis.diagnosis._last_layer import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,
     REQUIRED_MARGIN,
