@@ -64,7 +64,6 @@ class LastLayer(NamedTuple):
 def analyze_last_layer(
     layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """Returns all findings, or why there are none."""
     results, features = seen.results, seen.features
     if layer is None:
         return "the model has no Linear layer."

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.analysis.diagnosis._last_layer import REQUIRED_MARGIN
 from lightning_nrl.analysis.diagnosis.findings import LayerCapacity
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -28,12 +29,9 @@ MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm: a larger change is none
 
 @torch.no_grad()
 def layer_capacities(
-    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int, keep: float
+    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Compares layers on this rank's share of some samples, given with their rows, and that of all others.
-
-    `keep` is the margin asked of targets, and of passed samples that have twice as much.
-    """
+    """Compares layers on this rank's share of some samples, given with their rows, and that of all others."""
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -43,7 +41,7 @@ def layer_capacities(
     if not gradients or not len(t):
         return ()
     rows = torch.cat([t[:, None], p.expand(len(t), -1)], 1)
-    asked = torch.where(targets, keep, (0.5 * margin).clamp_max(keep)) - margin
+    asked = torch.where(targets, REQUIRED_MARGIN, (0.5 * margin).clamp_max(REQUIRED_MARGIN)) - margin
     grams, bounds = [], []
     for name, gradient in gradients.items():
         norm = max(float(layers[name].weight.detach().float().norm()), 1e-12)
@@ -57,8 +55,8 @@ def layer_capacities(
     among, against = gram[:, 1:, 1:].contiguous(), -gram[:, 1:, 0]
     lost = solve_dual(among, against).value if len(p) else torch.zeros(len(gram))
     needed = solve_dual(gram, bound, max_value=0.5 * MAX_RELATIVE_CHANGE**2).value
-    room, change = (1 - 2 * lost).clamp(0, 1).sqrt(), (2 * needed.clamp_min(0)).sqrt()
-    change = torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change)
+    room, change = (1 - 2 * lost).clamp(0, 1).sqrt().float(), (2 * needed.clamp_min(0)).sqrt()
+    change = torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change).float()
     return tuple(
         LayerCapacity(
             name,
@@ -67,9 +65,7 @@ def layer_capacities(
             room=round(float(own_room.mean()), 4),
             change=float(own_change.median()),
         )
-        for name, own_room, own_change in zip(
-            gradients, room.float().split(len(t)), change.float().split(len(t)), strict=True
-        )
+        for name, own_room, own_change in zip(gradients, room.split(len(t)), change.split(len(t)), strict=True)
     )
 
 

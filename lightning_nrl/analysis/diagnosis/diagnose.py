@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
-from lightning_nrl.analysis.diagnosis._last_layer import (
-    REQUIRED_MARGIN,
-    LastLayer,
-    analyze_last_layer,
-    sample_places,
-    untried_targets,
-)
+from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
 from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
@@ -74,7 +68,7 @@ def diagnose_module(
         last = analyze_last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
             chosen = drawn(known, results, _near(results, settings.seed), LAYER_BATCH)
-            layers = layer_capacities(evaluator, chosen, results, settings.seed, REQUIRED_MARGIN)
+            layers = layer_capacities(evaluator, chosen, results, settings.seed)
         found = Diagnosis(
             advice="",
             target=str(settings.target),

@@ -220,7 +220,7 @@ def _figure(diagnosis: Diagnosis) -> Any:
     figure.suptitle(title.format(**diagnosis.known), color=figures.INK, fontsize=12)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     _margins(panels[0], diagnosis)
-    _mixing(panels[1], diagnosis)
+    _mixing(panels[1], diagnosis.mixing)
     _room(panels[2], diagnosis)
     return figure
 
@@ -249,19 +249,19 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     _dress(axes, "Targets: can the last layer fix each?", "margin: label's logit above the largest other", "targets")
 
 
-def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
-    mixing = diagnosis.mixing
+def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
     if mixing is None:
         _nothing(axes, "Neighbourhoods", "not looked at")
         return
-    places = range(mixing.k + 1)
     for counts, name, colour, shift in (
         (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", figures.ORANGE, -0.2),
         (mixing.passed, f"passed samples (mean {rough_percent(mixing.mean('passed'))})", figures.BLUE, 0.2),
     ):
         total = max(1, sum(counts))
-        axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
-    axes.set(xticks=list(places), ylim=(0, 119), yticks=range(0, 101, 20))
+        axes.bar(
+            [i + shift for i in range(mixing.k + 1)], [100 * n / total for n in counts], 0.4, color=colour, label=name
+        )
+    axes.set(xticks=range(mixing.k + 1), ylim=(0, 119), yticks=range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")
     across = f"of the {mixing.k} nearest passed samples, with its label"
     _dress(axes, "Neighbours, by the last layer's inputs", across, "% of samples")

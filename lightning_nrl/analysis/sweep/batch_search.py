@@ -49,7 +49,6 @@ class RunRequest:
 
     @property
     def work(self) -> int:
-        """Candidates at most."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
 
 
@@ -162,9 +161,10 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
-        together = device.type != "cpu" and isinstance(fitness, Fitness)
-        kind = fitness.uses_passed_loss if together else request.setting.name  # type: ignore[union-attr]
-        kinds.setdefault((method, kind), []).append(request)
+        alike: Any = request.setting.name
+        if isinstance(fitness, Fitness) and device.type != "cpu":
+            alike = fitness.uses_passed_loss
+        kinds.setdefault((method, alike), []).append(request)
     for kind in kinds.values():
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))

@@ -39,7 +39,6 @@ class SweepObserver(Observer, Protocol):
 
     def show(self, done: int, total: int, note: str) -> None:
         """How many runs of how many are done, and what is to be said of the rest."""
-        ...
 
 
 Seeds = int | Sequence[int]
