@@ -26,7 +26,7 @@ def calls(trainer: Trainer, model: LightningModule) -> tuple[RepairReport, Diagn
         repair(trainer, model),
         diagnose(trainer, model),
         compare(trainer, model),
-        sweep(trainer, model, settings=["EXP-C1"]),
+        sweep(trainer, model, settings=[{"alpha": 4}]),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, is_noisy, quick_repair, quiet_trainer, right, same
 from lightning_package import CSVLogger, ModelCheckpoint, TensorBoardLogger, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, Grid, Target, compare, diagnose, repair, sweep
@@ -99,9 +100,17 @@ def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(tmp_path: Path, tra
     assert SweepResult.from_csv(folder / "sweep.csv").runs == result.runs
     assert len(list((tmp_path / "logs" / "sweep").iterdir())) == len(result.runs) == 6
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
-    again = sweep(quiet_trainer(tmp_path), trained, datamodule=Digits(), **how)
+    logger = TensorBoardLogger(tmp_path / "means", name="", version="")
+    again = sweep(quiet_trainer(tmp_path, logger=logger), trained, datamodule=Digits(), log="setting", **how)
     # Wall time included: nothing was run.
     assert again.runs == result.runs
+    first = result.of(result.runs[0].setting)
+    row, *others = sorted((tmp_path / "means" / "sweep").iterdir(), key=lambda path: path.stat().st_ctime_ns)
+    assert len(others) == len({run.setting for run in result.runs}) - 1
+    events = EventAccumulator(str(row)).Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    (value,) = events.Scalars("sweep/known_broken")
+    assert value.value == pytest.approx(sum(run.known.broken for run in first) / len(first))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")} == before
 
 

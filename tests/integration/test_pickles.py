@@ -50,7 +50,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "diagnose": lambda path, tmp: diagnose(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
     "compare": lambda path, tmp: compare(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
     "sweep": lambda path, tmp: sweep(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings=["EXP-B1"], seeds=1
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings={"alpha": 6}, seeds=1
     ),
     "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
     "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
