@@ -37,11 +37,6 @@ INPUT_NAME_PARTS = ("input", "image", "img", "pixel", "feature", "data", "audio"
 
 
 @runtime_checkable
-class _NamedTuple(Protocol):
-    def _asdict(self) -> dict[str, Any]: ...
-
-
-@runtime_checkable
 class Graphs(Protocol):
     """Graphs in one object with fields by name, as torch_geometric has them."""
 
@@ -61,16 +56,15 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
         return None
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, _NamedTuple):
-        return value._asdict()
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        named: dict[str, Any] = value._asdict()
+        return named
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, it is no mapping
     return None
 
 
 class _Part(NamedTuple):
-    """Something in a batch."""
-
     path: str  # as Python writes it, from the batch on
     name: str  # the last key in it
     depth: int
@@ -140,13 +134,9 @@ def _likely(parts: Sequence[_Part], names: Sequence[str], suits: Callable[[Tenso
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """What a model's forward takes.
+    """The parameters of a model's forward, without `*args` and `**kwargs`; those without a default are `required`.
 
-    Attributes:
-        names: of its parameters, without `*args` and `**kwargs`.
-        required: those without a default, in the same order.
-        takes_mapping: whether its one parameter is a whole batch, by its annotation or because it is called `batch`.
-        takes_keywords: whether any keyword argument is taken.
+    With `takes_mapping` its one parameter is a whole batch, by its annotation or because it is called `batch`.
     """
 
     names: tuple[str, ...] = ()
@@ -191,12 +181,7 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     name, or the one of `INPUT_KEYS`, or the only tensor; the whole batch if its annotation is a mapping, if it is
     called `batch`, or if nothing else suits. A forward with several gets the fields of their names. `**kwargs` get
     every tensor but the truth. Inputs may be nested (`{"inputs": {...}, "targets": ...}`), and so may the batch
-    (`{"batch": ...}`).
-
-    Args:
-        raw: a batch as a data loader gives it.
-        signature: of the model's forward, if it is known; else one usual input goes by position, or all tensors do by
-            their names.
+    (`{"batch": ...}`). Without a signature one usual input goes by position, or all tensors do by their names.
 
     Returns:
         `(args, kwargs, target)`.
@@ -320,7 +305,6 @@ class ModelAdapter:
     model: nn.Module | None = None  # whose predictions it is asked for; see `bind_adapter`
 
     def __call__(self, raw: Any) -> Unpacked:
-        """`(args, kwargs, target)` for `run_model`; a `ConfigurationError` where no model is known."""
         if self.model is None:
             raise ConfigurationError(
                 "`adapter`: f(module, batch) -> (logits, target) cannot be used here, where inputs are needed.",

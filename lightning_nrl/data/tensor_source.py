@@ -31,9 +31,6 @@ class TensorSource:
         batch_size: samples that the model runs on at once.
         device: where batches are moved to, the model's; None leaves them where they are.
 
-    Raises:
-        ConfigurationError: on construction, if something is no tensor or the numbers of samples differ.
-
     Example:
         Class 1 begins at 0, so the model is wrong on one of the new samples. Nothing that it gets right may break.
 
@@ -96,13 +93,12 @@ class TensorSource:
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
-        for position in torch.split(self.index, self.batch_size):
-            if len(position):
-                # A slice copies nothing.
-                yield self._batch(position, slice(int(position[0]), int(position[-1]) + 1))
+        for start in range(0, len(self), self.batch_size):
+            # A slice copies nothing.
+            part = slice(start, min(start + self.batch_size, len(self)))
+            yield self._batch(self.index[part], part)
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples, one batch for each tensor of positions."""
         for position in batches:
             yield self._batch(position, position.to(self.targets.device))
 

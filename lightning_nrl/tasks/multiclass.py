@@ -76,7 +76,6 @@ class Multiclass(Task):
         return target.float().argmax(1) if _is_soft(target) else target.flatten().long()
 
     def _check_values(self, target: Tensor, classes: int) -> None:
-        """Refuses float labels that are no whole numbers, and rows that are no probabilities of the classes."""
         if _is_soft(target):
             rows = target.double()
             fits = target.shape[1] == classes and bool((rows >= 0).all())
@@ -86,19 +85,12 @@ class Multiclass(Task):
                     "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
                     "`task='multilabel'`.",
                 )
-        else:
-            check_whole_labels(target)
-
-
-def check_whole_labels(labels: Tensor) -> None:
-    """Refuses floating-point labels that are no whole numbers."""
-    if labels.is_floating_point() and bool((labels != labels.round()).any()):
-        raise ConfigurationError(
-            "`task`: multiclass needs whole labels, and found others.",
-            "numbers to be predicted are for `task=Regression(tolerance=...)`.",
-        )
+        elif target.is_floating_point() and bool((target != target.round()).any()):
+            raise ConfigurationError(
+                "`task`: multiclass needs whole labels, and found others.",
+                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+            )
 
 
 def _is_soft(target: Tensor) -> bool:
-    """Whether a target is a probability for each class."""
     return target.ndim == 2 and target.shape[1] > 1

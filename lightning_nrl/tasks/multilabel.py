@@ -30,9 +30,6 @@ class Multilabel(Task):
         wrong: how many labels of a sample may be wrong and it still passes.
         ignore_index: the value of labels that are not known and do not count.
 
-    Raises:
-        ConfigurationError: on construction, for values out of range.
-
     Example:
         >>> logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]])
         >>> Multilabel().margin(logits, labels), Multilabel(wrong=1).margin(logits, labels)
@@ -54,16 +51,15 @@ class Multilabel(Task):
         return f"Multilabel: {most} right{at}"
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses shapes that do not fit, and labels other than 0, 1 and the ignored value."""
         if output.ndim != 2 or not output.shape[1]:
             raise ConfigurationError(
                 f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
                 "return one logit for each label, or pass a `Task` that fits as `task=`.",
             )
         if not isinstance(target, Tensor) or target.shape != output.shape:
-            found = described(target)
             raise ConfigurationError(
-                f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, found {found}.",
+                f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, "
+                f"found {described(target)}.",
                 "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
             )
         known = self._known(target)

@@ -25,9 +25,6 @@ class NamedHead(Task):
         name: a key of a mapping, a field of an object, or a place in a tuple.
         task: what judges it.
 
-    Raises:
-        ConfigurationError: on construction, if the task is none.
-
     Example:
         >>> import torch
         >>> task = NamedHead("digit")
