@@ -59,23 +59,24 @@ class DeployedPrecision:
     @property
     def eps(self) -> float:
         """The distance of 1 to the next number, of the coarsest kind of numbers that the model is computed in."""
-        names = (*self.weights, *([self.autocast] if self.autocast else []))
-        found = [
-            torch.finfo(dtype).eps for dtype in (getattr(torch, name) for name in names) if dtype.is_floating_point
-        ]
+        dtypes = [getattr(torch, name) for name in (*self.weights, self.autocast) if name]
+        found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
         return max([*found, *([TF32_EPS] if self.tf32 else [])], default=torch.finfo(torch.float32).eps)
 
     @property
     def is_coarse(self) -> bool:
-        """Whether numbers are rounded further than to float32."""
+        """True if numbers are rounded further than to float32."""
         return self.eps > torch.finfo(torch.float32).eps
 
     def __str__(self) -> str:
-        under = f", autocast to {self.autocast}" if self.autocast else ""
-        under += ", TF32 allowed" if self.tf32 else ""
-        under += ", cuDNN deterministic" if self.cudnn_deterministic else ""
-        under += ", cuDNN benchmark" if self.cudnn_benchmark else ""
-        return f"{' and '.join(self.weights) or 'no weights'} on {self.device}{under}"
+        notes = {
+            f"autocast to {self.autocast}": self.autocast,
+            "TF32 allowed": self.tf32,
+            "cuDNN deterministic": self.cudnn_deterministic,
+            "cuDNN benchmark": self.cudnn_benchmark,
+        }
+        where = f"{' and '.join(self.weights) or 'no weights'} on {self.device}"
+        return ", ".join([where, *(note for note, applies in notes.items() if applies)])
 
 
 def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> float | None:

@@ -54,9 +54,6 @@ class Evaluator:
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; all of them make the same calls in the same order.
         called: names of the layers that the prediction calls, the last call last; None: it is not known.
-
-    Raises:
-        ConfigurationError: on construction, for what is no module or no task.
     """
 
     model: nn.Module
@@ -77,7 +74,6 @@ class Evaluator:
 
     @property
     def precision(self) -> DeployedPrecision:
-        """In what the model is computed."""
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
@@ -103,18 +99,13 @@ class Evaluator:
         Args:
             sources: the splits, this rank's share of each.
             target: which failed samples are marked as targeted, and which samples are in the target; None marks none.
-            everywhere: whether the failed samples of all sources are marked, not only of those whose failures are
-                candidates for repair.
+                Where it cannot say of a source whose failures are not marked, all of its samples count as in it.
+            everywhere: mark the failed samples of all sources, not only of those whose failures may be repaired.
             forward: called in place of the model.
 
         Raises:
             ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
-            EvaluationError: a split's samples are not there exactly once, some have no class, or another rank could not
-                read its share.
-
-        Warns:
-            DataWarning: the target cannot be applied to a source none of whose failures are marked; all of its samples
-                count as in the target.
+            EvaluationError: a split's samples are not there exactly once, some have no class, or another rank failed.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -170,7 +161,7 @@ class _Marker:
 
     target: Target | None
     split: str
-    targets_failures: bool  # whether its failures may be targeted
+    targets_failures: bool
     applies: bool = True  # whether the target could be applied so far
 
     def __call__(
@@ -293,14 +284,9 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Refuses a task that does not have what a method needs.
+    """Refuses a task that does not have what a method needs, by the results of some samples at least.
 
-    Args:
-        needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
-        results: of some samples at least.
-        task: that they were judged by.
-        by: what needs classes.
-        hint: what to do where there are none.
+    `by` is what needs classes, `hint` what to do where there are none.
     """
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):

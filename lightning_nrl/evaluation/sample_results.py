@@ -88,7 +88,6 @@ class SampleResults:
         return position + self.start(split)
 
     def start(self, split: str) -> int:
-        """The first row of a split."""
         return sum(self.sizes[: self.splits.index(split)])
 
     def of(self, split: str) -> slice:
@@ -103,7 +102,7 @@ class SampleResults:
 
     @property
     def weighted(self) -> bool:
-        """Whether not all samples count alike."""
+        """True if samples do not count alike."""
         return bool((self.weight != 1).any())
 
     @property
@@ -135,7 +134,7 @@ class SampleResults:
         return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Data-set positions of the samples whose loss is NaN or infinite, by split, without splits that have none."""
+        """Data-set positions of the samples whose loss is NaN or infinite, by split, without empty splits."""
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
 
 
@@ -162,7 +161,6 @@ class FlipCounts:
 
     @property
     def n(self) -> int:
-        """All samples."""
         return self.kept + self.broken + self.repaired + self.failing
 
     @property
@@ -210,14 +208,7 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """What became of each of `N` samples; every sample is in exactly one of the four masks.
-
-    Attributes:
-        kept: `N` bool, right before and after.
-        broken: `N` bool, right before, wrong after.
-        repaired: `N` bool, wrong before, right after.
-        failing: `N` bool, wrong before and after.
-    """
+    """What became of each of `N` samples: every sample is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
 
     kept: Tensor
     broken: Tensor
