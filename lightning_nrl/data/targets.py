@@ -183,14 +183,11 @@ class Where(Target):
         return check_per_sample(what, found, len(batch), "bool", TargetError).cpu()
 
     def __str__(self) -> str:
-        name = self.name
-        if name is None and isinstance(self.predicate, str):
-            name = self.predicate
-        elif name is None:
-            name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
-            if name == "<lambda>":
-                name = f"lambda of line {self.predicate.__code__.co_firstlineno}"
-        return f"where {name}"
+        if self.name is not None or isinstance(self.predicate, str):
+            return f"where {self.predicate if self.name is None else self.name}"
+        name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
+        code = getattr(self.predicate, "__code__", None)
+        return f"where lambda of line {code.co_firstlineno}" if name == "<lambda>" and code else f"where {name}"
 
 
 @dataclass(frozen=True)
@@ -309,7 +306,8 @@ class _TargetReader:
     """Reads the words of a target from left to right, by recursive descent."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.words, self.at = text, [*TARGET_WORD.findall(text), ""], 0
+        self.text, self.at = text, 0
+        self.words: list[str] = [*TARGET_WORD.findall(text), ""]
 
     def read(self) -> Target:
         found = self.either()

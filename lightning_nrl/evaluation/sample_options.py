@@ -177,10 +177,9 @@ def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
     levels: dict[int, dict[int | None, int]] = {}
     for key, level in risk.items():
         check_whole(f"risk[{key!r}]", level, 1)
-        text = key.split("->") if isinstance(key, str) else key
-        pair = text if isinstance(text, (tuple, list)) else (text,)
-        if isinstance(key, str) and all(part.strip().isdecimal() for part in pair):
-            pair = [int(part) for part in pair]
+        pair: Sequence[Any] = key if isinstance(key, tuple) else (key,)
+        if isinstance(key, str) and all(part.strip().isdecimal() for part in key.split("->")):
+            pair = [int(part) for part in key.split("->")]
         if len(pair) not in (1, 2) or not all(map(is_class, pair)) or len({*pair}) < len(pair):
             raise ConfigurationError(
                 f"`risk` has the key {key!r}.",

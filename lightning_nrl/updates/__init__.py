@@ -12,6 +12,7 @@ from lightning_nrl.updates.oversampling import Oversampler
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import release
 from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import (
     AtMostBroken,
     Finding,
@@ -19,7 +20,6 @@ from lightning_nrl.updates.rules import (
     NoSliceWorse,
     ProtectedIntact,
     Rule,
-    parse_rules,
 )
 
 __all__ = [

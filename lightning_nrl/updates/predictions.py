@@ -247,6 +247,16 @@ class Predictions:
         )
 
 
+def read_ids(path: str | Path) -> dict[str, list[int]]:
+    """Samples in a CSV file with the columns `split` and `id`."""
+    found: dict[str, list[int]] = {}
+    for line in read_csv("ids", path, ("split", "id")):
+        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
+    if not found:
+        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
+    return found
+
+
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
     """Slices in a CSV file with the columns `split`, `id` and `slice`."""
     found: dict[tuple[str, int], str] = {}

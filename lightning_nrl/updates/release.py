@@ -17,7 +17,8 @@ from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rules import Rule, parse_rules
+from lightning_nrl.updates.rule_parsing import parse_rules
+from lightning_nrl.updates.rules import Rule
 
 
 def release(

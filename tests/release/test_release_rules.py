@@ -25,7 +25,8 @@ from lightning_nrl.updates import (
     Rule,
 )
 from lightning_nrl.updates.release_report import Identity, make_report
-from lightning_nrl.updates.rules import RULES, parse_rule, parse_rules, sign_test
+from lightning_nrl.updates.rule_parsing import RULES, parse_rule, parse_rules
+from lightning_nrl.updates.rules import sign_test
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
 
