@@ -29,8 +29,8 @@ FEWEST_SAMPLES_AT_ONCE = 4
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The batch norm layers whose statistics follow the training, by name.
 
-    Not those without running statistics, those that do not track them, as Lightning leaves a frozen one, and those that
-    are in evaluation mode while the model trains, which is how one freezes them by hand.
+    Not those that do not track statistics, as Lightning leaves a frozen one, and those in evaluation mode while the
+    model trains, which is how one freezes them by hand.
     """
     return {
         name: layer
@@ -54,14 +54,13 @@ def estimate_statistics(
     """Means and variances of the inputs of all batch norm layers, averaged over batches, in one pass over data.
 
     What Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do after averaging
-    weights. Only batch norm layers are in training mode meanwhile: dropout drops nothing. The model is left as found;
-    `lightning_nrl._utils.state.write` puts the result into it.
+    weights. Only batch norm layers are in training mode meanwhile: dropout drops nothing. The model is left as found.
 
     Args:
         model: with the weights that the statistics are to fit, on its device. An `Evaluator` says in which precision it
             runs, and which ranks share the data: their averages are averaged, each with the weight of its batches.
-        data: a source, which is read in random order, since data sorted by class would give batches that are unlike
-            each other; or batches as a data loader gives them, read as they come, the last few not too small.
+        data: a source, read in random order, since batches of sorted data would be unlike each other; or batches as a
+            data loader gives them, read as they come, the last few not too small.
         batches: how many of them; None: all.
         seed: of the random order.
         adapter: takes raw batches apart.

@@ -72,25 +72,18 @@ class ShareChoice(Shown):
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed.
-
-        Raises:
-            ConfigurationError: a tensor is not in the model, or has another shape.
-        """
+        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed."""
         write(model, self.state)
         return bool(self.state)
 
     def to_table(self) -> Page:
-        """The curve as a page, for rich's `print`."""
         points = []
         for point in self.curve:
             c = point.counts
             cells = percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate)
             points.append((f"share {point.share:.2f}", cells, point == self.chosen))
-        rule = "As given"
-        if self.tolerance is not None:
-            near = f"within {100 * self.tolerance:g} points of the best accuracy"
-            rule = f"The largest that breaks no more than share 0, {near}"
+        near = f"within {100 * (self.tolerance or 0):g} points of the best accuracy"
+        rule = "As given" if self.tolerance is None else f"The largest that breaks no more than share 0, {near}"
         columns = ("accuracy", "repaired", "broken", "negative flip rate")
         return curve_page("Share of the old weights", f"{rule}: {self.share:.2f}.", columns, points)
 
@@ -154,10 +147,9 @@ def choose_share(
 
     Args:
         old: as for `interpolate`.
-        new: its update, on its device; left as found. An `Evaluator` says what else there is to say of it: the task,
-            mixed precision, the ranks that share the data. Each rank ends with the same choice.
-        data: to count on, such as validation data: none that the new model was trained on, since there the new model as
-            it is is the most accurate.
+        new: likewise; its `Evaluator` also says the task and the ranks that share the data.
+        data: to count on, none that the new model was trained on, since there the new model as it is is the most
+            accurate.
         training: as for `interpolate`.
         tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
             largest share, whatever it costs.
@@ -222,15 +214,14 @@ def choose_share(
 
 
 def check_share(share: object, argument: str = "share") -> None:
-    """A `ConfigurationError` for what is no number from 0 to 1."""
+    """Refuses what is no number from 0 to 1."""
     check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """The cosine of the angle between the weights of two models, a state and a module, in [-1, 1].
+    """The cosine of the angle between the weights of two models, in [-1, 1]: 1 for a copy, about 0 for unrelated ones.
 
-    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models. It is 1
-    for a copy, and about 0 for two models that began at different random weights.
+    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models.
     """
     sums = []
     for name, weight in new.named_parameters():
@@ -245,7 +236,6 @@ def alignment(old: State, new: nn.Module) -> float:
 
 
 def _statistics(evaluator: Evaluator, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
-    """Batch norm statistics that fit weights between two models; none where there are no such layers."""
     layers = batch_norms(evaluator.model)
     if not layers:
         return {}

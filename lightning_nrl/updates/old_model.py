@@ -36,9 +36,6 @@ class Reference(Protocol):
         """What the replaced model does on this rank's share of data; only `prediction` and `passed` are meaningful.
 
         The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
-
-        Raises:
-            ConfigurationError: the replaced model or its predictions do not fit the data.
         """
         ...
 
@@ -56,9 +53,6 @@ class OldModel:
             class that the new model does not have is never right.
         cache: a file for its predictions. They are read from there if it holds them for the same weights and samples,
             else computed and written there.
-
-    Raises:
-        ConfigurationError: on construction, for what cannot be a model or a mapping of classes.
 
     Example::
 

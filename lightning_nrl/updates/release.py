@@ -113,7 +113,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """What was given as the old model; a `ConfigurationError` if nothing was, or what cannot be one."""
+    """What was given as the old model; refuses nothing, and what cannot be one."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."

@@ -104,7 +104,7 @@ class ReleaseReport(Report):
 
     @property
     def accepted(self) -> bool:
-        """Whether every rule is satisfied."""
+        """True if every rule is satisfied."""
         return self.status == "accepted"
 
     @property
@@ -180,8 +180,7 @@ def make_report(
 ) -> ReleaseReport:
     """Asks every rule, and writes down what was found.
 
-    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %. A
-    `ConfigurationError` if a rule asks for what the data do not have.
+    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %.
     """
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)
