@@ -45,11 +45,11 @@ class DeployedPrecision:
         """That of a model inside of a context such as autocast."""
         found = {p.dtype for p in model.parameters()}
         kinds = sorted(found, key=lambda dtype: (torch.finfo(dtype).eps if dtype.is_floating_point else -1, str(dtype)))
+        weights = tuple(map(_name, kinds))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with context():
             is_mixed = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
             autocast = _name(torch.get_autocast_dtype(device.type)) if is_mixed else ""
-        weights = tuple(_name(kind) for kind in kinds)
         if device.type != "cuda":
             return cls(device.type, weights, autocast)
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark

@@ -79,9 +79,9 @@ class Evaluator:
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
         """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""
         with self.context():
-            if forward is not None:
-                return self.task.logits(forward(*batch.args, **batch.kwargs))
-            return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
+            if forward is None:
+                return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
+            return self.task.logits(forward(*batch.args, **batch.kwargs))
 
     @torch.no_grad()
     def run(
@@ -263,15 +263,15 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
-    if torch.equal(position, expected):
-        return {"index": source.index, **whole}
-    order = position.argsort()
-    if not torch.equal(position[order], expected):
-        raise EvaluationError(
-            f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
-            "over all ranks each must come once; a collate function must neither drop nor add samples.",
-        )
-    return {"index": source.index, **{name: column[order] for name, column in whole.items()}}
+    if not torch.equal(position, expected):
+        order = position.argsort()
+        if not torch.equal(position[order], expected):
+            raise EvaluationError(
+                f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
+                "over all ranks each must come once; a collate function must neither drop nor add samples.",
+            )
+        whole = {name: column[order] for name, column in whole.items()}
+    return {"index": source.index, **whole}
 
 
 Need = Literal["margins", "classes", "recording"]

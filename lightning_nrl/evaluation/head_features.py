@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 class HeadFeatures(NamedTuple):
-    """The results, the features, and how long the model took."""
+    """What one pass over the known data gives."""
 
     results: SampleResults
     features: Features | None  # None where no Linear gives the logits

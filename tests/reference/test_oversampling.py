@@ -88,8 +88,8 @@ def test_one_pass_of_a_model_over_the_data_tells_what_is_hard(kind: Any) -> None
     [
         ({"passed": torch.ones(3)}, "is no tensor of one bool a sample"),
         ({"margin": torch.ones(4)}, r"`margin` has the shape \[4\], `passed` \[5\]"),
-        ({"oversample": 1.5}, "`oversample=1.5` is no number from 1"),
-        ({"oversample": 0}, "`oversample=0` is no number from 1"),
+        ({"oversample": 1.5}, "`oversample=1.5` is out of range"),
+        ({"oversample": 0}, "`oversample=0` is out of range"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
