@@ -42,7 +42,6 @@ class DeployedPrecision:
 
     @classmethod
     def of(cls, model: nn.Module, context: Context) -> DeployedPrecision:
-        """That of a model inside of a context such as autocast."""
         found = {p.dtype for p in model.parameters()}
         kinds = sorted(found, key=lambda dtype: (torch.finfo(dtype).eps if dtype.is_floating_point else -1, str(dtype)))
         weights = tuple(map(_name, kinds))
@@ -103,7 +102,6 @@ def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Ten
 
 
 def _calls_cudnn(model: nn.Module) -> bool:
-    """Whether a model has convolutions or recurrent layers, by the shapes of its weights."""
     return any(p.ndim > 2 for p in model.parameters()) or any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 

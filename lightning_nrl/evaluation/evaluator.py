@@ -134,7 +134,6 @@ class Evaluator:
             return self.run(sources)
 
     def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
-        """This rank's rows of one split, on the CPU, in the order in which they came."""
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         for number, batch in enumerate(source):
             poll()
@@ -213,7 +212,6 @@ def _with_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tupl
 
 
 def _check_classes(source: Source, table: Table) -> None:
-    """Refuses a split with samples that have no class, on all ranks alike."""
     without = source.index[table["label"] == NO_CLASS].tolist()
     if without:
         some = f"{without[:10]}{' ...' if len(without) > 10 else ''}"
@@ -225,7 +223,6 @@ def _check_classes(source: Source, table: Table) -> None:
 
 
 def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
-    """Raises a `ConfigurationError` if a pass failed because the data do not lie where the model does."""
     held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:

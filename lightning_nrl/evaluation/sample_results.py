@@ -91,7 +91,6 @@ class SampleResults:
         return sum(self.sizes[: self.splits.index(split)])
 
     def of(self, split: str) -> slice:
-        """The rows of a split."""
         start = self.start(split)
         return slice(start, start + self.sizes[self.splits.index(split)])
 
@@ -107,7 +106,6 @@ class SampleResults:
 
     @property
     def protected(self) -> Tensor:
-        """`N` bool, passed samples that may not break at all."""
         return self.passed & self.weight.isinf()
 
     @property
@@ -175,12 +173,10 @@ class FlipCounts:
 
     @property
     def accuracy_before(self) -> float:
-        """Share of samples right before, in [0, 1]; NaN without samples."""
         return self.passed / self.n if self.n else float("nan")
 
     @property
     def accuracy_after(self) -> float:
-        """Share of samples right after, in [0, 1]; NaN without samples."""
         return self.right / self.n if self.n else float("nan")
 
     @staticmethod

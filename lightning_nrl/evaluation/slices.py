@@ -46,8 +46,9 @@ class SliceRecorder(RecordingSource):
         values = found.tolist() if hasattr(found, "tolist") else found
         fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
         if not fits or not all(isinstance(value, (str, int, np.integer, np.bool_, type(None))) for value in values):
+            what = f"{type(found).__name__} {str(found)[:60]}"
             raise ConfigurationError(
-                f"`{self.argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
+                f"`{self.argument}` returned {what} for a batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
         own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
@@ -69,7 +70,6 @@ class SliceRecorder(RecordingSource):
 
 
 def _renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
-    """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
 
 

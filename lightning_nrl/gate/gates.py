@@ -239,7 +239,6 @@ class Verdict:
 
     @property
     def accepted(self) -> bool:
-        """Whether the candidate's weights are to be written into the model."""
         return self.status == "repaired"
 
 

@@ -51,12 +51,10 @@ class Multiclass(Task):
         return F.cross_entropy(output, truth, reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
-        """The logit of the true class less the largest other one, `n`."""
         output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`."""
         return class_divergence(output, teacher)
 
     def prediction(self, output: Tensor) -> Tensor:

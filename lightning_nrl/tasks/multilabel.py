@@ -93,7 +93,6 @@ class Multilabel(Task):
         return each.kthvalue(self.wrong + 1, 1).values if self.wrong else each.amin(1)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """The Kullback-Leibler divergence of a label's probability from the teacher's, `n`, the mean over labels."""
         new, old = at_least_float32(output), at_least_float32(teacher)
         there = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
         absent = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))

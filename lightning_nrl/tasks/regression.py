@@ -78,7 +78,6 @@ class Regression(Task):
         return torch.where(margin.isnan(), -torch.inf, margin)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """The mean squared difference in tolerances, `n`."""
         return self._errors(output, teacher, target).square().mean(1)
 
     def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:

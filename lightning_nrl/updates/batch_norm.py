@@ -115,7 +115,6 @@ def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
 
 
 def _averaged(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
-    """The statistics of the layers that were called, the same on every rank."""
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked

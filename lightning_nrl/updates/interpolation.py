@@ -40,12 +40,10 @@ class SharePoint:
 
     @property
     def accuracy(self) -> float:
-        """In [0, 1]."""
-        return self.counts.right / self.counts.n
+        return self.counts.accuracy_after
 
     @property
     def negative_flip_rate(self) -> float:
-        """Broken samples among all, in [0, 1]."""
         return self.counts.broken / self.counts.n
 
 
@@ -68,7 +66,6 @@ class ShareChoice(Shown):
 
     @property
     def share(self) -> float:
-        """Of the old weights."""
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
@@ -182,7 +179,7 @@ def choose_share(
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
     before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
-    was_right, label = _judged(evaluator, before, data, adapter)
+    known = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
@@ -190,13 +187,13 @@ def choose_share(
             # Kept, being small, so that the choice costs no further pass.
             statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
-        right, again = _judged(evaluator, mixed, data, adapter)
-        if collective.any(not torch.equal(label, again)):
+        found = _judged(evaluator, mixed, data, adapter)
+        if collective.any(not torch.equal(known[:, 1], found[:, 1])):
             raise ConfigurationError(
                 "`data`: a second pass gave other samples than the first.",
                 "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
-        counts = FlipCounts.of(was_right, right)
+        counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
         total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
         if not int(total.sum()):
             raise ConfigurationError("`data`: there is no sample.", "give data to choose the share on.")
@@ -248,18 +245,16 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
         return estimate_statistics(evaluator, training, **estimating)
 
 
-def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
+def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
+    """`n x 2`, which of this rank's samples these weights get right, and their classes; -1 without classes."""
 
-    def run() -> tuple[Tensor, Tensor]:
-        rights, labels = [], []
+    def run() -> Tensor:
+        rows = [torch.zeros(0, 2, dtype=torch.int64)]
         for output, target in evaluator.outputs(data, adapter):
             right, label = evaluator.task.right(output, target), evaluator.task.label(target)
-            rights.append(right)
-            labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
-        if not rights:
-            return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
-        return torch.cat(rights).cpu(), torch.cat(labels).cpu()
+            classes = torch.full_like(right, -1, dtype=torch.int64) if label is None else label.to(right.device)
+            rows.append(torch.stack([right.long(), classes], 1).cpu())
+        return torch.cat(rows)
 
     with preserve(evaluator.model), holding(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")

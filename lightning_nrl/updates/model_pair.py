@@ -48,7 +48,6 @@ class ModelPair:
         return self.after.splits
 
     def rows(self, split: str) -> Tensor:
-        """`N` bool, the samples of a split."""
         mask = torch.zeros(len(self.after), dtype=torch.bool)
         mask[self.after.of(split)] = True
         return mask

@@ -48,9 +48,7 @@ class Line(NamedTuple):
         return ConfigurationError(f"{self.where}: {found}.", self.hint)
 
 
-def read_csv(
-    argument: str, path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = ()
-) -> Iterator[Line]:
+def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
     """Reads a CSV file in UTF-8 with a header, line by line; empty lines and further columns are left out.
 
     A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. The values of
@@ -61,35 +59,28 @@ def read_csv(
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{name} cannot be read ({error}).", hint) from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
-    if numbered[0][1].startswith(WEIGHTS):
-        del numbered[0]
-    header: list[str] | None = None
-    for number, text in numbered:
-        where = f"{name}, line {number:,}"
-        if not text.strip():
+    header: list[str] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip() or (number == 1 and text.startswith(WEIGHTS)):
             continue
+        where = f"{name}, line {number:,}"
         try:
-            (values,) = csv.reader([text], strict=True)
+            (values,) = csv.reader([text.removesuffix("\r")], strict=True)
         except (csv.Error, ValueError) as error:
             raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
-        if header is None:
-            header = _header(where, values, columns, hint)
+        if header:
+            line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
+            if len(values) != len(header):
+                raise line.refused(f"{len(values)} values for {len(header)} columns")
+            yield line
             continue
-        line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
-        if len(values) != len(header):
-            raise line.refused(f"{len(values)} values for {len(header)} columns")
-        yield line
-    if header is None:
+        header = values
+        missing = [column for column in columns if column not in header]
+        if missing or len(set(header)) < len(header):
+            problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
+            raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
+    if not header:
         raise ConfigurationError(f"{name} is empty.", hint)
-
-
-def _header(where: str, header: list[str], columns: Sequence[str], hint: str) -> list[str]:
-    missing = [column for column in columns if column not in header]
-    if missing or len(set(header)) < len(header):
-        problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
-        raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
-    return header
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
@@ -218,26 +209,18 @@ class Predictions:
 
     def alone(self) -> SampleResults:
         """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
-        rows = [(split, at, *found) for split, own in self.splits.items() for at, found in sorted(own.items())]
-        unknown = [(split, at) for split, at, _, passed in rows if passed is None]
+        rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
+        unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
             problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
             raise ConfigurationError(
                 f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
             )
-        passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
-        nothing = torch.full((len(rows),), -1)
-        return SampleResults(
-            splits=tuple(self.splits),
-            sizes=tuple(map(len, self.splits.values())),
-            index=torch.tensor([row[1] for row in rows]),
-            label=nothing,
-            prediction=torch.tensor([row[2] for row in rows]),
-            loss=(~passed).float(),
-            passed=passed,
-            targeted=torch.zeros_like(passed),
-            margin=torch.full((len(rows),), torch.nan),
-        )
+        index = torch.tensor([at for _, at, _ in rows])
+        classless, nothing, none = torch.full_like(index, -1), torch.zeros(len(rows)), torch.zeros(len(rows)).bool()
+        sizes = tuple(map(len, self.splits.values()))
+        table = SampleResults(tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing)
+        return self.results(table)
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:

@@ -78,7 +78,7 @@ def release(
         sources,
         parse_rules(rules),
         slices=None if slices is None else find_column("slices", slices),
-        seeds=seeds or {},
+        seeds=dict(seeds or {}),
     )
     return report
 
@@ -94,17 +94,15 @@ def judge_pair(
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
     """As `release`, with what both models do on each sample; `name` is what the new model is called in the report."""
-    splits = [source.split for source in data]
     for rule in rules:
-        rule.check_data(splits, slices is not None)
+        rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
-    model = new.model
     pair = evaluate_pair(new, old, data, slices=slices, targets=targets)
     report = make_report(
         pair,
         rules,
-        new=Identity(name or type(model).__name__, hash_tensors(model.state_dict())),
-        old=_identity(old, model),
+        new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
+        old=_identity(old, new.model),
         task=str(new.task),
         precision=str(new.precision),
         seeds=seeds,

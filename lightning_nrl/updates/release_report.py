@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -104,7 +104,6 @@ class ReleaseReport(Report):
 
     @property
     def accepted(self) -> bool:
-        """True if every rule is satisfied."""
         return self.status == "accepted"
 
     @property
@@ -122,7 +121,6 @@ class ReleaseReport(Report):
         return {"exit_status": self.exit_status}
 
     def page(self, full: bool = False) -> Page:
-        """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
         return _page(self, full)
 
 
@@ -167,18 +165,8 @@ def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[st
     return (*facts, *((f"file: {kind}", shown(path)) for kind, path in report.files.items()))
 
 
-def make_report(
-    pair: ModelPair,
-    rules: Sequence[Rule],
-    *,
-    new: Identity,
-    old: Identity,
-    task: str,
-    precision: str,
-    seeds: Mapping[str, int],
-    missing: Mapping[str, int] | None = None,
-) -> ReleaseReport:
-    """Asks every rule, and writes down what was found.
+def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> ReleaseReport:
+    """Asks every rule, and writes down what was found; `decided_on` are further fields of the report.
 
     The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %.
     """
@@ -191,13 +179,8 @@ def make_report(
         broken_ids=pair.after.ids(pair.flips.broken),
         repaired_ids=pair.after.ids(pair.flips.repaired),
         confidence=confidence,
-        new=new,
-        old=old,
         samples={split: hash_samples(pair.after, split) for split in pair.splits},
-        task=task,
-        precision=precision,
-        missing=dict(missing or {}),
-        seeds=dict(seeds),
+        **decided_on,
     )
 
 

@@ -76,7 +76,6 @@ class SplitRule(Rule):
 
     @property
     def counts(self) -> Literal["splits", "slices", "both"]:
-        """What the parts are."""
         return "splits"
 
     @property
