@@ -79,7 +79,7 @@ def adapter_hint(raw: Any) -> str:
     """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
-    truth = (classes or tensors or [None])[-1]
+    truth = next(iter([*classes[-1:], *tensors[-1:]]), None)
     rest = [part for part in tensors if part is not truth]
     given = next((part for part in rest if part.value.is_floating_point()), rest[0] if rest else None)
     return (

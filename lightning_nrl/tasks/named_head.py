@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.tasks.multiclass import Multiclass
+from lightning_nrl.tasks.classification import Multiclass
 from lightning_nrl.tasks.task import Task
 
 

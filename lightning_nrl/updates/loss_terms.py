@@ -85,7 +85,10 @@ class FocalDistillation(Term):
     name: str = "focal_distillation"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, above=("weight", "temperature"), least=("base", "focus"))
+        for name in ("weight", "temperature"):
+            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
+        for name in ("base", "focus"):
+            check_real(name, getattr(self, name), "number from 0", f"write {name}=1.0.", least=0)
         if self.base + self.focus == 0:
             raise ConfigurationError("`base=0` and `focus=0`: the term is always 0.", "give one a number above 0.")
 
@@ -131,7 +134,8 @@ class MarginHinge(Term):
     name: str = "margin_hinge"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, above=("weight", "share"))
+        for name in ("weight", "share"):
+            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
         real = isinstance(self.most, (int, float)) and not isinstance(self.most, bool) and self.most > 0
         check_kind("most", self.most, real, "number above 0", "most=1.0")
 
@@ -163,13 +167,6 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
             f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
         )
     return terms
-
-
-def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:
-    for name in above:
-        check_real(name, getattr(term, name), "number above 0", f"write {name}=1.0.", above=0)
-    for name in least:
-        check_real(name, getattr(term, name), "number from 0", f"write {name}=1.0.", least=0)
 
 
 OUTPUT_TOLERANCE = 0.02

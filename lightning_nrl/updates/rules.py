@@ -73,10 +73,8 @@ class SplitRule(Rule):
     """Base of rules that count parts of the data: each of some splits, or their slices."""
 
     splits: tuple[str, ...]
-
-    @property
-    def counts(self) -> Literal["splits", "slices", "both"]:
-        return "splits"
+    whole_splits: bool = True
+    each_slice: bool = False
 
     @property
     @abstractmethod
@@ -91,7 +89,7 @@ class SplitRule(Rule):
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits(str(self), self.splits, splits)
-        if self.counts != "splits" and not sliced:
+        if self.each_slice and not sliced:
             raise ConfigurationError(
                 f"the rule `{self}` needs slices, and `slices` is not given.",
                 "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
@@ -116,8 +114,8 @@ class SplitRule(Rule):
     def _parts(self, pair: ModelPair) -> list[Part]:
         found = []
         for split in check_splits(str(self), self.splits, pair.splits):
-            named = {split: pair.rows(split)} if self.counts != "slices" else {}
-            if self.counts != "splits":
+            named = {split: pair.rows(split)} if self.whole_splits else {}
+            if self.each_slice:
                 named |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
             found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
         return found
@@ -194,10 +192,6 @@ class MaxNegativeFlipRate(SplitRule):
         check_confidence(self.limit, "limit")
         check_confidence(self.confidence)
 
-    @property
-    def counts(self) -> Literal["splits", "both"]:
-        return "both" if self.each_slice else "splits"
-
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return self._bound(counts).upper > self.limit
 
@@ -259,14 +253,13 @@ class NoSliceWorse(SplitRule):
     level: float = 0.05
     splits: tuple[str, ...] = ()
 
+    whole_splits = False
+    each_slice = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("by", self.by, ("test", "count"))
         check_confidence(self.level, "level")
-
-    @property
-    def counts(self) -> Literal["slices"]:
-        return "slices"
 
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         if self.by == "count":

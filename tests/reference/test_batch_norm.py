@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.updates.batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.updates.interpolation import batch_norms, estimate_statistics
 
 LABEL = torch.zeros(2, dtype=torch.int64)
 

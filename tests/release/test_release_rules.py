@@ -24,7 +24,7 @@ from lightning_nrl.updates import (
     ProtectedIntact,
     Rule,
 )
-from lightning_nrl.updates.release_report import Identity, make_report
+from lightning_nrl.updates.release import Identity, make_report
 from lightning_nrl.updates.rule_parsing import RULES, parse_rule, parse_rules
 from lightning_nrl.updates.rules import sign_test
 
