@@ -14,16 +14,12 @@ from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.data.adapters import unpack
-from lightning_nrl.data.batch import Batch, Source, is_sliceable, unpacked
+from lightning_nrl.data.batch import Source, is_sliceable, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "image digit")
-
-
-def test_a_batch_is_as_long_as_it_has_positions() -> None:
-    assert len(Batch((X,), Y, torch.tensor([4, 5]))) == 2
 
 
 def test_a_source_is_known_by_what_it_has() -> None:
@@ -108,12 +104,6 @@ def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name() -> None:
     assert by_name.args == ()
     assert torch.equal(by_name.kwargs["mask"], DARK)
     assert torch.equal(by_name.raw[0]["x"], FIVE)
-
-
-def test_batches_are_moved_to_the_device() -> None:
-    (batch,) = TensorSource(FIVE, FIVE_LABELS, split="train", extras=(DARK,), device="meta")
-    assert {t.device.type for t in (*batch.args, batch.target, batch.raw[2])} == {"meta"}
-    assert batch.position.device.type == "cpu"
 
 
 @pytest.mark.parametrize(

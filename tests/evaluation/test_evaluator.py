@@ -78,14 +78,6 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
         Evaluator(nn.Identity()).run([replace(lacking, failed=True)], target)
 
 
-def test_rows_of_a_split_are_found_by_position() -> None:
-    evidence = Evaluator(nn.Identity()).run([source("a", slice(3)), source("b")])
-    assert evidence.sizes == (3, 5)
-    assert evidence.of("b") == slice(3, 8)
-    assert evidence.rows("b", torch.tensor([0, 4])).tolist() == [3, 7]
-    assert evidence.ids(~evidence.passed) == {"a": [1, 2], "b": [1, 2]}
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 23), min_size=1, max_size=3),
@@ -159,13 +151,6 @@ def test_one_rank_that_fails_stops_all() -> None:
     assert own == "no such image"
 
 
-def test_losses_that_are_not_finite_are_found_by_split() -> None:
-    x = LOGITS.clone()
-    x[1, 0], x[4, 0] = float("nan"), float("inf")
-    sources = [TensorSource(x, LABELS, split="train"), source("new")]
-    assert Evaluator(nn.Identity()).run(sources).non_finite() == {"train": [1, 4]}
-
-
 def test_sources_need_names_of_their_own() -> None:
     with pytest.raises(ConfigurationError, match=r"`sources` has the splits \['a', 'a'\]"):
         Evaluator(nn.Identity()).run([source("a"), source("a")])
@@ -200,12 +185,6 @@ def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, 
         Evaluator(nn.Identity(), Column(wrong)).run([source()])
 
 
-def test_a_task_without_classes_leaves_them_unknown() -> None:
-    evidence = Evaluator(nn.Identity(), Column("")).run([source(failed=True)], Target.all())
-    assert evidence.label.tolist() == evidence.prediction.tolist() == [-1] * 5
-    assert torch.equal(evidence.targeted, ~evidence.passed)
-
-
 @pytest.mark.parametrize("no_class", [-100, -1])
 def test_samples_without_a_class_are_named(no_class: int) -> None:
     labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
@@ -226,8 +205,3 @@ def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         evaluator.run([source()])
     assert isinstance(caught.value.__cause__, RuntimeError)
-
-
-def test_an_error_of_the_model_itself_stays_as_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        Evaluator(nn.Linear(7, 3)).run([source()])

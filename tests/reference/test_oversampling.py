@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.updates import Oversampler
@@ -30,12 +30,6 @@ def test_failed_and_near_border_samples_come_more_often() -> None:
     assert Oversampler(~torch.ones(2, dtype=torch.bool), torch.zeros(2)).times.tolist() == [3, 3]
 
 
-def test_its_times_are_weights_for_torch_s_own_sampler() -> None:
-    drawn = Counter(WeightedRandomSampler(Oversampler(PASSED, MARGIN).times, 9000, generator=torch.Generator()))
-    assert 2700 < drawn[1] < 3300
-    assert 800 < drawn[0] < 1200
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.floats(-5, 20)), min_size=1, max_size=30),
@@ -54,11 +48,6 @@ def test_every_epoch_has_each_sample_as_often_as_it_says(rows: Any, oversample: 
     assert list(again) == epochs[1]
     assert (first.times[~passed] == oversample).all()
     assert set(first.times.tolist()) <= {1, oversample}
-
-
-def test_epochs_differ() -> None:
-    sampler = Oversampler(torch.ones(50, dtype=torch.bool), oversample=1)
-    assert list(sampler) != list(sampler)
 
 
 class Tagged(TensorDataset):
@@ -95,8 +84,3 @@ def test_one_pass_of_a_model_over_the_data_tells_what_is_hard(kind: Any) -> None
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Oversampler(**{"passed": PASSED, "margin": MARGIN, **arguments})
-
-
-def test_a_path_is_no_model() -> None:
-    with pytest.raises(ConfigurationError, match=r"`model='old.ckpt'` is no module"):
-        Oversampler.of("old.ckpt", TensorDataset(torch.ones(1)))  # type: ignore[arg-type]

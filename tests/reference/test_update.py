@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
 
-from lightning_nrl import RepairReport, SampleOptions, Settings, Target, TensorSource, repair_module
+from lightning_nrl import RepairReport, SampleOptions, Settings, TensorSource, repair_module
 from lightning_nrl._trainer.tracking.scalars import outcome
 from lightning_nrl.methods import Polish
 from lightning_nrl.updates.old_model import OldModel
-from lightning_nrl.updates.predictions import Predictions
 
 LINE = torch.tensor([[value, 1.0] for value in (-2.0, -1.0, 0.3, 1.0, 2.0)])
 CLASS = torch.tensor([0, 0, 1, 1, 1])
@@ -62,19 +61,6 @@ def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     assert report.status == "nothing to repair"
     assert report.reason.startswith("no known sample in the target (all failures) that the replaced model gets right")
     assert report.pooled_update("known").now.broken == 0  # type: ignore[union-attr]
-
-
-def test_the_target_chooses_among_regressions() -> None:
-    settings = Settings(target=Target.label(0))
-    report = repair_module(threshold(0.5), line(), settings, reference=OldModel(threshold(0.1))).report
-    assert report.status == "nothing to repair"
-
-
-def test_predictions_are_enough() -> None:
-    rows = {"train": {0: (0, None), 1: (0, None), 2: (1, None)}, "new": {0: (1, None), 1: (1, None)}}
-    report = repair_module(threshold(0.5), line(), reference=Predictions(rows)).report
-    assert report.status == "repaired"
-    assert report.update[0].trained.broken_ids == (2,)
 
 
 def test_an_update_is_read_as_it_was_written_and_logged() -> None:
