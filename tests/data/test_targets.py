@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,40 +84,6 @@ def test_targets_are_values() -> None:
     assert ~Target.all() & Target.where(occluded) == And(Not(AllFailures()), Where(occluded))
     assert len({Target.label(3), Label(3), Label(4)}) == 2
     assert pickle.loads(pickle.dumps(Target.where(occluded) | Target.label(1))) == Where(occluded) | Label(1)
-
-
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        (Target.all(), "all failures"),
-        (Target.label(3) | Target.confusion(3, 5), "label 3 or confusion 3 -> 5"),
-        (Label(1) | Label(2) | Label(3), "label 1 or label 2 or label 3"),
-        (Label(1) & (Label(2) & Label(3)), "label 1 and (label 2 and label 3)"),
-        ((Label(1) | Label(2)) & Where(occluded), "(label 1 or label 2) and where occluded"),
-        (Label(1) | (Label(2) & Where(occluded)), "label 1 or (label 2 and where occluded)"),
-        (~(Label(1) | Label(2)), "not (label 1 or label 2)"),
-        (~Label(1), "not label 1"),
-        (Target.where(occluded, name="partly occluded"), "where partly occluded"),
-        (Target.where("os.path:exists"), "where os.path:exists"),
-        (Target.where(partial(occluded)), "where partial"),
-    ],
-)
-def test_str_reads_as_words(target: Target, words: str) -> None:
-    assert str(target) == words
-
-
-@pytest.mark.parametrize(
-    "give",
-    [
-        lambda raw: OCCLUDED,
-        lambda raw: OCCLUDED.numpy(),
-        lambda raw: OCCLUDED.tolist(),
-        lambda raw: tuple(OCCLUDED.tolist()),
-        lambda raw: list(OCCLUDED.numpy()),
-    ],
-)
-def test_where_takes_a_tensor_an_array_or_a_list(give: Callable) -> None:
-    assert chosen(Target.where(give)) == [0, 3, 4]
 
 
 @pytest.mark.parametrize(

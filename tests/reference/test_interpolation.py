@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,10 +13,9 @@ from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.updates import choose_share, interpolate
-from lightning_nrl.updates.interpolation import ShareChoice, alignment, batch_norms, estimate_statistics
+from lightning_nrl.updates.interpolation import ShareChoice, batch_norms, estimate_statistics
 
 
 def linear(weight: Any) -> nn.Linear:
@@ -111,19 +108,6 @@ def test_any_batches_that_can_be_read_again_will_do(data: Any) -> None:
     assert chosen(data) == chosen()
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_is_further_from_the_new_and_nearer_to_the_old_model(seed: int, a: float, b: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(2, 2, 3, generator=generator)
-    old, new = linear(weights[0]), linear(weights[1])
-    ends = [interpolate(old, new, share)["weight"] for share in (1, 0)]
-    assert torch.equal(torch.stack(ends), weights)
-    near, far = (interpolate(old, new, share)["weight"] for share in sorted((a, b)))
-    assert bool(((near - weights[1]).abs() <= (far - weights[1]).abs() + 1e-5).all())
-    assert bool(((near - weights[0]).abs() + 1e-5 >= (far - weights[0]).abs()).all())
-
-
 def pair() -> tuple[nn.Sequential, nn.Sequential, TensorSource]:
     """Two networks with batch norm and dropout, and data."""
     torch.manual_seed(0)
@@ -160,14 +144,6 @@ def test_ranks_choose_as_one() -> None:
     shares = ((X[::2], Y[::2]), (X[1::2], Y[1::2]))
     found = on_ranks(2, lambda own: chosen([shares[own.rank]], tolerance=0.1, collective=own))
     assert found[0] == found[1] == chosen(tolerance=0.1)
-
-
-def test_weights_of_a_common_origin_are_aligned() -> None:
-    a, b = linear([[3.0, 4.0]]), linear([[4.0, 3.0]])
-    assert alignment(a.state_dict(), b) == pytest.approx(24 / 25)
-    assert alignment(a.state_dict(), linear([[-4.0, 3.0]])) == 0.0
-    # Scales of norms are alike in all models, so they say nothing.
-    assert alignment(nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2)) == 1.0
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
@@ -292,20 +268,6 @@ def test_ranks_count_by_their_batches() -> None:
             "1.num_batches_tracked": torch.tensor(3),
         }
     )
-
-
-def test_no_rank_waits_for_one_that_failed() -> None:
-    said = []
-
-    def run(own: Any) -> None:
-        try:
-            estimate_statistics(Evaluator(norm(), collective=own), BATCHES if own.rank else ["no batch"])
-        except (ConfigurationError, EvaluationError) as error:
-            said.append((own.rank, str(error).partition("\n")[0]))
-
-    on_ranks(2, run)
-    unreadable = "`adapter`: a batch of type str is neither (x, y, *extras) nor a mapping."
-    assert sorted(said) == [(0, unreadable), (1, unreadable)]
 
 
 def test_data_without_a_batch_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.tasks import Multiclass, Multilabel, Segmentation, Sequence, Task
+from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.updates import FocalDistillation, MarginHinge, Predictions
 from lightning_nrl.updates.loss_terms import ModelTeacher, OldAnswers, PredictedTeacher, Term, parse_terms
 
@@ -47,38 +47,6 @@ def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
     found.sum().backward()
     assert output.grad[0].tolist() == [0.0, 0.0]
     assert output.grad[1].isfinite().all()
-
-
-WIDE = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).log()
-"""Two elements, of which the divergence from equal probabilities is 0.143841 each, as above."""
-
-
-@pytest.mark.parametrize(
-    ("task", "output", "target"),
-    [
-        (Sequence(), WIDE[None], torch.tensor([[0, 1]])),
-        (Sequence(class_dim=1), WIDE.T[None], torch.tensor([[0, 1]])),
-        (Segmentation(), WIDE.T[None, :, None], torch.tensor([[[0, 1]]])),
-        (Multilabel(), torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([[1, 0]])),
-    ],
-)
-def test_elements_without_a_label_are_not_distilled(task: Task, output: Tensor, target: Tensor) -> None:
-    # The first element is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) away from its teacher; the second is far away.
-    student = output.clone().requires_grad_()
-    teacher = torch.zeros_like(output)
-    second = (0, 1) if isinstance(task, Sequence) and task.class_dim == -1 else (..., 1)
-    teacher[second] = -9.0 * output[second]
-    old = OldAnswers(torch.tensor([True]), teacher)
-    ignored = target.clone()
-    ignored[..., 1] = -100
-    assert float(FocalDistillation()(task, output, target, old)) > 0.7
-    found = FocalDistillation()(task, student, ignored, old)
-    torch.testing.assert_close(found, torch.tensor([0.143841]))
-    found.sum().backward()
-    assert not student.grad[second].any()
-    # At a temperature of 2, logits twice as large are as far away, and count four times.
-    soft = FocalDistillation(temperature=2.0)(task, 2 * student, ignored, replace(old, output=2 * teacher))
-    torch.testing.assert_close(soft, torch.tensor([0.575364]))
 
 
 def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
@@ -119,25 +87,6 @@ def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
     reached = TASK.margin(output, target) >= 0.5 * answers.margin
     assert (hinge[reached] == 0).all()
     assert (hinge[answers.passed & ~reached] > 0).all()
-
-
-class NoMargin(Task):
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target).abs().amax(1) < 1
-
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target).square().mean(1)
-
-
-def test_a_task_without_classes_is_distilled_by_squares_and_has_no_hinge() -> None:
-    output, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
-    old = OldAnswers(torch.tensor([True]), torch.zeros(1, 2))
-    # (1 + 9) / 2 whatever the temperature is
-    for temperature in (1.0, 4.0):
-        term = FocalDistillation(base=1.0, focus=1.0, temperature=temperature)
-        assert term(NoMargin(), output, target, old).tolist() == [10.0]
-    with pytest.raises(ConfigurationError, match="NoMargin has no margins"):
-        MarginHinge()(NoMargin(), output, target, old)
 
 
 def test_what_a_term_needs_is_asked_for() -> None:

@@ -117,45 +117,6 @@ def test_divergences_by_hand() -> None:
     assert float(Sequence().divergence(padded, TOKENS)[1]) > 1
 
 
-@pytest.mark.parametrize(
-    ("task", "output", "target", "slope"),
-    [
-        (Multilabel(), TAGS, TAG_LABELS, [0, 0, -1, 0, 0, -1, 1, 0, 0]),
-        (Regression(0.5), NUMBERS[:2], TRUE_NUMBERS[:2], [-2, 0, 0, -2]),
-        (Sequence(), TOKENS, TOKEN_LABELS, [0, 0, 0, 0, 1, -1, 0, 0, -1, 1, 0, 0]),
-        (Segmentation(0.6), PIXELS, TRUTH, [0, 0, 0, -1]),
-    ],
-)
-def test_the_margin_leads_to_what_decides(task: Task, output: Tensor, target: Tensor, slope: list[float]) -> None:
-    output = output.clone().requires_grad_()
-    margin = task.margin(output, target)
-    assert margin is not None
-    margin.sum().backward()
-    assert output.grad is not None
-    assert output.grad.flatten().tolist() == slope
-
-
-def test_the_margin_of_a_large_image_leads_to_the_neighbours_in_rank() -> None:
-    # 300 pixels of class 0 with leads 300, 299, ..., 1: half of them are needed, the 150th has a lead of 151.
-    line = -torch.arange(300.0, 0, -1).view(1, 1, 300)
-    line.requires_grad_()
-    margin = Segmentation(iou=0.5).margin(line, torch.zeros(1, 300, dtype=torch.int64))
-    assert margin.tolist() == [151.0]
-    margin.sum().backward()
-    assert line.grad is not None
-    # A window of 2 %, 3 on either side, each with a seventh.
-    assert line.grad.flatten().nonzero().flatten().tolist() == list(range(146, 153))
-    torch.testing.assert_close(line.grad[0, 0, 149], torch.tensor(-1 / 7))
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
-def test_labels_of_any_dtype_will_do(dtype: torch.dtype) -> None:
-    labels = TAG_LABELS.to(dtype)
-    Multilabel().check(TAGS, labels)
-    assert torch.equal(Multilabel().loss(TAGS, labels), Multilabel().loss(TAGS, TAG_LABELS))
-    assert Multilabel().passed(TAGS, labels).tolist() == [False, True, False]
-
-
 def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
     two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
     for truth in (TRUTH, TRUTH[:, None], TRUTH.bool()):
