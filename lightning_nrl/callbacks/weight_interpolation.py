@@ -28,13 +28,14 @@ from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.updates.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
     ShareChoice,
     alignment,
+    batch_norms,
     check_share,
     choose_share,
+    estimate_statistics,
     interpolate,
 )
 from lightning_nrl.updates.old_model import Reference

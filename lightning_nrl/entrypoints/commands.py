@@ -26,8 +26,8 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rules import RULES, parse_rules
+from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
+from lightning_nrl.updates.rule_parsing import RULES, parse_rules
 
 PAGE_WIDTH = 120  # characters
 

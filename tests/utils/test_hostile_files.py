@@ -28,8 +28,7 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import write_point
 from lightning_nrl.pipeline import Patch
-from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.rules import read_ids
+from lightning_nrl.updates.predictions import Predictions, read_ids, read_slices
 
 STATE = {"layer.weight": torch.arange(12.0).view(3, 4), "layer.bias": torch.ones(3), "n": torch.tensor(4)}
 NEW = {**STATE, "layer.bias": torch.arange(3.0)}
