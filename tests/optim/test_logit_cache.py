@@ -9,9 +9,10 @@ import torch
 from toy_problems import make_problem
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
+from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods._solvers.descent import Descent
-from lightning_nrl.methods._solvers.teacher import LogitCache, Teacher
+from lightning_nrl.methods._solvers.teacher import Teacher
 
 
 def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
@@ -40,7 +41,7 @@ def test_each_sample_is_asked_of_its_own_teacher() -> None:
 def test_what_was_said_is_remembered_where_there_is_room(
     room: int, again: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl.methods._solvers.teacher.MAX_CACHED_BYTES", room)
+    monkeypatch.setattr("lightning_nrl.evaluation.logit_cache.MAX_CACHED_BYTES", room)
     problem, runs = teacher_problem()
     teacher = Teacher(problem, STATES, WHICH)
     batch, rows = parts_of(problem, 2, 1)[0]

@@ -75,9 +75,7 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
 
 
 def test_what_there_is_no_room_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lightning_nrl.methods._solvers.teacher.MAX_CACHED_BYTES", 3 * 4 * 10
-    )  # ten rows of three floats
+    monkeypatch.setattr("lightning_nrl.evaluation.logit_cache.MAX_CACHED_BYTES", 3 * 4 * 10)  # ten rows of three floats
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     for _ in range(4):

@@ -17,6 +17,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
+from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
@@ -27,8 +28,6 @@ DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
 """Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
 TARGET_EMPHASIS = 3.0
 """How much more the loss of a target counts than that of another sample."""
-EASY_MARGIN = 3 / 8
-"""Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
 EASY_FRACTION = 0.25
 """The part of the easy samples that an epoch trains on."""
 
