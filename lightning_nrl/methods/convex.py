@@ -118,7 +118,7 @@ class Convex:
         """
         began = time.perf_counter()
         _check_layers(problem.space)
-        check_needs(Convex.needs, problem.before, problem.task)
+        check_needs(Convex.needs, problem.before, problem.evaluator.task)
         if not problem.deadline_of_method().leaves(RECORDING_PASSES * problem.clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with problem.clock.stage("record"):

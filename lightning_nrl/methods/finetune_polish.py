@@ -56,7 +56,7 @@ class FineTunePolish:
         Raises:
             ConfigurationError: the task has no margins.
         """
-        check_needs(self.needs, problem.before, problem.task)
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock = problem.clock
         fit_deadline = problem.deadline_of_method(self.share).earlier(POLISH_PASSES * clock.one_pass)
         began = time.perf_counter()

@@ -77,7 +77,7 @@ class Linearized:
         Raises:
             ConfigurationError: the task has no margins, or their gradients do not reach a layer.
         """
-        check_needs(self.needs, problem.before, problem.task)
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
         if not deadline.leaves(FIRST_ROUND_PASSES * clock.one_pass):
             return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")

@@ -60,7 +60,7 @@ class Polish:
             ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
                 layer that may change; or the task has no margins.
         """
-        check_needs(self.needs, problem.before, problem.task)
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
         others: tuple[Proposal, ...] = ()

@@ -24,7 +24,6 @@ from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import JUDGING_PASSES
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
-from lightning_nrl.tasks import Task
 
 N_SCORED = 100_000
 """Known samples that a search looks at, at most, unless something else is said."""
@@ -136,11 +135,6 @@ class Problem:
     def model(self) -> nn.Module:
         """The original model."""
         return self.evaluator.model
-
-    @property
-    def task(self) -> Task:
-        """What passed, loss and margin mean."""
-        return self.evaluator.task
 
     @property
     def device(self) -> torch.device:

@@ -219,7 +219,9 @@ def test_gradients_are_repeatable_and_those_of_recurrent_layers_are_taken_withou
     (parts,) = load_batches(problem, [rows])
     descent.step(parts, lambda batch, rows, output: output.square().sum())
     assert problem.model.asked[-1] == (False, True)
-    margin_calls(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.evaluator.context)
+    margin_calls(
+        problem.model, {"head": problem.model.head}, parts[0][0], problem.evaluator.task, problem.evaluator.context
+    )
     assert problem.model.asked[-1] == (False, True)
     problem.evaluate({})
     assert problem.model.asked[-1] == (True, False)

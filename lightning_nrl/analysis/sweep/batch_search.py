@@ -310,7 +310,7 @@ class Recount:
         state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
         for batch in self._batches() if changed else ():
             was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
-            task, target = self.problem.task, batch.chunk.target
+            task, target = self.problem.evaluator.task, batch.chunk.target
             now = torch.stack([task.right(batch.logits(state(r)), target) for r in changed])
             _, broken, repaired, _ = flip_masks(was, now)
             sums[:, changed] += torch.stack([repaired & aimed, repaired, broken, broken & own]).sum(2)

@@ -175,7 +175,7 @@ class Study:
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         model = hash_tensors(self.problem.model.state_dict())
         passed = [source.split for source in self.problem.known if source.passed]
-        return digest([model, evidence, passed, self.base.plain()["layer"], repr(self.problem.task)])
+        return digest([model, evidence, passed, self.base.plain()["layer"], repr(self.problem.evaluator.task)])
 
     def _key(self, setting: Setting, seed: int) -> str:
         return digest([self._ground, setting.plain(), seed])

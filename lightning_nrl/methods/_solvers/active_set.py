@@ -156,7 +156,9 @@ class ActiveSet:
             weight, hinge, is_taught = columns.unbind(1)
             margin = self._margin(output, batch)
             measured.append((rows, margin.detach()))
-            divergence = self.problem.task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+            divergence = self.problem.evaluator.task.divergence(
+                output, self._teacher(batch, rows, output.shape), batch.target
+            )
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         n_open = int(self.open.sum())
@@ -192,12 +194,12 @@ class ActiveSet:
             for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
                 for batch, places in parts:
                     output = problem.evaluator.output(batch)
-                    is_finite = problem.task.loss(output, batch.target).isfinite()
+                    is_finite = problem.evaluator.task.loss(output, batch.target).isfinite()
                     measured.append((places, torch.where(is_finite, self._margin(output, batch), torch.nan)))
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
-        margin = self.problem.task.margin(output, batch.target)
+        margin = self.problem.evaluator.task.margin(output, batch.target)
         assert margin is not None
         return margin
 

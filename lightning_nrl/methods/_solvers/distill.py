@@ -114,7 +114,7 @@ class _Distillation:
         return (is_drawn & self.problem.used).nonzero().flatten()
 
     def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        task = self.problem.task
+        task = self.problem.evaluator.task
         margin = task.margin(output.detach(), batch.target)
         if margin is not None:
             measured.append((rows, margin))

@@ -121,7 +121,7 @@ def polish(
     Raises:
         ConfigurationError: the task has no margins.
     """
-    check_needs(NEEDS, problem.before, problem.task)
+    check_needs(NEEDS, problem.before, problem.evaluator.task)
 
     def work() -> PolishResult:
         run, phase = _Polish(problem, state, deadline or Deadline(), masks, after, insist), Phase.START

@@ -145,7 +145,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     missed = dict.fromkeys(layers, False)
     for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
         for batch, at in parts:
-            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.evaluator.context)
+            _, calls = margin_calls(problem.model, layers, batch, problem.evaluator.task, problem.evaluator.context)
             missed |= {name: missed[name] or not is_by_sample(found, len(at)) for name, found in calls.items()}
             if not any(missed.values()):
                 yield at, calls
