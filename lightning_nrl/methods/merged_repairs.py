@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.state import State, combined, current_state
-from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
@@ -21,7 +21,7 @@ from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.published_methods import bundle
-from lightning_nrl.methods.search_samples import choose_samples, record_known, scorer_for
+from lightning_nrl.methods.search_samples import choose_samples, progress, record_known, scorer_for
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import (
@@ -29,7 +29,6 @@ from lightning_nrl.search import (
     SEARCHERS,
     ParticleSwarm,
     Searcher,
-    SearchHistory,
     SearchResult,
     WeightStats,
     search,
@@ -107,21 +106,20 @@ class MergedRepairs:
                 found.append(proposal)
             problem.clock.tell(number + 1, len(chosen))
         if not found:
-            return Solution(None, "no part of the target was repaired.", steps=tuple(steps))
+            return Solution(None, "no part of the target was repaired.", tuple(steps))
         began = time.perf_counter()
-        fitness = problem.fitness if self.fitness is None else FITNESSES.parse("fitness", self.fitness)
-        searcher = OF_COEFFICIENTS if self.searcher is None else SEARCHERS.parse("searcher", self.searcher)
+        searcher: Any = OF_COEFFICIENTS if self.searcher is None else self.searcher
+        fitness: Any = problem.fitness if self.fitness is None else self.fitness
         states = [proposal.state for proposal in found]
         with problem.clock.stage("merge"):
-            deadline = problem.deadline_of_method()
-            coefficients, result = search_coefficients(problem, states, searcher, fitness, deadline)
+            coefficients, result = search_coefficients(problem, states, searcher, fitness)
             together = problem.propose("merge", combined(current_state(problem.model), states, coefficients))
         shares = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(found, coefficients.tolist(), strict=True))
         steps.append(together.step(time.perf_counter() - began, shares))
         best = better([together, *found])
         if best is None or not best.repaired:
-            return Solution(None, "no mix of the repairs is better than the original weights.", steps=tuple(steps))
-        return Solution(best, steps=tuple(steps), others=tuple(found), result=result)
+            return Solution(None, "no mix of the repairs is better than the original weights.", tuple(steps))
+        return Solution(best, "", tuple(steps), tuple(found), result=result)
 
     def _chosen(self, problem: Problem) -> dict[str, Tensor]:
         """The parts by name, `N` bool each, the largest ones, in the order of their weight."""
@@ -154,7 +152,7 @@ class MergedRepairs:
         return dict(ranked[: self.most])
 
     def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
-        """One part repaired as if it were the whole target, counted for the whole target."""
+        """Repairs one part as if it were the whole target; counted for the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         own.seconds.update({"collect": clock.one_pass})
@@ -183,31 +181,26 @@ def _parsed(method: Any) -> Any:
 
 
 def search_coefficients(
-    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction, deadline: Deadline
+    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
     """How much of each of K changes is best, `K` in [0, 1], and the course of the search.
 
     None of any of them, each alone, and an equal part of all are among the first candidates.
     """
     device, k = problem.space.device, len(states)
-    original = torch.zeros(k, dtype=torch.float32, device=device)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
     scorer, n_passed = _scorer(problem, states, fitness)
-
-    def tell(done: int, history: SearchHistory) -> None:
-        problem.clock.tell(done, searcher.iterations, int(history.patched[-1]), n_passed - int(history.intact[-1]))
-
     result = search(
         scorer,
-        original,
+        torch.zeros(k, dtype=torch.float32, device=device),
         WeightStats(0.5, 0.3, 0.0, 1.0),
         fitness=fitness,
         searcher=searcher,
         seed=problem.seed,
         elites=first[: searcher.n_candidates - 1],
-        deadline=deadline,
-        on_progress=tell,
+        deadline=problem.deadline_of_method(),
+        on_progress=progress(problem, searcher, n_passed),
     )
     return problem.collective.agreed(result.values.clamp(0, 1)), result
 
@@ -251,21 +244,19 @@ class _OnRecording:
 class WholeModelScorer:
     """Candidates are coefficients; each takes a pass of the whole model over all known data.
 
-    Exact whatever the changes move, and slow: for the few candidates of a search over few coefficients. As on
-    recorded activations, what rounding could flip in the deployed precision does not pass.
+    As on recorded activations, what rounding could flip in the deployed precision does not pass.
     """
 
     problem: Problem
     states: Sequence[State]
 
     def __call__(self, values: Tensor) -> Scores:
+        before = self.problem.before
+        n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
         rows = [self._row(one) for one in values.clamp(0, 1).flatten(0, 1)]
         table = torch.tensor(rows, dtype=widest(values.device), device=values.device)
         columns = table.view(*values.shape[:2], -1).movedim(-1, 0)
-        before = self.problem.before
-        n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
-        patched, intact, loss_failed, loss_passed, gain, harm, credit_failed, credit_passed = columns
-        least = float(before.weight[before.targeted].min()) if before.weighted else 1.0
+        patched, intact, loss_failed, loss_passed, gain, harm, *credits = columns
         return Scores(
             patched.float(),
             intact.float(),
@@ -275,25 +266,19 @@ class WholeModelScorer:
             n_passed,
             gain if before.weighted else None,
             harm if before.weighted else None,
-            min(1.0, least),
-            credit_failed,
-            credit_passed,
+            min(1.0, float(before.weight[before.targeted].min())) if before.weighted else 1.0,
+            *credits,
         )
 
-    def _row(self, coefficients: Tensor) -> tuple[float, ...]:
-        before = self.problem.before
-        after = self.problem.evaluate(combined(current_state(self.problem.model), self.states, coefficients))
+    def _row(self, coefficients: Tensor) -> list[float]:
+        """Samples that pass, losses, weights of repairs and regressions, and credits, first of targets."""
+        problem, before = self.problem, self.problem.before
+        after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight
-        reserve = rounding_reserve(self.problem.evaluator.precision, before)
+        reserve = rounding_reserve(problem.evaluator.precision, before)
         passes = after.passed if reserve is None else after.passed & (after.margin >= reserve)
         loss, credit = after.loss.double() * weight, torch.where(passes, 1.0, 1 / (after.loss.double() + 1))
-        return (
-            float((failed & passes).sum()),
-            float((passed & passes).sum()),
-            float(loss[failed].sum()),
-            float(loss[passed].sum()),
-            float(weight[failed & passes].sum()),
-            float(weight[passed & ~passes].sum()),
-            float(credit[failed].sum()),
-            float(credit[passed].sum()),
-        )
+        counts = [float((rows & passes).sum()) for rows in (failed, passed)]
+        weights = [weight[failed & passes], weight[passed & ~passes]]
+        sums = [loss[failed], loss[passed], *weights, credit[failed], credit[passed]]
+        return [*counts, *(float(values.sum()) for values in sums)]

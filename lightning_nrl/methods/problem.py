@@ -35,23 +35,23 @@ LACKING_SLICE_FACTOR = 4.0
 class Training(Protocol):
     """Goes on with the training of the model, the known failures added to the training data.
 
-    One that treats targets in another way than other samples has `for_targets(targeted)`, which gives the same training
-    told which samples are targets, `N` bool by row of the results.
+    One that treats targets differently has `for_targets(targeted)`, which returns the same training told which samples
+    are targets, `N` bool by row of the results.
     """
 
     @property
     def epochs(self) -> int:
-        """How many epochs the model was trained for."""
+        """Epochs that the model was trained for."""
         ...
 
     @property
     def visits(self) -> int:
-        """How many samples that training went through, each counted at each visit."""
+        """Samples that this training went through, each counted at each visit."""
         ...
 
     @property
     def fit_seconds(self) -> float | None:
-        """How long that training took; None where that is not known."""
+        """Seconds that this training took; None where that is not known."""
         ...
 
     def __call__(
@@ -173,10 +173,8 @@ class Problem:
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
-        harm = before.harm(broken)
-        excess = self.excess(after, broken)
-        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
-        return Proposal(name, state, after, *counts)
+        worth = before.gain(repaired), before.harm(broken), missing, self.excess(after, broken)
+        return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
     def original(self, name: str) -> Proposal:
         """The original weights as a proposal; nothing is run for it."""

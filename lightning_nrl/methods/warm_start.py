@@ -70,32 +70,28 @@ def warm_started_search(
     if start is None and not base:
         start = problem.original("base")
     if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
-        return _without_search(better([start, *proposals]))
+        best = better([start, *proposals])
+        step = Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH) if best is None else _step(best, 0.0, NO_TIME_FOR_SEARCH)
+        return Solution(best, "there was no time left for a search.", (step,))
     if start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)
-    best = better([start, *proposals])
-    assert best is not None
+    best = better([start, *proposals]) or start
     problem = problem.steered(start.after)
+    before, passes = problem.before, start.after.passed
     reserve = _reserve(problem, start)
-    failed = problem.before.targeted & ~start.after.passed
-    narrow = _narrow(problem, start) if not failed.any() else None
+    failed = before.targeted & ~passes
+    kept = before.passed | (passes & ~before.targeted & problem.used)
+    narrow = None if failed.any() else _narrow(problem, start)
     if narrow is not None and not narrow.any():
-        step = replace(best.step(0.0, "not run: no target is left, no sample is near the border"), name="swarm")
-        return Solution(best, steps=(step,))
-    kept = problem.before.passed | (start.after.passed & ~problem.before.targeted & problem.used)
+        note = "not run: no target is left, no sample is near the border"
+        return Solution(best, steps=(_step(best, 0.0, note),))
     if narrow is not None and reserve is not None:
-        failed, kept = narrow, (kept | problem.before.targeted) & ~narrow
+        failed, kept = narrow, (kept | before.targeted) & ~narrow
         reserve = reserve.where(~narrow, _sufficient(problem))
-    goal = SearchGoal(
-        failed,
-        start.after.passed & problem.used & ~failed,
-        kept,
-        _constrained(problem, start),
-        reserve,
-        problem.deadline_of_method().within(seconds),
-        scored=None if narrow is None else narrow,
-    )
+    end = problem.deadline_of_method().within(seconds)
+    fitness = _constrained(problem, start)
+    goal = SearchGoal(failed, passes & problem.used & ~failed, kept, fitness, reserve, end, narrow)
     original = problem.space.parameters
     with holding(problem.model, base):
         elites = partial(_elites, problem.space, original, proposals)
@@ -104,29 +100,16 @@ def warm_started_search(
     if found.state is not None:
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **found.state})
-    final = better([best, new])
-    assert final is not None
+    final = better([best, new]) or best
     gain = _gain(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
-        before, after = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, gain = (new, f"{before - after:,} of {before:,} narrow samples") if after < before else (best, gain)
-    step = replace(final.step(found.search.seconds, f"{found.note}; {gain}"), name="swarm")
-    return Solution(
-        final,
-        steps=(step,),
-        localization=found.localization,
-        result=found.search,
-        n_passed=found.n_passed,
-    )
+        was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
+        final, gain = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, gain)
+    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {gain}"),))
 
 
-def _without_search(best: Proposal | None) -> Solution:
-    step = (
-        Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
-        if best is None
-        else replace(best.step(0.0, NO_TIME_FOR_SEARCH), name="swarm")
-    )
-    return Solution(best, "there was no time left for a search.", steps=(step,))
+def _step(proposal: Proposal, seconds: float, note: str) -> Step:
+    return replace(proposal.step(seconds, note), name="swarm")
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
@@ -141,11 +124,7 @@ def _sufficient(problem: Problem) -> float:
 
 
 def _elites(
-    space: ParameterSpace,
-    original: State,
-    proposals: Sequence[Proposal],
-    where: Tensor,
-    n_elites: int,
+    space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
     """What proposals have at the localised weights (`where`, `K` int64), best first.
 

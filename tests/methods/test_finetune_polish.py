@@ -31,6 +31,7 @@ from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import FineTunePolish, Linearized, Polish, Problem, Solution
 from lightning_nrl.methods import finetune_polish as module
 from lightning_nrl.methods._solvers import distill as fit_module
+from lightning_nrl.methods._solvers import polish as polish_module
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +78,10 @@ def test_a_part_of_what_was_fitted_is_polished(monkeypatch: pytest.MonkeyPatch) 
 def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained().eval()
     problem = make_problem(model, known(), training=FakeTraining(retrained(model)), clock=StageTimer(max_time=60))
-    polish = module.polish
-    monkeypatch.setattr(module, "polish", lambda *args, **rest: polish(*args, **{**rest, "deadline": Deadline(0.0)}))
+    polish = polish_module.polish
+    monkeypatch.setattr(
+        polish_module, "polish", lambda *args, **rest: polish(*args, **{**rest, "deadline": Deadline(0.0)})
+    )
     solution = checked(problem, FineTunePolish()(problem))
     assert solution.steps[1].note.startswith("1 round, then back to ")
     assert solution.steps[1].note.endswith("% of the way")
@@ -114,13 +117,13 @@ def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypat
     training = FakeTraining(barely(make_problem(model, known()), retrained(model)))
     problem = make_problem(model, known(), training=training, clock=StageTimer(max_time=100))
     problem.clock.seconds["collect"] = 1.0
-    polish = module.polish
+    polish = polish_module.polish
 
     def listen(*args: Any, deadline: Deadline, **rest: Any) -> Any:
         given["polish"] = deadline.seconds_left
         return polish(*args, deadline=deadline, **rest)
 
-    monkeypatch.setattr(module, "polish", listen)
+    monkeypatch.setattr(polish_module, "polish", listen)
     checked(problem, FineTunePolish(share)(problem))
     # A polish takes 12 passes of a second, and 3 are left for judging.
     assert training.calls[0]["seconds"] == pytest.approx(expected, abs=2)

@@ -22,7 +22,6 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layer_gradients import windows
 from lightning_nrl.methods import METHODS, Linearized, Problem
 from lightning_nrl.methods._solvers.whitening import fit_whitening, margin_gradients
-from lightning_nrl.methods.linearized import LinearizedMargins
 from lightning_nrl.tasks import Multiclass
 
 
@@ -204,19 +203,6 @@ def test_whitened_steps_of_one_length_move_passed_outputs_alike() -> None:
     (root,) = fit_whitening(problem, 10).roots
     # Second moment diag(1, 0), scaled to diag(2, 0), plus a tenth.
     torch.testing.assert_close(root[0].float(), torch.diag(torch.tensor([2.1, 0.1]).rsqrt()))
-
-
-def test_a_tangent_step_by_hand() -> None:
-    slopes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    tangent = LinearizedMargins(
-        slopes, torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([True, False])
-    )
-    assert tangent.price() == 2.0
-    torch.testing.assert_close(tangent.step(2.0)[0], torch.tensor([2.0, 0.0]))
-    torch.testing.assert_close(tangent.step(1.5)[0], torch.tensor([1.5, 0.0]))  # all that it may cost
-    again, _ = tangent.step(2.0, error=torch.tensor([0.5, -3.0]))
-    torch.testing.assert_close(again, torch.tensor([1.5, 2.0]))  # asked for what it lacked, not for what it had over
-    torch.testing.assert_close(tangent.predicted(again), torch.tensor([0.5, 4.0]))
 
 
 @pytest.mark.parametrize("few", [False, True])

@@ -31,7 +31,7 @@ from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_mod
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import METHODS, Problem, Solution
-from lightning_nrl.methods import polish_weights as module
+from lightning_nrl.methods._solvers import polish as module
 from lightning_nrl.methods.polish_weights import Polish
 
 

@@ -18,13 +18,9 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Solves under the present rows and adds violated ones in turns; True if none is violated at the end.
+    """Solves and adds violated rows in turns; True if none is violated at the end.
 
-    Args:
-        solve: solves a programme, or many at once, under the rows that were added so far.
-        add_violated: adds the rows that the solution violates most (the separation oracle); True if there were any.
-        max_rounds: how often at most.
-        is_over: is asked after each round whether there is no time for another one.
+    `add_violated` adds the rows that the solution violates most (the separation oracle), and says if there were any.
     """
     for _ in range(max_rounds):
         solve()

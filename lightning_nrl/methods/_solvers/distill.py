@@ -24,21 +24,15 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import PACE_STEPS, VISITS_PER_SAMPLE
 from lightning_nrl.methods.problem import Problem
 
-DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
-"""Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
-TARGET_EMPHASIS = 3.0
-"""How much more the loss of a target counts than that of another sample."""
-EASY_FRACTION = 0.25
-"""The part of the easy samples that an epoch trains on."""
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
+TARGET_EMPHASIS = 3.0  # how much more the loss of a target counts than that of another sample
+EASY_FRACTION = 0.25  # of the easy samples, what an epoch trains on
 
 
 def distill(
     problem: Problem, *, deadline: Deadline | None = None, start: State | None = None, visits: int | None = None
 ) -> State:
-    """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
-
-    They begin at `start`, by default the original weights, and go through so many samples, by default each of them
-    `VISITS_PER_SAMPLE` times.
+    """Steps on known data from `start`, by default the original weights, of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
@@ -64,13 +58,7 @@ def distill(
 
 
 class _Distillation:
-    """A fit in progress.
-
-    Attributes:
-        margin: `N` float, of each sample as last measured, the same on every rank.
-        visits: samples that were trained on so far, counted at each visit.
-        planned: how many that will be.
-    """
+    """A fit in progress: margins as last measured, and how many visits of samples were made and are planned."""
 
     def __init__(self, problem: Problem, deadline: Deadline, start: State, planned: int) -> None:
         before = problem.before

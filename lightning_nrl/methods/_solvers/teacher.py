@@ -13,17 +13,13 @@ from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-DISTILLATION_WEIGHT = 5.0
-"""How much the divergence of a taught sample from its teacher counts beside its loss."""
+DISTILLATION_WEIGHT = 5.0  # of the divergence of a taught sample from its teacher, beside its loss
 
 
 class Teacher:
     """The logits that other weights give for a batch, cached sample by sample.
 
-    Args:
-        problem: its model is run.
-        states: the weights; each sample has one of them as its teacher.
-        which: `N` int64 on the CPU, the number of each known sample's state.
+    Each known sample has one of the states as its teacher; `which`, `N` int64 on the CPU, is its number.
     """
 
     def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
@@ -47,12 +43,9 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """The logits of a batch, on the device of the model.
+        """The logits of a batch by its rows among the known samples, `n` int64 on the CPU.
 
-        Args:
-            batch: `n` samples.
-            rows: their rows among the known samples, `n` int64 on the CPU.
-            shape: of the logits, where it depends on the batch as in one that is padded to its longest sample.
+        `shape` is that of the logits, where it depends on the batch as in one that is padded to its longest sample.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,33 +22,19 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
+# Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
+# they help the targets, and few samples beside them.
 MOMENT_RIDGE = 0.1
-"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
-they help the targets, and few samples beside them."""
-
-MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128
-"""Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""
-
-MAX_FULL_MOMENT = 2048
-"""Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
-
-
-class MarginGradients(NamedTuple):
-    """Gradients of margins, whitened."""
-
-    rows: Tensor  # m int64, of the known samples, ascending
-    values: Tensor  # m x K
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples and positions of a convolution, of a moment
+MAX_FULL_MOMENT = 2048  # larger windows are whitened weight by weight: a root of the whole moment would take minutes
 
 
 @dataclass(frozen=True)
 class Whitening:
     """Coordinates of changes, one set a layer, behind each other: `K` in all.
 
-    Attributes:
-        sites: the layers.
-        outputs: of each layer the output channels whose weights may move, int64.
-        roots: of each layer C^(-1/2) by output channel group, `groups x d x d`, or `groups x d` where it is diagonal;
-            `d` is one more than the weights of an output where its bias may move.
+    `outputs` are of each layer the output channels whose weights may move, int64; `roots` C^(-1/2) by group of them,
+    `groups x d x d`, or `groups x d` where it is diagonal. `d` has one for the bias where it may move.
     """
 
     sites: tuple[LayerRef, ...]
@@ -110,8 +95,8 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 
 @torch.no_grad()
-def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> MarginGradients:
-    """Gradients of the margins of chosen rows under a state, the same on every rank.
+def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
+    """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank.
 
     Raises:
         ConfigurationError: gradients do not reach a layer.
@@ -126,7 +111,7 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
     own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
     all_rows = torch.cat(problem.collective.gather(own_rows))
     order = all_rows.argsort()
-    return MarginGradients(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
+    return all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)]
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
@@ -192,7 +177,6 @@ def _has_bias(site: LayerRef) -> bool:
 
 
 def _empty(site: LayerRef) -> Tensor:
-    """The sum of no moments: `groups x d x d`, or `groups x d` where that is too large."""
     groups = getattr(site.module, "groups", 1)
     d = site.module.weight[0].numel() + _has_bias(site)
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
