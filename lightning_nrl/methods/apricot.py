@@ -22,9 +22,7 @@ from lightning_nrl.report.run_records import Step
 Strategy = Literal["both", "right", "wrong"]
 """Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
 
-LONGEST_STEP = 0.2
-"""What a round may add to the factors of all checkpoints, in sum: with many failures it would leap."""
-
+LONGEST_STEP = 0.2  # what a round may add to the factors of all checkpoints, in sum: with many failures it would leap
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -94,11 +92,7 @@ class Apricot:
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Moves, counts, and trains on.
-
-        Raises:
-            ConfigurationError: there are no checkpoints, one cannot be read, or is of another architecture.
-        """
+        """Moves, counts, and trains on; a `ConfigurationError` if there are no checkpoints, or one does not suit."""
         clock, deadline = problem.clock, problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):

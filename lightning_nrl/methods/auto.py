@@ -52,11 +52,7 @@ class Auto:
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Climbs; the steps of all rungs are kept.
-
-        Raises:
-            EmptyLocalizationError: the local search alone can be used and has no weights to search.
-        """
+        """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
         results = list(_rungs(problem, self.swarm))
@@ -157,8 +153,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
         yield counts, solution.held_out
 
 
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
-"""Shares of the known passed samples that might break."""
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passed samples that might break
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:

@@ -23,8 +23,7 @@ from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.report.run_records import Rung, Step
 from lightning_nrl.search import Searcher
 
-PATIENCE_OF_STRENGTHS = 3
-"""See `Convex.patience`."""
+PATIENCE_OF_STRENGTHS = 3  # of `Convex`
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 A trial goes through a part of the budget without the held-out samples: by the owner's optimizers and schedule; where
 that hardly repairs anything, by AdamW through the owner's `training_step`, or by distilled steps. Held-out samples
 choose among them, and how far to go. The best trial goes on with all known data, then what broke is polished away.
-Nothing of the trial is wasted: the rest of the training begins where it ended.
 """
 
 from __future__ import annotations
@@ -29,15 +28,12 @@ from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 
+# Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones.
 OWN_RATES = (1e-3, 1e-4)
-"""Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones."""
-
-HEALTHY_REPAIRS = 1 / 3
-"""A trial that repairs this part of the targets that it may use will do."""
-
+HEALTHY_REPAIRS = 1 / 3  # a trial that repairs this part of the targets that it may use will do
+# Parts of the way from the original weights; less than all of it where held-out samples speak for that. Without any it
+# is `FIT_STRENGTH`.
 STRENGTHS = (1.0, 0.8)
-"""Parts of the way from the original weights; less than all of it where held-out samples speak for that. Without any
-it is `FIT_STRENGTH`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,6 @@ class _TrainingRung:
         return self.deadline.leaves(budget.FEWEST_LIMITED_EPOCHS * epoch_seconds(problem) / budget.TRIAL_SHARE_OF_TIME)
 
     def _trials(self) -> Iterator[Trial]:
-        """Trials until one does well, or none are left to be made."""
         clock, done, harmful = self.problem.clock, 0, True
         for kind in _kinds(self.problem):
             left = self.deadline.agreed_seconds_left()
@@ -222,7 +217,7 @@ class _TrainingRung:
 
 
 def best_trial(trials: Sequence[Trial], held_out: Tensor | None) -> Trial:
-    """The first one, unless another does better on held-out samples by more than chance, or far more on known ones."""
+    """The first, unless another does better on held-out samples by more than chance, or far more on known ones."""
     best = trials[0]
     for other in trials[1:]:
         flips = Flips.between(best.proposal.after, other.proposal.after)

@@ -27,22 +27,15 @@ from lightning_nrl.report.run_records import Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
+# What a target's missing margin may cost, in units of what the median target would take if it were the only one.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
-"""What a target's missing margin may cost, in units of what the median target would take if it were the only one."""
-
-N_FOLDS = 4
-"""Of the samples that came in with the failed ones, each is held out once."""
-
+N_FOLDS = 4  # each sample that came in with the failed ones is held out once
+# Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
+# break, so that the whole of it repairs several times as many.
 REGRESSION_PRICE = 1
-"""Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
-break, so that the whole of it repairs several times as many."""
-
+# Tried on the deployed model, whose rounding may differ from that of the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
-"""Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
-
-ROWS_PER_COPY = 4096
-"""Samples that are compared, or copied out of a recording, at once."""
-
+ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "there was no time left to solve anything."
 
 
@@ -56,7 +49,8 @@ class Convex:
         seconds: how long solving may take; the weakest strength is solved at least in part.
 
     Raises:
-        ConfigurationError: on construction, for a patience below 1.
+        ConfigurationError: on construction, for a patience below 1; when called, if there are several layers, the
+            layer's output is not the logits, or the task has no classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -74,12 +68,7 @@ class Convex:
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves along strengths, and takes the strongest that held-out samples speak for.
-
-        Raises:
-            ConfigurationError: there are several layers, the layer's output is not the logits, or the task has no
-                classes.
-        """
+        """Solves along strengths, and takes the strongest that held-out samples speak for."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)

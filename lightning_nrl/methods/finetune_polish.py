@@ -21,8 +21,8 @@ from lightning_nrl.methods.budget import POLISH_PASSES
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Solution
 
+# How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many.
 FIT_STRENGTH = 0.9
-"""How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ class FineTunePolish:
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Fits and polishes.
-
-        Raises:
-            ConfigurationError: the task has no margins.
-        """
+        """Fits and polishes; a `ConfigurationError` if the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock = problem.clock
         fit_deadline = problem.deadline_of_method(self.share).earlier(POLISH_PASSES * clock.one_pass)

@@ -1,16 +1,13 @@
 """Repairing any layers by linearized margins: solve, count exactly, step, linearize again. No pass of training.
 
-To first order a sample's margin is linear in the weights of any layer, as it is exactly in those of the last. So the
-programme of the last layer serves deeper ones too, round by round, as long as each step is counted on all known data
-with the deployed model: what breaks nothing and repairs more is kept; what came near the border is in the next
-programme. With the gradients of some samples' margins at the present weights, in coordinates x that measure a change by
-what it does to passed data, sought is
+To first order a sample's margin is linear in the weights of any layer. With gradients of some margins at the present
+weights, in coordinates x that measure a change by what it does to passed data, a round seeks
 
     min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
 
-where `missing` is what a margin lacks after the step, to first order. The solution is a sum of gradients, so that only
-their inner products count (`_solvers/qp.py`). A margin that came out other than predicted is required for the
-difference as well: the same gradients then serve a second time (second-order correction, as in sequential quadratic
+where `missing` is what a margin lacks after the step. The deployed model counts each step on all known data: what
+breaks nothing and repairs more is kept; what came near the border is in the next programme. A margin that came out
+other than predicted is required for the difference as well (second-order correction, as in sequential quadratic
 programming).
 """
 
@@ -37,35 +34,19 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
+# What a passed sample keeps at most, and a target gets, in units of the median margin of passed data. More than for a
+# last layer, since gradients err.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
-"""A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
-More than for a last layer, since gradients err."""
-
-MAX_STALLED_LINEARIZATIONS = 2
-"""Rounds in a row without a further repair, after which it ends."""
-
-MAX_ROWS = 1000
-"""Samples of one programme: at most half of them targets, the rest the passed samples that are or came nearest to the
-border. Its time grows with their square."""
-
-MAX_PROGRAMME_ENTRIES = 2**27
-"""Gradient entries (samples x weights) of one programme: half a GiB in float32. Larger layers move in part."""
-
-CORRECTIONS = 2
-"""Solutions with the same gradients, corrected by what the one before broke."""
-
-STEP_FRACTIONS = (0.5, 0.25)
-"""Fractions of a step that are tried where the whole of it breaks something."""
-
-REGRESSION_COST = 3
-"""Repairs that a regression outweighs when the next step goes on from weights that break something for the moment."""
-
+MAX_STALLED_LINEARIZATIONS = 2  # in a row without a further repair
+MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
+MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
+CORRECTIONS = 2  # solutions with the same gradients, corrected by what the one before broke
+STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
+REGRESSION_COST = 3  # in repairs, when the next step goes on from weights that break something for the moment
+# Of a passed sample's missing margin, beside a target's. Not infinite: what is broken for the moment, and what the
+# gradients contradict, must not leave the programme without a solution.
 PASSED_PRICE_FACTOR = 1e3
-"""A passed sample's missing margin costs so many times a target's. Not infinite: what is broken for the moment, and
-what gradients contradict, must not leave the programme without a solution."""
-
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25
-"""How the trust region follows a step that broke nothing at once, and one that broke something however short."""
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a step that broke nothing at once, or something however short
 
 
 @dataclass(frozen=True)
@@ -80,11 +61,7 @@ class Linearized:
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights.
-
-        Raises:
-            ConfigurationError: the task has no margins, or their gradients do not reach a layer.
-        """
+        """Steps from the original weights; a `ConfigurationError` if there are no margins or gradients of them."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
         took = FIRST_ROUND_PASSES * clock.one_pass

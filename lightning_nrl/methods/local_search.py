@@ -109,11 +109,7 @@ class LocalSearch:
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises weights of the chosen layers and searches new values for them.
-
-        Raises:
-            EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
-        """
+        """Localises and searches; an `EmptyLocalizationError` if no weight matters for the failed data alone."""
         searcher: Any = self.searcher
         own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
         problem = replace(problem, **{name: part for name, part in own.items() if part is not None})

@@ -24,20 +24,11 @@ from lightning_nrl.methods.published_methods import bundle
 from lightning_nrl.methods.search_samples import choose_samples, progress, record_known, scorer_for
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
-from lightning_nrl.search import (
-    FITNESSES,
-    SEARCHERS,
-    ParticleSwarm,
-    Searcher,
-    SearchResult,
-    WeightStats,
-    search,
-)
+from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 
 OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
-"""What searches the few coefficients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +80,7 @@ class MergedRepairs:
             object.__setattr__(self, "fitness", FITNESSES.parse("MergedRepairs.fitness", self.fitness))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Repairs the parts, then searches the coefficients.
-
-        Raises:
-            ConfigurationError: the method does not suit the model or the task, or a part asks for classes that are not
-                there.
-        """
+        """Repairs the parts, then searches the coefficients; a `ConfigurationError` if a part does not suit."""
         chosen = self._chosen(problem)
         found: list[Proposal] = []
         steps: list[Step] = []
@@ -131,12 +117,11 @@ class MergedRepairs:
                     f"`MergedRepairs.parts={self.parts!r}` is for classes, and the task has none.",
                     "give targets, such as `Target.where(predicate)`.",
                 )
-            rows = before.targeted.nonzero().flatten()
-            own = list(zip(before.label[rows].tolist(), before.prediction[rows].tolist(), strict=True))
-            keys = [pair if self.parts == "confusion" else pair[:1] for pair in own]
-            for key in sorted(set(keys)):
-                mask = torch.zeros_like(before.targeted)
-                mask[rows[[i for i, other in enumerate(keys) if other == key]]] = True
+            columns = (before.label, before.prediction)[: 2 if self.parts == "confusion" else 1]
+            for key in torch.stack(columns, 1)[before.targeted].unique(dim=0).tolist():
+                mask = before.targeted.clone()
+                for column, value in zip(columns, key, strict=True):
+                    mask &= column == value
                 found[" -> ".join(map(str, key)) if len(key) > 1 else f"label {key[0]}"] = mask
         else:
             for part in self.parts:
@@ -183,10 +168,7 @@ def _parsed(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """How much of each of K changes is best, `K` in [0, 1], and the course of the search.
-
-    None of any of them, each alone, and an equal part of all are among the first candidates.
-    """
+    """How much of each of K changes is best, `K` in [0, 1]; among the first candidates are none, each, and all."""
     device, k = problem.space.device, len(states)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
@@ -206,10 +188,7 @@ def search_coefficients(
 
 
 def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
-    """Scores coefficients, and says on how many passed samples.
-
-    On recorded activations if all changes are in the searched layers, else by whole passes.
-    """
+    """Scores on recorded activations if all changes are in the searched layers, else by whole passes."""
     space, before = problem.space, problem.before
     parameters = space.parameters
     if any(name not in parameters for state in states for name in state):

@@ -54,12 +54,7 @@ class Polish:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes.
-
-        Raises:
-            ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
-                layer that may change; or the task has no margins.
-        """
+        """Polishes; a `ConfigurationError` if the new weights do not suit the model, or the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()

@@ -22,8 +22,7 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.fitness import FitnessFunction
 
-ITERATIONS, PATIENCE = 100, 10
-"""When all of them stop, as published."""
+ITERATIONS, PATIENCE = 100, 10  # as published
 
 
 def _arachne_swarm() -> ParticleSwarm:

@@ -28,11 +28,9 @@ from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
 
-MOST_REPRESENTATIVE = 20_000
-"""Of the samples that were drawn, so many are enough for a mean over passed data."""
-
-FAILED_SHARE = 0.5
-"""Of the samples of a search, what those that fail may be."""
+MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
+FAILED_SHARE = 0.5  # of the samples of a search, at most
+FEW_SHARE = 0.25  # with no larger part of very many samples to be recorded, only these are read
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,7 @@ class SampleChoice:
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """How many samples a search may look at, the same on every rank.
-
-    As many as the problem says; fewer only where preparing it would take too large a part of the time until then.
-    """
+    """Samples that a search may look at, on every rank: fewer than the problem says only where time is short."""
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -107,10 +102,6 @@ def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
     return own if len(own) <= n else own[distance[own].argsort(stable=True)[:n]]
 
 
-FEW_SHARE = 0.25
-"""With no larger part of very many samples to be recorded, only these are read."""
-
-
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     """The activations of the samples in `keep`, `N` bool by row of the results, under the weights as they are now.
 
@@ -138,10 +129,7 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Scores new values of the weights at `where` by what the fitness reads of the scores.
-
-    `failed` and `passed` are I_neg and I_pos; `reserve`, `N`, is the margin that each sample must keep.
-    """
+    """Scores new values of the weights at `where` on I_neg and I_pos; `reserve`, `N`, is the margin each must keep."""
     before = problem.before
     return make_scorer(
         recording,

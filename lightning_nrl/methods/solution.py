@@ -68,10 +68,10 @@ class Solution:
         tried: what became of the known samples under other weights, such as those along a path over strength.
         localization: which weights a swarm searched, if one did.
         result: the course of that search.
-        n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
+        n_passed: passed samples that this search scored; None: those of `Problem.passed`.
         held_out: what the method does to known samples when it may not use them; None where that was not tried.
         rungs: of a method that tries several, from the least change to the most.
-        choice: why one of them was taken, in a sentence.
+        choice: why one of them was taken.
         price: what was found where some known samples may break.
     """
 

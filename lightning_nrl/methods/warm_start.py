@@ -30,14 +30,9 @@ from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
-
 NO_TIME_FOR_SEARCH = "not run: no time was left"
-
-KEPT_MARGIN_SHARE = 0.5
-"""The part of its margin that a sample must keep."""
-
-SUFFICIENT_MARGIN = 0.04
-"""A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
+KEPT_MARGIN_SHARE = 0.5  # of its margin, what a sample must keep
+SUFFICIENT_MARGIN = 0.04  # suffices, in parts of the median margin of passed samples; a polish brings samples there
 
 
 def warm_started_search(
@@ -50,18 +45,12 @@ def warm_started_search(
 ) -> Solution:
     """Localises weights of the chosen layers under the base and searches new values for them.
 
-    What passes under the base counts as passing while it keeps half of its margin there, or a small one if that is
-    less; what the base repairs beside the target is a constraint, too. Where no target is left, samples that are right
-    by less than that margin are searched for: the result then has the same counts. It is the best of base, proposals
-    and what was found; the note of its step says what the search added to them.
+    What passes under the base has to keep half of its margin there, or a small one if that is less; what the base
+    repairs beside the target is a constraint, too. Where no target is left, samples that are right by less than that
+    margin are searched for. The result is the best of base, proposals and what was found.
 
-    Args:
-        problem: what is to be repaired.
-        searcher: the search algorithm.
-        proposals: what other methods found. What they have at the localised weights are elites, the best ones if there
-            are many.
-        base: the weights to start from, of any part of the network; one of the proposals may have this very state.
-        seconds: how long the search may take.
+    What the proposals have at the localised weights are elites, the best ones if there are many. The base may be of any
+    part of the network; one of the proposals may have this very state.
 
     Raises:
         EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
@@ -126,10 +115,7 @@ def _sufficient(problem: Problem) -> float:
 def _elites(
     space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
-    """What proposals have at the localised weights (`where`, `K` int64), best first.
-
-    `M x K` with M at most `n_elites`, none of them twice.
-    """
+    """What proposals have at the localised weights (`where`, `K` int64), best first, none twice: `M x K`."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]

@@ -176,14 +176,14 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     assert whitening.size == problem.space.size
     assert whitening.roots[0].ndim == (3 if wide == 2048 else 2)
     change = 1e-6 * torch.randn(whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = margin_gradients(problem, torch.arange(60), whitening, {})
+    _, gradients = margin_gradients(problem, torch.arange(60), whitening, {})
 
     def margins(state: Any) -> Tensor:
         weights = {**snapshot(model), **state}
         return Multiclass().margin(torch.func.functional_call(model, weights, (x.double(),)), y).detach()
 
     real = margins(whitening.state(change)) - margins({})
-    torch.testing.assert_close(found.values @ change, real, rtol=1e-3, atol=1e-10)
+    torch.testing.assert_close(gradients @ change, real, rtol=1e-3, atol=1e-10)
 
 
 def test_a_layer_that_is_too_large_moves_in_the_channels_that_help_most() -> None:
@@ -191,8 +191,8 @@ def test_a_layer_that_is_too_large_moves_in_the_channels_that_help_most() -> Non
     few = fit_whitening(problem, 80)
     assert few.size <= 80
     whole = fit_whitening(problem, 10**6)
-    found = margin_gradients(problem, problem.before.targeted.nonzero().flatten(), whole, {})
-    help_of = found.values.unflatten(1, (6, -1)).square().sum((0, 2))
+    _, gradients = margin_gradients(problem, problem.before.targeted.nonzero().flatten(), whole, {})
+    help_of = gradients.unflatten(1, (6, -1)).square().sum((0, 2))
     assert few.outputs[0].tolist() == sorted(help_of.argsort(descending=True)[:2].tolist())
     moved = few.state(torch.ones(few.size))["3.weight"] != problem.model[3].weight
     assert moved.flatten(1).any(1).nonzero().flatten().tolist() == few.outputs[0].tolist()

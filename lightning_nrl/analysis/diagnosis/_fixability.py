@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.methods._solvers.cutting_planes import (
+from lightning_nrl.methods._solvers.convex_head import (
     add_cutting_planes,
     margins_over_rivals,
     pair_gram,

@@ -2,7 +2,8 @@
 
 For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
 weights. Sought is the D that moves the logits of passed data least, in the mean square, while every passed sample keeps
-a part of its margin (hard) and targets get one (each at a price: the strength).
+a part of its margin (hard) and targets get one (each at a price: the strength). Of very many rows, pairs of a sample
+and a rival class, few ever bind: only those that a solution violates are added (cutting planes, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.methods._solvers.cutting_planes import (
-    add_cutting_planes,
-    margins_over_rivals,
-    pair_gram,
-    pair_sides,
-    sum_of_pairs,
-)
 from lightning_nrl.methods._solvers.qp import solve_dual
 
 # Margins are in units of the median margin of passed data.
@@ -228,3 +222,41 @@ def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
         part = torch.where(new < floor, (old - floor) / (old - new), 1)
         least = min(least, float(part.amin().clamp(0, 1)))
     return change * least
+
+
+def add_cutting_planes(
+    solve: Callable[[], None],
+    add_violated: Callable[[], bool],
+    max_rounds: int,
+    is_over: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Solves and adds violated rows in turns, while there are any; True if none is violated at the end."""
+    for _ in range(max_rounds):
+        solve()
+        if not add_violated():
+            return True
+        if is_over():
+            break
+    return False
+
+
+def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
+    """The label's logit above each other one, `n x C`; infinite at the label itself."""
+    own = label[:, None]
+    return (logits.gather(1, own) - logits).scatter(1, own, float("inf"))
+
+
+def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
+    """1 at the label and -1 at the rival, `... x C`, in the dtype of `like`: GPUs multiply no matrices of integers."""
+    n_classes = like.shape[-1]
+    return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
+
+
+def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
+    """Inner products of pairs as rows in the layer's weights, `... m x m`, from `... m x d` and `... m x C`."""
+    return (sides @ sides.mT) * (features @ features.mT)
+
+
+def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
+    """The change of the weights that is the sum of pairs by their multipliers, `... C x d`; the same in every run."""
+    return (sides * multipliers[..., None]).mT @ features

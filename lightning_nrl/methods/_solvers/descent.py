@@ -77,9 +77,7 @@ class Descent:
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
         """One step on this rank's share of a mini-batch, the gradients summed over splits and ranks.
 
-        Raises:
-            DeviceMemoryError: on all ranks, if a single sample does not fit in the memory of one. The weights are as
-                they were before the step.
+        If a single sample does not fit in the memory of one rank, it is a `DeviceMemoryError` on all, and no step.
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate

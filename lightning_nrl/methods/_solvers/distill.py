@@ -37,9 +37,8 @@ def distill(
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
-    Without margins no sample is easy. How many steps there are before a deadline is chosen by the time of the first
-    ones, the same on every rank, and the schedule ends with them. Without time for a step the parameters are the
-    original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
+    The time of the first steps says how many there are before a deadline, the same on every rank; the schedule ends
+    with them. Where a single sample does not fit in memory, the last step that fitted is the last one, with a warning.
     """
 
     def work() -> State:

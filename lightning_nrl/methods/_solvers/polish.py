@@ -34,29 +34,19 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.report.run_records import Step
 
-RETREAT_FACTOR = 0.9
-"""How much of the way from the original weights is left after a retreat, where fewer samples are broken."""
-HOLDING_STARTS = 3
-"""From so many starts steps hold what was repaired; from later ones it may be lost, since it stands in the way."""
-BISECTIONS = 6
-"""Halvings of the way back, by what is known to be broken."""
-MAX_COUNTS = 6
-"""Counts of all known samples on the way back, each of which may show others that are broken there."""
+RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
+HOLDING_STARTS = 3  # from later starts what was repaired may be lost, since it stands in the way
+BISECTIONS = 6  # of the way back, by what is known to be broken
+MAX_COUNTS = 6  # of all known samples on the way back, each of which may show others that are broken there
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope.
-
-    Attributes:
-        rounds: of steps that were made.
-        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
-        course: what became of the known samples, each time that all were counted.
-    """
+    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope."""
 
     rounds: int = 0
-    strength: float = 1.0
-    course: tuple[TargetCounts, ...] = ()
+    strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
+    course: tuple[TargetCounts, ...] = ()  # what became of the known samples, each time that all were counted
 
     @property
     def note(self) -> str:
@@ -75,19 +65,12 @@ def polish(
 ) -> PolishResult:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
+    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` is when it has to
+    be over, save for a few forward passes over known data. `after` is what the model does under the given state, if
+    that is known. With `insist` steps go on for all failing targets, else only for those that are nearly right.
+
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
-
-    Args:
-        problem: its scope names the parameters that may move.
-        state: any new weights for its model.
-        deadline: when it has to be over, save for a few forward passes over known data; None: when it is done.
-        masks: by name of a parameter of the scope, which of its weights may move; None: all.
-        after: what the model does on known data under the given state, if that is known already.
-        insist: whether steps go on for all failing targets; else only for those that are nearly right.
-
-    Raises:
-        ConfigurationError: the task has no margins.
     """
     check_needs(("margins",), problem.before, problem.evaluator.task)
     work = partial(_polish, problem, state, deadline or Deadline(), masks, after, insist)
@@ -125,16 +108,9 @@ def _polish(*arguments: Any) -> PolishResult:
 
 
 class _Polish:
-    """A polish in progress.
+    """A polish in progress. "Open" are broken samples, and targets insisted on that are not right.
 
-    "Open" are broken samples, and targets insisted on that are not right.
-
-    Attributes:
-        best: the result so far; it breaks nothing.
-        state: where the present start began; once steps have ended, where they ended.
-        after: the last count of all known samples.
-        rounds: of steps that were made in all.
-        course: what became of the known samples at each count.
+    `best` breaks nothing; `state` is where the present start began or steps ended; `after` is the last count.
     """
 
     def __init__(
@@ -208,10 +184,7 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets, and goes back a part of the way, since the rounds were not enough.
-
-        If only targets were open, the weights before it are a result, too.
-        """
+        """Gives up targets and goes back a part of the way; if only these were open, the weights are a result."""
         state = self.descent.state()
         if self.targets.insisted.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)
@@ -230,9 +203,8 @@ class _Polish:
     def _scale_back(self) -> None:
         """Goes as far back towards the original weights as it takes for nothing to be broken.
 
-        What is broken says by bisection how far to go back. Then all known samples are counted; what else is broken
-        there has a say in the next bisection. Where that does not end, or time is over after the first count, it is the
-        original weights.
+        A bisection by what is broken, then a count of all known samples, which may show others for the next bisection.
+        Where that does not end, or time is over after the first count, it is the original weights.
         """
         problem, active_set = self.problem, self.active_set
         original, strength = snapshot(problem.model), 1.0

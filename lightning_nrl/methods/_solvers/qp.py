@@ -11,15 +11,15 @@ where a row with an infinite limit is hard: its s is 0. Its dual has one multipl
 and x = A' a. Its value at any a is a lower bound of the minimum; it grows without limit exactly where no x fulfils the
 hard rows.
 
-There are two solvers, since each is far too slow at what the other is for: 955 rows take the Newton method 0.2 s and
-the active-set method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: they look at
-numbers at each step, and a GPU would wait for the host some 30,000 times a repair.
+There are two solvers, each far too slow at what the other is for: 955 rows take the Newton method 0.2 s and the
+active-set method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: a GPU would wait
+for the host some 30,000 times a repair.
 
-- One large dual: K is singular where there are more rows than unknowns, so it is solved in proximal steps (Rockafellar
-  1976), each by a semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
-- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which solves for the rows that
-  bind and lets one in or out at a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the
-  same up to a factor and bounded whatever the rows are.
+- One large dual, singular where there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
+  semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
+- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which lets one row in or out
+  at a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the same up to a factor, and
+  bounded.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = (
-    1e-9  # of the diagonal's mean, added: rows that are the same up to rounding have no unique multipliers
-)
+RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: rows alike up to rounding have no unique multipliers
 MAX_EXCHANGES = 400  # rows let in or out; a programme takes about twice as many as rows bind
 RESIDUAL_TOLERANCE = 1e-6  # of the most that a row requires
 

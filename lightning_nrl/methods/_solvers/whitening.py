@@ -67,9 +67,6 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
     Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
     with the greatest squared gradients of their margins.
-
-    Raises:
-        ConfigurationError: gradients do not reach a layer.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -78,8 +75,11 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
     moments = [_empty(site) for site in space.sites]
     for _, calls in _traced(problem, drawn):
         for site, moment in zip(space.sites, moments, strict=True):
-            for x, _ in calls[site.name]:
-                _add(site, moment, x)
+            with no_autocast(space.device):
+                for x, _ in calls[site.name]:
+                    inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
+                    inputs = F.pad(inputs, (0, 1), value=1.0) if _has_bias(site) else inputs
+                    moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
     roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
     outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
     whole = Whitening(space.sites, outputs, roots)
@@ -96,11 +96,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
-    """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank.
-
-    Raises:
-        ConfigurationError: gradients do not reach a layer.
-    """
+    """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank."""
     rows, parts = [], []
     with holding(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
@@ -115,11 +111,7 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Rows and calls of this rank's share of chosen samples; afterwards all ranks know whether gradients came.
-
-    Raises:
-        ConfigurationError: they did not, on any rank.
-    """
+    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients do not reach a layer."""
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
@@ -181,14 +173,6 @@ def _empty(site: LayerRef) -> Tensor:
     d = site.module.weight[0].numel() + _has_bias(site)
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
     return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
-
-
-def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
-    with no_autocast(x.device):
-        inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
-        if _has_bias(site):
-            inputs = F.pad(inputs, (0, 1), value=1.0)
-        moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
 
 
 def _root(moment: Tensor) -> Tensor:
