@@ -106,10 +106,7 @@ def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
 
 
 def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) -> tuple[RungResult, tuple[Step, ...]]:
-    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps.
-
-    Without a limit of time nothing was kept; where no time is left, the rung stays as it is.
-    """
+    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps."""
     base, start = result.solution, result.solution.proposal
     cut_short = base.result is not None and base.result.stopped == TIME_WAS_OVER
     if start is None or result.name not in ("search", "exact") or not cut_short or math.isinf(problem.deadline.end):

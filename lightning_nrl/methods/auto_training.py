@@ -110,7 +110,10 @@ class _TrainingRung:
         if trial.is_harmful:
             reason = "training that goes on breaks more held-out samples than it repairs."
             return trial.kind, Solution(None, reason, tuple(self.steps), held_out=trial.held_out)
-        fitted = trial.proposal if trial.is_final else self._gone_on(trial)
+        fitted = trial.proposal
+        if not trial.is_final:
+            gone_on = self._fitted(trial.kind, budget.FINAL_SHARE, trial.state, trial.strength)
+            fitted = fitted if gone_on is None else gone_on[1]
         polished = self._polished(fitted)
         if not polished.repaired and not trial.is_final:
             again = self.problem.propose("trial", scaled(self.problem, trial.state, trial.strength))
@@ -168,12 +171,6 @@ class _TrainingRung:
             if found is not None:
                 return Trial(kind, found[0], FIT_STRENGTH, found[1], None, is_final=True)
         return None
-
-    def _gone_on(self, trial: Trial) -> Proposal:
-        """What goes on from the trial, on all known data; the trial's weights where there is no time for it."""
-        found = self._fitted(trial.kind, budget.FINAL_SHARE, trial.state, trial.strength)
-        assert found is not None
-        return found[1]
 
     def _fitted(
         self, kind: StepKind, share: float, start: State | None, strength: float, note: str = ""

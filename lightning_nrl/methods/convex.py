@@ -133,8 +133,7 @@ def _path(
     """The change at each strength, `C x d`, and what is right of held-out samples; one rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
-    right = torch.zeros(n, len(known.rows), dtype=torch.uint8)
-    made = torch.zeros((), dtype=torch.int64)
+    right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
         for i, (change, held_out) in enumerate(_solved(problem, known, patience, end)):
             changes[i], right[i] = change, held_out
@@ -146,10 +145,9 @@ def _path(
 def _solved(
     problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The change at each strength that all samples ask for, and `N` bool, what is right.
+    """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
 
-    Samples of a fold are judged by the change that was made without it. A strength that time cuts short is left out,
-    but for the first.
+    A strength that time cuts short is left out, but for the first.
     """
 
     def is_over() -> bool:
@@ -213,7 +211,7 @@ def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
     weight, bias = site.module.weight.detach(), _bias_name(problem)
     n_in = weight.shape[1]
     state = {next(iter(site.parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
-    if bias is not None:
+    if bias is not None and site.module.bias is not None:
         state[bias] = (site.module.bias.detach() + change[:, n_in]).to(weight.dtype)
     return state
 

@@ -45,11 +45,6 @@ def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> Targe
     return Flips.between(before, after).target_counts(before, rows)
 
 
-def net_rate(counts: TargetCounts) -> float:
-    """Repaired less broken held-out samples, for each that passed before."""
-    return (counts.repaired - counts.broken) / max(1, counts.passed)
-
-
 def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> int:
     """The last of the procedures, in order of what they change, that nothing speaks against.
 
@@ -58,8 +53,11 @@ def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> 
     the repair. So does an earlier one that is ahead of it in net rate and in the worth of known repairs (`gains`), or
     that repairs far more: a trial may have gone well, and the repair may have had no time left.
     """
-    rates = [0.0 if counts is None else net_rate(counts) for counts in found]
-    variances = [0.0 if counts is None else _variance(counts) for counts in found]
+    nothing = TargetCounts(1, 0, 0, 0, 0, 0)
+    known = [nothing if counts is None else counts for counts in found]
+    rates = [(one.repaired - one.broken) / max(1, one.passed) for one in known]
+    # Flips come about as by a Poisson process.
+    variances = [(one.repaired + one.broken) / max(1, one.passed) ** 2 for one in known]
     top = max(range(len(rates)), key=lambda i: rates[i])
     errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
     close = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
@@ -68,8 +66,3 @@ def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> 
         return gains[i] < FEWEST_REPAIRS_SHARE * gains[j] or (gains[i] < gains[j] and rates[i] < rates[j])
 
     return max(i for i in close if not any(is_behind(i, j) for j in close if j < i))
-
-
-def _variance(counts: TargetCounts) -> float:
-    """Of a net rate: flips come about as by a Poisson process."""
-    return (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

@@ -1,8 +1,4 @@
-"""Localise, then search new values for the localised weights (paper, section II), with any searcher.
-
-`localize_and_search` is the step that the paper's method (`LocalSearch`) and a search that starts from what other
-methods propose (`warm_started_search`) share.
-"""
+"""Localise, then search new values for the localised weights (paper, section II), with any searcher."""
 
 from __future__ import annotations
 

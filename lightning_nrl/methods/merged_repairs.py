@@ -202,21 +202,12 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
     failed, passed = before.targeted & recorded, before.passed & recorded
     reserve = rounding_reserve(problem.evaluator.precision, before)
     scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
-    return _OnRecording(scorer, own[where], change[:, where], space.dtype), int(passed.sum())
+    own, change = own[where], change[:, where]
 
+    def score(values: Tensor) -> Scores:
+        return scorer((own + values.clamp(0, 1).to(change) @ change).to(space.dtype))
 
-@dataclass(frozen=True)
-class _OnRecording:
-    """Candidates are coefficients, of which a scorer of weights gets the weights."""
-
-    scorer: Scorer
-    original: Tensor  # W float64, the weights that some change moves
-    change: Tensor  # K x W, what each adds to them
-    dtype: torch.dtype  # of the weights as deployed
-
-    def __call__(self, values: Tensor) -> Scores:
-        factors = values.clamp(0, 1).to(self.change)
-        return self.scorer((self.original + factors @ self.change).to(self.dtype))
+    return score, int(passed.sum())
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,7 @@ for _name, _make in BUNDLES.items():
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:
-    """Runs a method on a problem.
-
-    Raises:
-        ConfigurationError: a method of the user's own gave something else than a solution.
-    """
+    """Runs a method on a problem; a `ConfigurationError` if it gives something else than a solution."""
     solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
     if not isinstance(solution, Solution):
         raise ConfigurationError(

@@ -236,8 +236,7 @@ class Method(Protocol):
     def __call__(self, problem: Problem) -> Solution:
         """Finds new weights; the model is left as found.
 
-        Raises:
-            EmptyLocalizationError: no weight can be chosen; the repair then ends as `not repaired`.
-            ConfigurationError: the method does not suit the model or the task.
+        If there are no weights to choose, it is an `EmptyLocalizationError`; if the method does not suit the model or
+        the task, a `ConfigurationError`.
         """
         ...

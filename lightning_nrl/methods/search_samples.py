@@ -80,9 +80,8 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
     chosen[_nearest(near, passed, room - room // 2)] = True
     others = (passed & ~chosen).nonzero().flatten()
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    drawn = torch.zeros_like(wanted)
-    drawn[others[order[: room // 2]]] = True
-    recorded, representative = chosen | drawn, passed
+    recorded, representative = chosen, passed
+    recorded[others[order[: room // 2]]] = True
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
         representative[others[order[: min(room // 2, MOST_REPRESENTATIVE)]]] = True

@@ -1,8 +1,7 @@
 """A local search that starts from what other methods propose, and never ends below it.
 
-It searches the localised weights of the chosen layer while the rest of the network is as in the proposal it starts from
-(the base). What proposals have at these weights are its elites, and every known passed sample is a constraint, with a
-margin of its own to keep: near misses on known data are misses on unseen data.
+The rest of the network is as in the proposal it starts from (the base). Every known passed sample is a constraint, with
+a margin of its own to keep: near misses on known data are misses on unseen data.
 """
 
 from __future__ import annotations
@@ -51,9 +50,6 @@ def warm_started_search(
 
     What the proposals have at the localised weights are elites, the best ones if there are many. The base may be of any
     part of the network; one of the proposals may have this very state.
-
-    Raises:
-        EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:

@@ -1,9 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. Few of them ever come close to it. These are
-the working set: their margins are measured again and again. Those of them that are closer still are active: steps are
-on their hinge losses, each with a multiplier that grows as long as its constraint is violated. As many others of the
-working set are rehearsed, which holds the model where it is.
+Every known passed sample is a constraint: its margin must stay above 0. The few that come close are the working set,
+whose margins are measured again and again. Those closer still are active: steps are on their hinge losses, each with a
+multiplier that grows while its constraint is violated. As many others are rehearsed, which holds the model in place.
 """
 
 from __future__ import annotations
@@ -128,9 +127,8 @@ class ActiveSet:
             weight, hinge, is_taught = columns.unbind(1)
             margin = self._margin(output, batch)
             measured.append((rows, margin.detach()))
-            divergence = self.problem.evaluator.task.divergence(
-                output, self._teacher(batch, rows, output.shape), batch.target
-            )
+            taught = self._teacher(batch, rows, output.shape)
+            divergence = self.problem.evaluator.task.divergence(output, taught, batch.target)
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         n_open = int(self.open.sum())

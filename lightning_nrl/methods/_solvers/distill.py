@@ -91,7 +91,10 @@ class _Distillation:
             self.visits += len(batch)
         self.margin = merge_measurements(self.problem, self.margin, measured)
         self._plan(start, began)
-        self._report()
+        before, passes = self.problem.before, self.margin > 0
+        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
+        n_repaired = int((before.targeted & passes).sum())
+        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)
         return self.visits < self.planned
 
     def hard_and_some_easy(self) -> Tensor:
@@ -116,9 +119,3 @@ class _Distillation:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(self._most, self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
-
-    def _report(self) -> None:
-        before, passes = self.problem.before, self.margin > 0
-        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
-        n_repaired = int((before.targeted & passes).sum())
-        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.evaluator import check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.methods._solvers.active_set import POLISH_RATE, ActiveSet, TargetSchedule
 from lightning_nrl.methods._solvers.descent import Descent
@@ -34,6 +34,7 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.report.run_records import Step
 
+NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
 HOLDING_STARTS = 3  # from later starts what was repaired may be lost, since it stands in the way
 BISECTIONS = 6  # of the way back, by what is known to be broken
@@ -72,7 +73,7 @@ def polish(
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
     """
-    check_needs(("margins",), problem.before, problem.evaluator.task)
+    check_needs(NEEDS, problem.before, problem.evaluator.task)
     work = partial(_polish, problem, state, deadline or Deadline(), masks, after, insist)
     return problem.work.once("polish", work, PolishResult)
 
@@ -125,7 +126,8 @@ class _Polish:
         self.problem, self.state, self.masks = problem, state, masks
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
-        self.rounds = self.retreats = 0
+        self.rounds = self.retreats = self._rounds_left = 0
+        self._fewest_open = math.inf
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())

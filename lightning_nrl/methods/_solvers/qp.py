@@ -70,13 +70,11 @@ def solve_dual(
     a = torch.zeros_like(b) if start is None else start.to("cpu", torch.float64)
     if g.ndim == 3:
         a, value, is_solved = solve_batch(g, b, a, max_value)
-        is_feasible = ~(value > max_value)
-    else:
-        limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
-        a, solved, feasible = solve_one(g, b, limits, a, is_over)
-        value = b @ a - 0.5 * (a @ (g @ a))
-        is_solved, is_feasible = torch.tensor(solved), torch.tensor(feasible)
-    return DualSolution(a.to(device, dtype), value, is_solved, is_feasible)
+        return DualSolution(a.to(device, dtype), value, is_solved, ~(value > max_value))
+    limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
+    a, solved, feasible = solve_one(g, b, limits, a, is_over)
+    value = b @ a - 0.5 * (a @ (g @ a))
+    return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
 
 
 CONDITIONS_TOLERANCE = 1e-7  # violation of a solution's conditions, in parts of what the rows require

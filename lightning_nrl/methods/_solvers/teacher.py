@@ -31,10 +31,7 @@ class Teacher:
         self._cache = LogitCache(len(which))
 
     def prepare(self, rows: Tensor) -> None:
-        """Runs for those of some rows, of any rank's share, that are not cached yet, in batches as large as a step's.
-
-        A batch that holds one of them would run as a whole otherwise.
-        """
+        """Runs for rows that are not cached yet, alone: a batch that holds one of them would run as a whole."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
