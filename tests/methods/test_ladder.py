@@ -12,6 +12,8 @@ from torch import Tensor
 from toy_problems import (
     FakeTraining,
     Marginless,
+    StageTimer,
+    State,
     barely,
     broken,
     checked,
@@ -19,12 +21,11 @@ from toy_problems import (
     make_problem,
     retrained,
     right,
+    snapshot,
 )
 from toy_repairs import blobs, known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSource, repair_module
-from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_problems import make_problem
+from toy_problems import StageTimer, make_problem, snapshot
 from toy_repairs import QUICK as TOY
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
@@ -24,9 +24,6 @@ from lightning_nrl import (
     Target,
     repair_module,
 )
-from lightning_nrl._utils.registry import Registry
-from lightning_nrl._utils.state import snapshot
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import (
@@ -146,7 +143,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "[lightning_nrl.fitnesses]\ncounting = nrl_plugin:fitness\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    registries: tuple[Registry[Any], ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
+    registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
     for registry in registries:
         monkeypatch.delitem(registry.__dict__, "_added", raising=False)
     yield tmp_path  # type: ignore[misc]
