@@ -17,7 +17,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, handles
+from lightning_nrl.search._scoring.candidate_tensor import OP_HANDLERS, CandidateTensor
+
+Handler = Callable[..., Any]
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Registers what to do instead of some functions."""
+
+    def register(handler: Handler) -> Handler:
+        OP_HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def handles_first(*functions: Any, axis: int | None = None) -> Callable[[Handler], Handler]:
+    """As `handles`, where the first argument alone is a `CandidateTensor`, and its channels are at an axis."""
+
+    def register(handler: Handler) -> Handler:
+        def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
+            x, *others = args or (None,)
+            if not isinstance(x, CandidateTensor) or (axis is not None and x.axis != axis):
+                return NotImplemented
+            if any(isinstance(a, CandidateTensor) for a in (*others, *kwargs.values())):
+                return NotImplemented
+            return handler(func, *args, **kwargs)
+
+        return handles(*functions)(checked)
+
+    return register
+
 
 RELU = (F.relu, torch.relu, Tensor.relu)
 ACTIVATIONS = (
@@ -53,29 +83,28 @@ INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIV
 INPLACE_METHODS = (torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_, Tensor.clamp_)
 
 
-@handles(*POINTWISE)
-def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
-    x, *rest = args
-    if not isinstance(x, CandidateTensor) or any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
+@handles_first(*POINTWISE)
+def _pointwise(func: Any, x: CandidateTensor, *rest: Any, **kwargs: Any) -> Any:
+    if any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
         return NotImplemented
     position = INPLACE_POSITIONS.get(func)
-    flagged = position is not None and (kwargs.get("inplace") or (len(args) > position and args[position]))
+    flagged = position is not None and (kwargs.get("inplace") or any(rest[position - 1 : position]))
     if flagged or func in INPLACE_METHODS:
         return x.assign(x.map_channels(lambda t, units: func(t.clone() if units is None else t, *rest, **kwargs)))
-    if func in RELU and x.pending is not None and not x.identical:
+    if func in RELU and x.pending is not None:
         return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, x.evaluated().relu_())
     return x.map_channels(lambda t, _: func(t, *rest, **kwargs))
 
 
-@handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+@handles_first(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
 def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return NotImplemented if training and p else x
 
 
-@handles(F.batch_norm)
+@handles_first(F.batch_norm, axis=1)
 def _batch_norm(
     func: Any,
-    x: Any,
+    x: CandidateTensor,
     mean: Tensor | None,
     var: Tensor | None,
     weight: Tensor | None = None,
@@ -84,26 +113,22 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if training or not isinstance(x, CandidateTensor) or x.axis != 1:
+    if training:
         return NotImplemented
 
     def normalised(t: Tensor, units: Tensor | None) -> Tensor:
         vectors = [v if v is None or units is None else v.index_select(0, units) for v in (mean, var, weight, bias)]
         return F.batch_norm(t, vectors[0], vectors[1], vectors[2], vectors[3], False, momentum, eps)
 
-    if x.pending is not None and not x.identical and var is not None:
+    if x.pending is not None and var is not None:
         factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
         pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
         return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
     return x.map_channels(normalised)
 
 
-@handles(*POOLS)
-def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or x.axis != 1:
-        return NotImplemented
-    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
-        return NotImplemented
+@handles_first(*POOLS, axis=1)
+def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
     if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
@@ -111,14 +136,12 @@ def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
-@handles(*REDUCTIONS)
-def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+@handles_first(*REDUCTIONS)
+def _reduce(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     dims = args[0] if args else kwargs.get("dim")
     dims = (dims,) if isinstance(dims, int) else dims
-    if not isinstance(x, CandidateTensor) or not isinstance(dims, (tuple, list)) or not dims:
-        return NotImplemented
-    places = {d % x.ndim for d in dims}
-    if any(d <= x.axis for d in places):
+    places = {d % x.ndim for d in dims or (0,)}
+    if min(places) <= x.axis:
         return NotImplemented
     if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
         return _mean_of_places(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
@@ -126,7 +149,7 @@ def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
-    """The mean over all that comes behind the channels.
+    """Takes the mean over all that comes behind the channels.
 
     On a CPU as a product with a vector: a sum of few numbers that lie side by side takes several times as long.
     """
@@ -144,9 +167,9 @@ def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
     return x.map_channels(mean)
 
 
-@handles(torch.flatten, Tensor.flatten)
-def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if not isinstance(x, CandidateTensor) or end_dim % x.ndim != x.ndim - 1:
+@handles_first(torch.flatten, Tensor.flatten)
+def _flatten(func: Any, x: CandidateTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if end_dim % x.ndim != x.ndim - 1:
         return NotImplemented
     start = start_dim % x.ndim
     if start == 1 and x.axis == 1:
@@ -154,9 +177,9 @@ def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return x.map_channels(lambda t, _: t.flatten(start)) if start > x.axis else NotImplemented
 
 
-@handles(Tensor.view, Tensor.reshape, torch.reshape)
-def _view(func: Any, x: Any, *shape: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or x.axis != 1 or not shape or isinstance(shape[0], torch.dtype):
+@handles_first(Tensor.view, Tensor.reshape, torch.reshape, axis=1)
+def _view(func: Any, x: CandidateTensor, *shape: Any) -> Any:
+    if not shape or isinstance(shape[0], torch.dtype):
         return NotImplemented
     sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
     features = x.base[0].numel()
@@ -176,10 +199,8 @@ def _flatten_channels(x: CandidateTensor) -> CandidateTensor:
     return CandidateTensor(base, x.copies, 1, units if places > 1 else x.units, x.changed.flatten(2))
 
 
-@handles(F.linear)
-def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
-        return NotImplemented
+@handles_first(F.linear)
+def _linear(func: Any, x: CandidateTensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if x.identical:
         return CandidateTensor.repeated(func(x.base, weight, bias), x.copies)
     if x.axis != x.ndim - 1:
@@ -192,10 +213,10 @@ def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> An
     return delta.add_(func(x.base, weight, bias)).flatten(0, 1)
 
 
-@handles(torch.conv1d, torch.conv2d, torch.conv3d)
+@handles_first(torch.conv1d, torch.conv2d, torch.conv3d)
 def _conv(
     func: Any,
-    x: Any,
+    x: CandidateTensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -203,8 +224,6 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
-        return NotImplemented
     if x.identical:
         return CandidateTensor.repeated(func(x.base, weight, bias, stride, padding, dilation, groups), x.copies)
     if groups == x.shape[1] == len(weight) and x.axis == 1:
@@ -227,13 +246,9 @@ def _conv(
     return delta.unflatten(0, (x.copies, -1)).add_(base).flatten(0, 1)
 
 
-@handles(F.layer_norm, F.group_norm, F.embedding, F.prelu)
-def _samplewise(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or not x.identical:
-        return NotImplemented
-    if any(isinstance(a, CandidateTensor) for a in (*args, *kwargs.values())):
-        return NotImplemented
-    return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies)
+@handles_first(F.layer_norm, F.group_norm, F.embedding, F.prelu)
+def _samplewise(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
+    return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies) if x.identical else NotImplemented
 
 
 @handles(torch.cat, torch.concat, torch.concatenate)
@@ -257,7 +272,7 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """Whether a product may be summed from two parts: not in half precision, where two roundings are not one."""
+    """True if a product may be summed from two parts: not in half precision, where two roundings are not one."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -300,11 +315,11 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _shifted(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
-    """A sum of what differs and what does not: only the base moves."""
+    """Adds what differs and what does not: only the base moves."""
     if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):
-        if x.pending is not None and not x.identical and other.identical and x.dtype == other.dtype:
+        if x.pending is not None and other.identical and x.dtype == other.dtype:
             return CandidateTensor(a.base + b.base, a.copies, x.axis, x.units, x.pending)
     return NotImplemented
 
