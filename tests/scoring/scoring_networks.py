@@ -19,6 +19,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace, find_layers
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import SwarmScorer
 from lightning_nrl.tasks import Multiclass
 
 
@@ -364,3 +365,13 @@ def _to(data: Any, dtype: torch.dtype) -> Any:
     if isinstance(data, tuple):
         return tuple(_to(v, dtype) for v in data)
     return data.to(dtype) if data.is_floating_point() else data
+
+
+@torch.no_grad()
+def by_sample(scorer: SwarmScorer, values: Tensor, swarm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a swarm's samples, and what each candidate, `P x K`, does on them: passes and losses, `P x n`."""
+    group = next(group for group in scorer.groups if swarm in group.swarms)
+    parts = [*group.failed, *group.passed]
+    found = [part.evaluate(values[:, group.columns]) for part in parts]
+    rows = torch.cat([part.chunk.rows for part in parts])
+    return rows, torch.cat([passed for passed, _ in found], 1), torch.cat([loss for _, loss in found], 1).double()

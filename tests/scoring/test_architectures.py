@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
-from scoring_networks import Case, floats, make_problem
+from scoring_networks import Case, by_sample, floats, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,14 +93,14 @@ def test_same_predictions_and_losses(
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     mask = torch.arange(n) % 2 == 0
-    outcome = make_scorer(recording, where, mask, ~mask, EVALUATOR).by_sample(values)
-    logits = problem.oracle(where, values, outcome.rows)
-    target = problem.target[outcome.rows].repeat(p)
+    rows, passed, losses = by_sample(make_scorer(recording, where, mask, ~mask, EVALUATOR), values)
+    logits = problem.oracle(where, values, rows)
+    target = problem.target[rows].repeat(p)
     loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(p, n).double()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(outcome.loss, loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(losses, loss, rtol=tolerance, atol=tolerance)
     top = logits.topk(2).values
     clear = (top[..., 0] - top[..., 1]) > 10 * tolerance
-    right = logits.argmax(2) == problem.target[outcome.rows]
-    assert torch.equal(outcome.passed[clear], right[clear])
+    right = logits.argmax(2) == problem.target[rows]
+    assert torch.equal(passed[clear], right[clear])
     assert clear.float().mean() > 0.5  # else hardly a prediction was compared

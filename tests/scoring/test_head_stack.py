@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scoring_networks import Problem
+from scoring_networks import Problem, by_sample
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,7 +75,7 @@ def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(options: dict[str, 
     scorer = stacked(make_scorer(own.recording(15, 25), where, FAILED, passed, EVALUATOR, **options), K, block_bytes)
     assert all(group.is_stacked for group in scorer.groups)
     same(scorer(values), expected)
-    assert torch.equal(scorer.by_sample(values[2], 2).passed.sum(1), (expected.patched + expected.intact)[2].long())
+    assert torch.equal(by_sample(scorer, values[2], 2)[1].sum(1), (expected.patched + expected.intact)[2].long())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

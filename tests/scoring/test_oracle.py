@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scoring_networks import REPLAYED, WHOLE, Case, Problem, make_problem
+from scoring_networks import REPLAYED, WHOLE, Case, Problem, by_sample, make_problem
 from torch import nn
 
 from lightning_nrl.evaluation import Evaluator
@@ -31,10 +31,10 @@ def check(
     passed = Multiclass().passed(logits, target).view(p, n)
     loss = Multiclass().loss(logits, target).view(p, n).double()
 
-    outcome = scorer.by_sample(values)
-    order = outcome.rows.argsort()
-    assert torch.equal(outcome.passed[:, order], passed)
-    torch.testing.assert_close(outcome.loss[:, order], loss, rtol=tolerance, atol=tolerance)
+    rows, found, losses = by_sample(scorer, values)
+    order = rows.argsort()
+    assert torch.equal(found[:, order], passed)
+    torch.testing.assert_close(losses[:, order], loss, rtol=tolerance, atol=tolerance)
     scores = scorer(values.unsqueeze(0))
     assert scores.patched.tolist() == [passed[:, failed].sum(1).tolist()]
     assert scores.intact.tolist() == [passed[:, ~failed].sum(1).tolist()]
@@ -72,12 +72,12 @@ def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
     assert recording.fallback_reason is None
     where, values = problem.candidates(7, 9)
     everyone = torch.ones(40, dtype=torch.bool)
-    outcome = make_scorer(recording, where, everyone, ~everyone, EVALUATOR).by_sample(values)
+    _, passed, losses = by_sample(make_scorer(recording, where, everyone, ~everyone, EVALUATOR), values)
     with context():
         logits = problem.oracle(where, values).float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), problem.target.repeat(7), reduction="none")
-    torch.testing.assert_close(outcome.loss.float(), loss.view(7, 40), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(losses.float(), loss.view(7, 40), rtol=0.03, atol=0.03)
     top = logits.topk(2).values
     clear = top[..., 0] - top[..., 1] > 0.02
-    assert torch.equal(outcome.passed[clear], (logits.argmax(2) == problem.target)[clear])
+    assert torch.equal(passed[clear], (logits.argmax(2) == problem.target)[clear])
     assert clear.float().mean() > 0.8

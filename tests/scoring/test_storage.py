@@ -16,8 +16,7 @@ from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recorded_tensors import InMemory, Recomputed
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, ReplayGroup
 from lightning_nrl.search._scoring.sample_layout import SampleLayout
 from lightning_nrl.search._scoring.scorer import make_scorer
 
@@ -74,24 +73,28 @@ def test_what_is_equal_is_kept_once() -> None:
 
 
 @pytest.mark.parametrize("samples", [slice(2, 5), torch.tensor([0, 3, 5])])
-def test_each_storage_gives_samples_back_in_their_layout(samples: slice | Tensor) -> None:
+@pytest.mark.parametrize("expected", [None, 0, 1, 3, 6, 7])
+def test_a_group_gives_samples_back_in_their_layout(samples: slice | Tensor, expected: int | None) -> None:
     layouts = [SampleLayout(0), SampleLayout(1, 2)]
     whole = [torch.arange(18).view(6, 3), torch.arange(24).view(2, 12)]
     asked: list[list[int]] = []
 
     def again(rows: Tensor) -> list[Tensor]:
         asked.append(rows.tolist())
-        return [layout.take(x, rows) for layout, x in zip(layouts, whole, strict=True)]
+        return taken(rows)
 
-    for storage in (*(InMemory(layouts, CPU, expected=n) for n in (0, 1, 3, 6, 7)), Recomputed(again, layouts)):
-        for part in (slice(0, 2), slice(2, 6)):
-            storage.add([layout.take(x, part) for layout, x in zip(layouts, whole, strict=True)], torch.arange(6)[part])
-        storage.finish()
-        for first in (0, 1):
-            expected = [layout.take(x, samples) for layout, x in zip(layouts, whole, strict=True)][first:]
-            assert all(map(torch.equal, storage.take(samples, CPU, first), expected))
+    def taken(part: slice | Tensor) -> list[Tensor]:
+        return [layout.take(x, part) for layout, x in zip(layouts, whole, strict=True)]
+
+    group = ReplayGroup(None, layouts, CPU, recomputed=expected is None, expected=expected or 0)
+    for part in (slice(0, 2), slice(2, 6)):
+        group.add(taken(part), torch.arange(6)[part], torch.arange(6)[part], again)
+    group.finish()
+    for last in (0, 1):
+        assert all(map(torch.equal, group.take(samples, CPU, last), taken(samples)[-last:]))
     # Samples that follow within a batch are made once for several requests.
-    assert asked == ([[2, 3, 4, 5]] if isinstance(samples, slice) else [[0, 3, 5]] * 2)
+    once = [[2, 3, 4, 5]] if isinstance(samples, slice) else [[0, 3, 5]] * 2
+    assert asked == (once if expected is None else [])
 
 
 def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> None:

@@ -98,9 +98,7 @@ class EditableModel:
 
 
 @contextmanager
-def trace_forward(
-    model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]
-) -> Iterator[ForwardTrace]:
+def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]) -> Iterator[ForwardTrace]:
     """Watches the pass that is run inside; of modules that are not to `keep` only shapes are noted, as meta tensors."""
     trace = ForwardTrace()
     open_calls: list[list[tuple[str, Any]]] = [[]]
