@@ -5,15 +5,11 @@ Pure functions of scores like `Fitness`, `S x P -> S x P`; larger is better. L i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import check_real
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
@@ -35,9 +31,9 @@ class ArachneFitness:
     """
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """The fitness of each candidate, `S x P`; one whose loss is NaN or infinite is worth minus infinity."""
-        patched, intact = _counts(scores)
-        return _finite(scores, (patched + 1) / (_failed(scores) + 1) + (intact + 1) / (_passed(scores) + 1))
+        """As of `Fitness`."""
+        patched, intact, failed, passed = scores.columns()
+        return scores.finite((patched + 1) / (failed + 1) + (intact + 1) / (passed + 1))
 
 
 @FITNESSES.register("neurecover")
@@ -57,11 +53,11 @@ class NeuRecoverFitness:
         check_real("fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """The fitness of each candidate, `S x P`; one whose loss is NaN or infinite is worth minus infinity."""
-        patched, intact = _counts(scores)
-        repaired = (patched / scores.n_failed + 1) / (_failed(scores) + 1)
-        kept = (intact / scores.n_passed + 1) / (_passed(scores) + 1)
-        return _finite(scores, repaired + self.alpha * kept)
+        """As of `Fitness`."""
+        patched, intact, failed, passed = scores.columns()
+        repaired = (patched / scores.n_failed + 1) / (failed + 1)
+        kept = (intact / scores.n_passed + 1) / (passed + 1)
+        return scores.finite(repaired + self.alpha * kept)
 
 
 @FITNESSES.register("arachne-de")
@@ -85,36 +81,12 @@ class ArachneDEFitness:
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """The fitness of each candidate, `S x P`; one whose loss is NaN or infinite is worth minus infinity.
-
-        Raises:
-            ValueError: the scores have no credits; `make_scorer(..., credit=True)` gives them.
-        """
+        """As of `Fitness`; a `ValueError` if the scores have no credits."""
         if scores.credit_failed is None or scores.credit_passed is None:
             raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
-        return _finite(scores, scores.credit_passed + self.aggressiveness * scores.credit_failed)
+        return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """Whether a fitness asks for the credits of wrong samples: it says so by `uses_credit`."""
+    """True if a fitness asks for the credits of wrong samples: it says so by `uses_credit`."""
     return bool(getattr(fitness, "uses_credit", False))
-
-
-def _counts(scores: Scores) -> tuple[Tensor, Tensor]:
-    dtype = widest(scores.patched.device)
-    patched = scores.patched if scores.gain is None else scores.gain
-    intact: Any = scores.intact if scores.harm is None else scores.n_passed - scores.harm
-    return patched.to(dtype), intact.to(dtype)
-
-
-def _failed(scores: Scores) -> Tensor:
-    return scores.loss_failed.to(widest(scores.patched.device))
-
-
-def _passed(scores: Scores) -> Tensor:
-    return scores.loss_passed.to(widest(scores.patched.device))
-
-
-def _finite(scores: Scores, value: Tensor) -> Tensor:
-    finite = scores.loss_failed.isfinite() & scores.loss_passed.isfinite() & torch.isfinite(value)
-    return value.masked_fill(~finite, -math.inf)

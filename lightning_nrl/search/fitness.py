@@ -21,11 +21,9 @@ from lightning_nrl.search.scores import Scores
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
 
-It may have more: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
-lets scoring give up early; `as_constraint` makes no broken sample its first aim. `Fitness` has all of them.
+Optional members: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
+lets scoring give up early; `as_constraint` makes no broken sample its first aim.
 """
-
-Number = float | Tensor
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
 LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
@@ -60,7 +58,7 @@ class Fitness:
     A candidate whose loss is NaN or infinite is worth minus infinity.
 
     Attributes:
-        kind: one of the above.
+        kind: one of these.
         alpha: the intact weight of `eq1` and `eq2`, at least 0. See `exchange_rate` for what it buys.
         beta: the weight of the loss term in `eq2`, at least 0.
         delta: the small constant in the loss terms, above 0.
@@ -111,15 +109,15 @@ class Fitness:
 
     @property
     def uses_passed_loss(self) -> bool:
-        """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
+        """False if passed samples that no candidate can break need no scoring."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """The same fitness, but more broken samples than tolerated, by weight, make a candidate infeasible."""
+        """Returns this fitness where more broken samples than tolerated, by weight, make a candidate infeasible."""
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """The most samples of I_pos that a candidate may break and still be worth more than `value`, `S x P`.
+        """Returns how many samples of I_pos a candidate may break and still be worth more than `value`, `S x P`.
 
         Whole numbers or infinity; None where breaking more can be made up for. `n_failed` is |I_neg|, as in `Scores`.
         """
@@ -140,7 +138,37 @@ class Fitness:
         The lexicographic order of the counts is exact up to a million samples of each kind. MPS has float32 only: there
         it is exact while broken * (|I_neg| + 1) stays below 2^22.
         """
-        return _evaluate(self, scores, original, self.alpha, self.beta, self.delta)
+        gain, intact, loss_failed, loss_passed = scores.columns()
+        _, _, before_failed, before_passed = original.columns()
+        excess = (scores.n_passed - intact - self.tolerated).clamp(min=0)
+
+        def lexicographic() -> Tensor:
+            n = scores.n_failed + scores.n_passed
+            loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
+            before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
+            fall = (before - loss) / (before.abs() + self.delta)
+            return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
+
+        if self.kind == "lexicographic":
+            value = lexicographic()
+        else:
+            value = gain / scores.n_failed + self.alpha * (intact / scores.n_passed)
+            of_failed = self._loss_term(loss_failed, before_failed)
+            if self.kind == "eq1":
+                value = value + of_failed + self._loss_term(loss_passed, before_passed)
+            else:
+                value = value + self.beta * of_failed
+        if self.perfect_intact and self.infeasible == "zero":
+            value = _positive(value).masked_fill(excess > 0, 0.0)
+        elif self.perfect_intact and self.kind != "lexicographic":
+            value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
+        return scores.finite(value)
+
+    def _loss_term(self, after: Tensor, before: Tensor) -> Tensor:
+        if self.loss_term == "inverse_ratio":
+            return (before + self.delta) / (after + self.delta)
+        ratio = (after + self.delta) / (before + self.delta)
+        return ratio if self.loss_term == "as_printed" else 1 - ratio
 
 
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
@@ -162,86 +190,30 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """One function for S searches that each have a fitness of their own, on the device of the scores.
-
-    Searches that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
-    """
-    if all(one == fitness[0] for one in fitness):
-        return fitness[0]
-    kinds: dict[tuple[str, str, bool, str, float], list[int]] = {}
+    """Returns one function for S searches with a fitness each, on a device; equal ones cost no more than one."""
+    rows: dict[Fitness, list[int]] = {}
     for row, one in enumerate(fitness):
-        kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible, one.tolerated), []).append(row)
-    groups = []
-    for rows in kinds.values():
-        members = [fitness[row] for row in rows]
-        numbers = [(one.alpha, one.beta, one.delta) for one in members]
-        columns = torch.tensor(numbers, dtype=widest(device), device=device).t().unsqueeze(2)
-        groups.append((members[0], torch.tensor(rows, device=device), columns.unbind()))
+        rows.setdefault(one, []).append(row)
+    if len(rows) == 1:
+        return fitness[0]
+    groups = [(one, torch.tensor(own, device=device)) for one, own in rows.items()]
 
     def grouped(scores: Scores, original: Scores) -> Tensor:
-        if len(groups) == 1:
-            settings, _, numbers = groups[0]
-            return _evaluate(settings, scores, original, *numbers)
         value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
-        for settings, rows, numbers in groups:
-            value[rows] = _evaluate(settings, _rows(scores, rows), _rows(original, rows), *numbers)
+        for one, own in groups:
+            value[own] = one(_rows(scores, own), _rows(original, own))
         return value
 
     return grouped
 
 
-def _evaluate(
-    settings: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number
-) -> Tensor:
-    dtype = widest(scores.patched.device)
-    intact = scores.intact.to(dtype)
-    gain = scores.patched.to(dtype) if scores.gain is None else scores.gain.to(dtype)
-    loss_failed, loss_passed = scores.loss_failed.to(dtype), scores.loss_passed.to(dtype)
-    before_failed, before_passed = original.loss_failed.to(dtype), original.loss_passed.to(dtype)
-    broken = scores.n_passed - intact
-    if scores.harm is not None:
-        broken = scores.harm.to(dtype)
-        intact = scores.n_passed - broken
-    excess = broken if not settings.tolerated else (broken - settings.tolerated).clamp(min=0)
-
-    def lexicographic() -> Tensor:
-        n = scores.n_failed + scores.n_passed
-        loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
-        before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
-        fall = (before - loss) / (before.abs() + delta)
-        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
-
-    if settings.kind == "lexicographic":
-        value = lexicographic()
-    else:
-        value = gain / scores.n_failed + alpha * (intact / scores.n_passed)
-        if settings.kind == "eq1":
-            value = value + _loss_term(settings.loss_term, loss_failed, before_failed, delta)
-            value = value + _loss_term(settings.loss_term, loss_passed, before_passed, delta)
-        else:
-            value = value + beta * _loss_term(settings.loss_term, loss_failed, before_failed, delta)
-    if settings.perfect_intact and settings.infeasible == "zero":
-        value = _positive(value).masked_fill(excess > 0, 0.0)
-    elif settings.perfect_intact and settings.kind != "lexicographic":
-        value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
-    return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
-
-
 def _positive(value: Tensor) -> Tensor:
-    """The same order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
+    """Keeps the order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
     e = SMALLEST_UNCHANGED
     return torch.where(value < e, e**2 / (2 * e - value), value)
 
 
-def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tensor:
-    if kind == "inverse_ratio":
-        return (before + delta) / (after + delta)
-    ratio = (after + delta) / (before + delta)
-    return ratio if kind == "as_printed" else 1 - ratio
-
-
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-
     def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x
 
