@@ -1,15 +1,11 @@
-"""How much each weight matters for some data: backward and forward impacts (paper, section II.1, step i).
-
-A zero that asks for its gradient is added to the output of each layer to be repaired. The loss gradient of these
-zeros and the layers' inputs give every weight's gradient, whether or not the weights ask for one themselves.
-"""
+"""How much each weight matters for some data: backward and forward impacts (paper, section II.1, step i)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +26,6 @@ from lightning_nrl.evaluation.layer_gradients import (
 )
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.localization.localizer import Replay
-from lightning_nrl.tasks import Task
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -56,12 +51,12 @@ def measure(
     aggregation: Aggregation = "mean_gradient",
     weight: Tensor | None = None,
 ) -> Impact:
-    """Backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
+    """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
     Backward is `dL/dw_ij = dL/do_j * do_j/dw_ij`: the absolute value of its mean over samples, or the mean of its
     absolute value. Forward is `o_i * w_ij`: the mean of its absolute value. A convolution's weight meets many inputs:
     its gradient is the sum over positions, its forward impact the mean over samples and positions, padding included.
-    A bias passes on itself. Ranks add up their sums, so it does not matter how the samples were dealt out.
+    A bias passes on itself. Ranks add up their sums.
 
     Args:
         recording: the model on the known data of this rank.
@@ -80,97 +75,99 @@ def measure(
             not the first dimension of its input.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
+    space, sites = recording.space, len(recording.space.sites)
+
+    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
+        check = first and (aggregation == "per_sample" or weight is not None)
+        _add(_Sums(*sums), recording, chunk, evaluator.task, aggregation, weight, check)
+
+    sizes = [space.size, space.size, sites, sites, 1]
+    return _mean(space, _Sums(*summed_up(recording, evaluator, rows_mask, sizes, add)))
+
+
+def summed_up(
+    recording: Replay,
+    evaluator: Evaluator,
+    rows_mask: Tensor,
+    sizes: Sequence[int],
+    add: Callable[[Sequence[Tensor], Any, bool], None],
+) -> tuple[Tensor, ...]:
+    """Returns sums over the marked samples of all ranks, of such sizes.
+
+    `add(sums, chunk, first)` adds a chunk; the `first` one has more than one sample. Chunks are of `SAMPLES_PER_PASS`
+    samples, or of as many as memory allows.
+    """
     space = recording.space
-    work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, weight)
-    sums = as_many_as_fit(work)
-    return _mean(space, _Sums.of(space, evaluator.collective.sum(sums.flat)))
 
+    def work(size: int) -> Tensor:
+        flat, first = torch.zeros(sum(sizes), dtype=widest(space.device), device=space.device), True
+        with repeatable_gradients():
+            for chunk in recording.chunks(size, rows_mask):
+                several = len(chunk.rows) > 1
+                add(flat.split(sizes), chunk, first and several)
+                first = first and not several
+        return flat
 
-Sums = TypeVar("Sums")
-
-
-def as_many_as_fit(work: Callable[[int], Sums]) -> Sums:
-    """What work gives with `SAMPLES_PER_PASS` samples at once, or with as many as memory allows."""
-    sums, size = None, SAMPLES_PER_PASS
-    while sums is None:
+    found, size = None, SAMPLES_PER_PASS
+    while found is None:
         # Ranks exchange nothing here: each may do with fewer samples at once by itself.
-        sums = none_if_out_of_memory(partial(work, size), last_try=size == 1)
+        found = none_if_out_of_memory(partial(work, size), last_try=size == 1)
         size //= 2
-    return sums
-
-
-def _sum_up(
-    recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, weight: Tensor | None, size: int
-) -> _Sums:
-    sums = _Sums.zeros(recording.space)
-    unchecked = aggregation == "per_sample" or weight is not None
-    with repeatable_gradients():
-        for chunk in recording.chunks(size, rows_mask):
-            check = unchecked and len(chunk.rows) > 1
-            unchecked = unchecked and not check
-            _add(sums, recording, chunk, task, aggregation, weight, check)
+    sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
+    if not sums[-1].item():
+        raise EvaluationError(
+            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
+        )
     return sums
 
 
 class _Sums(NamedTuple):
-    """Sums over samples as views of one flat tensor, so that ranks add them up in one exchange."""
+    """Sums over samples."""
 
-    flat: Tensor
     gradient: Tensor  # W, of gradients or of their absolute values
     input: Tensor  # W, of the absolute value that each weight is multiplied with
     positions: Tensor  # one a site: how many such values there were
     strayed: Tensor  # one a site: above 0 if its rows are not sample by sample
     samples: Tensor  # 1
 
-    @classmethod
-    def of(cls, space: ParameterSpace, flat: Tensor) -> _Sums:
-        sites = len(space.sites)
-        return cls(flat, *torch.split(flat, [space.size, space.size, sites, sites, 1]))
-
-    @classmethod
-    def zeros(cls, space: ParameterSpace) -> _Sums:
-        size = 2 * space.size + 2 * len(space.sites) + 1
-        return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
-
 
 def _add(
     sums: _Sums,
     recording: Replay,
     chunk: Any,
-    task: Task,
+    task: Any,
     aggregation: Aggregation,
     weight: Tensor | None,
     check: bool,
 ) -> None:
     n = len(chunk.rows)
-    own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.flat)
-    calls, strayed = trace(recording, chunk, lambda logits: _losses(task, logits, chunk.target, own), check)
+    own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.gradient)
+
+    def losses(logits: Tensor) -> Tensor:
+        each: Tensor = task.loss(logits, chunk.target)
+        return each if own is None else each * own.to(each)
+
+    calls, strayed = trace(recording, chunk, losses, check)
     sums.samples.add_(n if own is None else own.sum())
     sums.strayed.add_(strayed)
-    with no_autocast(sums.flat.device):
+    with no_autocast(sums.gradient.device):
         for i, site in enumerate(recording.space.sites):
-            here = slice(site.offset, site.offset + site.size)
-            if own is not None and calls[i] and not is_by_sample(calls[i], n):
+            here, layer = slice(site.offset, site.offset + site.size), site.module
+            by_sample = not calls[i] or is_by_sample(calls[i], n)
+            if not by_sample and (own is not None or aggregation == "per_sample"):
                 sums.strayed[i] += 1
                 continue
             for x, g in calls[i]:
-                count: float = uses_per_weight(site.module, g)
+                count: float = uses_per_weight(layer, g)
                 if own is not None:
                     x, count = _scaled(x, own), count * float(own.mean())
-                sums.input[here] += flat_part(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
+                sums.input[here] += flat_part(site, absolute_input(layer, x), x.new_full((g.shape[1],), count))
                 sums.positions[i] += count
-            if aggregation == "mean_gradient":
-                for x, g in calls[i]:
-                    sums.gradient[here] += flat_part(site, weight_gradient(site.module, x, g), bias_gradient(g))
-            elif not calls[i] or is_by_sample(calls[i], n):
+            if aggregation == "per_sample":
                 sums.gradient[here] += _absolute_gradients(site, calls[i], n)
-            else:
-                sums.strayed[i] += 1
-
-
-def _losses(task: Task, logits: Tensor, target: Any, weight: Tensor | None) -> Tensor:
-    losses = task.loss(logits, target)
-    return losses if weight is None else losses * weight.to(losses)
+                continue
+            for x, g in calls[i]:
+                sums.gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
 
 
 def _scaled(x: Tensor, weight: Tensor) -> Tensor:
@@ -180,7 +177,7 @@ def _scaled(x: Tensor, weight: Tensor) -> Tensor:
 def trace(
     recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], check: bool = False
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Calls of each site, with the gradients of what `values` makes of the logits, one number a sample.
+    """Returns the calls of each site, with the gradients of `values` of the logits, one number a sample.
 
     If `check`, also at which sites the rows of a sample are not those where its gradient is.
     """
@@ -201,7 +198,7 @@ def trace(
 
 
 def probed(recording: Replay, chunk: Any) -> tuple[OutputProbe, Tensor]:
-    """A probe at the outputs of all sites, and the logits that come of it."""
+    """Returns a probe at the outputs of all sites, and the logits."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
         return probe, recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
@@ -217,7 +214,7 @@ def check_reached(probe: OutputProbe, values: Tensor) -> None:
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
-    """Sum over samples of the absolute value of each sample's gradient over all calls of a site."""
+    """Sums the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
@@ -227,14 +224,6 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
     for weight, bias in sample_gradients(layer, calls, n):
         total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))
     return total
-
-
-def check_marked(samples: Tensor) -> None:
-    """Refuses a measurement on no sample."""
-    if not samples.item():
-        raise EvaluationError(
-            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
-        )
 
 
 def check_called(site: LayerRef, count: float) -> None:
@@ -247,12 +236,11 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """A site's part of the flat vector."""
+    """Returns a site's part of the flat vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
 def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
-    check_marked(sums.samples)
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
         if strayed:
             raise ReplayError(
@@ -260,9 +248,9 @@ def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
             )
         check_called(site, count)
-    size = torch.tensor([site.size for site in space.sites], device=sums.flat.device)
+    size = torch.tensor([site.size for site in space.sites], device=sums.gradient.device)
     backward = sums.gradient.abs() / sums.samples
-    forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
+    forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.input).abs()
     if not bool((backward + forward).isfinite().all()):
         raise EvaluationError(
             "`layer`: impacts are not finite.",

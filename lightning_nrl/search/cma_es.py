@@ -54,10 +54,6 @@ class CmaEs:
         sigma: the first step, in standard deviations of the layer's weights, above 0.
         covariance: `full`, which takes memory and time with the square and cube of the number of weights; `diagonal`
             (sep-CMA-ES, Ros & Hansen 2008); `auto`: `full` up to 320 weights.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given), a number out of its range, or the library is not
-            installed.
     """
 
     label: ClassVar[str] = "CMA-ES"

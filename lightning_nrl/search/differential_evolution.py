@@ -52,9 +52,6 @@ class DifferentialEvolution:
         factor_min: F is drawn evenly from here, at least 0.
         factor_max: to here.
         reach: weights are clipped to so many times the lowest and the highest of the layer, at least 1.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
     label: ClassVar[str] = "differential evolution"

@@ -72,9 +72,6 @@ class Fitness:
         tolerated: broken samples of I_pos, by weight, that do not count in the lexicographic order nor make a candidate
             infeasible, at least 0: what a gate allows.
 
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
-
     Example:
         >>> import torch
         >>> from lightning_nrl.search.scores import Scores

@@ -75,9 +75,6 @@ class ParticleSwarm:
         scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
             weights, above 0.
         scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
     particles: int = 100
