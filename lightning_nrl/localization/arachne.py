@@ -16,7 +16,7 @@ from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
-from lightning_nrl.localization.impact import check_called, check_reached, flat_part, measure, probed, summed_up
+from lightning_nrl.localization.impact import check_called, flat_part, measure, probed, summed_up
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
 from lightning_nrl.localization.neurecover_lite import places
 
@@ -120,11 +120,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
         share, influence, positions, samples = sums
-        probe, logits = probed(recording, chunk)
-        with torch.enable_grad(), no_autocast(logits.device):
-            outputs = logits.flatten(1)
-            outputs = outputs.topk(min(MOST_OUTPUTS, outputs.shape[1]), 1).values
-        check_reached(probe, outputs)
+        probe, outputs = probed(recording, chunk, _largest)
         samples.add_(len(chunk.rows))
         with no_autocast(share.device):
             for column in outputs.unbind(1):
@@ -148,6 +144,11 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
         place = slice(site.offset, site.offset + site.size)
         impact[place] = share[place] / uses * flat_part(site, each, mean)
     return impact
+
+
+def _largest(logits: Tensor) -> Tensor:
+    outputs = logits.flatten(1)
+    return outputs.topk(min(MOST_OUTPUTS, outputs.shape[1]), 1).values
 
 
 def _share(site: LayerRef, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,40 @@ def measure(
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sites = recording.space, len(recording.space.sites)
+    by_sample = aggregation == "per_sample"
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
-        check = first and (aggregation == "per_sample" or weight is not None)
-        _add(_Sums(*sums), recording, chunk, evaluator.task, aggregation, weight, check)
+        gradient, inputs, positions, strayed, samples = sums
+        n = len(chunk.rows)
+        own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
+
+        def losses(logits: Tensor) -> Tensor:
+            each = evaluator.task.loss(logits, chunk.target)
+            return each if own is None else each * own.to(each)
+
+        calls, astray = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
+        samples.add_(n if own is None else own.sum())
+        strayed.add_(astray)
+        with no_autocast(gradient.device):
+            for i, site in enumerate(space.sites):
+                here, layer = slice(site.offset, site.offset + site.size), site.module
+                if (by_sample or own is not None) and calls[i] and not is_by_sample(calls[i], n):
+                    strayed[i] += 1
+                    continue
+                for x, g in calls[i]:
+                    count: float = uses_per_weight(layer, g)
+                    if own is not None:
+                        x, count = _scaled(x, own), count * float(own.mean())
+                    inputs[here] += flat_part(site, absolute_input(layer, x), x.new_full((g.shape[1],), count))
+                    positions[i] += count
+                if by_sample:
+                    gradient[here] += _absolute_gradients(site, calls[i], n)
+                    continue
+                for x, g in calls[i]:
+                    gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
 
     sizes = [space.size, space.size, sites, sites, 1]
-    return _mean(space, _Sums(*summed_up(recording, evaluator, rows_mask, sizes, add)))
+    return _mean(space, *summed_up(recording, evaluator, rows_mask, sizes, add))
 
 
 def summed_up(
@@ -121,71 +148,19 @@ def summed_up(
     return sums
 
 
-class _Sums(NamedTuple):
-    """Sums over samples."""
-
-    gradient: Tensor  # W, of gradients or of their absolute values
-    input: Tensor  # W, of the absolute value that each weight is multiplied with
-    positions: Tensor  # one a site: how many such values there were
-    strayed: Tensor  # one a site: above 0 if its rows are not sample by sample
-    samples: Tensor  # 1
-
-
-def _add(
-    sums: _Sums,
-    recording: Replay,
-    chunk: Any,
-    task: Any,
-    aggregation: Aggregation,
-    weight: Tensor | None,
-    check: bool,
-) -> None:
-    n = len(chunk.rows)
-    own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.gradient)
-
-    def losses(logits: Tensor) -> Tensor:
-        each: Tensor = task.loss(logits, chunk.target)
-        return each if own is None else each * own.to(each)
-
-    calls, strayed = trace(recording, chunk, losses, check)
-    sums.samples.add_(n if own is None else own.sum())
-    sums.strayed.add_(strayed)
-    with no_autocast(sums.gradient.device):
-        for i, site in enumerate(recording.space.sites):
-            here, layer = slice(site.offset, site.offset + site.size), site.module
-            by_sample = not calls[i] or is_by_sample(calls[i], n)
-            if not by_sample and (own is not None or aggregation == "per_sample"):
-                sums.strayed[i] += 1
-                continue
-            for x, g in calls[i]:
-                count: float = uses_per_weight(layer, g)
-                if own is not None:
-                    x, count = _scaled(x, own), count * float(own.mean())
-                sums.input[here] += flat_part(site, absolute_input(layer, x), x.new_full((g.shape[1],), count))
-                sums.positions[i] += count
-            if aggregation == "per_sample":
-                sums.gradient[here] += _absolute_gradients(site, calls[i], n)
-                continue
-            for x, g in calls[i]:
-                sums.gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
-
-
 def _scaled(x: Tensor, weight: Tensor) -> Tensor:
     return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
 
 
-def trace(
-    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], check: bool = False
+def _calls(
+    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
     """Returns the calls of each site, with the gradients of `values` of the logits, one number a sample.
 
     If `check`, also at which sites the rows of a sample are not those where its gradient is.
     """
     sites = recording.space.sites
-    probe, logits = probed(recording, chunk)
-    with torch.enable_grad(), no_autocast(logits.device):
-        made = values(logits)
-    check_reached(probe, made)
+    probe, made = probed(recording, chunk, values)
     strayed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
     if check:
         half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
@@ -197,20 +172,19 @@ def trace(
     return [calls[site.name] for site in sites], strayed
 
 
-def probed(recording: Replay, chunk: Any) -> tuple[OutputProbe, Tensor]:
-    """Returns a probe at the outputs of all sites, and the logits."""
+def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
+    """Returns a probe at the outputs of all sites, and `values` of the logits, which must depend on these outputs."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
-        return probe, recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
-
-
-def check_reached(probe: OutputProbe, values: Tensor) -> None:
-    """Refuses a model whose outputs do not depend on what its layers return."""
-    if probe.called and not values.requires_grad:
+        logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
+        with no_autocast(logits.device):
+            made = values(logits)
+    if probe.called and not made.requires_grad:
         raise ReplayError(
             f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
             "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
         )
+    return probe, made
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
@@ -240,20 +214,22 @@ def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
-def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
-    for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
-        if strayed:
+def _mean(
+    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, strayed: Tensor, samples: Tensor
+) -> Impact:
+    for site, count, astray in zip(space.sites, positions.tolist(), strayed.tolist(), strict=True):
+        if astray:
             raise ReplayError(
                 f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
             )
         check_called(site, count)
-    size = torch.tensor([site.size for site in space.sites], device=sums.gradient.device)
-    backward = sums.gradient.abs() / sums.samples
-    forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.input).abs()
+    size = torch.tensor([site.size for site in space.sites], device=gradient.device)
+    backward = gradient.abs() / samples
+    forward = inputs / positions.repeat_interleave(size) * space.flat().to(inputs).abs()
     if not bool((backward + forward).isfinite().all()):
         raise EvaluationError(
             "`layer`: impacts are not finite.",
             "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
         )
-    return Impact(backward, forward, int(sums.samples))
+    return Impact(backward, forward, int(samples))
