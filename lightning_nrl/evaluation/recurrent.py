@@ -97,7 +97,7 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bo
 
 @dataclass(frozen=True)
 class _Unrolled:
-    """The forward of a recurrent layer, samples first inside."""
+    """Forward of a recurrent layer, samples first inside."""
 
     gates: Gates
 
@@ -133,7 +133,7 @@ class _Unrolled:
     def _run(
         self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer in one direction: its outputs `n x T x H`, and its states after the last step, `n x H` each."""
+        """Runs one layer in one direction: outputs `n x T x H`, and states after the last step, `n x H` each."""
         module = self.gates.module
         inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
         steps = inner(x).unbind(1)
@@ -148,7 +148,6 @@ class _Unrolled:
 
 
 def _step(module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The states after one step, from what the Linears give for the input and for the hidden state."""
     if isinstance(module, nn.LSTM):
         i, f, g, o = (of_input + of_hidden).chunk(4, 1)
         cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)

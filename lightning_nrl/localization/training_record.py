@@ -92,7 +92,10 @@ class TrainingRecord:
         found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         try:
             splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
-            return cls(tuple(_recorded_point(point) for point in found), splits)
+            points = tuple(RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found)
+            if not all(isinstance(value, Tensor) for point in points for value in point.weights.values()):
+                raise ValueError("its weights are no tensors")
+            return cls(points, splits)
         except Exception as error:  # whatever comes of reading files that hold something else
             problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
             raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
@@ -180,13 +183,6 @@ def _recorded_split(split: str, samples: Mapping[str, Tensor], points: Sequence[
     if not kinds or not shapes or bool((index < 0).any()):
         raise ValueError(f"the columns of `{split}` do not fit each other")
     return RecordedSplit(index, label, passed, loss)
-
-
-def _recorded_point(point: Mapping[str, Any]) -> RecordedPoint:
-    weights = dict(point["weights"])
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are no tensors")
-    return RecordedPoint(int(point["step"]), int(point["epoch"]), weights)
 
 
 def _point_files(folder: Path) -> dict[int, Path]:
