@@ -91,7 +91,7 @@ class ParameterSpace:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Returns whole parameters by dotted name, copied, with the weights at flat positions `where` set to `values`."""
+        """Returns copies of whole parameters by dotted name, the weights at flat positions `where` set to `values`."""
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
         parameters = self.parameters

@@ -1,9 +1,8 @@
 """Operations on `CandidateTensor`: on what candidates share once, and on the channels that differ for each.
 
 First those that treat channels one by one, then those that mix them (a Linear or a convolution adds what the channels
-that differ change in its output), then sums and products. An operation that is not listed here, or that is called in a
-way that is not known here, gets whole tensors. Every handler takes the function and its arguments and gives a result or
-`NotImplemented`.
+that differ change in its output), then sums and products. Every handler takes the function and its arguments and
+returns a result, or `NotImplemented` for what it does not know: that gets whole tensors.
 """
 
 from __future__ import annotations
@@ -22,54 +21,40 @@ from lightning_nrl.search._scoring.candidate_tensor import OP_HANDLERS, Candidat
 Handler = Callable[..., Any]
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
-    """Registers what to do instead of some functions."""
-
-    def register(handler: Handler) -> Handler:
-        OP_HANDLERS.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register
-
-
-def handles_first(*functions: Any, axis: int | None = None) -> Callable[[Handler], Handler]:
-    """As `handles`, where the first argument alone is a `CandidateTensor`, and its channels are at an axis."""
-
-    def register(handler: Handler) -> Handler:
-        def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
-            x, *others = args or (None,)
-            if not isinstance(x, CandidateTensor) or (axis is not None and x.axis != axis):
-                return NotImplemented
-            if any(isinstance(a, CandidateTensor) for a in (*others, *kwargs.values())):
-                return NotImplemented
-            return handler(func, *args, **kwargs)
-
-        return handles(*functions)(checked)
-
-    return register
+def _named(owner: Any, names: str) -> tuple[Any, ...]:
+    return tuple(getattr(owner, name) for name in names.split())
 
 
 RELU = (F.relu, torch.relu, Tensor.relu)
-ACTIVATIONS = (
-    *(*RELU, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.logsigmoid),
-    *(F.hardtanh, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.threshold),
+ACTIVATIONS = RELU + _named(
+    F,
+    "relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid sigmoid tanh "
+    "threshold",
 )
+INPLACE_METHODS = (torch.relu_, *_named(Tensor, "relu_ sigmoid_ tanh_ clamp_"))
 POINTWISE = (
-    *ACTIVATIONS,
-    *(torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.exp, torch.sqrt, torch.square, torch.abs, torch.clone),
-    *(Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.tanh_, Tensor.clamp, Tensor.clamp_),
-    *(Tensor.exp, Tensor.sqrt, Tensor.square, Tensor.abs, Tensor.pow, Tensor.__pow__, Tensor.__neg__),
-    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type),
-    *(Tensor.detach, Tensor.clone, Tensor.contiguous),
+    *(*ACTIVATIONS, *INPLACE_METHODS, *_named(torch, "sigmoid tanh clamp exp sqrt square abs clone")),
+    *_named(Tensor, "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half bfloat16 to type"),
+    *_named(Tensor, "detach clone contiguous"),
 )
+ADAPTIVE_MEANS = _named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 POOLS = (
-    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
+    *ADAPTIVE_MEANS,
+    *_named(F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d interpolate"),
+    *(*_named(F, "adaptive_max_pool1d adaptive_max_pool2d"), *_named(torch, "max_pool1d max_pool2d max_pool3d")),
 )
 MEANS = (torch.mean, Tensor.mean)
-ADAPTIVE_MEANS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-REDUCTIONS = (torch.mean, torch.sum, torch.amax, Tensor.mean, Tensor.sum, Tensor.amax)
+REDUCTIONS = (*MEANS, torch.sum, torch.amax, Tensor.sum, Tensor.amax)
+ADDITIONS = (torch.add, *_named(Tensor, "add __add__ __radd__"))
+OPERATIONS = (
+    *(*ADDITIONS, *_named(torch, "sub mul div true_divide"), *_named(Tensor, "sub __sub__ __rsub__ mul __mul__")),
+    *_named(Tensor, "__rmul__ div true_divide __truediv__ __rtruediv__"),
+)
+IN_PLACE = {
+    **{getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
+    **{getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul")},
+}
+"""Each operation that changes its first argument, and the one that returns a new tensor."""
 
 
 def _inplace_position(function: Any) -> int | None:
@@ -80,10 +65,30 @@ def _inplace_position(function: Any) -> int | None:
 
 
 INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIVATIONS}
-INPLACE_METHODS = (torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_, Tensor.clamp_)
 
 
-@handles_first(*POINTWISE)
+def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
+    """Registers what to do instead of some functions.
+
+    If `alone`, that is done where the first argument alone is a `CandidateTensor`, with its channels at an axis.
+    """
+
+    def register(handler: Handler) -> Handler:
+        def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
+            x, *others = args or (None,)
+            if not isinstance(x, CandidateTensor) or (axis is not None and x.axis != axis):
+                return NotImplemented
+            if any(isinstance(a, CandidateTensor) for a in (*others, *kwargs.values())):
+                return NotImplemented
+            return handler(func, *args, **kwargs)
+
+        OP_HANDLERS.update(dict.fromkeys(functions, checked if alone else handler))
+        return handler
+
+    return register
+
+
+@handles(*POINTWISE)
 def _pointwise(func: Any, x: CandidateTensor, *rest: Any, **kwargs: Any) -> Any:
     if any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
         return NotImplemented
@@ -96,12 +101,12 @@ def _pointwise(func: Any, x: CandidateTensor, *rest: Any, **kwargs: Any) -> Any:
     return x.map_channels(lambda t, _: func(t, *rest, **kwargs))
 
 
-@handles_first(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+@handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
 def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return NotImplemented if training and p else x
 
 
-@handles_first(F.batch_norm, axis=1)
+@handles(F.batch_norm, axis=1)
 def _batch_norm(
     func: Any,
     x: CandidateTensor,
@@ -127,7 +132,7 @@ def _batch_norm(
     return x.map_channels(normalised)
 
 
-@handles_first(*POOLS, axis=1)
+@handles(*POOLS, axis=1)
 def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
@@ -136,11 +141,10 @@ def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
-@handles_first(*REDUCTIONS)
+@handles(*REDUCTIONS)
 def _reduce(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     dims = args[0] if args else kwargs.get("dim")
-    dims = (dims,) if isinstance(dims, int) else dims
-    places = {d % x.ndim for d in dims or (0,)}
+    places = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims or (0,))}
     if min(places) <= x.axis:
         return NotImplemented
     if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
@@ -167,7 +171,7 @@ def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
     return x.map_channels(mean)
 
 
-@handles_first(torch.flatten, Tensor.flatten)
+@handles(torch.flatten, Tensor.flatten)
 def _flatten(func: Any, x: CandidateTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     if end_dim % x.ndim != x.ndim - 1:
         return NotImplemented
@@ -177,7 +181,7 @@ def _flatten(func: Any, x: CandidateTensor, start_dim: int = 0, end_dim: int = -
     return x.map_channels(lambda t, _: t.flatten(start)) if start > x.axis else NotImplemented
 
 
-@handles_first(Tensor.view, Tensor.reshape, torch.reshape, axis=1)
+@handles(Tensor.view, Tensor.reshape, torch.reshape, axis=1)
 def _view(func: Any, x: CandidateTensor, *shape: Any) -> Any:
     if not shape or isinstance(shape[0], torch.dtype):
         return NotImplemented
@@ -199,7 +203,7 @@ def _flatten_channels(x: CandidateTensor) -> CandidateTensor:
     return CandidateTensor(base, x.copies, 1, units if places > 1 else x.units, x.changed.flatten(2))
 
 
-@handles_first(F.linear)
+@handles(F.linear)
 def _linear(func: Any, x: CandidateTensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if x.identical:
         return CandidateTensor.repeated(func(x.base, weight, bias), x.copies)
@@ -213,7 +217,7 @@ def _linear(func: Any, x: CandidateTensor, weight: Tensor, bias: Tensor | None =
     return delta.add_(func(x.base, weight, bias)).flatten(0, 1)
 
 
-@handles_first(torch.conv1d, torch.conv2d, torch.conv3d)
+@handles(torch.conv1d, torch.conv2d, torch.conv3d)
 def _conv(
     func: Any,
     x: CandidateTensor,
@@ -246,12 +250,12 @@ def _conv(
     return delta.unflatten(0, (x.copies, -1)).add_(base).flatten(0, 1)
 
 
-@handles_first(F.layer_norm, F.group_norm, F.embedding, F.prelu)
+@handles(F.layer_norm, F.group_norm, F.embedding, F.prelu)
 def _samplewise(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies) if x.identical else NotImplemented
 
 
-@handles(torch.cat, torch.concat, torch.concatenate)
+@handles(torch.cat, torch.concat, torch.concatenate, alone=False)
 def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
     first = tensors[0]
     if not all(isinstance(t, CandidateTensor) and t.materialized is None and t.copies == first.copies for t in tensors):
@@ -276,25 +280,7 @@ def _is_exact_in_parts(x: CandidateTensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
-ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-OPERATIONS = (
-    *(*ADDITIONS, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
-    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
-    *(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, Tensor.__rtruediv__),
-)
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    Tensor.__iadd__: operator.add,
-    Tensor.__isub__: operator.sub,
-    Tensor.__imul__: operator.mul,
-    Tensor.__itruediv__: operator.truediv,
-    Tensor.add_: torch.add,
-    Tensor.sub_: torch.sub,
-    Tensor.mul_: torch.mul,
-}
-"""Each operation that changes its first argument, and the one that gives a new tensor."""
-
-
-@handles(*OPERATIONS, *IN_PLACE)
+@handles(*OPERATIONS, *IN_PLACE, alone=False)
 def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if "out" in kwargs:
         return NotImplemented
