@@ -22,8 +22,7 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.search._scoring.scorer import make_scorer
-from lightning_nrl.search.family_fitness import needs_credit
-from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000

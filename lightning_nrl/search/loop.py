@@ -18,7 +18,7 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
+from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
 from lightning_nrl.search.searcher import (
     SEARCHERS,
@@ -178,17 +178,18 @@ def _score(
     Those of a frozen search, `S` bool, do not, whatever they break.
     """
     candidates = state.candidates.to(dtype)
-    if not isinstance(scorer, QuittingScorer):
+    if not getattr(scorer, "gives_up", False):
         return scorer(candidates)
-    threshold, limit = state.threshold, None
-    if threshold is not None and hasattr(value, "most_broken"):
-        limit = value.most_broken(threshold, before.n_failed)
-    if scorer.gives_up and len(frozen) > 1 and bool(frozen.any()):
+    limit: Tensor | None = None
+    if state.threshold is not None and hasattr(value, "most_broken"):
+        limit = value.most_broken(state.threshold, before.n_failed)
+    if len(frozen) > 1 and bool(frozen.any()):
         if limit is None:
             shape, kind = candidates.shape[:2], widest(candidates.device)
             limit = torch.full(shape, math.inf, dtype=kind, device=candidates.device)
         limit = limit.masked_fill(frozen[:, None], -1.0)
-    return scorer(candidates) if limit is None else scorer(candidates, limit)
+    scored: Scores = scorer(candidates) if limit is None else scorer(candidates, limit)  # type: ignore[call-arg]
+    return scored
 
 
 def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -41,27 +41,13 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """Scores candidate weights against I_neg and I_pos."""
+    """Scores candidate weights against I_neg and I_pos.
+
+    One with `gives_up = True` need not finish a candidate that breaks too many samples: it also takes `most_broken`,
+    `S x P`, how many samples of I_pos each may break, or what they may cost where weights are given. Counts of a
+    candidate that breaks more may mean nothing if its losses are NaN; below 0, whatever it breaks.
+    """
 
     def __call__(self, values: Tensor) -> Scores:
         """Scores candidates, `S x P x K`: values of the K localised weights."""
-        ...
-
-
-@runtime_checkable
-class QuittingScorer(Protocol):
-    """A scorer that need not finish a candidate that breaks too many samples."""
-
-    @property
-    def gives_up(self) -> bool:
-        """False if `most_broken` has no effect."""
-        ...
-
-    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
-        """As of `Scorer`.
-
-        `most_broken`, `S x P`, is how many samples of I_pos each may break, or what they may cost where weights are
-        given; None for any number. One that breaks more may come back with NaN losses and counts that mean nothing;
-        below 0, whatever it breaks.
-        """
         ...
