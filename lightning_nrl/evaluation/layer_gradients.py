@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import grad as convolution
 
 from lightning_nrl._utils.device import Context, at_least_float32, no_autocast, repeatable_gradients
 from lightning_nrl.data.batch import Batch, is_sliceable, run_model
@@ -211,6 +212,6 @@ def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _kernel_gradient(layer: Convolution, x: Tensor, gradient: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-    kernel: Any = getattr(torch.nn.grad, f"conv{x.ndim - 2}d_weight")
+    kernel: Any = getattr(convolution, f"conv{x.ndim - 2}d_weight")
     found: Tensor = kernel(x, shape, gradient, stride=layer.stride, dilation=layer.dilation, groups=groups)
     return found

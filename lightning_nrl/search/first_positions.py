@@ -62,7 +62,7 @@ def check_start(how: Any, **least: int) -> None:
     check_numbers(how, **least)
     name, low, high = type(how).__name__, how.scale_min, how.scale_max
     check_choice(f"{name}.start", how.start, get_args(Start))
-    if not isinstance(low, Real) or not isinstance(high, Real) or not 0 < low <= high < math.inf:
+    if not isinstance(low, Real) or not isinstance(high, Real) or not 0 < low <= high < math.inf:  # type: ignore[operator]
         raise ConfigurationError(
             f"`{name}.scale_min={low!r}` does not go with `scale_max={high!r}`.", "give 0 < scale_min <= scale_max."
         )

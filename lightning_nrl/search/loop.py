@@ -121,8 +121,8 @@ def search_many(
     _check_first(method, state, origin)
     log = SearchLog(origin.original, method.iterations, method.patience, sizes)
     scores = scorer(state.candidates.to(original.dtype))
-    columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
-    before = Scores(*(x[:, :1] for x in columns), scores.n_failed, scores.n_passed)
+    first = [x[:, :1] for x in (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)]
+    before = Scores(first[0], first[1], first[2], first[3], scores.n_failed, scores.n_passed)
     _check_original(before)
     counted = log.record(state.candidates, scores, value(scores, before))
     state, original_fitness = method.tell(state, counted), counted[:, 0]
