@@ -1,4 +1,4 @@
-"""`CandidateTensor` against the same code on whole tensors."""
+"""Changed weights and what candidates share, against the same code on whole tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring import make_layer_deltas
 from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
 
 P, N, C = 3, 4, 6
@@ -48,14 +53,11 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "leaky relu": ((5,), lambda x: F.leaky_relu(x, 0.3)),
     "hardtanh": ((5,), nn.Hardtanh(-0.5, 0.5)),
     "method": ((5,), lambda x: x.sigmoid().sqrt()),
-    "clamp": ((), lambda x: x.clamp(-0.5, 0.5)),
     "dropout": ((), nn.Dropout().eval()),
-    "batch norm 1d": ((), _module(nn.BatchNorm1d(C))),
     "batch norm 2d": ((5, 5), _module(nn.BatchNorm2d(C))),
     "batch norm without affine": ((5, 5), _module(nn.BatchNorm2d(C, affine=False))),
     "avg pool": ((4, 4), nn.AvgPool2d(2)),
     "max pool": ((4, 4), nn.MaxPool2d(3, stride=2, padding=1)),
-    "max pool 1d": ((8,), nn.MaxPool1d(2)),
     "adaptive pool": ((5, 5), nn.AdaptiveAvgPool2d(2)),
     "adaptive pool to one": ((5, 5), nn.AdaptiveAvgPool2d(1)),
     "mean": ((5, 5), lambda x: x.mean((2, 3))),
@@ -64,7 +66,6 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "mean, kept": ((5, 5), lambda x: x.mean(dim=(-1, -2), keepdim=True)),
     "amax": ((5,), lambda x: torch.amax(x, 2)),
     "flatten": ((3, 2), lambda x: torch.flatten(x, 1)),
-    "flatten the rest": ((3, 2), lambda x: x.flatten(2)),
     "view": ((3, 2), lambda x: x.view(x.size(0), -1)),
     "reshape": ((3, 2), lambda x: x.reshape(-1, C * 6)),
     "view in channels": ((6,), lambda x: x.view(len(x), C, 2, 3)),
@@ -84,8 +85,6 @@ MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "group norm": ((5,), _module(nn.GroupNorm(2, C))),
     "softmax": ((), lambda x: x.softmax(1)),
     "matrix product": ((), lambda x: x @ torch.ones(C, 2, dtype=torch.float64)),
-    "index": ((5,), lambda x: x[:, ::2]),
-    "sort": ((), lambda x: x.sort(1).values),
     "over samples": ((), lambda x: x - x.mean()),
     "comparison": ((), lambda x: (x > 0).double()),
     "in place, unknown": ((), lambda x: x.masked_fill_(x > 0.5, 0.0) + 1),
@@ -158,3 +157,68 @@ def test_the_whole_in_another_layout_has_the_same_values(units: tuple[int, ...],
     assert torch.equal(turned.dense_view(), expected)
     assert torch.equal(turned.dense(), expected)
     assert turned.dense().is_contiguous()
+
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def changed(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
+    space = find_layers(layer, "", include_bias=include_bias)
+    with torch.no_grad():
+        out = make_layer_deltas(space, where)[0].output(values, x, layer(x))
+    return plain(out).unflatten(0, (len(values), -1))
+
+
+def oracle(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
+    space = find_layers(layer, "", include_bias=include_bias)
+    with torch.no_grad():
+        return torch.stack([functional_call(layer, space.changed(where, v), (x,)) for v in values])
+
+
+def test_unchanged_candidates_keep_the_recorded_output_to_the_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = nn.Linear(30, 6).to(dtype), torch.randn(5, 30).to(dtype)
+        where = torch.arange(0, 180, 7)
+        same = find_layers(layer, "").flat()[where].unsqueeze(0)
+        assert torch.equal(changed(layer, where, same, x)[0], layer(x))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 2]))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
+    options = {"groups": groups, "dilation": draw(st.integers(1, 2)), "bias": draw(st.booleans())}
+    options["padding"] = draw(st.sampled_from([0, 1, "same"]))
+    options["padding_mode"] = draw(st.sampled_from(["zeros", "circular", "replicate"]))
+    if options["padding"] != "same":
+        options["stride"] = draw(st.integers(1, 3))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv = CONVS[dims - 1](2 * groups, 2 * groups, kernel, **options).double()
+    size = tuple(draw(st.integers(5, 7)) for _ in range(dims))
+    return conv, torch.randn(2, 2 * groups, *size, generator=g, dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.integers(1, 40), st.integers(0, 99))
+def test_convolutions_of_every_kind(problem: tuple[nn.Module, Tensor], k: int, seed: int) -> None:
+    layer, x = problem
+    g = torch.Generator().manual_seed(seed)
+    size = find_layers(layer, "", include_bias=True).size
+    where = torch.randperm(size, generator=g)[:k]
+    values = torch.randn(3, len(where), generator=g, dtype=torch.float64)
+    actual = changed(layer, where, values, x, include_bias=True)
+    torch.testing.assert_close(actual, oracle(layer, where, values, x, include_bias=True), rtol=1e-10, atol=1e-10)
+
+
+def test_autocast_rounds_weights_and_inputs_first() -> None:
+    g = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(16, 5), torch.randn(40, 16, generator=g)
+    where, values = torch.arange(0, 80, 3), torch.randn(4, 27, generator=g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = changed(layer, where, values, x), oracle(layer, where, values, x)
+    assert actual.dtype == torch.bfloat16
+    assert (actual != expected).float().mean() < 0.01
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-3)
