@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-if TYPE_CHECKING:
-    from lightning_nrl.report.page import Block, Page
-    from lightning_nrl.report.sample_views import SampleView
-
+from lightning_nrl.report.page import Block, Page
+from lightning_nrl.report.sample_views import SampleView
 
 PAGE_FILES = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True)

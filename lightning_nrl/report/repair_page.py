@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,9 +11,11 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, from_here, number, percent, plural, rough_percent, sentence, setting
 from lightning_nrl.report.html import HtmlTable, html_page, svg_of
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text, Tone
-from lightning_nrl.report.repair_figures import reviewer_figures
+from lightning_nrl.report.repair_plot import reviewer_figures
+from lightning_nrl.report.repair_record import RepairRecord
 from lightning_nrl.report.run_records import PricePoint, Rung, choice_text
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import SplitReport
 from lightning_nrl.report.stats import lower_limit, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
@@ -37,11 +38,6 @@ from lightning_nrl.report.tables import (
     update_table,
 )
 
-if TYPE_CHECKING:
-    from lightning_nrl.report.repair_report import RepairReport
-    from lightning_nrl.report.splits import SplitReport
-
-
 USUAL_TASK = "Multiclass"
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 NO_ESTIMATE = "-"
@@ -50,7 +46,7 @@ ONE_SIDED_CONFIDENCE = 0.95
 UNSEEN_CONFIDENCE = 0.95
 
 
-def page_of_repair(report: RepairReport, full: bool = False) -> Page:
+def page_of_repair(report: RepairRecord, full: bool = False) -> Page:
     """The verdict, a table of the splits, then what one needs next (the console) or everything else (a reviewer)."""
     if full:
         first = (*_verdict(report), *_unseen(report), *_tables(report))
@@ -61,7 +57,7 @@ def page_of_repair(report: RepairReport, full: bool = False) -> Page:
 
 
 def html_of_repair(
-    report: RepairReport, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
+    report: RepairRecord, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
 ) -> str:
     """The whole page for a reviewer, figures where matplotlib is installed, and a table of all flipped samples."""
     page, figures = page_of_repair(report, full=True), {}
@@ -76,7 +72,7 @@ def html_of_repair(
     return html_page(f"{report.status.capitalize()}: {report.target}", page, figures, _flipped(report), galleries)
 
 
-def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
+def _flipped(report: RepairRecord) -> tuple[HtmlTable, ...]:
     rows = []
     for split in flipped_splits(report):
         for one in split.flipped:
@@ -87,23 +83,23 @@ def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
     return (HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows),) if rows else ()
 
 
-def _verdict(report: RepairReport) -> tuple[Block, ...]:
+def _verdict(report: RepairRecord) -> tuple[Block, ...]:
     changed = "" if report.status == "repaired" else " The model's weights are unchanged."
     heading = Heading(report.status.capitalize(), 1, report.tone)
     return heading, Text(sentence(report.reason) + changed)
 
 
-def _unseen(report: RepairReport) -> tuple[Block, ...]:
+def _unseen(report: RepairRecord) -> tuple[Block, ...]:
     """What unseen data say, in a sentence, for whoever reads no further."""
     return tuple(Text(sentence(f"{name}: {text}")) for name, text in _unseen_facts(report))
 
 
-def _unseen_facts(report: RepairReport) -> tuple[Fact, ...]:
+def _unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     text = unseen_text(report)
     return (("unseen data", text),) if text else ()
 
 
-def _tables(report: RepairReport) -> tuple[Block, ...]:
+def _tables(report: RepairRecord) -> tuple[Block, ...]:
     slices = (Heading("By slice"), slice_table(report.slices)) if report.slices else ()
     if not report.update:
         return (*_outcome(report), *slices)
@@ -111,7 +107,7 @@ def _tables(report: RepairReport) -> tuple[Block, ...]:
     return (*against, Heading("Against the new model as it was trained"), *_outcome(report), *slices)
 
 
-def _outcome(report: RepairReport) -> tuple[Block, ...]:
+def _outcome(report: RepairRecord) -> tuple[Block, ...]:
     if report.status == "repaired":
         return (outcome_table(report.splits),)
     unchanged = unchanged_table(report.splits)
@@ -121,7 +117,7 @@ def _outcome(report: RepairReport) -> tuple[Block, ...]:
     return (*refused, Heading("The model as it is"), unchanged)
 
 
-def _ladder(report: RepairReport) -> tuple[Block, ...]:
+def _ladder(report: RepairRecord) -> tuple[Block, ...]:
     if not report.rungs:
         return ()
     choice = choice_text(report.rungs, report.choice)
@@ -129,11 +125,11 @@ def _ladder(report: RepairReport) -> tuple[Block, ...]:
     return Heading("The ladder, from the least change to the most"), rungs_table(report.rungs), *why
 
 
-def _steps(report: RepairReport) -> tuple[Block, ...]:
+def _steps(report: RepairRecord) -> tuple[Block, ...]:
     return Heading("What the method did"), steps_table(report.steps)
 
 
-def _facts(report: RepairReport) -> tuple[Fact, ...]:
+def _facts(report: RepairRecord) -> tuple[Fact, ...]:
     facts = [("target", report.target), ("layer", ", ".join(report.layers)), ("gate", report.gate)]
     # Of classes everybody knows what right is.
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
@@ -162,11 +158,11 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def _files(report: RepairReport, shown: Callable[[str], str] = str) -> tuple[Fact, ...]:
+def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fact, ...]:
     return tuple((FILE_KINDS.get(kind, kind), shown(path)) for kind, path in report.files.items())
 
 
-def _details(report: RepairReport) -> tuple[Block, ...]:
+def _details(report: RepairRecord) -> tuple[Block, ...]:
     shown = report.candidate or report.splits
     blocks: list[Block] = [Heading("What was done"), Facts((*_facts(report), *_files(report)))]
     blocks += _ladder(report)
@@ -190,7 +186,7 @@ def _details(report: RepairReport) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _run(report: RepairReport) -> tuple[Fact, ...]:
+def _run(report: RepairRecord) -> tuple[Fact, ...]:
     """What the run depends on, and how long it took."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
@@ -198,7 +194,7 @@ def _run(report: RepairReport) -> tuple[Fact, ...]:
     return (*task, ("seed", str(report.seed)), *judge, *seconds, *report.versions.items())
 
 
-def unseen_limit(report: RepairReport) -> float | None:
+def unseen_limit(report: RepairRecord) -> float | None:
     """At most this share of samples like the unseen ones breaks, with `UNSEEN_CONFIDENCE`, in (0, 1].
 
     Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
@@ -208,7 +204,7 @@ def unseen_limit(report: RepairReport) -> float | None:
     return None if counted is None else upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
 
 
-def unseen_text(report: RepairReport) -> str:
+def unseen_text(report: RepairRecord) -> str:
     """The same in words; empty if there is no limit."""
     counted, limit = _counted(report), unseen_limit(report)
     if counted is None or limit is None:
@@ -221,7 +217,7 @@ def unseen_text(report: RepairReport) -> str:
     return f"{text} (too good a limit: {known:,} of them are known too)" if known else text
 
 
-def _counted(report: RepairReport) -> SplitReport | None:
+def _counted(report: RepairRecord) -> SplitReport | None:
     update = report.pooled_update("unseen")
     counted = report.pooled("unseen") if update is None else update.now
     return counted if report.status == "repaired" and counted is not None and counted.passed else None

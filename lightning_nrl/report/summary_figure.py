@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_nrl.report._figures import INK, TONE_COLOURS, literal, new_figure
 from lightning_nrl.report._formatting import count, percent
+from lightning_nrl.report.repair_record import RepairRecord
 from lightning_nrl.report.splits import ROLES, Role, pool
-
-if TYPE_CHECKING:
-    from lightning_nrl.report.repair_report import RepairReport
-
 
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS = 2.6
@@ -19,7 +16,7 @@ TARGET_CHARACTERS = 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["warn"], "#CCCCCC", "#666666"
 
 
-def summary_rows(report: RepairReport) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
+def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
     """The roles of the data, and rows of a label and one cell a role: what a reviewer decides on.
 
     Of refused weights they say what these would have done to known data. In an update what broke is against the
@@ -43,7 +40,7 @@ def summary_rows(report: RepairReport) -> tuple[tuple[Role, ...], list[tuple[str
     return tuple(pooled), [(label, tuple(cells)) for label, cells in rows]
 
 
-def summary_figure(report: RepairReport) -> Any:
+def summary_figure(report: RepairRecord) -> Any:
     """The verdict above a table of `summary_rows`, as a `matplotlib.figure.Figure` that is legible when small.
 
     Raises:

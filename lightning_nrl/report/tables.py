@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.report._formatting import count, number, percent, plural
 from lightning_nrl.report.page import Block, Heading, Row, Table
+from lightning_nrl.report.repair_record import RepairRecord
 from lightning_nrl.report.run_records import (
     CalibrationBounds,
     Hashes,
@@ -33,10 +34,6 @@ from lightning_nrl.report.splits import (
     pool_updates,
 )
 from lightning_nrl.report.stats import percent_up, show_confidence
-
-if TYPE_CHECKING:
-    from lightning_nrl.report.repair_report import RepairReport
-
 
 Fact = tuple[str, str]
 Column = TypeVar("Column", SplitReport, UpdateSplit)
@@ -260,7 +257,7 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def sample_blocks(report: RepairReport) -> Iterator[Block]:
+def sample_blocks(report: RepairRecord) -> Iterator[Block]:
     """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
     splits = flipped_splits(report)
     for role in ROLES:
@@ -282,7 +279,7 @@ def sample_blocks(report: RepairReport) -> Iterator[Block]:
                 yield sample_table(samples[:most], report.class_name)
 
 
-def flipped_splits(report: RepairReport) -> tuple[SplitReport, ...]:
+def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
     """The splits whose flips matter: of an update against the replaced model, of refused weights what they would do."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 

@@ -13,9 +13,9 @@ import torch
 from lightning_nrl._utils.json_records import Derives
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
+from lightning_nrl.report import Report, installed_versions
 from lightning_nrl.report._formatting import from_here, list_ids, percent
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table, Text
-from lightning_nrl.report.repair_report import installed_versions
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.stats import Bound, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule, sign_test

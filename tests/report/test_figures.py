@@ -13,7 +13,7 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint, UpdateSplit
 from lightning_nrl.report._figures import image_of
 from lightning_nrl.report.html import svg_of
-from lightning_nrl.report.repair_figures import gallery_figures, grid_of, repair_figures, search_figure, weight_figures
+from lightning_nrl.report.repair_plot import gallery_figures, grid_of, repair_figures, search_figure, weight_figures
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ConfusionCell, MarginHistogram
 from lightning_nrl.report.summary_figure import HARM_COLOUR, summary_figure, summary_rows

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
-    name: HERE.parent / "report" / name for name in ("table.js", "report.css")
+    name: HERE.parent / name for name in ("table.js", "report.css")
 }
 """What the browser needs, by name; two of the files are those of report.html."""
 MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,11 @@ from lightning_nrl.report._figures import (
     panel_grid,
     shorten_name,
 )
+from lightning_nrl.report.repair_record import RepairRecord
 from lightning_nrl.report.run_records import LocalizationReport, SearchReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ROLES, ConfusionCell, MarginHistogram, SplitReport, pool
 from lightning_nrl.report.tables import confusion_changes
-
-if TYPE_CHECKING:
-    from lightning_nrl.report.repair_report import RepairReport
-
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
@@ -63,7 +60,7 @@ Draw = Callable[[Any], None]
 """Draws one panel on matplotlib axes."""
 
 
-def repair_figures(report: RepairReport) -> dict[str, Any]:
+def repair_figures(report: RepairRecord) -> dict[str, Any]:
     """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out.
 
     Raises:
@@ -77,7 +74,7 @@ def repair_figures(report: RepairReport) -> dict[str, Any]:
     return figures
 
 
-def reviewer_figures(report: RepairReport, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """All figures for a reviewer: those of the report, the search in full, the weights that changed.
 
     Args:
@@ -121,7 +118,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     return figure
 
 
-def draw_repair(report: RepairReport) -> Any:
+def draw_repair(report: RepairRecord) -> Any:
     """All panels in one figure, two a row."""
     panels = _panels(report)
     figure, axes = panel_grid(len(panels), 2 * PANEL_WIDTH, PANEL_HEIGHT)
@@ -152,7 +149,7 @@ def _draw_panels(axes: Sequence[Any], panels: Mapping[str, Draw]) -> None:
         own.set_title(title, color=INK, fontsize=10)
 
 
-def _panels(report: RepairReport) -> Mapping[str, Draw]:
+def _panels(report: RepairRecord) -> Mapping[str, Draw]:
     panels: dict[str, Draw] = {}
     splits = report.candidate or report.splits
     for role in ROLES:
