@@ -1,4 +1,4 @@
-"""Pages of three reports as a reader has them. `python tests/report/test_stored_pages.py` writes the stored ones anew."""
+"""Pages of three reports as a reader has them; `python tests/report/test_stored_pages.py` stores them anew."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lightning_nrl.report import (
     repair_page,
 )
 from lightning_nrl.report.page import Facts, Heading, Row, Table, Text
+from lightning_nrl.report.repair_facts import unseen_limit
 from lightning_nrl.report.run_records import choice_text
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample
@@ -64,6 +65,7 @@ REPAIRED = RepairReport(
     search=SearchReport(62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460),
     steps=(Step("fit", 20, 9, 12.34, "8 epochs"), Step("polish", 19, 0, 3.0), Step("swarm", 21, 0, 2.0, "+2")),
     rungs=(SEARCH, TRAINING),
+    choice=choice_text((SEARCH, TRAINING), ""),
     price=(PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 9, 20, 28, HELD_OUT)),
     strength=(
         StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
@@ -93,6 +95,7 @@ REFUSED = replace(
     hashes=Hashes("a" * 64, "a" * 64),
     files={},
     rungs=(),
+    choice="",
     price=(),
     steps=(),
     strength=(),
@@ -237,9 +240,9 @@ def test_the_choice_says_what_is_against_the_rungs_that_change_more(last: Rung, 
 def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> None:
     unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
     report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
-    assert repair_page.unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
+    assert unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
-        assert repair_page.unseen_limit(other) is None
+        assert unseen_limit(other) is None
         assert "samples like these" not in other.to_markdown()
 
 

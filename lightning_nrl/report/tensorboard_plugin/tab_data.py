@@ -11,12 +11,12 @@ from typing import Any
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_page import unseen_limit, unseen_text
+from lightning_nrl.report.repair_facts import calibration_text, unseen_facts, unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
 from lightning_nrl.report.splits import ROLES, SplitReport, pool
 from lightning_nrl.report.stats import percent_up
-from lightning_nrl.report.tables import calibration_facts, confusion_changes, flipped_splits, most_telling
+from lightning_nrl.report.tables import confusion_changes, flipped_splits, most_telling
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 
 Plain = dict[str, Any]
@@ -94,9 +94,9 @@ class LoadedRepair:
         return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
 
     def _bounds(self) -> list[list[str]]:
-        facts = [] if self.report.bounds is None else list(calibration_facts(self.report.bounds))
-        facts += [("unseen data", unseen_text(self.report))] if unseen_text(self.report) else []
-        return [list(fact) for fact in facts]
+        bounds = self.report.bounds
+        calibration = [] if bounds is None else [("calibration", calibration_text(bounds))]
+        return [list(fact) for fact in (*calibration, *unseen_facts(self.report))]
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
         """Flipped samples as rows of values, the most telling first, and the names of their slices."""
