@@ -1,17 +1,18 @@
 from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_plot import draw_repair, repair_figures
-from lightning_nrl.report.repair_record import RepairRecord, Status
 from lightning_nrl.report.repair_report import RepairReport
-from lightning_nrl.report.report import Report
 from lightning_nrl.report.run_records import (
     CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
     PricePoint,
+    RepairRecord,
     Rung,
     SearchReport,
+    Status,
     Step,
     StrengthPoint,
     WeightChange,

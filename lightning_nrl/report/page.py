@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,14 +146,6 @@ class Shown(ABC):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Page]:
         yield self.to_table()
-
-
-def curve_page(
-    title: str, text: str, columns: Sequence[str], points: Iterable[tuple[str, Sequence[str], bool]]
-) -> Page:
-    """A curve, a line a point: its label, its cells, and whether it is the one that was taken."""
-    rows = (Row(label + ", taken" * taken, tuple(cells), "gain" if taken else "") for label, cells, taken in points)
-    return Page((Heading(title, 1), Text(text), Table(tuple((name, "") for name in columns), tuple(rows))))
 
 
 def _markdown(block: Block) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
-from lightning_nrl.report.repair_record import RepairRecord
 from lightning_nrl.report.run_records import (
     CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
     PricePoint,
+    RepairRecord,
     SearchReport,
     WeightChange,
 )

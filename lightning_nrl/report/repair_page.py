@@ -13,7 +13,7 @@ from lightning_nrl.report.html import HtmlTable, html_page, svg_of
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text
 from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
 from lightning_nrl.report.repair_plot import reviewer_figures
-from lightning_nrl.report.repair_record import RepairRecord
+from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,

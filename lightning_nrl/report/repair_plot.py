@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from textwrap import wrap
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchmetrics.utilities.plot import plot_confusion_matrix
+from torch.nn.functional import adaptive_max_pool2d
 
 from lightning_nrl.report._figures import (
     BLUE,
@@ -28,10 +27,9 @@ from lightning_nrl.report._figures import (
     panel_grid,
     shorten_name,
 )
-from lightning_nrl.report.repair_record import RepairRecord
-from lightning_nrl.report.run_records import LocalizationReport, SearchReport, StrengthPoint
+from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, SearchReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ROLES, ConfusionCell, MarginHistogram, SplitReport, pool
+from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, SplitReport, by_role, pool
 from lightning_nrl.report.tables import confusion_changes
 
 SEARCH_TITLE = "Course of the search"
@@ -45,8 +43,9 @@ GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
 CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 SEARCH_WIDTH, SEARCH_ROW = 8.4, 2.7  # inches
+COUNTS_PANEL = "best so far: samples"
 SEARCH_PANELS = {
-    "best so far: samples": {"patched": "repaired", "broken": "broken"},
+    COUNTS_PANEL: {"patched": "repaired", "broken": "broken"},
     "fitness": {"best": "best so far", "mean": "mean of the swarm"},
     "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
     "diversity of the swarm": {"diversity": "diversity"},
@@ -75,15 +74,7 @@ def repair_figures(report: RepairRecord) -> dict[str, Any]:
 
 
 def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """All figures for a reviewer: those of the report, the search in full, the weights that changed.
-
-    Args:
-        report: of the repair.
-        changes: by the names of the state dict, whole tensors of what was added; None if that is not known.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """All figures for a reviewer: those of the report, the search in full, the weights that changed (`changes`)."""
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -128,13 +119,7 @@ def draw_repair(report: RepairRecord) -> Any:
 
 
 def search_figure(search: SearchReport) -> Any:
-    """The whole course of a search: a panel for each kind of curve; None where the search has no course.
-
-    Fitness is shown from the first that breaks nothing on: at the start the mean is far below zero.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """The whole course of a search: a panel for each kind of curve; None where the search has no course."""
     panels = _search_panels(search)
     if not panels:
         return None
@@ -152,16 +137,13 @@ def _draw_panels(axes: Sequence[Any], panels: Mapping[str, Draw]) -> None:
 def _panels(report: RepairRecord) -> Mapping[str, Draw]:
     panels: dict[str, Draw] = {}
     splits = report.candidate or report.splits
-    for role in ROLES:
-        own = [split for split in splits if split.role == role]
-        if own:
-            panels |= _role_panels(pool(own), report.class_name)
+    for own in by_role(splits).values():
+        panels |= _role_panels(pool(own), report.class_name)
     if len(report.strength) > 1:
-        panels["How far to go, samples by strength"] = partial(_strength, report.strength, report.chosen_strength)
+        panels["How far to go, samples by strength"] = partial(_strength, report.path, report.chosen_strength)
     course = {} if report.search is None else _search_panels(report.search)
-    first = next(iter(SEARCH_PANELS))
-    if first in course:
-        panels[SEARCH_TITLE] = course[first]
+    if COUNTS_PANEL in course:
+        panels[SEARCH_TITLE] = course[COUNTS_PANEL]
     return panels
 
 
@@ -204,49 +186,36 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
     """Draws how many more samples (fewer: below 0) of each class are taken for each class than before.
 
-    More on the diagonal and fewer beside it is for the better. torchmetrics' colours would tell more from fewer alone.
-    Classes in which nothing changed are left out.
+    More on the diagonal and fewer beside it is for the better. Classes in which nothing changed are left out.
     """
     classes = _changed_classes(cells)
-    place = {label: i for i, label in enumerate(classes)}
-    change = torch.zeros(len(classes), len(classes), dtype=torch.long)
+    change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
-            change[place[cell.label], place[cell.prediction]] = cell.after - cell.before
-    labels: list[int | str] = [literal(name(label)) for label in classes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchmetrics gives matplotlib tensors
-        plot_confusion_matrix(change, axes, labels=labels, cmap=CHANGE_COLOURS)
-    _recolour(axes, torch.where(torch.eye(len(change), dtype=torch.bool), change, -change))
+            change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
+    improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one for the worse is to be seen beside fifty others
+    most = float(np.abs(shade).max())
+    axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
+    size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
+    for i, j in np.argwhere(change):
+        colour = "white" if abs(shade[i, j]) > DARK * most else INK
+        axes.text(j, i, f"{change[i, j]:+}", color=colour, fontsize=size, ha="center", va="center")
+    labels = [literal(name(label)) for label in classes]
+    axes.set_xticks(range(len(classes)), labels, rotation=45)
+    axes.set_yticks(range(len(classes)), labels)
     label_axes(axes, "predicted class", "true class")
 
 
-def _recolour(axes: Any, improvement: Tensor) -> None:
-    (image,) = axes.images
-    shade = improvement.sign() * improvement.abs().sqrt()  # one sample for the worse is to be seen beside fifty others
-    most = float(shade.abs().max())
-    image.set_data(shade.numpy())
-    image.set_clim(-most, most)
-    size = 9 if len(improvement) <= MATRIX_CLASSES // 2 else 7
-    for text in axes.texts:
-        j, i = text.get_position()
-        value = float(shade[i, j])
-        text.set(fontsize=size, color="white" if abs(value) > DARK * most else INK, visible=value != 0)
-        if not text.get_text().startswith("-"):
-            text.set_text(f"+{text.get_text()}")
-
-
 def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) -> None:
-    points = sorted(path, key=lambda point: point.strength)
-    at = [0.0, *(point.strength for point in points)]
-    axes.plot(at, [0, *(p.known.repaired for p in points)], "o-", color=GREEN, label="repaired")
-    axes.plot(at, [0, *(p.known.broken for p in points)], "s--", color=RED, label="broken")
-    held = [(p.strength, p.calibration) for p in points if p.calibration is not None]
+    at = [point.strength for point in path]
+    axes.plot(at, [point.known.repaired for point in path], "o-", color=GREEN, label="repaired")
+    axes.plot(at, [point.known.broken for point in path], "s--", color=RED, label="broken")
+    held = [(point.strength, point.calibration) for point in path if point.calibration is not None]
     if held:
-        at = [0.0, *(strength for strength, _ in held)]
-        for flip, colour in (("repaired", GREEN), ("broken", RED)):
-            counts = [0, *(getattr(flips, flip) for _, flips in held)]
-            axes.plot(at, counts, ":", marker="x", color=colour, label=f"{flip}, calibration")
+        at, flips = [strength for strength, _ in held], [flips for _, flips in held]
+        axes.plot(at, [one.repaired for one in flips], "x:", color=GREEN, label="repaired, calibration")
+        axes.plot(at, [one.broken for one in flips], "x:", color=RED, label="broken, calibration")
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
     across = "strength: 0 the original weights, 1 the patch"
@@ -254,9 +223,7 @@ def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) ->
 
 
 def _search_panels(search: SearchReport) -> dict[str, Draw]:
-    history: dict[str, Sequence[float]] = dict(search.history)
-    if search.n_passed is not None and "intact" in history:
-        history["broken"] = [search.n_passed - intact for intact in history["intact"]]
+    history = search.curves
     panels: dict[str, Draw] = {}
     for title, names in SEARCH_PANELS.items():
         curves = {label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1}
@@ -270,7 +237,7 @@ def _course(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None,
     for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
-    if best is not None:
+    if best is not None:  # from the first that breaks nothing on: at the start the mean is far below zero
         known = [value for value in best if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
 
@@ -282,15 +249,7 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
 
 
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Figures by title of what was added to each weight; none if nothing was.
-
-    Args:
-        changes: by the names of the state dict, whole tensors of what was added, 0 where a weight stays as it is.
-        localization: which weights were searched.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """Figures by title of what was added to each weight, whole tensors by the names of the state dict."""
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
         return {}
@@ -336,15 +295,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
 
     A cell of a larger one is that change of the weights it stands for which is largest, with its sign.
     """
-    rows = change.reshape(change.shape[0] if change.ndim > 1 else 1, -1)
-    return _thinned(_thinned(rows, GRID_COLUMNS).T, GRID_ROWS).T.double().numpy()
-
-
-def _thinned(rows: Tensor, most: int) -> Tensor:
-    """`n x k` to `n x most` at most; what is largest of each group of columns."""
-    n_columns = rows.shape[1]
-    size = -(-n_columns // most)
-    if size == 1:
-        return rows
-    padded = torch.nn.functional.pad(rows, (0, -n_columns % size)).reshape(rows.shape[0], -1, size)
-    return padded.gather(2, padded.abs().argmax(2, keepdim=True)).squeeze(2)
+    rows = change.reshape(1, change.shape[0] if change.ndim > 1 else 1, -1).double()
+    size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
+    highest, lowest = adaptive_max_pool2d(rows, size)[0], -adaptive_max_pool2d(-rows, size)[0]
+    return torch.where(highest >= -lowest, highest, lowest).numpy()

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl.report._figures import Plotted
+from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
 from lightning_nrl.report.repair_plot import draw_repair
-from lightning_nrl.report.repair_record import RepairRecord
-from lightning_nrl.report.report import Report
+from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
 
 

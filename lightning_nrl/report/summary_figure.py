@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_nrl.report._figures import INK, TONE_COLOURS, literal, new_figure
 from lightning_nrl.report._formatting import count, percent
-from lightning_nrl.report.repair_record import RepairRecord
-from lightning_nrl.report.splits import ROLES, Role, pool
+from lightning_nrl.report.run_records import RepairRecord
+from lightning_nrl.report.splits import Role, by_role, pool
 
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS = 2.6
@@ -23,7 +23,7 @@ def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str
     replaced model.
     """
     splits = report.candidate or report.splits
-    pooled = {role: pool(own) for role in ROLES if (own := [split for split in splits if split.role == role])}
+    pooled = {role: pool(own) for role, own in by_role(splits).items()}
     updates = {role: report.pooled_update(role) for role in pooled}
     judged = [split if (update := updates[role]) is None else update.now for role, split in pooled.items()]
     rows = [("samples", [count(split.n) for split in pooled.values()])]

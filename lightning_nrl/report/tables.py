@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, number, percent
 from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
-from lightning_nrl.report.repair_record import RepairRecord
-from lightning_nrl.report.run_records import PricePoint, Rung, Step, StrengthPoint
+from lightning_nrl.report.run_records import PricePoint, RepairRecord, Rung, Step, StrengthPoint
 from lightning_nrl.report.splits import (
     ROLES,
+    AnySplit,
     ClassCounts,
     ConfusionCell,
     Flip,
@@ -20,12 +20,12 @@ from lightning_nrl.report.splits import (
     SliceReport,
     SplitReport,
     UpdateSplit,
+    by_role,
     pool,
     pool_updates,
 )
 
 Fact = tuple[str, str]
-Column = TypeVar("Column", SplitReport, UpdateSplit)
 SHOWN_RATES = (
     "negative_flip_rate",
     "positive_flip_rate",
@@ -212,10 +212,9 @@ def _level(allowed: float) -> str:
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
     """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
     splits = flipped_splits(report)
-    for role in ROLES:
-        own = [split for split in splits if split.role == role]
-        if own and any(split.broken or split.repaired for split in own):
-            together = pool(own)
+    for role, own in by_role(splits).items():
+        together = pool(own)
+        if together.broken or together.repaired:
             if together.classes:
                 yield Heading(f"Classes in which samples flipped, {role} data")
                 yield class_table(together.classes, report.class_name)
@@ -297,18 +296,16 @@ def confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
     return Table(_named("before", "after", "change"), tuple(rows))
 
 
-def _with_totals(splits: Sequence[Column], total: Callable[[Sequence[Column]], Column]) -> list[Column]:
+def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]) -> list[AnySplit]:
     """The splits by role, known first, each role of several followed by their sum."""
-    columns: list[Column] = []
-    for role in ROLES:
-        chosen: list[Column] = [split for split in splits if split.role == role]
+    columns: list[AnySplit] = []
+    for chosen in by_role(splits).values():
         columns += chosen
-        if len(chosen) > 1:
-            columns.append(total(chosen))
+        columns += [total(chosen)] if len(chosen) > 1 else []
     return columns
 
 
-def _table(columns: Sequence[Column], rows: Iterable[tuple[Any, ...]]) -> Table:
+def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
     """Each row: a label, the name of a number, in an update after `trained.` or `now.`, and the rest of a `Row`."""
     heads = tuple((split.split, split.role) for split in columns)
     return Table(heads, tuple(Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows))
