@@ -52,13 +52,12 @@ def _kinds(sources: object) -> str:
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Refuses a limit without calibration data, and one on the target."""
-    if settings.limit is not None and settings.limit.needs_target:
+    limit = settings.limit
+    if limit is not None and limit.needs_target:
+        raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
+    if limit is not None and not calibrated:
         raise ConfigurationError(
-            f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
-        )
-    if settings.limit is not None and not calibrated:
-        raise ConfigurationError(
-            f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+            f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",
         )
 
@@ -84,11 +83,7 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Refuses known data of which none fails in the target, or none passes.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses known data of which none fails in the target, or none passes."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(

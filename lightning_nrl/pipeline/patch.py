@@ -62,11 +62,11 @@ class Patch:
         new: nn.Module | Mapping[str, Any] | str | Path,
         report: RepairReport | None = None,
     ) -> Patch:
-        """The patch that makes one state of a model of another.
+        """The patch that makes one state of a model of another: modules, state dicts, or paths of checkpoints.
 
         Args:
-            old: a module, a state dict, or the path of a checkpoint.
-            new: likewise, of the same model.
+            old: the state before.
+            new: the state after, of the same model.
             report: of the repair, to be kept in the file.
 
         Raises:
@@ -89,7 +89,6 @@ class Patch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The changed tensors, in the order of the state dict."""
         return tuple(self.changes)
 
     @property
@@ -168,7 +167,6 @@ class Patch:
         return to
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
-        """Refuses a state that is not the one before the patch or, to be reverted, the one after it."""
         task = "reverted" if undo else "applied"
         wanted, other = (self.result, self.base) if undo else (self.base, self.result)
         found, misfit = hash_tensors(state), self._misfit(state)
@@ -193,7 +191,6 @@ class Patch:
         return ""
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Where the values are not as the patch needs them, in words."""
         hashes = {name: one.sha256_new if undo else one.sha256_old for name, one in self.changes.items()}
         wrong = [name for name, sha256 in hashes.items() if hash_tensor(state[name]) != sha256]
         if wrong:

@@ -19,8 +19,7 @@ from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.report import installed_versions
 
-FREE = ("on_interrupt", "save_every")
-"""Settings that the result does not depend on."""
+FREE = ("on_interrupt", "save_every")  # the result does not depend on them
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
@@ -61,10 +60,7 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Hashes of models, states and files that a method was given, which its plain form does not tell apart.
-
-    Of a folder, names and hashes of its files.
-    """
+    """Hashes of models, states, files and folders that a method was given, which its plain form does not tell apart."""
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):

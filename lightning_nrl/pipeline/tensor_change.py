@@ -12,7 +12,6 @@ from lightning_nrl.errors import ConfigurationError
 
 WHOLE_TENSOR_SHARE = 1 / 3
 """Where more than this share of a tensor changed, all of it is kept."""
-
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 
@@ -64,7 +63,6 @@ class TensorChange:
 
     @property
     def n_changed(self) -> int:
-        """How many values are kept; of a whole tensor some of them may be as before."""
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
@@ -78,7 +76,7 @@ class TensorChange:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of one tensor, whatever it is called."""
+    """SHA-256 of one tensor."""
     return hash_tensors({"": tensor})
 
 

@@ -14,11 +14,8 @@ import torch
 from test_stored_pages import REFUSED, REPAIRED, TRAIN
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.localization import Localization
-from lightning_nrl.pipeline.report_parts import localization_report, search_report
-from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.report import RepairReport, SearchReport, SplitReport, WeightChange
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
 NOTHING = replace(REFUSED, status="nothing to repair", candidate=(), localization=None, search=None, change=None)
 
@@ -82,16 +79,6 @@ def test_splits_of_a_role_are_added_up() -> None:
     assert REPAIRED.pooled("known") == SplitReport("all", "known", TargetCounts(1460, 0, 23, 33, 30, 14))
     assert replace(REPAIRED, splits=(TRAIN,)).pooled("unseen") is None
     assert repr(REPAIRED).startswith("<RepairReport: repaired; known 23 repaired, 0 broken of 1516; unseen 12 repaired")
-
-
-def test_parts_are_taken_from_the_arrows() -> None:
-    sizes = {"failed": 3, "passed": 2, "both": 1, "localized": 2, "total": 9}
-    localization = localization_report(Localization(torch.tensor([1, 4]), 5, 2, sizes))
-    assert localization == LocalizationReport(2, 5, sizes)
-    history = SearchHistory(*(torch.tensor([float(i), 0.5]) for i in range(7)))
-    search = search_report(SearchResult(torch.zeros(2), 1.0, 0.5, 1, "done", history, 0.1), 4, 6)
-    assert (search.iterations, search.n_failed, search.n_passed) == (1, 4, 6)
-    assert search.history["diversity"] == [6.0, 0.5]
 
 
 @pytest.mark.parametrize(
