@@ -26,10 +26,8 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            raise ConfigurationError(
-                f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
-                f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
-            )
+            problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
+            raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
@@ -42,12 +40,6 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
             f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
             "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
         )
-
-
-def _kinds(sources: object) -> str:
-    if not isinstance(sources, Sequence):
-        return f"a {type(sources).__name__}"
-    return f"a {type(sources).__name__} of {', '.join(sorted({type(source).__name__ for source in sources}))}"
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:

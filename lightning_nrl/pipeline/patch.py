@@ -106,10 +106,7 @@ class Patch:
     @overload
     def apply(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
     def apply(self, to: Any) -> Any:
-        """Puts the new values in the place of the old ones.
-
-        Args:
-            to: a module, which is changed and given back; or a state dict, which stays: a changed copy is given.
+        """Puts the new values into a module, which is given back, or into a copy of a state dict.
 
         Raises:
             ConfigurationError: these are not the weights that the patch was made for; nothing was changed.
@@ -148,7 +145,9 @@ class Patch:
         for name, change in self.changes.items():
             # Tensors that share memory share the new values too.
             place = (id(change), state[name].data_ptr(), *state[name].stride())
-            new[name] = made[place] if place in made else made.setdefault(place, change.applied(state[name], undo))
+            if place not in made:
+                made[place] = change.applied(state[name], undo)
+            new[name] = made[place]
         if hash_tensors({**state, **new}) != (self.base if undo else self.result):
             problem = "`patch` does not lead to the weights whose hash it has."
             raise ConfigurationError(problem, "make the patch anew; nothing was changed.")
@@ -167,35 +166,35 @@ class Patch:
         return to
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
-        task = "reverted" if undo else "applied"
         wanted, other = (self.result, self.base) if undo else (self.base, self.result)
-        found, misfit = hash_tensors(state), self._misfit(state)
-        if found == wanted and not misfit:
+        found, problem = hash_tensors(state), self._difference(state, undo)
+        if found == wanted and not problem:
             return
-        if found == other and not misfit:
-            done = "these are the weights without it" if undo else "these weights have it already"
-            raise ConfigurationError(f"`patch` cannot be {task}: {done}.", "there is nothing to do.")
         hint = "it fits only the weights that it was made for; apply patches in the order in which they were made."
         if undo:
             hint = "take back what came after it first: patches are reverted in the opposite order."
-        raise ConfigurationError(f"`patch` cannot be {task}: {misfit or self._difference(state, undo)}.", hint)
+        if found == other:
+            problem = "these are the weights without it" if undo else "these weights have it already"
+            hint = "there is nothing to do."
+        problem = problem or "the tensors that it changes are as they should be, others of the model are not"
+        raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
-    def _misfit(self, state: Mapping[str, Tensor]) -> str:
-        """Which changed tensor is not there, or of another kind, in words; empty if there is none."""
+    def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
+        """Which changed tensor is not there, or another one, in words; empty if there is none."""
+        wrong = []
         for name, change in self.changes.items():
             if name not in state:
                 return f"the model has no tensor `{name}`"
             own, fits = (state[name].dtype, list(state[name].shape)), (change.old.dtype, list(change.shape))
             if own != fits:
                 return f"`{name}` is {own[0]} {own[1]}, and {fits[0]} {fits[1]} in the patch"
-        return ""
-
-    def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        hashes = {name: one.sha256_new if undo else one.sha256_old for name, one in self.changes.items()}
-        wrong = [name for name, sha256 in hashes.items() if hash_tensor(state[name]) != sha256]
-        if wrong:
-            return f"{len(wrong)} of the {len(hashes)} tensors that it changes have other values, such as `{wrong[0]}`"
-        return "the tensors that it changes are as they should be, others of the model are not"
+            if hash_tensor(state[name]) != (change.sha256_new if undo else change.sha256_old):
+                wrong.append(name)
+        if not wrong:
+            return ""
+        return (
+            f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, such as `{wrong[0]}`"
+        )
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -210,7 +209,7 @@ def patch_checkpoint(
     Args:
         patch: what to apply.
         checkpoint: of Lightning, or a file with a state dict.
-        out: the file to write, whole or not at all; it may be `checkpoint` itself.
+        out: the file to write, whole or not at all; it may be `checkpoint`.
         undo: takes the patch out instead.
         weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
 

@@ -136,7 +136,7 @@ def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> T
     shape = record.shape if index is None else (len(index),)
     if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
-    if index is not None and not bool(((index >= 0) & (index < math.prod(record.shape))).all()):
+    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
         raise ValueError(f"the positions in `{name}` are not ones of its values.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 

@@ -39,14 +39,13 @@ class SearchOptions:
         n_scored: how many known samples a search records, localises on and scores, at most: failed ones, those nearest
             to the border, and a draw from all others; fewer where `max_time` is too short to prepare it. What it finds
             is counted, and judged, on all known samples.
-        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
-            activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
-            computed again each time, and the step's note says so.
+        budget: bytes that the search may use on the device; None: a share of what is free. What does not fit of the
+            recorded activations, which take half of it, is computed again each time, and the step's note says so.
         on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
             `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
             Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
-        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved. The same
-            call does not repeat saved steps after it was stopped or killed. None: nothing is saved.
+        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved; the same
+            call does not repeat it after it was stopped or killed. None: nothing is saved.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.
@@ -125,12 +124,11 @@ class BoundOptions:
 def changed_options(options: Any) -> dict[str, Any]:
     """The fields of an option object that are not as by default."""
     plain = type(options)()
-    own = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in own.items() if not _same(value, getattr(plain, name))}
 
+    def same(value: Any, default: Any) -> bool:
+        return value is default or (type(value) is type(default) and bool(value == default))
 
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and bool(value == default))
+    return {name: value for name, value in _fields(options).items() if not same(value, getattr(plain, name))}
 
 
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
@@ -191,15 +189,13 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """How candidates are ranked: as the user, else the method says."""
-        said = self.search.fitness or getattr(self.method, "fitness", None) or Fitness()
-        return cast(FitnessFunction, said)
+        """As the user says, else as the method does."""
+        return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """How the weights to be searched are chosen, likewise."""
-        said = self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite()
-        return cast(Localizer, said)
+        """As the user says, else as the method does."""
+        return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
@@ -208,18 +204,13 @@ class Settings:
 
     @property
     def limit(self) -> Gate | None:
-        """How many calibration samples may break."""
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values.
-
-        The fields of the option objects stand beside the others.
-        """
-        own = _fields(self)
-        flat = {name: value for name, value in own.items() if name not in OPTIONS}
+        """Dicts, lists, numbers and text that say the same, the options flat. Equal settings give equal values."""
+        flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
-            flat |= _fields(own[name])
+            flat |= _fields(getattr(self, name))
         flat |= {"fitness": self.fitness, "localizer": self.localizer}
         return {name: plain_value(value) for name, value in flat.items()}
 

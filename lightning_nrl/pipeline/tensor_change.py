@@ -18,13 +18,10 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
-    """The change of one tensor, on the CPU.
+    """The change of one tensor of this shape, on the CPU.
 
-    Attributes:
-        shape: of the tensor.
-        index: `n` flat positions in ascending order, int32, or int64 for a tensor that needs it; None: all.
-        old: `n` values, or the whole tensor where there is no index; likewise `new`.
-        sha256_old: of the whole tensor, see `hash_tensors`; likewise `sha256_new`.
+    `index` has `n` ascending flat positions, int32, or int64 for a tensor that needs it, and `old` and `new` the values
+    there; None: they are the whole tensors. Both hashes are of the whole tensor, see `hash_tensors`.
     """
 
     shape: tuple[int, ...]

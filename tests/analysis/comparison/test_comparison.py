@@ -210,7 +210,7 @@ def test_there_has_to_be_something_to_repair() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"known": [(TRAIN, NEW)]}, "`known`: found a list of tuple, not a list of sources"),
+        ({"known": [(TRAIN, NEW)]}, "`known`: found a list, not one list of `Source` objects"),
         ({"known": NEW}, "`known`: found a TensorSource, not a list"),
         ({"settings": {"layer": "0"}}, "is no Settings"),
         ({"settings": Target.label(0)}, "is no Settings"),
