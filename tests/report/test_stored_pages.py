@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,7 +18,6 @@ from lightning_nrl.report import (
     Hashes,
     Judge,
     LocalizationReport,
-    Page,
     PricePoint,
     RepairReport,
     Rung,
@@ -30,7 +28,6 @@ from lightning_nrl.report import (
     WeightChange,
     repair_page,
 )
-from lightning_nrl.report.page import Facts, Heading, Row, Table, Text
 from lightning_nrl.report.repair_facts import unseen_limit
 from lightning_nrl.report.run_records import choice_text
 from lightning_nrl.report.sample_views import SampleView
@@ -38,7 +35,6 @@ from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSampl
 
 PAGES = Path(__file__).parent / "pages"
 HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
-HARM = TargetCounts(kept=70, broken=30, repaired=2, failing=18, targeted=15, repaired_in_target=2)
 SEARCH, TRAINING = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True), Rung("training", 20, 31, 2, 27_163, 30.0)
 GAINED = tuple(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in range(14))
 TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), GAINED[:9])
@@ -102,10 +98,6 @@ REFUSED = replace(
     leaked={},
 )
 SHOWN = {"repaired": REPAIRED, "refused": REFUSED, "update": REPORTS["repair"], "release": REPORTS["release"]}
-TABLE = Table(
-    columns=(("train", "known"), ("test", "unseen")),
-    rows=(Row("samples", ("1,000", "20"), ends_group=True), Row("broken", ("0", "3"), "harm")),
-)
 
 
 def pages(report: RepairReport) -> dict[str, str]:
@@ -142,25 +134,6 @@ def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name: st
     assert [word for word in shown if word.strip("─")] == [word for word in plain if word == "-" or word.strip("-")]
 
 
-def test_a_wide_table_goes_on_below() -> None:
-    notes = Table((("repaired", ""), ("", "")), (Row("fit", ("3", "some steps")), Row("polish", ("12", "long"))), True)
-    page = Page((Heading("Done", 1), TABLE, Heading("More"), notes))
-    assert page.plain(20) == (
-        "DONE\n\n         train\n         known\n--------------\nsamples  1,000\n\nbroken       0\n\n"
-        "           test\n         unseen\n---------------\nsamples      20\n\nbroken        3\n\n"
-        "More\n----\n\n        repaired\n----------------\nfit            3\npolish        12\n\n"
-        "fit     some steps\npolish  long\n"
-    )
-    console = Console(width=22, file=io.StringIO(), color_system=None)
-    console.print(Page((TABLE,)))
-    assert "samples  1,000      20" in console.file.getvalue()
-
-
-def test_long_words_are_never_broken() -> None:
-    path = "logs/" + "x" * 90
-    assert path in Page((Facts((("file", path),)), Text(f"see {path}"))).plain(30)
-
-
 def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,14 +143,6 @@ def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
     lines = [line.split("  ")[-1].strip() for line in report.render(120).splitlines()]
     assert lines[-2:] == [str(Path("logs/repaired.ckpt")), "elsewhere/report.json"]
     assert f"- **checkpoint**: {checkpoint}" in report.to_markdown()
-
-
-def test_harm_is_red_where_it_is_done_and_only_there() -> None:
-    console = Console(width=100, force_terminal=True, color_system="standard", legacy_windows=False)
-    with console.capture() as capture:
-        console.print(REPAIRED.to_table())
-    line = next(line for line in capture.get().splitlines() if "broken (was right" in line)
-    assert (line.count("\x1b[1;31m"), line.count("\x1b[32m")) == (1, 3)
 
 
 class Elements(HTMLParser):
@@ -221,22 +186,6 @@ def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
     assert "script" not in [tag for tag, _ in Elements(notebook).found]
 
 
-@pytest.mark.parametrize(
-    ("last", "why"),
-    [
-        (replace(TRAINING, held_out=HELD_OUT), "held-out samples speak against `training`"),
-        (replace(TRAINING, repaired_in_target=4, held_out=HELD_OUT), "`training` repairs fewer targets"),
-        (TRAINING, "`training` breaks more than the gate allows"),
-        (replace(TRAINING, repaired_in_target=0), "`training` repairs no target"),
-        (replace(TRAINING, repaired_in_target=0, held_out=HELD_OUT), "`training` repairs no target"),
-        (replace(TRAINING, repaired_in_target=0, held_out=HARM), "held-out samples speak against `training`"),
-    ],
-)
-def test_the_choice_says_what_is_against_the_rungs_that_change_more(last: Rung, why: str) -> None:
-    assert choice_text((SEARCH, last), "") == f"`search` is taken: {why}."
-    assert choice_text((last,), "none") == "none"
-
-
 def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> None:
     unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
     report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
@@ -244,14 +193,6 @@ def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_wh
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
         assert unseen_limit(other) is None
         assert "samples like these" not in other.to_markdown()
-
-
-def test_of_many_repaired_samples_those_that_gained_most_are_listed() -> None:
-    many = tuple(replace(GAINED[0], id=i, margin_after=i) for i in range(1234))
-    text = replace(REPAIRED, splits=(replace(TRAIN, flipped=many),)).to_markdown()
-    assert "Repaired in train, by position in the data set, 10 of 1,234" in text
-    assert "| 1224 |" in text
-    assert "| 1223 |" not in text
 
 
 if __name__ == "__main__":
