@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from lightning_nrl.report import RepairReport, installed_versions
 PATCH_NAME = "repair.patch.safetensors"
 """The file that a repair writes beside its checkpoint."""
 
-Module = TypeVar("Module", bound=nn.Module)
+Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,25 +101,19 @@ class Patch:
         """The report of the repair, if the patch has one; a `ConfigurationError` where another version wrote it."""
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
-    @overload
-    def apply(self, to: Module) -> Module: ...
-    @overload
-    def apply(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
-    def apply(self, to: Any) -> Any:
+    def apply(self, to: Weights) -> Weights:
         """Puts the new values into a module, which is given back, or into a copy of a state dict.
 
         Raises:
             ConfigurationError: these are not the weights that the patch was made for; nothing was changed.
         """
-        return self._changed(to, undo=False)
+        found: Weights = self._changed(to, undo=False)
+        return found
 
-    @overload
-    def revert(self, to: Module) -> Module: ...
-    @overload
-    def revert(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
-    def revert(self, to: Any) -> Any:
+    def revert(self, to: Weights) -> Weights:
         """Puts the old values back, to the bit. Arguments and errors are those of `apply`."""
-        return self._changed(to, undo=True)
+        found: Weights = self._changed(to, undo=True)
+        return found
 
     def save(self, path: str | Path) -> None:
         """Writes the patch to a safetensors file, whole or not at all."""

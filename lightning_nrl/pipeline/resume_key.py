@@ -19,7 +19,8 @@ from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.report import installed_versions
 
-FREE = ("on_interrupt", "save_every")  # the result does not depend on them
+FREE = ("on_interrupt", "save_every")
+"""Settings that the result does not depend on."""
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:

@@ -39,13 +39,14 @@ class SearchOptions:
         n_scored: how many known samples a search records, localises on and scores, at most: failed ones, those nearest
             to the border, and a draw from all others; fewer where `max_time` is too short to prepare it. What it finds
             is counted, and judged, on all known samples.
-        budget: bytes that the search may use on the device; None: a share of what is free. What does not fit of the
-            recorded activations, which take half of it, is computed again each time, and the step's note says so.
+        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
+            activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
+            computed again each time, and the step's note says so.
         on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
             `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
             Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
-        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved; the same
-            call does not repeat it after it was stopped or killed. None: nothing is saved.
+        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved. The same
+            call does not repeat saved steps after it was stopped or killed. None: nothing is saved.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.

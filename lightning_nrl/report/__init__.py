@@ -1,7 +1,7 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table.
 
 In: counts and what a caller writes down; `pipeline` makes the parts. Out: records (`splits`, `run_records`), and what
-shows them: pages (`page`, `html`, `tables`, `repair_facts`, `repair_page`) and figures (`repair_plot`).
+shows them: pages (`page`, `html`, `tables`, `repair_facts`, `repair_report`) and figures (`repair_plot`).
 """
 
 from importlib import import_module

@@ -1,11 +1,11 @@
-"""Figures of a repair: margins, confusions, the path of the patch, the course of the search, the change of weights."""
+"""Figures of a repair: margins, confusions, strengths, the search, the change of weights, samples, and a summary."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from textwrap import wrap
+from textwrap import shorten, wrap
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from lightning_nrl.report._figures import (
     GREY,
     INK,
     RED,
+    TONE_COLOURS,
     dress,
     label_axes,
     literal,
@@ -27,17 +28,16 @@ from lightning_nrl.report._figures import (
     panel_grid,
     shorten_name,
 )
+from lightning_nrl.report._formatting import count, percent
 from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, SearchReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, SplitReport, by_role, pool
+from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, Role, SplitReport, by_role, pool
 from lightning_nrl.report.tables import confusion_changes
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
-MATRIX_CLASSES = 16
-"""A matrix of more is not legible."""
-CHANGE_COLOURS = "BrBG"
-"""Brown for the worse, teal for the better; colour-blind readers tell them apart."""
+MATRIX_CLASSES = 16  # a matrix of more is not legible
+CHANGE_COLOURS = "BrBG"  # brown for the worse, teal for the better, for colour-blind readers too
 DARK = 0.7  # share of the deepest shade from which on text is white
 GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
 CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
@@ -54,17 +54,16 @@ SEARCH_PANELS = {
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
 """Of the cells that a picture can show; of larger tensors a cell is the largest change of several weights."""
+LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
+HEAD_ROWS, TARGET_CHARACTERS = 2.6, 46
+HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["warn"], "#CCCCCC", "#666666"
 
 Draw = Callable[[Any], None]
 """Draws one panel on matplotlib axes."""
 
 
 def repair_figures(report: RepairRecord) -> dict[str, Any]:
-    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out."""
     figures = {}
     for title, draw in _panels(report).items():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
@@ -111,27 +110,23 @@ def _gallery(views: Sequence[SampleView]) -> Any:
 
 def draw_repair(report: RepairRecord) -> Any:
     """All panels in one figure, two a row."""
-    panels = _panels(report)
-    figure, axes = panel_grid(len(panels), 2 * PANEL_WIDTH, PANEL_HEIGHT)
+    figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
     figure.suptitle(literal(f"{report.status.capitalize()}: {report.target}"), color=INK, fontsize=12)
-    _draw_panels(axes, panels)
     return figure
 
 
 def search_figure(search: SearchReport) -> Any:
     """The whole course of a search: a panel for each kind of curve; None where the search has no course."""
     panels = _search_panels(search)
-    if not panels:
-        return None
-    figure, axes = panel_grid(len(panels), SEARCH_WIDTH, SEARCH_ROW)
-    _draw_panels(axes, panels)
-    return figure
+    return _drawn(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
 
-def _draw_panels(axes: Sequence[Any], panels: Mapping[str, Draw]) -> None:
+def _drawn(panels: Mapping[str, Draw], width: float, height: float) -> Any:
+    figure, axes = panel_grid(len(panels), width, height)
     for own, (title, draw) in zip(axes, panels.items(), strict=True):
         draw(own)
         own.set_title(title, color=INK, fontsize=10)
+    return figure
 
 
 def _panels(report: RepairRecord) -> Mapping[str, Draw]:
@@ -299,3 +294,55 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
     highest, lowest = adaptive_max_pool2d(rows, size)[0], -adaptive_max_pool2d(-rows, size)[0]
     return torch.where(highest >= -lowest, highest, lowest).numpy()
+
+
+def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
+    """The roles of the data, and rows of a label and one cell a role: what a reviewer decides on."""
+    splits = report.candidate or report.splits
+    pooled = {role: pool(own) for role, own in by_role(splits).items()}
+    updates = {role: report.pooled_update(role) for role in pooled}
+    judged = [split if (update := updates[role]) is None else update.now for role, split in pooled.items()]
+    rows = [("samples", [count(split.n) for split in pooled.values()])]
+    rows.append(("repaired in target (RR)", [_share(s.repaired_in_target, s.targeted) for s in pooled.values()]))
+    rows.append(("repaired, all", [count(split.repaired) for split in pooled.values()]))
+    rows.append(("broken (BR)", [_share(split.broken, split.passed) for split in pooled.values()]))
+    if any(updates.values()):
+        pairs = [(u.trained.broken, u.now.broken) if u else None for u in updates.values()]
+        rows.append(("regressions", ["-" if pair is None else f"{pair[0]:,} -> {pair[1]:,}" for pair in pairs]))
+    nfr = [split.rates["negative_flip_rate"] for split in judged]
+    rows.append(("negative flip rate (NFR)", [percent(rate) for rate in nfr]))
+    rows.append(("accuracy before", [percent(split.accuracy_before) for split in pooled.values()]))
+    rows.append(("accuracy after", [percent(split.accuracy_after) for split in pooled.values()]))
+    return tuple(pooled), [(label, tuple(cells)) for label, cells in rows]
+
+
+def summary_figure(report: RepairRecord) -> Any:
+    """The verdict above a table of `summary_rows`, as a figure that is legible when small."""
+    roles, rows = summary_rows(report)
+    n_lines = len(rows) + HEAD_ROWS + 1
+    width = LABEL_WIDTH + COLUMN_WIDTH * len(roles)
+    figure = new_figure(width, ROW_HEIGHT * n_lines, layout=None)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(n_lines, 0))
+    verdict = report.status.capitalize() + (" (what it would do)" if report.candidate else "")
+    axes.text(0.03, 0.95, verdict, color=TONE_COLOURS[report.tone], fontsize=15, weight="bold", va="center")
+    about = shorten(f"{report.target}; gate {report.gate}", TARGET_CHARACTERS, placeholder=" ...")
+    axes.text(0.03, 1.95, literal(about), color=MUTED_COLOUR, fontsize=9, va="center")
+    ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
+    for role, x in zip(roles, ends, strict=True):
+        axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")
+    for i, (label, cells) in enumerate(rows):
+        y = HEAD_ROWS + 1.45 + i
+        axes.axhline(y - 0.5, 0.03, 0.97, color=RULE_COLOUR, linewidth=0.6)
+        harmful = label.startswith(("broken", "regressions"))
+        axes.text(0.03, y, label, color=INK, fontsize=10, va="center")
+        for cell, x in zip(cells, ends, strict=True):
+            harm = harmful and not cell.startswith(("0", "-")) and not cell.endswith("-> 0")
+            colour = HARM_COLOUR if harm else INK
+            axes.text(x, y, cell, color=colour, fontsize=10, weight="bold", ha="right", va="center")
+    return figure
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" if whole else "-"

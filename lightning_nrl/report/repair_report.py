@@ -1,19 +1,38 @@
-"""The account of one repair, with its page and its figure."""
+"""The account of one repair with its page: the verdict, a table of the splits, and the facts that one needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.html import Report
-from lightning_nrl.report.page import Page
-from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
-from lightning_nrl.report.repair_plot import draw_repair
+from lightning_nrl.report._formatting import from_here, number, sentence, setting
+from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Text
+from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
+from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
 from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.tables import (
+    FLIPPED_COLUMNS,
+    Fact,
+    flipped_rows,
+    outcome_table,
+    price_table,
+    rates_table,
+    rungs_table,
+    sample_blocks,
+    slice_table,
+    steps_table,
+    strength_table,
+    unchanged_table,
+    update_table,
+)
+
+FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
 class RepairReport(RepairRecord, Report, Plotted):
@@ -23,10 +42,90 @@ class RepairReport(RepairRecord, Report, Plotted):
     """
 
     def page(self, full: bool = False) -> Page:
-        return page_of_repair(self, full)
+        changed = "" if self.status == "repaired" else " The model's weights are unchanged."
+        verdict = Heading(self.status.capitalize(), 1, self.tone), Text(sentence(self.reason) + changed)
+        if full:
+            unseen = [Text(sentence(f"{name}: {text}")) for name, text in unseen_facts(self)]
+            return Page((*verdict, *unseen, *_tables(self), *sample_blocks(self), *_details(self)))
+        course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
+        facts = Facts((*repair_facts(self), *unseen_facts(self), *_files(self, from_here)))
+        return Page((*verdict, *_tables(self), *course, facts))
 
     def figure(self) -> Any:
         return draw_repair(self)
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        return html_of_repair(self, views, changes)
+        page, figures = self.page(full=True), {}
+        if find_spec("matplotlib") is None:
+            hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+            page = Page((*page.blocks, Text(hint)))
+        else:
+            figures = {title: svg_of(figure) for title, figure in reviewer_figures(self, changes).items()}
+        galleries: dict[str, list[SampleView]] = {}
+        for view in views:
+            galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
+        rows = [[_cell(value) for value in row] for row in flipped_rows(self)]
+        tables = [HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows)] if rows else []
+        return html_page(f"{self.status.capitalize()}: {self.target}", page, figures, tables, galleries)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _tables(report: RepairRecord) -> tuple[Block, ...]:
+    slices = (Heading("By slice"), slice_table(report.slices)) if report.slices else ()
+    if not report.update:
+        return (*_outcome(report), *slices)
+    against = Heading("Against the model that it replaces"), update_table(report.update)
+    return (*against, Heading("Against the new model as it was trained"), *_outcome(report), *slices)
+
+
+def _outcome(report: RepairRecord) -> tuple[Block, ...]:
+    if report.status == "repaired":
+        return (outcome_table(report.splits),)
+    unchanged = unchanged_table(report.splits)
+    if not report.candidate:
+        return (unchanged,)
+    refused = Heading("What the refused weights would have done"), outcome_table(report.candidate)
+    return (*refused, Heading("The model as it is"), unchanged)
+
+
+def _ladder(report: RepairRecord) -> tuple[Block, ...]:
+    if not report.rungs:
+        return ()
+    why = (Text(sentence(report.choice)),) if report.choice else ()
+    return Heading("The ladder, from the least change to the most"), rungs_table(report.rungs), *why
+
+
+def _steps(report: RepairRecord) -> tuple[Block, ...]:
+    return Heading("What the method did"), steps_table(report.steps)
+
+
+def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fact, ...]:
+    return tuple((FILE_KINDS.get(kind, kind), shown(path)) for kind, path in report.files.items())
+
+
+def _details(report: RepairRecord) -> tuple[Block, ...]:
+    blocks: list[Block] = [Heading("What was done"), Facts((*repair_facts(report), *_files(report)))]
+    blocks += _ladder(report)
+    if report.price:
+        blocks += [Heading("What it costs that no known sample may break"), price_table(report.price)]
+    if report.steps:
+        blocks += _steps(report)
+    if report.strength:
+        path = strength_table(report.strength, report.chosen_strength)
+        blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
+    if report.status == "repaired" or report.candidate:
+        blocks += [Heading("Rates"), rates_table(report.candidate or report.splits)]
+    if report.set_aside:
+        blocks += [Heading("Failures that were set aside"), Facts(set_aside_facts(report.set_aside))]
+    if report.hashes is not None:
+        blocks += [Heading("Weights"), Facts(hash_facts(report.hashes))]
+    blocks += [Heading("Run"), Facts(run_facts(report))]
+    if report.settings:
+        settings = tuple((name, setting(value)) for name, value in report.settings.items())
+        blocks += [Heading("Settings"), Facts(settings)]
+    return tuple(blocks)

@@ -246,18 +246,15 @@ class RepairRecord(Record):
     """The data of a `RepairReport`.
 
     Attributes:
-        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`; the first alone changes
-            weights.
+        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
         reason: why, in a sentence or two, with figures.
         layers: dotted names of the layers that were to be changed.
         target: which failures were to be repaired, in words; likewise `gate` and `task`.
         splits: what became of the samples of each split under the weights that the model has now.
         update: the new model against the one that it replaces, by split; empty if it replaces none.
-        slices: what became of the samples of each slice and role; of refused weights what they would have done to known
-            data. Empty where no slices were asked for.
+        slices: what became of each slice and role; of refused weights what they would have done to known data.
         set_aside: failed samples in the target that were set aside, and why.
-        leaked: by unseen split, how many of its samples are known or calibration data too; splits without any are left
-            out.
+        leaked: by unseen split with any, how many of its samples are known or calibration data too.
         candidate: what the refused weights would have done to the known splits; empty if none were refused.
         localization: which weights were searched; None if that stage was not reached, as of all that follow.
         search: how the search went.
@@ -272,8 +269,7 @@ class RepairRecord(Record):
         hashes: which weights are meant.
         judge: the device and the precision in which the model was judged.
         seed: what reproduces the run.
-        seconds: wall time by stage, in order.
-        versions: versions of the software by name.
+        seconds: wall time by stage, in order; `versions` of the software by name.
         files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
         class_names: of the task's classes, in their order; empty where they are not known.

@@ -71,8 +71,7 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 def binomial_cdf(k: int, n: int, p: float) -> float:
     """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke; n from 1, p in (0, 1).
 
-    The terms are summed from k away from the mean, where each is smaller than the one before: of positive numbers, so
-    nothing cancels, and about sqrt(n) of them count.
+    The terms are summed from k away from the mean, where each is smaller than the one before, so nothing cancels.
     """
     if k >= n:
         return 1.0
@@ -253,11 +252,9 @@ def limit_after(broken: int, n: int, selection: Selection, confidence: float) ->
     """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
 
     `broken` of the `n` samples that were right before break. Let a = 1 - confidence be what may fail. Where the data
-    had no say, the limit is that of Clopper and Pearson at the level a. Where they chose one of C sets of weights, each
-    is given a / C (Bonferroni). Where a limit of k broken samples was set, strengths are accepted one after the other
-    from weak to strong while k at most break: fixed-sequence testing of "more than the limit of Clopper and Pearson of
-    k break" (see `choose`). These have four fifths of a together; all else that might have been taken, such as polished
-    weights, shares the last fifth.
+    had no say, the limit is that of Clopper and Pearson at the level a; of C sets of weights each is given a / C
+    (Bonferroni). Where k may break, strengths accepted from weak to strong, one after the other (see `choose`), have
+    four fifths of a together; all else that might have been taken, such as polished weights, shares the last fifth.
     """
     level = 1 - confidence
     if selection.allowed is not None:

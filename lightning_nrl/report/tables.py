@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, number, percent
-from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
+from lightning_nrl.report.page import Block, Heading, Row, Table
 from lightning_nrl.report.run_records import PricePoint, RepairRecord, Rung, Step, StrengthPoint
 from lightning_nrl.report.splits import (
     ROLES,
@@ -151,43 +152,33 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
     """A column for each rung, the taken one marked; of held-out samples what the same procedure did without them."""
-
-    def row(label: str, cell: Callable[[Rung], str], tone: Tone = "", ends_group: bool = False) -> Row:
-        return Row(label, tuple(map(cell, rungs)), tone, ends_group)
-
-    held_out = [_held_out(rung.held_out) for rung in rungs]
-    return Table(
-        tuple((rung.name, "taken" * rung.taken) for rung in rungs),
-        (
-            row("targets repaired", lambda rung: count(rung.repaired_in_target), "gain"),
-            row("known samples repaired", lambda rung: count(rung.repaired)),
-            row("known samples broken", lambda rung: count(rung.broken), "harm", ends_group=True),
-            Row("held-out failures repaired", tuple(repaired for repaired, _, _ in held_out)),
-            Row("held-out passed samples broken", tuple(broken for _, broken, _ in held_out)),
-            Row("held-out accuracy, points", tuple(points for _, _, points in held_out), ends_group=True),
-            row("weights changed", lambda rung: count(rung.weights_changed)),
-            row("seconds", lambda rung: f"{rung.seconds:,.1f}"),
-        ),
+    repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
+    rows = (
+        Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
+        Row("known samples repaired", tuple(count(rung.repaired) for rung in rungs)),
+        Row("known samples broken", tuple(count(rung.broken) for rung in rungs), "harm", ends_group=True),
+        Row("held-out failures repaired", repaired),
+        Row("held-out passed samples broken", broken),
+        Row("held-out accuracy, points", points, ends_group=True),
+        Row("weights changed", tuple(count(rung.weights_changed) for rung in rungs)),
+        Row("seconds", tuple(f"{rung.seconds:,.1f}" for rung in rungs)),
     )
+    return Table(tuple((rung.name, "taken" * rung.taken) for rung in rungs), rows)
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
     """The most that was repaired, by how many known passed samples may break; levels that buy nothing are left out."""
-    columns = (
-        ("targets", "repaired"),
-        ("known", "repaired"),
-        ("known", "broken"),
-        ("held out", "repaired"),
-        ("held out", "broken"),
-        ("held out", "points"),
-    )
-    bought = [point for i, point in enumerate(price) if not i or _counts(point) != _counts(price[i - 1])]
-    rows = [Row(_level(point.allowed), (*map(count, _counts(point)), *_held_out(point.held_out))) for point in bought]
+    known = ("targets", "repaired"), ("known", "repaired"), ("known", "broken")
+    columns = (*known, ("held out", "repaired"), ("held out", "broken"), ("held out", "points"))
+    rows, last = [], None
+    for point in price:
+        counts = point.repaired_in_target, point.repaired, point.broken
+        if counts != last:
+            allowed = f"{percent(point.allowed)} may break" if point.allowed < 1 else "any may break"
+            label = allowed if point.allowed else "none may break"
+            rows.append(Row(label, (*map(count, counts), *_held_out(point.held_out))))
+        last = counts
     return Table(columns, tuple(rows))
-
-
-def _counts(point: PricePoint) -> tuple[int, int, int]:
-    return point.repaired_in_target, point.repaired, point.broken
 
 
 def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
@@ -203,12 +194,6 @@ def points_text(counts: FlipCounts) -> str:
     return f"{100 * (counts.accuracy_after - counts.accuracy_before):+.1f}"
 
 
-def _level(allowed: float) -> str:
-    if not allowed:
-        return "none may break"
-    return "any may break" if allowed == 1 else f"{percent(allowed)} may break"
-
-
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
     """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
     splits = flipped_splits(report)
@@ -217,17 +202,17 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
         if together.broken or together.repaired:
             if together.classes:
                 yield Heading(f"Classes in which samples flipped, {role} data")
-                yield class_table(together.classes, report.class_name)
+                yield _class_table(together.classes, report.class_name)
             if confusion_changes(together.confusion):
                 yield Heading(f"Confusions that changed, {role} data")
-                yield confusion_table(together.confusion, report.class_name)
+                yield _confusion_table(together.confusion, report.class_name)
     for split in splits:
         for flip, most in LISTED_FLIPS.items():
             samples = [one for one in most_telling(split.flipped) if one.flip == flip]
             if samples:
                 listed = f", {most} of {len(samples):,}" if len(samples) > most else ""
                 yield Heading(f"{flip.capitalize()} in {split.split}, by position in the data set{listed}")
-                yield sample_table(samples[:most], report.class_name)
+                yield _sample_table(samples[:most], report.class_name)
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
@@ -250,15 +235,13 @@ def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
     """All broken samples, the worst margin first, then the repaired ones, the largest gain in margin first."""
 
     def key(one: FlippedSample) -> tuple[bool, float]:
-        if one.flip == "broken":
-            return False, _or_0(one.margin_after)
-        return True, _or_0(one.margin_before - one.margin_after)
+        margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after
+        return one.flip == "repaired", 0.0 if math.isnan(margin) else margin
 
     return sorted(samples, key=key)
 
 
-def sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
-    """One line a sample: what it is, what it was and is taken for, how far it was and is from being wrong."""
+def _sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
     columns = _named("true", "before", "after", *MARGINS, "target")
     with_slices = any(one.slice for one in samples)
     rows = []
@@ -269,8 +252,7 @@ def sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
     return Table(columns + _named("slice") * with_slices, tuple(rows))
 
 
-def class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
-    """The classes in which a sample flipped, those with the most broken ones first."""
+def _class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
     changed = [one for one in classes if one.counts.broken or one.counts.repaired]
     changed.sort(key=lambda one: (-one.counts.broken, -one.counts.repaired, one.label))
     rows = []
@@ -287,8 +269,7 @@ def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
     return sorted(changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction))
 
 
-def confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
-    """The confusions that changed most."""
+def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
     rows = []
     for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
         counts = count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"
@@ -320,7 +301,3 @@ def _cell(split: SplitReport | UpdateSplit, name: str) -> str:
 
 def _named(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, "") for name in names)
-
-
-def _or_0(margin: float) -> float:
-    return margin if margin == margin else 0.0

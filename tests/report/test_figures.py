@@ -12,10 +12,18 @@ import torch
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.repair_plot import gallery_figures, grid_of, repair_figures, search_figure, weight_figures
+from lightning_nrl.report.repair_plot import (
+    HARM_COLOUR,
+    gallery_figures,
+    grid_of,
+    repair_figures,
+    search_figure,
+    summary_figure,
+    summary_rows,
+    weight_figures,
+)
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ConfusionCell, MarginHistogram
-from lightning_nrl.report.summary_figure import HARM_COLOUR, summary_figure, summary_rows
 
 pytest.importorskip("matplotlib")
 

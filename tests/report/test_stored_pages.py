@@ -26,7 +26,7 @@ from lightning_nrl.report import (
     Step,
     StrengthPoint,
     WeightChange,
-    repair_page,
+    repair_report,
 )
 from lightning_nrl.report.repair_facts import unseen_limit
 from lightning_nrl.report.run_records import choice_text
@@ -108,7 +108,7 @@ def pages(report: RepairReport) -> dict[str, str]:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_page, "find_spec", lambda name: None)
+    monkeypatch.setattr(repair_report, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("kind", ["txt", "md", "html"])
@@ -196,7 +196,7 @@ def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_wh
 
 
 if __name__ == "__main__":
-    repair_page.find_spec = lambda name: None  # type: ignore[assignment]
+    repair_report.find_spec = lambda name: None  # type: ignore[assignment]
     PAGES.mkdir(exist_ok=True)
     for name, report in SHOWN.items():
         for kind, text in pages(report).items():

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, reviewer_figures
+from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, reviewer_figures, summary_figure
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.summary_figure import summary_figure
 from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large

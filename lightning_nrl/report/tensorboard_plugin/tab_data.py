@@ -24,12 +24,7 @@ Plain = dict[str, Any]
 
 
 class LoadedRepair:
-    """A report that was read, and the folder that it was read from.
-
-    Raises:
-        ConfigurationError: the file is no report, or a newer version wrote it.
-        OSError: it cannot be read.
-    """
+    """A report that was read, and the folder that it was read from."""
 
     def __init__(self, folder: RepairFolder) -> None:
         self.folder = folder
@@ -37,7 +32,6 @@ class LoadedRepair:
 
     @cached_property
     def summary(self) -> Plain:
-        """A row of the table of repairs."""
         report = self.report
         splits, limit = by_role(flipped_splits(report)), unseen_limit(report)
         return {
@@ -57,7 +51,6 @@ class LoadedRepair:
 
     @cached_property
     def details(self) -> Plain:
-        """All that the tab shows of this repair."""
         report = self.report
         splits = flipped_splits(report)
         _, reason, *blocks = report.page(full=True).blocks
