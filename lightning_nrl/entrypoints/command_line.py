@@ -21,7 +21,7 @@ from lightning_nrl.entrypoints.commands import (
     report_command,
 )
 from lightning_nrl.errors import RepairError
-from lightning_nrl.report.repair_report import installed_versions
+from lightning_nrl.report import installed_versions
 
 __all__ = ["COMMANDS", "main"]
 

@@ -22,8 +22,8 @@ from lightning_nrl.entrypoints.command_project import read_project
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline import Patch, patch_checkpoint
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table
+from lightning_nrl.report import RepairReport, Report
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import Identity, ReleaseReport, make_report

@@ -125,12 +125,11 @@ class BoundOptions:
 def changed_options(options: Any) -> dict[str, Any]:
     """The fields of an option object that are not as by default."""
     plain = type(options)()
-    own = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in own.items() if not _same(value, getattr(plain, name))}
 
+    def same(value: Any, default: Any) -> bool:
+        return value is default or (type(value) is type(default) and bool(value == default))
 
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and bool(value == default))
+    return {name: value for name, value in _fields(options).items() if not same(value, getattr(plain, name))}
 
 
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
@@ -191,15 +190,13 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """How candidates are ranked: as the user, else the method says."""
-        said = self.search.fitness or getattr(self.method, "fitness", None) or Fitness()
-        return cast(FitnessFunction, said)
+        """As the user says, else as the method does."""
+        return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """How the weights to be searched are chosen, likewise."""
-        said = self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite()
-        return cast(Localizer, said)
+        """As the user says, else as the method does."""
+        return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
@@ -208,18 +205,13 @@ class Settings:
 
     @property
     def limit(self) -> Gate | None:
-        """How many calibration samples may break."""
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values.
-
-        The fields of the option objects stand beside the others.
-        """
-        own = _fields(self)
-        flat = {name: value for name, value in own.items() if name not in OPTIONS}
+        """Dicts, lists, numbers and text that say the same, the options flat. Equal settings give equal values."""
+        flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
-            flat |= _fields(own[name])
+            flat |= _fields(getattr(self, name))
         flat |= {"fitness": self.fitness, "localizer": self.localizer}
         return {name: plain_value(value) for name, value in flat.items()}
 

@@ -24,7 +24,7 @@ from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.page import Page, Shown, curve_page
+from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
@@ -78,15 +78,16 @@ class ShareChoice(Shown):
         return bool(self.state)
 
     def to_table(self) -> Page:
-        points = []
+        rows = []
         for point in self.curve:
-            c = point.counts
+            c, taken = point.counts, point == self.chosen
             cells = percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate)
-            points.append((f"share {point.share:.2f}", cells, point == self.chosen))
+            rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
         near = f"within {100 * (self.tolerance or 0):g} points of the best accuracy"
         rule = "As given" if self.tolerance is None else f"The largest that breaks no more than share 0, {near}"
-        columns = ("accuracy", "repaired", "broken", "negative flip rate")
-        return curve_page("Share of the old weights", f"{rule}: {self.share:.2f}.", columns, points)
+        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate"))
+        text = Text(f"{rule}: {self.share:.2f}.")
+        return Page((Heading("Share of the old weights", 1), text, Table(columns, tuple(rows))))
 
 
 @torch.no_grad()
