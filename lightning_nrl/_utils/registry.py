@@ -1,4 +1,4 @@
-"""Objects by name: what a word in an argument, a YAML file or a command line stands for."""
+"""Objects by name, for arguments, YAML and command lines, and functions by address."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Registry(Generic[T]):
         kind: what the objects are, for messages, such as `Task`.
         example: what to write where a value is neither a name nor such an object, which `fits`.
         include: registries whose names count too, after its own.
-        group: of entry points by which other distributions add names, `lightning_nrl.<group>`; empty: there are none.
-            What a name stands for is imported when it is used, and called without arguments.
+        group: of entry points by which other distributions add names, `lightning_nrl.<group>`: classes or functions
+            that are called without arguments. Empty: none.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -46,10 +46,7 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """A decorator that gives a class or a function a name that is not taken; as a call, `register(name)(factory)`.
-
-        `forms` are how it is written where text says more than the name, such as `tolerance:1%`.
-        """
+        """A decorator that names a class or a function; `forms` are its texts if they say more, as `tolerance:1%`."""
 
         def add(factory: Factory) -> Factory:
             if any(name in registry._factories for registry in (self, *self.include)):
@@ -68,7 +65,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        """Entry points of other distributions by name; the package's own names, and the first of equal ones, win."""
+        """Entry points of other distributions; the package's own names, and the first of equal ones, win."""
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
             if point.name not in self._factories:
@@ -80,11 +77,11 @@ class Registry(Generic[T]):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """An example of each way to write an object as text."""
+        """Returns an example of each way to write an object as text."""
         return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """What makes the object of a name; for an unknown one a `ConfigurationError` with the nearest."""
+        """Returns what makes the object of a name; refuses an unknown one and names the nearest."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -93,7 +90,6 @@ class Registry(Generic[T]):
         return next(other for other in self.include if name in other).factory(argument, name)
 
     def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
-        """What makes the object that an entry point stands for."""
         origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}"
         origin += f" of {point.dist.name}" if point.dist is not None else ""
         try:
@@ -104,20 +100,19 @@ class Registry(Generic[T]):
                 "update or uninstall that distribution.",
             ) from error
 
-        def made(*args: Any, **kwargs: Any) -> T:
-            value: Any = make(*args, **kwargs) if callable(make) else None
+        def made(*args: Any, **kwargs: Any) -> Any:
+            value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
                 raise ConfigurationError(
                     f"{origin} gave a {type(value).__name__}, which is no {self.kind}.",
                     "it is to be a class or a function that makes one without arguments.",
                 )
-            found: T = value
-            return found
+            return value
 
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """The object of a name, with its default settings; an object is given back as it is."""
+        """Returns the object of a name, with its default settings; an object as it is."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -125,7 +120,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """The error for text (`found`: argument and value) that says more than a `name` and cannot be read."""
+        """Returns the error for text that says more than a `name` and cannot be read; `found`: argument and value."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
@@ -137,10 +132,7 @@ ADDRESS_HINT = "write `package.module:function`, with a module that Python can i
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that an argument stands for, given itself or by its address.
-
-    An address is `package.module:function`, or has a dot for the colon; what follows a colon may reach into a class.
-    """
+    """Returns a function that is given itself or by its address, `package.module:function` or with a dot."""
     found = _at(argument, value) if isinstance(value, str) else value
     if not callable(found):
         raise ConfigurationError(

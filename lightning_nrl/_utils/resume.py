@@ -1,6 +1,6 @@
-"""Results of finished steps, saved so that a process that is called again after a kill does not repeat them.
+"""Saved results of finished steps, which the same call does not repeat after a kill.
 
-A repair takes the same steps in the same order each time, so a step is known by its number and the numbers of those
+A repair takes the same steps in the same order each time, so a step is known by its number and those of the steps
 around it. The folder is named after a hash of all that the results depend on.
 """
 
@@ -23,9 +23,8 @@ from torch.serialization import add_safe_globals, default_restore_location
 
 from lightning_nrl._utils.atomic_files import replacing, write_text
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.interrupts import is_ending_early
 from lightning_nrl._utils.timing import StageTimer, TimeMark
-from lightning_nrl.errors import FilesWarning
+from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
 
@@ -33,11 +32,11 @@ Bytes = bytes | bytearray | memoryview
 
 
 class DamagedValueError(ValueError):
-    """Bytes that `to_bytes` did not return, or that hold other records than the hint names."""
+    """Bytes that `to_bytes` did not return, or that hold other classes than the hint names."""
 
 
 def to_bytes(value: Any) -> bytes:
-    """Returns a value as bytes with a checksum; raises whatever `torch.save` raises."""
+    """Returns a value as bytes with a checksum."""
     stream = io.BytesIO()
     torch.save(value, stream)
     content = stream.getbuffer()
@@ -47,13 +46,8 @@ def to_bytes(value: Any) -> bytes:
 def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Returns the value of `to_bytes`.
 
-    Args:
-        data: the bytes.
-        hint: a type that names, directly or in its fields, all records in the value.
-        device: where tensors go that were not on the CPU; None: the CPU.
-
-    Raises:
-        DamagedValueError: the checksum is wrong, an unexpected object is in the value, or memory runs out.
+    `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value; tensors that
+    were not on the CPU go to `device`. Raises `DamagedValueError`, also if memory runs out.
     """
     start, target = len(MAGIC), str(device or "cpu")
     view = memoryview(data)
@@ -70,7 +64,7 @@ def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None
     except UnpicklingError as error:
         raise DamagedValueError("it holds an unexpected object") from error
     except Exception as error:
-        raise DamagedValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        raise DamagedValueError(first_line(f"{type(error).__name__}: {error}")) from error
 
 
 def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
@@ -87,13 +81,9 @@ def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
 
 Result = TypeVar("Result")
 
-SAVE_EVERY = 5.0
-"""Seconds that a step takes at least to be saved."""
-
-PREFIX = ".resume-"
-"""Prefix of the folder's name."""
-
-ORIGIN, FINISHED = "origin.json", ".finished"
+SAVE_EVERY = 5.0  # seconds
+PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
+"""Prefix of the folder's name, the file of hashes in it, and the suffix of results."""
 
 
 class ResumeStore:
@@ -115,13 +105,9 @@ class ResumeStore:
         self._path, self._number = "", 0  # of the step in progress, and how many began inside it
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results of the same work. To be called on all ranks, with the same.
+        """Looks for results of the same work, on all ranks; the first one reads and writes.
 
-        Args:
-            origin: hashes of all that the results depend on, by the names that messages use.
-            clock: the time of the work.
-            collective: the ranks that do it; the first one reads and writes.
-            device: where tensors go that were not on the CPU.
+        `origin` has hashes of all that the results depend on, by the names that messages use.
         """
         if self._parent is None:
             return
@@ -138,13 +124,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes with the steps finished before ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs the step.
-
-        Args:
-            name: a word or two, for the name of the file.
-            work: the step, run by all ranks with the same result.
-            hint: a type that names the records in the result.
-        """
+        """Returns the saved result of a step, or runs it; all ranks get the same. See `from_bytes` for `hint`."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -156,7 +136,7 @@ class ResumeStore:
                 self._clock.set(saved[1])
                 return result
             result = work()
-            if self._folder is not None and self._clock.elapsed - began >= self._every and not is_ending_early():
+            if self._folder is not None and self._clock.elapsed - began >= self._every:
                 self._write(self._folder, result)
             return result
         finally:
@@ -178,7 +158,7 @@ class ResumeStore:
         return f"{self._path[:-1]}{FINISHED}"
 
     def _write(self, folder: Path, result: Any) -> None:
-        """Writes the result of a step in place of those inside it; warns where that is not possible."""
+        """Writes the result of a step in place of those inside it, or warns."""
         try:
             data = to_bytes((result, self._clock.mark()))
         except Exception:  # what a user's own method returns need not be savable
@@ -196,7 +176,7 @@ class ResumeStore:
             self._folder = None
 
     def _read(self, hint: Any) -> tuple[Any, TimeMark] | None:
-        """Returns the saved result and its time, the same on all ranks; None on all where one cannot read it."""
+        """Returns the saved result and its time on all ranks; None on all if one cannot read it."""
         data = b""
         if self._folder is not None:
             with suppress(OSError, MemoryError):

@@ -20,7 +20,7 @@ from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 
-FREE = ("on_interrupt", "save_every")
+FREE = ("save_every",)
 """Settings that the result does not depend on."""
 
 

@@ -180,10 +180,10 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
         repaired(tmp_path, 3, "auto")
 
 
-def test_what_ctrl_c_does_and_what_is_saved_may_be_changed(tmp_path: Path) -> None:
+def test_what_is_saved_may_be_changed(tmp_path: Path) -> None:
     with pytest.raises(Death):
         repaired(tmp_path, 7)
-    assert "resumes" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
+    assert "resumes" in repaired(tmp_path, save_every=1.0)[1].said
 
 
 def test_models_files_and_folders_that_a_method_names_are_told_apart(tmp_path: Path) -> None:

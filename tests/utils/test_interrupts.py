@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_nrl._utils import interrupts
-from lightning_nrl._utils.interrupts import interruptible, is_ending_early, poll, uninterrupted
-from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl._utils.interrupts import interruptible, poll, uninterrupted
 
 
 class Terminated(BaseException):
@@ -89,32 +88,11 @@ def test_what_must_not_be_torn_apart_is_finished_first() -> None:
     assert done == ["inside"]
 
 
-def test_with_an_early_end_time_is_over_and_the_second_signal_ends_the_work() -> None:
-    deadline, clock = Deadline(), StageTimer()
-    assert not is_ending_early()
-
-    @interruptible(terminated=Terminated, may_end_early=True, say=str)
-    def work() -> None:
-        assert (deadline.is_over(), deadline.is_set, deadline.leaves(0)) == (False, False, True)
-        signal.raise_signal(signal.SIGINT)
-        poll()
-        assert is_ending_early()
-        assert (deadline.is_over(), deadline.is_set, deadline.leaves(1)) == (True, True, False)
-        assert (clock.left, deadline.seconds_left) == (0, 0)
-        signal.raise_signal(signal.SIGINT)
-        assert not is_ending_early()
-        poll()
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert not deadline.is_over()
-
-
 def test_another_thread_has_no_signals() -> None:
     seen = []
 
     def work() -> None:
-        with interruptible(terminated=Terminated):
+        with interruptible(terminated=Terminated, say=str):
             seen.append(interrupts._Watch.current)
 
     thread = threading.Thread(target=work)
@@ -126,7 +104,7 @@ def test_another_thread_has_no_signals() -> None:
 def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interruptible(terminated=Terminated):
+        with interruptible(terminated=Terminated, say=str):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
