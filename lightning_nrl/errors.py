@@ -86,7 +86,7 @@ class ReplayError(RepairError):
 
 
 class InseparableBatchError(ReplayError):
-    """Samples cannot be taken out of a batch, as of one of graphs, and the layer is not the last one."""
+    """Samples cannot be taken out of a batch, such as one of graphs, and the layer is not the last one."""
 
 
 class RepairWarning(UserWarning):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -58,10 +57,6 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
 Context = Callable[[], AbstractContextManager[Any]]
 """Makes what is entered around every forward pass, such as autocast."""
 
-CUDNN_LOCK = Lock()
-CUDNN_SETTINGS: list[tuple[bool, bool, bool]] = []
-"""cuDNN's settings before each thread that is inside `repeatable_gradients`."""
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -96,14 +91,9 @@ def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
     """
     cudnn: Any = torch.backends.cudnn
     recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with CUDNN_LOCK:
-        CUDNN_SETTINGS.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
-        cudnn.enabled, cudnn.deterministic, cudnn.benchmark = cudnn.enabled and not recurrent, True, False
+    before = cudnn.enabled, cudnn.deterministic, cudnn.benchmark
+    cudnn.enabled, cudnn.deterministic, cudnn.benchmark = cudnn.enabled and not recurrent, True, False
     try:
         yield
     finally:
-        with CUDNN_LOCK:
-            before = CUDNN_SETTINGS.pop()
-            # Of several threads the last one sets all back.
-            if not CUDNN_SETTINGS:
-                cudnn.enabled, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.enabled, cudnn.deterministic, cudnn.benchmark = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
-from lightning_nrl._utils.device import is_out_of_memory, none_if_out_of_memory
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl.errors import OtherRankError, RepairError, first_line
 
 Result = TypeVar("Result")
-MAX_EXCHANGED_BYTES = 2**24  # at once
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
 }
@@ -62,20 +60,10 @@ class Collective:
         """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
         if self.world_size == 1:
             return [x]
-        forms: list[tuple[torch.Size, torch.dtype]] = [(x.shape, x.dtype)] * self.world_size
+        rows = [x] * self.world_size
         with _answered():
-            dist.all_gather_object(forms, (x.shape, x.dtype))
-        lengths = [shape.numel() * dtype.itemsize for shape, dtype in forms]
-        # As bytes, since backends differ in the dtypes they know (gloo has no bool).
-        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        mine[: lengths[self.rank]] = x.to(self.device).flatten().view(torch.uint8)
-        rows = [torch.empty_like(mine) for _ in forms]
-        with _answered():
-            dist.all_gather(rows, mine)
-        return [
-            row[:length].view(dtype).view(shape).to(x.device)
-            for row, length, (shape, dtype) in zip(rows, lengths, forms, strict=True)
-        ]
+            dist.all_gather_object(rows, x.detach().to("cpu", copy=True))
+        return [row.to(x.device) for row in rows]
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor([flag])).item())
@@ -86,24 +74,13 @@ class Collective:
         texts = (bytes(row.tolist()).decode() for row in rows)
         return next(filter(None, texts), "")
 
-    def first_bytes(self, data: bytes) -> bytes | bytearray:
-        """Returns the bytes of the first rank on every rank; empty on all if one has no memory for them."""
-        if self.world_size == 1:
-            return data
+    def first_bytes(self, data: bytes) -> bytes:
+        """Returns the bytes of the first rank on every rank."""
         size = int(self.agreed(torch.tensor(len(data))))
-        buffer = data if self.rank == 0 else none_if_out_of_memory(lambda: bytearray(size))
-        if not size or self.any(buffer is None):
-            return b""
-        assert buffer is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the first rank are read only
-            found = torch.frombuffer(buffer, dtype=torch.uint8)
-        # Part by part, so that the exchange itself takes little.
-        for part in found.split(MAX_EXCHANGED_BYTES):
-            sent = self.agreed(part)
-            if self.rank:
-                part.copy_(sent)
-        return buffer
+        if self.world_size == 1 or not size:
+            return data if self.rank == 0 else b""
+        mine = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
+        return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
         """Returns this rank's `work()`, which exchanges nothing; if one rank fails all do, so that none waits for ever.

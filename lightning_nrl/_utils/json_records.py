@@ -153,7 +153,7 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
             raise _wrong(path, f"one of {list(arguments)}", value)
         return value
     if is_dataclass(kind):
-        return _read_record(kind, _object(value, path), path)
+        return _read_record(kind, _object(value, path), f"{path}." if path else "")
     if origin in (tuple, Sequence):
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         items = _list(value, path, len(arguments) if fixed else None)
@@ -161,7 +161,7 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
         read = [_read(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(zip(kinds, items, strict=True))]
         return tuple(read) if origin is tuple else read
     if origin is Mapping:
-        return {key: _read(arguments[1], item, _join(path, key)) for key, item in _object(value, path).items()}
+        return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in _object(value, path).items()}
     if kind is float:
         return _read_float(value, path, null)
     if kind not in TYPE_NAMES:
@@ -183,27 +183,30 @@ def _read_float(value: Any, path: str, null: float) -> float:
     return value
 
 
-def _read_record(kind: Any, data: Mapping[str, Any], path: str) -> Any:
+def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
     """Reads a dataclass with all of its fields and no others; what follows from them is not read."""
-    hints, names = hints_of(kind), set[str]()
+    names = set[str]()
+
+    def item(name: str) -> Any:
+        names.add(name)
+        if name not in data:
+            raise _error(prefix + name, "this is missing")
+        return data[name]
+
     read: dict[str, Any] = {}
     for f in _written_fields(kind):
-        hint, null = hints[f.name], f.metadata.get("null", math.nan)
+        hint = hints_of(kind)[f.name]
         if "flat" in f.metadata:
-            prefix, part = f.metadata["flat"], _flat_kind(kind, f)
-            own = {g.name: _item(data, prefix + g.name, path) for g in fields(part)}
-            names |= {prefix + name for name in own}
+            start, part = f.metadata["flat"], _flat_kind(kind, f)
+            own = {g.name: item(start + g.name) for g in fields(part)}
             missing = NoneType in get_args(hint) and all(value is None for value in own.values())
-            kinds = hints_of(part)
-            parts = {} if missing else {n: _read(kinds[n], own[n], _join(path, prefix + n)) for n in own}
-            read[f.name] = None if missing else part(**parts)
+            read[f.name] = None if missing else _read_record(part, own, prefix + start)
         else:
-            read[f.name] = _read(hint, _item(data, f.name, path), _join(path, f.name), null)
-            names.add(f.name)
+            read[f.name] = _read(hint, item(f.name), prefix + f.name, f.metadata.get("null", math.nan))
     record = kind(**read)
     derived = record.derived if isinstance(record, Derives) else {}
     for name in sorted(data.keys() - names - derived.keys()):
-        raise _error(_join(path, name), "it is not known what this is")
+        raise _error(prefix + name, "it is not known what this is")
     return record
 
 
@@ -217,16 +220,6 @@ def _list(value: Any, path: str, length: int | None = None) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise _wrong(path, "a list" if length is None else f"a list of {length}", value)
     return value
-
-
-def _item(data: Mapping[str, Any], name: str, path: str) -> Any:
-    if name not in data:
-        raise _error(_join(path, name), "this is missing")
-    return data[name]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _wrong(path: str, expected: str, value: object) -> ConfigurationError:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import operator
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,8 +89,8 @@ class Registry(Generic[T]):
         return next(other for other in self.include if name in other).factory(argument, name)
 
     def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
-        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}"
-        origin += f" of {point.dist.name}" if point.dist is not None else ""
+        of = f" of {point.dist.name}" if point.dist is not None else ""
+        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}{of}"
         try:
             make = point.load()
         except Exception as error:
@@ -128,25 +127,19 @@ class Registry(Generic[T]):
         )
 
 
-ADDRESS_HINT = "write `package.module:function`, with a module that Python can import from here."
-
-
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function that is given itself or by its address, `package.module:function` or with a dot."""
-    found = _at(argument, value) if isinstance(value, str) else value
+    found: Any = value
+    if isinstance(value, str):
+        try:
+            found = pkgutil.resolve_name(value)
+        except (ValueError, ImportError, AttributeError) as error:
+            hint = "write `package.module:function`, with a module that Python can import from here."
+            raise ConfigurationError(f"`{argument}={value!r}` was not found: {error}.", hint) from error
     if not callable(found):
         raise ConfigurationError(
             f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
             "give a function, or its address as text, `package.module:function`.",
         )
-    return found
-
-
-def _at(argument: str, address: str) -> Any:
-    module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
-    if not module or not name:
-        raise ConfigurationError(f"`{argument}={address!r}` is no address.", ADDRESS_HINT)
-    try:
-        return operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"`{argument}={address!r}` was not found: {error}.", ADDRESS_HINT) from error
+    function: Callable[..., Any] = found
+    return function

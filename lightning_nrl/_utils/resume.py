@@ -28,8 +28,6 @@ from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
 
-Bytes = bytes | bytearray | memoryview
-
 
 class DamagedValueError(ValueError):
     """Bytes that `to_bytes` did not return, or that hold other classes than the hint names."""
@@ -43,7 +41,7 @@ def to_bytes(value: Any) -> bytes:
     return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
 
 
-def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None) -> Any:
+def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Returns the value of `to_bytes`.
 
     `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value; tensors that
@@ -68,7 +66,7 @@ def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None
 
 
 def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
-    """Adds the dataclasses and named tuples in a type hint and in their fields."""
+    """Finds the dataclasses and named tuples in a type hint and in their fields."""
     for part in get_args(hint):
         _records(part, found)
     is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
@@ -87,12 +85,9 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Saves the results of finished steps in a folder; without a folder it just runs them.
+    """Saves the results of steps that take `every` seconds or more in a folder in `parent`, if there is one.
 
-    Args:
-        parent: where the folder is made, once there is something to save; None: nothing is saved.
-        elsewhere: parents of earlier runs, the newest first.
-        every: seconds that a step takes at least to be saved.
+    `elsewhere` are the parents of earlier runs, the newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
@@ -144,11 +139,9 @@ class ResumeStore:
 
     @property
     def place(self) -> Path | None:
-        """The folder, if something is saved in it."""
         return self._folder if self._folder is not None and self._folder.is_dir() else None
 
     def done(self) -> None:
-        """Removes what was saved."""
         for folder in self._made:
             shutil.rmtree(folder, ignore_errors=True)
         self._folder, self._made, self._is_active = None, [], False
@@ -198,7 +191,7 @@ class ResumeStore:
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        """Returns True if work of this origin is saved; that of an earlier run is moved here."""
+        """True if work of this origin is saved; that of an earlier run is moved here."""
         for place in (folder, *(place / folder.name for place in self._elsewhere)):
             with suppress(OSError):
                 if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
@@ -212,7 +205,6 @@ class ResumeStore:
         return False
 
     def _announce_other(self, folder: Path, origin: Mapping[str, str]) -> None:
-        """Says how the newest saved work of another origin differs."""
         places = dict.fromkeys((folder.parent, *self._elsewhere))
         with suppress(OSError, ValueError):
             others = [path for place in places for path in place.glob(f"{PREFIX}*/{ORIGIN}")]

@@ -202,7 +202,7 @@ def hash_tensors(tensors: Mapping[str, Any]) -> str:
             continue
         tensor = tensors[name].detach().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        parts = (tensor,)
+        parts: tuple[Tensor, ...] = (tensor,)
         if tensor.layout != torch.strided:
             entries = tensor.to_sparse_coo().coalesce()
             parts = (entries.indices(), entries.values())

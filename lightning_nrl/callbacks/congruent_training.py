@@ -1,4 +1,4 @@
-"""Training with fewer regressions: a term that holds the new model to what the replaced one gets right."""
+"""A term of the training loss that holds the new model to what the replaced one gets right."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class PositiveCongruentTraining(CallbackBase):
     """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
 
     The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
-    Model Updates. The module stays as it is: the term is about the output that `training_step` gets from `self(x)`, and
-    is added to the loss that it returns. Where that cannot be known, an error says so in the first step, and one line
-    of `training_step` does it (see `regression_loss`). The value of each term is logged as `regression/<name>`. The
-    replaced model is no part of the module, its checkpoints or its optimizer.
+    Model Updates. The term is about the output that `training_step` gets from `self(x)`, and is added to the loss that
+    it returns; where that cannot be known, an error in the first step says so, and `regression_loss` does it in one
+    line of the step. Terms are logged as `regression/<name>`. The replaced model is no part of the module, its
+    checkpoints or its optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
             (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
-        index: a function of the batch that gives the data-set positions of its samples, or its address; the replaced
-            model then sees each sample once, so only without augmentation. Needed for predictions from a file.
-            None: it sees each batch, with the very inputs of the new model.
-        prefix: what tags begin with.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
+        index: a function of the batch, or its address, that returns the data-set positions of its samples: the replaced
+            model then sees each sample once, without augmentation. Needed for predictions from a file. None: it sees
+            each batch as the new model does.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`; not one that runs the module.
 
     Raises:
         ConfigurationError: an argument that cannot be used, or a step to which nothing can be added, in the first step.
@@ -146,7 +146,7 @@ class PositiveCongruentTraining(CallbackBase):
         self._release()
 
     def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
-        """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
+        """Returns and logs the sum of the terms for a batch (see `regression_loss`)."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
         return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
@@ -182,7 +182,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     @torch.no_grad()
     def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Both models on the first batch: whatever does not fit is found before anything is trained."""
+        """Runs both models on the first batch, to find what does not fit before anything is trained."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
@@ -216,18 +216,15 @@ class PositiveCongruentTraining(CallbackBase):
 
 
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
-    """What `PositiveCongruentTraining` adds to the loss, for a `training_step` that says itself where.
+    """Returns the scalar that `PositiveCongruentTraining` adds to the loss, for a `training_step` that adds it itself.
 
-    Needed where the step optimises by itself, calls the model several times, or mixes samples and labels; possible
-    everywhere. Where the trainer has no such callback, and outside of training, it is 0.
+    Needed if the step optimises by itself, calls the model several times, or mixes samples and labels. Without such a
+    callback, and outside of training, it is 0.
 
     Args:
         module: the module whose step it is.
         batch: what `output` is for, as the data loader gives it: for augmented inputs `(augmented, labels)`.
         output: what the model returned, with its gradients.
-
-    Returns:
-        A scalar on the device of the module.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""While a new model trains, every validation counts it against the model that it is to replace."""
+"""Counts of a new model against the model that it is to replace, in every validation."""
 
 from __future__ import annotations
 
@@ -43,13 +43,12 @@ class RegressionMetrics(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint or of its predictions (CSV, split `val`), or
             an `OldModel`.
         slices: counts slices too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or place,
-            or a function of it, with a name or number for each sample, or one bool (the slice has the column's name);
-            the function's address, `package.module:function`; or a `Target`, whose samples are it.
-        prefix: what the tags begin with.
+            or a function of it or its address, with a name or number for each sample, or one bool (the slice has the
+            column's name); or a `Target`.
+        prefix: of tags.
         dataloader: which validation data loader is counted, where there are several.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
-            or its address; None: `(x, y, *extras)` or the usual keys.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
 
     Raises:
         ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.

@@ -1,10 +1,9 @@
-"""The Lightning shell: hooks and checks, in order. What a repair is stands in `lightning_nrl.pipeline`."""
+"""The Lightning shell of a repair: hooks and checks, in order; `lightning_nrl.pipeline` makes the repair."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,15 @@ from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target, parse_target
-from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning, first_line
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import find_scope
-from lightning_nrl.gate import Gate
-from lightning_nrl.methods import METHODS, Method
+from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.pipeline.presets import with_paper_row
+from lightning_nrl.pipeline.settings import AnyGate, parse_gate
 from lightning_nrl.report import RepairReport
-from lightning_nrl.search import Searcher
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference, parse_reference
 
@@ -91,8 +89,7 @@ class RegressionFreeRepair(RepairCallback):
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
-            there is none, the last convolution) is searched, and training may change the whole network. With a single
-            layer the default stays in it.
+            there is none, the last convolution) is searched, and training may change the whole network.
         gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
             `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
@@ -131,8 +128,8 @@ class RegressionFreeRepair(RepairCallback):
         self,
         target: Target | str | None = None,
         layer: str | list[str] = "auto",
-        gate: str | Gate = "instance",
-        method: str | Method | Searcher[Any] = "auto",
+        gate: AnyGate = "instance",
+        method: str | AnyMethod = "auto",
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
         unseen: str | DataLoader[Any] | None = None,
@@ -150,7 +147,7 @@ class RegressionFreeRepair(RepairCallback):
         self.settings = Settings(
             target=parse_target("all" if target is None else target),
             layer=layer,
-            gate=Gate.parse(gate),
+            gate=parse_gate(gate),
             method=METHODS.parse("method", method),
             max_time=max_time,
             seed=seed,
@@ -187,15 +184,12 @@ class RegressionFreeRepair(RepairCallback):
             row: the paper's ID of the experiment.
             **arguments: further arguments of the constructor, such as `target` and `layer`; they go before the row's.
                 Of `search` and `bounds`, the row says what they leave as it is by default.
-
-        Raises:
-            ConfigurationError: Table II has no such row.
         """
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """What was done, once it is done; also where a strategy had it done in processes of its own."""
+        """What was done, once it is done; also if a strategy did it in processes of its own."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -231,10 +225,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where other weights than the repaired ones are tested.
-
-        `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
-        """
+        # `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
         if self._parameters and changed(pl_module, self._parameters):
             problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
@@ -253,16 +244,14 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the repaired weights into the file, whatever other callbacks have put there.
-
-        That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
-        layer holds the repaired weights: weight averaging would save its average instead. The report goes there as the
-        state of this callback.
-        """
         self.add_to(checkpoint, pl_module, self.state_key)
 
     def add_to(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
-        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key."""
+        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key.
+
+        Weights go there while `repaired.ckpt` is saved, before the live weights change, and as long as the live layer
+        holds them: weight averaging would save its average instead.
+        """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
@@ -274,26 +263,19 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the report; `state_dict` is not there, since Lightning would refuse twins before `setup` says why."""
+        # `state_dict` is not there: Lightning would refuse twins before `setup` says why.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
-                problem = f"the report in the checkpoint cannot be read ({str(error).partition(chr(10))[0]})"
+                problem = f"the report in the checkpoint cannot be read ({first_line(error)})"
                 hint = "training goes on without it; the weights are those of the checkpoint."
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Searches a repair, saves it, writes it into the model, logs and prints it.
-
-        Args:
-            trainer: is in a fit.
-            pl_module: the module that it trains.
-            start_from: the weights that are repaired, as for `DataOptions`.
-            name: of the folder of the files, and in logs.
-        """
+        """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
         began = time.perf_counter()
         self.report = self._parameters = None
         with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
@@ -305,7 +287,7 @@ class RegressionFreeRepair(RepairCallback):
         return outcome
 
     def training_went_on(self, pl_module: LightningModule) -> None:
-        """Forgets the weights of a repair that further training has changed."""
+        """Forgets repaired weights that further training has changed."""
         if self._parameters and changed(pl_module, self._parameters):
             self._parameters = None
 
@@ -328,9 +310,9 @@ class RegressionFreeRepair(RepairCallback):
         start: StartingWeights | None = None,
         name: str = "repair",
     ) -> str:
-        """Writes the files, and puts the repaired weights into the model at the moment at which the files are there.
+        """Writes the files, and the repaired weights into the model once the files are there; returns the logged name.
 
-        Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
+        A file that cannot be written costs a warning.
         """
         accepted = outcome.parameters is not None
         files, name = report_files(self._folder(name), trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
@@ -362,16 +344,13 @@ class RegressionFreeRepair(RepairCallback):
         return name
 
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
-        """Logs and prints the report of a repair that is saved."""
+        """Logs and prints the report of a saved repair."""
         assert self.report is not None
         announce(self.report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
 
-    @contextmanager
-    def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
-        with heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place):
-            yield
+    def heeding_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""
+        return heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _folder(self, name: str) -> str | Path | None:
-        """The folder of the files of one of several repairs; None: one of that name in the folder of the run."""
         return self.dirpath if self.dirpath is None or name == "repair" else Path(self.dirpath) / name

@@ -1,4 +1,4 @@
-"""Repairs within a training, at chosen epochs, beside the one at its end; the training goes on from what they leave."""
+"""Repairs within a training, at chosen epochs, from which the training goes on."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.report import RepairReport
 
-HOOK = "on_train_epoch_end"
-"""Of the module: repairs follow it."""
+HOOK = "on_train_epoch_end"  # of the module: repairs follow it
 
 
 class RepairInTraining(RepairCallback):
     """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
 
-    Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
-    It comes right after the module's own `on_train_epoch_end`, so what the module does there is in what is repaired and
-    saved, and before callbacks that save or stop by a metric.
-    What it promises is about the samples that were right before it; what the training does to them afterwards it
-    cannot hold. States of optimizers and schedules stay as they are: moments go on as if the weights had moved by
-    a step. Files go to `<log_dir>/repair-step-<step>/`, and what loggers get has that name, also as a run of
-    TensorBoard; the repair at the end is called `repair` as ever.
+    Each repair is one of `RegressionFreeRepair`, right after the module's own `on_train_epoch_end` and before callbacks
+    that save or stop by a metric. It promises nothing of what the training does to samples afterwards. States of
+    optimizers and schedules stay as they are. Files go to `<log_dir>/repair-step-<step>/`, and logs have that name; the
+    repair at the end is called `repair`.
 
     A repair takes as long as one at the end would, by default about as long as the training took so far: give a
     `max_time`, or a method that takes seconds (`convex`, `swarm`).
@@ -47,8 +43,8 @@ class RepairInTraining(RepairCallback):
         every_n_epochs: epochs between two repairs; None: none by the count of epochs.
         monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
             worse than its best since the last repair. A repaired model is validated once more for it, without logging.
-        mode: whether the best of the metric is its `min` or its `max`.
-        min_delta: by more than how much it has to be worse, from 0.
+        mode: `min` or `max`, which is best.
+        min_delta: how much worse it has to be at least, from 0.
         at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
         **arguments: those of `RegressionFreeRepair`.
 
@@ -98,17 +94,14 @@ class RepairInTraining(RepairCallback):
 
     @property
     def report(self) -> RepairReport | None:
-        """Of the last repair."""
         return self.repair.report
 
     @property
     def repaired_model_path(self) -> str:
-        """The checkpoint of the last repair; empty unless it was accepted."""
         return self.repair.repaired_model_path
 
     @property
     def patch_path(self) -> str:
-        """The weight change of the last repair, see `RegressionFreeRepair`."""
         return self.repair.patch_path
 
     @override
@@ -129,7 +122,7 @@ class RepairInTraining(RepairCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What the module does there belongs to what is repaired and saved; Lightning calls callbacks before it.
+        # Lightning calls callbacks before the module, whose changes belong to the repair.
         follow_hook(pl_module, HOOK, partial(self._epoch_ends, trainer, pl_module))
 
     @override
@@ -193,7 +186,7 @@ class RepairInTraining(RepairCallback):
         self.reports.append(self.repair.report)
 
     def _measured(self, trainer: Trainer) -> float | None:
-        """The metric of a repaired model; None where it is not known."""
+        """Returns the metric of a repaired model; None if it is unknown."""
         if self.monitor is None or not trainer.enable_validation:
             return None
         # All ranks validate or none does, whatever each of them logs.

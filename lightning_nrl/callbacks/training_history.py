@@ -1,4 +1,4 @@
-"""What a training does to each sample: right or wrong and its loss at every epoch, with the weights of some layers."""
+"""A record of what a training does to each sample at every epoch, with the weights of some layers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ from lightning_nrl.tasks import Task, parse_task
 class TrainingHistory(CallbackBase):
     """Records in every epoch which samples are right, their losses, and the weights of some layers, in a folder.
 
-    `NeuRecover` localises by it, forgetting curves go to the loggers, `TrainingRecord.read(folder)` gives all of it.
-    Every sample is recorded once, whatever the number of ranks, and a training that is resumed goes on with its record.
-    Each record takes one pass over all splits, in evaluation mode, with the weights of the point: record less often
-    (`every_n_epochs=5`) where that is too slow. The training itself stays the same to the bit.
+    `NeuRecover` localises by it, forgetting curves go to loggers, `TrainingRecord.read(folder)` reads it. A training
+    that is resumed goes on with its record. Each point takes one pass over all splits, in evaluation mode: record less
+    often (`every_n_epochs=5`) if that is too slow. The training itself stays the same to the bit.
 
     It logs, by split, `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
     `never_learned` (never right so far); with up to 20 classes also for each, as `history_val/forgotten/3`. At the end
@@ -48,9 +47,9 @@ class TrainingHistory(CallbackBase):
         every_n_steps: optimiser steps between two records instead.
         layers: whose weights are kept: `auto` (the layer that a repair would take), dotted names, or `all`.
         dirpath: the folder; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
-        prefix: what tags begin with.
-        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: as for `DataOptions`.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
 
     Attributes:
         folder: where the record is, once training has begun.
@@ -160,10 +159,7 @@ class TrainingHistory(CallbackBase):
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a point: what the model does on all splits, in evaluation mode.
-
-        Modes and random states are left as found. To be called on all ranks.
-        """
+        """Writes a point; to be called on all ranks. Modes and random states are restored."""
         began = time.perf_counter()
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step
@@ -181,7 +177,6 @@ class TrainingHistory(CallbackBase):
         self.seconds += time.perf_counter() - began
 
     def _names(self, model: LightningModule) -> list[str]:
-        """Parameters to be kept."""
         if self.layers == "all":
             return [name for name, _ in model.named_parameters()]
         return list(find_layers(model, self.layers, include_bias=True).parameters)
@@ -191,7 +186,6 @@ class TrainingHistory(CallbackBase):
         return {name: parameters[name] for name in self._names(model)}
 
     def _learned(self, results: SampleResults) -> dict[str, float]:
-        """Counts after this record by tag."""
         numbers: dict[str, float] = {}
         for split in results.splits:
             own = results.of(split)

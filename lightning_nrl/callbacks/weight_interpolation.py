@@ -1,4 +1,4 @@
-"""After training, the weights go a share of the way back to those of the replaced model."""
+"""Interpolation of the trained weights with those of the replaced model."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ MIN_COSINE = 0.5
 class WeightInterpolation(CallbackBase):
     """After `fit`, moves the weights a share back to those of the replaced model: `(1 - share) new + share old`.
 
-    Fewer samples break, for little or no accuracy, and the model still costs one forward pass (Wortsman et al. 2022,
-    WiSE-FT; Schumann et al. 2024, BCWI). The new model has to be trained on from the old weights:
-    `new.load_state_dict(...)` before `fit`. The statistics of batch norm layers are estimated anew. Put it before
-    `RegressionFreeRepair`, which then repairs what is left; beside `PositiveCongruentTraining` it takes away some more.
+    Fewer samples break, for little or no accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI). The new
+    model has to be trained on from the old weights: `new.load_state_dict(...)` before `fit`. Put it before
+    `RegressionFreeRepair`, which then repairs what is left.
 
     It logs `interpolation/share`, and of the calibration data `accuracy`, `nfr`, the negative flip rate, and both as
     they were `_before`. Checkpoints of the training, averages of weights and states of optimizers stay as they are:
@@ -59,16 +58,15 @@ class WeightInterpolation(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel` of one.
         share: of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 with an accuracy on calibration
             data within `tolerance` of the best of them.
-        tolerance: how much accuracy fewer regressions may cost, in [0, 1]: 0.005 is half a point.
+        tolerance: how much accuracy fewer regressions may cost: 0.005 is half a point.
         calibration: data to choose the share on, and to count on: `val`, `test`, `repair` or a DataLoader; none that
             was trained on. None, or no such data: a share that is given is not counted.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, best one
             without augmentation.
         batches: how many batches of them, in random order; None: all, one pass for each share.
-        prefix: what tags begin with.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
-            or its address; None: `(x, y, *extras)` or the usual keys.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
         seed: of the order of batches for statistics, and of random transforms of the data.
         verbose: whether the choice is printed.
 
@@ -206,14 +204,13 @@ class WeightInterpolation(CallbackBase):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the live weights into the file once they are changed: weight averaging would save its average."""
-        if self._changed:
+        if self._changed:  # weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())
 
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
-        """Data to count on, if there are any, and data for statistics, if they are needed."""
+        """Returns data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
         loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
         counted = find_calibration(self.calibration, loaders, needed=chosen)

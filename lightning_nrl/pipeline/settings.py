@@ -128,6 +128,9 @@ def _same(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and bool(value == default))
 
 
+AnyGate = str | Gate
+parse_gate = Gate.parse
+
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
 
 
