@@ -163,9 +163,8 @@ class PositiveCongruentTraining(CallbackBase):
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                "`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE
-            )
+            problem = "`training_step` optimises by itself, so nothing can be added to its loss."
+            raise ConfigurationError(problem, ONE_LINE)
         plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
         call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
         return add_to_loss(result, self._loss(pl_module, call, target, batch))
@@ -184,7 +183,14 @@ class PositiveCongruentTraining(CallbackBase):
     def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Runs both models on the first batch, to find what does not fit before anything is trained."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
-        probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
+        old = self.reference
+        if isinstance(old, Predictions):
+            assert self.index is not None
+            teacher: ReferenceTeacher = PredictedTeacher(old, "train", self.task, self.index)
+        else:
+            model = reference_module(trainer, pl_module, old.model, self._held)
+            teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+        probe = Probe(pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
@@ -194,19 +200,11 @@ class PositiveCongruentTraining(CallbackBase):
                 raise ConfigurationError(what, hint) from error
             logits = self.task.logits(output)
             self.task.check(logits, target)
-            old = teacher(args, kwargs, target, batch, logits)
+            answer = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, old), len(logits))
+                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, answer), len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
-
-    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
-        if isinstance(self.reference, Predictions):
-            assert self.index is not None
-            return PredictedTeacher(self.reference, "train", self.task, self.index)
-        old = self.reference
-        model = reference_module(trainer, pl_module, old.model, self._held)
-        return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
 
     def _release(self) -> None:
         self._step.close()

@@ -27,9 +27,10 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
+from lightning_nrl.errors import PerformanceWarning, check_whole
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.updates.old_model import Reference, parse_reference
+from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.release import check_reference
 
 
 class RegressionMetrics(CallbackBase):
@@ -70,11 +71,7 @@ class RegressionMetrics(CallbackBase):
         adapter: str | Adapter | None = None,
     ) -> None:
         super().__init__()
-        found = parse_reference(reference)
-        if found is None:
-            hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-            raise ConfigurationError("`reference=None`: there is nothing to compare with.", hint)
-        self.reference = found
+        self.reference = check_reference("reference", reference)
         self.slices: Any = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
         check_whole("dataloader", dataloader, 0)
@@ -142,8 +139,12 @@ class RegressionMetrics(CallbackBase):
         is_forward = not (args and isinstance(args[0], ModelCall))
         logits = logits_of(output, self._counter.size(batch_idx), self.task) if is_forward else None
         if logits is None:
-            if is_forward:
-                self._warn_once()
+            if is_forward and not self._warned:
+                self._warned = True
+                problem = (
+                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each."
+                )
+                rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
         right = self.task.right(logits, target)
@@ -162,8 +163,8 @@ class RegressionMetrics(CallbackBase):
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
-        means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
+        how = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
+        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **how)
         self._outputs.attach(pl_module, known.parts)
         return known
 
@@ -171,13 +172,3 @@ class RegressionMetrics(CallbackBase):
         self._outputs.detach()
         self._reference_results = self._counter = None
         self._warned = False
-
-    def _warn_once(self) -> None:
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                PerformanceWarning(
-                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each.",
-                    "call `self(x)` in `validation_step`.",
-                )
-            )

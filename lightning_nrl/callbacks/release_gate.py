@@ -87,9 +87,7 @@ class ReleaseGate(CallbackBase):
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
-        self.seed = seed
-        self.dirpath = dirpath
-        self.verbose = verbose
+        self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
         self.report: ReleaseReport | None = None
 
     @override
@@ -151,11 +149,9 @@ class ReleaseGate(CallbackBase):
 
     def _sources(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> list[LoaderSource]:
         given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": batch_limit(trainer)}
-        sources = [
-            make_source(loader, name, trainer=trainer, model=model, **how)
-            for name, loader in _loaders_by_name(given, stage, self.splits).items()
-        ]
+        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "seed": self.seed}
+        loaders = _loaders_by_name(given, stage, self.splits)
+        sources = [make_source(one, name, limit=batch_limit(trainer), **how) for name, one in loaders.items()]
         with random_state():
             _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
@@ -170,12 +166,10 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
         own = [stage] if len(loaders) == 1 else [f"{stage}-{i}" for i in range(len(loaders))]
     names = own if splits is None else list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
-            "give each of them a name of its own, in order, or leave `splits` out.",
-        )
+        hint = "give each of them a name of its own, in order, or leave `splits` out."
+        raise ConfigurationError(f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint)
+    hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
     for name, loader in zip(names, loaders, strict=True):
-        hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
         check_loader(loader, name, hint)
     return dict(zip(names, loaders, strict=True))
 

@@ -12,28 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._trainer import repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams
-from lightning_nrl._trainer.repair_files import (
-    REPAIRED_FILES,
-    REPORT_FILES,
-    ResultBox,
-    SavedFiles,
-    announce,
-    base_folder,
-    report_files,
-    saved_work,
-)
 from lightning_nrl._trainer.tracking.loggers import declare
-from lightning_nrl._trainer.trainer_checks import (
-    check_order,
-    check_packages,
-    check_strategy,
-    check_twins,
-    check_whole,
-    warn_without_step,
-)
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, heeding_signals, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
@@ -66,11 +49,12 @@ class RepairCallback(CallbackBase):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
+        trainer_checks.check_packages(trainer)
         if stage == "fit":
-            check_strategy(trainer)
-            check_twins(self, trainer)
-            check_order(self, trainer, (WeightInterpolation,), self.data.start_from, kind=RepairCallback)
+            trainer_checks.check_strategy(trainer)
+            trainer_checks.check_twins(self, trainer)
+            earlier, start_from = (WeightInterpolation,), self.data.start_from
+            trainer_checks.check_order(self, trainer, earlier, start_from, kind=RepairCallback)
             if hparams := logged_hparams(trainer):  # which Lightning logs next
                 declare(trainer.loggers, hparams)
 
@@ -167,7 +151,7 @@ class RegressionFreeRepair(RepairCallback):
         self.dirpath = dirpath
         self.verbose = verbose
         self._report: RepairReport | None = None
-        self._box = ResultBox()
+        self._box = repair_files.ResultBox()
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
@@ -210,7 +194,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_whole(pl_module)
+        trainer_checks.check_whole(pl_module)
         if self.settings.layer != "auto":  # which takes a layer that the prediction calls
             find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
@@ -219,7 +203,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
-        base_folder(self.dirpath, trainer)
+        repair_files.base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
         self._fit_timer = FitTimer.start(trainer)
 
@@ -240,7 +224,7 @@ class RegressionFreeRepair(RepairCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._ran:
-            warn_without_step()
+            trainer_checks.warn_without_step()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -295,7 +279,7 @@ class RegressionFreeRepair(RepairCallback):
         self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None, name: str = "repair"
     ) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
-        self._work = saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
+        self._work = repair_files.saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
         seconds = None
         if epochs is None:
             epochs = epochs_of(trainer)
@@ -315,12 +299,13 @@ class RegressionFreeRepair(RepairCallback):
         A file that cannot be written costs a warning.
         """
         accepted = outcome.parameters is not None
-        files, name = report_files(self._folder(name), trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
+        kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
+        files, name = repair_files.report_files(self._folder(name), trainer, name, kinds)
         report = self.report = replace(outcome.report, files=files)
         parameters = self._parameters = outcome.parameters
         self._pending = True
         try:
-            with SavedFiles(files, trainer, tuple(REPAIRED_FILES.values())) as saved:
+            with repair_files.SavedFiles(files, trainer, tuple(repair_files.REPAIRED_FILES.values())) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
@@ -346,7 +331,8 @@ class RegressionFreeRepair(RepairCallback):
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
         """Logs and prints the report of a saved repair."""
         assert self.report is not None
-        announce(self.report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
+        how: dict[str, Any] = {"changes": outcome.changes, "views": outcome.views, "verbose": self.verbose}
+        repair_files.announce(self.report, trainer, name, **how)
 
     def heeding_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""

@@ -82,11 +82,8 @@ class RepairInTraining(RepairCallback):
         check_kind("monitor", monitor, named, "name", "monitor='val_loss'")
         check_choice("mode", mode, ("min", "max"))
         check_real("min_delta", min_delta, "number", "give a number from 0.", least=0)
-        self.every_n_epochs = every_n_epochs
-        self.monitor = monitor
-        self.mode = mode
-        self.min_delta = min_delta
-        self.at_end = at_end
+        self.every_n_epochs, self.at_end = every_n_epochs, at_end
+        self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
         self.reports: list[RepairReport] = []
         self._best: float | None = None
         self._last_step: int | None = None
@@ -156,25 +153,22 @@ class RepairInTraining(RepairCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.repair.load_state_dict(state_dict)
         self._best = None
-        if not isinstance(state_dict, dict):
-            self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
-        elif "best" in state_dict:
+        found = state_dict
+        if isinstance(state_dict, dict):
+            if "best" not in state_dict:
+                return
             found = state_dict["best"]
-            if isinstance(found, float) and math.isfinite(found):
-                self._best = found
-            else:
-                self._warn_of(f"`best` in the checkpoint is no finite number (found a {type(found).__name__})")
-
-    def _warn_of(self, problem: str) -> None:
-        hint = "training goes on, and the next validation is the first that counts; the weights are the checkpoint's."
-        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
+        if isinstance(found, float) and math.isfinite(found):
+            self._best = found
+            return
+        what = f"`best` in the checkpoint is no finite number (found a {type(found).__name__})"
+        hint = "training goes on, and the next validation is the first that counts."
+        rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
 
     def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first one decides.
-        if trainer.strategy.broadcast(self._is_due(trainer)):
-            self._repair(trainer, pl_module)
-
-    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.strategy.broadcast(self._is_due(trainer)):
+            return
         measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
         outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
         self._done(trainer)
@@ -205,9 +199,9 @@ class RepairInTraining(RepairCallback):
         if self.monitor not in trainer.callback_metrics:
             if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
-                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged"
+                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged, so no repair follows it."
                 hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
-                rank_zero_warn(TrainingWarning(f"{problem}, so no repair follows it.", hint))
+                rank_zero_warn(TrainingWarning(problem, hint))
             return due
         sign = 1 if self.mode == "min" else -1
         value = sign * float(trainer.callback_metrics[self.monitor])

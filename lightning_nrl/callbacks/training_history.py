@@ -20,7 +20,6 @@ from lightning_nrl._trainer.tracking.learning_curves import Learning
 from lightning_nrl._trainer.tracking.loggers import track_history, track_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
@@ -86,10 +85,8 @@ class TrainingHistory(CallbackBase):
         check_whole("every_n_epochs", every_n_epochs, 1)
         if every_n_steps is not None:
             check_whole("every_n_steps", every_n_steps, 1)
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.layers = layers
-        self.dirpath = dirpath
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.layers, self.dirpath = layers, dirpath
         self.prefix = parse_prefix(prefix, "history")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -165,7 +162,8 @@ class TrainingHistory(CallbackBase):
         self._last = trainer.global_step
         if trainer.is_global_zero and self.folder is not None:
             if not batch_limit(trainer):
-                weights = self._weights(pl_module)
+                parameters = dict(pl_module.named_parameters())
+                weights = {name: parameters[name] for name in self._names(pl_module)}
                 try:
                     write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
@@ -180,10 +178,6 @@ class TrainingHistory(CallbackBase):
         if self.layers == "all":
             return [name for name, _ in model.named_parameters()]
         return list(find_layers(model, self.layers, include_bias=True).parameters)
-
-    def _weights(self, model: LightningModule) -> State:
-        parameters = dict(model.named_parameters())
-        return {name: parameters[name] for name in self._names(model)}
 
     def _learned(self, results: SampleResults) -> dict[str, float]:
         numbers: dict[str, float] = {}

@@ -102,9 +102,8 @@ class WeightInterpolation(CallbackBase):
         self.reference = parse_with_weights(reference)
         if share != "auto":
             check_share(share)
-        self.share = share
         check_share(tolerance, "tolerance")
-        self.tolerance = tolerance
+        self.share, self.tolerance = share, tolerance
         self.calibration: Any = check_data("calibration", calibration, optional=True)
         if calibration is None and share == "auto":
             hint = "give `calibration` data that were not trained on, or a number as `share=`."
@@ -112,13 +111,11 @@ class WeightInterpolation(CallbackBase):
         self.statistics: Any = check_data("statistics", statistics)
         if batches is not None:
             check_whole("batches", batches, 1)
-        self.batches = batches
+        check_whole("seed", seed, 0, 2**32 - 1)
+        self.batches, self.seed, self.verbose = batches, seed, verbose
         self.prefix = parse_prefix(prefix, "interpolation")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        check_whole("seed", seed, 0, 2**32 - 1)
-        self.seed = seed
-        self.verbose = verbose
         self.choice: ShareChoice | None = None
         self._reference_state: Mapping[str, Any] = {}
         self._changed = False
@@ -154,13 +151,12 @@ class WeightInterpolation(CallbackBase):
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
-            rank_zero_warn(
-                TrainingWarning(
-                    f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between "
-                    "two trainings from scratch is good for nothing.",
-                    "train on from the old weights: `model.load_state_dict(...)` before `fit`.",
-                )
+            problem = (
+                f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between two "
+                "trainings from scratch is good for nothing."
             )
+            hint = "train on from the old weights: `model.load_state_dict(...)` before `fit`."
+            rank_zero_warn(TrainingWarning(problem, hint))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,10 +171,8 @@ class WeightInterpolation(CallbackBase):
                 state: State = interpolate(self._reference_state, evaluator, share, training, **how) if share else {}
                 numbers = {"share": share}
             else:
-                if self.share == "auto":
-                    how["tolerance"] = self.tolerance
-                else:
-                    how |= {"tolerance": None, "shares": [self.share]}
+                given = {"tolerance": None, "shares": [self.share]}
+                how |= {"tolerance": self.tolerance} if self.share == "auto" else given
                 self.choice = choose_share(self._reference_state, evaluator, counted, training, **how)
                 state, numbers = self.choice.state, choice_numbers(self.choice)
             self._log(trainer, numbers)
@@ -190,16 +184,9 @@ class WeightInterpolation(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where it was stopped before its first step, another work than training was done.
         if self._reference_state and not trainer.should_stop:
-            rank_zero_warn(
-                TrainingWarning(
-                    "the weights were not interpolated, because no training step ran (it was complete or skipped).",
-                    "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`.",
-                )
-            )
-        self._reference_state = {}
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            problem = "the weights were not interpolated, because no training step ran (it was complete or skipped)."
+            hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
+            rank_zero_warn(TrainingWarning(problem, hint))
         self._reference_state = {}
 
     @override

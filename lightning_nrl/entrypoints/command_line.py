@@ -30,15 +30,18 @@ from lightning_nrl.updates.rules import RULES
 __all__ = ["COMMANDS", "main"]
 
 
+Arguments = Mapping[str, Mapping[str, Any]]
+
+
 class Command(NamedTuple):
     """What runs a command and gives its exit status, what it is for, and its arguments; None: those of a project."""
 
     run: Callable[..., int]
     purpose: str
-    arguments: Mapping[str, Mapping[str, Any]] | None = None
+    arguments: Arguments | None = None
 
 
-PATCH_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+PATCH: Arguments = {
     "--patch": {"required": True, "help": "the patch, such as repair.patch.safetensors"},
     "--ckpt": {"required": True, "help": "the checkpoint to read"},
     "--out": {"required": True, "help": "the checkpoint to write; it may be the same file"},
@@ -48,13 +51,10 @@ PATCH_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "help": "false: you trust the checkpoint, which may hold objects and run their code",
     },
 }
-RELEASE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+RELEASE: Arguments = {
     "old": {"help": "predictions of the model in use, a CSV file with split,id,prediction,passed"},
     "new": {"help": "predictions of the new model, likewise; such as predictions.csv of a ReleaseGate"},
-    "--rule": {
-        "action": "append",
-        "help": f"what must hold, also several: {', '.join(RULES.forms)}".replace("%", "%%"),
-    },
+    "--rule": {"action": "append", "help": "what must hold: " + ", ".join(RULES.forms).replace("%", "%%")},
     "--slices": {"help": "a CSV file with split,id,slice"},
     "--allow-missing": {
         "action": "append",
@@ -64,31 +64,20 @@ RELEASE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     },
     "--out": {"help": "folder for report.json, report.md and report.html"},
 }
-REPORT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
+REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
     "--out": {"help": "the file to write, HTML if its name ends so; by default it is printed"},
 }
 COMMANDS: Mapping[str, Command] = {
     "repair": Command(repair_project, "repair the model of a project: 0 if repaired or nothing is to be, else 1"),
     "diagnose": Command(diagnose_project, "say what can be repaired, what stands in the way, and what it costs"),
-    "compare": Command(
-        compare_project, "count what repairs and baselines fix and break, or a new checkpoint against an old one"
-    ),
-    "release": Command(
-        decide_release,
-        "decide from files of predictions: 0 if the new model is accepted, 1 if refused",
-        RELEASE_ARGUMENTS,
-    ),
-    "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH_ARGUMENTS),
-    "revert": Command(
-        partial(apply_patch, undo=True), "write a checkpoint with a patch taken out again, to the bit", PATCH_ARGUMENTS
-    ),
-    "inspect": Command(
-        inspect_file,
-        "show what a patch, a repaired checkpoint or a report holds",
-        {"file": {"help": "a patch, a checkpoint, or report.json"}},
-    ),
-    "report": Command(show_report, "write the report of a repair or of a release as Markdown", REPORT_ARGUMENTS),
+    "compare": Command(compare_project, "count what repairs, baselines or a new checkpoint fix and break"),
+    "release": Command(decide_release, "decide from predictions: 0 if the new model is accepted, else 1", RELEASE),
+    "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
+    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch taken out, to the bit", PATCH),
+    "inspect": Command(inspect_file, "show what a patch, a repaired checkpoint or a report holds", INSPECT),
+    "report": Command(show_report, "write the report of a repair or of a release as Markdown", REPORT),
 }
 """By name, what runs a command and what it is for."""
 
