@@ -79,7 +79,7 @@ class Collective:
         size = int(self.agreed(torch.tensor(len(data))))
         if self.world_size == 1 or not size:
             return data if self.rank == 0 else b""
-        mine = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(data if self.rank == 0 else size), dtype=torch.uint8)
         return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:

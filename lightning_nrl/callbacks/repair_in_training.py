@@ -167,8 +167,10 @@ class RepairInTraining(RepairCallback):
 
     def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first one decides.
-        if not trainer.strategy.broadcast(self._is_due(trainer)):
-            return
+        if trainer.strategy.broadcast(self._is_due(trainer)):
+            self._repair(trainer, pl_module)
+
+    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
         outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
         self._done(trainer)

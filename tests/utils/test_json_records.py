@@ -135,11 +135,6 @@ def test_what_cannot_be_read_is_named_with_its_place(changes: dict[str, Any], me
         Thing.from_dict(changed(**changes))
 
 
-def test_what_follows_from_the_fields_is_not_read() -> None:
-    for area in (4.0, KeyError):
-        assert Thing.from_dict(changed(parts__0__area=area)).to_json() == THING.to_json()
-
-
 @pytest.mark.parametrize("data", [3, None, [], "x", {1: 2}])
 def test_the_whole_may_be_wrong(data: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^the file: expected an object"):
