@@ -34,12 +34,7 @@ __all__ = [
 
 
 class RepairError(Exception):
-    """Base of everything that this package raises on purpose.
-
-    Args:
-        problem: what was found; it names the argument.
-        hint: what to do about it.
-    """
+    """Base of everything that this package raises on purpose, of a problem and a hint what to do about it."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -58,11 +53,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some samples cannot be evaluated: they have no class, or the model gives no finite loss for them.
-
-    Attributes:
-        samples: their data-set positions, by split.
-    """
+    """Some `samples` (positions by split) cannot be evaluated: they have no class, or no finite loss."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)

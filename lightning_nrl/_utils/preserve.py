@@ -43,16 +43,15 @@ def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     flags = [module.training for module in modules]
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
-    held = {identity for snapshot in parameters for identity in snapshot.identities()}
+    held = {id(value) for snapshot in parameters for value, *_ in snapshot.copied}
     own = own_flags(modules)
     PRESERVED.update(held)
     try:
-        rewritten: dict[int, Tensor] = {}
+        copied = []
         if any(flags):
             model.eval()
-            for snapshot in snapshots if has_own_modes(model) else ():
-                rewritten |= snapshot.rewritten()
-        yield rewritten
+            copied = [one for snapshot in snapshots for one in snapshot.copied] if has_own_modes(model) else []
+        yield {id(value): copy for value, at, copy in copied if not (_is_at(value, at) and _is_same(at, copy))}
     finally:
         PRESERVED.difference_update(held)
         try:
@@ -162,22 +161,11 @@ class _TensorSnapshot:
     def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
         self._tensors = tensors
         self._values: dict[str, Tensor | None] = dict(tensors.items())
-        self._copied = [
+        self.copied = [
             (value, value.data, _copy(value.data))
             for value in self._values.values()
             if value is not None and is_copied(value)
         ]
-
-    def identities(self) -> set[int]:
-        return {id(value) for value, _, _ in self._copied}
-
-    def rewritten(self) -> dict[int, Tensor]:
-        """Returns copies of the tensors that hold something else now, by identity."""
-        return {
-            id(value): copy
-            for value, memory, copy in self._copied
-            if not (_is_at(value, memory) and _is_same(memory, copy))
-        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -191,7 +179,7 @@ class _TensorSnapshot:
         for name, value in values.items():
             if tensors[name] is not value:
                 tensors[name] = value
-        for value, memory, copy in self._copied:
+        for value, memory, copy in self.copied:
             if not _is_at(value, memory):
                 value.data = memory
             if not _is_same(memory, copy):

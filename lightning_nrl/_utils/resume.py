@@ -23,7 +23,7 @@ from torch.serialization import add_safe_globals, default_restore_location
 
 from lightning_nrl._utils.atomic_files import replacing, write_text
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.timing import StageTimer, TimeMark
+from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
@@ -81,7 +81,6 @@ Result = TypeVar("Result")
 
 SAVE_EVERY = 5.0  # seconds
 PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
-"""Prefix of the folder's name, the file of hashes in it, and the suffix of results."""
 
 
 class ResumeStore:
@@ -128,7 +127,7 @@ class ResumeStore:
             saved = self._read(hint) if self._resumes else None
             if saved is not None:
                 result: Result = saved[0]
-                self._clock.set(saved[1])
+                self._clock.resume(*saved[1:])
                 return result
             result = work()
             if self._folder is not None and self._clock.elapsed - began >= self._every:
@@ -146,21 +145,17 @@ class ResumeStore:
             shutil.rmtree(folder, ignore_errors=True)
         self._folder, self._made, self._is_active = None, [], False
 
-    @property
-    def _file(self) -> str:
-        return f"{self._path[:-1]}{FINISHED}"
-
     def _write(self, folder: Path, result: Any) -> None:
         """Writes the result of a step in place of those inside it, or warns."""
         try:
-            data = to_bytes((result, self._clock.mark()))
+            data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
         except Exception:  # what a user's own method returns need not be savable
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ORIGIN).exists():
                 write_text(folder / ORIGIN, self._origin)
-            replacing(folder / self._file, lambda part: part.write_bytes(data))
+            replacing(folder / f"{self._path[:-1]}{FINISHED}", lambda part: part.write_bytes(data))
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
@@ -168,25 +163,25 @@ class ResumeStore:
             warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
             self._folder = None
 
-    def _read(self, hint: Any) -> tuple[Any, TimeMark] | None:
+    def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
         """Returns the saved result and its time on all ranks; None on all if one cannot read it."""
-        data = b""
+        data, name = b"", f"{self._path[:-1]}{FINISHED}"
         if self._folder is not None:
             with suppress(OSError, MemoryError):
-                data = (self._folder / self._file).read_bytes()
+                data = (self._folder / name).read_bytes()
         received = self._collective.first_bytes(data)
         if not received:
             return None
         result, problem = None, ""
         try:
-            result = from_bytes(received, tuple[hint, TimeMark], self._device)
+            result = from_bytes(received, hint, self._device)
         except DamagedValueError as error:
             problem = str(error)
         if not self._collective.any(bool(problem)):
             return result
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
-            message = f"{self._folder}: {self._file!r} is not used, {problem}."
+            message = f"{self._folder}: {name!r} is not used, {problem}."
             warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=3)
         return None
 
@@ -201,10 +196,6 @@ class ResumeStore:
                         folder.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(place, folder)
                     return True
-        self._announce_other(folder, origin)
-        return False
-
-    def _announce_other(self, folder: Path, origin: Mapping[str, str]) -> None:
         places = dict.fromkeys((folder.parent, *self._elsewhere))
         with suppress(OSError, ValueError):
             others = [path for place in places for path in place.glob(f"{PREFIX}*/{ORIGIN}")]
@@ -213,3 +204,4 @@ class ResumeStore:
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
             why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
             self._clock.announce(f"Repair: begins anew, since {why}.")
+        return False

@@ -14,8 +14,7 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 
-Clock = Callable[[], float]
-"""Tells the time in seconds, from any beginning."""
+Clock = Callable[[], float]  # seconds, from any beginning
 
 
 class Observer(Protocol):
@@ -23,15 +22,12 @@ class Observer(Protocol):
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
         """Is entered around a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""
-        ...
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Is called after some steps of a stage, with the best candidate's counts if there are any."""
-        ...
 
     def announce(self, text: str) -> None:
         """Is called before something that takes longer than a few seconds, with a sentence for the screen."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,6 @@ class Deadline:
         return replace(self, end=min(self.end, self.now() + seconds))
 
 
-@dataclass(frozen=True)
-class TimeMark:
-    """Seconds since a repair began, and those of each stage."""
-
-    elapsed: float
-    seconds: Mapping[str, float]
-
-
 class StageTimer:
     """Seconds spent in each stage, in order, out of `max_time` from now on; tells an observer."""
 
@@ -113,17 +101,13 @@ class StageTimer:
     @property
     def left(self) -> float:
         """Seconds until the repair must be over; infinite without a limit."""
-        poll()
-        return self._max_time - self.elapsed
+        return self.deadline().seconds_left
 
-    def mark(self) -> TimeMark:
-        return TimeMark(self.elapsed, dict(self.seconds))
-
-    def set(self, mark: TimeMark) -> None:
-        """Continues from the mark of an earlier process; deadlines stay where they are in the time of the repair."""
-        self._ahead += mark.elapsed - self.elapsed
+    def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
+        """Continues from the time of an earlier process; deadlines stay where they are in the time of the repair."""
+        self._ahead += elapsed - self.elapsed
         self.seconds.clear()
-        self.seconds.update(mark.seconds)
+        self.seconds.update(seconds)
 
     @property
     def one_pass(self) -> float:

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.repair_files import parse_prefix
-from lightning_nrl._trainer.step_outputs import (
-    ONE_LINE,
-    ForwardPass,
-    OutputCapture,
-    Probe,
-    add_to_loss,
-    find_forward_pass,
-    replaced,
-)
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve
@@ -90,7 +82,7 @@ class PositiveCongruentTraining(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = ExitStack(), OutputCapture(), ExitStack()
+        self._step, self._outputs, self._held = ExitStack(), step_outputs.OutputCapture(), ExitStack()
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -120,7 +112,7 @@ class PositiveCongruentTraining(CallbackBase):
         # For the time of a batch: copies that are made between batches would keep calling the original.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
-        self._step.enter_context(replaced(pl_module, training_step=step))
+        self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
 
     @override
     def on_train_batch_end(
@@ -149,7 +141,7 @@ class PositiveCongruentTraining(CallbackBase):
         """Returns and logs the sum of the terms for a batch (see `regression_loss`)."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
-        return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
+        return self._loss(pl_module, step_outputs.ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
 
     def _step_with_terms(
         self, pl_module: LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -164,12 +156,12 @@ class PositiveCongruentTraining(CallbackBase):
             return result
         if not pl_module.automatic_optimization:
             problem = "`training_step` optimises by itself, so nothing can be added to its loss."
-            raise ConfigurationError(problem, ONE_LINE)
+            raise ConfigurationError(problem, step_outputs.ONE_LINE)
         plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
-        call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
-        return add_to_loss(result, self._loss(pl_module, call, target, batch))
+        call = step_outputs.find_forward_pass(name, calls, plain, named, length_of(target), self.task)
+        return step_outputs.add_to_loss(result, self._loss(pl_module, call, target, batch))
 
-    def _loss(self, pl_module: LightningModule, call: ForwardPass, target: Any, raw: Any) -> Tensor:
+    def _loss(self, pl_module: LightningModule, call: step_outputs.ForwardPass, target: Any, raw: Any) -> Tensor:
         assert self._teacher is not None
         logits = call.logits
         with validating(pl_module.trainer):
@@ -190,7 +182,7 @@ class PositiveCongruentTraining(CallbackBase):
         else:
             model = reference_module(trainer, pl_module, old.model, self._held)
             teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
-        probe = Probe(pl_module)
+        probe = step_outputs.Probe(pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)

@@ -112,7 +112,6 @@ def diagnose(
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` says what to do.
 
     Raises:
-        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
         EvaluationError: the model gives losses that are not finite; the samples are named.
 
     Example::
@@ -157,9 +156,6 @@ def compare(
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
-
-    Raises:
-        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 
@@ -218,9 +214,6 @@ def sweep(
 
     Returns:
         The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
-
-    Raises:
-        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 
