@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -23,16 +25,18 @@ else:
     import tomli as tomllib
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHELL = (
-    "cd ",
-    "git clone ",
-    "source ",
-    "tensorboard --logdir ",
-    "ruff ",
-    "mypy",
-    "lint-imports",
-    "zensical build ",
-    "apt ",
+SHELL = tuple(
+    [
+        "cd ",
+        "git clone ",
+        "source ",
+        "tensorboard --logdir ",
+        "ruff ",
+        "mypy",
+        "lint-imports",
+        "zensical build ",
+        "apt ",
+    ]
 )
 SCRIPTS = re.compile(r"^(?:python(?:3(?:\.\d+)?)?) ((?:examples|tests|docs|\.ci)/\S+)(.*)$")
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml") if block.runs]
@@ -56,9 +60,6 @@ def test_a_configuration_makes_what_it_names(block: Block, folder: Path) -> None
 
 @cache
 def help_of(command: str) -> str:
-    import contextlib
-    import io
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main([command, "--help"]) == 0
