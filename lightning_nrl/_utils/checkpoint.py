@@ -36,10 +36,8 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
         raise ConfigurationError(f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint) from error
     _check_sums(argument, path)
     if not isinstance(found, Mapping):
-        raise ConfigurationError(
-            f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.",
-            "give a Lightning checkpoint or a file with a state dict.",
-        )
+        hint = "give a Lightning checkpoint or a file with a state dict."
+        raise ConfigurationError(f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.", hint)
     return found
 
 
@@ -81,10 +79,8 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         else:
             found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
         others = len(wrong) + len(more) - 1
-        raise ConfigurationError(
-            f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-            "give weights of the same architecture, or the module itself where another architecture will do.",
-        )
+        hint = "give weights of the same architecture, or the module itself where another architecture will do."
+        raise ConfigurationError(f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint)
     return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 
 

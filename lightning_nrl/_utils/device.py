@@ -48,10 +48,8 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
         if isinstance(error, DeviceMemoryError) or not is_out_of_memory(error):
             raise
         text = first_line(error)
-    raise DeviceMemoryError(
-        f"memory ran out while {doing}: {text}",
-        "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take smaller batches.",
-    )
+    hint = "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take smaller batches."
+    raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
 
 
 Context = Callable[[], AbstractContextManager[Any]]

@@ -117,10 +117,8 @@ def _answered() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise OtherRankError(
-            f"another rank has ended or does not answer: {first_line(error)}",
-            "look at that rank's own error; the weights here are those of before.",
-        ) from error
+        hint = "look at that rank's own error; the weights here are those of before."
+        raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error
 
 
 def _package_error(error: Exception) -> type[RepairError] | None:

@@ -71,9 +71,6 @@ class Registry(Generic[T]):
                 found.setdefault(point.name, point)
         return found
 
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
-
     @property
     def forms(self) -> tuple[str, ...]:
         """Returns an example of each way to write an object as text."""
@@ -94,18 +91,14 @@ class Registry(Generic[T]):
         try:
             make = point.load()
         except Exception as error:
-            raise ConfigurationError(
-                f"{origin} cannot be loaded ({type(error).__name__}: {error}).",
-                "update or uninstall that distribution.",
-            ) from error
+            hint = "update or uninstall that distribution."
+            raise ConfigurationError(f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint) from error
 
         def made(*args: Any, **kwargs: Any) -> Any:
             value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
-                raise ConfigurationError(
-                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.",
-                    "it is to be a class or a function that makes one without arguments.",
-                )
+                hint = "it is to be a class or a function that makes one without arguments."
+                raise ConfigurationError(f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint)
             return value
 
         return made
@@ -137,9 +130,7 @@ def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[
             hint = "write `package.module:function`, with a module that Python can import from here."
             raise ConfigurationError(f"`{argument}={value!r}` was not found: {error}.", hint) from error
     if not callable(found):
-        raise ConfigurationError(
-            f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
-            "give a function, or its address as text, `package.module:function`.",
-        )
+        hint = "give a function, or its address as text, `package.module:function`."
+        raise ConfigurationError(f"`{argument}`: a value of type {type(found).__name__} cannot be called.", hint)
     function: Callable[..., Any] = found
     return function

@@ -29,10 +29,6 @@ from lightning_nrl.errors import FilesWarning, first_line
 MAGIC = b"lightning_nrl saved value 2\n"
 
 
-class DamagedValueError(ValueError):
-    """Bytes that `to_bytes` did not return, or that hold other classes than the hint names."""
-
-
 def to_bytes(value: Any) -> bytes:
     """Returns a value as bytes with a checksum."""
     stream = io.BytesIO()
@@ -45,13 +41,13 @@ def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None
     """Returns the value of `to_bytes`.
 
     `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value; tensors that
-    were not on the CPU go to `device`. Raises `DamagedValueError`, also if memory runs out.
+    were not on the CPU go to `device`. Raises ValueError, also if memory runs out.
     """
     start, target = len(MAGIC), str(device or "cpu")
     view = memoryview(data)
     digest, content = view[start : start + 32], view[start + 32 :]
     if view[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
-        raise DamagedValueError("the checksum is wrong")
+        raise ValueError("the checksum is wrong")
 
     def place(storage: Any, location: str) -> Any:
         return default_restore_location(storage, location if location == "cpu" else target)
@@ -60,9 +56,9 @@ def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None
         add_safe_globals(list(_records(hint, {})))
         return torch.load(io.BytesIO(content), map_location=place, weights_only=True)
     except UnpicklingError as error:
-        raise DamagedValueError("it holds an unexpected object") from error
+        raise ValueError("it holds an unexpected object") from error
     except Exception as error:
-        raise DamagedValueError(first_line(f"{type(error).__name__}: {error}")) from error
+        raise ValueError(first_line(f"{type(error).__name__}: {error}")) from error
 
 
 def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
@@ -175,7 +171,7 @@ class ResumeStore:
         result, problem = None, ""
         try:
             result = from_bytes(received, hint, self._device)
-        except DamagedValueError as error:
+        except ValueError as error:
             problem = str(error)
         if not self._collective.any(bool(problem)):
             return result

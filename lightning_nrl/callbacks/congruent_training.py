@@ -53,9 +53,6 @@ class PositiveCongruentTraining(CallbackBase):
         task: as of `RegressionFreeRepair`.
         adapter: as of `DataOptions`; not one that runs the module.
 
-    Raises:
-        ConfigurationError: an argument that cannot be used, or a step to which nothing can be added, in the first step.
-
     Example::
 
         congruent = PositiveCongruentTraining("old.ckpt")

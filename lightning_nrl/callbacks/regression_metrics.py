@@ -45,9 +45,6 @@ class RegressionMetrics(CallbackBase):
         task: as of `RegressionFreeRepair`.
         adapter: as of `DataOptions`.
 
-    Raises:
-        ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.
-
     Example::
 
         metrics = RegressionMetrics("old.ckpt")

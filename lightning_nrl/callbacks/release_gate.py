@@ -55,9 +55,6 @@ class ReleaseGate(CallbackBase):
     Attributes:
         report: the verdict, once it is there; None before.
 
-    Raises:
-        ConfigurationError: an argument that cannot be used; before the test begins.
-
     Example::
 
         gate = ReleaseGate(reference="old.ckpt", rules=["accuracy", "nfr:1%"])

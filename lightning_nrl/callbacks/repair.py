@@ -62,13 +62,12 @@ class RepairCallback(CallbackBase):
 class RegressionFreeRepair(RepairCallback):
     """Repairs the model that `fit` has trained, and keeps what worked working.
 
-    After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
-    matter for the failures and not for the rest, and searches new values for them. Then it goes further as far as it
-    pays: it solves that layer, and where more may change, training goes on and what broke is polished away. The result
-    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, the weight change
-    (`repair.patch.safetensors`, where safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`,
-    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
-    training left them.
+    After training, the callback collects what the model gets right and wrong, and searches new values for weights of a
+    layer that matter for the failures and not for the rest. As far as it pays, it then solves that layer, and where
+    more may change, training goes on and what broke is polished away. The result is accepted only if it passes the gate
+    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`, where
+    safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves
+    the repaired weights in the model. If nothing is accepted, the weights stay as training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
@@ -156,18 +155,13 @@ class RegressionFreeRepair(RepairCallback):
         self._pending = False
         self._ran = False
         self._fit_timer: FitTimer | None = None
-        self._work = ResumeStore()
+        self._work, self._name = ResumeStore(), "repair"
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """A callback with the settings of one row of the paper's Table II, such as `EXP-B1`.
+        """Makes a callback with the settings of one row of the paper's Table II, such as `EXP-B1` (docs/paper.md).
 
-        Where the paper is silent or contradicts itself, the package's decisions stand (docs/paper.md).
-
-        Args:
-            row: the paper's ID of the experiment.
-            **arguments: further arguments of the constructor, such as `target` and `layer`; they go before the row's.
-                Of `search` and `bounds`, the row says what they leave as it is by default.
+        Further arguments of the constructor go before those of the row.
         """
         return cls(**with_paper_row(row, arguments))
 
@@ -210,7 +204,7 @@ class RegressionFreeRepair(RepairCallback):
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
-        if self._parameters and changed(pl_module, self._parameters):
+        if self._is_changed(pl_module):
             problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
@@ -238,7 +232,7 @@ class RegressionFreeRepair(RepairCallback):
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
-        if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
+        if self._parameters and (self._pending or not self._is_changed(pl_module)):
             state = checkpoint["state_dict"]
             saved = saved_names(pl_module)
             for key in (*saved, *(self._parameters.keys() - saved.values())):
@@ -260,11 +254,11 @@ class RegressionFreeRepair(RepairCallback):
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
         """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
-        began = time.perf_counter()
+        began, self._name = time.perf_counter(), name
         self.report = self._parameters = None
         with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
-            outcome = self.attempt(trainer, pl_module, name=name)
-            logged = self.save(trainer, pl_module, outcome, start, name)
+            outcome = self.attempt(trainer, pl_module)
+            logged = self.save(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
         if self._fit_timer is not None:  # what a repair takes is no part of the training
             self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
@@ -272,14 +266,12 @@ class RegressionFreeRepair(RepairCallback):
 
     def training_went_on(self, pl_module: LightningModule) -> None:
         """Forgets repaired weights that further training has changed."""
-        if self._parameters and changed(pl_module, self._parameters):
+        if self._is_changed(pl_module):
             self._parameters = None
 
-    def attempt(
-        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None, name: str = "repair"
-    ) -> Outcome:
+    def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
-        self._work = repair_files.saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
+        self._work = repair_files.saved_work(self._folder, trainer, self.settings.search.save_every, self._name)
         seconds = None
         if epochs is None:
             epochs = epochs_of(trainer)
@@ -287,12 +279,7 @@ class RegressionFreeRepair(RepairCallback):
         return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
 
     def save(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outcome: Outcome,
-        start: StartingWeights | None = None,
-        name: str = "repair",
+        self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
         """Writes the files, and the repaired weights into the model once the files are there; returns the logged name.
 
@@ -300,7 +287,7 @@ class RegressionFreeRepair(RepairCallback):
         """
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
-        files, name = repair_files.report_files(self._folder(name), trainer, name, kinds)
+        files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
         report = self.report = replace(outcome.report, files=files)
         parameters = self._parameters = outcome.parameters
         self._pending = True
@@ -338,5 +325,11 @@ class RegressionFreeRepair(RepairCallback):
         """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""
         return heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
-    def _folder(self, name: str) -> str | Path | None:
-        return self.dirpath if self.dirpath is None or name == "repair" else Path(self.dirpath) / name
+    def _is_changed(self, pl_module: LightningModule) -> bool:
+        """True if the model holds other weights than the repaired ones."""
+        return bool(self._parameters and changed(pl_module, self._parameters))
+
+    @property
+    def _folder(self) -> str | Path | None:
+        one = self.dirpath is None or self._name == "repair"
+        return self.dirpath if one else Path(str(self.dirpath)) / self._name

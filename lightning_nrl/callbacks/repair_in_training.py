@@ -52,9 +52,6 @@ class RepairInTraining(RepairCallback):
         repair: the `RegressionFreeRepair` that makes each of them, with what it says of the last one.
         reports: of all repairs of this training, the oldest first.
 
-    Raises:
-        ConfigurationError: neither `every_n_epochs` nor `monitor` is given, or an argument cannot be used.
-
     Example::
 
         repair = RepairInTraining(every_n_epochs=5, monitor="regression/night/nfr", method="convex")

@@ -55,9 +55,6 @@ class TrainingHistory(CallbackBase):
         recorded: the splits of this training, once it has begun.
         seconds: what the records of this training have taken.
 
-    Raises:
-        ConfigurationError: an argument that cannot be used; before the first step.
-
     Example::
 
         history = TrainingHistory()

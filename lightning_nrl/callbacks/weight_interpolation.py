@@ -73,9 +73,6 @@ class WeightInterpolation(CallbackBase):
     Attributes:
         choice: the share, and what others would do, once it is chosen; None where nothing is counted.
 
-    Raises:
-        ConfigurationError: an argument that cannot be used, another architecture, or `auto` without calibration data.
-
     Example::
 
         new_model.load_state_dict(torch.load("old.ckpt")["state_dict"])

@@ -68,9 +68,8 @@ def repair(
     if callback is None:
         callback = callback_with("repair", **arguments)
     elif arguments:
-        raise ConfigurationError(
-            f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself."
-        )
+        hint = "give the arguments to the callback itself."
+        raise ConfigurationError(f"`callback` was given, and {sorted(arguments)} too.", hint)
     else:
         kind = isinstance(callback, RegressionFreeRepair)
         check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
@@ -80,10 +79,8 @@ def repair(
     with without_training(trainer, callback, callback.attempt, weights_only):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
-        raise RepairError(
-            "the repair was made in another process, its report is in the files alone.",
-            "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
-        )
+        hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
+        raise RepairError("the repair was made in another process, its report is in the files alone.", hint)
     return callback.report
 
 

@@ -68,6 +68,7 @@ def without_training(
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
         problem = "`trainer` has `min_epochs` or `min_steps`, which make it train."
         raise ConfigurationError(problem, "use a trainer without a minimum of training.")
+    check_strategy(trainer)
     inside = _WithoutTraining(callback, work, trainer)
     with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
         for text in (
@@ -95,10 +96,6 @@ class _WithoutTraining(CallbackBase):
     @property
     def state_key(self) -> str:
         return self.callback.state_key
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

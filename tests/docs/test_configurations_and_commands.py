@@ -25,19 +25,9 @@ else:
     import tomli as tomllib
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHELL = tuple(
-    [
-        "cd ",
-        "git clone ",
-        "source ",
-        "tensorboard --logdir ",
-        "ruff ",
-        "mypy",
-        "lint-imports",
-        "zensical build ",
-        "apt ",
-    ]
-)
+SHELL = (
+    "cd ", "git clone ", "source ", "tensorboard --logdir ", "ruff ", "mypy", "lint-imports", "zensical build ", "apt "
+)  # fmt: skip
 SCRIPTS = re.compile(r"^(?:python(?:3(?:\.\d+)?)?) ((?:examples|tests|docs|\.ci)/\S+)(.*)$")
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml") if block.runs]
 
