@@ -12,11 +12,8 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-UNFINISHED = ".unfinished-"
-"""Prefix of the staging folder."""
-STALE_SECONDS = 24 * 3600.0
-"""A staging folder of this age was left by a process that was killed."""
-EARLIER = "earlier-"
+UNFINISHED, EARLIER = ".unfinished-", "earlier-"  # prefixes of the staging folder and of files that are replaced
+STALE_SECONDS = 24 * 3600.0  # the age of what was left by a process that was killed
 
 
 def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -59,8 +56,7 @@ class StagedFiles:
         self._others = [name for name in names if name not in marks]
         self._marks = [name for name in names if name in marks]
         self._stage: Path | None = None
-        self.placed: list[str] = []
-        """Names of the files that `commit` has moved."""
+        self.placed: list[str] = []  # what `commit` has moved
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +78,7 @@ class StagedFiles:
             raise
 
     def place(self, name: str) -> Path:
-        """Returns the staged path of a file."""
+        """Returns the path of a file until `commit`."""
         if self._stage is None:
             remove_stale(self.folder, f"{UNFINISHED}*")
             self._stage = Path(tempfile.mkdtemp(dir=self.folder, prefix=UNFINISHED))

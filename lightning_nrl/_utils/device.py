@@ -52,8 +52,7 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
     raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
 
 
-Context = Callable[[], AbstractContextManager[Any]]
-"""Makes what is entered around every forward pass, such as autocast."""
+Context = Callable[[], AbstractContextManager[Any]]  # is entered around every forward pass, such as autocast
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -61,7 +60,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Returns float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -19,7 +19,6 @@ Result = TypeVar("Result")
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
 }
-"""Errors that a rank can raise for another one."""
 
 
 @dataclass(frozen=True)

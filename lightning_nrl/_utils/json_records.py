@@ -23,8 +23,7 @@ TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", s
 LONGEST_SHOWN = 60  # characters of a value in a message
 PLAIN_HINT = "give what `to_json` has written."
 
-UNWRITTEN: Mapping[str, Any] = {"unwritten": True}
-"""Metadata of a field that is neither written nor read."""
+UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is neither written nor read
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:

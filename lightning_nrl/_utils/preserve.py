@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their bytes, to compare values bit by bit, NaN and -0 included."""
-PRESERVED: set[int] = set()
-"""Identities of the parameters of which a copy is held."""
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for comparisons bit by bit
+PRESERVED: set[int] = set()  # identities of the parameters of which a copy is held
+MAX_ITEMS_KEPT = 10_000  # lists and dicts with more are data, no state of a step
 
 
 @contextmanager
@@ -218,10 +217,6 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
     return torch.equal(value.view(size), copy.to(value.device).view(size))
-
-
-MAX_ITEMS_KEPT = 10_000
-"""Lists and dicts with more items are data, no state of a step, and not restored."""
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError
 
-State = Mapping[str, Tensor]
-"""Parameters and buffers by their names in the module tree."""
+State = Mapping[str, Tensor]  # parameters and buffers by their names in the module tree
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -127,7 +126,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def current_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns `live_tensors`, detached, in the memory of the model."""
+    """Returns `live_tensors`, detached."""
     return {name: value.detach() for name, value in live_tensors(model).items()}
 
 
@@ -183,7 +182,6 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 
 def hash_file(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**22):

@@ -16,8 +16,10 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-"""Keys of a checkpoint of LightningCLI that say how each was made."""
+HYPER_PARAMETERS = {
+    "model": "hyper_parameters",
+    "data": "datamodule_hyper_parameters",
+}  # in a checkpoint
 
 COMPARED: Mapping[str, tuple[Any, str]] = {
     "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),

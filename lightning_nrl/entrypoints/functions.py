@@ -164,21 +164,11 @@ def compare(
     check_model(model, "compare_module")
 
     def work(trained: TrainedModel) -> Comparison:
-        return compare_module(
-            trained.evaluator,
-            trained.known,
-            callback.settings,
-            unseen=trained.unseen,
-            methods=chosen,
-            training=trained.training,
-            observer=trained.observer,
-        )
+        how: dict[str, Any] = {"methods": chosen, "training": trained.training, "observer": trained.observer}
+        return compare_module(trained.evaluator, trained.known, callback.settings, unseen=trained.unseen, **how)
 
     data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
     return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
-
-
-LOGS = ("setting", "run", "none")
 
 
 def sweep(
@@ -220,7 +210,7 @@ def sweep(
         run = result.best()
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
     """
-    check_choice("log", log, LOGS)
+    check_choice("log", log, ("setting", "run", "none"))
     callback = callback_with("sweep", unseen=unseen, dirpath=dirpath, **arguments)
     base = swarming(callback.settings)
     parse_settings(settings, base)
@@ -228,18 +218,10 @@ def sweep(
     check_model(model, "sweep_module")
 
     def work(trained: TrainedModel) -> SweepResult:
+        how: dict[str, Any] = {"seeds": numbers, "base": base, "dirpath": dirpath, "observer": trained.observer}
+        how |= {"unseen": trained.unseen, "calibration": trained.calibration}
         with starting_weights("last", trainer, trained.model):
-            return sweep_module(
-                trained.evaluator,
-                trained.known,
-                settings,
-                seeds=numbers,
-                base=base,
-                unseen=trained.unseen,
-                calibration=trained.calibration,
-                dirpath=dirpath,
-                observer=trained.observer,
-            )
+            return sweep_module(trained.evaluator, trained.known, settings, **how)
 
     data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
     result = dry_fit(work, callback, trainer, model, ckpt_path, weights_only, whole=True, **data)

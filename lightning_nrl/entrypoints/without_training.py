@@ -20,8 +20,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.repair_module import Outcome
 
 Result = TypeVar("Result")
-Work = Callable[[Trainer, LightningModule, int], Outcome | None]
-"""Takes a trainer, its module, and the epochs that the model was trained for."""
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs that the model was trained for
 
 
 def dry_fit(

@@ -270,16 +270,6 @@ def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_results_of_an_earlier_run_are_taken_over_and_removed_in_the_end(tmp_path: Path) -> None:
-    with pytest.raises(Death):
-        counted(begun(tmp_path / "first"), [], 3)
-    work, made = begun(tmp_path / "second", elsewhere=[tmp_path / "none", tmp_path / "first"]), list[int]()
-    assert counted(work, made) == 7
-    assert made == [3, 4]
-    work.done()
-    assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[], []]
-
-
 @pytest.mark.parametrize("starved", [False, True])
 def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool) -> None:
     def work(ranks: Collective) -> list[int]:

@@ -47,11 +47,6 @@ def test_text_that_cannot_be_read_is_refused_with_the_forms_and_the_nearest_name
     assert "is no shape.\n" in str(shapes().unreadable("`form='square:x'`", "square"))
 
 
-@pytest.mark.parametrize("address", ["math:floor", "math.floor", "os.path:join", "collections:Counter.most_common"])
-def test_a_function_is_found_by_its_address(address: str) -> None:
-    assert import_function("adapter", address).__name__ == address.replace(":", ".").rpartition(".")[2]
-
-
 @pytest.mark.parametrize(
     ("address", "problem"),
     [

@@ -254,15 +254,6 @@ def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path
     assert seconds < 30
 
 
-def test_one_process_exchanges_nothing() -> None:
-    alone = Collective.current(CPU)
-    x = torch.tensor([1.0, 2.0])
-    assert alone == Collective()
-    assert alone.sum(x) is x
-    assert alone.gather(x)[0] is x
-    assert [alone.any(True), alone.any(False)] == [True, False]
-
-
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
@@ -288,8 +279,3 @@ def test_where_one_rank_fails_all_fail_in_one_way(errors: dict[int, Exception], 
             return f"{type(error).__name__}: {error}"
 
     assert on_ranks(3, outcome) == expected
-
-
-def test_the_first_rank_that_has_a_text_says_it_to_all() -> None:
-    assert on_ranks(3, lambda ranks: ranks.first_text(["", "é", "no"][ranks.rank])) == ["é"] * 3
-    assert Collective().first_text("") == ""

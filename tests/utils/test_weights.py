@@ -249,15 +249,6 @@ def test_a_repair_that_raises_leaves_no_trace(part: dict[str, Any], error: type[
     assert same(picture(model), before)
 
 
-def test_frozen_weights_are_repaired_like_others() -> None:
-    frozen = trained().requires_grad_(False)
-    expected = repair_module(trained(), known(), quick())
-    outcome = repair_module(frozen, known(), quick())
-    assert torch.equal(outcome.change, expected.change)
-    assert outcome.write(frozen)
-    assert not any(p.requires_grad for p in frozen.parameters())
-
-
 def draw() -> tuple[float, float, float]:
     return torch.rand(1).item(), float(np.random.rand()), random.random()
 
@@ -324,14 +315,3 @@ def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
         model(torch.arange(3))
         assert not torch.equal(model.weight, before)
     assert torch.equal(model.weight, before)
-
-
-def test_the_seed_of_a_device_that_was_not_started_is_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    torch.manual_seed(5)
-    with random_state():
-        torch.manual_seed(7)
-    assert seeds == [5, 7, 5]
-    assert not torch.cuda.is_initialized()
