@@ -19,7 +19,7 @@ from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.report import installed_versions
 
-FREE = ("on_interrupt", "save_every")
+FREE = ("save_every",)
 """Settings that the result does not depend on."""
 
 
