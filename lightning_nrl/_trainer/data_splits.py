@@ -58,7 +58,7 @@ class DataOptions:
         draws: how many fixed draws of each known sample are counted where its data set draws at random, as
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
         render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
-            its address; None: the input is shown as an image, curves, a table or tokens, whatever it looks like.
+            its address; None: the input is shown as an image, a table or tokens, whatever it looks like.
         augment: changes the targets that training goes on with: `f(batch) -> batch` of a batch of targets as the data
             loader gives it, or its address. It may give more samples than it gets, or draw at random. What is counted
             are the samples as they are. None: only your own augmentation.

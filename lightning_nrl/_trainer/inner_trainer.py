@@ -1,4 +1,4 @@
-"""A trainer inside a trainer: it trains a copy as the outer one trained the module, shows nothing and keeps nothing."""
+"""A trainer inside a trainer: it trains a copy of the module, shows nothing and keeps nothing."""
 
 from __future__ import annotations
 
@@ -17,20 +17,12 @@ from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
     LOGGER_NAMES,
-    BatchSizeFinder,
     Callback,
-    Checkpoint,
-    DeviceStatsMonitor,
     DummyLoggerBase,
-    EarlyStopping,
-    LearningRateFinder,
-    LearningRateMonitor,
     LightningDataModule,
     LightningModule,
-    ModelSummary,
-    ProgressBar,
-    Timer,
     Trainer,
+    callback_kinds,
     class_for,
 )
 from lightning_nrl._trainer.lightning.private_parts import release_copy, shared_with_copies
@@ -38,18 +30,13 @@ from lightning_nrl._trainer.step_outputs import nothing
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.methods._solvers.distill import WEIGHT_DECAY
 
-LEFT_OUT: tuple[type, ...] = (
-    BatchSizeFinder,
-    Checkpoint,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    LearningRateFinder,
-    LearningRateMonitor,
-    ModelSummary,
-    ProgressBar,
-    Timer,
+LEFT_OUT = callback_kinds(
+    "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder LearningRateMonitor ModelSummary "
+    "ProgressBar Timer"
 )
 """Callbacks of a module that tune, save, show or stop, which is not theirs to do here."""
+WARM_UP_SHARE = 0.1
+"""Of the steps of AdamW in place of a module's own optimizers, those in which its rate rises."""
 
 
 def copied_module(
@@ -61,13 +48,12 @@ def copied_module(
     left_out: tuple[type, ...] = (),
     rate: float | None = None,
 ) -> LightningModule:
-    """A copy to be trained in the module's stead, which stays as it is, its trainer included.
+    """A copy to be trained in place of the module, which stays as it is, its trainer included.
 
-    All of its hooks run, except those that fetch data and those after training, which save, export or report.
-    `state` is put in after `setup`, which may make layers anew; `modes` has the training flag of each of
-    `module.modules()`; `shared` is what the module may hold and the copy shares with it, such as data sets;
-    `left_out` are kinds of callbacks that it does not get, beside those of `LEFT_OUT`. With a `rate` it gets AdamW in
-    place of its own optimizers. What cannot be copied, such as locks, open files and generators, is shared as well.
+    All of its hooks run, except those that fetch data and those after training, which save, export or report. `state`
+    is put in after `setup`, which may make layers anew; `modes` are the training flags of `module.modules()`; `shared`
+    is what the copy shares with the module, such as data sets, and so is what cannot be copied, such as locks and open
+    files; callbacks of `left_out` and `LEFT_OUT` are dropped. With a `rate` it gets AdamW for its own optimizers.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
     try:
@@ -146,10 +132,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-WARM_UP_SHARE = 0.1
-"""Of the steps of AdamW in place of a module's own optimizers, those in which its rate rises."""
 
 
 class NullExperiment:

@@ -215,7 +215,6 @@ def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Eval
 @contextmanager
 def heeding_signals(
     trainer: Trainer,
-    may_end_early: bool,
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
@@ -225,7 +224,6 @@ def heeding_signals(
 
     Args:
         trainer: processes that it has started are told of SIGTERM.
-        may_end_early: whether the first Ctrl-C lets the repair end with what it has; on a single process only.
         is_decided: whether the repair is over and saved, for what is said at the end.
         saved_in: where it is saved as far as it is done, likewise.
     """
@@ -239,7 +237,7 @@ def heeding_signals(
         return error
 
     try:
-        with interruptible(terminated=terminated, may_end_early=may_end_early and trainer.world_size == 1, say=_say):
+        with interruptible(terminated=terminated, say=_say):
             yield
     except (KeyboardInterrupt, SystemExit):
         if is_decided():

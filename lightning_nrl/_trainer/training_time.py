@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.interrupts import is_ending_early, poll
+from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 from lightning_nrl.methods.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, TIMED_BATCHES, WARM_UP_BATCHES
@@ -106,7 +106,7 @@ class TimeBudget(CallbackBase):
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
             self._clock.tell(self._done, total)
         is_over = math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device))
-        if is_over or is_ending_early():
+        if is_over:
             trainer.should_stop = True
 
     def meet(self, is_over: bool = False) -> bool:

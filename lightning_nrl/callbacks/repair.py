@@ -369,8 +369,7 @@ class RegressionFreeRepair(RepairCallback):
     @contextmanager
     def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
         """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
-        may_end_early = self.settings.search.on_interrupt == "best"
-        with heeding_signals(trainer, may_end_early, lambda: self.report is not None, lambda: self._work.place):
+        with heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place):
             yield
 
     def _folder(self, name: str) -> str | Path | None:

@@ -299,5 +299,5 @@ def sweep(
     source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
     result = dry_fit(work, callback, trainer, model, *loaders, whole=True, **source)
     if log != "none":
-        track_sweep(result, trainer.loggers, each=log)
+        track_sweep(result.hparams_rows(log), trainer.loggers)
     return result

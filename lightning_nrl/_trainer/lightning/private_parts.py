@@ -1,7 +1,6 @@
-"""The one place that touches what Lightning does not promise to keep.
+"""The one place that touches what Lightning does not promise to keep, tried with 2.5 and 2.6.
 
-Each function says which private part it touches. All were tried with pytorch-lightning 2.6.6; what differs in 2.5 is
-said where it does. Attributes that are public but have no types are here too.
+Each function says which private part it touches. Attributes that are public but have no types are here too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
     class_for,
-    classes,
 )
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -28,20 +26,19 @@ COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "p
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer. `Trainer.callbacks` is set by a connector, so that it has no type."""
+    """The callbacks of a trainer; `Trainer.callbacks` has no type."""
     untyped: Any = trainer
     found: list[Callback] = untyped.callbacks
     return found
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Gives a trainer other callbacks; see `callbacks_of`."""
     untyped: Any = trainer
     untyped.callbacks = callbacks
 
 
 def data_module_of(trainer: Trainer) -> LightningDataModule | None:
-    """The data module of a trainer's last call, if it had one. `Trainer.datamodule` is set by a connector."""
+    """The data module of a trainer's last call; `Trainer.datamodule` has no type."""
     untyped: Any = trainer
     found: LightningDataModule | None = untyped.datamodule
     return found
@@ -53,17 +50,6 @@ def batch_limit(trainer: Trainer) -> int | None:
     return int(untyped.fast_dev_run) or None
 
 
-def logged_hparams(trainer: Trainer) -> dict[str, Any]:
-    """The hyperparameters that a fit logs by itself, those that `save_hyperparameters` keeps.
-
-    Of the module and of the data module. In their `_log_hyperparams` is whether they are to be logged.
-    """
-    holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
-    logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
-    found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
-    return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
-
-
 def overfit_batches(trainer: Trainer) -> int | float:
     """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
     untyped: Any = trainer
@@ -71,13 +57,21 @@ def overfit_batches(trainer: Trainer) -> int | float:
     return found
 
 
+def logged_hparams(trainer: Trainer) -> dict[str, Any]:
+    """The hyperparameters of the module and the data module that a fit logs by itself (`_log_hyperparams`)."""
+    holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
+    logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
+    found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
+    return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
+
+
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer of a module, None where it has none: `LightningModule.trainer` raises (`_trainer`)."""
+    """The trainer of a module; where it has none, `LightningModule.trainer` raises (`_trainer`)."""
     return module._trainer
 
 
 def overrides(module: LightningModule, name: str) -> bool:
-    """Whether a module has a step or hook of its own, not the one that every LightningModule has."""
+    """True if a module has a step or hook of its own, not the one that every LightningModule has."""
     owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
     return owner is not None and owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
 
@@ -94,9 +88,9 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch on the device, as validation has it: converted, through the module's hooks, moved.
+    """A raw batch on the device as validation has it: converted, through the hooks of the module or data module, moved.
 
-    `_on_before_batch_transfer` calls the hook of the module or of the data module, whichever the trainer would.
+    `_on_before_batch_transfer` calls the hook of whichever the trainer would.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -104,10 +98,9 @@ def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
-    """What was given to `fit` as data loaders of `train` or `val`; None where hooks make them.
+    """The data loaders of `train` or `val` that `fit` was given; None where hooks make them.
 
-    The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint
-    (`_data_source` of the loops).
+    Before it trains, the trainer does not show them (`_data_source` of the loops).
     """
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
@@ -123,7 +116,7 @@ class ValidationLoaders(NamedTuple):
 
 
 def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
-    """The loaders that a trainer in `fit` or `validate` validates on, made if they are not yet; None: there are none.
+    """The loaders that a trainer in `fit` or `validate` validates on, made if need be; None: there are none.
 
     `_combined_loader` of the evaluation loop and its `_mode`; `val_dataloaders` gives the user's nesting instead.
     """
@@ -166,13 +159,13 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`, torch 2.6 on)."""
+    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`)."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module are compiled, so that hooks inside of it do not run.
+    """True if calls of a module are compiled, so that hooks inside of it do not run.
 
     `_compiled_call_impl` of torch after `module.compile()`, `_compiler_ctx` of Lightning after `torch.compile(module)`.
     """
@@ -189,8 +182,7 @@ def shared_with_copies(module: nn.Module) -> list[object]:
 def release_copy(copy: nn.Module) -> None:
     """Makes a deep copy of a module one that no trainer has seen and that is not compiled.
 
-    `_trainer`, `_current_fx_name`, `_metric_attributes` (keyed by the identity of the original's metrics) and
-    `_compiler_ctx`.
+    `_trainer`, `_current_fx_name`, `_compiler_ctx`, and `_metric_attributes` by the identity of the original's metrics.
     """
     for part in copy.modules():
         if isinstance(part, LightningModule):
@@ -202,14 +194,8 @@ def release_copy(copy: nn.Module) -> None:
                     vars(part).pop(name, None)
 
 
-def averaging_callbacks() -> tuple[type[Callback], ...]:
-    """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
-    names = "StochasticWeightAveraging", "WeightAveraging"
-    return tuple(kind for name in names for kind in classes(f"pytorch.callbacks.{name}"))
-
-
 def starts_own_processes(trainer: Trainer) -> bool:
-    """Whether what a trainer does is done in processes that it starts and that end with it, as under `ddp_spawn`.
+    """True if a trainer works in processes that it starts and that end with it, as under `ddp_spawn`.
 
     `Strategy.launcher` is public, its classes are not.
     """

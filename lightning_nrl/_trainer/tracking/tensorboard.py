@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free
 from lightning_nrl._trainer.tracking.scalars import final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._figures import image_of
@@ -31,8 +31,7 @@ ASKED: Mapping[str, Plain] = {
     "repair/with n_weights": 0.0,
     "repair/with task": "",
 }
-"""Columns of what a repair was asked for, each with a value of its type. The tab sorts names and shows five of its own
-accord."""
+"""Columns of what a repair was asked for, each with a value of its type; the tab shows five, sorted by name."""
 MEASURED = (
     "repair/accepted",
     "repair/known_repaired_in_target",
@@ -48,7 +47,7 @@ MEASURED = (
     "repair/known_regressions",
     "repair/unseen_regressions",
 )
-"""Columns of what came of it; the tab shows the first five of its own accord."""
+"""Columns of what came of it; the tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
 LONGEST_TEXT = 60  # characters
 
@@ -116,7 +115,7 @@ def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
     same in each, so that two repairs stand in one card. Curves are figures: the tab's smoothing would bend scalars.
     """
     report, step = log.report, log.step
-    with SummaryWriter(_free_run(str(writer.log_dir), log.name)) as run:
+    with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
         for tag, value in final_numbers(report).items():
             run.add_scalar(tag, value, step)
         run.add_text("repair/report", report.to_markdown(), step)
@@ -146,12 +145,3 @@ def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
         for title, views in log.pictures.items():
             for view in views:
                 run.add_image(f"repair_samples/{title}, {view.caption}", view.pixels, log.step, dataformats="HWC")
-
-
-def _free_run(log_dir: str, name: str) -> str:
-    """The folder of the first of `name`, `name-1`, ... that no repair has written events to."""
-    k, free = 0, f"{log_dir}/{name}"
-    while any(Path(free).glob("events.out.tfevents.*")):
-        k += 1
-        free = f"{log_dir}/{name}-{k}"
-    return free

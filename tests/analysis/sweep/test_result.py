@@ -13,7 +13,7 @@ from lightning_package import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import ConfigurationError, Gate
-from lightning_nrl._trainer.tracking.loggers import sweep_rows, track_sweep
+from lightning_nrl._trainer.tracking.loggers import track_sweep
 from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
 from lightning_nrl.evaluation.sample_results import TargetCounts
 
@@ -158,7 +158,7 @@ def test_runs_of_one_setting() -> None:
 
 
 def test_rows_of_the_hparams_tab_are_means_of_settings_or_runs() -> None:
-    rows = sweep_rows(RESULT)
+    rows = RESULT.hparams_rows()
     assert list(rows) == ["eq1 alpha=4", "eq1 alpha=6", "plain"]
     asked, found = rows["eq1 alpha=4"]
     assert asked == {
@@ -166,7 +166,7 @@ def test_rows_of_the_hparams_tab_are_means_of_settings_or_runs() -> None:
         "n_passed": 30, "particles": 20,
     }  # fmt: skip
     assert (found["sweep/regression_free"], found["sweep/known_broken"], found["sweep/unseen_repaired"]) == (0.5, 1, 5)
-    runs = sweep_rows(RESULT, "run", name="mine")
+    runs = RESULT.hparams_rows("run", name="mine")
     assert len(runs) == 5
     assert runs["eq1 alpha=4 seed=1"][0]["seed"] == 1
     assert runs["eq1 alpha=4 seed=1"][1]["mine/known_repaired"] == 7
@@ -175,7 +175,7 @@ def test_rows_of_the_hparams_tab_are_means_of_settings_or_runs() -> None:
 
 def test_tensorboard_has_a_sub_run_for_each_and_other_loggers_nothing(tmp_path: Path) -> None:
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path, name="", version="")]
-    track_sweep(RESULT, loggers)
+    track_sweep(RESULT.hparams_rows(), loggers)
     loggers[1].finalize("success")
     folder = tmp_path / "sweep" / "eq1_alpha=4"
     events = EventAccumulator(str(folder)).Reload()
@@ -192,4 +192,4 @@ def test_a_logger_that_raises_is_warned_of() -> None:
             raise OSError("disk full")
 
     with pytest.warns(UserWarning, match="The sweep was not logged to Broken, which raised OSError: disk full"):
-        track_sweep(RESULT, [Broken("nowhere")])
+        track_sweep(RESULT.hparams_rows(), [Broken("nowhere")])
