@@ -258,7 +258,7 @@ class ResultBox:
             text = self._path.read_text(encoding="utf-8")
         except OSError:
             return ""
-        _remove(self._path, self._process)
+        self._path.unlink(missing_ok=True)
         return text
 
 
@@ -295,26 +295,6 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
     return Path(found) if dirpath is not None else Path(found) / name
 
 
-def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
-    """The folder for the files, made on the first rank, the same on all; None in a `fast_dev_run`.
-
-    In the run's folder it is the first of `name`, `name-1` ... without a report.
-    """
-    if batch_limit(trainer):
-        return None
-    folder, made = base_folder(dirpath, trainer, name), ""
-    if trainer.is_global_zero:
-        try:
-            place = folder if dirpath is not None else next_free(folder, "report.json")
-            place.mkdir(parents=True, exist_ok=True)
-            made = str(place)
-        except OSError as error:
-            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
-            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
-    made = trainer.strategy.broadcast(made)
-    return Path(made) if made else None
-
-
 def parse_prefix(prefix: str, default: str) -> str:
     """A prefix of tags, without a slash at the end."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
@@ -325,12 +305,26 @@ def parse_prefix(prefix: str, default: str) -> str:
 def report_files(
     dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """The paths of a report's files by kind, and its name in logs: a second report in one log has its own of both."""
-    folder = output_folder(dirpath, trainer, name)
-    if folder is None:
+    """The paths of a report's files by kind, and its name in logs; no files in a `fast_dev_run`. Called on all ranks.
+
+    In the run's folder they go into the first of `name`, `name-1` ... without a report, which is the name in logs too.
+    """
+    if batch_limit(trainer):
         return {}, name
-    written = {kind: str(folder / file) for kind, file in files.items() if kind != "patch" or safetensors_installed()}
-    return written, folder.name if dirpath is None else name
+    folder, made = base_folder(dirpath, trainer, name), ""
+    if trainer.is_global_zero:
+        try:
+            place = folder if dirpath is not None else next_free(folder, "report.json")
+            place.mkdir(parents=True, exist_ok=True)
+            made = str(place)
+        except OSError as error:
+            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
+            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
+    made = trainer.strategy.broadcast(made)
+    if not made:
+        return {}, name
+    kinds = [kind for kind in files if kind != "patch" or safetensors_installed()]
+    return {kind: str(Path(made) / files[kind]) for kind in kinds}, Path(made).name if dirpath is None else name
 
 
 def write_report(

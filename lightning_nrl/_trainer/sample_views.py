@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -213,16 +213,11 @@ def _views(
             yield SampleView(source.split, one.id, one.flip, caption, shown)
 
 
-@runtime_checkable
-class _HasClasses(Protocol):
-    classes: Sequence[str]
-
-
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
     """The first `classes` of an innermost data set, as torchvision's have them; empty where none has any."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
-            found = dataset.classes if isinstance(dataset, _HasClasses) else None
+            found = getattr(dataset, "classes", None)
             if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
                 return tuple(found)
     return ()

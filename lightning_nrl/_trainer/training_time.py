@@ -1,4 +1,4 @@
-"""The course of a training that goes on: ranks in step, the time kept, and word given of how far it is."""
+"""Time limit, progress and ranks in step for a training that goes on."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ class CannotTrainError(RepairError):
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Where ranks that train meet: before they exchange anything else, at the end, and when one of them fails.
+    """Meeting of ranks that train, before any exchange, at the end and on failure; true if the time of any is over.
 
     Every meeting exchanges the same three numbers, so that a rank that fails anywhere meets the others wherever they
     wait next, and all of them leave the training in one way: with a `CannotTrainError` where the repair can do without
     the training, else with an `OtherRankError`, and the rank that failed with its own error.
-
-    Returns:
-        Whether the time of any rank is over.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
@@ -50,7 +47,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 class TimeBudget(CallbackBase):
     """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is.
 
-    `optional`: whatever fails is a `CannotTrainError`, as where a module is trained in a way that is not its owner's.
+    `optional`: whatever fails is a `CannotTrainError`, since the module is trained in a way that is not its owner's.
     """
 
     def __init__(
@@ -61,7 +58,7 @@ class TimeBudget(CallbackBase):
         self._has_met_failure = False
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """What a part of the training gives. All ranks come to the end of it, or none does.
+        """Runs a part of the training, which all ranks end or none does.
 
         A lack of memory, or an argument that does not fit, on any rank is a `CannotTrainError`.
         """
@@ -110,7 +107,6 @@ class TimeBudget(CallbackBase):
             trainer.should_stop = True
 
     def meet(self, is_over: bool = False) -> bool:
-        """Where ranks are in step; whether the time of any is over. See `check_ranks`."""
         try:
             return check_ranks(self._collective, is_over=is_over)
         except RepairError:
@@ -122,7 +118,7 @@ class TimeBudget(CallbackBase):
 
 
 class TrainingTrial(TimeBudget):
-    """Stops after a few batches and says how many epochs there is time for until `end`."""
+    """Stops after a few batches; `epochs` then tells how many fit in the time until `end`."""
 
     def __init__(self, end: float, collective: Collective, *, optional: bool = False) -> None:
         began = time.perf_counter()
@@ -137,7 +133,6 @@ class TrainingTrial(TimeBudget):
         self._ends = [time.perf_counter()]
 
     def epochs(self, end: float) -> int:
-        """Epochs that fit in the time from now on."""
         if len(self._ends) < 2:
             return 0
         started = self._ends[1] - self._ends[0]

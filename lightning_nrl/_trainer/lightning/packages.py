@@ -76,13 +76,11 @@ def _base(path: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from lightning_fabric.utilities.cloud_io import _load as load_checkpoint
+    from lightning_fabric.utilities.cloud_io import _load
     from lightning_fabric.utilities.distributed import DistributedSamplerWrapper as DistributedSamplerWrapper
     from pytorch_lightning import Callback as Callback
-    from pytorch_lightning import Callback as CallbackBase
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
-    from pytorch_lightning import LightningModule as LightningModuleMixin
     from pytorch_lightning import Trainer as Trainer
     from pytorch_lightning.callbacks import Checkpoint as Checkpoint
     from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpoint
@@ -94,11 +92,17 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import MLFlowLogger as MLFlowLogger
     from pytorch_lightning.loggers import TensorBoardLogger as TensorBoardLogger
     from pytorch_lightning.loggers import WandbLogger as WandbLogger
-    from pytorch_lightning.loggers.logger import DummyLogger as DummyLoggerBase
+    from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIO
-    from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIOBase
     from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
-    from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
+    from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+
+    CallbackBase = Callback
+    DummyLoggerBase = DummyLogger
+    LightningModuleMixin = LightningModule
+    WrappingCheckpointIO = _WrappingCheckpointIO
+    WrappingCheckpointIOBase = _WrappingCheckpointIO
+    load_checkpoint = _load
 else:
     load_checkpoint = _find(PACKAGES[0].__name__, "fabric.utilities.cloud_io._load")
     DistributedSamplerWrapper = _union("fabric.utilities.distributed.DistributedSamplerWrapper")
@@ -111,7 +115,7 @@ else:
     }.items():
         globals().update({name: _union(f"{module}.{name}") for name in names.split()})
     CallbackBase = _base("pytorch.Callback")
-    CheckpointIOBase = _base("pytorch.plugins.io.CheckpointIO")
+    WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
     # What derives from a user's module too: a base of the other package would go before the user's own class.
     LightningModuleMixin = nn.Module

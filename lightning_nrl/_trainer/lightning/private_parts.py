@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,36 +25,33 @@ COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "p
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
 
 
+def _untyped(trainer: Trainer) -> Any:
+    return trainer
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The callbacks of a trainer; `Trainer.callbacks` has no type."""
-    untyped: Any = trainer
-    found: list[Callback] = untyped.callbacks
-    return found
+    return cast("list[Callback]", _untyped(trainer).callbacks)
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    untyped: Any = trainer
-    untyped.callbacks = callbacks
+    """Gives a trainer other callbacks."""
+    _untyped(trainer).callbacks = callbacks
 
 
 def data_module_of(trainer: Trainer) -> LightningDataModule | None:
     """The data module of a trainer's last call; `Trainer.datamodule` has no type."""
-    untyped: Any = trainer
-    found: LightningDataModule | None = untyped.datamodule
-    return found
+    return cast("LightningDataModule | None", _untyped(trainer).datamodule)
 
 
 def batch_limit(trainer: Trainer) -> int | None:
     """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
-    untyped: Any = trainer
-    return int(untyped.fast_dev_run) or None
+    return int(_untyped(trainer).fast_dev_run) or None
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
     """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
-    untyped: Any = trainer
-    found: int | float = untyped.overfit_batches
-    return found
+    return cast(float, _untyped(trainer).overfit_batches)
 
 
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:

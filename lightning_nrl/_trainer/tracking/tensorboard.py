@@ -20,32 +20,17 @@ from lightning_nrl.report.page import Facts, Heading, Page
 Plain = bool | int | float | str
 
 ASKED: Mapping[str, Plain] = {
-    "repair/gate": "",
-    "repair/layer": "",
-    "repair/method": "",
-    "repair/seed": 0.0,
-    "repair/target": "",
-    "repair/with fitness": "",
-    "repair/with max_time": 0.0,
-    "repair/with n_passed": 0.0,
-    "repair/with n_weights": 0.0,
-    "repair/with task": "",
+    **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
+    **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
 }
 """Columns of what a repair was asked for, each with a value of its type; the tab shows five, sorted by name."""
-MEASURED = (
-    "repair/accepted",
-    "repair/known_repaired_in_target",
-    "repair/known_broken",
-    "repair/unseen_repaired",
-    "repair/unseen_broken",
-    "repair/known_repair_rate",
-    "repair/known_accuracy",
-    "repair/unseen_repair_rate",
-    "repair/unseen_break_rate",
-    "repair/unseen_nfr",
-    "repair/unseen_accuracy",
-    "repair/known_regressions",
-    "repair/unseen_regressions",
+MEASURED = tuple(
+    f"repair/{name}"
+    for name in (
+        *("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken"),
+        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_break_rate", "unseen_nfr"),
+        *("unseen_accuracy", "known_regressions", "unseen_regressions"),
+    )
 )
 """Columns of what came of it; the tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
