@@ -37,11 +37,7 @@ Augment = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Trains a copy of a module by a trainer of its own (see `lightning_nrl.methods.Training`).
-
-    The module's own step, optimizers, schedules and augmentation do it, with the precision, clipping and accumulation
-    of the outer trainer, without its callbacks. The data are the passed and the failed samples, each once an epoch.
-    """
+    """Trains a copy of a module by its own step, optimizers and augmentation (see `lightning_nrl.methods.Training`)."""
 
     trainer: Trainer
     model: LightningModule
@@ -103,8 +99,7 @@ class ContinuedTraining:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
-        seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
-        warned of. A module that steps its optimizers itself has no other rate.
+        seed gives the same weights. None if the weights are not finite or training cannot go on.
         """
         end, course = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate)
         epochs = self.epochs if epochs is None else epochs
@@ -304,11 +299,7 @@ def _joined(one: Any, other: Any) -> Any:
 
 
 class Shuffled(Sampler[int]):
-    """Every sample once an epoch, in random order; ranks share them in equal parts.
-
-    `weight` (`n`) is how often each sample comes in an epoch, on average; those with 0 never do, and an epoch has as
-    many samples as there are others.
-    """
+    """Samples in random order, shared among ranks: each once an epoch, or on average as often as its `weight` (`n`)."""
 
     def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
         self._rank, self._world_size, self._weight = rank, world_size, weight

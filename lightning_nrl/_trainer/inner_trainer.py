@@ -88,11 +88,7 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
 
 
 def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
-    """A trainer on the same device, with the precision, clipping and accumulation of the outer one.
-
-    Where that one has a limit of steps, for schedules to ask for, so has this one: those of its epochs of so many
-    `batches`. What the module writes by itself goes into `folder`.
-    """
+    """A trainer for `epochs` of `batches` on the outer one's device, with its precision, clipping and accumulation."""
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,

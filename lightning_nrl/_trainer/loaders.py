@@ -37,11 +37,8 @@ from lightning_nrl.errors import ConfigurationError, RepairError
 class SeededDataset(Dataset[Any]):
     """Another data set, read with random numbers that depend on a seed and on the position of the sample alone.
 
-    So a sample is the same in any order, batch or worker, if it draws from the global generators of torch (on the CPU),
-    numpy and `random`, which are as found afterwards. Of `n` samples, position `i + k * n` is draw `k` of sample `i`.
-
-    Where no sample has drawn a random number yet (`draws`), a batch is read as it is, and once more with seeds if one
-    of its samples did: data without randomness cost no seeds, only a comparison of states a batch.
+    Of `n` samples, position `i + k * n` is draw `k` of sample `i`. Until a sample draws from the global generators of
+    torch (on the CPU), numpy or `random` (`draws`), batches are read without seeds, and once more if one does.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -203,8 +200,7 @@ def make_source(
 ) -> LoaderSource:
     """A source of which each rank reads its own samples once, in order, nothing dropped or padded.
 
-    A sampler over a subset is kept to that subset, sorted. `limit`: read only so many batches, for `fast_dev_run`;
-    `whole`: each rank reads all samples.
+    `limit`: read only so many batches, for `fast_dev_run`; `whole`: each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
@@ -285,7 +281,7 @@ def check_data(
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
-    """Positions of the samples that a loader gives, ascending: those that its sampler is over, else the whole data set.
+    """Positions of the samples of a loader, ascending: those that its sampler is over, else the whole data set.
 
     A sampler of the user's own is over a subset if it draws the same one twice; one with weights, over those above 0.
     """

@@ -51,8 +51,7 @@ def open_sources(
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
     """Returns an evaluator that knows which layers are called, and sources whose batches are run as deployed.
 
-    Both are found out on the first batch of the first source. The sources of the first split are checked: the module's
-    own step has to give the network what the evaluation gives it.
+    Both are found out on the first batch of the first source; the first split is checked against the module's own step.
     """
     evaluator = make_evaluator(trainer, model, task)
     first = next((source for sources in splits for source in sources), None)
@@ -95,9 +94,8 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 
 @torch.no_grad()
 def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any) -> Adapter:
-    """The adapter that runs batches as the module is deployed; all is left as found.
+    """The adapter that runs batches as the module is deployed: by `predict_step`, if `forward` predicts otherwise.
 
-    It is the given one where that runs the module itself, or where `forward` gives what `predict_step` does.
     Where `predict_step` gives no logits, or cannot be run, `forward` stands for it, if it predicts the same.
     """
     if isinstance(adapter, ModelAdapter):
@@ -206,10 +204,9 @@ def _as_evaluated(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """The layers that could be repaired and that the prediction calls, by dotted name in the order of last calls.
+    """The layers that the prediction calls, by dotted name in the order of last calls; None where it cannot be run.
 
-    The last Linear layers of a network are left out if they have no part in the logits, such as a second head. None
-    where the prediction cannot be run, which is said when the model is evaluated.
+    The last Linear layers are left out if they have no part in the logits, such as a second head.
     """
     args, kwargs, _ = adapter(raw)
     run = partial(run_model, model, args, kwargs)
@@ -274,9 +271,8 @@ def _check_own_step(
 ) -> None:
     """Refuses a module whose own step gives the network something else than our evaluation, on the first known batch.
 
-    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. It runs in
-    evaluation mode and logs nothing. An adapter that runs the module itself is right, and so the difference a warning;
-    likewise where only losses can be compared, and ours is far above.
+    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. An adapter
+    that runs the module itself is right, and so the difference a warning.
     """
     if not known or evaluator.called is None:
         return
@@ -376,10 +372,7 @@ def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.M
 
 
 def _distances(calls: Calls, others: Calls) -> Iterator[float]:
-    """How far apart each call of one list and each of the other are; none where shapes differ.
-
-    Relative to the smaller one, so that the distance is large whichever of the two is scaled down.
-    """
+    """Distances between calls of one shape, relative to the smaller, so that they are large whichever is scaled."""
     for a in calls:
         for b in others:
             # A step may put several views of a batch side by side.

@@ -15,11 +15,7 @@ from lightning_nrl._trainer.lightning.packages import RichProgressBar, TQDMProgr
 
 
 class RepairProgress:
-    """Shows the stage of a repair, how far it is, and what its best candidate repairs and breaks.
-
-    The line goes with the trainer's progress bar: rich with rich, tqdm with tqdm, none with others, which drawing might
-    spoil.
-    """
+    """Shows the stage of a repair and its counts beside the trainer's progress bar: rich with rich, tqdm with tqdm."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

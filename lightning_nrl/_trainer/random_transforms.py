@@ -23,11 +23,7 @@ MAX_SAMPLES_CHECKED = 32
 
 
 def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
-    """Counts samples that change though they are read twice with the same random numbers; notes if any are drawn.
-
-    The random numbers around differ; the global random states are as found afterwards. What a collate function draws
-    at random counts as change.
-    """
+    """Counts samples that change though read twice with the same random numbers; notes if any are drawn."""
 
     def read(i: int) -> list[Any]:
         found = []
@@ -107,12 +103,10 @@ Transforms = Mapping[type, Mapping[str, Any]]
 
 
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
-    """The source, read with the validation data's transform where that can be shown to give the same samples.
+    """The source, read with the validation data's `transform` where that can be shown to give the same samples.
 
-    Where its data set draws at random, and the validation data are of the same class with another `transform`, the view
-    is a shallow copy of the data set with that `transform`. It must draw nothing at random, give the same targets, and
-    inputs of the same types and dimensions, as some samples show. Else the source stays as it is. `validation` gives
-    the validation loaders as a trainer holds them.
+    That is where its data set draws at random, and the transform of validation data of the same class draws nothing and
+    gives the same targets, and inputs of the same types and dimensions, for some samples.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):

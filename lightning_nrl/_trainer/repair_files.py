@@ -49,8 +49,7 @@ FILE_PREFIX = "lightning_nrl-"
 class SavedFiles(AbstractContextManager["SavedFiles"]):
     """Files of one report, by kind and in one folder, written beside their places; `commit` puts them there.
 
-    The first rank writes; the others take part in what a trainer does together. `names` are what else a run may have
-    left there, which must not stay as if it were of this one.
+    The first rank writes. `names` are what else a run may have left there, which must not stay.
     """
 
     def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
@@ -202,10 +201,7 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
 
 
 def _difference(found: Mapping[str, Any], report: RepairReport, model: nn.Module, parameters: State) -> str:
-    """Says which tensors of a state dict are not those that were judged; empty if none is.
-
-    A module may leave out or rename what it saves, but what was repaired has to be there under some name.
-    """
+    """Says which judged tensors a state dict lacks, or has otherwise; empty if none. Names may differ."""
     names, judged = saved_names(model), {**current_state(model), **parameters}
     own = {names[key]: value for key, value in found.items() if key in names and isinstance(value, Tensor)}
     if report.hashes is not None and hash_tensors(own) == report.hashes.model_after:
@@ -272,10 +268,9 @@ REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_F
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
-    """The folder that the user named, or one of this name in the run's folder; called on all ranks.
+    """The folder that the user named, or one of this name in the run's log folder; called on all ranks.
 
-    That of the run is the log folder of the first logger; where it has none, `<save_dir>/<name>/<version>`, since W&B
-    and MLflow share one `save_dir` among all runs. What is no local folder is refused.
+    W&B and MLflow share one `save_dir` among all runs, so theirs is `<save_dir>/<name>/<version>`.
     """
     found: Any = dirpath
     if found is None:
@@ -307,7 +302,7 @@ def report_files(
 ) -> tuple[dict[str, str], str]:
     """The paths of a report's files by kind, and its name in logs; no files in a `fast_dev_run`. Called on all ranks.
 
-    In the run's folder they go into the first of `name`, `name-1` ... without a report, which is the name in logs too.
+    In the run's folder that is the first of `name`, `name-1` ... without a report.
     """
     if batch_limit(trainer):
         return {}, name
@@ -353,10 +348,7 @@ def announce(
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
-    """Logs and prints what is decided and saved; what goes wrong here is a warning.
-
-    `changes` are as of `RepairLog`; tags begin with `name`.
-    """
+    """Logs and prints what is decided and saved; what goes wrong here is a warning. Tags begin with `name`."""
     try:
         if trainer.is_global_zero:
             log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
@@ -385,11 +377,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
 
 
 def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> ResumeStore:
-    """Returns a store for steps that take `every` seconds, in the folder of the repair's files; called on all ranks.
-
-    A logger makes a new folder for each run, so those of earlier runs are searched too. Nothing is saved in a
-    `fast_dev_run`, and without `every`.
-    """
+    """A store for steps of `every` seconds, which also looks into folders of earlier runs; called on all ranks."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

@@ -39,10 +39,8 @@ VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 def display(x: Tensor, sample: Any = None, normalization: Normalization | None = None) -> Pixels | str | None:
     """A model's input for one sample as an image, `height x width x 3`, or text; None for what cannot be shown.
 
-    Whole numbers in a row are tokens, or the words of the sample if it has some; other numbers in a row, or in few
-    rows, are a table. All else that has height and width is an image: of more than three channels the first three, of a
-    film or a volume the middle. Without a normalization to be undone, numbers in [0, 1] are shown as they are, and
-    others stretched from black to white.
+    Whole numbers in a row are tokens, others a table. All else is an image: of more than three channels the first
+    three, of a film the middle; not normalized, it is stretched from black to white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -64,10 +62,7 @@ def display(x: Tensor, sample: Any = None, normalization: Normalization | None =
 def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
     """An image as `height x width x 3` uint8; None for what is none.
 
-    Args:
-        image: `height x width`, with 1 or 3 channels first or last; uint8, or floating-point numbers in [0, 1]. Also
-            what numpy can make an array of, such as a PIL image.
-        stretched: whether the least value becomes black and the largest white.
+    It has 1 or 3 channels first or last, or none, in uint8 or in [0, 1], or is `stretched` from black to white.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -172,11 +167,7 @@ def _table(x: Tensor) -> str:
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None
 ) -> tuple[SampleView, ...]:
-    """Views of the broken samples and of the most telling repaired ones, of each split.
-
-    Without `render` the model's input is shown, see `display`. What cannot be read or rendered is left out, with one
-    warning.
-    """
+    """Views of the broken and the most telling repaired samples of each split; what cannot be rendered is left out."""
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
     try:

@@ -85,10 +85,7 @@ class OutputCapture:
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends a batch; returns the name and the calls of the first part that was called at all.
-
-        `redirected`: the whole step ran inside a call of the module that has ended too, as under `ddp`.
-        """
+        """Ends a batch; returns the first part that was called, and its calls without that around a `redirected` step."""
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
         for name, calls in self._recorded.calls.items():
@@ -156,8 +153,7 @@ def find_forward_pass(
 ) -> ForwardPass:
     """The one call of a step that is about its batch; refuses none, and several that could be it.
 
-    `calls` are those of the part `name` (empty: the module) in one step; `args` and `kwargs` are what the model would
-    be called with for this batch of `n` samples.
+    `args` and `kwargs` are what the model would be called with for this batch of `n` samples.
     """
     found = []
     for given, named, output in calls:

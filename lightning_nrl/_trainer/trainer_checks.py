@@ -72,11 +72,7 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses places among the callbacks where one change of the weights after training undoes another.
-
-    Weight averaging, pruning and what has to come `earlier` may not follow. With the best checkpoint nothing of the
-    `kind` of repairs, or `earlier`, may precede.
-    """
+    """Refuses callbacks before or after this one where one change of the weights undoes another."""
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
     behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING, *earlier))]

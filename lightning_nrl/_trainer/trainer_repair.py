@@ -101,10 +101,7 @@ class TrainerRepair:
         fit_seconds: float | None = None,
         work: ResumeStore | None = None,
     ) -> Outcome:
-        """Searches a repair; the model, the trainer and the random state are left as found, see `opened`.
-
-        `epochs` and `fit_seconds` are those of the training, as far as they are known; `work` saves what is done.
-        """
+        """Searches a repair after a training of `epochs` and `fit_seconds`; all is left as found, see `opened`."""
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(PASSES_THAT_LEAVE_OUT, -1, -1):
@@ -135,10 +132,7 @@ class TrainerRepair:
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """The model with all its data, in a `fast_dev_run` a few batches of them; random states stay as they are.
-
-        Inside, the trainer says that it validates, and shows progress. `whole`: each rank reads all of the data.
-        """
+        """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
             notes = f"{describe_limits(trainer, found.known)} {report_stability(found.sources)}".strip()

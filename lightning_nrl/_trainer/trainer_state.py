@@ -57,8 +57,7 @@ class StartingWeights:
 def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
     """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
 
-    Afterwards its callbacks, limits and metrics and the global random states are as found: Lightning draws the order of
-    an epoch that never comes, and leaves callbacks that a module asks for in the trainer.
+    Its callbacks, limits and metrics and the global random states are as found afterwards.
     """
     loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
@@ -79,11 +78,7 @@ def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True)
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """The trainer with loggers that write nothing, and without callbacks that tune, show, save or stop, but those kept.
-
-    Checkpoint callbacks know which checkpoint is the best; what they remember, such as their folder, is as found
-    afterwards.
-    """
+    """The trainer with loggers that write nothing, and without callbacks that tune, show, save or stop but those kept."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, LEFT_OUT)]
@@ -215,11 +210,7 @@ def heeding_signals(
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Inside, signals end the repair as Lightning ends a fit: Ctrl-C by KeyboardInterrupt, SIGTERM by an own exception.
-
-    Lightning itself looks at signals between batches only, and while a repair works there are none. `is_decided` and
-    `saved_in` are for what is said at the end: whether the repair is saved, or where what is done of it is.
-    """
+    """Inside, signals end the repair as Lightning ends a fit, which itself looks at them between batches only."""
 
     def terminated() -> BaseException:
         launcher = trainer.strategy.launcher

@@ -29,8 +29,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     """Meeting of ranks that train, before any exchange, at the end and on failure; true if the time of any is over.
 
     Every meeting exchanges the same three numbers, so that a rank that fails anywhere meets the others wherever they
-    wait next, and all of them leave the training in one way: with a `CannotTrainError` where the repair can do without
-    the training, else with an `OtherRankError`, and the rank that failed with its own error.
+    wait next, and all leave the training in one way.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
@@ -45,10 +44,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(CallbackBase):
-    """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is.
-
-    `optional`: whatever fails is a `CannotTrainError`, since the module is trained in a way that is not its owner's.
-    """
+    """Keeps ranks in step, stops at `end`, and reports progress; `optional`: any failure is a `CannotTrainError`."""
 
     def __init__(
         self, end: float, collective: Collective, clock: StageTimer | None = None, *, optional: bool = False
@@ -58,10 +54,7 @@ class TimeBudget(CallbackBase):
         self._has_met_failure = False
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Runs a part of the training, which all ranks end or none does.
-
-        A lack of memory, or an argument that does not fit, on any rank is a `CannotTrainError`.
-        """
+        """Runs a part of the training, which all ranks end or none does; a lack of memory is a `CannotTrainError`."""
         failure: Exception | None = None
         try:
             result = work()

@@ -28,10 +28,10 @@ TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load th
 def reading_checkpoints(
     trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
-    """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
+    """Inside, the trainer reads only checkpoints of tensors and plain values, unless `weights_only` is false.
 
     Lightning 2.5 runs whatever code a checkpoint has; 2.6 leaves it to torch, but not for URLs. A checkpoint plugin of
-    the user's own with another format reads as it does. `argument` and `otherwise` are for messages.
+    the user's own with another format reads as it does.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
@@ -76,10 +76,9 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Writes as Lightning does by default, without the system's folder for temporary files, or as the user's plugin.
+    """Writes as Lightning does, without the system's folder for temporary files, or as the user's plugin does.
 
-    An exception is kept as `error`: other ranks wait for the one that writes, and would wait for ever if it were
-    raised.
+    An exception is kept as `error`, since other ranks would wait for ever for the one that writes.
     """
 
     def __init__(self, stored: CheckpointIO) -> None:

@@ -25,10 +25,7 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports what is installed, so that the class of a callback can derive from both.
-
-    Each package has the messages of rank zero sent to its own logger; they stay with the one that was imported before.
-    """
+    """Imports what is installed, so that the class of a callback can derive from both; the first keeps its logger."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []

@@ -85,20 +85,14 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch on the device as validation has it: converted, through the hooks of the module or data module, moved.
-
-    `_on_before_batch_transfer` calls the hook of whichever the trainer would.
-    """
+    """A raw batch on the device as validation has it (`_on_before_batch_transfer` of the module or the data module)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
-    """The data loaders of `train` or `val` that `fit` was given; None where hooks make them.
-
-    Before it trains, the trainer does not show them (`_data_source` of the loops).
-    """
+    """The data loaders of `train` or `val` that `fit` was given (`_data_source`); None where hooks make them."""
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
@@ -113,10 +107,7 @@ class ValidationLoaders(NamedTuple):
 
 
 def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
-    """The loaders that a trainer in `fit` or `validate` validates on, made if need be; None: there are none.
-
-    `_combined_loader` of the evaluation loop and its `_mode`; `val_dataloaders` gives the user's nesting instead.
-    """
+    """The loaders that a trainer in `fit` or `validate` validates on (`_combined_loader`), made if need be; or None."""
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
@@ -130,8 +121,7 @@ def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
 def rerun_validation(trainer: Trainer) -> None:
     """Validates within a fit once more, so that the trainer's metrics are those of the model as it is now.
 
-    `val_loop` of the epoch loop with its hooks. What it counts (`batch_progress`, `_seen_batches_per_dataloader`) and
-    what the logger connector knows of the hook that calls this (`_first_loop_iter`, `_current_fx`) stay as found.
+    What the loop and the logger connector count and know of the hook that calls this stays as found.
     """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
@@ -162,10 +152,7 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if calls of a module are compiled, so that hooks inside of it do not run.
-
-    `_compiled_call_impl` of torch after `module.compile()`, `_compiler_ctx` of Lightning after `torch.compile(module)`.
-    """
+    """True if calls are compiled, so that hooks inside do not run (torch's `_compiled_call_impl`, `_compiler_ctx`)."""
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -177,10 +164,7 @@ def shared_with_copies(module: nn.Module) -> list[object]:
 
 
 def release_copy(copy: nn.Module) -> None:
-    """Makes a deep copy of a module one that no trainer has seen and that is not compiled.
-
-    `_trainer`, `_current_fx_name`, `_compiler_ctx`, and `_metric_attributes` by the identity of the original's metrics.
-    """
+    """Makes a deep copy of a module one that no trainer has seen and that is not compiled."""
     for part in copy.modules():
         if isinstance(part, LightningModule):
             part._trainer = part._current_fx_name = None
@@ -192,10 +176,7 @@ def release_copy(copy: nn.Module) -> None:
 
 
 def starts_own_processes(trainer: Trainer) -> bool:
-    """True if a trainer works in processes that it starts and that end with it, as under `ddp_spawn`.
-
-    `Strategy.launcher` is public, its classes are not.
-    """
+    """True if a trainer works in processes that it starts, as under `ddp_spawn` (classes of `Strategy.launcher`)."""
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))

@@ -63,11 +63,7 @@ class Learning:
 
 
 def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
-    """Matplotlib figures by title: counts by epoch, and what is wrong at the end by class.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """Matplotlib figures by title: counts by epoch, and what is wrong at the end by class."""
     last = Learning.of(record.splits[split])
     figures = {split: _curves(record, split)}
     if last.classes:

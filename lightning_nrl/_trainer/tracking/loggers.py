@@ -39,11 +39,7 @@ SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
 
 @rank_zero_only
 def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
-    """Writes a repair to every logger, on rank zero.
-
-    The search has its iterations for steps, the way to the patch its strength in percent; all other numbers stand at
-    the step of training at which the repair was made.
-    """
+    """Writes a repair to every logger, on rank zero, at the steps of `RepairLog.points`."""
     to_each(loggers, partial(_write, log), "repair")
 
 

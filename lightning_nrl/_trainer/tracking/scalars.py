@@ -30,9 +30,8 @@ SEARCH_CURVES = {
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
     """What a reviewer decides on, the most important first; twelve cards at most, unless it is an update.
 
-    `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together, under the weights that
-    the model has now. In an update `..._regressions` and `..._nfr` are against the replaced model, by the new one as
-    trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to known data.
+    `known_...` and `unseen_...` pool the splits of a role under the weights that the model has now; in an update
+    `..._regressions` and `..._nfr` are against the replaced model. `refused_...` are of refused weights.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     for role in ("known", "unseen"):
@@ -74,11 +73,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """All other single numbers: of splits, slices, rungs and weights, and how many seconds the repair took.
-
-    `localization/...` are N_g (the top weights of each set) and the sizes of the sets on the way; `held_out_...` of a
-    rung are estimates.
-    """
+    """All other single numbers: of splits, slices, rungs and weights, and the seconds of the repair."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
@@ -106,10 +101,7 @@ def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """The course of the search, one dict an iteration from 0, the starting swarm; empty if there was no search.
-
-    `repaired` and `broken` count samples under the best candidate so far.
-    """
+    """The search, one dict an iteration from 0; `repaired` and `broken` are those of the best candidate so far."""
     search = report.search
     if search is None:
         return []
@@ -122,10 +114,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """What the patch does along its path, by strength in percent, since loggers count in whole steps.
-
-    At 0, the original weights, all counts are 0. Empty if no patch was counted.
-    """
+    """What the patch does along its path, by strength in percent; at 0, the original weights, all counts are 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}

@@ -94,10 +94,9 @@ def _kind(settings: Any, key: str) -> Any:
 
 
 def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
-    """Writes a repair to a run of its own, a sub-run of that of training which is called as the repair is.
+    """Writes a repair to a sub-run of the training's run, since the HParams tab needs a run for a row.
 
-    In the run of training every number would be there twice, since the HParams tab needs a run for a row. Tags are the
-    same in each, so that two repairs stand in one card. Curves are figures: the tab's smoothing would bend scalars.
+    Tags are the same in each, so that two repairs stand in one card. Curves are figures: smoothing would bend scalars.
     """
     report, step = log.report, log.step
     with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:

@@ -89,16 +89,6 @@ def test_logits_may_be_without_nan_or_masked(end: Any) -> None:
     assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
 
 
-def test_where_the_last_layer_is_frozen_the_one_that_is_taken_has_a_part() -> None:
-    net, raw = Heads(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    classes = net.classes.requires_grad_(False)
-    del net.classes
-    net.classes = classes  # now registered behind the other head
-    model = FirstOutput(net)
-    space, _ = find_scope(model, called=called_layers(model, Evaluator(model), first, raw))
-    assert [site.name for site in space.sites] == ["net.body"]
-
-
 def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part() -> None:
     model, raw = FirstOutput(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     model.net.get_submodule("classes").requires_grad_(False)
