@@ -1,21 +1,15 @@
-"""One module alone touches what is private in Lightning."""
+"""One module alone imports Lightning, and one alone touches what is private in it."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-from lightning_package import DistributedSamplerWrapper, LightningModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import lightning_nrl
-from lightning_nrl._trainer.lightning import private_parts
 
 PACKAGE = Path(lightning_nrl.__file__).parent
-LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._trainer.lightning")
+PACKAGES = ("lightning", "lightning_fabric", "pytorch_lightning")
+LIGHTNING = (*PACKAGES[1:], "lightning.", "lightning_nrl._trainer.lightning")
 OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
 """Private parts of torch, which other modules may touch."""
 
@@ -31,61 +25,30 @@ def private_uses(source: str) -> list[str]:
     return [name for name in found if name not in OF_TORCH]
 
 
+def imported(source: str) -> set[str]:
+    """The packages that a module imports."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [
+        name
+        for node in nodes
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    ]
+    return {name.split(".")[0] for name in names}
+
+
 def test_the_search_for_private_uses_finds_them() -> None:
     source = "from pytorch_lightning.core import _x\nself._mine\nmodule._trainer\nself.trainer.fit_loop._data_source"
     assert sorted(private_uses(source)) == ["_data_source", "_trainer", "_x"]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_other_module_touches_private_parts_of_lightning(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    uses = private_uses(source) if any(name in source for name in LIGHTNING) else []
-    if path == PACKAGE / "_lightning" / "private_parts.py":
-        assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
-    elif path == PACKAGE / "_lightning" / "packages.py":
-        assert uses == ["_load", "_WrappingCheckpointIO"]
-    else:
-        assert uses == []
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_one_module_alone_imports_lightning(path: Path) -> None:
-    modules = {"lightning", "lightning_fabric", "pytorch_lightning"}
-    imported = [
-        name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-        if name.split(".")[0] in modules
-    ]
-    assert bool(imported) == (path == PACKAGE / "_lightning" / "packages.py")
-
-
-def test_a_module_without_a_trainer_has_none() -> None:
-    assert private_parts.trainer_of(LightningModule()) is None
-
-
-def test_a_wrapped_sampler_is_given_with_its_wrapper() -> None:
-    data = TensorDataset(torch.arange(6))
-    plain = DataLoader(data, shuffle=True)
-    outer, inner = private_parts.sampler_of(plain)
-    assert isinstance(outer, RandomSampler)
-    assert inner is outer
-    wrapped = DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
-    outer, inner = private_parts.sampler_of(DataLoader(data, sampler=wrapped))
-    assert isinstance(outer, DistributedSampler)
-    assert isinstance(inner, RandomSampler)
-
-
-def test_a_compiled_module_is_told_from_a_plain_one() -> None:
-    plain, compiled = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    compiled.compile(backend="eager")
-    assert (private_parts.is_compiled(plain), private_parts.is_compiled(compiled)) == (False, True)
-    whole = torch.compile(plain, backend="eager")
-    assert private_parts.original_module(whole) is plain
-
-
-def test_the_batch_limit_is_that_of_a_fast_dev_run(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-    assert private_parts.batch_limit(Trainer(**settings)) is None
-    assert private_parts.batch_limit(Trainer(**settings, fast_dev_run=2)) == 2
+def test_one_module_imports_lightning_and_one_touches_its_private_parts() -> None:
+    touching, importing = {}, []
+    for path in PACKAGE.rglob("*.py"):
+        source, name = path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()
+        if any(one in source for one in LIGHTNING) and (uses := private_uses(source)):
+            touching[name] = set(uses)
+        importing += [name] if imported(source) & set(PACKAGES) else []
+    folder = "_trainer/lightning"
+    assert importing == [f"{folder}/packages.py"]
+    assert touching.keys() == {f"{folder}/packages.py", f"{folder}/private_parts.py"}
+    assert touching[f"{folder}/packages.py"] == {"_load", "_WrappingCheckpointIO"}

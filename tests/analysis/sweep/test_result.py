@@ -177,7 +177,7 @@ def test_tensorboard_has_a_sub_run_for_each_and_other_loggers_nothing(tmp_path: 
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path, name="", version="")]
     track_sweep(RESULT.hparams_rows(), loggers)
     loggers[1].finalize("success")
-    folder = tmp_path / "sweep" / "eq1_alpha=4"
+    folder = tmp_path / "sweep" / "eq1 alpha=4"
     events = EventAccumulator(str(folder)).Reload()
     assert "_hparams_/session_start_info" in events.summary_metadata
     (value,) = events.Scalars("sweep/known_broken")
