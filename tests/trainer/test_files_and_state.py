@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_package import BoringModel, LightningModule, ModelCheckpoint, RandomDataset, RunningStage, Trainer
+from lightning_package import BoringModel, LightningModule, ModelCheckpoint, RandomDataset, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.repair_files import (
     REPAIRED_FILES,
     REPORT_FILES,
@@ -95,18 +92,12 @@ def report() -> RepairReport:
     return repair_module(trained(), known(), quick()).report
 
 
-def test_a_report_is_written_where_it_says(tmp_path: Path, report: RepairReport) -> None:
-    report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
-    write_report(report)
-    assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
-    assert (tmp_path / "report.md").read_text() == report.to_markdown()
-    assert (tmp_path / "report.html").read_text() == report.to_html()
-
-
-def test_views_of_samples_lie_beside_the_report(tmp_path: Path, report: RepairReport) -> None:
+def test_a_report_is_written_where_it_says_with_views_of_samples_beside(tmp_path: Path, report: RepairReport) -> None:
     report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
     picture = SampleView("val/0", 7, "broken", "", np.full((4, 5, 3), 128, dtype=np.uint8))
     write_report(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
+    assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
     folder = tmp_path / "flipped_samples"
     assert sorted(path.name for path in folder.iterdir()) == ["test-2.txt", "val%2F0-7.png"]
     assert (folder / "val%2F0-7.png").read_bytes() == picture.png
@@ -127,31 +118,6 @@ def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(
         monkeypatch.setattr(os, "getpid", lambda: own)
     assert (box.take(), box.take()) == ("of another", "")
     assert not list(tmp_path.iterdir())
-
-
-def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in ("lightning_nrl-a.json", ".lightning_nrl-b.json.xyz", "lightning_nrl-young.json", "other.json"):
-        (tmp_path / name).touch()
-        if "young" not in name:
-            os.utime(tmp_path / name, (time.time() - 2 * 24 * 3600,) * 2)
-    box, own = ResultBox(), os.getpid()
-    monkeypatch.setattr(os, "getpid", lambda: own + 1)
-    box.put(lambda: "of another")
-    monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == {box._path.name, "lightning_nrl-young.json", "other.json"}
-    assert box.take() == "of another"
-
-
-@pytest.mark.parametrize("error", [None, ValueError])
-def test_the_stage_is_as_found(error: type[BaseException] | None) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.state.stage = RunningStage.TRAINING
-    with nullcontext() if error is None else pytest.raises(error), validating(trainer):
-        assert trainer.state.stage is RunningStage.VALIDATING
-        if error is not None:
-            raise error
-    assert trainer.state.stage is RunningStage.TRAINING
 
 
 class Slim(LightningModule):

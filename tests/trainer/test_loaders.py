@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from torch.utils.data import (
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest, SplitLoaders
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, check_loader, make_source
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, make_source
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.sample_identity import is_among
@@ -97,10 +96,6 @@ def test_a_subset_sampler_is_found_where_it_is_wrapped(kind: str) -> None:
     assert source(DataLoader(numbers(9), **SAMPLERS[kind])).index.tolist() == [2, 4, 6]
 
 
-def test_a_limit_counts_batches() -> None:
-    assert source(DataLoader(numbers(9), 2), limit=2).index.tolist() == [0, 1, 2, 3]
-
-
 class Noisy(Dataset):
     """Six samples, with noise from each of the global generators."""
 
@@ -130,20 +125,6 @@ def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> Non
     assert all(other[i] != first[i] for i in first)
 
 
-def test_a_data_set_given_twice_has_two_draws_of_each_sample() -> None:
-    data = Noisy()
-    twice = source(DataLoader(ConcatDataset([data, data]), 4))
-    assert len({tuple(row) for row in rows(read(twice)).values()}) == 12
-    assert twice.identity[:6].tolist() == twice.identity[6:].tolist()
-
-
-def test_what_is_read_leaves_the_data_set_and_its_identity_as_the_user_made_them() -> None:
-    data = Noisy()
-    noisy = source(DataLoader(data, 2))
-    assert noisy.loader.dataset is data
-    assert noisy.identity.tolist() == [[id(data), i] for i in range(6)]
-
-
 class Wrapped(Dataset):
     """Each sample says of which class its worker's data set is, and what the worker's start has left there."""
 
@@ -168,11 +149,6 @@ def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
     (batch,) = read(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
     assert batch.args[0].tolist() == [True, True]
     assert batch.target.tolist() == [7, 7]
-
-
-def test_what_is_no_loader_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`val` data: found TensorDataset, not a DataLoader"):
-        check_loader(numbers(3), "val")
 
 
 def from_torch() -> float:
@@ -237,23 +213,6 @@ def test_the_global_generators_are_as_found_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="no such file"):
         data[0]
     assert torch.equal(torch.get_rng_state(), expected)
-
-
-class InBatches(Drawn):
-    def __getitems__(self, index: list[int]) -> list[Any]:
-        return [-self[i] for i in index]
-
-
-def test_what_draws_nothing_is_read_once_by_the_data_sets_own_batches() -> None:
-    data = InBatches(from_torch, range(0))
-    assert SeededDataset(data, 3).__getitems__([6, 2]) == [-6.0, -2.0]
-    assert data.read == [6, 2]
-
-
-def test_a_copy_for_a_worker_gives_the_same_samples() -> None:
-    data = SeededDataset(Subset(Drawn(from_numpy), [5, 1]), 3)
-    again = pickle.loads(pickle.dumps(data))
-    assert again.__getitems__([1, 0]) == [data[1], data[0]]
 
 
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))
