@@ -10,7 +10,7 @@ import lightning_nrl
 PACKAGE = Path(lightning_nrl.__file__).parent
 PACKAGES = ("lightning", "lightning_fabric", "pytorch_lightning")
 LIGHTNING = (*PACKAGES[1:], "lightning.", "lightning_nrl._trainer.lightning")
-OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
+OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version", "_get_file_writer"}
 """Private parts of torch, which other modules may touch."""
 
 

@@ -17,12 +17,19 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._trainer.data_splits import find_loader
-from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
+from lightning_nrl._trainer.inner_trainer import (
+    CannotTrainError,
+    TimeBudget,
+    TrainingTrial,
+    copied_data_module,
+    copied_module,
+    inner_trainer,
+    quiet,
+)
 from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
-from lightning_nrl._trainer.training_time import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.resume import ResumeStore

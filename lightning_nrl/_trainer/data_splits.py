@@ -221,7 +221,8 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     holder: Any = model if data is None else data
     base = class_for(trainer, "pytorch.LightningModule" if data is None else "pytorch.LightningDataModule")
     if split == "repair":
-        return holder.repair_dataloader() if hasattr(holder, "repair_dataloader") else None
+        repair_data = getattr(holder, "repair_dataloader", None)
+        return None if repair_data is None else repair_data()
     name = f"{split}_dataloader"
     hook = getattr(holder, name)
     if not callable(hook) or getattr(type(holder), name) is getattr(base, name):

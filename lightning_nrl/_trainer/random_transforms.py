@@ -44,14 +44,14 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
     return unstable
 
 
-def checked_positions(source: LoaderSource) -> list[int]:
+def _checked_positions(source: LoaderSource) -> list[int]:
     order = torch.randperm(len(source.index), generator=torch.Generator().manual_seed(source.seed))
     return source.index[order[:MAX_SAMPLES_CHECKED].sort().values].tolist()
 
 
 def draws_at_random(source: LoaderSource) -> bool:
     """True if reading some samples of a source depends on random numbers."""
-    check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
+    check_stability(source.samples, _checked_positions(source), source.loader.collate_fn)
     return source.samples.draws
 
 
@@ -59,7 +59,7 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
     """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee."""
     sentences = []
     for source in sources:
-        positions = checked_positions(source)
+        positions = _checked_positions(source)
         unstable = check_stability(source.samples, positions, source.loader.collate_fn)
         if unstable:
             changed = f"{unstable} of {len(positions)} samples that were read twice changed"
@@ -113,7 +113,7 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
         dataset = _with_transforms(dataset, _transforms_of(validation()))
     if dataset is source.loader.dataset or not draws_at_random(source):
         return source
-    positions, collate = checked_positions(source), source.loader.collate_fn
+    positions, collate = _checked_positions(source), source.loader.collate_fn
     view = SeededDataset(dataset, source.seed)
     try:
         stable = not check_stability(view, positions, collate) and not view.draws

@@ -78,7 +78,7 @@ def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True)
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """The trainer with loggers that write nothing, and without callbacks that tune, show, save or stop but those kept."""
+    """The trainer with loggers that write nothing, without callbacks that tune, show, save or stop but those kept."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, LEFT_OUT)]

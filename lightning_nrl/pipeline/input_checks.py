@@ -158,7 +158,7 @@ def run_sanity_check(
             if settings.layer != "auto" or not trains or not has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
-            pass  # what these few samples say of the weights does not matter yet
+            return  # what these few samples say of the weights does not matter yet
 
 
 def _check_recording(

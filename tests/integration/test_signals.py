@@ -46,15 +46,14 @@ def repaired(model: Classifier, folder: Path, method: str = "swarm", **arguments
     return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
 
 
-def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1, times: int = 1) -> None:
+def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1) -> None:
     """Sends a signal when the work tells for the given time how far it is."""
     told, tell = [0], lightning_nrl._utils.timing.StageTimer.tell
 
     def telling(*args: Any, **kwargs: Any) -> None:
         told[0] += 1
         if told[0] == number:
-            for _ in range(times):
-                signal.raise_signal(signum)
+            signal.raise_signal(signum)
         tell(*args, **kwargs)
 
     monkeypatch.setattr(lightning_nrl._utils.timing.StageTimer, "tell", telling)
@@ -92,32 +91,6 @@ def test_a_job_that_is_stopped_does_not_end_as_if_it_were_done(
     with pytest.raises(SystemExit) as error:
         repaired(trained, tmp_path)
     assert error.value.code == 143
-
-
-@pytest.mark.parametrize("method", ["swarm", "auto"])
-def test_the_first_ctrl_c_takes_the_best_so_far_if_that_was_asked_for(
-    tmp_path: Path,
-    trained: Classifier,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
-) -> None:
-    signal_at_tell(monkeypatch, signal.SIGINT)
-    report = repaired(trained, tmp_path, method, on_interrupt="best", verbose=False)
-    assert report.status == "repaired"
-    assert report.search is not None
-    assert report.search.iterations < 20
-    assert "the repair ends with the best that it has found so far" in capsys.readouterr().err
-    checkpoint = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
-    assert_same(dict(trained.state_dict()), checkpoint)
-
-
-def test_the_second_ctrl_c_stops_it(tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: value.clone() for name, value in trained.state_dict().items()}
-    signal_at_tell(monkeypatch, signal.SIGINT, times=2)
-    with pytest.raises(SystemExit):
-        repaired(trained, tmp_path, on_interrupt="best")
-    assert_same(before, dict(trained.state_dict()))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.tracking.loggers import declare, track, track_release
+from lightning_nrl._trainer.tracking.loggers import ASKED, MEASURED, declare, track, track_release
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import (
     final_numbers,
@@ -38,7 +38,6 @@ from lightning_nrl._trainer.tracking.scalars import (
     search_curves,
     strength_curves,
 )
-from lightning_nrl._trainer.tracking.tensorboard import ASKED, MEASURED
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView

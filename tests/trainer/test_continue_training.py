@@ -29,7 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
 from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer import training_time as course_module
+from lightning_nrl._trainer import inner_trainer as course_module
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from lightning_nrl._trainer.lightning.packages import (
     Logger,
@@ -21,15 +24,34 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.tracking.learning_curves import history_figures
-from lightning_nrl._trainer.tracking.repair_log import RepairLog, written
-from lightning_nrl._trainer.tracking.scalars import Scalars
-from lightning_nrl._trainer.tracking.tensorboard import declare_columns, write_tensorboard
+from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free, written
+from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.localization import TrainingRecord
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report._figures import image_of
+from lightning_nrl.report.page import Facts, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS
 from lightning_nrl.updates import ReleaseReport
 
+Plain = bool | int | float | str
+
+ASKED: Mapping[str, Plain] = {
+    **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
+    **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
+}
+"""Columns of what a repair was asked for, each with a value of its type; the tab shows five, sorted by name."""
+MEASURED = tuple(
+    f"repair/{name}"
+    for name in (
+        *("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken"),
+        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_break_rate", "unseen_nfr"),
+        *("unseen_accuracy", "known_regressions", "unseen_regressions"),
+    )
+)
+"""Columns of what came of it; the tab shows the first five."""
+LIGHTNINGS_METRIC = "hp_metric"
+LONGEST_TEXT = 60  # characters
 MOST_ROWS = 10_000
 """W&B shows no more of a table."""
 
@@ -44,12 +66,12 @@ def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
 
 
 @rank_zero_only
-def declare(loggers: Sequence[Logger], hparams: Mapping[str, Any]) -> None:
+def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
     """Has TensorBoard's HParams tab show a repair beside training, which is about to log these hyperparameters."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
-            declare_columns(writer, hparams)
+            writer._get_file_writer().add_summary(_experiment(trained))
 
     to_each(loggers, write, "row of hyperparameters")
 
@@ -122,7 +144,7 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
 
 def _write(log: RepairLog, logger: Logger) -> None:
     if writer := writer_of(logger):
-        write_tensorboard(log, writer)
+        _write_tensorboard(log, writer)
     else:
         for step, scalars in log.points:
             logger.log_metrics(scalars, step=step)
@@ -149,6 +171,95 @@ def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
 def safe_name(title: str) -> str:
     """A title without what Windows allows in no name of a file."""
     return re.sub(r'[<>:"/\\|?*]', "_", title)
+
+
+def _write_row(writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None) -> None:
+    """Writes the row of a repair to the run in which its scalars are; with training's hyperparameters, if any."""
+    values = {**_flat(trained or {}), **_asked(report)}
+    _, start, end = hparams(values, {})
+    for summary in (_experiment(trained or {}), start, end):
+        writer._get_file_writer().add_summary(summary)
+
+
+def _asked(report: RepairReport) -> dict[str, Plain]:
+    """What a repair was asked for, as far as it is known."""
+    settings = report.settings
+    layer = settings.get("layer", list(report.layers))
+    found: dict[str, Any] = {
+        "repair/gate": report.gate,
+        "repair/layer": layer if isinstance(layer, str) else ", ".join(layer),
+        "repair/method": _kind(settings.get("method"), "class"),
+        "repair/seed": report.seed,
+        "repair/target": report.target,
+        "repair/with fitness": _kind(settings.get("fitness"), "kind"),
+        "repair/with max_time": settings.get("max_time"),
+        "repair/with n_passed": settings.get("n_passed"),
+        "repair/with n_weights": None if report.localization is None else report.localization.sizes.get("localized"),
+        "repair/with task": report.task,
+    }
+    return {key: value for key, value in _flat(found).items() if isinstance(value, str) == isinstance(ASKED[key], str)}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
+    """Nested settings as one level, named as Lightning names them; what is None is left out, the rest is text."""
+    found: dict[str, Plain] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+            found[f"{prefix}{key}"] = value
+        elif value is not None:
+            text = str(value)
+            found[f"{prefix}{key}"] = text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
+    return found
+
+
+def _experiment(trained: Mapping[str, Any]) -> Any:
+    metrics = (*MEASURED, *((LIGHTNINGS_METRIC,) if trained else ()))
+    experiment, _, _ = hparams({**_flat(trained), **ASKED}, dict.fromkeys(metrics, 0.0))
+    return experiment
+
+
+def _kind(settings: Any, key: str) -> Any:
+    return settings.get(key) if isinstance(settings, Mapping) else settings
+
+
+def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
+    """Writes a repair to a sub-run of the training's run, since the HParams tab needs a run for a row.
+
+    Tags are the same in each, so that two repairs stand in one card. Curves are figures: smoothing would bend scalars.
+    """
+    report, step = log.report, log.step
+    with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
+        for tag, value in final_numbers(report).items():
+            run.add_scalar(tag, value, step)
+        run.add_text("repair/report", report.to_markdown(), step)
+        for title, views in log.texts.items():
+            page = Page((Heading(title), Facts(tuple((view.caption, view.text) for view in views))))
+            run.add_text(f"repair_samples/{title}", page.markdown(), step)
+        changes = [change.detach().float().flatten().cpu() for change in (log.changes or {}).values()]
+        flat = torch.cat(changes) if changes else torch.zeros(0)
+        if bool((flat != 0).any()):
+            run.add_histogram("repair_weights/change", flat[flat != 0], step)
+        _write_row(run, report, log.hparams)
+        _write_pictures(log, run)
+
+
+def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
+    """Last, since a figure that cannot be drawn should cost no numbers."""
+    if log.drawn:
+        # A capital sorts before all numbers.
+        run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
+        for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
+            for title, figure in figures.items():
+                run.add_image(f"{group}/{title}", image_of(figure), log.step, dataformats="HWC")
+    else:
+        for at, scalars in (*enumerate(search_curves(log.report)), *strength_curves(log.report).items()):
+            for tag, value in scalars.items():
+                run.add_scalar(tag, value, at)
+        for title, views in log.pictures.items():
+            for view in views:
+                run.add_image(f"repair_samples/{title}, {view.caption}", view.pixels, log.step, dataformats="HWC")
 
 
 @dataclass(frozen=True)
