@@ -226,5 +226,5 @@ def sweep(
     data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
     result = dry_fit(work, callback, trainer, model, ckpt_path, weights_only, whole=True, **data)
     if log != "none":
-        track_sweep(result, trainer.loggers, each=log)
+        track_sweep(result.hparams_rows(log), trainer.loggers)
     return result
