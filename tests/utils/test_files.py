@@ -215,10 +215,10 @@ def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) ->
     for at in range(0, len(data), 7):
         damaged = bytearray(data)
         damaged[at] ^= 4
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"\w"):
             from_bytes(bytes(damaged))
     for cut in (0, 10, 40, len(data) - 1):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"\w"):
             from_bytes(data[:cut])
     with pytest.raises(ValueError, match="unexpected object"):
         from_bytes(to_bytes(tmp_path))
@@ -229,7 +229,7 @@ def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) ->
 
     content = pickle.dumps(Evil(), protocol=2)
     start = data[: data.index(b"\n") + 1]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\w"):
         from_bytes(start + hashlib.sha256(content).digest() + content)
     assert not (tmp_path / "bad").exists()
 
