@@ -59,7 +59,7 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 
 
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
-    """The samples of a search, at most so many.
+    """The samples of a search, `most` of them at most.
 
     With no more than that, all passed ones: not only those that are asked for, so that a batch's share of a sum is, bit
     for bit, what it is in a sweep. Else the failed ones, of too many those nearest to the border; half of the rest are
@@ -146,7 +146,7 @@ def scorer_for(
 
 
 def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Tells the clock after each iteration what is repaired, and broken of so many passed samples."""
+    """Returns a function that tells the clock after each iteration what is repaired and broken."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
