@@ -1,4 +1,4 @@
-"""What a method is, and what it is given: a model, what it does on known data, and what may change."""
+"""A method, and the problem that it is given: a model, its results on known data, and what may change."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class Problem:
         evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
             Nothing may write to the model; all ranks run the same method in step.
         known: all data that a method may use, this rank's share of it.
-        before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
-            `before.passed` is to be kept.
+        before: the model's results on known data. `before.targeted` have to be repaired (I_neg), `before.passed` to be
+            kept.
         space: the layers whose weights are localised and searched.
         scope: names of the parameters that may be changed at all; `space` is inside.
         localizer: how weights to be searched are chosen.
@@ -98,7 +98,7 @@ class Problem:
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
-        needed: how many targets of a slice are to be repaired at least, by the name of the slice.
+        needed: targets of a slice that have to be repaired at least, by the name of the slice.
         gate: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use, to try out what it does to others; in `before` they
             are neither passed nor targeted.
@@ -134,7 +134,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return device_of(self.model)
 
     @property
@@ -157,7 +157,7 @@ class Problem:
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """What the deployed model does on all known data under a state: one forward pass over them."""
+        """Runs the deployed model on all known data under a state: one forward pass."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -177,11 +177,11 @@ class Problem:
         return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
-        """What becomes of the known samples that a method may use."""
+        """Counts the known samples that a method may use."""
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """The same problem for a method that must not use some samples, `N` bool, nor their copies in another split."""
+        """Returns the problem without some samples, `N` bool, and without their copies in another split."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -211,7 +211,7 @@ class Problem:
         return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
+        """Returns the problem where targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
 
         `after` are results on known data under the weights from which the search goes on.
         """
