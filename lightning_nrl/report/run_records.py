@@ -53,7 +53,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a method, such as `fit` or `polish`: targeted samples that pass after it, known passed ones that do not."""
+    """One step of a method, such as `fit`: targeted samples that pass after it, known passed ones that do not."""
 
     name: str
     repaired: int
