@@ -71,7 +71,7 @@ def test_settings_are_told_as_plain_values() -> None:
     plain = settings.plain()
     assert list(plain) == [
         "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "budget",
-        "on_interrupt", "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
+        "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
         "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"

@@ -42,7 +42,7 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import Finding
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)

@@ -14,24 +14,22 @@ from test_report_codec import REPORTS
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import (
+from lightning_nrl.report import Judge, repair_report
+from lightning_nrl.report.repair_facts import unseen_limit
+from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.run_records import (
     Hashes,
-    Judge,
     LocalizationReport,
     PricePoint,
-    RepairReport,
     Rung,
     SearchReport,
-    SplitReport,
     Step,
     StrengthPoint,
     WeightChange,
-    repair_report,
+    choice_text,
 )
-from lightning_nrl.report.repair_facts import unseen_limit
-from lightning_nrl.report.run_records import choice_text
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample
+from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
 
 PAGES = Path(__file__).parent / "pages"
 HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
