@@ -141,7 +141,7 @@ def repair_module(
             training=training,
             update=baseline.update is not None,
             needed=quotas,
-            work=work,
+            work=ResumeStore() if work is None else work,
         )
         obstacle = impossible or _nothing_passes(problem)
         if obstacle:
@@ -175,7 +175,8 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
             sparse, step = problem.work.once("sparse", work, tuple[Proposal, Step])
         solution = replace(solution, proposal=sparse, steps=(*solution.steps, step))
-    builder = builder.solved(solution, int(problem.passed.sum()))
+    scored = int(problem.passed.sum()) if solution.n_passed is None else solution.n_passed
+    builder = replace(builder, solution=solution, n_passed=scored)
     proposal = solution.proposal
     patch = {} if proposal is None else changed(problem.model, proposal.state)
     if proposal is None or not patch:

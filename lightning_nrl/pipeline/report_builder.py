@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from lightning_nrl._utils.state import State, current_state, hash_tensors
@@ -41,7 +40,7 @@ from lightning_nrl.report import (
     UpdateSplit,
 )
 
-NOTHING: Mapping[Role, SampleResults] = MappingProxyType({})
+NOTHING: Mapping[Role, SampleResults] = {}
 UNDECIDED = LineSearchResult(chosen=None)
 
 
@@ -57,11 +56,6 @@ class ReportBuilder:
     solution: Solution | None = None
     n_passed: int | None = None
     line_search: LineSearchResult = UNDECIDED
-
-    def solved(self, solution: Solution, n_passed: int) -> ReportBuilder:
-        """After the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
-        scored = n_passed if solution.n_passed is None else solution.n_passed
-        return replace(self, solution=solution, n_passed=scored)
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
