@@ -162,8 +162,6 @@ def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
         ({"seeds": [0]}, "`seeds` has 1 entries for 2 searches"),
         ({"fitness": [Fitness()] * 3}, "`fitness` has 3 entries for 2 searches"),
         ({"sizes": [1]}, "`sizes` has 1 entries for 2 searches"),
-        ({"sizes": [0, 4]}, r"`sizes` is \[0, 4\] of 4"),
-        ({"sizes": [1, 5]}, r"`sizes` is \[1, 5\] of 4"),
     ],
 )
 def test_arguments_that_do_not_fit_are_told(arguments, message):
@@ -240,19 +238,6 @@ def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
         assert (result.history.best.diff() >= 0).all()
         found = fitness(wall(result.values[None, None]), before)
         assert found.item() == pytest.approx(result.fitness)
-
-
-@pytest.mark.parametrize(
-    ("elites", "message"),
-    [
-        (torch.zeros(2, 3), r"`elites` has the shape \[1, 2, 3\] for \[1, 4\] weights and 6 candidates"),
-        (torch.zeros(6, 4), r"`elites` has the shape \[1, 6, 4\]"),
-        (torch.full((1, 4), math.nan), "`elites` is not finite"),
-    ],
-)
-def test_elites_that_do_not_fit_are_told(elites, message):
-    with pytest.raises(ConfigurationError, match=message):
-        search(wall, original()[0], WIDE, searcher=ParticleSwarm(particles=6), elites=elites)
 
 
 @pytest.mark.parametrize("asked", [0, 3])
