@@ -105,7 +105,7 @@ def search_many(
             on a CPU, 10 elsewhere. What is found does not depend on it.
 
     Raises:
-        ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.
+        ConfigurationError: `seeds`, `fitness` or `sizes` are not one a search.
         EvaluationError: the loss of a search's original weights is NaN or infinite.
     """
     began = time.perf_counter()
@@ -145,9 +145,18 @@ def search_many(
             report()
     if log.done % PROGRESS_EVERY or log.done == 0:
         report()
-    ended = histories(rows, method.patience)
-    found = log.best.to(original.dtype)
-    seconds = time.perf_counter() - began
+    return _results(log, rows, method, original.dtype, original_fitness, time.perf_counter() - began)
+
+
+def _results(
+    log: SearchLog,
+    rows: Tensor,
+    method: Searcher[Any],
+    dtype: torch.dtype,
+    original_fitness: Tensor,
+    seconds: float,
+) -> list[SearchResult]:
+    ended, found = histories(rows, method.patience), log.best.to(dtype)
     return [
         SearchResult(
             values=found[s, :size].clone(),
