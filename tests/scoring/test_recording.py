@@ -19,7 +19,8 @@ from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.search._scoring import ActivationCache, record
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
 
 
 def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
