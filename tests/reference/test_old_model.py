@@ -10,7 +10,7 @@ import torch
 from sample_tables import sample_table
 from torch import Tensor, nn, tensor
 
-from lightning_nrl.data.tensor_source import TensorSource
+from lightning_nrl.data.batch import TensorSource
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
