@@ -134,7 +134,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    known = "one of " + ", ".join(repr(choice) for choice in sorted(choices, key=str))
+    known = "one of " + ", ".join(repr(choice) for choice in choices)
     raise ConfigurationError(
         f"`{argument}={value!r}` is unknown.", f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}."
     )

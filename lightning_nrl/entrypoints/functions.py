@@ -18,8 +18,6 @@ from lightning_nrl.analysis.sweep import (
     Seeds,
     Sweepable,
     SweepResult,
-    Trials,
-    check_trials,
     parse_seeds,
     parse_settings,
     swarming,
@@ -230,7 +228,6 @@ def sweep(
     weights_only: bool = True,
     unseen: str | DataLoader[Any] | None = "test",
     dirpath: str | Path | None = None,
-    trials: Trials | None = None,
     log: Literal["setting", "run", "none"] = "none",
     **arguments: Any,
 ) -> SweepResult:
@@ -245,14 +242,13 @@ def sweep(
         model: the module, trained, or to be filled from `ckpt_path`.
         train_dataloaders: passed samples, unless a data module has them.
         val_dataloaders: failed samples, unless a data module has them.
-        settings: what to try: a `Grid`, names of rows of the paper's Table II, or mappings of arguments.
+        settings: what to try: a `Grid`, or mappings of arguments.
         seeds: how many seeds for each, from 0 on, or a list of them.
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
         weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
         dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
-        trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
         log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
         **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
             settings leave open of the search: `method=ParticleSwarm(...)` and `search=SearchOptions(...)`.
@@ -277,7 +273,6 @@ def sweep(
     base = swarming(callback.settings)
     parse_settings(settings, base)
     numbers = parse_seeds(seeds)
-    check_trials(trials, settings)
     check_model(model, "sweep_module")
 
     def work(trained: TrainedModel) -> SweepResult:
@@ -291,7 +286,6 @@ def sweep(
                 unseen=trained.unseen,
                 calibration=trained.calibration,
                 dirpath=dirpath,
-                trials=trials,
                 observer=trained.observer,
             )
 

@@ -33,7 +33,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     plain = {name: value for name, value in settings.plain().items() if name not in FREE}
     calibration = baseline.held_out.get("calibration")
     surroundings = {
-        "task": plain_value(problem.task),
+        "task": plain_value(problem.evaluator.task),
         "device": problem.device.type,
         "ranks": problem.collective.world_size,
         "scope": list(problem.scope),

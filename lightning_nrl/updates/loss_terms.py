@@ -22,7 +22,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_real
-from lightning_nrl.methods._solvers.teacher import LogitCache
+from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Classes, table_of
 from lightning_nrl.updates.predictions import Predictions

@@ -14,7 +14,7 @@ from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.methods._solvers.distill import EASY_MARGIN
+from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.tasks import Task, parse_task
 
 

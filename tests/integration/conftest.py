@@ -49,6 +49,12 @@ def trained_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
+def old(trained_path: Path) -> Classifier:
+    """The same as the model that an update replaces."""
+    return Classifier.load_from_checkpoint(trained_path)
+
+
+@pytest.fixture
 def trained(trained_path: Path) -> Classifier:
     """The trained MLP, fresh for each test."""
     return Classifier.load_from_checkpoint(trained_path)

@@ -1,4 +1,4 @@
-"""Pages of three reports as a reader has them. `python tests/report/test_stored_pages.py` writes the stored ones anew."""
+"""Pages of three reports as a reader has them. `python tests/report/test_stored_pages.py` stores them anew."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_package import (
+    BoringModel,
     Callback,
     CSVLogger,
     DummyLogger,
@@ -21,7 +22,6 @@ from lightning_package import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl._trainer.tracking.loggers import declare, track
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
@@ -31,7 +31,7 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.sample_views import SampleView
 
-CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]])}
+CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]]).bfloat16().requires_grad_()}
 
 
 class Notes(Logger):
@@ -101,15 +101,13 @@ def scalars_in(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_curves_are_scalars_where_no_figure_can_be_drawn(
-    events: EventAccumulator, accepted: RepairReport, tmp_path: Path
-) -> None:
+def test_curves_are_scalars_without_figures(events: EventAccumulator, accepted: RepairReport, tmp_path: Path) -> None:
     assert scalars_in(events) == expected_points(accepted, step=120)
     assert events.Tags()["images"] == []
     assert read(tmp_path / "run").Tags()["scalars"] == []
 
 
-def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first_card_of_twelve(
+def test_the_summary_is_the_first_of_twelve_cards(
     tmp_path: Path, accepted: RepairReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -126,27 +124,26 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
     assert "repair_figures/Course of the search" in tags
 
 
-def test_without_figures_each_picture_is_an_image_of_its_own(tmp_path: Path, accepted: RepairReport) -> None:
-    views = [SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8))]
+def test_samples_are_images_of_their_own_and_text_in_the_text_tab(tmp_path: Path, accepted: RepairReport) -> None:
+    views = [
+        SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8)),
+        SampleView("test", 7, "broken", "7: true cat", text="a *very* bad day"),
+    ]
     track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
-    (image,) = read(tmp_path / "run" / "repair").Images("repair_samples/broken in val, 7: true cat")
+    events = read(tmp_path / "run" / "repair")
+    (image,) = events.Images("repair_samples/broken in val, 7: true cat")
     assert (image.height, image.width) == (5, 4)
+    (event,) = events.Tensors("repair_samples/broken in test/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == "## broken in test\n\n- **7: true cat**: a \\*very\\* bad day\n"
 
 
-def test_samples_that_are_text_are_in_the_text_tab(tmp_path: Path, accepted: RepairReport) -> None:
-    views = [SampleView("val", 7, "broken", "7: true cat", text="a *very* bad day")]
-    track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
-    (event,) = read(tmp_path / "run" / "repair").Tensors("repair_samples/broken in val/text_summary")
-    assert event.tensor_proto.string_val[0].decode() == "## broken in val\n\n- **7: true cat**: a \\*very\\* bad day\n"
-
-
-def test_tensorboard_reads_back_the_report_as_text(events: EventAccumulator, accepted: RepairReport) -> None:
+def test_tensorboard_has_the_page_and_the_change_of_the_weights(
+    events: EventAccumulator, accepted: RepairReport
+) -> None:
     (event,) = events.Tensors("repair/report/text_summary")
     assert event.step == 120
     assert event.tensor_proto.string_val[0].decode() == accepted.to_markdown()
-
-
-def test_tensorboard_reads_back_the_change_of_the_weights(events: EventAccumulator) -> None:
     (event,) = events.Histograms("repair_weights/change")
     assert event.step == 120
     assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (3, -0.25, 0.75)
@@ -173,7 +170,7 @@ def test_tensorboard_has_a_row_of_hyperparameters(events: EventAccumulator) -> N
 
 
 @pytest.mark.parametrize("default_hp_metric", [True, False])
-def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
+def test_the_row_has_the_hyperparameters_of_training(
     tmp_path: Path, accepted: RepairReport, default_hp_metric: bool
 ) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=default_hp_metric)
@@ -194,9 +191,7 @@ def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
         assert set(hparams_in(training, "session_start_info").hparams) == {"lr", "net/width", "path", "none"}
 
 
-def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
-    tmp_path: Path, accepted: RepairReport
-) -> None:
+def test_a_second_repair_in_one_log_is_a_run_with_the_same_tags(tmp_path: Path, accepted: RepairReport) -> None:
     logger = board(tmp_path)
     track(RepairLog(accepted, 5, changes=CHANGES), [logger])
     track(RepairLog(replace(accepted, status="refused"), 6, "repair-1"), [logger])
@@ -207,54 +202,29 @@ def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
 
 
 @pytest.mark.parametrize("changes", [None, {}, {"weight": torch.zeros(3)}])
-def test_without_a_change_there_is_no_histogram(tmp_path: Path, refused: RepairReport, changes: Any) -> None:
-    track(RepairLog(refused, 5, changes=changes), [board(tmp_path)])
+def test_without_a_search_there_is_all_but_a_histogram(tmp_path: Path, nothing: RepairReport, changes: Any) -> None:
+    track(RepairLog(nothing, 5, changes=changes), [board(tmp_path)])
     events = read(tmp_path / "run" / "repair")
     assert events.Tags()["histograms"] == []
-
-
-def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: RepairReport) -> None:
-    changes = {"weight": torch.tensor([0.5, -0.25, 0.75]).bfloat16().requires_grad_()}
-    track(RepairLog(accepted, 5, changes=changes), [board(tmp_path)])
-    (event,) = read(tmp_path / "run" / "repair").Histograms("repair_weights/change")
-    assert event.histogram_value.sum == 1.0
-
-
-def test_a_report_without_a_search_is_tracked(tmp_path: Path, nothing: RepairReport) -> None:
-    track(RepairLog(nothing, 5), [board(tmp_path)])
-    events = read(tmp_path / "run" / "repair")
     assert events.Scalars("repair/accepted")[0].value == 0.0
     assert "repair/report/text_summary" in events.Tags()["tensors"]
 
 
-def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
-    logger = CSVLogger(tmp_path, name="", version="run")
-    track(RepairLog(accepted, 120, changes=CHANGES), [logger])
-    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert set(header.split(",")) == {"step", *expected_points(accepted, step=120)}
-    assert len(rows) == 3 + 1
-
-
-def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:
+def test_csv_gets_every_number_and_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:
     logger = CSVLogger(tmp_path, name="", version="run", flush_logs_every_n_steps=1)
     logger.log_metrics({"train_loss": 0.125}, step=0)
     logger.save()
-    track(RepairLog(accepted, 120), [logger])
-    header, first, *_ = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    track(RepairLog(accepted, 120, changes=CHANGES), [logger])
+    header, first, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert set(header.split(",")) == {"step", "train_loss", *expected_points(accepted, step=120)}
     assert first.split(",")[header.split(",").index("train_loss")] == "0.125"
+    assert len(rows) == 3 + 1
 
 
-def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
-    notes = Notes()
-    track(RepairLog(accepted, 120, changes=CHANGES), [notes])
-    final = final_numbers(accepted)
-    assert notes.entries == [*enumerate(search_curves(accepted)), (120, final)]
-
-
-def test_two_loggers_at_once_get_the_same(tmp_path: Path, accepted: RepairReport) -> None:
+def test_each_of_several_loggers_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
     notes, remote = Notes(), Remote()
     track(RepairLog(accepted, 120, changes=CHANGES), [notes, board(tmp_path), remote])
-    assert notes.entries == remote.entries
+    assert notes.entries == remote.entries == [*enumerate(search_curves(accepted)), (120, final_numbers(accepted))]
     assert "repair/accepted" in read(tmp_path / "run" / "repair").Tags()["scalars"]
 
 
@@ -288,20 +258,6 @@ def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
 
 
-class Tiny(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = self.layer(batch[0]).square().mean()
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 class Tracking(Callback):
     """Tracks where a repair does."""
 
@@ -312,9 +268,17 @@ class Tracking(Callback):
         track(RepairLog(self.report, trainer.global_step, changes=CHANGES), trainer.loggers)
 
 
+class Tiny(BoringModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss["loss"])
+        return loss
+
+
 def test_a_trainer_with_two_loggers_keeps_one_event_file_a_run(tmp_path: Path, accepted: RepairReport) -> None:
     trainer = Trainer(
         max_epochs=2,
+        limit_train_batches=2,
         accelerator="cpu",
         logger=[board(tmp_path), CSVLogger(tmp_path, name="csv", version="run")],
         callbacks=[Tracking(accepted)],
@@ -323,7 +287,7 @@ def test_a_trainer_with_two_loggers_keeps_one_event_file_a_run(tmp_path: Path, a
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
+    trainer.fit(Tiny())
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
     events = read(tmp_path / "run")
     assert len(events.Scalars("train_loss")) == 4

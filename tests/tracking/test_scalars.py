@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_nrl._trainer.tracking.scalars import (
-    final_numbers,
     further_numbers,
     outcome,
     rung_numbers,
@@ -30,26 +29,19 @@ def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> No
     assert last["repair_search/repaired"] == 7.0
 
 
-def test_search_curves_leave_out_what_is_not_finite(accepted: RepairReport) -> None:
-    assert "repair_search/mean_fitness" not in search_curves(accepted)[1]
-    assert search_curves(accepted)[1]["repair_search/best_fitness"] == 6.5
+def test_search_curves_leave_out_what_is_not_finite_or_not_known(accepted: RepairReport, nothing: RepairReport) -> None:
+    second = search_curves(accepted)[1]
+    assert "repair_search/mean_fitness" not in second
+    assert second["repair_search/best_fitness"] == 6.5
+    assert search_curves(nothing) == []
+    unknown = replace(accepted, search=replace(accepted.search, n_passed=None))
+    assert all("repair_search/broken" not in scalars for scalars in search_curves(unknown))
 
 
 def test_broken_samples_are_those_no_longer_intact(accepted: RepairReport) -> None:
-    assert accepted.search is not None
     history = {**accepted.search.history, "intact": [90.0, 88.0, 89.0]}
     report = replace(accepted, search=replace(accepted.search, history=history))
     assert [scalars["repair_search/broken"] for scalars in search_curves(report)] == [0.0, 2.0, 1.0]
-
-
-def test_broken_samples_are_not_guessed(accepted: RepairReport) -> None:
-    assert accepted.search is not None
-    report = replace(accepted, search=replace(accepted.search, n_passed=None))
-    assert all("repair_search/broken" not in scalars for scalars in search_curves(report))
-
-
-def test_without_a_search_there_are_no_curves(nothing: RepairReport) -> None:
-    assert search_curves(nothing) == []
 
 
 def test_outcome_has_the_numbers_of_a_decision_and_no_other(accepted: RepairReport) -> None:
@@ -80,15 +72,11 @@ def test_what_breaks_of_the_target_is_logged_and_shown(accepted: RepairReport) -
     )
 
 
-def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: RepairReport) -> None:
+def test_outcome_of_what_was_not_accepted(refused: RepairReport, nothing: RepairReport) -> None:
+    """Refused weights tell what they would have done; what was not there has no number."""
     found = outcome(refused)
-    assert found["repair/accepted"] == 0.0
-    assert found["repair/known_broken"] == 0.0
-    assert found["repair/refused_broken"] == 2.0
-    assert found["repair/refused_repaired"] == 9.0
-
-
-def test_outcome_without_a_target_or_unseen_data_has_no_such_numbers(nothing: RepairReport) -> None:
+    names = ("repair/accepted", "repair/known_broken", "repair/refused_broken", "repair/refused_repaired")
+    assert [found[name] for name in names] == [0.0, 0.0, 2.0, 9.0]
     assert outcome(nothing) == {"repair/accepted": 0.0, "repair/known_broken": 0.0, "repair/known_accuracy": 1.0}
 
 
@@ -103,16 +91,12 @@ def test_split_numbers_are_counts_accuracies_and_defined_rates(accepted: RepairR
     assert found["repair_numbers/seconds"] == 2.0
 
 
-def on_its_way(report: RepairReport) -> RepairReport:
+def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairReport) -> None:
     path = (
         StrengthPoint(0.6, 5, FlipCounts(90, 0, 6, 14), FlipCounts(18, 1, 2, 4)),
         StrengthPoint(1.15, 8, FlipCounts(89, 1, 10, 10), FlipCounts(17, 2, 3, 3)),
     )
-    return replace(report, strength=path, chosen_strength=0.6)
-
-
-def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairReport) -> None:
-    found = strength_curves(on_its_way(accepted))
+    found = strength_curves(replace(accepted, strength=path, chosen_strength=0.6))
     assert list(found) == [0, 60, 115]
     assert set(found[0].values()) == {0.0}
     assert found[115] == {
@@ -122,11 +106,6 @@ def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairRe
         "repair_strength/calibration_repaired": 3.0,
         "repair_strength/calibration_broken": 2.0,
     }
-
-
-def test_tags_begin_with_the_name(accepted: RepairReport) -> None:
-    scalars = final_numbers(accepted, "second") | search_curves(accepted, "second")[0]
-    assert {tag.split("/")[0] for tag in scalars} == {"second", "second_numbers", "second_search"}
 
 
 def test_each_rung_and_the_localised_weights_have_numbers(accepted: RepairReport) -> None:
