@@ -121,9 +121,6 @@ class SampleOptions:
 
         The arguments are those of `Evaluator.run`. Of data that are not `known` only slices and protected samples
         matter.
-
-        Raises:
-            ConfigurationError: a column or an id is not there, or has values that mean nothing.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")

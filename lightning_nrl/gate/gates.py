@@ -98,9 +98,6 @@ class Gate(ABC):
 
         Text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
         `tolerance:0.01` (of those that passed).
-
-        Raises:
-            ConfigurationError: the text is none of these.
         """
         if isinstance(gate, Gate):
             return gate

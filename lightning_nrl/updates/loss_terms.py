@@ -50,11 +50,7 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new model's logits.
-
-        Raises:
-            ConfigurationError: the task or the replaced model does not give what the term needs.
-        """
+        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new logits."""
 
 
 TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
@@ -226,16 +222,11 @@ class ModelTeacher:
         if known is None:
             return
         self._is_checked = True
-        apart, size = (known.float() - output.float()).abs().nan_to_num().max(), output.float().abs().nan_to_num().max()
+        apart, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
         if bool(apart > OUTPUT_TOLERANCE * size):
             self.index = None
-            warnings.warn(
-                DataWarning(
-                    "`index`: samples come back changed, so what the old model said of them is not remembered.",
-                    "leave `index` out where samples are augmented.",
-                ),
-                stacklevel=2,
-            )
+            problem = "`index`: samples come back changed, so what the old model said of them is not remembered."
+            warnings.warn(DataWarning(problem, "leave `index` out where samples are augmented."), stacklevel=2)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
         if self.adapter is not None:

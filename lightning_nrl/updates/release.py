@@ -58,10 +58,6 @@ def release(
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         seeds: what the data and the models depend on, to be noted in the report.
 
-    Raises:
-        ConfigurationError: an argument cannot be used, or a rule asks for what the data do not have.
-        EvaluationError: a split's samples are not there exactly once.
-
     Example:
         >>> import torch
         >>> from lightning_nrl import TensorSource

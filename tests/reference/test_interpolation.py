@@ -89,12 +89,6 @@ def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told()
     assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
 
 
-def test_share_0_changes_nothing() -> None:
-    choice = chosen(tolerance=0)
-    assert (choice.share, choice.state) == (0.0, {})
-    assert not choice.write(at(0.0))
-
-
 @pytest.mark.parametrize(
     "data",
     [
