@@ -15,9 +15,8 @@ from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import Quota, checked_quotas, normalised
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.slices import SliceRecorder, common_names
+from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas, common_names, normalised
 from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
+from lightning_nrl.evaluation.slices import below
 
 
 @dataclass(frozen=True)

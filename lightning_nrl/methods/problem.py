@@ -17,8 +17,8 @@ from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.quotas import below, raised
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.evaluation.slices import below, raised
 from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import JUDGING_PASSES

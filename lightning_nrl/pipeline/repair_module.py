@@ -19,8 +19,8 @@ from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
-from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
+from lightning_nrl.evaluation.slices import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import QUOTA_ROUNDS

@@ -12,8 +12,8 @@ from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import in_milliseconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.slices import needed
 from lightning_nrl.gate import Verdict
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
