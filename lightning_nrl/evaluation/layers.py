@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -302,6 +303,11 @@ def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tupl
         if isinstance(layer, nn.Linear) and (called is None or name in called)
     ]
     return linear[-1] if linear else (None, None)
+
+
+def force_eager() -> AbstractContextManager[Any]:
+    """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

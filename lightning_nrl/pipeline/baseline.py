@@ -5,29 +5,40 @@ Held-out data are not searched: calibration data choose the strength, unseen dat
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
 import torch
-from torch import Tensor
-
+import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.data.batch import RecordingSource
-from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
-from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
-from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
+from lightning_nrl.data.sample_identity import Identified
+from lightning_nrl.data.sample_identity import content_recorder
+from lightning_nrl.data.sample_identity import is_among
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import DataWarning
+from lightning_nrl.errors import OtherRankError
+from lightning_nrl.errors import TargetError
+from lightning_nrl.evaluation import DOUBTFUL
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation import Flips
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import refusing_batch_statistics
 from lightning_nrl.evaluation.slices import normalised
-from lightning_nrl.pipeline.input_checks import check_losses, check_task
+from lightning_nrl.pipeline.input_checks import check_losses
+from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
-from lightning_nrl.updates.old_model import Reference, Update, look_back
-
+from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.old_model import Update
+from lightning_nrl.updates.old_model import look_back
+from torch import Tensor
 
 @dataclass(frozen=True)
 class Baseline:
@@ -37,10 +48,10 @@ class Baseline:
         known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
         before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
             keeps no more than what the replaced model gets right.
-        held_out: data that no search uses, and its results on them, by role; roles without data are left out.
+        held_out: by role with data, those that no search uses, and its results on them.
         set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
-        leaked: by unseen split, how many of its samples are known too; splits without any are left out.
+        leaked: by unseen split with any, how many of its samples are known too.
     """
 
     known: SampleResults
@@ -61,13 +72,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Makes a pass over all data; the clock keeps the time of each. The arguments are those of `repair_module`.
-
-    Raises:
-        ConfigurationError: the data, the target, the task or the reference cannot be used, or calibration data are
-            known too.
-        EvaluationError: losses are not finite; the samples are named.
-    """
+    """Makes a pass over all data; the clock keeps the time of each. Arguments and errors as of `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -104,24 +109,17 @@ def evaluate_baseline(
 
 
 def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
-    """The results without targets that are set aside, those that are left weighing 1 on average."""
     return normalised(replace(results, targeted=results.targeted & ~set_aside))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data that no search uses.
-
-    Attributes:
-        sources: this rank's share of them.
-        before: what the original model does on them.
-    """
+    """Data that no search uses: this rank's share of the sources, and what the original model does on all of them."""
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
-        """What becomes of their samples under other weights."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
@@ -130,9 +128,6 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
 
     Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
     because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
-
-    Warns:
-        DataWarning: the failures in the target are not marked.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
@@ -145,8 +140,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     return settings.samples.evaluate(evaluator, sources, known=False)[0]
 
 
-MAX_LISTED_IDS = 10
-"""Samples that a message names."""
+MAX_LISTED_IDS = 10  # in a message
 
 
 class LeakCheck:
@@ -164,10 +158,7 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """How many samples of each unseen split are known too, or calibrate; to be called after a pass over all data.
-
-        Warns:
-            DataWarning: there are some.
+        """How many samples of each unseen split are known or calibration data too; to be called after a whole pass.
 
         Raises:
             ConfigurationError: calibration samples are known too. They say nothing of data to come.

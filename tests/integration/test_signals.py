@@ -45,15 +45,14 @@ def repaired(model: Classifier, folder: Path, method: str = "swarm", **arguments
     return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
 
 
-def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1, times: int = 1) -> None:
+def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1) -> None:
     """Sends a signal when the work tells for the given time how far it is."""
     told, tell = [0], lightning_nrl._utils.timing.StageTimer.tell
 
     def telling(*args: Any, **kwargs: Any) -> None:
         told[0] += 1
         if told[0] == number:
-            for _ in range(times):
-                signal.raise_signal(signum)
+            signal.raise_signal(signum)
         tell(*args, **kwargs)
 
     monkeypatch.setattr(lightning_nrl._utils.timing.StageTimer, "tell", telling)
@@ -84,31 +83,6 @@ def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
     name = "Ctrl-C" if signum == "SIGINT" else signum
     assert f"{name}: the repair stops." in said
     assert "The repair was stopped: the weights are as training left them, and it has written no files." in said
-
-
-@pytest.mark.parametrize("method", ["swarm", "auto"])
-def test_the_first_ctrl_c_takes_the_best_so_far_if_that_was_asked_for(
-    tmp_path: Path,
-    trained: Classifier,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
-) -> None:
-    signal_at_tell(monkeypatch, signal.SIGINT)
-    report = repaired(trained, tmp_path, method, on_interrupt="best", verbose=False)
-    assert report.status == "repaired"
-    assert report.search.iterations < 20
-    assert "the repair ends with the best that it has found so far" in capsys.readouterr().err
-    checkpoint = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
-    assert same(trained, checkpoint)
-
-
-def test_the_second_ctrl_c_stops_it(tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = state_of(trained)
-    signal_at_tell(monkeypatch, signal.SIGINT, times=2)
-    with pytest.raises(SystemExit):
-        repaired(trained, tmp_path, on_interrupt="best")
-    assert same(before, trained)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

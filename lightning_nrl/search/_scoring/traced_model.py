@@ -7,10 +7,9 @@ runs only the code between them and what comes after the layer, whatever plain P
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +22,7 @@ from lightning_nrl._utils.state import holding
 from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
 from lightning_nrl.evaluation.recurrent import opened, patched_forward
 
 Inputs = tuple[tuple[object, ...], Mapping[str, object]]
@@ -197,11 +196,6 @@ def with_cached_outputs(
         stack.enter_context(patched_forward(first, live))
         stack.enter_context(force_eager())
         yield
-
-
-def force_eager() -> AbstractContextManager[Any]:
-    """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _cloned(inputs: Inputs) -> Inputs:

@@ -6,11 +6,11 @@ from torch import nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Target
-from lightning_nrl._trainer.trainer_repair import run_sanity_check
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.pipeline.input_checks import run_sanity_check
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:

@@ -1,19 +1,18 @@
-"""Figures of a repair: margins, confusions, the path of the patch, the course of the search, the change of weights."""
+"""Figures of a repair: margins, confusions, strengths, the search, the change of weights, samples, and a summary."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten, wrap
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchmetrics.utilities.plot import plot_confusion_matrix
+from torch.nn.functional import adaptive_max_pool2d
 
 from lightning_nrl.report._figures import (
     BLUE,
@@ -21,6 +20,7 @@ from lightning_nrl.report._figures import (
     GREY,
     INK,
     RED,
+    TONE_COLOURS,
     dress,
     label_axes,
     literal,
@@ -28,28 +28,24 @@ from lightning_nrl.report._figures import (
     panel_grid,
     shorten_name,
 )
-from lightning_nrl.report.run_records import LocalizationReport, SearchReport, StrengthPoint
+from lightning_nrl.report._formatting import count, percent
+from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, SearchReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ROLES, ConfusionCell, MarginHistogram, SplitReport, pool
+from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, Role, SplitReport, by_role, pool
 from lightning_nrl.report.tables import confusion_changes
-
-if TYPE_CHECKING:
-    from lightning_nrl.report.repair_report import RepairReport
-
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
-MATRIX_CLASSES = 16
-"""A matrix of more is not legible."""
-CHANGE_COLOURS = "BrBG"
-"""Brown for the worse, teal for the better; colour-blind readers tell them apart."""
+MATRIX_CLASSES = 16  # a matrix of more is not legible
+CHANGE_COLOURS = "BrBG"  # brown for the worse, teal for the better, for colour-blind readers too
 DARK = 0.7  # share of the deepest shade from which on text is white
 GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
 CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 SEARCH_WIDTH, SEARCH_ROW = 8.4, 2.7  # inches
+COUNTS_PANEL = "best so far: samples"
 SEARCH_PANELS = {
-    "best so far: samples": {"patched": "repaired", "broken": "broken"},
+    COUNTS_PANEL: {"patched": "repaired", "broken": "broken"},
     "fitness": {"best": "best so far", "mean": "mean of the swarm"},
     "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
     "diversity of the swarm": {"diversity": "diversity"},
@@ -58,17 +54,16 @@ SEARCH_PANELS = {
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
 """Of the cells that a picture can show; of larger tensors a cell is the largest change of several weights."""
+LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
+HEAD_ROWS, TARGET_CHARACTERS = 2.6, 46
+HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["warn"], "#CCCCCC", "#666666"
 
 Draw = Callable[[Any], None]
 """Draws one panel on matplotlib axes."""
 
 
-def repair_figures(report: RepairReport) -> dict[str, Any]:
-    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+def repair_figures(report: RepairRecord) -> dict[str, Any]:
+    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out."""
     figures = {}
     for title, draw in _panels(report).items():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
@@ -77,16 +72,8 @@ def repair_figures(report: RepairReport) -> dict[str, Any]:
     return figures
 
 
-def reviewer_figures(report: RepairReport, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """All figures for a reviewer: those of the report, the search in full, the weights that changed.
-
-    Args:
-        report: of the repair.
-        changes: by the names of the state dict, whole tensors of what was added; None if that is not known.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """All figures for a reviewer: those of the report, the search in full, the weights that changed (`changes`)."""
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -121,50 +108,37 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     return figure
 
 
-def draw_repair(report: RepairReport) -> Any:
+def draw_repair(report: RepairRecord) -> Any:
     """All panels in one figure, two a row."""
-    panels = _panels(report)
-    figure, axes = panel_grid(len(panels), 2 * PANEL_WIDTH, PANEL_HEIGHT)
+    figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
     figure.suptitle(literal(f"{report.status.capitalize()}: {report.target}"), color=INK, fontsize=12)
-    _draw_panels(axes, panels)
     return figure
 
 
 def search_figure(search: SearchReport) -> Any:
-    """The whole course of a search: a panel for each kind of curve; None where the search has no course.
-
-    Fitness is shown from the first that breaks nothing on: at the start the mean is far below zero.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """The whole course of a search: a panel for each kind of curve; None where the search has no course."""
     panels = _search_panels(search)
-    if not panels:
-        return None
-    figure, axes = panel_grid(len(panels), SEARCH_WIDTH, SEARCH_ROW)
-    _draw_panels(axes, panels)
-    return figure
+    return _drawn(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
 
-def _draw_panels(axes: Sequence[Any], panels: Mapping[str, Draw]) -> None:
+def _drawn(panels: Mapping[str, Draw], width: float, height: float) -> Any:
+    figure, axes = panel_grid(len(panels), width, height)
     for own, (title, draw) in zip(axes, panels.items(), strict=True):
         draw(own)
         own.set_title(title, color=INK, fontsize=10)
+    return figure
 
 
-def _panels(report: RepairReport) -> Mapping[str, Draw]:
+def _panels(report: RepairRecord) -> Mapping[str, Draw]:
     panels: dict[str, Draw] = {}
     splits = report.candidate or report.splits
-    for role in ROLES:
-        own = [split for split in splits if split.role == role]
-        if own:
-            panels |= _role_panels(pool(own), report.class_name)
+    for own in by_role(splits).values():
+        panels |= _role_panels(pool(own), report.class_name)
     if len(report.strength) > 1:
-        panels["How far to go, samples by strength"] = partial(_strength, report.strength, report.chosen_strength)
+        panels["How far to go, samples by strength"] = partial(_strength, report.path, report.chosen_strength)
     course = {} if report.search is None else _search_panels(report.search)
-    first = next(iter(SEARCH_PANELS))
-    if first in course:
-        panels[SEARCH_TITLE] = course[first]
+    if COUNTS_PANEL in course:
+        panels[SEARCH_TITLE] = course[COUNTS_PANEL]
     return panels
 
 
@@ -207,49 +181,36 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
     """Draws how many more samples (fewer: below 0) of each class are taken for each class than before.
 
-    More on the diagonal and fewer beside it is for the better. torchmetrics' colours would tell more from fewer alone.
-    Classes in which nothing changed are left out.
+    More on the diagonal and fewer beside it is for the better. Classes in which nothing changed are left out.
     """
     classes = _changed_classes(cells)
-    place = {label: i for i, label in enumerate(classes)}
-    change = torch.zeros(len(classes), len(classes), dtype=torch.long)
+    change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
-            change[place[cell.label], place[cell.prediction]] = cell.after - cell.before
-    labels: list[int | str] = [literal(name(label)) for label in classes]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchmetrics gives matplotlib tensors
-        plot_confusion_matrix(change, axes, labels=labels, cmap=CHANGE_COLOURS)
-    _recolour(axes, torch.where(torch.eye(len(change), dtype=torch.bool), change, -change))
+            change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
+    improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one for the worse is to be seen beside fifty others
+    most = float(np.abs(shade).max())
+    axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
+    size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
+    for i, j in np.argwhere(change):
+        colour = "white" if abs(shade[i, j]) > DARK * most else INK
+        axes.text(j, i, f"{change[i, j]:+}", color=colour, fontsize=size, ha="center", va="center")
+    labels = [literal(name(label)) for label in classes]
+    axes.set_xticks(range(len(classes)), labels, rotation=45)
+    axes.set_yticks(range(len(classes)), labels)
     label_axes(axes, "predicted class", "true class")
 
 
-def _recolour(axes: Any, improvement: Tensor) -> None:
-    (image,) = axes.images
-    shade = improvement.sign() * improvement.abs().sqrt()  # one sample for the worse is to be seen beside fifty others
-    most = float(shade.abs().max())
-    image.set_data(shade.numpy())
-    image.set_clim(-most, most)
-    size = 9 if len(improvement) <= MATRIX_CLASSES // 2 else 7
-    for text in axes.texts:
-        j, i = text.get_position()
-        value = float(shade[i, j])
-        text.set(fontsize=size, color="white" if abs(value) > DARK * most else INK, visible=value != 0)
-        if not text.get_text().startswith("-"):
-            text.set_text(f"+{text.get_text()}")
-
-
 def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) -> None:
-    points = sorted(path, key=lambda point: point.strength)
-    at = [0.0, *(point.strength for point in points)]
-    axes.plot(at, [0, *(p.known.repaired for p in points)], "o-", color=GREEN, label="repaired")
-    axes.plot(at, [0, *(p.known.broken for p in points)], "s--", color=RED, label="broken")
-    held = [(p.strength, p.calibration) for p in points if p.calibration is not None]
+    at = [point.strength for point in path]
+    axes.plot(at, [point.known.repaired for point in path], "o-", color=GREEN, label="repaired")
+    axes.plot(at, [point.known.broken for point in path], "s--", color=RED, label="broken")
+    held = [(point.strength, point.calibration) for point in path if point.calibration is not None]
     if held:
-        at = [0.0, *(strength for strength, _ in held)]
-        for flip, colour in (("repaired", GREEN), ("broken", RED)):
-            counts = [0, *(getattr(flips, flip) for _, flips in held)]
-            axes.plot(at, counts, ":", marker="x", color=colour, label=f"{flip}, calibration")
+        at, flips = [strength for strength, _ in held], [flips for _, flips in held]
+        axes.plot(at, [one.repaired for one in flips], "x:", color=GREEN, label="repaired, calibration")
+        axes.plot(at, [one.broken for one in flips], "x:", color=RED, label="broken, calibration")
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
     across = "strength: 0 the original weights, 1 the patch"
@@ -257,9 +218,7 @@ def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) ->
 
 
 def _search_panels(search: SearchReport) -> dict[str, Draw]:
-    history: dict[str, Sequence[float]] = dict(search.history)
-    if search.n_passed is not None and "intact" in history:
-        history["broken"] = [search.n_passed - intact for intact in history["intact"]]
+    history = search.curves
     panels: dict[str, Draw] = {}
     for title, names in SEARCH_PANELS.items():
         curves = {label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1}
@@ -273,7 +232,7 @@ def _course(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None,
     for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
-    if best is not None:
+    if best is not None:  # from the first that breaks nothing on: at the start the mean is far below zero
         known = [value for value in best if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
 
@@ -285,15 +244,7 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
 
 
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Figures by title of what was added to each weight; none if nothing was.
-
-    Args:
-        changes: by the names of the state dict, whole tensors of what was added, 0 where a weight stays as it is.
-        localization: which weights were searched.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """Figures by title of what was added to each weight, whole tensors by the names of the state dict."""
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
         return {}
@@ -339,15 +290,59 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
 
     A cell of a larger one is that change of the weights it stands for which is largest, with its sign.
     """
-    rows = change.reshape(change.shape[0] if change.ndim > 1 else 1, -1)
-    return _thinned(_thinned(rows, GRID_COLUMNS).T, GRID_ROWS).T.double().numpy()
+    rows = change.reshape(1, change.shape[0] if change.ndim > 1 else 1, -1).double()
+    size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
+    highest, lowest = adaptive_max_pool2d(rows, size)[0], -adaptive_max_pool2d(-rows, size)[0]
+    return torch.where(highest >= -lowest, highest, lowest).numpy()
 
 
-def _thinned(rows: Tensor, most: int) -> Tensor:
-    """`n x k` to `n x most` at most; what is largest of each group of columns."""
-    n_columns = rows.shape[1]
-    size = -(-n_columns // most)
-    if size == 1:
-        return rows
-    padded = torch.nn.functional.pad(rows, (0, -n_columns % size)).reshape(rows.shape[0], -1, size)
-    return padded.gather(2, padded.abs().argmax(2, keepdim=True)).squeeze(2)
+def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
+    """The roles of the data, and rows of a label and one cell a role: what a reviewer decides on."""
+    splits = report.candidate or report.splits
+    pooled = {role: pool(own) for role, own in by_role(splits).items()}
+    updates = {role: report.pooled_update(role) for role in pooled}
+    judged = [split if (update := updates[role]) is None else update.now for role, split in pooled.items()]
+    rows = [("samples", [count(split.n) for split in pooled.values()])]
+    rows.append(("repaired in target (RR)", [_share(s.repaired_in_target, s.targeted) for s in pooled.values()]))
+    rows.append(("repaired, all", [count(split.repaired) for split in pooled.values()]))
+    rows.append(("broken (BR)", [_share(split.broken, split.passed) for split in pooled.values()]))
+    if any(updates.values()):
+        pairs = [(u.trained.broken, u.now.broken) if u else None for u in updates.values()]
+        rows.append(("regressions", ["-" if pair is None else f"{pair[0]:,} -> {pair[1]:,}" for pair in pairs]))
+    nfr = [split.rates["negative_flip_rate"] for split in judged]
+    rows.append(("negative flip rate (NFR)", [percent(rate) for rate in nfr]))
+    rows.append(("accuracy before", [percent(split.accuracy_before) for split in pooled.values()]))
+    rows.append(("accuracy after", [percent(split.accuracy_after) for split in pooled.values()]))
+    return tuple(pooled), [(label, tuple(cells)) for label, cells in rows]
+
+
+def summary_figure(report: RepairRecord) -> Any:
+    """The verdict above a table of `summary_rows`, as a figure that is legible when small."""
+    roles, rows = summary_rows(report)
+    n_lines = len(rows) + HEAD_ROWS + 1
+    width = LABEL_WIDTH + COLUMN_WIDTH * len(roles)
+    figure = new_figure(width, ROW_HEIGHT * n_lines, layout=None)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(n_lines, 0))
+    verdict = report.status.capitalize() + (" (what it would do)" if report.candidate else "")
+    axes.text(0.03, 0.95, verdict, color=TONE_COLOURS[report.tone], fontsize=15, weight="bold", va="center")
+    about = shorten(f"{report.target}; gate {report.gate}", TARGET_CHARACTERS, placeholder=" ...")
+    axes.text(0.03, 1.95, literal(about), color=MUTED_COLOUR, fontsize=9, va="center")
+    ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
+    for role, x in zip(roles, ends, strict=True):
+        axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")
+    for i, (label, cells) in enumerate(rows):
+        y = HEAD_ROWS + 1.45 + i
+        axes.axhline(y - 0.5, 0.03, 0.97, color=RULE_COLOUR, linewidth=0.6)
+        harmful = label.startswith(("broken", "regressions"))
+        axes.text(0.03, y, label, color=INK, fontsize=10, va="center")
+        for cell, x in zip(cells, ends, strict=True):
+            harm = harmful and not cell.startswith(("0", "-")) and not cell.endswith("-> 0")
+            colour = HARM_COLOUR if harm else INK
+            axes.text(x, y, cell, color=colour, fontsize=10, weight="bold", ha="right", va="center")
+    return figure
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" if whole else "-"

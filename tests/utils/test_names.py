@@ -1,16 +1,14 @@
+from __future__ import annotations
+
 import pytest
 
-from lightning_nrl._utils.registry import Registry
+from lightning_nrl._utils.registry import Registry, import_function
 from lightning_nrl.errors import ConfigurationError
 
 
 class Shape:
     def __init__(self, side: str = "1") -> None:
         self.side = int(side)
-
-
-class Circle(Shape):
-    pass
 
 
 def shapes() -> Registry[Shape]:
@@ -24,34 +22,6 @@ def test_a_name_stands_for_an_object_with_default_settings_and_an_object_for_its
     assert registry.parse("shape", "square").side == 1
     assert registry.parse("shape", own) is own
     assert registry.factory("shape", "square")("2").side == 2
-
-
-def test_a_decorator_registers_and_gives_the_class_back() -> None:
-    registry = shapes()
-    assert registry.register("circle")(Circle) is Circle
-    assert list(registry) == ["square", "circle"]
-    assert registry.forms == ("square:2", "circle")
-    assert "circle" in registry
-    assert "oval" not in registry
-
-
-def test_included_names_come_after_the_own_ones_also_when_they_are_added_later() -> None:
-    inner = shapes()
-    outer: Registry[Shape] = Registry("shape", "Shape()", lambda value: isinstance(value, Shape), include=(inner,))
-    outer.register("circle")(Circle)
-    inner.register("dot", "dot:0")(lambda: Shape("0"))
-    assert list(outer) == ["circle", "square", "dot"]
-    assert outer.forms == ("circle", "square:2", "dot:0")
-    assert outer.parse("shape", "dot").side == 0
-    assert "circle" not in inner
-
-
-@pytest.mark.parametrize("name", ["square", "circle"])
-def test_a_name_is_given_once(name: str) -> None:
-    outer: Registry[Shape] = Registry("shape", "Shape()", lambda value: True, include=(shapes(),))
-    outer.register("circle")(Circle)
-    with pytest.raises(ValueError, match=f"named '{name}' already"):
-        outer.register(name)(Shape)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +45,22 @@ def test_text_that_cannot_be_read_is_refused_with_the_forms_and_the_nearest_name
         "`form='squar:2'` is no shape, did you mean 'square'?\nHINT: write one of ['square:2']"
     )
     assert "is no shape.\n" in str(shapes().unreadable("`form='square:x'`", "square"))
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("floor", "='floor'` was not found: No module named 'floor'"),
+        (":floor", "=':floor'` was not found"),
+        ("", "=''` was not found"),
+        (".:floor", "='.:floor'` was not found"),
+        ("no.such.module:f", "='no.such.module:f'` was not found: No module named 'no'"),
+        ("math:flour", "='math:flour'` was not found: module 'math' has no attribute 'flour'"),
+        ("math:pi", "`: a value of type float cannot be called"),
+    ],
+)
+def test_an_address_without_a_function_is_refused(address: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        import_function("adapter", address)
+    assert str(refusal.value).startswith(f"`adapter{problem}")
+    assert "\nHINT: " in str(refusal.value)

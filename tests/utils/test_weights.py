@@ -1,4 +1,4 @@
-"""A repair leaves the model as it found it, whatever happens."""
+"""Weights of a live model: read, replaced for a while, written, hashed, and given back as they were."""
 
 from __future__ import annotations
 
@@ -13,10 +13,149 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Target, repair_module
-from lightning_nrl._utils.preserve import evaluating, preserve, random_state, seed_all
+from lightning_nrl._utils.preserve import evaluating, preserve, random_state
+from lightning_nrl._utils.state import (
+    between,
+    changed,
+    check_saved,
+    hash_tensors,
+    holding,
+    saved_names,
+    snapshot,
+    write,
+)
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.gate import Instance
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.search import Fitness
+
+
+class Shared(nn.Module):
+    """One head under two names, a batch norm, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 1, bias=False)
+        self.exit = self.head
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exit(self.norm(x))
+
+
+NEW = torch.tensor([[2.0, 3.0]])
+
+
+@pytest.mark.parametrize("name", ["head.weight", "exit.weight"])
+def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
+    model = Shared().eval()
+    own, mean = model.head.weight, model.norm.running_mean
+    held = NEW.clone().requires_grad_()
+    with holding(model, {name: held, "norm.running_mean": torch.ones(2)}):
+        # ([2, 4] - 1) @ [2, 3]
+        torch.testing.assert_close(model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0)
+        model(torch.tensor([[2.0, 4.0]])).sum().backward()
+        assert model.exit.weight is model.head.weight is held
+    assert model.exit.weight is model.head.weight is own
+    assert model.norm.running_mean is mean
+    assert own.grad is None
+    torch.testing.assert_close(held.grad, torch.tensor([[1.0, 3.0]]), rtol=1e-4, atol=0)
+
+
+WRONG = {"nowhere.weight": NEW, "cache": torch.ones(1), "head.weight": torch.zeros(2, 2), "norm.bias": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("use", [write, changed, lambda model, state: holding(model, state).__enter__()])
+def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> None:
+    model = Shared()
+    before = snapshot(model)
+    found = r"is not there" if name in ("nowhere.weight", "cache") else r"has the shape \["
+    with pytest.raises(ConfigurationError, match=rf"`model`: its tensor '{name}' {found}"):
+        use(model, {"norm.weight": torch.zeros(2), name: WRONG[name]})  # type: ignore[operator]
+    assert not changed(model, before)
+
+
+def test_what_differs_comes_under_all_its_names() -> None:
+    model = Shared()
+    own = snapshot(model)
+    assert changed(model, own) == {}
+    found = changed(model, {**own, "norm.bias": torch.ones(2)})
+    assert list(found) == ["norm.bias"]
+    found = changed(model, {"exit.weight": NEW})
+    assert list(found) == ["head.weight", "exit.weight"]
+    assert found["head.weight"] is found["exit.weight"] is NEW
+
+
+def test_half_of_the_way_is_the_mean() -> None:
+    old = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3), "other": NEW}
+    new = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
+    assert between(old, new, 0.5)["w"].tolist() == [0.5, 3.0]
+    assert between(old, new, 1.5)["w"].tolist() == [1.5, 5.0]
+    assert [int(between(old, new, t)["n"]) for t in (0, 0.4, 0.5, 1.5)] == [3, 3, 5, 5]
+    assert list(between(old, new, 0.3)) == ["w", "n"]
+
+
+def test_a_variance_stays_at_or_above_zero() -> None:
+    old, new = {"norm.running_var": torch.tensor([1.0, 1.0])}, {"norm.running_var": torch.tensor([0.1, 3.0])}
+    torch.testing.assert_close(between(old, new, 1.5)["norm.running_var"], torch.tensor([0.0, 4.0]))
+
+
+class Saves(nn.Linear):
+    """Gives its state dict in another form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__(2, 2)
+        self.form = form
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.form(super().state_dict(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        (dict, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {f"net.{name}": x for name, x in state.items()}, {"net.weight": "weight", "net.bias": "bias"}),
+        (lambda state: {"bias": state["bias"]}, {"bias": "bias"}),
+        (lambda state: {name: x.half().clone() for name, x in state.items()}, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {**state, "weight": torch.zeros(2, 2)}, {"bias": "bias"}),
+    ],
+)
+def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, str]) -> None:
+    model = Saves(form)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    assert saved_names(model) == names
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    check_saved(model, names.values())
+    if "weight" not in names.values():
+        with pytest.raises(ConfigurationError, match="does not save 'weight' as it is"):
+            check_saved(model, ["bias", "weight"])
+
+
+def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
+    x = torch.zeros(2, 2)
+    tensors = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}, {}]
+    assert len({hash_tensors(each) for each in tensors}) == len(tensors)
+
+
+def test_hash_ignores_order_strides_and_gradients() -> None:
+    x, y = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
+    other = torch.nn.Parameter(x.t().contiguous().t())
+    assert not other.is_contiguous()
+    assert hash_tensors({"x": x, "y": y}) == hash_tensors({"y": y, "x": other})
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layout) -> None:
+    dense = [
+        torch.tensor(rows) for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
+    ]
+    first, *others = (hash_tensors({"w": x.to_sparse(layout=layout)}) for x in (dense[0], *dense))
+    assert others[0] == first
+    assert len(set(others)) == 3
 
 
 class Counting(nn.Module):
@@ -110,77 +249,6 @@ def test_a_repair_that_raises_leaves_no_trace(part: dict[str, Any], error: type[
     assert same(picture(model), before)
 
 
-def test_the_model_runs_in_evaluation_mode() -> None:
-    model = network()
-    seen: list[bool] = []
-    model[4].register_forward_pre_hook(lambda module, args: seen.append(module.training))
-    repair_module(model, known(), quick())
-    assert seen
-    assert not any(seen)
-
-
-def test_frozen_weights_are_repaired_like_others() -> None:
-    frozen = trained().requires_grad_(False)
-    expected = repair_module(trained(), known(), quick())
-    outcome = repair_module(frozen, known(), quick())
-    assert torch.equal(outcome.change, expected.change)
-    assert outcome.write(frozen)
-    assert not any(p.requires_grad for p in frozen.parameters())
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_caller_without_gradients_gets_the_same_repair(mode: Any) -> None:
-    model, sources = trained(), known()
-    expected = repair_module(model, sources, quick())
-    with mode():
-        outcome = repair_module(model, sources, quick())
-        assert not torch.is_grad_enabled()
-        assert torch.is_inference_mode_enabled() is (mode is torch.inference_mode)
-    assert torch.equal(outcome.change, expected.change)
-
-
-def test_buffers_that_were_not_there_are_left_alone() -> None:
-    model = Counting()
-    with preserve(model):
-        model(torch.ones(2))
-        model.register_buffer("new", torch.ones(1))
-        assert model.calls == 1
-        assert not model.training
-    assert model.training
-    assert model.calls == 0
-    assert model.last == 0
-    assert model.nothing is None
-    assert model.new == 1
-
-
-def test_buffers_of_any_layout_are_given_back() -> None:
-    model = nn.Linear(2, 2)
-    model.register_buffer("graph", torch.eye(2).to_sparse())
-    with preserve(model):
-        model.graph.mul_(2)
-    assert torch.equal(model.graph.to_dense(), torch.eye(2))
-
-
-class TwoNames(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(trained()[0], nn.ReLU())
-        self.head = trained()[2]
-        self.exit = self.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.exit(self.body(x))
-
-
-@pytest.mark.parametrize("layer", ["head", "exit"])
-def test_a_layer_under_two_names_keeps_its_own_weight(layer: str) -> None:
-    model = TwoNames()
-    parameter, value = model.head.weight, model.head.weight.detach().clone()
-    assert repair_module(model, known(), quick(layer=layer)).report.status == "repaired"
-    assert model.head.weight is model.exit.weight is parameter
-    assert torch.equal(parameter, value)
-
-
 def draw() -> tuple[float, float, float]:
     return torch.rand(1).item(), float(np.random.rand()), random.random()
 
@@ -240,14 +308,6 @@ def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_me
     assert not model.merged
 
 
-def test_weights_that_nobody_writes_to_are_not_written_back() -> None:
-    model = nn.Linear(2, 2)
-    version = model.weight._version
-    with preserve(model):
-        model(torch.ones(1, 2))
-    assert model.weight._version == version
-
-
 def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
     model = nn.Embedding(3, 2, max_norm=0.1)
     before = model.weight.detach().clone()
@@ -255,37 +315,3 @@ def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
         model(torch.arange(3))
         assert not torch.equal(model.weight, before)
     assert torch.equal(model.weight, before)
-
-
-def test_modules_without_values_are_left_alone() -> None:
-    lazy, meta = nn.LazyLinear(2), nn.Linear(2, 2, device="meta")
-    with preserve(lazy), preserve(meta):
-        assert not lazy.training
-    assert lazy.training
-    assert meta.training
-
-
-def test_the_seed_of_a_device_that_was_not_started_is_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    torch.manual_seed(5)
-    with random_state():
-        torch.manual_seed(7)
-    assert seeds == [5, 7, 5]
-    assert not torch.cuda.is_initialized()
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_devices_are_seeded_where_there_are_any(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    with random_state():
-        before = len(seeds)
-        seed_all(5)
-        drawn = torch.rand(2)
-        assert seeds[before:] == [5] * there
-        torch.default_generator.manual_seed(5)
-        assert torch.equal(torch.rand(2), drawn)
-    assert bool(seeds) == there

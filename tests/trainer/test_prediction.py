@@ -61,19 +61,19 @@ def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
 
 
 class Smoothed(nn.Module):
-    """Keeps a mean of its logits in a plain attribute, and a head that nothing comes of; `end` is what comes last."""
+    """Keeps a mean of its logits in a plain attribute, and a head that nothing comes of."""
 
-    def __init__(self, end: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body, self.classes, self.idle = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.mean, self.noted, self.end = torch.zeros(3), [torch.zeros(3)], end
+        self.mean, self.noted = torch.zeros(3), [torch.zeros(3)]
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.body(x))
         self.noted[0] += 0.1 * self.idle(features).mean(0)
         logits: Tensor = self.classes(features)
         self.mean = 0.9 * self.mean + 0.1 * logits.mean(0)
-        return logits if self.end is None else self.end(logits)
+        return logits
 
 
 def test_what_a_model_holds_in_plain_attributes_does_not_become_nan() -> None:
@@ -81,22 +81,6 @@ def test_what_a_model_holds_in_plain_attributes_does_not_become_nan() -> None:
     assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
     assert model.mean.isfinite().all()
     assert model.noted[0].isfinite().all()
-
-
-@pytest.mark.parametrize("end", [torch.nan_to_num, lambda logits: logits + torch.tensor([0.0, 0.0, -torch.inf])])
-def test_logits_may_be_without_nan_or_masked(end: Any) -> None:
-    model, raw = Smoothed(end), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
-
-
-def test_where_the_last_layer_is_frozen_the_one_that_is_taken_has_a_part() -> None:
-    net, raw = Heads(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    classes = net.classes.requires_grad_(False)
-    del net.classes
-    net.classes = classes  # now registered behind the other head
-    model = FirstOutput(net)
-    space, _ = find_scope(model, called=called_layers(model, Evaluator(model), first, raw))
-    assert [site.name for site in space.sites] == ["net.body"]
 
 
 def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part() -> None:
@@ -129,20 +113,3 @@ def test_a_layer_may_give_places_or_directions(by_place: bool) -> None:
     torch.manual_seed(0)
     model, raw = Looked(by_place), (3 * torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
     assert set(called_layers(model, Evaluator(model), first, raw) or ()) == {"rows", "place"}
-
-
-class Reused(FirstOutput):
-    """Writes its logits, never NaN, into the same memory each time."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
-        self.register_buffer("out", torch.zeros(5, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.get_buffer("out").copy_(super().forward(x).nan_to_num())
-        return out
-
-
-def test_logits_may_share_their_memory() -> None:
-    model, raw = Reused(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    assert called_layers(model, Evaluator(model), first, raw) == ["net.body", "net.classes"]
