@@ -5,40 +5,29 @@ Held-out data are not searched: calibration data choose the strength, unseen dat
 
 from __future__ import annotations
 
-import torch
 import warnings
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.data.batch import RecordingSource
-from lightning_nrl.data.sample_identity import Identified
-from lightning_nrl.data.sample_identity import content_recorder
-from lightning_nrl.data.sample_identity import is_among
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.errors import DataWarning
-from lightning_nrl.errors import OtherRankError
-from lightning_nrl.errors import TargetError
-from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation import Flips
-from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
+from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import refusing_batch_statistics
 from lightning_nrl.evaluation.slices import normalised
-from lightning_nrl.pipeline.input_checks import check_losses
-from lightning_nrl.pipeline.input_checks import check_task
+from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
-from lightning_nrl.updates.old_model import Reference
-from lightning_nrl.updates.old_model import Update
-from lightning_nrl.updates.old_model import look_back
-from torch import Tensor
+from lightning_nrl.updates.old_model import Reference, Update, look_back
+
 
 @dataclass(frozen=True)
 class Baseline:

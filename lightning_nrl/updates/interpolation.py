@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import torch
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import islice
-from lightning_nrl._utils.checkpoint import fitting
-from lightning_nrl._utils.checkpoint import read_state
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State
-from lightning_nrl._utils.state import between
-from lightning_nrl._utils.state import device_of
-from lightning_nrl._utils.state import holding
-from lightning_nrl._utils.state import snapshot
-from lightning_nrl._utils.state import write
-from lightning_nrl.data.adapters import bind_adapter
-from lightning_nrl.data.adapters import unpack
-from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.batch import Source
-from lightning_nrl.data.batch import run_model
-from lightning_nrl.data.batch import unpacked
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.errors import check_real
+from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
+from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.page import Heading
-from lightning_nrl.report.page import Page
-from lightning_nrl.report.page import Row
-from lightning_nrl.report.page import Shown
-from lightning_nrl.report.page import Table
-from lightning_nrl.report.page import Text
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from typing import Any
+from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""

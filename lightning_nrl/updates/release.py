@@ -4,53 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
 import torch
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from torch import nn
+
 from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.errors import check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.rates import Rate
-from lightning_nrl.evaluation.rates import UPDATE_RATES
-from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
+from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
 from lightning_nrl.evaluation.slices import Slices
-from lightning_nrl.report._formatting import from_here
-from lightning_nrl.report._formatting import list_ids
-from lightning_nrl.report._formatting import percent
+from lightning_nrl.report._formatting import from_here, list_ids, percent
 from lightning_nrl.report.html import Report
-from lightning_nrl.report.page import Block
-from lightning_nrl.report.page import Facts
-from lightning_nrl.report.page import Heading
-from lightning_nrl.report.page import Page
-from lightning_nrl.report.page import Row
-from lightning_nrl.report.page import Table
-from lightning_nrl.report.page import Text
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.run_records import installed_versions
-from lightning_nrl.report.stats import Bound
-from lightning_nrl.report.stats import percent_up
-from lightning_nrl.report.stats import show_confidence
-from lightning_nrl.updates.model_pair import ModelPair
-from lightning_nrl.updates.model_pair import evaluate_pair
-from lightning_nrl.updates.old_model import OldModel
-from lightning_nrl.updates.old_model import Reference
-from lightning_nrl.updates.old_model import parse_reference
+from lightning_nrl.report.stats import Bound, percent_up, show_confidence
+from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
+from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import parse_rules
-from lightning_nrl.updates.rules import Finding
-from lightning_nrl.updates.rules import MaxNegativeFlipRate
-from lightning_nrl.updates.rules import Rule
-from lightning_nrl.updates.rules import sign_test
-from torch import nn
-from typing import Any
-from typing import Literal
+from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
+
 
 def release(
     new: nn.Module | Evaluator,
