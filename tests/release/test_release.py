@@ -200,21 +200,6 @@ def test_files_are_judged_as_the_models_are(
     assert decide([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--rule", "slices"], "the rule `slices` needs slices"),
-        (["--rule", "no"], "'no' is no rule"),
-        (["--slices", "nowhere.csv"], "`slices='nowhere.csv'` cannot be read"),
-    ],
-)
-def test_misuse_has_an_exit_status_of_its_own(
-    more: list[str], message: str, files: tuple[Path, ReleaseReport], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert decide([str(files[0] / "old.csv"), str(files[0] / "new.csv"), *more]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
     assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
