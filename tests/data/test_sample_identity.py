@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_nrl import TensorSource
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
 from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder
 

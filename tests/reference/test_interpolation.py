@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.updates import choose_share, interpolate
 from lightning_nrl.updates.interpolation import ShareChoice, batch_norms, estimate_statistics

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from repository import ROOT
 from toy_repairs import blobs, mlp, right, trained
 
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.report import hash_tensors
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
 
 HOW_TO = ROOT / "docs" / "release.md"
