@@ -16,7 +16,7 @@ from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.progress_bar import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
-from lightning_nrl._trainer.sample_views import class_names, sample_views
+from lightning_nrl._trainer.sample_display import class_names, sample_views
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
