@@ -3,8 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,6 @@ def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -
     bare = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
     assert "unseen" not in bare.render()
     assert len(bare.plot().axes) == 1
-
-
-def test_what_breaks_nothing_need_not_be_scaled_and_what_always_does_is_scaled_to_none() -> None:
-    safe, harmful = Moved(0.65), Moved(2.0)
-    model, sources = threshold(0.75), [TRAIN, replace(NEW, failed=True), points([0.751], [1], "edge")]
-    comparison = compare_module(model, sources, methods={"safe": safe, "harmful": harmful})
-    assert comparison["safe"].scaled == comparison["safe"].given
-    # 0.751 breaks as soon as the threshold rises above it, at t = 0.0008.
-    assert counts(comparison["harmful"].scaled) == (0.0, 0, 0, 0, 0, 0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -263,9 +253,3 @@ def test_the_picture_names_every_curve(tmp_path: Path) -> None:
     styles = [line.get_linestyle() for line in panels[0].lines[1:] if len(line.get_xdata()) > 1]
     assert styles == ["-", "--", "--"]
     assert list(panels[1].lines[1].get_xdata()) == [0, 20, 58]
-
-
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigurationError, match=r"pip install lightning_nrl\[plots\]"):
-        COMPARISON.plot()

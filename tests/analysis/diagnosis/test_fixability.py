@@ -47,19 +47,6 @@ def test_the_smallest_change_where_no_passed_sample_is_in_the_way() -> None:
     assert found.limit == pytest.approx(math.sqrt(1.005))
 
 
-def test_a_passed_sample_that_binds_is_named() -> None:
-    # The score of (1, 1, 1/2) is -0.6. Alone v = 0.601 / 2.25 (1, 1, 1/2) would do, but the first passed sample allows
-    # v_1 <= 0.1 - REQUIRED_MARGIN / sqrt(3). The other two axes give the rest, in proportion 1 : 1/2.
-    found = fixability_of([1.0, 1.0, 0.5])
-    first = 0.1 - REQUIRED_MARGIN / math.sqrt(3)
-    second = (0.6 + REQUIRED_MARGIN - first) / 1.25
-    v = [first, second, second / 2]
-    assert found.fixable.tolist() == [True]
-    assert found.binds.tolist() == [[True, False, False]]
-    assert found.change[0, 1].tolist() == pytest.approx([x / 2 for x in v], rel=1e-3)
-    assert found.size.item() == pytest.approx(math.hypot(*v) / math.sqrt(2), rel=1e-3)
-
-
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[LayerSamples, LayerSamples]:
     """Random features; labels are what a random layer says, other ones for the targets."""

@@ -61,17 +61,14 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
         assert again.runs == RESULT.runs
         assert again.best() == RESULT.best()
     assert SweepResult.from_json(RESULT.to_json()) == RESULT
+    for what in (RESULT.state, RESULT.arguments):
+        with pytest.raises(ConfigurationError, match=r"`run`: of 'eq1 alpha=4' with seed 0 this result does not know"):
+            what(ROWS[0])
     without = SweepResult((made("plain", 0, (1, 0)),))
     assert SweepResult.from_csv(without.to_csv()).runs == without.runs
     for wrong in ("a,b\n1,2\n", RESULT.to_csv().replace("True", "yes"), RESULT.to_csv().replace(",head,", ",head,x")):
         with pytest.raises(ConfigurationError, match="`source` is no table of a sweep"):
             SweepResult.from_csv(wrong)
-
-
-def test_a_table_alone_says_that_it_has_no_weights() -> None:
-    for what in (RESULT.state, RESULT.arguments):
-        with pytest.raises(ConfigurationError, match=r"`run`: of 'eq1 alpha=4' with seed 0 this result does not know"):
-            what(ROWS[0])
 
 
 def seen(runs: tuple[Run, ...], role: str = "known") -> list[tuple[int, int]]:
@@ -121,11 +118,11 @@ def test_unseen_data_have_no_part_in_the_choice(counts: list[tuple[int, int]]) -
     assert (best.setting, best.seed) == ("eq1 alpha=4", 1)
 
 
-def test_a_run_is_free_of_regressions_if_it_repairs_and_breaks_nothing() -> None:
-    assert [run.regression_free for run in ROWS] == [False, True, True, True, False]
-
-
 def test_a_line_for_each_setting() -> None:
+    assert [run.regression_free for run in ROWS] == [False, True, True, True, False]
+    assert RESULT.of("eq1 alpha=6") == tuple(ROWS[2:4])
+    with pytest.raises(ConfigurationError, match="did you mean 'eq1 alpha=6'"):
+        RESULT.of("eq1 alpha=5")
     page = RESULT.render(120)
     assert "5 runs of 3 settings in 1 s. 8 failures to repair, 90 of 100 known samples right before, 40 of 50" in page
     lines = [" ".join(line.split()) for line in page.splitlines()]
@@ -134,9 +131,3 @@ def test_a_line_for_each_setting() -> None:
     assert "plain 1 0.0 0.0 0% 0.0 0.0 +0.0 0.0 0.0 +0.0" in lines
     assert "No run." in SweepResult(()).render()
     assert "| plain | 1 |" in RESULT.to_markdown()
-
-
-def test_runs_of_one_setting() -> None:
-    assert RESULT.of("eq1 alpha=6") == tuple(ROWS[2:4])
-    with pytest.raises(ConfigurationError, match="did you mean 'eq1 alpha=6'"):
-        RESULT.of("eq1 alpha=5")
