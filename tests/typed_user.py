@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pytorch_lightning import LightningModule, Trainer
+
 from lightning_nrl import (
     RegressionFreeRepair,
     RepairInTraining,
@@ -13,7 +15,6 @@ from lightning_nrl import (
     repair,
     sweep,
 )
-from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.diagnosis import Diagnosis
 from lightning_nrl.analysis.sweep import SweepResult

@@ -1,4 +1,4 @@
-"""Going on with the training of a LightningModule, the known failures added to its data."""
+"""Continues the training of a LightningModule with the known failures added to its data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._trainer.data_splits import find_loader
-from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
+from lightning_nrl._trainer.inner_trainer import (
+    CannotTrainError,
+    TimeBudget,
+    TrainingTrial,
+    copied_data_module,
+    copied_module,
+    inner_trainer,
+    quiet,
+)
 from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
-from lightning_nrl._trainer.training_time import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.resume import ResumeStore
@@ -30,83 +37,14 @@ from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, TrainingWarning
 from lightning_nrl.methods.budget import FEWEST_EPOCHS
-from lightning_nrl.pipeline.settings import plain_value
 
 Augment = Callable[[Any], Any]
 """Takes a batch of targets as the data loader gives it, and gives another one."""
 
 
-class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Samples of a data set, each with whether it is marked; `marked` is `n` bool."""
-
-    def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
-        self.data, self.marked = data, marked
-
-    def __getitem__(self, index: int) -> tuple[Any, bool]:
-        return self.data[index], bool(self.marked[index])
-
-    def __len__(self) -> int:
-        return len(self.marked)
-
-
-@dataclass(frozen=True)
-class AugmentingCollate:
-    """Puts marked samples together, changes that batch, and joins it with the batch of the others, which come first."""
-
-    collate: Callable[[list[Any]], Any]
-    augment: Augment
-
-    def __call__(self, samples: Sequence[tuple[Any, bool]]) -> Any:
-        targets = [sample for sample, is_marked in samples if is_marked]
-        others = [sample for sample, is_marked in samples if not is_marked]
-        if not targets:
-            return self.collate(others)
-        given = self.collate(targets)
-        try:
-            changed = self.augment(given)
-        except Exception as error:
-            text = str(error).partition("\n")[0]
-            raise ConfigurationError(
-                f"`augment` raised {type(error).__name__}: {text}.",
-                "it is called with a batch of targets as the data loader gives it.",
-            ) from error
-        return changed if not others else _joined(self.collate(others), changed)
-
-
-def _joined(one: Any, other: Any) -> Any:
-    """Two batches as one: tensors and lists behind each other, all else as in the first."""
-
-    def is_list(x: Any) -> bool:
-        return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
-
-    first, spec = pytree.tree_flatten(one, is_leaf=is_list)
-    second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
-    if spec != other_spec:
-        raise _does_not_fit(f"the batch that it gives has {len(second)} parts, the others have {len(first)}")
-    joined: list[Any] = []
-    for a, b in zip(first, second, strict=True):
-        try:
-            joined.append(torch.cat([a, b.to(a)]) if isinstance(a, Tensor) else a + b if isinstance(a, list) else a)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise _does_not_fit(str(error).partition("\n")[0]) from error
-    return pytree.tree_unflatten(joined, spec)
-
-
-def _does_not_fit(problem: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"`augment`: {problem}.",
-        "give a batch of the same form, with tensors of the same sizes but for the number of samples.",
-    )
-
-
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Trains a copy of a module by a trainer of its own (see `lightning_nrl.methods.Training`).
-
-    The module's own `training_step`, optimizers, schedules and augmentation do it, with the precision, clipping and
-    accumulation of the outer trainer. The data are those of the passed and of the failed samples, each once an epoch,
-    in batches as large as in training. Callbacks of the outer trainer have no part in it.
-    """
+    """Trains a copy of a module by its own step, optimizers and augmentation (see `lightning_nrl.methods.Training`)."""
 
     trainer: Trainer
     model: LightningModule
@@ -140,27 +78,8 @@ class ContinuedTraining:
         return self.epochs * len(sample_index(self._like()))
 
     @property
-    def origin(self) -> list[Any]:
-        """What weights come of it depends on, in plain values, as far as it can be known without training."""
-        outer, like = self.trainer, self._like()
-        steppers = [
-            [
-                type(one).__qualname__,
-                plain_value(one.defaults),
-                [group.get("initial_lr", group.get("lr")) for group in one.param_groups],
-            ]
-            for one in outer.optimizers
-        ]
-        return [
-            plain_value(dict(self.model.hparams)),
-            steppers,
-            [outer.precision, outer.gradient_clip_val, outer.gradient_clip_algorithm, outer.accumulate_grad_batches],
-            [batch_size_of(like), like.drop_last],
-        ]
-
-    @property
     def obstacle(self) -> str:
-        """Why training cannot go on, on whatever rank, in words; empty if it can. Reads two samples, trains nothing."""
+        """Why training cannot go on, on any rank; empty if it can. Reads two samples, trains nothing."""
         ranks = Collective.current(self.model.device)
         found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
         return ranks.first_text(found)
@@ -187,23 +106,22 @@ class ContinuedTraining:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
-        seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
-        warned of. A module that steps its optimizers itself has no other rate.
+        seed gives the same weights. None if the weights are not finite or training cannot go on.
         """
-        end, how = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate)
-        return self.work.once("training", partial(self._gone_on, end, clock, epochs, how))
+        end, course = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate)
+        epochs = self.epochs if epochs is None else epochs
+        return self.work.once("training", partial(self._continued, end, clock, epochs, course))
 
-    def _gone_on(self, end: float, clock: StageTimer, epochs: int | None, how: _Course) -> State | None:
-        rate = how.rate
-        if (rate is not None and not self.model.automatic_optimization) or self.warn():
+    def _continued(self, end: float, clock: StageTimer, epochs: int, course: _Course) -> State | None:
+        if (course.rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                state = self._trained(end, clock, self.epochs if epochs is None else epochs, how, folder)
+                state = self._trained(end, clock, epochs, course, folder)
         except CannotTrainError as error:
-            self._warn(str(error).partition("\n")[0])
+            self._warn(_first_line(error))
             return None
-        before = {**current_state(self.model), **how.start}
+        before = {**current_state(self.model), **course.start}
         if state is not None and all(torch.equal(value, state[name]) for name, value in before.items()):
             rank_zero_warn(
                 TrainingWarning(
@@ -214,7 +132,7 @@ class ContinuedTraining:
         return state
 
     def warn(self) -> bool:
-        """Warns if training cannot go on, and says whether it did."""
+        """Warns if training cannot go on; true if it did."""
         obstacle = self.obstacle
         if obstacle:
             self._warn(obstacle)
@@ -245,21 +163,14 @@ class ContinuedTraining:
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
-        """Returns the state of a copy after training."""
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
             live = current_state(self.model)
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
+            how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": course.rate}
             try:
-                model = copied_module(
-                    self.model,
-                    {**live, **course.start},
-                    self.modes,
-                    shared=shared,
-                    left_out=self.left_out,
-                    rate=course.rate,
-                )
+                model = copied_module(self.model, {**live, **course.start}, self.modes, **how)
                 loader = self._loader(seed, course.weight)
                 trainer = inner_trainer(outer, budget, epochs=epochs, batches=len(loader), folder=folder)
             except Exception as error:
@@ -334,12 +245,68 @@ class _Course:
     rate: float | None
 
 
-class Shuffled(Sampler[int]):
-    """Every sample once an epoch, in an order of its own; ranks share them in equal parts.
+class MarkedSamples(Dataset[tuple[Any, bool]]):
+    """Samples of a data set, each with whether it is marked; `marked` is `n` bool."""
 
-    `weight` (`n`) is how often each sample comes in an epoch, on average; those with 0 never do, and an epoch has as
-    many samples as there are others.
-    """
+    def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
+        self.data, self.marked = data, marked
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return self.data[index], bool(self.marked[index])
+
+    def __len__(self) -> int:
+        return len(self.marked)
+
+
+@dataclass(frozen=True)
+class AugmentingCollate:
+    """Puts marked samples together, changes that batch, and joins it with the batch of the others, which come first."""
+
+    collate: Callable[[list[Any]], Any]
+    augment: Augment
+
+    def __call__(self, samples: Sequence[tuple[Any, bool]]) -> Any:
+        targets = [sample for sample, is_marked in samples if is_marked]
+        others = [sample for sample, is_marked in samples if not is_marked]
+        if not targets:
+            return self.collate(others)
+        given = self.collate(targets)
+        try:
+            changed = self.augment(given)
+        except Exception as error:
+            raise ConfigurationError(
+                f"`augment` raised {type(error).__name__}: {_first_line(error)}.",
+                "it is called with a batch of targets as the data loader gives it.",
+            ) from error
+        return changed if not others else _joined(self.collate(others), changed)
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two batches as one: tensors and lists behind each other, all else as in the first."""
+
+    def is_list(x: Any) -> bool:
+        return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
+
+    def join(a: Any, b: Any) -> Any:
+        return torch.cat([a, b.to(a)]) if isinstance(a, Tensor) else a + b if isinstance(a, list) else a
+
+    first, spec = pytree.tree_flatten(one, is_leaf=is_list)
+    second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
+    cause: Exception | None = None
+    problem = f"the batch that it gives has {len(second)} parts, the others have {len(first)}"
+    if spec == other_spec:
+        try:
+            return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            cause, problem = error, _first_line(error)
+    raise ConfigurationError(
+        f"`augment`: {problem}.",
+        "give a batch of the same form, with tensors of the same sizes but for the number of samples.",
+    ) from cause
+
+
+class Shuffled(Sampler[int]):
+    """Samples in random order, shared among ranks: each once an epoch, or on average as often as its `weight` (`n`)."""
 
     def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
         self._rank, self._world_size, self._weight = rank, world_size, weight
@@ -370,12 +337,16 @@ class Shuffled(Sampler[int]):
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
-    """Why samples of several data sets do not make one batch, in words; empty if they do."""
+    """Why samples of several data sets do not make one batch; empty if they do."""
     samples = [part[0] for part in parts]
     for batch in (samples, samples[::-1]):
         try:
             collate(batch)
         except Exception as error:
-            text = str(error).partition("\n")[0]
-            return f"its samples and the failed ones do not make one batch ({type(error).__name__}: {text})"
+            why = f"{type(error).__name__}: {_first_line(error)}"
+            return f"its samples and the failed ones do not make one batch ({why})"
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

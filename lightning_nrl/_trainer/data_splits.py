@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class DataOptions:
         draws: how many fixed draws of each known sample are counted where its data set draws at random, as
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
         render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
-            its address; None: the input is shown as an image, curves, a table or tokens, whatever it looks like.
+            its address; None: the input is shown as an image, a table or tokens, whatever it looks like.
         augment: changes the targets that training goes on with: `f(batch) -> batch` of a batch of targets as the data
             loader gives it, or its address. It may give more samples than it gets, or draw at random. What is counted
             are the samples as they are. None: only your own augmentation.
@@ -80,28 +80,26 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("passed", "failed"):
             object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
-        adapter = parse_adapter(self.adapter)
-        object.__setattr__(self, "adapter", adapter)
-        if self.render is not None:
-            object.__setattr__(self, "render", import_function("render", self.render))
-        if self.augment is not None:
-            object.__setattr__(self, "augment", import_function("augment", self.augment))
+        object.__setattr__(self, "adapter", parse_adapter(self.adapter))
+        for name in ("render", "augment"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, import_function(name, getattr(self, name)))
         check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
     @property
     def renderer(self) -> Callable[[Any], Any] | None:
-        """Makes an image or text of a sample."""
+        """`render` as a function."""
         return cast(Callable[[Any], Any] | None, self.render)
 
     @property
     def augmentation(self) -> Callable[[Any], Any] | None:
-        """Changes a batch of targets."""
+        """`augment` as a function."""
         return cast(Callable[[Any], Any] | None, self.augment)
 
     @property
     def unpack(self) -> Adapter:
-        """Takes a batch apart."""
+        """`adapter` as a function."""
         return cast(Adapter, self.adapter)
 
 
@@ -109,23 +107,9 @@ Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
 
 
-@runtime_checkable
-class _HasRepairData(Protocol):
-    def repair_dataloader(self) -> Any: ...
-
-
-class FoundData(NamedTuple):
-    """The data of a repair; None where there are none."""
-
-    passed: Found
-    failed: Found
-    unseen: Found | None
-    calibration: Found | None
-
-
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user said about data: which are known, and a data loader, the name of a split, or None for the rest."""
+    """Which data are known, unseen and calibration data, as the user said it: a data loader, a split's name or None."""
 
     known: DataOptions
     unseen: str | DataLoader[Any] | None = None
@@ -136,8 +120,8 @@ class DataRequest:
         for argument, given in (("unseen", self.unseen), ("calibration", self.calibration)):
             object.__setattr__(self, argument, check_data(argument, given, optional=True))
 
-    def find(self, loaders: SplitLoaders) -> FoundData:
-        """The data loaders and names of all data; unseen and calibration data may not be used for anything else."""
+    def find(self, loaders: SplitLoaders) -> tuple[Found, Found, Found | None, Found | None]:
+        """Passed, failed, unseen and calibration data; the last two may not be used for anything else."""
         passed = find_data("passed", self.known.passed, loaders, automatic=("train",))
         failed = find_data("failed", self.known.failed, loaders, automatic=("repair", "val", "train"))
         if self.known.failed == "auto" and failed[1] == "train":
@@ -147,7 +131,7 @@ class DataRequest:
         others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)
         others["unseen"] = () if unseen is None else (unseen,)
-        return FoundData(passed, failed, unseen, self._find_held_out("calibration", self.calibration, others, loaders))
+        return passed, failed, unseen, self._find_held_out("calibration", self.calibration, others, loaders)
 
     def _find_held_out(
         self,
@@ -156,10 +140,10 @@ class DataRequest:
         others: Mapping[str, Sequence[Found]],
         loaders: SplitLoaders,
     ) -> Found | None:
-        """Data of which no sample should be in others, by kind.
+        """Data that share no sample with others, by kind.
 
-        Calibration data that have one are refused: they would void the bound. Of unseen data this is said later, where
-        they are counted, unless all of them are known.
+        Calibration data that do are refused: they would void the bound. Unseen data are counted without such samples,
+        unless all of them are known.
         """
         if value is None:
             return None
@@ -184,7 +168,7 @@ class DataRequest:
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
         """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
         how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": self.known.unpack}
-        found = self.find(loaders)
+        passed, failed, *held_out = self.find(loaders)
 
         def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:
             limit = overfit_limit(loaders.trainer, loader) if marks and how["limit"] is None else how["limit"]
@@ -193,28 +177,24 @@ class DataRequest:
             several = marks and self.known.draws > 1 and draws_at_random(source)
             return source.with_draws(self.known.draws) if several else source
 
-        passed, failed = found.passed, found.failed
-        if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
+        if passed[1] == failed[1] or torch.equal(_identity(passed[0]), _identity(failed[0])):
             known = [make(*(passed if split_and_loader(passed[1])[0] in SPLITS else failed), passed=True, failed=True)]
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
-        unseen, calibration = ([] if one is None else [make(*one)] for one in (found.unseen, found.calibration))
+        unseen, calibration = ([] if one is None else [make(*one)] for one in held_out)
         return known, unseen, calibration
 
 
 @dataclass(frozen=True)
 class SplitLoaders:
-    """A trainer's data loaders in a fit, each asked for once: a data module may make its data anew every time."""
+    """A trainer's data loaders, each asked for once: a data module may make its data anew every time."""
 
     trainer: Trainer
     model: LightningModule
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
-        """The data loader of a split; None where there is none, see `find_loader`.
-
-        Of several, `val:1` is the second, or the one with the key `1`.
-        """
+        """The data loader of a split, or None; of several, `val:1` is the second, or the one with the key `1`."""
         split, which = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
@@ -238,10 +218,11 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
         if given is not None:
             return given
     data = data_module_of(trainer)
-    holder = model if data is None else data
+    holder: Any = model if data is None else data
     base = class_for(trainer, "pytorch.LightningModule" if data is None else "pytorch.LightningDataModule")
     if split == "repair":
-        return holder.repair_dataloader() if isinstance(holder, _HasRepairData) else None
+        repair_data = getattr(holder, "repair_dataloader", None)
+        return None if repair_data is None else repair_data()
     name = f"{split}_dataloader"
     hook = getattr(holder, name)
     if not callable(hook) or getattr(type(holder), name) is getattr(base, name):
@@ -263,7 +244,7 @@ def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
 
 
 def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
-    """Sentences for a report: what the trainer's limits of batches mean for known data."""
+    """Sentences for a report on what the trainer's limits of batches mean for known data."""
     if batch_limit(trainer):
         return ""
     sentences = []
@@ -302,10 +283,6 @@ def find_data(
         f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
         f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
     )
-
-
-def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
-    return torch.equal(_identity(a), _identity(b))
 
 
 def _identity(loader: DataLoader[Any]) -> Tensor:
@@ -351,7 +328,7 @@ def run_splits(
 
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
-    """The calibration data; None where there are none and none are needed to choose a share by."""
+    """The calibration data; None if there are none and none are needed."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
@@ -370,7 +347,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """What is logged of a choice: accuracy and negative flip rate on calibration data, before and after."""
+    """Numbers for loggers: accuracy and negative flip rate on calibration data, before and after."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

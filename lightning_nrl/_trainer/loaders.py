@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,19 +37,8 @@ from lightning_nrl.errors import ConfigurationError, RepairError
 class SeededDataset(Dataset[Any]):
     """Another data set, read with random numbers that depend on a seed and on the position of the sample alone.
 
-    So a sample is the same in any order, batch or worker. That holds of what draws from the global generators of torch
-    (on the CPU), numpy and `random`; they are as found afterwards. A data set with a generator of its own is not
-    reached.
-
-    Of `n` samples, position `i + k * n` is draw `k` of sample `i`: the same sample under other random numbers.
-
-    Where no sample has drawn a random number yet, a batch is read as it is, and once more with seeds if one of its
-    samples did: data without randomness cost no seeds, only a comparison of states a batch.
-
-    Attributes:
-        dataset: the other data set.
-        seed: any whole number.
-        draws: whether reading it is known to depend on random numbers.
+    Of `n` samples, position `i + k * n` is draw `k` of sample `i`. Until a sample draws from the global generators of
+    torch (on the CPU), numpy or `random` (`draws`), batches are read without seeds, and once more if one does.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -62,7 +51,7 @@ class SeededDataset(Dataset[Any]):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, index: Sequence[int]) -> list[Any]:
-        """The samples at some positions; torch's data loaders read batches by this."""
+        """Torch's data loaders read batches by this."""
         found = CpuRandomState.current()
         if not self.draws:
             samples = self._unseeded(list(index))
@@ -86,7 +75,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
-    """A worker's start: the user's own function, and all that asks for the worker's data set, get the user's."""
+    """Starts a worker whose `get_worker_info` tells of the user's own data set."""
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, SeededDataset):
         # torch locks the attributes of this object.
@@ -96,16 +85,6 @@ def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
 
 
 SPLITS = ("train", "val", "repair", "test")
-
-
-@runtime_checkable
-class _HasBatchSize(Protocol):
-    batch_size: int | None
-
-
-@runtime_checkable
-class _HasIndices(Protocol):
-    indices: Iterable[int] | None
 
 
 @dataclass(frozen=True)
@@ -126,17 +105,16 @@ class LoaderSource:
 
     @property
     def batch_size(self) -> int:
-        """Samples that the model runs on at once."""
         return batch_size_of(self.loader)
 
     @property
     def identity(self) -> Tensor:
-        """`n x 2`, the data set and the place that each sample comes from, seen through subsets and unions."""
+        """`n x 2`, the data set and the place of each sample, seen through subsets and unions."""
         return base_samples(self.loader.dataset, self.index)
 
     @property
     def has_validation_view(self) -> bool:
-        """Whether what is read is a view of the data set, by the transform of the validation data."""
+        """True if the data set is read with the transform of the validation data."""
         return self.samples.dataset is not self.loader.dataset
 
     def first_batch(self) -> Any:
@@ -163,7 +141,7 @@ class LoaderSource:
             at += n
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples, the same as in an ordinary pass, read by as many workers."""
+        """Reads chosen samples, the same as in an ordinary pass."""
         chosen = [self._codes(position) for position in batches]
         for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
@@ -171,7 +149,7 @@ class LoaderSource:
             yield Batch(args, target, position, kwargs, raw)
 
     def _taken_apart(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
-        """Arguments, keyword arguments, truth, and how many samples there are."""
+        """Arguments, keyword arguments, truth, and the number of samples."""
         try:
             args, kwargs, target = self.adapter(raw)
             return args, kwargs, target, length_of(target)
@@ -184,7 +162,7 @@ class LoaderSource:
             ) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """The same split with each sample several times, each time a draw of its own, which counts as a sample."""
+        """The same split with several draws of each sample, each of which counts as a sample."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -196,7 +174,7 @@ class LoaderSource:
         return replace(self, index=self.index[kept], positions=place[self.positions[kept[self.positions]]])
 
     def _codes(self, positions: Tensor) -> list[int]:
-        """Samples and draws of some places, as `SeededDataset` numbers them."""
+        """Some places as `SeededDataset` numbers samples and draws."""
         draw = positions // max(1, len(self.index) // self.draws)
         return (self.index[positions] + draw * len(self.samples)).tolist()
 
@@ -222,8 +200,7 @@ def make_source(
 ) -> LoaderSource:
     """A source of which each rank reads its own samples once, in order, nothing dropped or padded.
 
-    A sampler over a subset is kept to that subset, sorted. `limit`: read only so many batches, for `fast_dev_run`;
-    `whole`: each rank reads all samples.
+    `limit`: read only so many batches, for `fast_dev_run`; `whole`: each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
@@ -239,16 +216,16 @@ def make_source(
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
-    """How many samples a loader puts into a batch; on average, where a batch sampler of the user's own does not say."""
+    """The batch size of a loader; an average, where a batch sampler of the user's own does not say."""
     sampler = loader.batch_sampler
-    said = loader.batch_size or (sampler.batch_size if isinstance(sampler, _HasBatchSize) else None)
+    said: int | None = loader.batch_size or getattr(sampler, "batch_size", None)
     if said or not isinstance(sampler, Sized) or not len(sampler):
         return said or 1
     return -(-len(sample_index(loader)) // len(sampler))
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
-    """Other samples, of this data set or another, read and collated as a loader does, by as many workers."""
+    """A loader of other samples that reads and collates as a loader does, by as many workers."""
     if loader.num_workers:
         for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
             arguments[name] = getattr(loader, name)
@@ -260,16 +237,13 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
-    """`val:1` as the split and the number or key of one of its loaders; `val` as that and nothing."""
+    """`val:1` as the split and the number or key of one of its loaders."""
     split, _, which = name.partition(":")
     return split, which
 
 
 def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
-    """The one data loader inside what the user gave; refuses what cannot be read sample by sample.
-
-    `instead` is the hint where those for a repair do not apply.
-    """
+    """The one data loader in what the user gave; refuses what cannot be read by index, with the hint `instead`."""
 
     def refused(problem: str, hint: str) -> ConfigurationError:
         return ConfigurationError(f"`{split}` data: {problem}.", instead or hint)
@@ -297,7 +271,7 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
 def check_data(
     argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
 ) -> str | DataLoader[Any] | None:
-    """What the user said about data: the name of a split, the one data loader inside of what was given, or None."""
+    """The name of a split, the one data loader in what was given, or None; refuses all else."""
     known = (*names, *(f"{name}:{split_and_loader(value)[1]}" for name in SPLITS)) if isinstance(value, str) else names
     if (isinstance(value, str) and value not in known) or (value is None and not optional):
         raise ConfigurationError(
@@ -307,14 +281,15 @@ def check_data(
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
-    """Positions of the samples that a loader gives, ascending: those that its sampler is over, else the whole data set.
+    """Positions of the samples of a loader, ascending: those that its sampler is over, else the whole data set.
 
     A sampler of the user's own is over a subset if it draws the same one twice; one with weights, over those above 0.
     """
     n = len(loader.dataset)  # type: ignore[arg-type]
     outer, sampler = sampler_of(loader)
-    if isinstance(sampler, _HasIndices) and sampler.indices is not None and not isinstance(sampler, SequentialSampler):
-        return torch.as_tensor(sorted({int(i) for i in sampler.indices}), dtype=torch.int64)
+    indices = getattr(sampler, "indices", None)
+    if indices is not None and not isinstance(sampler, SequentialSampler):
+        return torch.as_tensor(sorted({int(i) for i in indices}), dtype=torch.int64)
     if isinstance(sampler, WeightedRandomSampler) and len(sampler.weights) == n:
         return sampler.weights.cpu().nonzero().flatten()
     makes_batches = outer is sampler and type(loader.batch_sampler) is not BatchSampler
@@ -341,12 +316,12 @@ def _drawn(sampler: Any, n: int) -> set[int] | None:
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
-    """What takes batches apart: a function, its address, or by default `unpack`."""
+    """An adapter from a function or its address, by default `unpack`."""
     return unpack if adapter is None else as_adapter(import_function("adapter", adapter))
 
 
 def length_of(target: Any) -> int:
-    """How many samples a target is about."""
+    """The number of samples of a target."""
     if isinstance(target, Mapping):
         target = next(iter(target.values()))
     if isinstance(target, Sequence) and target and isinstance(target[0], Tensor):

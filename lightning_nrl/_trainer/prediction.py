@@ -1,4 +1,4 @@
-"""What a module predicts once it is deployed: its own `predict_step` where it has one, else its `forward`."""
+"""What a deployed module predicts: its own `predict_step` where it has one, else its `forward`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,48 @@ from lightning_nrl._trainer.step_outputs import hooked, nothing, replaced
 from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.preserve import attributes_kept, preserve, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
-from lightning_nrl.data.batch import Adapter, ModelCall, run_model, tensors_in
+from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
-from lightning_nrl.evaluation.layers import layers_of
-from lightning_nrl.search._scoring.traced_model import force_eager
+from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task
 
 SAME_OUTPUT_TOLERANCE = 1e-3
-"""Two ways to the same outputs differ by less than this part of the largest one."""
-
+"""Share of the largest value by which two ways to the same outputs may differ."""
+LAYER_TOLERANCE = 1e-3
+"""Relative distance by which a layer's inputs or outputs may differ between two ways to the same."""
+SEEDS_OF_AUGMENTATION = 4
+"""How often a step that augments at random is run, to see how far its inputs spread."""
+SPREAD_FACTOR = 3.0
+"""How much farther than from each other its inputs may lie from ours, on average."""
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
+"""Our loss is suspicious above so many times the module's own, and so much."""
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
-"""What is done to a layer's outputs to see whether logits depend on them: those of other samples, smaller ones. A model
+"""Changes of a layer's output that show whether logits depend on it: those of other samples, smaller ones. A model
 knows their kind; a NaN that becomes an index would end the work of a GPU."""
+
+Calls = list[tuple[Tensor, Tensor]]
+"""The inputs and outputs of a layer, call by call."""
+
+
+def open_sources(
+    trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
+) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
+    """Returns an evaluator that knows which layers are called, and sources whose batches are run as deployed.
+
+    Both are found out on the first batch of the first source; the first split is checked against the module's own step.
+    """
+    evaluator = make_evaluator(trainer, model, task)
+    first = next((source for sources in splits for source in sources), None)
+    if first is None:
+        return evaluator, tuple(list(sources) for sources in splits)
+    raw = first.first_batch()
+    adapter = deployed_adapter(model, evaluator, first.adapter, raw)
+    found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
+    evaluator = replace(evaluator, called=called_layers(model, evaluator, adapter, raw))
+    _check_own_step(trainer, model, evaluator, found[0])
+    return evaluator, found
 
 
 @dataclass(frozen=True)
@@ -59,30 +87,16 @@ class PredictStep(ModelCall):
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
-@dataclass(frozen=True)
-class _CalledOnRaw:
+def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
     """An adapter whose inputs are the raw batch itself, for a call that takes it."""
-
-    call: ModelCall
-    adapter: Adapter
-
-    def __call__(self, raw: Any) -> Any:
-        return (self.call, raw), {}, self.adapter(raw)[2]
+    return (call, raw), {}, adapter(raw)[2]
 
 
 @torch.no_grad()
 def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any) -> Adapter:
-    """The adapter with which batches are run as the module is deployed.
+    """The adapter that runs batches as the module is deployed: by `predict_step`, if `forward` predicts otherwise.
 
-    It is the given one where that runs the module itself, or where `forward` gives what `predict_step` does. All is
-    left as found.
-
-    Raises:
-        ConfigurationError: there is neither `forward` nor `predict_step`, or the latter gives what cannot be repaired
-            by, and `forward` predicts otherwise.
-
-    Warns:
-        DataWarning: `predict_step` gives no logits, or cannot be run, so that `forward` stands for it.
+    Where `predict_step` gives no logits, or cannot be run, `forward` stands for it, if it predicts the same.
     """
     if isinstance(adapter, ModelAdapter):
         return adapter
@@ -115,13 +129,13 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
         return adapter
     own = _logits(task, output, target)
     if own is None:
+        kind = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         if logits is None or not _predicts_same(output, task.prediction(logits)):
             raise ConfigurationError(
-                f"`model`: `predict_step` of {name} gives {_described(output)}, no logits, and `forward` does not "
-                "predict the same.",
+                f"`model`: `predict_step` of {name} gives {kind}, no logits, and `forward` does not predict the same.",
                 ADAPTER_HINT,
             )
-        _warn(f"gives {_described(output)}, no logits")
+        _warn(f"gives {kind}, no logits")
         return adapter
     probable = _are_probabilities(own)
     if logits is not None and logits.shape == own.shape:
@@ -130,73 +144,39 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
             return adapter
     call = replace(call, gives_probabilities=probable)
     _check_gradients(model, evaluator, call, raw)
-    return _CalledOnRaw(call, adapter)
+    return partial(_adapt_raw, call, adapter)
 
 
-@torch.no_grad()
-def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """The layers that could be repaired and that the prediction calls, by dotted name in the order of last calls.
-
-    The last Linear layers of a network are left out if they have no part in the logits, such as a second head. None
-    where the prediction cannot be run, which is said when the model is evaluated.
-    """
-    args, kwargs, _ = adapter(raw)
-    run = partial(run_model, model, args, kwargs)
+def _logits(task: Task, output: Any, target: Any) -> Tensor | None:
+    """The logits in an output, None where it holds none that fit the task."""
     try:
-        with _as_evaluated(model, evaluator):
-            called = _called(model, run)
+        logits = task.logits(output)
+        task.check(logits, target)
+        passed, loss = task.passed(logits, target), task.loss(logits, target)
     except Exception:
         return None
-    linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
-    if len(linear) > 1:
-        with _as_evaluated(model, evaluator):
-            idle = _idle_at_end(linear, partial(_logits_with, model, lambda: evaluator.task.logits(run())))
-        called = [name for name in called if name not in idle]
-    return called
+    return logits if logits.is_floating_point() and passed.shape == loss.shape == (len(logits),) else None
 
 
-def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
-    """The last layers that the logits do not need, up to the first that they do; likewise of those not frozen."""
-    logits = run()
-    needed, idle = set[str](), set[str]()
-    # `auto` takes the last one that is not frozen, others the last one.
-    for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
-        left = [name for name in order if name not in idle]
-        while logits is not None and len(left) > 1 and left[-1] not in needed:
-            last = left[-1]
-            if all(_is_same(run(linear[last], change), logits) for change in OUTPUT_CHANGES):
-                idle.add(left.pop())
-            else:
-                needed.add(last)
-    return idle
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= SAME_OUTPUT_TOLERANCE * b.abs().max())
 
 
-def _logits_with(
-    model: nn.Module,
-    run: Callable[[], Tensor],
-    layer: nn.Module | None = None,
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor | None:
-    """The logits, where a layer's output is changed; None where that raises. States stay as they were."""
-    layers = {} if layer is None else {"": layer}
-    with attributes_kept(model), hooked(layers, lambda name, args, output: change and change(output)):
-        seed_all(0)
-        try:
-            return run().clone()  # a model may write the next ones into the same memory
-        except Exception:
-            return None
+def _are_probabilities(x: Tensor) -> bool:
+    x = x.float()
+    return x.ndim > 1 and bool((x >= 0).all()) and bool(((x.sum(1) - 1).abs() < 1e-2).all())
 
 
-def _is_same(logits: Tensor | None, others: Tensor) -> bool:
-    return logits is not None and logits.shape == others.shape and torch.allclose(logits, others)
+def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
+    """True if an output holds the predicted classes, as whole numbers or as floating-point ones."""
+    found = [x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape]
+    return any(torch.equal(x.to(prediction), prediction) for x in found if prediction is not None)
 
 
-def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Layers in the order of their last calls."""
-    calls: list[str] = []
-    with hooked(layers_of(model), lambda name, args, output: calls.append(name)):
-        run()
-    return list(dict.fromkeys(reversed(calls)))[::-1]
+def _warn(problem: str) -> None:
+    text = f"`model`: its `predict_step` {problem}, so `forward` stands for it"
+    rank_zero_warn(DataWarning(f"{text}.", "to have it judged otherwise, " + ADAPTER_HINT))
 
 
 def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: Any) -> None:
@@ -222,151 +202,131 @@ def _as_evaluated(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
         yield
 
 
-def _logits(task: Task, output: Any, target: Any) -> Tensor | None:
-    """The logits in an output, None where it holds none that fit the task."""
+@torch.no_grad()
+def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
+    """The layers that the prediction calls, by dotted name in the order of last calls; None where it cannot be run.
+
+    The last Linear layers are left out if they have no part in the logits, such as a second head.
+    """
+    args, kwargs, _ = adapter(raw)
+    run = partial(run_model, model, args, kwargs)
     try:
-        logits = task.logits(output)
-        task.check(logits, target)
-        passed, loss = task.passed(logits, target), task.loss(logits, target)
+        with _as_evaluated(model, evaluator):
+            called = _called(model, run)
     except Exception:
         return None
-    return logits if logits.is_floating_point() and passed.shape == loss.shape == (len(logits),) else None
+    linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
+    if len(linear) > 1:
+        with _as_evaluated(model, evaluator):
+            idle = _idle_at_end(linear, partial(_logits_with, model, lambda: evaluator.task.logits(run())))
+        called = [name for name in called if name not in idle]
+    return called
 
 
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.float(), b.float()
-    return bool((a - b).abs().max() <= SAME_OUTPUT_TOLERANCE * b.abs().max())
+def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    calls: list[str] = []
+    with hooked(layers_of(model), lambda name, args, output: calls.append(name)):
+        run()
+    return list(dict.fromkeys(reversed(calls)))[::-1]
 
 
-def _are_probabilities(x: Tensor) -> bool:
-    x = x.float()
-    return x.ndim > 1 and bool((x >= 0).all()) and bool(((x.sum(1) - 1).abs() < 1e-2).all())
+def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
+    """The last layers that the logits do not need, up to the first that they do; likewise of those not frozen."""
+    logits = run()
+    needed, idle = set[str](), set[str]()
+    # `auto` takes the last one that is not frozen, others the last one.
+    for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
+        left = [name for name in order if name not in idle]
+        while logits is not None and len(left) > 1 and left[-1] not in needed:
+            last = left[-1]
+            if all(_equals(run(linear[last], change), logits) for change in OUTPUT_CHANGES):
+                idle.add(left.pop())
+            else:
+                needed.add(last)
+    return idle
 
 
-def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
-    """Whether an output holds the predicted classes, as whole numbers or as floating-point ones."""
-    found = [x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape]
-    return any(torch.equal(x.to(prediction), prediction) for x in found if prediction is not None)
+def _logits_with(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    layer: nn.Module | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """The logits after a change of a layer's output; None where that raises."""
+    layers = {} if layer is None else {"": layer}
+    with attributes_kept(model), hooked(layers, lambda name, args, output: change and change(output)):
+        seed_all(0)
+        try:
+            return run().clone()  # a model may write the next ones into the same memory
+        except Exception:
+            return None
 
 
-def _described(output: Any) -> str:
-    return f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-
-
-def _warn(problem: str) -> None:
-    text = f"`model`: its `predict_step` {problem}, so `forward` stands for it"
-    rank_zero_warn(DataWarning(f"{text}.", "to have it judged otherwise, " + ADAPTER_HINT))
-
-
-LAYER_TOLERANCE = 1e-3
-"""Part of its size by which a layer's input or output may differ between two ways to the same."""
-SEEDS_OF_AUGMENTATION = 4
-"""How often a step that augments at random is run, to see how far its inputs spread."""
-SPREAD_FACTOR = 3.0
-"""How much farther than from each other they may lie from ours, on average, if no more than augmentation is at work."""
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
-"""Our loss is suspicious above so many times the module's own, and so much."""
-
-Calls = list[tuple[Tensor, Tensor]]
-"""What a layer was given and what it gave, call by call."""
-
-
-@dataclass(frozen=True)
-class _StepResult:
-    calls: Calls
-    loss: float  # NaN where the step gives none
-
-
-def open_sources(
-    trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
-) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator that knows which layers are called, and sources whose batches are run as deployed.
-
-    Both are found out on the first batch of the first source. The sources of the first split are checked: the module's
-    own step has to give the network what the evaluation gives it.
-
-    Raises:
-        ConfigurationError: the module cannot be run as it is deployed, or its step gives the network something else.
-    """
-    evaluator = make_evaluator(trainer, model, task)
-    first = next((source for sources in splits for source in sources), None)
-    if first is None:
-        return evaluator, tuple(list(sources) for sources in splits)
-    raw = first.first_batch()
-    adapter = deployed_adapter(model, evaluator, first.adapter, raw)
-    found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    evaluator = replace(evaluator, called=called_layers(model, evaluator, adapter, raw))
-    _check_own_step(trainer, model, evaluator, found[0])
-    return evaluator, found
+def _equals(logits: Tensor | None, others: Tensor) -> bool:
+    return logits is not None and logits.shape == others.shape and torch.allclose(logits, others)
 
 
 def _check_own_step(
     trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
 ) -> None:
-    """Compares a module's own step with our evaluation, in evaluation mode on the first batch of known data.
+    """Refuses a module whose own step gives the network something else than our evaluation, on the first known batch.
 
-    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. It runs
-    without gradients and logs nothing; weights, buffers, metrics and the random state are as found afterwards. An
-    augmentation at random is told from other inputs: steps with several seeds lie as far from each other as from ours.
-
-    Raises:
-        ConfigurationError: the step gives the network something else.
-
-    Warns:
-        DataWarning: the same, where an adapter runs the module itself, which is then right; or only losses could be
-            compared, and ours is far above.
+    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. An adapter
+    that runs the module itself is right, and so the difference a warning.
     """
     if not known or evaluator.called is None:
         return
-    names = evaluator.called
-    layer = model.get_submodule(names[-1]) if names else None
+    name = evaluator.called[-1] if evaluator.called else None
+    layers = {} if name is None else {name: model.get_submodule(name)}
     for step, source in (("validation_step", known[-1]), ("training_step", known[0])):
         if not overrides(model, step) or (step == "training_step" and not model.automatic_optimization):
             continue
-        adapter, raw = source.adapter, source.first_batch()
-        args, kwargs, target = adapter(raw)
+        is_model_adapter = isinstance(source.adapter, ModelAdapter)
+        args, kwargs, target = source.adapter(source.first_batch())
         try:
-            with _listening(model, layer) as ours, evaluator.context():
+            with _recording(model, evaluator, layers) as ours:
                 logits = evaluator.task.logits(run_model(model, args, kwargs))
                 evaluator.task.check(logits, target)
                 loss = float(evaluator.task.loss(logits, target).mean())
         except Exception:
             return  # what does not fit is said when the model is evaluated
-        own = _run_step(trainer, model, evaluator, layer, step, source, seed=0)
+        run = partial(_run_step, trainer, model, evaluator, layers, step, source)
+        own = run(seed=0)
         if own is None:
             continue
-        apart = min(_distances(own.calls, ours), default=math.nan)
+        calls, own_loss = own
+        apart = min(_distances(calls, ours), default=math.nan)
         if apart <= LAYER_TOLERANCE:
             return
-        losses = f"the loss of its own step is {own.loss:.3g}, ours {loss:.3g}"
+        losses = f"the loss of its own step is {own_loss:.3g}, ours {loss:.3g} on the same batch"
         if math.isnan(apart):
-            if loss > LOSS_FACTOR * own.loss + LOSS_OFFSET and not isinstance(adapter, ModelAdapter):
-                found = f"`model`: `{step}` may not predict as the repair does: {losses} on the same batch"
+            if loss > LOSS_FACTOR * own_loss + LOSS_OFFSET and not is_model_adapter:
+                found = f"`model`: `{step}` may not predict as the repair does: {losses}"
                 rank_zero_warn(DataWarning(f"{found}.", "if so, " + ADAPTER_HINT))
                 return
             continue
-        if _is_augmented(apart, own, ours, trainer, model, evaluator, layer, step, source):
+        if _is_augmented(calls, ours, run):
             return
         found = (
-            f"`model`: `{step}` gives the layer {names[-1]!r} other inputs than the prediction that would be repaired "
-            f"(relative distance {apart:.2g}); {losses} on the same batch"
+            f"`model`: `{step}` gives the layer {name!r} other inputs than the prediction that would be repaired "
+            f"(relative distance {apart:.2g}); {losses}"
         )
-        if not isinstance(adapter, ModelAdapter):
+        if not is_model_adapter:
             hint = "do in `forward` all that the step does to a batch, or " + ADAPTER_HINT
             raise ConfigurationError(f"{found}.", hint)
         rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter gives what is deployed."))
         return
 
 
-def _is_augmented(apart: float, own: _StepResult, ours: Calls, *step: Any) -> bool:
-    """Whether the step's inputs differ from ours no more than from seed to seed."""
-    runs = [own.calls]
+def _is_augmented(own: Calls, ours: Calls, run: Callable[..., tuple[Calls, float] | None]) -> bool:
+    """True if the step's inputs differ from ours no more than from seed to seed."""
+    runs = [own]
     for seed in range(1, SEEDS_OF_AUGMENTATION):
-        again = _run_step(*step, seed=seed)
+        again = run(seed=seed)
         if again is None:
             return True
-        runs.append(again.calls)
-    from_ours = [min(_distances(run, ours), default=math.inf) for run in runs]
+        runs.append(again[0])
+    from_ours = [min(_distances(one, ours), default=math.inf) for one in runs]
     spread = [min(_distances(a, b), default=0.0) for a, b in combinations(runs, 2)]
     return sum(from_ours) / len(from_ours) <= SPREAD_FACTOR * sum(spread) / len(spread)
 
@@ -375,57 +335,50 @@ def _run_step(
     trainer: Trainer,
     model: LightningModule,
     evaluator: Evaluator,
-    layer: nn.Module | None,
+    layers: Mapping[str, nn.Module],
     step: str,
     source: LoaderSource,
     *,
     seed: int,
-) -> _StepResult | None:
-    """What a step does, None where it cannot be run at this time."""
+) -> tuple[Calls, float] | None:
+    """The calls of the layers in a step, and its loss or NaN; None where it cannot be run at this time."""
     raw = source.first_batch()
-    method = getattr(model, step)
     with ExitStack() as stack:
         stack.enter_context(untracked(trainer))
         for part in model.modules():
             if isinstance(part, LightningModule):
                 stack.enter_context(replaced(part, log=nothing, log_dict=nothing))
         stack.enter_context(attributes_kept(model))
-        calls = stack.enter_context(_listening(model, layer))
+        calls = stack.enter_context(_recording(model, evaluator, layers))
         seed_all(seed)
         try:
-            with evaluator.context():
-                found = method(raw, 0)
+            found = getattr(model, step)(raw, 0)
         except Exception:
             return None
     loss = found.get("loss") if isinstance(found, Mapping) else found
-    return _StepResult(calls, float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan)
+    return calls, float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan
 
 
 @contextmanager
-def _listening(model: nn.Module, layer: nn.Module | None) -> Iterator[Calls]:
-    """Inside, the model is in evaluation mode without gradients, and the calls of a layer are noted."""
+def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
+    """As in an evaluation, without gradients; the calls of layers are noted."""
     calls: Calls = []
 
     def note(name: str, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
 
-    layers = {} if layer is None else {"": layer}
-    with preserve(model), torch.no_grad(), force_eager(), hooked(layers, note):
-        seed_all(0)
+    with _as_evaluated(model, evaluator), torch.no_grad(), hooked(layers, note):
         yield calls
 
 
-def _distance(x: Tensor, y: Tensor) -> float:
-    """Relative to the smaller one, so that it is large whichever of the two is scaled down."""
-    return float((x - y).norm() / torch.minimum(x.norm(), y.norm()).clamp_min(1e-12))
-
-
 def _distances(calls: Calls, others: Calls) -> Iterator[float]:
-    """How far apart each call of one list and each of the other are, relative to size; none where shapes differ."""
+    """Distances between calls of one shape, relative to the smaller, so that they are large whichever is scaled."""
     for a in calls:
         for b in others:
             # A step may put several views of a batch side by side.
             parts = zip(*(x.split(len(y)) for x, y in zip(a, b, strict=True) if len(y)), strict=False)
             for part in parts:
-                if all(x.shape == y.shape for x, y in zip(part, b, strict=True)):
-                    yield max(_distance(x, y) for x, y in zip(part, b, strict=True))
+                pairs = list(zip(part, b, strict=True))
+                if all(x.shape == y.shape for x, y in pairs):
+                    size = [torch.minimum(x.norm(), y.norm()).clamp_min(1e-12) for x, y in pairs]
+                    yield max(float((x - y).norm() / n) for (x, y), n in zip(pairs, size, strict=True))

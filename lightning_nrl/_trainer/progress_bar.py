@@ -1,4 +1,4 @@
-"""A progress line for the repair that lives with Lightning's own bars, and leaves nothing behind."""
+"""A progress line for the repair beside Lightning's own bars."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import get_console
+from rich.progress import Progress
 
 from lightning_nrl._trainer.lightning.packages import RichProgressBar, TQDMProgressBar, Trainer, rank_zero_info
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 
 class RepairProgress:
-    """Shows which stage a repair is in, how far the search is, and what its best candidate repairs and breaks.
-
-    The line goes with the trainer's progress bar: rich with rich, tqdm with tqdm. There is none where the user turned
-    bars off, on ranks other than zero, and beside a bar of a kind that is not known here, since drawing might spoil it.
-    """
+    """Shows the stage of a repair and its counts beside the trainer's progress bar: rich with rich, tqdm with tqdm."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -39,7 +35,7 @@ class RepairProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The line is there while a stage is, also when the stage raises; a stage inside another takes its place."""
+        """Shows a line while a stage lasts; a stage inside another takes its place."""
         line = self._line
         if line is None:
             yield
@@ -57,12 +53,12 @@ class RepairProgress:
                 line.begin(self._open[-1])
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows how far the search is, and its best candidate's counts; between stages there is no line for it."""
+        """Shows how far the search is, and its best candidate's counts."""
         counts = ((repaired, "repaired"), (broken, "broken"))
         self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
 
     def announce(self, text: str) -> None:
-        """Prints a sentence above the bar, or where there is none."""
+        """Prints a sentence, above the bar if there is one."""
         bar = self._trainer.progress_bar_callback
         if bar is not None and self._line is not None:
             bar.print(text)
@@ -70,7 +66,6 @@ class RepairProgress:
             rank_zero_info(text)
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Shows how far a stage is, and a few words."""
         if self._line is not None and self._open:
             self._line.show(done, total, note)
 
@@ -105,13 +100,13 @@ class _TqdmLine:
         self._bar.close()
 
     def close(self) -> None:
-        # Lightning's bar is still open and the cursor on its line: what is printed next is to have its own.
+        # Lightning's bar is still open, with the cursor on its line.
         if self._below_others:
             print()
 
 
 class _RichLine:
-    """A task in the display of Lightning's bar; in a display of its own where Lightning's is not running."""
+    """A task in the display of Lightning's bar, or in its own where that is not running."""
 
     def __init__(self, lightning: Progress | None) -> None:
         # Lightning has none before its first loop, and a console shows only one at a time.
@@ -122,9 +117,6 @@ class _RichLine:
 
     def begin(self, text: str) -> None:
         if self._lightning is None:
-            from rich import get_console
-            from rich.progress import Progress
-
             self._progress = Progress(console=get_console(), transient=True)
             self._progress.start()
         self._text = text

@@ -1,10 +1,10 @@
-"""Whether a sample comes out the same when it is read again, and what to say of data where it does not."""
+"""Data that draw at random: noticed, read with the validation transform where that fits, and reported."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,24 +22,8 @@ MAX_SAMPLES_CHECKED = 32
 """Samples of a split that are read twice: those that change are noticed with 95 % if they are a tenth."""
 
 
-@dataclass(frozen=True)
-class Stability:
-    """What reading some samples twice gave.
-
-    Attributes:
-        checked: how many samples were read twice.
-        unstable: how many of them changed although they were read with the same random numbers.
-    """
-
-    checked: int
-    unstable: int
-
-
-def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> Stability:
-    """Reads samples twice with the same random numbers of their own, but other ones around; notes if any are drawn.
-
-    The global random states are as found afterwards. What a collate function draws at random counts as change.
-    """
+def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
+    """Counts samples that change though read twice with the same random numbers; notes if any are drawn."""
 
     def read(i: int) -> list[Any]:
         found = []
@@ -57,32 +41,28 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
                 samples.draws = True
                 stays = is_same(*read(i))
             unstable += not stays
-    return Stability(len(positions), unstable)
+    return unstable
 
 
-def checked_positions(source: LoaderSource) -> list[int]:
-    """Data-set positions of some samples, spread at random over a source."""
+def _checked_positions(source: LoaderSource) -> list[int]:
     order = torch.randperm(len(source.index), generator=torch.Generator().manual_seed(source.seed))
     return source.index[order[:MAX_SAMPLES_CHECKED].sort().values].tolist()
 
 
 def draws_at_random(source: LoaderSource) -> bool:
-    """Whether reading a source depends on random numbers, as far as some of its samples show."""
-    check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
+    """True if reading some samples of a source depends on random numbers."""
+    check_stability(source.samples, _checked_positions(source), source.loader.collate_fn)
     return source.samples.draws
 
 
 def report_stability(sources: Sequence[LoaderSource]) -> str:
-    """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee.
-
-    Warns:
-        DataWarning: samples of a split change although they are read with the same random numbers.
-    """
+    """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee."""
     sentences = []
     for source in sources:
-        found = check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
-        if found.unstable:
-            changed = f"{found.unstable} of {found.checked} samples that were read twice changed"
+        positions = _checked_positions(source)
+        unstable = check_stability(source.samples, positions, source.loader.collate_fn)
+        if unstable:
+            changed = f"{unstable} of {len(positions)} samples that were read twice changed"
             rank_zero_warn(
                 DataWarning(
                     f"`{source.split}` data: {changed}, though they were read with the same random numbers.",
@@ -105,7 +85,7 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two samples or batches are the same; what is neither tensor, array, number, text nor made of them is."""
+    """True if two samples or batches hold the same tensors, arrays, numbers and texts; all else counts as the same."""
     if isinstance(a, (Tensor, np.ndarray)):
         return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
     if isinstance(a, Mapping):
@@ -118,33 +98,25 @@ def is_same(a: Any, b: Any) -> bool:
 TRANSFORMS = ("transform", "transforms")
 """Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
 
-OwnTransforms = Mapping[type, Mapping[str, Any]]
-"""Of classes of data sets the transforms of the validation data."""
+Transforms = Mapping[type, Mapping[str, Any]]
+"""Transforms of the validation data by class of data set."""
 
 
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
-    """The source, read with the validation data's transform where that can be shown to give the same samples.
+    """The source, read with the validation data's `transform` where that can be shown to give the same samples.
 
-    Where its data set draws at random, and the validation data are of the same class with another `transform`, the view
-    is a shallow copy of the data set with that `transform`: position i is the same sample, since all else is the same
-    object. The view must draw nothing at random, give the same targets, and inputs of the same types and dimensions;
-    some samples, spread over the split, are read to see that. Else the source stays as it is.
-
-    Args:
-        source: a split.
-        validation: gives the validation data loader or loaders, as a trainer holds them; None if there are none.
+    That is where its data set draws at random, and the transform of validation data of the same class draws nothing and
+    gives the same targets, and inputs of the same types and dimensions, for some samples.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):
         dataset = _with_transforms(dataset, _transforms_of(validation()))
-    if dataset is source.loader.dataset:
+    if dataset is source.loader.dataset or not draws_at_random(source):
         return source
-    if not draws_at_random(source):
-        return source
-    positions, collate = checked_positions(source), source.loader.collate_fn
+    positions, collate = _checked_positions(source), source.loader.collate_fn
     view = SeededDataset(dataset, source.seed)
     try:
-        stable = not check_stability(view, positions, collate).unstable and not view.draws
+        stable = not check_stability(view, positions, collate) and not view.draws
         fits = stable and all(
             _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
         )
@@ -154,15 +126,13 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
 
 
 def _is_same_sample(source: LoaderSource, own: Any, other: Any) -> bool:
-    """Whether two batches have the same targets, and inputs of the same types and numbers of dimensions."""
-    (args, kwargs, target), (other_args, other_kwargs, other_target) = source.adapter(own), source.adapter(other)
-    kinds, other_kinds = (
-        [(x.dtype, x.ndim) for x in tensors_in(inputs)] for inputs in ((args, kwargs), (other_args, other_kwargs))
-    )
+    """True if two batches have the same targets, and inputs of the same types and numbers of dimensions."""
+    (*inputs, target), (*other_inputs, other_target) = source.adapter(own), source.adapter(other)
+    kinds, other_kinds = ([(x.dtype, x.ndim) for x in tensors_in(part)] for part in (inputs, other_inputs))
     return kinds == other_kinds and is_same(target, other_target)
 
 
-def _transforms_of(loaders: Any) -> OwnTransforms:
+def _transforms_of(loaders: Any) -> Transforms:
     """The transforms of the innermost validation data sets by class; a class with several is left out."""
     found: dict[type, Mapping[str, Any]] = {}
     ambiguous = set()
@@ -193,7 +163,7 @@ def _own_transforms(dataset: Dataset[Any]) -> dict[str, Any]:
     return {name: vars(dataset)[name] for name in TRANSFORMS if name in vars(dataset)}
 
 
-def _with_transforms(dataset: Dataset[Any], transforms: OwnTransforms) -> Dataset[Any]:
+def _with_transforms(dataset: Dataset[Any], transforms: Transforms) -> Dataset[Any]:
     """The data set with transforms replaced in a copy; itself where there is nothing to replace."""
     if isinstance(dataset, Subset):
         inner = _with_transforms(dataset.dataset, transforms)

@@ -49,10 +49,7 @@ def parse_with_weights(reference: object) -> OldModel:
 def reference_module(
     trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
-    """The replaced model on the device of the new one, in evaluation mode until `held` is closed.
-
-    A module goes back then to where it was; weights, or a checkpoint, are put into a copy of the new model.
-    """
+    """The replaced model, or a copy with its weights, on the device of the new one, in evaluation mode in `held`."""
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)

@@ -1,4 +1,4 @@
-"""The files of a repair, put on disk together: what cannot be written costs a message, never the repair."""
+"""The files of a repair, written together; one that cannot be written costs a warning, never the repair."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from lightning_nrl._trainer.lightning.checkpoint_files import CheckpointWriter, 
 from lightning_nrl._trainer.lightning.packages import ModelCheckpoint, Trainer, rank_zero_info, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit, logged_hparams
 from lightning_nrl._trainer.tracking.loggers import track
-from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free
 from lightning_nrl._trainer.tracking.scalars import outcome
 from lightning_nrl._utils.atomic_files import StagedFiles, remove_stale, write_text
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
@@ -42,35 +43,29 @@ MARKS = ("html", "markdown", "json")
 """Reports, in the order in which they are put in their places, after pictures: where `report.json` is, all is."""
 
 NOT_JUDGED = "it would not hold"
+FILE_PREFIX = "lightning_nrl-"
 
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
-    """Files of one report, by kind, written beside their places; `commit` puts them there.
+    """Files of one report, by kind and in one folder, written beside their places; `commit` puts them there.
 
-    The first rank writes; the others take part in what a trainer does together.
-
-    Args:
-        files: paths by kind, all in one folder; none at all writes nothing.
-        trainer: the trainer; None: there is one process.
-        names: what else a run may have left there, which must not stay as if it were of this one.
+    The first rank writes. `names` are what else a run may have left there, which must not stay.
     """
 
     def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
         self._files = {kind: Path(path) for kind, path in files.items()}
         self._trainer = trainer
-        self._writes = bool(files) and (trainer is None or trainer.is_global_zero)
-        self._problems: dict[str, str] = {}
+        self._problems: dict[str, str] = {}  # why files are missing, by kind
         self._direct: set[str] = set()  # kinds that are written to their place by a plugin of the user's
-        self._names = names
         self._stage: StagedFiles | None = None
-
-    def __enter__(self) -> Self:
-        if self._writes:
+        if files and (trainer is None or trainer.is_global_zero):
             # Pictures of an earlier run must not stay beside this report.
             marks = [SAMPLES_FOLDER, *(self._files[kind].name for kind in MARKS if kind in self._files)]
-            others = dict.fromkeys((*(path.name for path in self._files.values()), *self._names))
-            names = [*(name for name in others if name not in marks), *marks]
-            self._stage = StagedFiles(next(iter(self._files.values())).parent, names, marks)
+            others = dict.fromkeys((*(path.name for path in self._files.values()), *names))
+            all_names = [*(name for name in others if name not in marks), *marks]
+            self._stage = StagedFiles(next(iter(self._files.values())).parent, all_names, marks)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -79,17 +74,16 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         if self._stage is not None:
             self._stage.__exit__(kind, error, traceback)
 
-    @property
-    def problems(self) -> Mapping[str, str]:
-        """Why files are not there, by kind."""
-        return self._problems
-
     def write(self, kind: str, write: Callable[[Path], object]) -> None:
-        """Has one file written, if there is to be one of this kind."""
-        if self._stage is None or kind not in self._files:
-            return
+        """Writes one file, if a file of this kind is wanted."""
+        if self._stage is not None and kind in self._files:
+            with self._noting(kind):
+                self._stage.write(self._files[kind].name, write)
+
+    @contextmanager
+    def _noting(self, kind: str) -> Iterator[None]:
         try:
-            self._stage.write(self._files[kind].name, write)
+            yield
         except Exception as error:
             self._problems[kind] = _short(error)
 
@@ -104,7 +98,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self.write("patch", write)
 
     def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """The trainer's checkpoint, read back: what is in it has to be what was judged. To be called by all ranks."""
+        """Saves the trainer's checkpoint, and reads it back: it has to hold what was judged. Called by all ranks."""
         trainer, path = self._trainer, self._files.get("checkpoint")
         if trainer is None or path is None:
             return
@@ -119,33 +113,28 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
                     writer.error = error
             trainer.save_checkpoint(place, weights_only=False)
 
-        def check(place: Path) -> None:
-            problem = _problem_of(writer, place, report, model, parameters)
-            if problem:
-                raise OSError(problem)
-
-        if self._writes and writer.is_plain:
+        check = partial(_check_checkpoint, writer, report, model, parameters)
+        if writer.is_plain:
             self.write("checkpoint", check)
-        elif self._writes:
-            problem = _problem_of(writer, None, report, model, parameters)
-            self._problems |= {"checkpoint": problem} if problem else {}
+        elif self._stage is not None:
+            with self._noting("checkpoint"):
+                check(None)
 
     def reports(self, report: AnyReport, views: Sequence[SampleView] = (), changes: State | None = None) -> AnyReport:
-        """The pages and the JSON of a report, which then names the files that could be written."""
-        written = self._named(report)
-        self.write("markdown", lambda path: path.write_text(written.to_markdown(), encoding="utf-8"))
-        self.write("html", lambda path: path.write_text(written.to_html(views, changes), encoding="utf-8"))
-        written = self._named(report)
-        self.write("json", lambda path: path.write_text(written.to_json(), encoding="utf-8"))
-        if self._stage is not None and views and self._is_written("json"):
-            try:
-                self._stage.write(SAMPLES_FOLDER, lambda path: write_sample_files(path.parent, views))
-            except Exception as error:
-                self._problems["samples"] = _short(error)
+        """Writes the pages and the JSON of a report, which names the files that could be written."""
+        self._write_text("markdown", lambda: self._named(report).to_markdown())
+        self._write_text("html", lambda: self._named(report).to_html(views, changes))
+        self._write_text("json", lambda: self._named(report).to_json())
+        if self._stage is not None and views and self._stage.is_written(self._files["json"].name):
+            self._files["samples"] = self._stage.folder / SAMPLES_FOLDER
+            self.write("samples", lambda path: write_sample_files(path.parent, views))
         return self._named(report)
 
+    def _write_text(self, kind: str, text: Callable[[], str]) -> None:
+        self.write(kind, lambda path: path.write_text(text(), encoding="utf-8"))
+
     def commit(self) -> None:
-        """Puts all that was written in its place; what cannot be put there is a message, see `tell`."""
+        """Puts all that was written in its place; `tell` warns of what cannot be put there."""
         if self._stage is None:
             return
         try:
@@ -159,11 +148,10 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
 
     def tell(self, report: AnyReport, accepted: bool = False) -> AnyReport:
-        """Warns of files that are not there; gives the report with the files that are, the same on all ranks."""
+        """Warns of missing files; returns the report with those that exist, the same on all ranks."""
         if self._problems:
             folder = next(iter(self._files.values())).parent
-            names = {"samples": SAMPLES_FOLDER, **{kind: path.name for kind, path in self._files.items()}}
-            missing = "; ".join(f"`{names[kind]}` ({why})" for kind, why in self._problems.items())
+            missing = "; ".join(f"`{self._files[kind].name}` ({why})" for kind, why in self._problems.items())
             what = "the repair was accepted and is in the model" if accepted else "the result is not affected"
             hint = "make room, and write the report with `report.to_json()`"
             if NOT_JUDGED in self._problems.get("checkpoint", ""):
@@ -176,23 +164,21 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             left = self._trainer.strategy.broadcast(left)
         return replace(report, files={kind: path for kind, path in report.files.items() if kind in left})
 
-    def _is_written(self, kind: str) -> bool:
-        return self._stage is not None and kind in self._files and self._stage.is_written(self._files[kind].name)
-
     def _named(self, report: AnyReport) -> AnyReport:
         files = {kind: path for kind, path in report.files.items() if kind not in self._problems}
         return replace(report, files=files)
 
 
-def _problem_of(
-    writer: CheckpointWriter, path: Path | None, report: RepairReport, model: nn.Module, parameters: State
-) -> str:
-    """Why a checkpoint is not what was judged, in words; empty if it is."""
+def _check_checkpoint(
+    writer: CheckpointWriter, report: RepairReport, model: nn.Module, parameters: State, path: Path | None
+) -> None:
+    """Raises if a checkpoint could not be written, or is not what was judged."""
     if writer.error is not None:
-        return _short(writer.error)
+        raise writer.error
     if path is not None and not path.exists():
-        return "nothing was written"
-    return _difference(_read_back(writer, path), report, model, parameters)
+        raise OSError("nothing was written")
+    if difference := _difference(_read_back(writer, path), report, model, parameters):
+        raise OSError(difference)
 
 
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
@@ -215,15 +201,11 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
 
 
 def _difference(found: Mapping[str, Any], report: RepairReport, model: nn.Module, parameters: State) -> str:
-    """Which tensors of a state dict are not those that were judged, in words; empty if none is.
-
-    A module may leave out or rename what it saves, but what was repaired has to be there under some name.
-    """
-    names, live = saved_names(model), current_state(model)
+    """Says which judged tensors a state dict lacks, or has otherwise; empty if none. Names may differ."""
+    names, judged = saved_names(model), {**current_state(model), **parameters}
     own = {names[key]: value for key, value in found.items() if key in names and isinstance(value, Tensor)}
     if report.hashes is not None and hash_tensors(own) == report.hashes.model_after:
         return ""
-    judged = {**live, **parameters}
     wrong = [name for name, value in own.items() if not _is_same(value, judged[name])]
     others = [value for key, value in found.items() if key not in names and isinstance(value, Tensor)]
     lost = [
@@ -249,11 +231,8 @@ def _short(error: Exception) -> str:
     return text if isinstance(error, OSError) and error.errno is None else f"{type(error).__name__}: {text}"
 
 
-FILE_PREFIX = "lightning_nrl-"
-
-
 class ResultBox:
-    """Goes with its owner into other processes, and brings a text back to the one in which it was made."""
+    """Brings a text back from other processes, such as those of `ddp_spawn`, to the one that made the box."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -261,21 +240,21 @@ class ResultBox:
         weakref.finalize(self, _remove, self._path, self._process)
 
     def put(self, text: Callable[[], str]) -> None:
-        """Leaves a text for the other process, in place of an earlier one; in the same process does not ask for it."""
+        """Leaves a text for the process that made the box; in that process itself does nothing."""
         if os.getpid() != self._process:
             with suppress(OSError):
                 remove_stale(self._path.parent, f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*")
                 write_text(self._path, text())
 
     def take(self) -> str:
-        """The text that another process has left since the last time; empty if none has."""
+        """The text that another process has left since the last call; empty if none has."""
         if os.getpid() != self._process:
             return ""
         try:
             text = self._path.read_text(encoding="utf-8")
         except OSError:
             return ""
-        _remove(self._path, self._process)
+        self._path.unlink(missing_ok=True)
         return text
 
 
@@ -284,31 +263,25 @@ def _remove(path: Path, process: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def run_folder(trainer: Trainer) -> str:
-    """The log folder of the first logger, as in `Trainer.log_dir`; where it has none, a folder of its run.
-
-    That of a run is `<save_dir>/<name>/<version>`, in which Lightning's checkpoints are too: loggers such as those of
-    W&B and MLflow share one `save_dir` among all runs, and a second run would find the files of the first. To be called
-    on all ranks; the first one's answer counts.
-    """
-    if not trainer.loggers:
-        return str(trainer.default_root_dir)
-    logger = trainer.loggers[0]
-    folder = getattr(logger, "log_dir", None)
-    if folder is None:
-        version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
-        parts = [str(part) for part in (logger.name, version) if part is not None]
-        folder = os.path.join(logger.save_dir or trainer.default_root_dir, *parts)
-    return str(trainer.strategy.broadcast(str(folder)))
-
-
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
-    """The folder that the user named, or one of this name in the run's folder; refuses what is no local folder."""
-    found = dirpath if dirpath is not None else run_folder(trainer)  # asks all ranks
+    """The folder that the user named, or one of this name in the run's log folder; called on all ranks.
+
+    W&B and MLflow share one `save_dir` among all runs, so theirs is `<save_dir>/<name>/<version>`.
+    """
+    found: Any = dirpath
+    if found is None:
+        found = trainer.default_root_dir
+        for logger in trainer.loggers[:1]:
+            own = getattr(logger, "log_dir", None)
+            if own is None:
+                version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+                parts = [str(part) for part in (logger.name, version) if part is not None]
+                own = os.path.join(logger.save_dir or found, *parts)
+            found = trainer.strategy.broadcast(str(own))
     if "://" in str(found):
         raise ConfigurationError(
             f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
@@ -317,40 +290,8 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
     return Path(found) if dirpath is not None else Path(found) / name
 
 
-def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
-    """The folder for the files, made on the first rank, the same on all; None where it cannot be made.
-
-    None in a `fast_dev_run` too, which writes no files. In the run's folder it is the next free of `name`, `name-1`,
-    `name-2` ..., where an earlier one has left its report.
-    """
-    if batch_limit(trainer):
-        return None
-    folder, made = base_folder(dirpath, trainer, name), ""
-    if trainer.is_global_zero:
-        try:
-            made = str(_made(folder if dirpath is not None else _next_free(folder)))
-        except OSError as error:
-            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
-            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
-    made = trainer.strategy.broadcast(made)
-    return Path(made) if made else None
-
-
-def _next_free(folder: Path) -> Path:
-    free, k = folder, 0
-    while (free / "report.json").exists():
-        k += 1
-        free = folder.with_name(f"{folder.name}-{k}")
-    return free
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def parse_prefix(prefix: str, default: str) -> str:
-    """What tags begin with, without a slash at the end."""
+    """A prefix of tags, without a slash at the end."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
@@ -359,24 +300,32 @@ def parse_prefix(prefix: str, default: str) -> str:
 def report_files(
     dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """The paths of a report's files by kind, and the name that it has in logs; a patch needs safetensors.
+    """The paths of a report's files by kind, and its name in logs; no files in a `fast_dev_run`. Called on all ranks.
 
-    A second report in one log gets tags of its own, as it gets a folder of its own.
+    In the run's folder that is the first of `name`, `name-1` ... without a report.
     """
-    folder = output_folder(dirpath, trainer, name)
-    if folder is None:
+    if batch_limit(trainer):
         return {}, name
-    written = {kind: str(folder / file) for kind, file in files.items() if kind != "patch" or safetensors_installed()}
-    return written, folder.name if dirpath is None else name
+    folder, made = base_folder(dirpath, trainer, name), ""
+    if trainer.is_global_zero:
+        try:
+            place = folder if dirpath is not None else next_free(folder, "report.json")
+            place.mkdir(parents=True, exist_ok=True)
+            made = str(place)
+        except OSError as error:
+            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
+            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
+    made = trainer.strategy.broadcast(made)
+    if not made:
+        return {}, name
+    kinds = [kind for kind in files if kind != "patch" or safetensors_installed()]
+    return {kind: str(Path(made) / files[kind]) for kind in kinds}, Path(made).name if dirpath is None else name
 
 
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes the report, and other files of it by kind, to the paths that it names; gives it with those that are there.
-
-    Views are of samples, where these can be shown.
-    """
+    """Writes the report and other files of it by kind; returns the report with the files that could be written."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)
@@ -399,10 +348,7 @@ def announce(
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
-    """Logs and prints what is decided and saved; what goes wrong here is a warning.
-
-    `changes` are what was added to each weight, whole tensors by name; tags begin with `name`.
-    """
+    """Logs and prints what is decided and saved; what goes wrong here is a warning. Tags begin with `name`."""
     try:
         if trainer.is_global_zero:
             log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
@@ -411,14 +357,16 @@ def announce(
                 show(report)
                 if text := _about_best(report, trainer):
                     print(text)
-        trainer.callback_metrics.update(headline(report, name))
+        # As tensors, these outlive processes that a strategy has started.
+        numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
+        trainer.callback_metrics.update(numbers)
     except Exception as error:
         problem = f"the report was not shown ({type(error).__name__}: {error})."
         rank_zero_warn(LoggingWarning(problem, "the repair and its files are not affected; print `report`."))
 
 
 def _about_best(report: RepairReport, trainer: Trainer) -> str:
-    """What to know before `trainer.test()` is called without a model, in a line; empty where there is nothing."""
+    """What to know before `trainer.test()` is called without a model; empty where there is nothing."""
     checkpoint = trainer.checkpoint_callback
     best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     path = report.files.get("checkpoint", "")
@@ -428,22 +376,8 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
     return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
 
 
-def headline(report: RepairReport, name: str) -> dict[str, Tensor]:
-    """What `trainer.callback_metrics` gets, named as in the logs; it outlives processes that a strategy has started."""
-    return {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
-
-
 def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> ResumeStore:
-    """Returns a store in the folder of the repair's files. To be called on all ranks.
-
-    A logger makes a new folder for each run, so those of earlier runs are searched too.
-
-    Args:
-        dirpath: the folder that the user named; None: that of the run.
-        trainer: in a `fast_dev_run` nothing is saved.
-        every: seconds that a step takes at least to be saved; None: nothing is saved.
-        name: of the folder in that of the run.
-    """
+    """A store for steps of `every` seconds, which also looks into folders of earlier runs; called on all ranks."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

@@ -1,10 +1,9 @@
-"""How the input of one sample is shown where the user says nothing: as an image, a curve, a table or a text."""
+"""How flipped samples are shown to a reader: the user's way, else as an image, a table or a text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import isfinite
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,53 +16,39 @@ from lightning_nrl._trainer.random_transforms import innermost_datasets
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report._figures import INK
 from lightning_nrl.report.sample_views import SampleView, caption_of
 from lightning_nrl.report.splits import FlippedSample
 from lightning_nrl.report.tables import flipped_splits, most_telling
 
+Render = Callable[[Any], Any]
+"""Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
 Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Means and standard deviations of channels, by which a data set has normalised its images."""
 
 FEWEST_PIXELS = 4
 """A side of less is no picture."""
-TABLE_VALUES, TOKENS, CHANNELS = 24, 120, 6
-"""More are not listed, or drawn."""
-CURVE_SIZE, FINER, LETTERS = 360, 3, 13
-"""Pixels of a side, how much finer curves are drawn, and the height of letters."""
-CURVE_FRAME = (0.2, 0.06, 0.96, 0.9)  # left, top, right, bottom, as shares
-FRAME_COLOUR = "#DDDDDD"
-CHANNEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+TABLE_VALUES, TOKENS = 24, 120
+"""More are not listed."""
 ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
 DEEPEST, MOST_VISITED = 12, 200
+VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
+"""Of each split, at most."""
 
 
 def display(x: Tensor, sample: Any = None, normalization: Normalization | None = None) -> Pixels | str | None:
-    """An image, `height x width x 3`, or text; None for what cannot be shown.
+    """A model's input for one sample as an image, `height x width x 3`, or text; None for what cannot be shown.
 
-    Whole numbers in a row are tokens, or the words of the sample if it has some; a few numbers in a row are a table,
-    and many, or few rows of many, curves. All else that has height and width is an image: of more than three channels
-    the first three, of a film or a volume the middle.
-
-    Args:
-        x: the model's input for the sample, without a batch dimension.
-        sample: what the data set gives.
-        normalization: to be undone. Without one, numbers in [0, 1] are shown as they are, and others stretched from
-            black to white.
+    Whole numbers in a row are tokens, others a table. All else is an image: of more than three channels the first
+    three, of a film the middle; not normalized, it is stretched from black to white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
         return None
-    whole = not (x.is_floating_point() or x.dtype == torch.bool)
-    if x.ndim == 1 and whole:
-        return _words(sample) or _listed("tokens", x)
-    if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) == 1):
-        flat = x.flatten()
-        return _table(flat) if len(flat) <= TABLE_VALUES else _curves(flat[None])
-    if x.ndim == 2 and min(x.shape) < FEWEST_PIXELS:
-        rows = x if x.shape[0] < x.shape[1] else x.T
-        return _curves(rows)
+    if x.ndim == 1 and not (x.is_floating_point() or x.dtype == torch.bool):
+        return _words(sample) or _tokens(x)
+    if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
+        return _table(x.flatten())
     image = _as_image(x)
     if image is None:
         return None
@@ -77,10 +62,7 @@ def display(x: Tensor, sample: Any = None, normalization: Normalization | None =
 def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
     """An image as `height x width x 3` uint8; None for what is none.
 
-    Args:
-        image: `height x width`, with 1 or 3 channels first or last; uint8, or floating-point numbers in [0, 1]. Also
-            what numpy can make an array of, such as a PIL image.
-        stretched: whether the least value becomes black and the largest white, whatever they are.
+    It has 1 or 3 channels first or last, or none, in uint8 or in [0, 1], or is `stretched` from black to white.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -101,13 +83,10 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """The `Normalize` among the transforms of a data set, as torchvision and albumentations have them; None without.
-
-    It is looked for in the data set's attributes and in those of the data sets that it wraps. Of two, the last.
-    """
+    """The last `Normalize` in a data set's attributes and in the data sets that it wraps, as torchvision has them."""
     found: Normalization | None = None
     for one in _parts(dataset):
-        if type(one).__name__ == "Normalize":
+        if type(one).__name__ == "Normalize":  # of whatever library
             mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
             if mean and std and len(mean) == len(std):
                 found = mean, std
@@ -144,7 +123,7 @@ def _numbers(values: Any) -> tuple[float, ...]:
 def _as_image(x: Tensor) -> Tensor | None:
     """`height x width`, or `1 or 3 x height x width`, of whatever has height and width."""
     if x.ndim == 2:
-        return x if min(x.shape) >= FEWEST_PIXELS else None
+        return x
     if x.ndim == 3:
         if x.shape[2] in (1, 3) and x.shape[0] not in (1, 3):
             x = x.permute(2, 0, 1)
@@ -175,9 +154,9 @@ def _words(sample: Any) -> str:
     return max((part for part in parts if isinstance(part, str)), key=len, default="")
 
 
-def _listed(what: str, x: Tensor) -> str:
+def _tokens(x: Tensor) -> str:
     more = f" ... {x.numel():,} in all" if x.numel() > TOKENS else ""
-    return f"{what}: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist()) + more
+    return "tokens: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist()) + more
 
 
 def _table(x: Tensor) -> str:
@@ -185,71 +164,16 @@ def _table(x: Tensor) -> str:
     return "\n".join([*lines, *([f"... {len(x):,} in all"] if len(x) > TABLE_VALUES else [])])
 
 
-def _curves(rows: Tensor) -> Pixels:
-    """Each row as a curve over its positions, with the lowest and the highest value beside it."""
-    from PIL import Image, ImageDraw
-
-    kept = rows[:CHANNELS].double()
-    finite = kept[kept.isfinite()]
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
-    wide = CURVE_SIZE * FINER
-    picture = Image.new("RGB", (wide, wide), "white")
-    draw = ImageDraw.Draw(picture)
-    left, top, right, bottom = (round(share * wide) for share in CURVE_FRAME)
-    across = left + (right - left) * torch.linspace(0, 1, kept.shape[1], dtype=torch.float64)
-    up = bottom - (bottom - top) * (kept - low) / (high - low if high > low else 1.0)
-    draw.rectangle((left, top, right, bottom), outline=FRAME_COLOUR, width=FINER)
-    for row, colour in zip(up, CHANNEL_COLOURS, strict=False):
-        for part in _unbroken(across, row):
-            draw.line(part, fill=colour, width=2 * FINER, joint="curve")
-    picture = picture.resize((CURVE_SIZE, CURVE_SIZE), Image.Resampling.BOX)
-    draw = ImageDraw.Draw(picture)
-    for value, height in ((high, top), (low, bottom)):
-        draw.text((left / FINER - 6, height / FINER), f"{value:.3g}", INK, anchor="rm", font_size=LETTERS)
-    for position, place, anchor in ((0, left, "lt"), (kept.shape[1] - 1, right, "rt")):
-        draw.text((place / FINER, bottom / FINER + 6), str(position), INK, anchor=anchor, font_size=LETTERS)
-    return np.array(picture, dtype=np.uint8)
-
-
-def _unbroken(across: Tensor, up: Tensor) -> list[list[tuple[float, float]]]:
-    """The points of a curve, cut where values are no numbers; a single point is a short line."""
-    parts: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(across.tolist(), up.tolist(), strict=True):
-        if isfinite(y):
-            parts[-1].append((x, y))
-        else:
-            parts.append([])
-    return [part if len(part) > 1 else [(x - FINER, y), (x + FINER, y)] for part in parts if part for x, y in part[:1]]
-
-
-Render = Callable[[Any], Any]
-"""Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
-
-VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
-"""Of each split, at most."""
-
-
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None
 ) -> tuple[SampleView, ...]:
-    """Views of the broken samples and of the most telling repaired ones, of each split.
-
-    Without `render` the model's input is shown, see `display`. What cannot be read or rendered is left out, with one
-    warning.
-
-    Args:
-        report: names the samples.
-        sources: the splits that it is about.
-        render: makes an image or text of a sample.
-    """
+    """Views of the broken and the most telling repaired samples of each split; what cannot be rendered is left out."""
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
     try:
         for split in flipped_splits(report):
             telling = most_telling(split.flipped)
-            chosen = [
-                one for flip, most in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:most]
-            ]
+            chosen = [one for flip, n in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:n]]
             if chosen and split.split in by_split:
                 found += _views(report, by_split[split.split], chosen, render)
     except Exception as error:  # the user's data set or function; no picture is worth a repair
@@ -280,16 +204,11 @@ def _views(
             yield SampleView(source.split, one.id, one.flip, caption, shown)
 
 
-@runtime_checkable
-class _HasClasses(Protocol):
-    classes: Sequence[str]
-
-
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
     """The first `classes` of an innermost data set, as torchvision's have them; empty where none has any."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
-            found = dataset.classes if isinstance(dataset, _HasClasses) else None
+            found = getattr(dataset, "classes", None)
             if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
                 return tuple(found)
     return ()

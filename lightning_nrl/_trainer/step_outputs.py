@@ -1,4 +1,4 @@
-"""What a model gives while it validates, taken down as it is made: no second forward pass."""
+"""Outputs of a module's own steps, recorded by hooks; something added to a loss, or run after a hook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""Arguments, keyword arguments and what came of them."""
+"""Arguments, keyword arguments and output."""
+ONE_LINE = (
+    "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
+    "(`from lightning_nrl.callbacks import regression_loss`)."
+)
+"""What a user can do where the term cannot be added from outside."""
+
+
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """Inside, `hook(name, args, output)` is called after each call of a layer, and what it returns is the output."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(lambda module, args, output, name=name: hook(name, args, output))
+            stack.callback(handle.remove)
+        yield
 
 
 @dataclass
@@ -35,23 +50,10 @@ def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: A
         recorded.calls[name].append((args, kwargs, output))
 
 
-@contextmanager
-def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """Inside, `hook(name, args, output)` is called after each call of a layer, and what it returns is the output."""
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(partial(_call, hook, name)).remove)
-        yield
-
-
-def _call(hook: Callable[[str, Any, Any], Any], name: str, module: nn.Module, args: Any, output: Any) -> Any:
-    return hook(name, args, output)
-
-
 class OutputCapture:
-    """Listens to a module and to parts of it, between `begin` and `end`.
+    """Records calls of a module and of parts of it, between `begin` and `end`.
 
-    The module is listened to all the time, since code that `torch.compile` has made does not see hooks that come later.
+    Hooks stay all the time, since code that `torch.compile` has made does not see hooks that come later.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,7 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Listens to parts by their dotted names; an empty one is the module itself. Earlier names go first."""
+        """Records parts by their dotted names; an empty one is the module itself. Earlier names go first."""
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
@@ -67,31 +69,23 @@ class OutputCapture:
                 self._handles[name] = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 
     def detach(self) -> None:
-        """Listens no more."""
         for handle in self._handles.values():
             handle.remove()
         self._handles, self._recorded = {}, _RecordedCalls()
 
     def begin(self) -> None:
-        """A batch begins."""
         for calls in self._recorded.calls.values():
             calls.clear()
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """A batch ends: what the module returned for these arguments, else what its first call returned.
-
-        None where neither it nor a part was called. `redirected` is as for `calls`.
-        """
+        """Returns what the module returned for these arguments in the batch, else in its first call, else None."""
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """A batch ends: the calls of the first that was called at all, and its name.
-
-        `redirected`: the whole step ran inside a call of the module that has ended too, as under `ddp`.
-        """
+        """Ends a batch; returns the first part that was called and its calls, but for that of a `redirected` step."""
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
         for name, calls in self._recorded.calls.items():
@@ -103,11 +97,7 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model, and finds out at the first call which part of it gives what it returns.
-
-    `parts` has the outermost such part by its dotted name; none where the model goes on after its parts, or was
-    compiled as a whole.
-    """
+    """Calls a model, and finds out at the first call the outermost part that returns what the model does, if any."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -124,7 +114,7 @@ class Probe:
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All parts by name, outer ones first, without those whose calls were compiled, and what is inside of these."""
+    """All parts by name, outer ones first; of those whose calls are compiled neither they nor their insides."""
     if is_compiled(model):
         return
     for name, part in model.named_children():
@@ -150,13 +140,6 @@ def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
     return None
 
 
-ONE_LINE = (
-    "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
-    "(`from lightning_nrl.callbacks import regression_loss`)."
-)
-"""What a user can do where the term cannot be added from outside."""
-
-
 class ForwardPass(NamedTuple):
     """The forward pass of a training step: what went in, and the logits that came out."""
 
@@ -168,10 +151,9 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
 ) -> ForwardPass:
-    """The one call of a step that is about its batch; refuses none, and more than one that could be it.
+    """The one call of a step that is about its batch; refuses none, and several that could be it.
 
-    The calls of one step are those of the part of this name (empty: the module); `args` and `kwargs` are what the model
-    is called with for this batch of `n` samples as it is.
+    `args` and `kwargs` are what the model would be called with for this batch of `n` samples.
     """
     found = []
     for given, named, output in calls:
@@ -195,7 +177,7 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """What a training step returned (a loss, a mapping with a `loss`, None for no step), a scalar added to its loss."""
+    """Adds a scalar to what a training step returned: a loss, a mapping with a `loss`, or None for no step."""
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -210,7 +192,7 @@ def add_to_loss(result: Any, term: Tensor) -> Any:
 
 @contextmanager
 def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module has other methods; afterwards its own again, whatever was set meanwhile."""
+    """Inside, a module has other methods; afterwards its own again."""
     own = {name: vars(module)[name] for name in methods if name in vars(module)}
     vars(module).update(methods)
     try:
@@ -222,18 +204,14 @@ def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for a method that is left out."""
+    """In place of a method that is left out."""
 
 
 class _FollowedHook:
-    """Stands in for a hook for one call, in which the module has its own again.
-
-    Lightning calls the hooks of most callbacks before that of the module.
-    """
+    """In place of a hook for one call; Lightning calls the hooks of most callbacks before that of the module."""
 
     def __init__(self, module: LightningModule, name: str) -> None:
-        self.module = module
-        self.name = name
+        self.module, self.name = module, name
         self.own = {key: value for key, value in vars(module).items() if key == name}
         self.followers: list[Callable[[], None]] = []
 
@@ -254,7 +232,7 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Has something run after the next call of a module's hook, and after what is to follow it already."""
+    """Runs something after the next call of a module's hook, and after earlier followers."""
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)
@@ -263,7 +241,7 @@ def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]
 
 
 def release_hook(module: LightningModule, name: str) -> None:
-    """The module has its own hook again, which nothing follows."""
+    """Gives the module its own hook again, without followers."""
     found = vars(module).get(name)
     if isinstance(found, _FollowedHook):
         found.release()

@@ -1,4 +1,4 @@
-"""Trainers under which a repair cannot be made, known before training starts."""
+"""Refuses, before training starts, trainers under which a repair cannot be made."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._trainer.lightning.packages import Callback, ModelPruning, Trainer, packages_of, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import (
-    averaging_callbacks,
-    callbacks_of,
-    data_module_of,
-    original_module,
-)
+from lightning_nrl._trainer.lightning.packages import Callback, Trainer, callback_kinds, packages_of, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of, original_module
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
@@ -21,13 +16,12 @@ ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")
 """Of those whose devices are none of torch's own."""
 SPREAD = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
 """Classes of parameters and modules of which each rank has a part, whatever the strategy is called."""
+OVERWRITING = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
+"""Callbacks that change the weights when training ends."""
 
 
 def check_packages(trainer: Any, **others: object) -> None:
-    """Refuses a trainer that is none, and whatever is of the other package of Lightning than the trainer.
-
-    Checked are the trainer's callbacks, loggers and data module, and `others` by the names of their arguments.
-    """
+    """Refuses a trainer that is none, and callbacks, loggers, data and `others` of Lightning's other package."""
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(
             f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
@@ -50,7 +44,7 @@ def check_strategy(
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
-    """Refuses strategies that shard the model, under which no rank holds the whole layer, and those of XLA and HPUs."""
+    """Refuses strategies that shard the model, and those of XLA and HPUs."""
     names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if any(name.startswith(SHARDED) or "Sharded" in name for name in names):
         raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {why}.", hint)
@@ -60,8 +54,7 @@ def check_strategy(
 
 def check_whole(model: nn.Module) -> None:
     """Refuses a model that its own code has sharded, by `fully_shard`, `FullyShardedDataParallel` or `DTensor`s."""
-    parts = [*model.named_modules(), *model.named_parameters()]
-    for name, part in parts:
+    for name, part in [*model.named_modules(), *model.named_parameters()]:
         kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SPREAD), None)
         if kind is not None:
             raise ConfigurationError(
@@ -79,15 +72,10 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses places among the callbacks where one change of the weights after training undoes another.
-
-    After it: weight averaging, pruning, and what has to come `earlier`. Before it, if it goes back to the best
-    checkpoint: one of the `kind` of repairs, and what has to come `earlier`.
-    """
-    overwriting = (*averaging_callbacks(), ModelPruning, *earlier)
+    """Refuses callbacks before or after this one where one change of the weights undoes another."""
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
-    behind = [c for c in callbacks[place + 1 :] if isinstance(c, overwriting)]
+    behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING, *earlier))]
     if behind:
         raise ConfigurationError(
             f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
@@ -116,7 +104,7 @@ def check_twins(callback: Callback, trainer: Trainer) -> None:
 
 
 def warn_without_step() -> None:
-    """Says that a fit without a training step leaves nothing repaired."""
+    """Warns that a fit without a training step leaves nothing repaired."""
     rank_zero_warn(
         NotRepairedWarning(
             "no repair was made, because no training step ran (training was complete, skipped or stopped).",

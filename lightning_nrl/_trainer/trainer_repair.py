@@ -1,17 +1,12 @@
-"""A repair in the middle of a fit: the trained module and its data as a trainer holds them, given to the core."""
+"""A repair inside a fit: a trainer's module and data, given to the core."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
@@ -23,59 +18,17 @@ from lightning_nrl._trainer.progress_bar import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.sample_views import class_names, sample_views
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
-from lightning_nrl._utils.device import is_out_of_memory
-from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import check_saved
-from lightning_nrl.data.adapters import adapter_hint, describe
-from lightning_nrl.data.batch import Batch, RecordingSource, Source
-from lightning_nrl.errors import (
-    ConfigurationError,
-    DataWarning,
-    EmptyLocalizationError,
-    EvaluationError,
-    InseparableBatchError,
-    OtherRankError,
-    RepairError,
-    ReplayError,
-    UnusableSamplesError,
-)
-from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.evaluation.layers import find_scope, refusing_batch_statistics
-from lightning_nrl.localization import Known, NeuRecoverLite, on_data
+from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
-from lightning_nrl.pipeline.input_checks import check_task
+from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.old_model import OldModel, Reference
-
-
-def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:
-    """Settings whose method has what the trainer's `ModelCheckpoint` callbacks have kept, if it wants them."""
-    method: Any = settings.method
-    if not getattr(method, "wants_checkpoints", False):
-        return settings
-    paths = [path for callback in _callbacks(trainer) for path in sorted(callback.best_k_models)]
-    return replace(settings, method=method.with_checkpoints(paths)) if paths else settings
-
-
-def check_kept(settings: Settings, trainer: Trainer) -> None:
-    """Refuses, before training, a method that wants checkpoints and will have none."""
-    if getattr(settings.method, "wants_checkpoints", False) and not _callbacks(trainer):
-        name = type(settings.method).__name__
-        raise ConfigurationError(f"`{name}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
-
-
-def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    """Those that keep the best ones."""
-    found = [one for one in callbacks_of(trainer) if isinstance(one, ModelCheckpoint)]
-    return [one for one in found if one.monitor is not None and one.save_top_k != 0]
-
-
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
-"""torch puts them into one tensor with no other dtype."""
+from lightning_nrl.updates.old_model import Reference
 
 PASSES_THAT_LEAVE_OUT = 6
 """Each names the unusable samples of one split, or those whose losses are not finite."""
@@ -94,8 +47,13 @@ class TrainedModel:
     observer: RepairProgress | None = None
     notes: str = ""  # sentences on limits of batches, and on splits that draw at random, for the report
 
+    @property
+    def sources(self) -> list[LoaderSource]:
+        """The sources of all splits."""
+        return [*self.known, *self.unseen, *self.calibration]
+
     def without(self, error: UnusableSamplesError) -> TrainedModel:
-        """The same without the samples that an error names, which is warned of; raises it where these are too many."""
+        """Leaves out the samples that an error names, with a warning; raises it if they are more than half a split."""
         data = {role: getattr(self, role) for role in ("known", "unseen", "calibration")}
         for role, sources in data.items():
             data[role] = [
@@ -111,7 +69,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """What a repair inside a trainer is: settings for the core, and how its data are found among the trainer's."""
+    """Settings of a repair for the core, and how its data are found in a trainer."""
 
     settings: Settings
     task: Task
@@ -120,15 +78,19 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
-        settings = _sanity_settings(self.settings, trainer)
-        check_kept(settings, trainer)
+        """A small repair before training, on one batch of each split; warns if training could not go on for it."""
+        settings, method = self.settings, self.settings.method
+        if getattr(method, "wants_checkpoints", False) and not _keeping_best(trainer):
+            raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
         with random_state(), validating(trainer):
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
-            sources = [*few.known, *few.unseen, *few.calibration]
-            _check_recorded(settings=self.settings, trainer=trainer, known=few.known)
-            run_sanity_check(few.evaluator, sources, settings, reference=self.reference)
-            if self.reference is None and self.settings.layer == "auto" and self.settings.trains:
+            history = _history_callback(settings, trainer)
+            if history is not None:
+                # The record is still to be made.
+                _check_recorded(settings, history, few.known)
+                settings = replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
+            run_sanity_check(few.evaluator, few.sources, settings, reference=self.reference)
+            if self.reference is None and settings.layer == "auto" and settings.trains:
                 few.training.warn()
 
     def run(
@@ -139,64 +101,49 @@ class TrainerRepair:
         fit_seconds: float | None = None,
         work: ResumeStore | None = None,
     ) -> Outcome:
-        """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
-
-        The model was trained for so many epochs, which took so long; None where that is not known. `work` saves what is
-        done.
-        """
+        """Searches a repair after a training of `epochs` and `fit_seconds`; all is left as found, see `opened`."""
+        settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
-            for _ in range(PASSES_THAT_LEAVE_OUT):
+            for tries_left in range(PASSES_THAT_LEAVE_OUT, -1, -1):
                 try:
-                    outcome = self._repaired(trainer, trained, fit_seconds, work)
+                    outcome = repair_module(
+                        trained.evaluator,
+                        trained.known,
+                        settings,
+                        unseen=trained.unseen,
+                        calibration=trained.calibration,
+                        training=replace(trained.training, fit_seconds=fit_seconds, work=work),
+                        reference=self.reference,
+                        observer=trained.observer,
+                        work=work,
+                    )
                     break
                 except UnusableSamplesError as error:
+                    if not tries_left:
+                        raise
                     trained = trained.without(error)
-            else:
-                outcome = self._repaired(trainer, trained, fit_seconds, work)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
-            names = class_names(trained.known)
-            report = replace(outcome.report, reason=reason, class_names=names)
-            sources = [*trained.known, *trained.unseen, *trained.calibration]
-            views = sample_views(report, sources, self.data.known.renderer) if trainer.is_global_zero else ()
+            report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
+            render = self.data.known.renderer
+            views = sample_views(report, trained.sources, render) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
-
-    def _repaired(
-        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: ResumeStore | None
-    ) -> Outcome:
-        training = replace(trained.training, fit_seconds=fit_seconds, work=work or ResumeStore())
-        return repair_module(
-            trained.evaluator,
-            trained.known,
-            with_kept_checkpoints(with_history(self.settings, trainer), trainer),
-            unseen=trained.unseen,
-            calibration=trained.calibration,
-            training=training,
-            reference=self.reference,
-            observer=trained.observer,
-            work=work,
-        )
 
     @contextmanager
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """The model with all its data, in a `fast_dev_run` a few batches of them; random states stay as they are.
-
-        Inside, the trainer says that it validates, and shows progress. `whole`: each rank reads all of the data.
-        """
+        """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
-            randomness = report_stability([*found.known, *found.unseen, *found.calibration])
-            notes = f"{describe_limits(trainer, found.known)} {randomness}".strip()
+            notes = f"{describe_limits(trainer, found.known)} {report_stability(found.sources)}".strip()
             yield replace(found, observer=progress, notes=notes)
 
     def _trained(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, limit: int | None, whole: bool
     ) -> TrainedModel:
         loaders = SplitLoaders(trainer, model)
-        how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
-        known, unseen, calibration = self.data.sources(loaders, **how)
-        evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, known, unseen, calibration)
+        data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
+        evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, *data)
         training = ContinuedTraining(
             trainer,
             model,
@@ -220,149 +167,42 @@ class RecordsHistory(Protocol):
 
     @property
     def recorded(self) -> tuple[str, ...]:
-        """The splits of which there is a record; empty before training begins."""
+        """The recorded splits; empty before training begins."""
         ...
 
 
-def history_callback(trainer: Trainer) -> RecordsHistory | None:
-    """The callback of a trainer that records its training; None: there is none."""
+def _history_callback(settings: Settings, trainer: Trainer) -> RecordsHistory | None:
+    """The callback that records the training, if the localizer wants its record."""
+    if not getattr(settings.localizer, "wants_history", False):
+        return None
     return next((one for one in callbacks_of(trainer) if isinstance(one, RecordsHistory)), None)
 
 
-def with_history(settings: Settings, trainer: Trainer) -> Settings:
-    """Settings whose localiser has the history that a callback of the trainer has recorded, if it wants one."""
+def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
+    """Gives the localizer the recorded history, and the method the best checkpoints, if they want them."""
+    method: Any = settings.method
     localizer: Any = settings.localizer
-    callback = history_callback(trainer)
-    if not _wants_history(settings) or callback is None or callback.folder is None:
-        return settings
-    return replace(settings, search=replace(settings.search, localizer=localizer.with_history(str(callback.folder))))
-
-
-def _wants_history(settings: Settings) -> bool:
-    return bool(getattr(settings.localizer, "wants_history", False))
-
-
-def _check_recorded(settings: Settings, trainer: Trainer, known: Sequence[LoaderSource]) -> None:
-    """Refuses a record that has nothing of the failures: no regression among them would be known."""
-    callback = history_callback(trainer)
-    if not _wants_history(settings) or callback is None:
-        return
-    failing = [source.split for source in known if source.failed]
-    if callback.recorded and not set(failing) & set(callback.recorded):
-        wanted = [*callback.recorded, *failing]
-        raise ConfigurationError(
-            f"`callbacks`: TrainingHistory records {list(callback.recorded)}, the failures are in {failing}.",
-            f"{type(settings.localizer).__name__} needs a record of them: `TrainingHistory(splits={wanted})`.",
-        )
-
-
-def _sanity_settings(settings: Settings, trainer: Trainer) -> Settings:
-    """The same for a look before the first step: a history that is still to be recorded is taken on trust."""
-    if _wants_history(settings) and history_callback(trainer) is not None:
-        return replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
+    history = _history_callback(settings, trainer)
+    if history is not None and history.folder is not None:
+        localizer = localizer.with_history(str(history.folder))
+        settings = replace(settings, search=replace(settings.search, localizer=localizer))
+    if getattr(method, "wants_checkpoints", False):
+        paths = [path for callback in _keeping_best(trainer) for path in sorted(callback.best_k_models)]
+        settings = replace(settings, method=method.with_checkpoints(paths)) if paths else settings
     return settings
 
 
-@torch.no_grad()
-def run_sanity_check(
-    evaluator: Evaluator,
-    sources: Sequence[Source],
-    settings: Settings,
-    *,
-    reference: Reference | None = None,
-) -> None:
-    """Evaluates a few samples and localises on some of them. The model is left as found.
-
-    Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
-    """
-    model, task = evaluator.model, evaluator.task
-    include_bias, trains = settings.localizer.include_bias, settings.trains
-    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains)
-    check_saved(model, space.parameters)
-    with preserve(model):
-        few = _evaluated(evaluator, sources, settings)
-        if reference is not None:
-            # Without its cache, which is for all samples.
-            asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
-            asked.answers(evaluator, sources, few)
-        check_task(settings, few, task)
-        method: Any = settings.method
-        if hasattr(method, "check"):
-            method.check(model)
-        first = sources[0]
-        known = torch.arange(len(few)) < len(first.index)
-        failed = known & (torch.arange(len(few)) % 2 == 0)
-        batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
-        # What these few samples say of the weights does not matter yet, nor what is worth a warning.
-        budget = settings.search.budget
-        work = partial(record, evaluator, batches, space, known, budget=budget)
-        ranks = evaluator.collective
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
-                if hasattr(method, "check_recording"):
-                    ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used.")
-                localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
-                localizer(recording, evaluator, failed=failed, passed=known & ~failed)
-        except OtherRankError:
-            raise
-        except InseparableBatchError:
-            # Other methods do without a recording, but for a task without margins.
-            if "recording" in getattr(method, "needs", ()) or not bool(few.margin.isfinite().all()):
-                raise
-        except ReplayError:
-            # Training needs no layer of its own.
-            if settings.layer != "auto" or not trains or not bool(few.margin.isfinite().all()):
-                raise
-        except (EmptyLocalizationError, EvaluationError):
-            return
+def _keeping_best(trainer: Trainer) -> list[ModelCheckpoint]:
+    found = [one for one in callbacks_of(trainer) if isinstance(one, ModelCheckpoint)]
+    return [one for one in found if one.monitor is not None and one.save_top_k != 0]
 
 
-class _LastBatch(RecordingSource):
-    """A source that keeps the batch that it gave last."""
-
-    batch: Batch | None = None
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, self._keep, source.index[:0])
-
-    def _keep(self, batch: Batch) -> Tensor:
-        self.batch = batch
-        return batch.position
-
-
-def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """What the model does on the samples; whatever it raises says what the batch holds and how to take it apart."""
-    watched = [_LastBatch(source) for source in sources]
-    try:
-        with refusing_batch_statistics(evaluator.model):
-            few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
-        _check_one_form(watched)
-    except RepairError:
-        raise
-    except Exception as error:
-        *_, last = [None, *(source.batch for source in watched if source.batch is not None)]
-        if last is None or is_out_of_memory(error):
-            raise
+def _check_recorded(settings: Settings, history: RecordsHistory, known: Sequence[LoaderSource]) -> None:
+    """Refuses a record that has nothing of the failures: no regression among them would be known."""
+    failing = [source.split for source in known if source.failed]
+    if history.recorded and not set(failing) & set(history.recorded):
+        wanted = [*history.recorded, *failing]
         raise ConfigurationError(
-            f"`adapter`: the model raised {type(error).__name__} on the first batch: {error}\n{describe(last.raw)}",
-            adapter_hint(last.raw),
-        ) from error
-    return few
-
-
-def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Refuses splits whose targets, if they are tensors, cannot lie in one batch: whole labels beside one-hot ones."""
-    forms = {}
-    for source in watched:
-        target = None if source.batch is None else source.batch.target
-        if isinstance(target, torch.Tensor) and (source.passed or source.failed):
-            is_odd = target.dtype in ODD_DTYPES
-            kind = target.dtype if is_odd else target.is_floating_point()
-            forms[source.split] = (kind, target.ndim), f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}"
-    if len({form for form, _ in forms.values()}) > 1:
-        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
-        raise ConfigurationError(
-            f"the targets of the data have several forms: {found}.", "give all data targets as those of the training."
+            f"`callbacks`: TrainingHistory records {list(history.recorded)}, the failures are in {failing}.",
+            f"{type(settings.localizer).__name__} needs a record of them: `TrainingHistory(splits={wanted})`.",
         )

@@ -1,4 +1,4 @@
-"""Borrowing the trainer and its model: everything is as found when they are given back."""
+"""The trainer and its model for a repair; everything is as found when they are given back."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from torch.utils.data import DataLoader
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.packages import (
-    BatchSizeFinder,
     Callback,
     Checkpoint,
-    LearningRateFinder,
     LightningModule,
     ModelCheckpoint,
     ProgressBar,
     Trainer,
+    callback_kinds,
     class_for,
     rank_zero_only,
     rank_zero_warn,
@@ -39,7 +38,7 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-TUNING = (BatchSizeFinder, LearningRateFinder)
+TUNING = callback_kinds("BatchSizeFinder LearningRateFinder")
 """Callbacks that train before training."""
 ASSUMED_EPOCHS = 20
 """Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
@@ -49,18 +48,16 @@ METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 @dataclass
 class StartingWeights:
-    """Whether the weights that were loaded for a repair are to stay in the model."""
+    """The weights that were loaded for a repair."""
 
-    keep: bool = False
+    keep: bool = False  # whether they stay in the model
 
 
 @contextmanager
 def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
     """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
 
-    Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
-    random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
-    module asks for in the trainer.
+    Its callbacks, limits and metrics and the global random states are as found afterwards.
     """
     loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
@@ -81,11 +78,7 @@ def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True)
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """The trainer with loggers that write nothing, and without callbacks that tune, show, save or stop, but those kept.
-
-    By default its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as
-    found afterwards, such as their folder, which they would now take from a logger that writes nothing.
-    """
+    """The trainer with loggers that write nothing, without callbacks that tune, show, save or stop but those kept."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, LEFT_OUT)]
@@ -104,13 +97,12 @@ def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBa
 
 @contextmanager
 def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
-    """The model that a repair starts from, the same on every rank.
+    """The model that a repair starts from, the same on all ranks: as it is (`last`) or as in the `best` checkpoint.
 
-    With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
-    synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
+    Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
     Lightning ends a validation by flags alone, so that an adapter that `eval()` merged into the weights stays in them:
     what is in training mode goes there once more, by its own `train()`. All of it comes back bit for bit afterwards,
-    also after an exception, unless `keep` was set.
+    unless `keep` was set.
     """
     start = StartingWeights()
     path = _best_path(trainer) if start_from == "best" else ""
@@ -168,7 +160,7 @@ def _best_path(trainer: Trainer) -> str:
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
+    """Epochs of a training, at least 1; epochs that limits cut short are added up."""
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
@@ -179,7 +171,7 @@ def epochs_of(trainer: Trainer) -> int:
 
 @dataclass(frozen=True)
 class FitTimer:
-    """How long a training took: of one that was resumed, all of it by the pace of the part that ran since."""
+    """How long a training took; of one that was resumed, by the pace of the part that ran since."""
 
     began: float
     batches: int  # that were trained on before
@@ -200,7 +192,7 @@ def _batches_of(trainer: Trainer) -> int:
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs a checkpoint was trained for, at least 1; `ASSUMED_EPOCHS` where it does not say."""
+    """Epochs that a checkpoint was trained for, at least 1; `ASSUMED_EPOCHS` where it does not say."""
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:
@@ -215,20 +207,10 @@ def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Eval
 @contextmanager
 def heeding_signals(
     trainer: Trainer,
-    may_end_early: bool,
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Inside, signals end the repair as Lightning ends a fit: Ctrl-C by KeyboardInterrupt, SIGTERM by an own exception.
-
-    Lightning itself looks at signals between batches only, and while a repair works there are none.
-
-    Args:
-        trainer: processes that it has started are told of SIGTERM.
-        may_end_early: whether the first Ctrl-C lets the repair end with what it has; on a single process only.
-        is_decided: whether the repair is over and saved, for what is said at the end.
-        saved_in: where it is saved as far as it is done, likewise.
-    """
+    """Inside, signals end the repair as Lightning ends a fit, which itself looks at them between batches only."""
 
     def terminated() -> BaseException:
         launcher = trainer.strategy.launcher
@@ -239,7 +221,7 @@ def heeding_signals(
         return error
 
     try:
-        with interruptible(terminated=terminated, may_end_early=may_end_early and trainer.world_size == 1, say=_say):
+        with interruptible(terminated=terminated, say=_say):
             yield
     except (KeyboardInterrupt, SystemExit):
         if is_decided():

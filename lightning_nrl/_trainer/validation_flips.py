@@ -1,4 +1,4 @@
-"""What the replaced model does on validation data, sample by sample, in the order in which they are validated."""
+"""Flips against the replaced model on validation data, sample by sample in the order of validation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU."""
+    """Results of the replaced model on the `n` samples that this rank validates, in their order. On the CPU."""
 
     loader: DataLoader[Any]
     order: list[list[int]]  # data-set positions, batch by batch
@@ -41,7 +41,7 @@ class ReferenceResults:
     once: Tensor  # `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks
     group: Tensor  # `n` int64, the number of each sample's slice; -1: in none
     names: tuple[str, ...]  # the slices, the same on every rank
-    parts: tuple[str, ...]  # the part of the new model whose output is the model's, by its dotted name, if any is
+    parts: tuple[str, ...]  # the part of the new model that returns what the model does (`Probe`)
     adapter: Adapter  # with which batches are run as the new model is deployed
 
 
@@ -111,7 +111,7 @@ def evaluate_reference(
 
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
-    """Whether the data that are to be validated are still those that the replaced model was asked about."""
+    """True if the validation data are still those that the replaced model was asked about."""
     loader, most = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
@@ -134,7 +134,7 @@ def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[in
 
 
 def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
-    """Rank by rank, which samples are there for the first time: batch by batch as they are validated side by side."""
+    """Rank by rank, which samples come for the first time, as ranks validate side by side."""
     when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
     order = when.argsort()
     _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
@@ -144,7 +144,7 @@ def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FlipCounter:
-    """What one validation has found so far, on the device; nothing waits for it before the end."""
+    """The counts of one validation so far, on the device; nothing waits for it before the end."""
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
@@ -155,7 +155,7 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """How many samples a batch should have; 0 where there should be no such batch."""
+        """How many samples a batch should have; 0 if there should be no such batch."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 

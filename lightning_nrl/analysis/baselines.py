@@ -90,7 +90,7 @@ class DistilledFineTuning(FineTuning):
     temperature: float = 100.0
 
     def __call__(self, problem: Problem) -> Solution:
-        task, heat, plain = problem.task, self.temperature, _emphasised(problem, self.emphasis)
+        task, heat, plain = problem.evaluator.task, self.temperature, _emphasised(problem, self.emphasis)
         teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
         weight = self.base + self.scale * problem.before.passed.float()
 
@@ -106,7 +106,7 @@ def _emphasised(problem: Problem, emphasis: float) -> Loss:
     weight = 1 + (emphasis - 1) * problem.before.targeted.float()
 
     def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        return (weight[rows].to(output.device) * problem.task.loss(output, batch.target)).sum()
+        return (weight[rows].to(output.device) * problem.evaluator.task.loss(output, batch.target)).sum()
 
     return loss
 

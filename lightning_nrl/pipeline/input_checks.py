@@ -1,18 +1,45 @@
-"""What is checked of settings and known data before a method runs."""
+"""Checks of settings and known data before a method runs; in a trainer, on a few samples before training."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, UnusableSamplesError, check_kind
-from lightning_nrl.evaluation import DOUBTFUL
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.state import check_saved
+from lightning_nrl.data.adapters import adapter_hint, describe
+from lightning_nrl.data.batch import Batch, RecordingSource, Source
+from lightning_nrl.errors import (
+    ConfigurationError,
+    EmptyLocalizationError,
+    EvaluationError,
+    InseparableBatchError,
+    OtherRankError,
+    RepairError,
+    ReplayError,
+    UnusableSamplesError,
+    check_kind,
+)
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, refusing_batch_statistics
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization import Known, on_data
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
+"""torch puts them into one tensor with no other dtype."""
 
 
 def given_or_default(settings: Settings | None) -> Settings:
@@ -26,10 +53,8 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            raise ConfigurationError(
-                f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
-                f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
-            )
+            problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
+            raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
@@ -44,21 +69,14 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
         )
 
 
-def _kinds(sources: object) -> str:
-    if not isinstance(sources, Sequence):
-        return f"a {type(sources).__name__}"
-    return f"a {type(sources).__name__} of {', '.join(sorted({type(source).__name__ for source in sources}))}"
-
-
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Refuses a limit without calibration data, and one on the target."""
-    if settings.limit is not None and settings.limit.needs_target:
+    limit = settings.limit
+    if limit is not None and limit.needs_target:
+        raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
+    if limit is not None and not calibrated:
         raise ConfigurationError(
-            f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
-        )
-    if settings.limit is not None and not calibrated:
-        raise ConfigurationError(
-            f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+            f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",
         )
 
@@ -84,13 +102,112 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Refuses known data of which none fails in the target, or none passes.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses known data of which none fails in the target, or none passes."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
             f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
+        )
+
+
+@torch.no_grad()
+def run_sanity_check(
+    evaluator: Evaluator, sources: Sequence[Source], settings: Settings, *, reference: Reference | None = None
+) -> None:
+    """Evaluates a few samples and localises on some of them; the model is left as found.
+
+    Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
+    """
+    model, method = evaluator.model, settings.method
+    include_bias, trains = settings.localizer.include_bias, settings.trains
+    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains)
+    check_saved(model, space.parameters)
+    with preserve(model):
+        few = _evaluated(evaluator, sources, settings)
+        if reference is not None:
+            # Without its cache, which is for all samples.
+            asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
+            asked.answers(evaluator, sources, few)
+        check_task(settings, few, evaluator.task)
+        if hasattr(method, "check"):
+            method.check(model)
+        has_margins = bool(few.margin.isfinite().all())
+        try:
+            _check_recording(evaluator, sources, settings, few, space)
+        except OtherRankError:
+            raise
+        except InseparableBatchError:
+            # Other methods do without a recording, but for a task without margins.
+            if "recording" in getattr(method, "needs", ()) or not has_margins:
+                raise
+        except ReplayError:
+            # Training needs no layer of its own.
+            if settings.layer != "auto" or not trains or not has_margins:
+                raise
+        except (EmptyLocalizationError, EvaluationError):
+            return  # what these few samples say of the weights does not matter yet
+
+
+def _check_recording(
+    evaluator: Evaluator, sources: Sequence[Source], settings: Settings, few: SampleResults, space: ParameterSpace
+) -> None:
+    first, ranks, method = sources[0], evaluator.collective, settings.method
+    known = torch.arange(len(few)) < len(first.index)
+    failed = known & (torch.arange(len(few)) % 2 == 0)
+    batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
+    work = partial(record, evaluator, batches, space, known, budget=settings.search.budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
+        if hasattr(method, "check_recording"):
+            ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used.")
+        localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
+        localizer(recording, evaluator, failed=failed, passed=known & ~failed)
+
+
+class _LastBatch(RecordingSource):
+    """A source that keeps its last batch."""
+
+    batch: Batch | None = None
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, self._keep, source.index[:0])
+
+    def _keep(self, batch: Batch) -> Tensor:
+        self.batch = batch
+        return batch.position
+
+
+def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
+    """Evaluates the samples; an error of the model says what the batch holds and how to take it apart."""
+    watched = [_LastBatch(source) for source in sources]
+    try:
+        with refusing_batch_statistics(evaluator.model):
+            few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
+    except RepairError:
+        raise
+    except Exception as error:
+        *_, last = [None, *(source.batch for source in watched if source.batch is not None)]
+        if last is None or is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"`adapter`: the model raised {type(error).__name__} on the first batch: {error}\n{describe(last.raw)}",
+            adapter_hint(last.raw),
+        ) from error
+    _check_one_form(watched)
+    return few
+
+
+def _check_one_form(watched: Sequence[_LastBatch]) -> None:
+    """Refuses splits whose targets cannot lie in one batch, such as whole labels and one-hot ones."""
+    forms: dict[str, tuple[Any, str]] = {}
+    for source in watched:
+        target = None if source.batch is None else source.batch.target
+        if isinstance(target, Tensor) and (source.passed or source.failed):
+            kind = target.dtype if target.dtype in ODD_DTYPES else target.is_floating_point()
+            forms[source.split] = (kind, target.ndim), f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}"
+    if len({form for form, _ in forms.values()}) > 1:
+        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
+        raise ConfigurationError(
+            f"the targets of the data have several forms: {found}.", "give all data targets as those of the training."
         )

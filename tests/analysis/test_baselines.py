@@ -146,13 +146,6 @@ def test_the_model_is_left_as_found(method: Any) -> None:
 
 
 def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Steady(StageTimer):
-        """A clock on which each step takes a second."""
-
-        @property
-        def elapsed(self) -> float:
-            return float(len(rates))
-
     rates: list[float] = []
     step = module.Descent.step
 
@@ -162,7 +155,7 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: p
 
     monkeypatch.setattr(module.Descent, "step", counted)
     monkeypatch.setattr(module, "STEPS", 400)
-    clock = Steady(max_time=100.0)
+    clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
     solution = FineTuning(learning_rate=1.0)(make_problem(network(), SOURCES, clock=clock))
     # All samples are in one step. After two it is known that there are 80, since a last pass takes 20 seconds.

@@ -170,8 +170,8 @@ def test_methods_are_named_or_given() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"known": [(TRAIN, NEW)]}, "`known`: found a list of tuple, not a list of sources"),
-        ({"known": NEW}, "`known`: found a TensorSource, not a list"),
+        ({"known": [(TRAIN, NEW)]}, "`known`: found a list, not one list of `Source` objects"),
+        ({"known": NEW}, "`known`: found a TensorSource, not one list"),
         ({"settings": Target.label(0)}, "is no Settings"),
         ({"model": torch.relu}, "`model=.*` is no torch module"),
         ({"methods": {}}, r"`methods` are \[\]"),

@@ -39,13 +39,13 @@ def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
 def test_a_finished_training_is_not_repeated(
     tmp_path: Path, trained_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], ContinuedTraining._gone_on
+    trained, train = [], ContinuedTraining._continued
 
     def training(*args: Any) -> Any:
         trained.append(1)
         return train(*args)
 
-    monkeypatch.setattr(ContinuedTraining, "_gone_on", training)
+    monkeypatch.setattr(ContinuedTraining, "_continued", training)
     whole, report = repaired(tmp_path / "whole", trained_path)
     assert report.status == "repaired"
     with monkeypatch.context() as patch:

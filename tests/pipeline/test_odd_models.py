@@ -13,10 +13,10 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from toy_repairs import known, mlp, quick, right, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
-from lightning_nrl._trainer.trainer_repair import run_sanity_check
 from lightning_nrl.errors import RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import Auto
+from lightning_nrl.pipeline.input_checks import run_sanity_check
 
 
 def parametrised(how: Callable[[nn.Linear], nn.Module]) -> nn.Module:

@@ -1,9 +1,14 @@
+"""What loggers get of a repair: numbers, pictures, text, files; W&B and MLflow as stand-ins and as they are."""
+
 from __future__ import annotations
 
+import json
+import sys
 import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,19 +22,26 @@ from lightning_package import (
     Logger,
     TensorBoardLogger,
     Trainer,
+    loggers,
     rank_zero_only,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.tracking.loggers import declare, track
+from lightning_nrl._trainer.tracking.loggers import ASKED, MEASURED, declare, track, track_release
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
-from lightning_nrl._trainer.tracking.scalars import final_numbers, search_curves
-from lightning_nrl._trainer.tracking.tensorboard import ASKED, MEASURED
-from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl._trainer.tracking.scalars import (
+    final_numbers,
+    further_numbers,
+    outcome,
+    search_curves,
+    strength_curves,
+)
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.report import RepairReport, SplitReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import FlippedSample
 
 CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]])}
 
@@ -54,12 +66,6 @@ class Notes(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.entries.append((step, dict(metrics)))
-
-
-class Remote(Notes):
-    """A logger whose experiment is a client of some service, as those of WandB and MLflow are."""
-
-    experiment = object()
 
 
 class Broken(Notes):
@@ -128,25 +134,18 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
 
 def test_without_figures_each_picture_is_an_image_of_its_own(tmp_path: Path, accepted: RepairReport) -> None:
     views = [SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8))]
+    views.append(SampleView("val", 8, "repaired", "8: true cat", text="a *very* bad day"))
     track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
     (image,) = read(tmp_path / "run" / "repair").Images("repair_samples/broken in val, 7: true cat")
     assert (image.height, image.width) == (5, 4)
-
-
-def test_samples_that_are_text_are_in_the_text_tab(tmp_path: Path, accepted: RepairReport) -> None:
-    views = [SampleView("val", 7, "broken", "7: true cat", text="a *very* bad day")]
-    track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
-    (event,) = read(tmp_path / "run" / "repair").Tensors("repair_samples/broken in val/text_summary")
-    assert event.tensor_proto.string_val[0].decode() == "## broken in val\n\n- **7: true cat**: a \\*very\\* bad day\n"
+    (event,) = read(tmp_path / "run" / "repair").Tensors("repair_samples/repaired in val/text_summary")
+    assert event.tensor_proto.string_val[0].decode().endswith("- **8: true cat**: a \\*very\\* bad day\n")
 
 
 def test_tensorboard_reads_back_the_report_as_text(events: EventAccumulator, accepted: RepairReport) -> None:
     (event,) = events.Tensors("repair/report/text_summary")
     assert event.step == 120
     assert event.tensor_proto.string_val[0].decode() == accepted.to_markdown()
-
-
-def test_tensorboard_reads_back_the_change_of_the_weights(events: EventAccumulator) -> None:
     (event,) = events.Histograms("repair_weights/change")
     assert event.step == 120
     assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (3, -0.25, 0.75)
@@ -220,13 +219,6 @@ def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: Repai
     assert event.histogram_value.sum == 1.0
 
 
-def test_a_report_without_a_search_is_tracked(tmp_path: Path, nothing: RepairReport) -> None:
-    track(RepairLog(nothing, 5), [board(tmp_path)])
-    events = read(tmp_path / "run" / "repair")
-    assert events.Scalars("repair/accepted")[0].value == 0.0
-    assert "repair/report/text_summary" in events.Tags()["tensors"]
-
-
 def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
     logger = CSVLogger(tmp_path, name="", version="run")
     track(RepairLog(accepted, 120, changes=CHANGES), [logger])
@@ -235,27 +227,11 @@ def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
     assert len(rows) == 3 + 1
 
 
-def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:
-    logger = CSVLogger(tmp_path, name="", version="run", flush_logs_every_n_steps=1)
-    logger.log_metrics({"train_loss": 0.125}, step=0)
-    logger.save()
-    track(RepairLog(accepted, 120), [logger])
-    header, first, *_ = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert first.split(",")[header.split(",").index("train_loss")] == "0.125"
-
-
 def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
     notes = Notes()
     track(RepairLog(accepted, 120, changes=CHANGES), [notes])
     final = final_numbers(accepted)
     assert notes.entries == [*enumerate(search_curves(accepted)), (120, final)]
-
-
-def test_two_loggers_at_once_get_the_same(tmp_path: Path, accepted: RepairReport) -> None:
-    notes, remote = Notes(), Remote()
-    track(RepairLog(accepted, 120, changes=CHANGES), [notes, board(tmp_path), remote])
-    assert notes.entries == remote.entries
-    assert "repair/accepted" in read(tmp_path / "run" / "repair").Tags()["scalars"]
 
 
 def test_no_logger_and_a_dummy_are_fine(accepted: RepairReport) -> None:
@@ -333,3 +309,302 @@ def test_a_trainer_with_two_loggers_keeps_one_event_file_a_run(tmp_path: Path, a
     header, *rows = (tmp_path / "csv" / "run" / "metrics.csv").read_text().splitlines()
     assert {"train_loss", "repair/accepted", "repair_search/broken"} <= set(header.split(","))
     assert len(rows) == 4 + 3 + 1
+
+
+def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> None:
+    first, _, last = search_curves(accepted)
+    assert first == {
+        "repair_search/best_fitness": 4.25,
+        "repair_search/mean_fitness": -2.0,
+        "repair_search/repaired": 4.0,
+        "repair_search/broken": 0.0,
+        "repair_search/loss_failed": 2.5,
+        "repair_search/loss_passed": 0.25,
+        "repair_search/diversity": 1.0,
+    }
+    assert last["repair_search/repaired"] == 7.0
+    assert "repair_search/mean_fitness" not in search_curves(accepted)[1]  # which is not finite
+    assert {tag.split("/")[0] for tag in search_curves(accepted, "second")[0]} == {"second_search"}
+
+
+def test_broken_samples_are_those_no_longer_intact(accepted: RepairReport) -> None:
+    assert accepted.search is not None
+    history = {**accepted.search.history, "intact": [90.0, 88.0, 89.0]}
+    report = replace(accepted, search=replace(accepted.search, history=history))
+    assert [scalars["repair_search/broken"] for scalars in search_curves(report)] == [0.0, 2.0, 1.0]
+    report = replace(accepted, search=replace(accepted.search, n_passed=None))
+    assert all("repair_search/broken" not in scalars for scalars in search_curves(report))
+
+
+def test_outcome_has_the_numbers_of_a_decision_and_no_other(accepted: RepairReport) -> None:
+    assert list(outcome(accepted).items()) == [
+        ("repair/accepted", 1.0),
+        ("repair/known_broken", 0.0),
+        ("repair/known_repaired_in_target", 7.0),
+        ("repair/known_repair_rate", 0.7),
+        ("repair/known_accuracy", 99 / 110),
+        ("repair/unseen_broken", 1.0),
+        ("repair/unseen_repaired", 3.0),
+        ("repair/unseen_repair_rate", 0.75),
+        ("repair/unseen_break_rate", 1 / 16),
+        ("repair/unseen_nfr", 0.05),
+        ("repair/unseen_accuracy", 0.9),
+    ]
+
+
+def test_what_breaks_of_the_target_is_logged_and_shown(accepted: RepairReport) -> None:
+    test = accepted.splits[2]
+    counts = replace(test.counts, passed_in_target=6, broken_in_target=1)
+    report = replace(accepted, splits=(*accepted.splits[:2], replace(test, counts=counts)))
+    found = further_numbers(report)
+    assert (found["repair_numbers/test_data/broken_in_target"], found["repair_numbers/test_data/n"]) == (1.0, 20.0)
+    assert "repair_numbers/train_data/repair_rate" not in found  # which is not defined
+    assert (
+        "| right samples in the target | 0 | 0 | 0 | 6 |\n| **broken of these** | **0** | **0** | **0** | **1** |"
+        in (report.to_markdown())
+    )
+
+
+def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: RepairReport) -> None:
+    found = outcome(refused)
+    assert found["repair/accepted"] == 0.0
+    assert found["repair/known_broken"] == 0.0
+    assert found["repair/refused_broken"] == 2.0
+    assert found["repair/refused_repaired"] == 9.0
+
+
+def test_outcome_without_a_target_or_unseen_data_has_no_such_numbers(nothing: RepairReport) -> None:
+    assert outcome(nothing) == {"repair/accepted": 0.0, "repair/known_broken": 0.0, "repair/known_accuracy": 1.0}
+
+
+def on_its_way(report: RepairReport) -> RepairReport:
+    path = (
+        StrengthPoint(0.6, 5, FlipCounts(90, 0, 6, 14), FlipCounts(18, 1, 2, 4)),
+        StrengthPoint(1.15, 8, FlipCounts(89, 1, 10, 10), FlipCounts(17, 2, 3, 3)),
+    )
+    return replace(report, strength=path, chosen_strength=0.6)
+
+
+def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairReport) -> None:
+    found = strength_curves(on_its_way(accepted))
+    assert list(found) == [0, 60, 115]
+    assert set(found[0].values()) == {0.0}
+    assert found[115] == {
+        "repair_strength/repaired_in_target": 8.0,
+        "repair_strength/known_repaired": 10.0,
+        "repair_strength/known_broken": 1.0,
+        "repair_strength/calibration_repaired": 3.0,
+        "repair_strength/calibration_broken": 2.0,
+    }
+
+
+def test_each_rung_and_the_localised_weights_have_numbers(accepted: RepairReport) -> None:
+    found = further_numbers(accepted, "")
+    assert {tag.partition("/")[2]: x for tag, x in found.items() if "_data/" not in tag} == {
+        "seconds": 2.0,
+        "rung_search/repaired_in_target": 7.0,
+        "rung_search/repaired": 9.0,
+        "rung_search/broken": 0.0,
+        "rung_search/weights_changed": 8.0,
+        "rung_search/seconds": 1.5,
+        "rung_search/held_out_repaired": 2.0,
+        "rung_search/held_out_broken": 1.0,
+        "rung_exact/repaired_in_target": 5.0,
+        "rung_exact/repaired": 5.0,
+        "rung_exact/broken": 0.0,
+        "rung_exact/weights_changed": 640.0,
+        "rung_exact/seconds": 0.25,
+        "localization/n_g": 20.0,
+        "localization/localized": 8.0,
+        "localization/total": 640.0,
+        "weights_changed": 8.0,
+    }
+
+
+FILES = ("report.html", "report.md", "report.json", "repair.patch.safetensors")
+GREY = np.full((8, 8, 3), 128, dtype=np.uint8)
+CAPTION = "7: true cat, cat -> dog, margin 0.5 -> -0.25"
+FLIPPED = (
+    FlippedSample(2, "repaired", True, 1, 0, 1, -1.0, 0.5),
+    FlippedSample(7, "broken", False, 0, 0, 1, 0.5, -0.25, "night"),
+)
+
+
+@pytest.fixture
+def log(accepted: RepairReport, tmp_path: Path) -> RepairLog:
+    """A repair with files, a picture, a text and two flipped samples."""
+    folder = tmp_path / "repair"
+    folder.mkdir()
+    for name in (*FILES, "repaired.ckpt"):
+        (folder / name).write_text(f"this is {name}")
+    kinds = ("html", "markdown", "json", "patch", "checkpoint")
+    files = {kind: str(folder / name) for kind, name in zip(kinds, (*FILES, "repaired.ckpt"), strict=True)}
+    train, val, test = accepted.splits
+    report = replace(
+        accepted,
+        splits=(train, replace(val, flipped=FLIPPED), test),
+        files={**files, "predictions": str(folder / "gone.csv")},
+        class_names=("cat", "dog"),
+    )
+    views = [
+        SampleView("val", 7, "broken", CAPTION, GREY),
+        SampleView("val", 2, "repaired", "2: true dog", text="a bad day"),
+    ]
+    return RepairLog(report, 120, changes={"head.weight": torch.tensor([[0.5, 0.0]])}, views=views)
+
+
+class Calls:
+    """Notes each call of a method of the real class, whose arguments it checks."""
+
+    def __init__(self, **methods: Any) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        for name, signature in methods.items():
+            setattr(self, name, self._noting(name, signature))
+
+    def _noting(self, name: str, signature: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, signature(*args, **kwargs)))
+
+        return call
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return [arguments for one, arguments in self.calls if one == name]
+
+
+class FakeWandb(loggers.WandbLogger):
+    """Lightning's logger, with a run that notes what is logged."""
+
+    def __init__(self) -> None:
+        Logger.__init__(self)
+        self._prefix, self._wandb_init = "", {}
+        self.run = Calls(log=lambda data: data, log_artifact=lambda artifact_or_path: {"artifact": artifact_or_path})
+        self.run.id = "x7k2"
+
+    @property
+    def experiment(self) -> Any:
+        return self.run
+
+
+class Artifact(SimpleNamespace):
+    def __init__(self, name: str, type: str) -> None:
+        super().__init__(name=name, type=type, added=[])
+
+    def add_file(self, local_path: str) -> None:
+        self.added.append(Path(local_path).name)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fake = ModuleType("wandb")
+    fake.Image = lambda data_or_path, caption=None: ("image", np.asarray(data_or_path).shape, caption)
+    fake.Table = lambda columns=None, data=None, dataframe=None: ("table", columns, data)
+    fake.Html = lambda data, inject=True: ("html", data.read(), inject)
+    fake.Artifact = Artifact
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(wandb: Any, log: RepairLog) -> None:
+    logger = FakeWandb()
+    track(log, [logger])
+    logged = logger.run.of("log")
+    curves = search_curves(log.report)
+    assert logged[: len(curves)] == [{**scalars, "trainer/global_step": i} for i, scalars in enumerate(curves)]
+    assert {**final_numbers(log.report), "trainer/global_step": 120} in logged
+    by_key = {key: value for entry in logged for key, value in entry.items() if "/" in key}
+    assert by_key["repair/report"] == ("html", "this is report.html", False)
+    assert by_key["repair_samples/broken in val"] == [("image", (8, 8, 3), CAPTION)]
+    assert by_key["repair_samples/repaired in val"] == ("table", ["sample", "text"], [["2: true dog", "a bad day"]])
+    kind, columns, rows = by_key["repair/flipped_samples"]
+    assert (kind, columns[0], columns[-1]) == ("table", "split", "input")
+    assert rows == [
+        ["val", 7, "broken", "cat", "cat", "dog", 0.5, -0.25, False, "night", ("image", (8, 8, 3), None)],
+        ["val", 2, "repaired", "dog", "cat", "dog", -1.0, 0.5, True, "", None],
+    ]
+    (artifact,) = (call["artifact"] for call in logger.run.of("log_artifact"))
+    assert (artifact.name, artifact.type, artifact.added) == ("repair-x7k2", "report", list(FILES))
+    if log.drawn:
+        assert {"repair/summary", "repair_figures/Course of the search"} <= set(by_key)
+
+
+class FakeMlflow(loggers.MLFlowLogger):
+    """Lightning's logger, with a client that notes what is logged."""
+
+    def __init__(self) -> None:
+        Logger.__init__(self)
+        self._prefix, self._log_batch_kwargs = "", {}
+        self.client = Calls(
+            log_batch=lambda run_id, metrics=(), params=(), tags=(): {"metrics": metrics},
+            log_artifact=lambda run_id, local_path, artifact_path=None: {
+                "file": Path(local_path).name,
+                "to": artifact_path,
+            },
+            log_figure=lambda run_id, figure, artifact_file, *, save_kwargs=None: {"to": artifact_file},
+            log_text=lambda run_id, text, artifact_file: {"text": text, "to": artifact_file},
+            log_table=lambda run_id, data, artifact_file: {"data": data, "to": artifact_file},
+        )
+
+    @property
+    def experiment(self) -> Any:
+        return self.client
+
+    @property
+    def run_id(self) -> str:
+        return "r1"
+
+
+def test_mlflow_gets_numbers_and_artifacts(log: RepairLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    entities = ModuleType("mlflow.entities")
+    entities.Metric = lambda key, value, timestamp, step: (key, value, step)
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    logger = FakeMlflow()
+    track(replace(log, name="repair-1"), [logger])
+    metrics = {metric for batch in logger.client.of("log_batch") for metric in batch["metrics"]}
+    assert {(tag, value, 120) for tag, value in final_numbers(log.report, "repair-1").items()} <= metrics
+    assert ("repair-1_search/best_fitness", 6.5, 1) in metrics
+    assert logger.client.of("log_artifact") == [{"file": name, "to": "repair-1"} for name in FILES]
+    assert logger.client.of("log_text") == [
+        {"text": "2: true dog\na bad day", "to": "repair-1/samples/repaired in val.txt"}
+    ]
+    for table in logger.client.of("log_table"):
+        assert table["data"]["position"] == [2, 7]
+    if log.drawn:
+        assert {"repair-1/figures/summary.png", "repair-1/samples/broken in val.png"} <= {
+            figure["to"] for figure in logger.client.of("log_figure")
+        }
+
+
+def test_a_release_report_reaches_them_too(wandb: Any, log: RepairLog) -> None:
+    loggers_ = FakeWandb(), FakeMlflow()
+    track_release(SimpleNamespace(files=log.report.files), loggers_, step=3)  # type: ignore[arg-type]
+    (artifact,) = (call["artifact"] for call in loggers_[0].run.of("log_artifact"))
+    assert artifact.added == list(FILES)
+    assert [call["to"] for call in loggers_[1].client.of("log_artifact")] == ["release"] * 4
+
+
+def test_the_real_wandb_keeps_it_offline(log: RepairLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    track(log, [loggers.WandbLogger(project="digits", save_dir=tmp_path, offline=True)])
+    real.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    media = folder / "files" / "media"
+    assert next((media / "html" / "repair").iterdir()).read_text() == "this is report.html"
+    (table,) = (media / "table" / "repair").iterdir()
+    assert json.loads(table.read_text())["data"][0][:3] == ["val", 7, "broken"]
+    assert any((media / "images" / "repair_samples").iterdir())
+
+
+def test_the_real_mlflow_keeps_it_in_a_store(log: RepairLog, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    logger = loggers.MLFlowLogger(
+        "digits", tracking_uri=f"sqlite:///{tmp_path}/store.db", artifact_location=f"{tmp_path}/store"
+    )
+    track(log, [logger])
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.metrics["repair/known_repaired_in_target"] == 7.0
+    assert [m.step for m in logger.experiment.get_metric_history(logger.run_id, "repair_search/repaired")] == [0, 1, 2]
+    kept = tmp_path / "store" / logger.run_id / "artifacts" / "repair"
+    assert [(kept / name).read_text() for name in FILES] == [f"this is {name}" for name in FILES]

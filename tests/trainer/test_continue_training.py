@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning_package import (
     NAME,
     Callback,
@@ -32,8 +29,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
 from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer import training_time as course_module
-from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
+from lightning_nrl._trainer import inner_trainer as course_module
+from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
@@ -91,7 +88,6 @@ class Continue(Callback):
         self.passed, self.seconds, self.given = passed, seconds, given
         self.states: list[Any] = []
         self.told: list[Any] = []
-        self.origins: list[Any] = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Net.notes.clear()
@@ -103,7 +99,6 @@ class Continue(Callback):
             ]
             start, seeds = self.given.get("start"), self.given.get("seeds", (0,))
             training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), left_out=(Continue,))
-            self.origins.append(json.dumps(training.origin))
             before = picture(trainer, pl_module)
             with preserve(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.
@@ -212,35 +207,8 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(way: str) -> None:
     first, again, other = callback.states
     assert_same(first, again)
     assert not torch.equal(first["head.weight"], other["head.weight"])
-
-
-def test_the_way_of_training_is_that_of_the_outer_trainer() -> None:
-    states = {way: fit(Net(), Continue(epochs=1), **arguments) for way, arguments in WAYS.items()}
-    assert states["double"]["head.weight"].dtype == torch.float64
-    weights = [states[way]["head.weight"] for way in ("plain", "half", "clipped", "accumulated")]
-    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
-
-
-class Scheduled(Net):
-    """A schedule that fits exactly as many steps as there are, and fails beyond."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        steps = int(self.trainer.estimated_stepping_batches)
-        self.note("steps", steps)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.note("rate", self.optimizers().param_groups[0]["lr"])
-
-
-def test_a_schedule_knows_how_long_training_goes_on() -> None:
-    assert fit(Scheduled(), Continue(epochs=4)) is not None
-    assert noted("steps") == [(20,)]
-    rates = [rate for (rate,) in noted("rate")]
-    assert max(rates) == pytest.approx(0.1, rel=0.1)
-    assert rates[-1] < 2e-3
+    if way != "plain":
+        assert not torch.equal(first["head.weight"].float(), fit(Net(), Continue(seeds=(3,)))["head.weight"])
 
 
 class Waiting(Net):
@@ -265,40 +233,21 @@ def test_nothing_is_validated_and_a_schedule_that_waits_for_it_waits() -> None:
     assert noted("validation") == []
 
 
-class Doubled(Dataset):
+class Doubled(Points):
     """A view of the training data that augments."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
 
     def __getitem__(self, i: int) -> Any:
         Net.notes.append(("seen", i))
-        point, label, number = self.data[i]
+        point, label, number = super().__getitem__(i)
         return 2 * point, label, number
 
 
 @pytest.mark.parametrize("clean", [None, DataLoader(Points(TRAIN), 64)])
 def test_training_data_are_augmented_by_their_data_set(clean: Any) -> None:
     """Also where a view of them without augmentation serves as passed data."""
-    assert fit(Net(), Continue(passed=clean, epochs=2), train_loader(Doubled(Points(TRAIN)))) is not None
+    assert fit(Net(), Continue(passed=clean, epochs=2), train_loader(Doubled(TRAIN))) is not None
     seen = [i for (i,) in noted("seen")][-2 * TRAIN :]
     assert sorted(seen) == sorted([*range(TRAIN)] * 2)
-
-
-class Drawn(Points):
-    """Numbers of samples are drawn anew whenever they are read."""
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
-        return self.points[i], self.labels[i], 1000 + int(torch.randint(10**9, ()))
-
-
-def test_a_data_set_that_augments_at_random_gives_new_draws_in_every_epoch() -> None:
-    assert fit(Net(), Continue(epochs=2), train_loader(Drawn(TRAIN))) is not None
-    numbers = [number for _, *batch in noted("batch") for number in batch if number >= 1000]
-    assert len(numbers) == len(set(numbers)) == 2 * TRAIN
 
 
 def augment(self: Any, batch: Any, dataloader_idx: int) -> Any:
@@ -344,9 +293,9 @@ class Talkative(Net):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        if len(self.trainer.callbacks) < 5:  # not the outer trainer's logger, which knows no such thing
+        if not isinstance(self.logger, CSVLogger):  # the outer trainer's, which knows no such thing
             self.logger.experiment.config["a"].update(b=1)
-        (Path(self.trainer.log_dir) / "notes.txt").write_text("here")
+            (Path(self.trainer.log_dir) / "notes.txt").write_text("here")
 
     def on_train_end(self) -> None:
         self.note("end")
@@ -354,7 +303,7 @@ class Talkative(Net):
 
 def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, recwarn: Any) -> None:
     logger = CSVLogger(tmp_path)
-    state = fit(Quieted(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False)
+    state = fit(Talkative(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False)
     assert state is not None
     (folder,) = {str(path) for (path,) in noted("log")}
     assert str(tmp_path) not in folder
@@ -365,72 +314,11 @@ def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, rec
     assert noted("end") == [()]  # of the outer training alone
 
 
-class Quieted(Talkative):
-    def on_train_epoch_end(self) -> None:
-        if not isinstance(self.logger, CSVLogger):
-            super().on_train_epoch_end()
-
-
-class ByHand(Net):
-    """Two optimizers that are stepped by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-
-    def on_train_epoch_end(self) -> None:
-        self.lr_schedulers().step()
-        self.note("rate", self.optimizers()[0].param_groups[0]["lr"])
-
-    def configure_optimizers(self) -> Any:
-        first, second = torch.optim.SGD(self.body.parameters(), 0.1), torch.optim.Adam(self.head.parameters(), 0.01)
-        return [first, second], [torch.optim.lr_scheduler.ExponentialLR(first, 0.5)]
-
-
-def test_optimizers_may_be_stepped_by_hand() -> None:
-    model = ByHand()
-    state = fit(model, Continue(epochs=2))
-    assert moved(state, model) == set(state)
-    assert noted("rate") == [(0.05,), (0.025,)]
-
-
-class PartlyFrozen(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body.requires_grad_(False).eval()
-
-
 def test_what_is_frozen_stays_frozen() -> None:
-    model = PartlyFrozen()
+    model = Net()
+    model.body.requires_grad_(False).eval()
     state = fit(model, Continue())
     assert moved(state, model) == {"head.weight", "head.bias"}
-
-
-def test_another_rate_batch_or_clipping_is_another_training() -> None:
-    class Slower(Net):
-        rate = 0.05
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), self.rate)
-
-    def origin(rate: float = 0.05, data: Any = None, **trainer: Any) -> str:
-        callback, model = Continue(seeds=()), Slower()
-        callback.states.append(None)
-        model.rate = rate
-        fit(model, callback, data, **trainer)
-        (found,) = callback.origins
-        return found
-
-    once = origin()
-    assert once == origin()
-    others = origin(0.04), origin(data=train_loader(batch_size=8)), origin(gradient_clip_val=1.0)
-    assert len({once, *others}) == 4
 
 
 class MadeAnew(Net):
@@ -452,16 +340,6 @@ def test_layers_that_are_made_in_setup_keep_their_weights() -> None:
     state = fit(model, Continue(epochs=2))
     assert moved(state, model) == set()
     assert noted("steps") == [(2,)]
-
-
-def test_training_may_begin_with_other_weights() -> None:
-    class Still(Net):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.0)
-
-    start = {"head.weight": torch.full((3, 12), 0.5)}
-    state = fit(Still(), Continue(start=start))
-    assert torch.equal(state["head.weight"], start["head.weight"])
 
 
 def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_step() -> None:
@@ -493,10 +371,6 @@ def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one(se
     assert fit(Grouped(), Continue(seconds=seconds)) is not None
     with pytest.warns(TrainingWarning, match="IndexError"):
         assert fit(Grouped(), Continue(seconds=seconds, rate=1e-3)) is None
-
-
-def test_a_module_that_steps_by_itself_has_no_other_rate() -> None:
-    assert fit(ByHand(), Continue(rate=1e-3)) is None
 
 
 class Compiled(Net):
@@ -535,37 +409,6 @@ def test_callbacks_that_the_model_asks_for_take_part_unless_they_save_or_stop() 
 
     assert fit(Recursive(), callback) is not None
     assert noted("counted") == [()] * 5
-
-    class Outer(Asking):
-        def configure_callbacks(self) -> Any:
-            return super().configure_callbacks() if type(self.trainer.callbacks[0]) is not Continue else []
-
-    assert fit(Outer(), Continue()) is not None
-
-
-class Caching(Net):
-    """Keeps a tensor of the graph, which is copied without it."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.loss = super().training_step(batch, batch_idx)
-        return self.loss
-
-
-def test_a_result_with_its_graph_does_not_keep_a_model_from_being_copied() -> None:
-    assert fit(Caching(), Continue()) is not None
-
-
-class Uncopied(Net):
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("this one is not copied")
-
-
-def test_a_model_that_cannot_be_copied_is_warned_of() -> None:
-    with pytest.warns(
-        UserWarning,
-        match=r"training of Uncopied cannot go on for a repair: it or its trainer cannot be copied.*\n.*HINT",
-    ):
-        assert fit(Uncopied(), Continue()) is None
 
 
 BARE = TensorDataset(*blobs(9))
@@ -612,11 +455,6 @@ def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out() -> None:
     assert {i for i in numbers if i < 100} <= set(range(0, TRAIN, 2))
 
 
-def test_workers_read_the_same() -> None:
-    states = [fit(Net(), Continue(epochs=2), train_loader(num_workers=n)) for n in (0, 2)]
-    assert_same(*states)
-
-
 @dataclass
 class FakeTime:
     """A clock that goes on only when it is told to, so that a busy machine changes nothing."""
@@ -636,16 +474,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     return fake
 
 
-class Timed(Continue):
-    """Notes when it begins."""
-
-    began = 0.0
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.began = Slow.clock.now
-        super().on_train_end(trainer, pl_module)
-
-
 class Slow(Net):
     clock = FakeTime()
 
@@ -657,31 +485,9 @@ class Slow(Net):
 @pytest.mark.parametrize(("seconds", "most"), [(1e-6, 0), (0.1, 0), (1.5, 30), (30.0, 5)])
 def test_as_many_epochs_are_trained_as_there_is_time_for(seconds: float, most: int, clock: FakeTime) -> None:
     """An epoch takes 50 ms; no more are trained than the model had."""
-    callback = Timed(seconds=seconds, epochs=5 if seconds == 30 else 100)
-    state = fit(Slow(), callback)
+    state = fit(Slow(), Continue(seconds=seconds, epochs=5 if seconds == 30 else 100))
     assert (state is None) == (most == 0)
     if most:
         epochs = 1 + max(epoch for epoch, *_ in noted("batch"))
         assert 3 <= epochs <= most
-        assert clock.now - callback.began <= min(seconds, 3)
-
-
-def test_a_pace_that_slows_down_is_cut_off(clock: FakeTime) -> None:
-    class Slower(Slow):
-        def on_train_epoch_start(self) -> None:
-            self.clock.now += 0.3 * (self.current_epoch > 3)
-
-    callback = Timed(seconds=1.0, epochs=50)
-    assert fit(Slower(), callback) is not None
-    assert clock.now - callback.began <= 1.0 + 0.3 + 0.01  # what was begun is ended
-
-
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 3))
-@settings(deadline=None, max_examples=30)
-def test_ranks_share_all_samples_in_equal_parts(n: int, world_size: int, seed: int) -> None:
-    ranks = [Shuffled(n, seed, rank, world_size) for rank in range(world_size)]
-    for _ in range(2):
-        shares = [list(rank) for rank in ranks]
-        assert {len(share) for share in shares} == {n // world_size}
-        together = [i for share in shares for i in share]
-        assert len(together) == len(set(together)) <= n
+        assert clock.now - 0.04 <= min(seconds, 3)  # the fit before took four batches

@@ -1,6 +1,9 @@
+"""Data of a trainer read again: in order, each sample once, the same in every pass; known data kept from others."""
+
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,21 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_package import DistributedSamplerWrapper
+from lightning_package import DistributedSamplerWrapper, LightningModule, Trainer
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
-    DistributedSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     get_worker_info,
 )
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
+from lightning_nrl._trainer.data_splits import DataOptions, DataRequest, SplitLoaders
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, make_source
+from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.data.sample_identity import is_among
 
 
 def same(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,15 +96,6 @@ def test_a_subset_sampler_is_found_where_it_is_wrapped(kind: str) -> None:
     assert source(DataLoader(numbers(9), **SAMPLERS[kind])).index.tolist() == [2, 4, 6]
 
 
-def test_a_padded_share_of_the_data_is_not_taken_for_the_data() -> None:
-    sampler = DistributedSampler(numbers(9), num_replicas=2, rank=1)
-    assert source(DataLoader(numbers(9), 2, sampler=sampler)).index.tolist() == list(range(9))
-
-
-def test_a_limit_counts_batches() -> None:
-    assert source(DataLoader(numbers(9), 2), limit=2).index.tolist() == [0, 1, 2, 3]
-
-
 class Noisy(Dataset):
     """Six samples, with noise from each of the global generators."""
 
@@ -128,20 +125,6 @@ def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> Non
     assert all(other[i] != first[i] for i in first)
 
 
-def test_a_data_set_given_twice_has_two_draws_of_each_sample() -> None:
-    data = Noisy()
-    twice = source(DataLoader(ConcatDataset([data, data]), 4))
-    assert len({tuple(row) for row in rows(read(twice)).values()}) == 12
-    assert twice.identity[:6].tolist() == twice.identity[6:].tolist()
-
-
-def test_what_is_read_leaves_the_data_set_and_its_identity_as_the_user_made_them() -> None:
-    data = Noisy()
-    noisy = source(DataLoader(data, 2))
-    assert noisy.loader.dataset is data
-    assert noisy.identity.tolist() == [[id(data), i] for i in range(6)]
-
-
 class Wrapped(Dataset):
     """Each sample says of which class its worker's data set is, and what the worker's start has left there."""
 
@@ -168,11 +151,110 @@ def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
     assert batch.target.tolist() == [7, 7]
 
 
-def test_one_loader_in_a_list_or_mapping_is_that_loader() -> None:
-    loader = DataLoader(numbers(3))
-    assert check_loader([loader], "val") is check_loader({"a": [loader]}, "val") is loader
+def from_torch() -> float:
+    return float(torch.rand(()))
 
 
-def test_what_is_no_loader_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`val` data: found TensorDataset, not a DataLoader"):
-        check_loader(numbers(3), "val")
+def from_numpy() -> float:
+    return float(np.random.rand())
+
+
+class Drawn(Dataset):
+    """Eight numbers, those at some positions drawn by a function; notes which are read."""
+
+    def __init__(self, draw: Callable[[], float], positions: range = range(8)) -> None:
+        self.draw, self.positions = draw, positions
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> float:
+        self.read.append(i)
+        return self.draw() if i in self.positions else float(i)
+
+
+@pytest.mark.parametrize("draw", [from_torch, from_numpy, random.random])
+def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) -> None:
+    first = SeededDataset(Drawn(draw), 3).__getitems__(range(8))
+    assert len(set(first)) == 8
+    other = SeededDataset(Drawn(draw), 3)
+    assert [other[i] for i in reversed(range(8))] == first[::-1]
+    assert SeededDataset(Drawn(draw), 4)[0] != first[0]
+    partly = SeededDataset(Drawn(draw, range(1, 8, 2)), 3)
+    assert partly.__getitems__([0, 2]) == [0.0, 2.0]
+    assert not partly.draws
+    assert partly.__getitems__([4, 5]) == [4.0, first[5]]
+    assert partly.draws
+    seed_all(0)
+    expected = from_torch(), from_numpy(), random.random()
+    seed_all(0)
+    SeededDataset(Drawn(draw), 3).__getitems__([0, 1])
+    assert (from_torch(), from_numpy(), random.random()) == expected
+
+
+def test_later_positions_are_other_draws_of_the_same_samples() -> None:
+    data = SeededDataset(Drawn(from_torch, range(1, 8)), 3)
+    several = data.__getitems__([0, 1, 8, 9, 17])
+    assert several[0] == several[2] == 0.0
+    assert len({several[1], several[3], several[4]}) == 3
+    assert data.__getitems__([17, 1])[::-1] == [several[1], several[4]]
+
+
+def test_the_global_generators_are_as_found_after_an_error() -> None:
+    def fails() -> float:
+        torch.rand(())
+        raise RuntimeError("no such file")
+
+    data = SeededDataset(Drawn(fails), 3)
+    data.draws = True
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no such file"):
+        data[0]
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))
+OTHER = TensorDataset(torch.arange(100.0, 110.0)[:, None], torch.zeros(10))
+FAILED = DataLoader(TensorDataset(torch.zeros(3, 1), torch.zeros(3)), 4)
+WAYS = {
+    "overlapping subsets": (Subset(DATA, range(10)), Subset(DATA, range(8, 14)), 2),
+    "the whole and a part": (DATA, Subset(DATA, [3, 5]), 2),
+    "a part and the whole": (Subset(DATA, [3, 5]), DATA, 2),
+    "a union": (Subset(DATA, range(10)), ConcatDataset([OTHER, Subset(DATA, [2])]), 1),
+    "a part of a union": (DATA, Subset(ConcatDataset([OTHER, DATA]), [9, 10, 11]), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def loaders() -> SplitLoaders:
+    return SplitLoaders(Trainer(logger=False, enable_checkpointing=False), LightningModule())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoaders) -> None:
+    known, held_out, common = WAYS[way]
+    options = DataOptions(DataLoader(known, 4), FAILED)
+    with pytest.raises(ConfigurationError, match=f"`calibration`: {common} of its {len(held_out)} samples are in"):
+        DataRequest(options, calibration=DataLoader(held_out, 4)).find(loaders)
+    request = DataRequest(options, unseen=DataLoader(held_out, 4))
+    if common == len(held_out):
+        with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
+            request.find(loaders)
+    else:  # what is common is left out where unseen data are counted
+        passed, _, unseen, _ = request.find(loaders)
+        assert unseen is not None
+        assert int(is_among(source(unseen[0]).identity, source(passed[0]).identity).sum()) == common
+
+
+def test_a_sampler_says_which_samples_are_meant(loaders: SplitLoaders) -> None:
+    first, second = (DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(*own))) for own in ((0, 10), (10, 20)))
+    *_, calibration = DataRequest(DataOptions(first, FAILED), calibration=second).find(loaders)
+    assert calibration == (second, "calibration")
+
+
+def test_two_loaders_of_the_same_samples_are_one_split(loaders: SplitLoaders) -> None:
+    first, second = (DataLoader(Subset(DATA, [4, 6]), 4) for _ in range(2))
+    known, *_ = DataRequest(DataOptions(first, second)).sources(loaders, seed=0, limit=None)
+    assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]

@@ -1,4 +1,4 @@
-"""How a trainer reads and writes checkpoint files: only plain ones are read, and a written one is there at once."""
+"""How a trainer reads and writes checkpoints: it reads only plain ones, and a written file is there at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
     CheckpointIO,
-    CheckpointIOBase,
     TorchCheckpointIO,
     Trainer,
     WrappingCheckpointIO,
+    WrappingCheckpointIOBase,
     classes,
     load_checkpoint,
 )
@@ -28,15 +28,14 @@ TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load th
 def reading_checkpoints(
     trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
-    """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
+    """Inside, the trainer reads only checkpoints of tensors and plain values, unless `weights_only` is false.
 
-    Lightning 2.5 runs whatever code a checkpoint has (`weights_only=False`); 2.6 leaves it to torch, but not for URLs.
-    A checkpoint plugin of the user's own with another format reads as it does. `argument` and `otherwise`, how to have
-    other objects read, are for messages.
+    Lightning 2.5 runs whatever code a checkpoint has; 2.6 leaves it to torch, but not for URLs. A checkpoint plugin of
+    the user's own with another format reads as it does.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
-    if not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
+    if isinstance(stored, _CheckpointReader) or not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
         yield
         return
     strategy.checkpoint_io = _CheckpointReader(stored, argument, weights_only, otherwise)
@@ -46,29 +45,22 @@ def reading_checkpoints(
         strategy.checkpoint_io = stored
 
 
-class _CheckpointReader(CheckpointIOBase):
+class _CheckpointReader(WrappingCheckpointIOBase):
     """Stores checkpoints as another plugin does, and reads only what it may."""
 
     def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
-        self.stored, self._argument, self._weights_only, self._otherwise = stored, argument, weights_only, otherwise
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.stored.save_checkpoint(checkpoint, path, storage_options)
-
-    @override
-    def remove_checkpoint(self, path: Any) -> None:
-        self.stored.remove_checkpoint(path)
+        super().__init__(stored)
+        self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
 
     @override
     def teardown(self) -> None:
-        self.stored.teardown()
+        if self.checkpoint_io is not None:
+            self.checkpoint_io.teardown()
 
     @override
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """On the CPU, where Lightning takes tensors from anyway; `weights_only` is what was said before."""
         try:
             found: dict[str, Any] = load_checkpoint(
                 path, map_location=map_location or "cpu", weights_only=self._weights_only
@@ -83,26 +75,22 @@ class _CheckpointReader(CheckpointIOBase):
         return found
 
 
-class CheckpointWriter(CheckpointIOBase):
-    """Writes as Lightning does by default, without its way over the system's folder for temporary files.
+class CheckpointWriter(WrappingCheckpointIOBase):
+    """Writes as Lightning does, without the system's folder for temporary files, or as the user's plugin does.
 
-    A writer of the user's own writes as it does. An exception is kept: other ranks wait for the one that writes, and
-    would wait for ever if it were raised.
-
-    Attributes:
-        error: why nothing was written; None where something was.
-        state_dict: what was to be written under this name.
-        is_plain: whether the file is one that `torch.load` reads.
+    An exception is kept as `error`, since other ranks would wait for ever for the one that writes.
     """
 
     def __init__(self, stored: CheckpointIO) -> None:
-        self._stored = stored
-        inner: Any = stored.stored if isinstance(stored, _CheckpointReader) else stored
+        super().__init__(stored)
+        inner: Any = stored
+        if isinstance(inner, _CheckpointReader):
+            inner = inner.checkpoint_io
         if isinstance(inner, classes("pytorch.plugins.io.AsyncCheckpointIO")):
             inner = inner.checkpoint_io
-        self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")
+        self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")  # `torch.load` reads the file
         self.error: Exception | None = None
-        self.state_dict: Any = None
+        self.state_dict: Any = None  # what was to be written under this name
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -113,17 +101,9 @@ class CheckpointWriter(CheckpointIOBase):
             if self.is_plain:
                 torch.save(checkpoint, path)
             else:
-                self._stored.save_checkpoint(checkpoint, path, storage_options)
+                super().save_checkpoint(checkpoint, path, storage_options)
         except Exception as error:
             self.error = error
-
-    @override
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self._stored.load_checkpoint(path, *args, **kwargs)
-
-    @override
-    def remove_checkpoint(self, path: Any) -> None:
-        self._stored.remove_checkpoint(path)
 
 
 @contextmanager

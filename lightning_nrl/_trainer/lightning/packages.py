@@ -1,12 +1,7 @@
-"""`pytorch_lightning` and `lightning.pytorch`: whichever is installed, both where both are.
+"""`pytorch_lightning` and `lightning.pytorch`, two copies of one library: whichever is installed, or both.
 
-They are two copies of one library, so that a class of one is no class of the other. What stands here is both:
-
-- a class is a union, `A | B`, for annotations and `isinstance`;
-- a base class, `...Base`, derives from the class of each;
-- what is constructed comes from the package of the trainer that it is for, by `class_for`.
-
-To mypy each of them is the class of `pytorch_lightning`.
+A class here is the union of both, for annotations and `isinstance`; a `...Base` derives from both; what is constructed
+comes from the package of its trainer, by `class_for`. To mypy each is the class of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -19,48 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core import rank_zero
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info as rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_only as rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_warn as rank_zero_warn
 from torch import nn
-
-__all__ = [
-    "LOGGER_NAMES",
-    "BatchSizeFinder",
-    "Callback",
-    "CallbackBase",
-    "Checkpoint",
-    "CheckpointIO",
-    "CheckpointIOBase",
-    "DeviceStatsMonitor",
-    "DistributedSamplerWrapper",
-    "DummyLoggerBase",
-    "EarlyStopping",
-    "LearningRateFinder",
-    "LearningRateMonitor",
-    "LightningDataModule",
-    "LightningModule",
-    "LightningModuleMixin",
-    "Logger",
-    "MLFlowLogger",
-    "ModelCheckpoint",
-    "ModelPruning",
-    "ModelSummary",
-    "ProgressBar",
-    "RichProgressBar",
-    "TQDMProgressBar",
-    "TensorBoardLogger",
-    "Timer",
-    "TorchCheckpointIO",
-    "Trainer",
-    "WandbLogger",
-    "WrappingCheckpointIO",
-    "class_for",
-    "classes",
-    "load_checkpoint",
-    "packages_of",
-    "rank_zero_info",
-    "rank_zero_only",
-    "rank_zero_warn",
-]
 
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 """Each package, and the one that it is built on."""
@@ -68,11 +25,7 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports what is there, both where both are: the second costs 0.1 s after the first, which costs 5 s.
-
-    Only then can the class of a callback, which is made once, derive from both. Each package has the messages of rank
-    zero sent to its own logger; they stay with the one that was imported before.
-    """
+    """Imports what is installed, so that the class of a callback can derive from both; the first keeps its logger."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []
@@ -104,6 +57,11 @@ def _find(package: str, path: str) -> Any:
     return getattr(import_module(".".join([root, *inside])), name, None)
 
 
+def callback_kinds(names: str) -> tuple[type[Any], ...]:
+    """Lightning's callbacks of these names, as far as the installed version has them."""
+    return tuple(kind for name in names.split() for kind in classes(f"pytorch.callbacks.{name}"))
+
+
 def _union(path: str) -> Any:
     return reduce(operator.or_, classes(path))
 
@@ -115,46 +73,46 @@ def _base(path: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from lightning_fabric.utilities.cloud_io import _load as load_checkpoint
-    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
-    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-    from pytorch_lightning import Callback as CallbackBase
-    from pytorch_lightning import LightningModule as LightningModuleMixin
-    from pytorch_lightning.callbacks import (
-        BatchSizeFinder,
-        Checkpoint,
-        DeviceStatsMonitor,
-        EarlyStopping,
-        LearningRateFinder,
-        LearningRateMonitor,
-        ModelCheckpoint,
-        ModelPruning,
-        ModelSummary,
-        ProgressBar,
-        RichProgressBar,
-        Timer,
-        TQDMProgressBar,
-    )
-    from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-    from pytorch_lightning.loggers.logger import DummyLogger as DummyLoggerBase
-    from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
-    from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIOBase
-    from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
+    from lightning_fabric.utilities.cloud_io import _load
+    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper as DistributedSamplerWrapper
+    from pytorch_lightning import Callback as Callback
+    from pytorch_lightning import LightningDataModule as LightningDataModule
+    from pytorch_lightning import LightningModule as LightningModule
+    from pytorch_lightning import Trainer as Trainer
+    from pytorch_lightning.callbacks import Checkpoint as Checkpoint
+    from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpoint
+    from pytorch_lightning.callbacks import ModelPruning as ModelPruning
+    from pytorch_lightning.callbacks import ProgressBar as ProgressBar
+    from pytorch_lightning.callbacks import RichProgressBar as RichProgressBar
+    from pytorch_lightning.callbacks import TQDMProgressBar as TQDMProgressBar
+    from pytorch_lightning.loggers import Logger as Logger
+    from pytorch_lightning.loggers import MLFlowLogger as MLFlowLogger
+    from pytorch_lightning.loggers import TensorBoardLogger as TensorBoardLogger
+    from pytorch_lightning.loggers import WandbLogger as WandbLogger
+    from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIO
+    from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
+    from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+
+    CallbackBase = Callback
+    DummyLoggerBase = DummyLogger
+    LightningModuleMixin = LightningModule
+    WrappingCheckpointIO = _WrappingCheckpointIO
+    WrappingCheckpointIOBase = _WrappingCheckpointIO
+    load_checkpoint = _load
 else:
     load_checkpoint = _find(PACKAGES[0].__name__, "fabric.utilities.cloud_io._load")
     DistributedSamplerWrapper = _union("fabric.utilities.distributed.DistributedSamplerWrapper")
     WrappingCheckpointIO = _union("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     for module, names in {
         "pytorch": "Callback LightningDataModule LightningModule Trainer",
-        "pytorch.callbacks": "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder "
-        "LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary ProgressBar RichProgressBar Timer "
-        "TQDMProgressBar",
+        "pytorch.callbacks": "Checkpoint ModelCheckpoint ModelPruning ProgressBar RichProgressBar TQDMProgressBar",
         "pytorch.loggers": "Logger MLFlowLogger TensorBoardLogger WandbLogger",
         "pytorch.plugins.io": "CheckpointIO TorchCheckpointIO",
     }.items():
         globals().update({name: _union(f"{module}.{name}") for name in names.split()})
     CallbackBase = _base("pytorch.Callback")
-    CheckpointIOBase = _base("pytorch.plugins.io.CheckpointIO")
+    WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
     # What derives from a user's module too: a base of the other package would go before the user's own class.
     LightningModuleMixin = nn.Module
@@ -162,17 +120,20 @@ else:
 
 def packages_of(thing: object) -> list[str]:
     """The names of the packages whose Trainer, module, data module, callback or logger something is."""
-    of_package = {
-        package.__name__: (
-            package.Trainer,
-            package.LightningModule,
-            package.LightningDataModule,
-            package.Callback,
-            package.loggers.Logger,
-        )
+    return [
+        package.__name__
         for package in PACKAGES
-    }
-    return [name for name, kinds in of_package.items() if isinstance(thing, kinds)]
+        if isinstance(
+            thing,
+            (
+                package.Trainer,
+                package.LightningModule,
+                package.LightningDataModule,
+                package.Callback,
+                package.loggers.Logger,
+            ),
+        )
+    ]
 
 
 def class_for(trainer: Trainer, path: str) -> Any:

@@ -1,14 +1,13 @@
-"""The one place that touches what Lightning does not promise to keep.
+"""The one place that touches what Lightning does not promise to keep, tried with 2.5 and 2.6.
 
-Each function says which private part it touches. All were tried with pytorch-lightning 2.6.6; what differs in 2.5 is
-said where it does. Attributes that are public but have no types are here too.
+Each function says which private part it touches. Attributes that are public but have no types are here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,64 +19,56 @@ from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
     class_for,
-    classes,
 )
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
 
 
+def _untyped(trainer: Trainer) -> Any:
+    return trainer
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer. `Trainer.callbacks` is set by a connector, so that it has no type."""
-    untyped: Any = trainer
-    found: list[Callback] = untyped.callbacks
-    return found
+    """The callbacks of a trainer; `Trainer.callbacks` has no type."""
+    return cast("list[Callback]", _untyped(trainer).callbacks)
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Gives a trainer other callbacks; see `callbacks_of`."""
-    untyped: Any = trainer
-    untyped.callbacks = callbacks
+    """Gives a trainer other callbacks."""
+    _untyped(trainer).callbacks = callbacks
 
 
 def data_module_of(trainer: Trainer) -> LightningDataModule | None:
-    """The data module of a trainer's last call, if it had one. `Trainer.datamodule` is set by a connector."""
-    untyped: Any = trainer
-    found: LightningDataModule | None = untyped.datamodule
-    return found
+    """The data module of a trainer's last call; `Trainer.datamodule` has no type."""
+    return cast("LightningDataModule | None", _untyped(trainer).datamodule)
 
 
 def batch_limit(trainer: Trainer) -> int | None:
     """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
-    untyped: Any = trainer
-    return int(untyped.fast_dev_run) or None
+    return int(_untyped(trainer).fast_dev_run) or None
+
+
+def overfit_batches(trainer: Trainer) -> int | float:
+    """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
+    return cast(float, _untyped(trainer).overfit_batches)
 
 
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:
-    """The hyperparameters that a fit logs by itself, those that `save_hyperparameters` keeps.
-
-    Of the module and of the data module. In their `_log_hyperparams` is whether they are to be logged.
-    """
+    """The hyperparameters of the module and the data module that a fit logs by itself (`_log_hyperparams`)."""
     holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
     logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
     found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
     return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
 
 
-def overfit_batches(trainer: Trainer) -> int | float:
-    """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
-    untyped: Any = trainer
-    found: int | float = untyped.overfit_batches
-    return found
-
-
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer of a module, None where it has none: `LightningModule.trainer` raises (`_trainer`)."""
+    """The trainer of a module; where it has none, `LightningModule.trainer` raises (`_trainer`)."""
     return module._trainer
 
 
 def overrides(module: LightningModule, name: str) -> bool:
-    """Whether a module has a step or hook of its own, not the one that every LightningModule has."""
+    """True if a module has a step or hook of its own, not the one that every LightningModule has."""
     owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
     return owner is not None and owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
 
@@ -94,21 +85,14 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch on the device, as validation has it: converted, through the module's hooks, moved.
-
-    `_on_before_batch_transfer` calls the hook of the module or of the data module, whichever the trainer would.
-    """
+    """A raw batch on the device as validation has it (`_on_before_batch_transfer` of the module or the data module)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
-    """What was given to `fit` as data loaders of `train` or `val`; None where hooks make them.
-
-    The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint
-    (`_data_source` of the loops).
-    """
+    """The data loaders of `train` or `val` that `fit` was given (`_data_source`); None where hooks make them."""
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
@@ -123,10 +107,7 @@ class ValidationLoaders(NamedTuple):
 
 
 def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
-    """The loaders that a trainer in `fit` or `validate` validates on, made if they are not yet; None: there are none.
-
-    `_combined_loader` of the evaluation loop and its `_mode`; `val_dataloaders` gives the user's nesting instead.
-    """
+    """The loaders that a trainer in `fit` or `validate` validates on (`_combined_loader`), made if need be; or None."""
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
@@ -140,8 +121,7 @@ def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
 def rerun_validation(trainer: Trainer) -> None:
     """Validates within a fit once more, so that the trainer's metrics are those of the model as it is now.
 
-    `val_loop` of the epoch loop with its hooks. What it counts (`batch_progress`, `_seen_batches_per_dataloader`) and
-    what the logger connector knows of the hook that calls this (`_first_loop_iter`, `_current_fx`) stay as found.
+    What the loop and the logger connector count and know of the hook that calls this stays as found.
     """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
@@ -166,16 +146,13 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`, torch 2.6 on)."""
+    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`)."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module are compiled, so that hooks inside of it do not run.
-
-    `_compiled_call_impl` of torch after `module.compile()`, `_compiler_ctx` of Lightning after `torch.compile(module)`.
-    """
+    """True if calls are compiled, so that hooks inside do not run (torch's `_compiled_call_impl`, `_compiler_ctx`)."""
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -187,11 +164,7 @@ def shared_with_copies(module: nn.Module) -> list[object]:
 
 
 def release_copy(copy: nn.Module) -> None:
-    """Makes a deep copy of a module one that no trainer has seen and that is not compiled.
-
-    `_trainer`, `_current_fx_name`, `_metric_attributes` (keyed by the identity of the original's metrics) and
-    `_compiler_ctx`.
-    """
+    """Makes a deep copy of a module one that no trainer has seen and that is not compiled."""
     for part in copy.modules():
         if isinstance(part, LightningModule):
             part._trainer = part._current_fx_name = None
@@ -202,17 +175,8 @@ def release_copy(copy: nn.Module) -> None:
                     vars(part).pop(name, None)
 
 
-def averaging_callbacks() -> tuple[type[Callback], ...]:
-    """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
-    names = "StochasticWeightAveraging", "WeightAveraging"
-    return tuple(kind for name in names for kind in classes(f"pytorch.callbacks.{name}"))
-
-
 def starts_own_processes(trainer: Trainer) -> bool:
-    """Whether what a trainer does is done in processes that it starts and that end with it, as under `ddp_spawn`.
-
-    `Strategy.launcher` is public, its classes are not.
-    """
+    """True if a trainer works in processes that it starts, as under `ddp_spawn` (classes of `Strategy.launcher`)."""
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))

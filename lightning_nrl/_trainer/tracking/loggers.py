@@ -1,18 +1,19 @@
-"""One report to all loggers of a trainer. Logging comes last and must never cost the repair, or the decision."""
+"""Writes reports to all loggers of a trainer; a logger that fails costs a warning, never the repair."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
-from time import time
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from lightning_nrl._trainer.lightning.packages import (
     Logger,
@@ -23,143 +24,54 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.tracking.learning_curves import history_figures
-from lightning_nrl._trainer.tracking.repair_log import RepairLog, written
-from lightning_nrl._trainer.tracking.scalars import Scalars
-from lightning_nrl._trainer.tracking.tensorboard import declare_columns, write_tensorboard
-from lightning_nrl.analysis.sweep import Run, SweepResult
-from lightning_nrl.errors import LoggingWarning, check_choice
+from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free, written
+from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
+from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.localization import TrainingRecord
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.splits import ROLES
+from lightning_nrl.report.page import Facts, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS
 from lightning_nrl.updates import ReleaseReport
 
+Plain = bool | int | float | str
+
+ASKED: Mapping[str, Plain] = {
+    **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
+    **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
+}
+"""Columns of what a repair was asked for, each with a value of its type; the tab shows five, sorted by name."""
+MEASURED = tuple(
+    f"repair/{name}"
+    for name in (
+        *("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken"),
+        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_break_rate", "unseen_nfr"),
+        *("unseen_accuracy", "known_regressions", "unseen_regressions"),
+    )
+)
+"""Columns of what came of it; the tab shows the first five."""
+LIGHTNINGS_METRIC = "hp_metric"
+LONGEST_TEXT = 60  # characters
 MOST_ROWS = 10_000
 """W&B shows no more of a table."""
 
-
-def write_wandb(log: RepairLog, logger: WandbLogger) -> None:
-    """Writes what is no number through the logger's own `log_image`, `log_table` and `log_text`."""
-    name, step = log.name, log.step
-    if log.drawn:
-        logger.log_image(f"{name}/summary", [image_of(log.summary)], step=step)
-    for title, figure in log.figures.items():
-        logger.log_image(f"{name}_figures/{_key(title)}", [image_of(figure)], step=step)
-    for title, views in log.pictures.items():
-        captions = [view.caption for view in views]
-        logger.log_image(f"{name}_samples/{_key(title)}", [view.pixels for view in views], step=step, caption=captions)
-    for title, views in log.texts.items():
-        texts = [[view.caption, view.text] for view in views]
-        logger.log_text(f"{name}_samples/{_key(title)}", ["sample", "text"], texts, step=step)
-    if log.flipped:
-        columns, rows = _flipped(log)
-        logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
-
-
-def _flipped(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
-    """The table of flipped samples, those first that have a picture, where any has one."""
-    import wandb
-
-    shown = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
-    rows = sorted(log.flipped, key=lambda row: (row[0], row[1]) not in shown)[:MOST_ROWS]
-    if not shown:
-        return list(FLIPPED_COLUMNS), rows
-    pictures = [shown.get((row[0], row[1])) for row in rows]
-    images = [None if pixels is None else wandb.Image(pixels) for pixels in pictures]
-    return [*FLIPPED_COLUMNS, "input"], [[*row, image] for row, image in zip(rows, images, strict=True)]
-
-
-def _key(title: str) -> str:
-    """A title without what Windows allows in no name of a file, which W&B makes of it."""
-    return re.sub(r'[<>:"/\\|?*]', "_", title)
-
-
-def upload_to_wandb(files: Mapping[str, Path], logger: WandbLogger, name: str, step: int) -> None:
-    """The page as a panel, and all files as one artifact of the run."""
-    import wandb
-
-    run = logger.experiment
-    if "html" in files:
-        with files["html"].open(encoding="utf-8") as opened:
-            page: Any = wandb.Html(opened, inject=False)
-        logger.log_metrics({f"{name}/report": page}, step)
-    artifact = wandb.Artifact(f"{name}-{run.id}", type="report")
-    for path in files.values():
-        artifact.add_file(str(path))
-    run.log_artifact(artifact)
-
-
-BATCH = 1_000
-"""MLflow takes no more numbers in one request."""
-
-
-def write_mlflow(log: RepairLog, logger: MLFlowLogger) -> None:
-    """Numbers as metrics, all else into a folder of the run's artifacts that is called as the repair is."""
-    client, run_id, name = logger.experiment, logger.run_id, log.name
-    _write_numbers(log, logger)
-    figures = {"summary": log.summary} if log.drawn else {}
-    for title, figure in {**figures, **log.figures}.items():
-        client.log_figure(run_id, figure, f"{name}/figures/{_file(title)}.png")
-    for title, figure in log.galleries.items():
-        client.log_figure(run_id, figure, f"{name}/samples/{_file(title)}.png")
-    for title, views in log.texts.items():
-        text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
-        client.log_text(run_id, text, f"{name}/samples/{_file(title)}.txt")
-    if log.flipped and find_spec("pandas") is not None:  # with which MLflow writes tables
-        columns: dict[str, Any] = {
-            column: list(values) for column, values in zip(FLIPPED_COLUMNS, zip(*log.flipped, strict=True), strict=True)
-        }
-        client.log_table(run_id, columns, f"{name}/flipped_samples.json")
-
-
-def upload_to_mlflow(files: Mapping[str, Path], logger: MLFlowLogger, name: str, step: int) -> None:
-    """All files, into a folder of the run's artifacts."""
-    for path in files.values():
-        logger.experiment.log_artifact(logger.run_id, str(path), name)
-
-
-def _write_numbers(log: RepairLog, logger: MLFlowLogger) -> None:
-    """As the logger's `log_metrics` does, but for many steps in one request: a search has hundreds."""
-    from mlflow.entities import Metric
-
-    now = int(time() * 1000)
-    metrics = [
-        Metric(re.sub(r"[^A-Za-z0-9_/. -]+", "", tag), value, now, step)
-        for step, scalars in log.points
-        for tag, value in scalars.items()
-    ]
-    for start in range(0, len(metrics), BATCH):
-        logger.experiment.log_batch(logger.run_id, metrics=metrics[start : start + BATCH])
-
-
-def _file(title: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", title).strip("_")
-
-
-RUNS: Mapping[Any, tuple[Callable[[RepairLog, Any], None], Callable[[Mapping[str, Path], Any, str, int], None]]] = {
-    WandbLogger: (write_wandb, upload_to_wandb),
-    MLFlowLogger: (write_mlflow, upload_to_mlflow),
-}
-"""Loggers that take more than numbers: what writes a repair, and what uploads files."""
+SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
+"""What was asked for, and what came of it."""
 
 
 @rank_zero_only
 def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
-    """Writes a repair to every logger, on rank zero; what each of them takes is in its module.
-
-    The search has its iterations for steps, the way to the patch its strength in percent; all other numbers stand at
-    the step of training at which the repair was made.
-    """
+    """Writes a repair to every logger, on rank zero, at the steps of `RepairLog.points`."""
     to_each(loggers, partial(_write, log), "repair")
 
 
 @rank_zero_only
-def declare(loggers: Sequence[Logger], hparams: Mapping[str, Any]) -> None:
+def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
     """Has TensorBoard's HParams tab show a repair beside training, which is about to log these hyperparameters."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
-            declare_columns(writer, hparams)
+            writer._get_file_writer().add_summary(_experiment(trained))
 
     to_each(loggers, write, "row of hyperparameters")
 
@@ -171,7 +83,8 @@ def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
             writer.add_text(f"{name}/report", report.to_markdown(), step)
-        _upload(written(report.files), logger, name, step)
+        if run := _run_of(logger):
+            run.upload(written(report.files), name, step)
         logger.save()
 
     to_each(loggers, write, "release report")
@@ -179,7 +92,7 @@ def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int
 
 @rank_zero_only
 def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
-    """Writes numbers by tag to every logger, on rank zero; `what` they are of is for the warning."""
+    """Writes numbers by tag to every logger, on rank zero; `what` names them in a warning."""
 
     def write(logger: Logger) -> None:
         logger.log_metrics(numbers, step=step)
@@ -203,10 +116,17 @@ def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: in
         to_each(loggers, write, "history of the training")
 
 
-def writer_of(logger: Logger) -> SummaryWriter | None:
-    """TensorBoard's writer; None for any other logger."""
-    writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
-    return writer if isinstance(writer, SummaryWriter) else None
+@rank_zero_only
+def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep") -> None:
+    """Writes rows of a sweep to the HParams tab of every TensorBoard logger, each as a sub-run of this name."""
+
+    def write(logger: Logger) -> None:
+        if writer := writer_of(logger):
+            for label, (asked, found) in rows.items():
+                writer.add_hparams(dict(asked), dict(found), run_name=f"{name}/{safe_name(label)}")
+            writer.flush()
+
+    to_each(loggers, write, "sweep")
 
 
 def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
@@ -224,78 +144,198 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
 
 def _write(log: RepairLog, logger: Logger) -> None:
     if writer := writer_of(logger):
-        write_tensorboard(log, writer)
-    elif not isinstance(logger, MLFlowLogger):  # which takes many at once
+        _write_tensorboard(log, writer)
+    else:
         for step, scalars in log.points:
             logger.log_metrics(scalars, step=step)
-    # Files before pictures: should one of these fail, the report is there.
-    _upload(log.files, logger, log.name, log.step)
-    for kind, (write, _) in RUNS.items():
-        if isinstance(logger, kind):
-            write(log, logger)
+    if run := _run_of(logger):
+        # Files before pictures: should one of these fail, the report is there.
+        run.upload(log.files, log.name, log.step)
+        run.write(log)
     # Now, as the process may end before loggers are finalised.
     logger.save()
 
 
-def _upload(files: Mapping[str, Path], logger: Logger, name: str, step: int) -> None:
-    for kind, (_, upload) in RUNS.items():
-        if files and isinstance(logger, kind):
-            upload(files, logger, name, step)
+def writer_of(logger: Logger) -> SummaryWriter | None:
+    """TensorBoard's writer; None for any other logger."""
+    writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
+    return writer if isinstance(writer, SummaryWriter) else None
 
 
-SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
+def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
+    if isinstance(logger, WandbLogger):
+        return WandbRun(logger)
+    return MlflowRun(logger) if isinstance(logger, MLFlowLogger) else None
 
-Row = tuple[dict[str, bool | int | float | str], dict[str, float]]
-"""What was asked for, and what came of it."""
+
+def safe_name(title: str) -> str:
+    """A title without what Windows allows in no name of a file."""
+    return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 
-@rank_zero_only
-def track_sweep(
-    result: SweepResult,
-    loggers: Sequence[Logger],
-    *,
-    each: Literal["setting", "run"] = "setting",
-    name: str = "sweep",
-) -> None:
-    """Writes a sweep to the HParams tab of every TensorBoard logger, on rank zero; other loggers have no such thing.
+def _write_row(writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None) -> None:
+    """Writes the row of a repair to the run in which its scalars are; with training's hyperparameters, if any."""
+    values = {**_flat(trained or {}), **_asked(report)}
+    _, start, end = hparams(values, {})
+    for summary in (_experiment(trained or {}), start, end):
+        writer._get_file_writer().add_summary(summary)
 
-    A row is a `setting`, by the means of its runs, or every `run`. `name` is the first part of every tag and sub-run.
+
+def _asked(report: RepairReport) -> dict[str, Plain]:
+    """What a repair was asked for, as far as it is known."""
+    settings = report.settings
+    layer = settings.get("layer", list(report.layers))
+    found: dict[str, Any] = {
+        "repair/gate": report.gate,
+        "repair/layer": layer if isinstance(layer, str) else ", ".join(layer),
+        "repair/method": _kind(settings.get("method"), "class"),
+        "repair/seed": report.seed,
+        "repair/target": report.target,
+        "repair/with fitness": _kind(settings.get("fitness"), "kind"),
+        "repair/with max_time": settings.get("max_time"),
+        "repair/with n_passed": settings.get("n_passed"),
+        "repair/with n_weights": None if report.localization is None else report.localization.sizes.get("localized"),
+        "repair/with task": report.task,
+    }
+    return {key: value for key, value in _flat(found).items() if isinstance(value, str) == isinstance(ASKED[key], str)}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
+    """Nested settings as one level, named as Lightning names them; what is None is left out, the rest is text."""
+    found: dict[str, Plain] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+            found[f"{prefix}{key}"] = value
+        elif value is not None:
+            text = str(value)
+            found[f"{prefix}{key}"] = text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
+    return found
+
+
+def _experiment(trained: Mapping[str, Any]) -> Any:
+    metrics = (*MEASURED, *((LIGHTNINGS_METRIC,) if trained else ()))
+    experiment, _, _ = hparams({**_flat(trained), **ASKED}, dict.fromkeys(metrics, 0.0))
+    return experiment
+
+
+def _kind(settings: Any, key: str) -> Any:
+    return settings.get(key) if isinstance(settings, Mapping) else settings
+
+
+def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
+    """Writes a repair to a sub-run of the training's run, since the HParams tab needs a run for a row.
+
+    Tags are the same in each, so that two repairs stand in one card. Curves are figures: smoothing would bend scalars.
     """
-    rows = sweep_rows(result, each, name)
-
-    def write(logger: Logger) -> None:
-        if writer := writer_of(logger):
-            for label, (asked, found) in rows.items():
-                writer.add_hparams(asked, found, run_name=f"{name}/{re.sub(r'[^A-Za-z0-9_.=-]+', '_', label)}")
-            writer.flush()
-
-    to_each(loggers, write, "sweep")
-
-
-def sweep_rows(
-    result: SweepResult, each: Literal["setting", "run"] = "setting", name: str = "sweep"
-) -> Mapping[str, Row]:
-    """Rows of the tab by the names of their sub-runs, all with the same columns: the tab knows only the first's."""
-    check_choice("each", each, ("setting", "run"))
-    if each == "run":
-        return {f"{run.setting} seed={run.seed}": _row((run,), name, seed=run.seed) for run in result.runs}
-    return {setting: _row(result.of(setting), name) for setting in dict.fromkeys(run.setting for run in result.runs)}
+    report, step = log.report, log.step
+    with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
+        for tag, value in final_numbers(report).items():
+            run.add_scalar(tag, value, step)
+        run.add_text("repair/report", report.to_markdown(), step)
+        for title, views in log.texts.items():
+            page = Page((Heading(title), Facts(tuple((view.caption, view.text) for view in views))))
+            run.add_text(f"repair_samples/{title}", page.markdown(), step)
+        changes = [change.detach().float().flatten().cpu() for change in (log.changes or {}).values()]
+        flat = torch.cat(changes) if changes else torch.zeros(0)
+        if bool((flat != 0).any()):
+            run.add_histogram("repair_weights/change", flat[flat != 0], step)
+        _write_row(run, report, log.hparams)
+        _write_pictures(log, run)
 
 
-def _row(runs: Sequence[Run], name: str, **further: int) -> Row:
-    first = runs[0]
-    asked = {"setting": first.setting, **{column: _word(getattr(first, column)) for column in SWEPT_COLUMNS}, **further}
-    found = {f"{name}/regression_free": mean(run.regression_free for run in runs)}
-    for role in ROLES:
-        if first.has(role):
-            counts = [run.counts(role) for run in runs]
-            found |= {
-                f"{name}/{role}_{measure}": mean(getattr(one, measure) for one in counts) for measure in MEASURED_COUNTS
-            }
-    found[f"{name}/seconds"] = mean(run.seconds for run in runs)
-    return asked, {tag: float(value) for tag, value in found.items() if math.isfinite(value)}
+def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
+    """Last, since a figure that cannot be drawn should cost no numbers."""
+    if log.drawn:
+        # A capital sorts before all numbers.
+        run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
+        for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
+            for title, figure in figures.items():
+                run.add_image(f"{group}/{title}", image_of(figure), log.step, dataformats="HWC")
+    else:
+        for at, scalars in (*enumerate(search_curves(log.report)), *strength_curves(log.report).items()):
+            for tag, value in scalars.items():
+                run.add_scalar(tag, value, at)
+        for title, views in log.pictures.items():
+            for view in views:
+                run.add_image(f"repair_samples/{title}, {view.caption}", view.pixels, log.step, dataformats="HWC")
 
 
-def _word(value: bool | int | float | str | None) -> bool | int | float | str:
-    return "auto" if value is None else value
+@dataclass(frozen=True)
+class WandbRun:
+    """What W&B takes beside numbers, written by the logger's own methods."""
+
+    logger: WandbLogger
+
+    def write(self, log: RepairLog) -> None:
+        """Writes figures, pictures, texts and the table of flipped samples."""
+        logger, name, step = self.logger, log.name, log.step
+        if log.drawn:
+            logger.log_image(f"{name}/summary", [image_of(log.summary)], step=step)
+        for title, figure in log.figures.items():
+            logger.log_image(f"{name}_figures/{safe_name(title)}", [image_of(figure)], step=step)
+        for title, views in log.pictures.items():
+            pixels, captions = [view.pixels for view in views], [view.caption for view in views]
+            logger.log_image(f"{name}_samples/{safe_name(title)}", pixels, step=step, caption=captions)
+        for title, views in log.texts.items():
+            texts = [[view.caption, view.text] for view in views]
+            logger.log_text(f"{name}_samples/{safe_name(title)}", ["sample", "text"], texts, step=step)
+        if log.flipped:
+            columns, rows = _flipped_with_pictures(log)
+            logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
+
+    def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
+        """Uploads the page as a panel, and all files as one artifact of the run."""
+        import wandb
+
+        if not files:
+            return
+        run = self.logger.experiment
+        if "html" in files:
+            with files["html"].open(encoding="utf-8") as opened:
+                page: Any = wandb.Html(opened, inject=False)
+            self.logger.log_metrics({f"{name}/report": page}, step)
+        artifact = wandb.Artifact(f"{name}-{run.id}", type="report")
+        for path in files.values():
+            artifact.add_file(str(path))
+        run.log_artifact(artifact)
+
+
+def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
+    """The table of flipped samples; those with a picture come first."""
+    import wandb
+
+    shown = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
+    rows = sorted(log.flipped, key=lambda row: (row[0], row[1]) not in shown)[:MOST_ROWS]
+    if not shown:
+        return list(FLIPPED_COLUMNS), rows
+    pictures = [shown.get((row[0], row[1])) for row in rows]
+    images = [None if pixels is None else wandb.Image(pixels) for pixels in pictures]
+    return [*FLIPPED_COLUMNS, "input"], [[*row, image] for row, image in zip(rows, images, strict=True)]
+
+
+@dataclass(frozen=True)
+class MlflowRun:
+    """What MLflow takes beside numbers, in a folder of the run's artifacts."""
+
+    logger: MLFlowLogger
+
+    def write(self, log: RepairLog) -> None:
+        """Writes figures, pictures, texts and the table of flipped samples."""
+        client, run_id, name = self.logger.experiment, self.logger.run_id, log.name
+        figures = {"summary": log.summary, **log.figures} if log.drawn else {}
+        for folder, drawn in (("figures", figures), ("samples", log.galleries)):
+            for title, figure in drawn.items():
+                client.log_figure(run_id, figure, f"{name}/{folder}/{safe_name(title)}.png")
+        for title, views in log.texts.items():
+            text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
+            client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
+        if log.flipped and find_spec("pandas") is not None:  # with which MLflow writes tables
+            columns = {column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)}
+            client.log_table(run_id, columns, f"{name}/flipped_samples.json")
+
+    def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
+        """Uploads all files."""
+        for path in files.values():
+            self.logger.experiment.log_artifact(self.logger.run_id, str(path), name)

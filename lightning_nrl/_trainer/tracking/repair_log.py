@@ -1,4 +1,4 @@
-"""What loggers are given of a repair: its report, figures, pictures of samples, tables and files, each made once."""
+"""What loggers are given of a repair: numbers, figures, pictures of samples, tables and files, each made once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_figures import SEARCH_TITLE, gallery_figures, reviewer_figures
+from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, reviewer_figures, summary_figure
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.summary_figure import summary_figure
-from lightning_nrl.report.tables import flipped_splits
+from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
@@ -25,23 +24,14 @@ UPLOADED = ("html", "markdown", "json", "patch", "predictions")
 
 @dataclass(frozen=True, eq=False)
 class RepairLog:
-    """A repair as it is logged.
-
-    Attributes:
-        report: what was done.
-        step: of the training, at which the repair was made.
-        name: what tags and sub-runs begin with; that of a second repair in the same log is another one.
-        changes: what was added to each weight, whole tensors by name; None if there was no candidate.
-        views: flipped samples to be looked at.
-        hparams: the hyperparameters of training, if it has logged them.
-    """
+    """A repair as it is logged."""
 
     report: RepairReport
-    step: int
-    name: str = "repair"
-    changes: Mapping[str, Tensor] | None = None
+    step: int  # of the training, at which the repair was made
+    name: str = "repair"  # what tags and sub-runs begin with; another one for a second repair in the same log
+    changes: Mapping[str, Tensor] | None = None  # what was added to each weight, whole tensors by name
     views: Sequence[SampleView] = ()
-    hparams: Mapping[str, Any] | None = None
+    hparams: Mapping[str, Any] | None = None  # those of training, if it has logged them
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
@@ -52,7 +42,7 @@ class RepairLog:
 
     @cached_property
     def drawn(self) -> bool:
-        """Whether there can be figures."""
+        """True if figures can be drawn."""
         return find_spec("matplotlib") is not None
 
     @cached_property
@@ -62,10 +52,8 @@ class RepairLog:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """Figures by title, the summary not among them; empty without matplotlib."""
-        if not self.drawn:
-            return {}
-        figures = reviewer_figures(self.report, self.changes)
+        """Figures by title, without the summary; empty without matplotlib."""
+        figures = reviewer_figures(self.report, self.changes) if self.drawn else {}
         for title, figure in figures.items():
             if title != SEARCH_TITLE:  # four panels
                 figure.set_size_inches(*CARD)
@@ -88,22 +76,7 @@ class RepairLog:
 
     @cached_property
     def flipped(self) -> list[list[Any]]:
-        """A row for each flipped sample, in the order of `FLIPPED_COLUMNS`; numbers as numbers."""
-        name = self.report.class_name
-        return [
-            [
-                split.split,
-                one.id,
-                one.flip,
-                *(name(label) for label in (one.label, one.predicted_before, one.predicted_after)),
-                one.margin_before,
-                one.margin_after,
-                one.in_target,
-                one.slice,
-            ]
-            for split in flipped_splits(self.report)
-            for one in split.flipped
-        ]
+        return flipped_rows(self.report)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -112,8 +85,17 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Those files of a report that loggers are given and that are there, by kind."""
+    """Returns the files for loggers that exist, by kind."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
+
+
+def next_free(folder: Path, pattern: str) -> Path:
+    """Returns the first of `name`, `name-1`, ... that holds no file of this pattern."""
+    free, k = folder, 0
+    while any(free.glob(pattern)):
+        k += 1
+        free = folder.with_name(f"{folder.name}-{k}")
+    return free
 
 
 def _grouped(views: Sequence[SampleView]) -> dict[str, list[SampleView]]:

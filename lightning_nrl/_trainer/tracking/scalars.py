@@ -1,9 +1,8 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value.
 
-TensorBoard and others make a group of what stands before the first slash. `<name>/` has the few numbers that a reviewer
-decides on, `<name>_numbers/` all others, `<name>_search/` the course of the search, and `<name>_strength/` the way from
-the original weights to the patch. The headline is single points, not lines from before to after: smoothing would bend
-those, and a reader would read wrong numbers. What is not finite is left out: several loggers refuse or misdraw it.
+TensorBoard and others make a group of what stands before the first slash: `<name>/` has the few numbers that a reviewer
+decides on, `<name>_numbers/` all others, `<name>_search/` and `<name>_strength/` the curves. What is not finite is left
+out: several loggers refuse or misdraw it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ SEARCH_CURVES = {
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
     """What a reviewer decides on, the most important first; twelve cards at most, unless it is an update.
 
-    `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together, under the weights that
-    the model has now. In an update `..._regressions` and `..._nfr` are against the replaced model, by the new one as
-    trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to known data.
+    `known_...` and `unseen_...` pool the splits of a role under the weights that the model has now; in an update
+    `..._regressions` and `..._nfr` are against the replaced model. `refused_...` are of refused weights.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     for role in ("known", "unseen"):
@@ -41,77 +39,60 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
         if split is not None:
             found |= {f"{role}_{number}": value for number, value in _headline(split).items()}
         if update is not None:
-            found[f"{role}_regressions_before"] = float(update.trained.broken)
-            found[f"{role}_regressions"] = float(update.now.broken)
+            found[f"{role}_regressions_before"] = update.trained.broken
+            found[f"{role}_regressions"] = update.now.broken
             found[f"{role}_nfr"] = update.now.rates["negative_flip_rate"]
     if report.candidate:
-        found["refused_repaired"] = float(sum(split.repaired for split in report.candidate))
-        found["refused_broken"] = float(sum(split.broken for split in report.candidate))
-    return _finite({f"{name}/{tag}": value for tag, value in found.items()})
+        found["refused_repaired"] = sum(split.repaired for split in report.candidate)
+        found["refused_broken"] = sum(split.broken for split in report.candidate)
+    return _finite(found, f"{name}/")
+
+
+def _headline(split: SplitReport) -> Scalars:
+    rates = split.rates
+    found: Scalars = {"broken": split.broken}
+    if split.role != "known":
+        found |= {"repaired": split.repaired, "repair_rate": rates["repair_rate"], "break_rate": rates["break_rate"]}
+        return {**found, "nfr": rates["negative_flip_rate"], "accuracy": split.accuracy_after}
+    if split.targeted:
+        found["repaired_in_target"] = split.repaired_in_target
+    return {**found, "repair_rate": rates["repair_rate"], "accuracy": split.accuracy_after}
 
 
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
     """The verdict (`accepted`, 1 or 0) and the numbers of every split, `<name>/<split>/...`, and of its slices."""
-    found: Scalars = {f"{name}/accepted": float(report.accepted)}
+    found: Scalars = {"accepted": float(report.accepted)}
     for row in report.rows:
-        place = "/".join(filter(None, (name, row.split, row.slice)))
+        place = "/".join(filter(None, (row.split, row.slice)))
         counts = row.counts
         numbers = {"reference_accuracy": counts.accuracy_before, "accuracy": counts.accuracy_after}
         numbers |= {rate.short: rate.of(counts) for rate in UPDATE_RATES}
         numbers |= {"nfr_upper": row.upper, "broken": counts.broken, "repaired": counts.repaired}
-        found |= {f"{place}/{key}": float(value) for key, value in numbers.items()}
-    return _finite(found)
-
-
-def split_numbers(report: RepairReport) -> Scalars:
-    """Every number of every split, `<split>_data/...`: counts, accuracies and the rates of `evaluation.rates`."""
-    return {f"{split.split}_data/{number}": value for split in report.splits for number, value in split.numbers.items()}
-
-
-def slice_numbers(report: RepairReport) -> Scalars:
-    """Counts of every slice by the role of the data, `slice_<name>/...`; empty where no slices were asked for."""
-    found: Scalars = {}
-    for one in report.slices:
-        for number in ("targeted", "repaired_in_target", "repaired", "broken"):
-            found[f"slice_{one.name}/{one.role}_{number}"] = float(getattr(one, number))
-    return found
-
-
-def rung_numbers(report: RepairReport) -> Scalars:
-    """What each rung of the default's ladder repairs, breaks and changes, `rung_<name>/...`.
-
-    `held_out_...` are estimates.
-    """
-    found: Scalars = {}
-    for rung in report.rungs:
-        for number in ("repaired_in_target", "repaired", "broken", "weights_changed", "seconds"):
-            found[f"rung_{rung.name}/{number}"] = float(getattr(rung, number))
-        if rung.held_out is not None:
-            found[f"rung_{rung.name}/held_out_repaired"] = float(rung.held_out.repaired)
-            found[f"rung_{rung.name}/held_out_broken"] = float(rung.held_out.broken)
-    return found
-
-
-def weight_numbers(report: RepairReport) -> Scalars:
-    """How many weights were localised, and how many the candidate changed.
-
-    `localization/...`: N_g (the top weights of each set) and the sizes of the sets on the way.
-    """
-    found: Scalars = {}
-    if report.localization is not None:
-        sizes = {"n_g": report.localization.n_g, **report.localization.sizes}
-        found |= {f"localization/{key}": float(value) for key, value in sizes.items()}
-    if report.change is not None:
-        found["weights_changed"] = float(report.change.changed)
-    return found
+        found |= {f"{place}/{key}": value for key, value in numbers.items()}
+    return _finite(found, f"{name}/")
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """All other single numbers: of splits, slices, rungs and weights, and how many seconds the repair took."""
-    parts = (split_numbers, slice_numbers, rung_numbers, weight_numbers)
-    found = {tag: value for part in parts for tag, value in part(report).items()}
-    found["seconds"] = float(sum(report.seconds.values()))
-    return _finite({f"{name}_numbers/{tag}": value for tag, value in found.items()})
+    """All other single numbers: of splits, slices, rungs and weights, and the seconds of the repair."""
+    found: Scalars = {}
+    for split in report.splits:
+        found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
+    for one in report.slices:
+        for number in ("targeted", "repaired_in_target", "repaired", "broken"):
+            found[f"slice_{one.name}/{one.role}_{number}"] = getattr(one, number)
+    for rung in report.rungs:
+        for number in ("repaired_in_target", "repaired", "broken", "weights_changed", "seconds"):
+            found[f"rung_{rung.name}/{number}"] = getattr(rung, number)
+        if rung.held_out is not None:
+            found[f"rung_{rung.name}/held_out_repaired"] = rung.held_out.repaired
+            found[f"rung_{rung.name}/held_out_broken"] = rung.held_out.broken
+    if report.localization is not None:
+        sizes = {"n_g": report.localization.n_g, **report.localization.sizes}
+        found |= {f"localization/{key}": value for key, value in sizes.items()}
+    if report.change is not None:
+        found["weights_changed"] = report.change.changed
+    found["seconds"] = sum(report.seconds.values())
+    return _finite(found, f"{name}_numbers/")
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
@@ -120,10 +101,7 @@ def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """The course of the search, one dict an iteration from 0, the starting swarm; empty if there was no search.
-
-    `repaired` and `broken` count samples under the best candidate so far.
-    """
+    """The search, one dict an iteration from 0; `repaired` and `broken` are those of the best candidate so far."""
     search = report.search
     if search is None:
         return []
@@ -131,39 +109,22 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
     if search.n_passed is not None and "intact" in search.history:
         curves["broken"] = [search.n_passed - intact for intact in search.history["intact"]]
     length = max((len(curve) for curve in curves.values()), default=0)
-    return [
-        _finite({f"{name}_search/{tag}": curve[i] for tag, curve in curves.items() if i < len(curve)})
-        for i in range(length)
-    ]
+    points = [{tag: curve[i] for tag, curve in curves.items() if i < len(curve)} for i in range(length)]
+    return [_finite(point, f"{name}_search/") for point in points]
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """What the patch does along its path, by strength in percent, since loggers count in whole steps.
-
-    Of 0, the original weights, all counts are 0. Empty if no patch was counted.
-    """
+    """What the patch does along its path, by strength in percent; at 0, the original weights, all counts are 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
-        counts = {"repaired_in_target": point.repaired_in_target}
+        counts: Scalars = {"repaired_in_target": point.repaired_in_target}
         for role, flips in (("known", point.known), ("calibration", point.calibration)):
             if flips is not None:
                 counts |= {f"{role}_repaired": flips.repaired, f"{role}_broken": flips.broken}
-        scalars = {f"{name}_strength/{tag}": float(count) for tag, count in counts.items()}
-        found.setdefault(0, dict.fromkeys(scalars, 0.0))
-        found[round(100 * point.strength)] = scalars
+        found[round(100 * point.strength)] = _finite(counts, f"{name}_strength/")
+        found.setdefault(0, dict.fromkeys(found[round(100 * point.strength)], 0.0))
     return dict(sorted(found.items()))
 
 
-def _headline(split: SplitReport) -> Scalars:
-    rates = split.rates
-    target = {"repaired_in_target": float(split.repaired_in_target)} if split.targeted else {}
-    if split.role == "known":
-        found = {"broken": float(split.broken), **target, "repair_rate": rates["repair_rate"]}
-    else:
-        found = {"broken": float(split.broken), "repaired": float(split.repaired), "repair_rate": rates["repair_rate"]}
-        found |= {"break_rate": rates["break_rate"], "nfr": rates["negative_flip_rate"]}
-    return {**found, "accuracy": split.accuracy_after}
-
-
-def _finite(scalars: Scalars) -> Scalars:
-    return {tag: float(value) for tag, value in scalars.items() if math.isfinite(value)}
+def _finite(scalars: Scalars, prefix: str) -> Scalars:
+    return {f"{prefix}{tag}": float(value) for tag, value in scalars.items() if math.isfinite(value)}

@@ -29,7 +29,7 @@ from lightning_nrl.analysis.diagnosis.findings import (
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.head_features import NEIGHBOURS, HeadFeatures, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods._solvers.cutting_planes import (
+from lightning_nrl.methods._solvers.convex_head import (
     add_cutting_planes,
     margins_over_rivals,
     pair_gram,

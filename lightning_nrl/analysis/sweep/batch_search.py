@@ -263,7 +263,7 @@ class Recount:
         state = lru_cache(at_once)(lambda r: space.changed(runs[r].where, runs[r].values))
         for batch in self._batches() if changed else ():
             was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
-            task, target = self.problem.task, batch.chunk.target
+            task, target = self.problem.evaluator.task, batch.chunk.target
             now = torch.stack([task.right(batch.logits(state(r)), target) for r in changed])
             _, broken, repaired, _ = flip_masks(was, now)
             sums[:, changed] += torch.stack([repaired & aimed, repaired, broken, broken & own]).sum(2)

@@ -163,7 +163,7 @@ class _Sweep:
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         passed = [source.split for source in self.problem.known if source.passed]
         model, layer = hash_tensors(self.problem.model.state_dict()), self.base.plain()["layer"]
-        ground = digest([model, evidence, passed, layer, repr(self.problem.task)])
+        ground = digest([model, evidence, passed, layer, repr(self.problem.evaluator.task)])
         requests = [RunRequest(digest([ground, setting.plain(), seed]), setting, seed) for setting, seed in wanted]
         there = self._on_each_rank(lambda: self.store.read(request.key for request in requests))
         missing = [request for request in requests if request.key not in there]

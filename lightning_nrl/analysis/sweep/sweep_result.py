@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,20 @@ class SweepResult(Report):
 
         fit = [run for run in self.runs if run.known.repaired_in_target and not gate.excess_of(run.known)]
         return max(fit, key=worth, default=None)
+
+    def hparams_rows(
+        self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
+    ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+        """What was asked for and what came of it, by the names of rows for an HParams tab, all with the same columns.
+
+        Args:
+            each: a row is a `setting`, by the means of its runs, or every `run`.
+            name: the first part of what is measured.
+        """
+        check_choice("each", each, ("setting", "run"))
+        if each == "run":
+            return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}
+        return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
         """Arguments of `repair` that find a run's weights again, without those that all runs share.
@@ -174,6 +189,23 @@ def _summary(result: SweepResult) -> str:
             counts = first.counts(role)
             text += f", {counts.passed:,} of {counts.n:,} {role} samples right before"
     return f"{text}."
+
+
+SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
+MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
+
+
+def _hparams(runs: Sequence[Run], name: str, **further: int) -> tuple[dict[str, Any], dict[str, float]]:
+    first = runs[0]
+    asked: dict[str, Any] = {"setting": first.setting, **further}
+    for column in SWEPT_COLUMNS:
+        value = getattr(first, column)
+        asked[column] = "auto" if value is None else value
+    found = {"regression_free": mean(run.regression_free for run in runs), "seconds": mean(run.seconds for run in runs)}
+    for role in filter(first.has, ROLES):
+        for measure in MEASURED_COUNTS:
+            found[f"{role}_{measure}"] = mean(getattr(run.counts(role), measure) for run in runs)
+    return asked, {f"{name}/{tag}": float(value) for tag, value in found.items() if math.isfinite(value)}
 
 
 def _table(result: SweepResult) -> Table:

@@ -1,0 +1,202 @@
+"""The files of a repair and its state in a trainer: folders, reports, starting weights, and how long it trained."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_package import BoringModel, LightningModule, ModelCheckpoint, RandomDataset, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import ConfigurationError, RepairReport, repair_module
+from lightning_nrl._trainer.repair_files import (
+    REPAIRED_FILES,
+    REPORT_FILES,
+    ResultBox,
+    report_files,
+    write_report,
+)
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, FitTimer, epochs_of, epochs_saved, starting_weights
+from lightning_nrl.pipeline import patch_file
+from lightning_nrl.report.sample_views import SampleView
+
+
+def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True, logger: Any = None) -> Any:
+    """As much of a trainer as the choice of a folder needs."""
+    logger = SimpleNamespace(log_dir=str(log_dir)) if log_dir else logger
+    return SimpleNamespace(
+        loggers=[logger] if logger else [],
+        default_root_dir=folder,
+        fast_dev_run=fast,
+        is_global_zero=first,
+        strategy=SimpleNamespace(broadcast=lambda x: x),
+    )
+
+
+def folder_of(dirpath: Any, trainer: Any, name: str = "repair") -> tuple[Path, str]:
+    """Where the files of a report go, and its name in logs."""
+    files, tag = report_files(dirpath, trainer, name, REPORT_FILES)
+    (folder,) = {Path(path).parent for path in files.values()}
+    return folder, tag
+
+
+def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
+    assert folder_of(None, trainer_in(tmp_path))[0] == tmp_path / "repair"
+    assert folder_of(None, trainer_in(tmp_path, tmp_path / "version_0"))[0] == tmp_path / "version_0" / "repair"
+    remote = SimpleNamespace(save_dir=None, name="digits", version="x7k2")
+    assert folder_of(None, trainer_in(tmp_path, logger=remote))[0] == tmp_path / "digits" / "x7k2" / "repair"
+    local = SimpleNamespace(save_dir=str(tmp_path / "runs"), name=None, version=3)
+    assert folder_of(None, trainer_in(tmp_path, logger=local))[0] == tmp_path / "runs" / "version_3" / "repair"
+
+
+def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path: Path) -> None:
+    for name in ("release", "release-1", "release-2"):
+        folder, tag = folder_of(None, trainer_in(tmp_path), "release")
+        assert (folder, tag) == (tmp_path / name, name)
+        (folder / "report.json").touch()
+        assert folder_of(tmp_path / "mine", trainer_in(tmp_path)) == (tmp_path / "mine", "repair")
+        (tmp_path / "mine" / "report.json").touch()
+
+
+def test_a_fast_run_has_no_files_and_the_first_rank_makes_the_folder(tmp_path: Path) -> None:
+    assert report_files(tmp_path / "mine", trainer_in(tmp_path, fast=1), "repair", REPORT_FILES) == ({}, "repair")
+    report_files(None, trainer_in(tmp_path, first=False), "repair", REPORT_FILES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dirpath", "root"), [("s3://bucket/a", "."), (None, "gs://bucket/a")])
+def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"):
+        folder_of(dirpath, trainer_in(root))
+
+
+def test_a_patch_is_named_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["checkpoint", "patch", "json", "markdown", "html"]
+    assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
+    monkeypatch.setattr(patch_file, "find_spec", lambda name: None)
+    kinds.remove("patch")
+    assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
+
+
+@pytest.fixture(scope="module")
+def report() -> RepairReport:
+    return repair_module(trained(), known(), quick()).report
+
+
+def test_a_report_is_written_where_it_says_with_views_of_samples_beside(tmp_path: Path, report: RepairReport) -> None:
+    report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
+    picture = SampleView("val/0", 7, "broken", "", np.full((4, 5, 3), 128, dtype=np.uint8))
+    write_report(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
+    assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
+    folder = tmp_path / "flipped_samples"
+    assert sorted(path.name for path in folder.iterdir()) == ["test-2.txt", "val%2F0-7.png"]
+    assert (folder / "val%2F0-7.png").read_bytes() == picture.png
+    assert (folder / "test-2.txt").read_text() == "a film"
+
+
+def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    box, own = ResultBox(), os.getpid()
+    box.put(lambda: pytest.fail("nobody waits for it"))
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        box.put(lambda: "of another")
+        assert box.take() == ""
+        monkeypatch.setattr(os, "getpid", lambda: own)
+    assert (box.take(), box.take()) == ("of another", "")
+    assert not list(tmp_path.iterdir())
+
+
+class Slim(LightningModule):
+    """Leaves its frozen part out of checkpoints, and has a state that is no tensor."""
+
+    strict_loading = False
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.head, self.frozen = nn.Linear(2, 2), nn.BatchNorm1d(2)
+        nn.init.constant_(self.head.weight, value)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if not name.startswith("frozen")}
+
+
+class Best:
+    """As much of a trainer as going back to the best checkpoint needs."""
+
+    world_size = 1
+
+    def __init__(self, model: LightningModule) -> None:
+        self.checkpoint_callback = ModelCheckpoint()
+        self.checkpoint_callback.best_model_path = "best.ckpt"
+        self.strategy = SimpleNamespace(
+            checkpoint_io=None,
+            load_checkpoint=lambda path: Slim(2.0).state_dict(),
+            load_model_state_dict=lambda state, strict: model.load_state_dict(state, strict=strict),
+        )
+
+
+@pytest.mark.parametrize(("keep", "value"), [(False, 1.0), (True, 2.0)])
+def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep: bool, value: float) -> None:
+    model = Slim(1.0)
+    trainer: Any = Best(model)
+    weight, statistics = model.head.weight, model.frozen.running_mean
+    with starting_weights("best", trainer, model) as start:
+        assert torch.equal(model.head.weight, torch.full((2, 2), 2.0))
+        start.keep = keep
+    assert model.head.weight is weight
+    assert model.frozen.running_mean is statistics
+    assert torch.equal(weight, torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize(
+    ("limits", "epochs"),
+    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
+)
+def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
+    """An epoch has 4 batches."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
+    four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
+    trainer.fit(BoringModel(), four_batches)
+    assert epochs_of(trainer) == epochs
+
+
+def test_a_resumed_training_took_as_long_as_all_its_batches_at_the_pace_of_the_last() -> None:
+    progress = SimpleNamespace(total=SimpleNamespace(ready=90))
+    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)))
+    timer = FitTimer.start(trainer)
+    timer = replace(timer, began=timer.began - 6.0)
+    progress.total.ready = 100
+    assert timer.seconds(trainer) == pytest.approx(60.0, rel=0.1)
+    assert replace(timer, batches=0).seconds(trainer) == pytest.approx(6.0, rel=0.1)
+
+
+def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
+    trainer.fit(BoringModel(), four_batches)
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
+    assert epochs_saved(saved) == 2
+    assert epochs_saved({"state_dict": saved["state_dict"]}) == ASSUMED_EPOCHS

@@ -1,0 +1,146 @@
+"""How flipped samples are shown: as images, tables, tokens, or by a function of the user's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.sample_views import class_names, display, find_normalization, sample_views, to_pixels
+from lightning_nrl.errors import DataWarning
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl.report.splits import FlippedSample
+
+IMAGES = torch.arange(3 * 16.0).reshape(3, 1, 4, 4)
+REPAIRED = FlippedSample(2, "repaired", True, 1, 0, 1, -0.5, 2.0)
+BROKEN = FlippedSample(0, "broken", False, 0, 0, 1, 0.5, -1.0)
+
+
+class Normalize:
+    def __init__(self, mean: Any, std: Any) -> None:
+        self.mean, self.std = mean, std
+
+
+def source(data: Dataset[Any]) -> LoaderSource:
+    place = torch.arange(len(data))  # type: ignore[arg-type]
+    samples, adapter = SeededDataset(data, 0), lambda raw: ((raw[0],), {}, raw[1])
+    return LoaderSource("val", True, True, place, place, DataLoader(data), samples, lambda raw: raw, adapter)
+
+
+def views(x: Tensor, *flipped: FlippedSample, render: Any = None) -> Any:
+    split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=flipped)
+    report = RepairReport("repaired", "", (), "", "", "", (split,), class_names=("cat", "dog"))
+    return sample_views(report, [source(TensorDataset(x, torch.arange(len(x))))], render)
+
+
+def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
+    found = views(IMAGES, REPAIRED, BROKEN)
+    assert [(view.split, view.id, view.flip) for view in found] == [("val", 0, "broken"), ("val", 2, "repaired")]
+    assert found[0].caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
+    for view in found:
+        assert (view.pixels.shape, view.pixels.dtype) == ((4, 4, 3), np.uint8)
+        assert (view.pixels[0, 0].tolist(), view.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
+
+
+def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    text = views(rows, BROKEN, REPAIRED, render=lambda sample: f"age {sample[0][1]:g}")
+    assert [(view.pixels, view.text) for view in text] == [(None, "age 2"), (None, "age 6")]
+    (image,) = views(rows, BROKEN, render=lambda sample: np.full((5, 6), 128, dtype=np.uint8))
+    assert (image.pixels.shape, image.pixels.min(), image.pixels.max()) == ((5, 6, 3), 128, 128)
+    with pytest.warns(DataWarning, match=r"`render`: .*ZeroDivisionError"):
+        assert views(rows, BROKEN, render=lambda sample: 1 / 0) == ()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (torch.full((3, 4, 5), 0.5), (4, 5, 3)),
+        (torch.full((4, 5, 3), 0.5), (4, 5, 3)),
+        (torch.full((1, 4, 5), 2.0), (4, 5, 3)),
+        (torch.zeros(4, 5, dtype=torch.bool), (4, 5, 3)),
+        (torch.full((4, 5), torch.nan), (4, 5, 3)),
+        (torch.zeros(7), None),
+        (torch.zeros(2, 4, 5), None),
+        (torch.zeros(3, 1, 5), None),
+        (torch.zeros(1, 3, 4, 5), None),
+    ],
+)
+def test_images_of_all_forms(image: Tensor, expected: tuple[int, ...] | None) -> None:
+    pixels = to_pixels(image)
+    assert (None if pixels is None else pixels.shape) == expected
+
+
+BANDS = torch.arange(5.0)[:, None, None] / 10
+ROWS = torch.tensor([[0.5, 2.0, -1.0]])
+
+
+@pytest.mark.parametrize(
+    ("x", "shown"),
+    [
+        (torch.full((4, 5), 0.5), [128] * 3),
+        (torch.full((4, 5), 7, dtype=torch.uint8), [7] * 3),
+        (BANDS.expand(5, 4, 4), [0, 26, 51]),  # the first three channels
+        (BANDS[:, None].expand(5, 3, 4, 4), [51] * 3),  # the middle of a film
+        (torch.zeros(0), None),
+        (torch.zeros(3, 2, 2), None),
+        (torch.zeros(2, 4, 4, dtype=torch.complex64), None),
+        (ROWS, "0: 0.5\n1: 2\n2: -1"),
+        (ROWS.T.expand(3, 2), "0: 0.5\n1: 0.5\n2: 2\n3: 2\n4: -1\n5: -1"),
+        (torch.tensor([7, 42, 0]), "tokens: 7 42 0"),
+    ],
+)
+def test_an_input_is_shown_as_what_it_looks_like(x: Tensor, shown: Any) -> None:
+    found = display(x)
+    assert (found[0, 0].tolist() if isinstance(found, np.ndarray) else found) == shown
+
+
+def test_long_rows_are_cut_and_words_go_before_tokens() -> None:
+    assert str(display(torch.zeros(100))).endswith("23: 0\n... 100 in all")
+    assert str(display(torch.arange(500))).endswith(" 119 ... 500 in all")
+    assert display(torch.tensor([7, 42]), {"lang": "en", "text": "a bad day"}) == "a bad day"
+
+
+def images(transform: Any) -> Any:
+    data = TensorDataset(torch.zeros(3))
+    data.transforms = SimpleNamespace(transform=transform)
+    return data
+
+
+def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms() -> None:
+    inner = images(SimpleNamespace(transforms=[object(), Normalize([0.5, 0.4, 0.3], torch.tensor([0.2, 0.2, 0.1]))]))
+    found = find_normalization(ConcatDataset([Subset(inner, [0])]))
+    assert found == (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.1)))
+    assert find_normalization(images(Normalize(0.5, 0.25))) == ((0.5,), (0.25,))
+    for other in (images(None), images(Normalize("mean", None)), images(Normalize([0.5], [0.1, 0.2])), object()):
+        assert find_normalization(other) is None
+
+
+def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image() -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
+    true = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    normalised = (true - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    shown, expected = display(normalised, normalization=(mean, std)), to_pixels(true)
+    assert abs(shown.astype(int) - expected.astype(int)).max() <= 1  # type: ignore[union-attr]
+    other = display(10 * normalised, normalization=(mean, std))
+    assert (other.min(), other.max()) == (0, 255)  # type: ignore[union-attr]  # stretched
+
+
+class Named(TensorDataset):
+    def __init__(self, classes: Any) -> None:
+        super().__init__(torch.zeros(4))
+        self.classes = classes
+
+
+def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
+    plain, named = TensorDataset(torch.zeros(4)), Named(["cat", "dog"])
+    assert class_names([source(plain), source(ConcatDataset([plain, Subset(named, [1])]))]) == ("cat", "dog")
+    for classes in (None, [], 10, ["cat", 3], "cats", torch.arange(2)):
+        assert class_names([source(plain), source(Named(classes))]) == ()
