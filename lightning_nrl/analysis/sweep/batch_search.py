@@ -89,10 +89,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
-
-        The runs, by key, have their shares of the time and are not counted yet.
-        """
+        """Runs searches of one kind (see `batches`), not counted yet; each finds, bit for bit, what it finds alone."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
