@@ -151,10 +151,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Yields requests that are searched in one call: of one swarm, few enough to fit into memory.
-
-    On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
-    """
+    """Yields requests of one swarm that fit into memory; on a CPU of one fitness, to give candidates up early."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
