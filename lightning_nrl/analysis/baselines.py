@@ -65,10 +65,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class LayerFineTuning(FineTuning):
-    """Fine-tuning of the layers that a swarm would search, and of nothing else.
-
-    Its learning rate is higher: at that of a whole network one layer hardly moves.
-    """
+    """Fine-tuning of only the layers that a swarm would search, at a learning rate that moves one layer."""
 
     learning_rate: float = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
 
@@ -175,10 +172,7 @@ class Retraining:
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Trains on from the old weights with the known failures added to the data (a warm start).
-
-    Everything else is as in the model's own training, `problem.training`, which it needs.
-    """
+    """Trains on from the old weights by `problem.training`, the known failures added to the data (a warm start)."""
 
     def __call__(self, problem: Problem) -> Solution:
         return _trained(problem, "train", problem.clock.left - problem.clock.one_pass)

@@ -76,8 +76,7 @@ def compare_module(
     Without `training`, which goes on with the model's own or begins it anew, there is no retraining.
 
     Raises:
-        ConfigurationError: the layer, the data, the target, the task or a method cannot be used, or no failed sample is
-            in the target.
+        ConfigurationError: an argument cannot be used, or no failed sample is in the target.
         EvaluationError: the original model gives losses that are not finite.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from plane import TRAIN, Moved, points, threshold
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,22 +38,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEPS", 30)
 
 
-def threshold(at: float) -> nn.Linear:
-    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
-    model = nn.Linear(2, 2, bias=False)
-    model.weight.data = torch.tensor([[0.0, at], [1.0, 0.0]])
-    return model.eval()
-
-
-def points(x: Sequence[float], labels: Sequence[int], split: str, **marks: Any) -> TensorSource:
-    return TensorSource(torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks)
-
-
-KNOWN = [
-    points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True),
-    points([0.6, 0.7, 0.5], [0, 1, 1], "new", failed=True),
-]
-"""With the threshold at 0.75, all of `train` pass; of `new` 0.6 passes, and 0.7 and 0.5 are to be repaired."""
+KNOWN = [TRAIN, points([0.6, 0.7, 0.5], [0, 1, 1], "new", failed=True)]
+"""With the threshold at 0.75 the sample 0.6 passes, and 0.7 and 0.5 are to be repaired."""
 
 
 def make_problem(model: nn.Module, sources: Sequence[Any] = KNOWN, layer: Any = "auto", **rest: Any) -> Problem:
@@ -160,13 +146,6 @@ def test_the_model_is_left_as_found(method: Any) -> None:
 
 
 def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Steady(StageTimer):
-        """A clock on which each step takes a second."""
-
-        @property
-        def elapsed(self) -> float:
-            return float(len(rates))
-
     rates: list[float] = []
     step = module.Descent.step
 
@@ -176,7 +155,7 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: p
 
     monkeypatch.setattr(module.Descent, "step", counted)
     monkeypatch.setattr(module, "STEPS", 400)
-    clock = Steady(max_time=100.0)
+    clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
     solution = FineTuning(learning_rate=1.0)(make_problem(network(), SOURCES, clock=clock))
     # All samples are in one step. After two it is known that there are 80, since a last pass takes 20 seconds.
@@ -184,16 +163,6 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: p
     assert rates[40] == pytest.approx(0.5)
     assert rates[-1] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
     assert solution.steps[0].note == "80 epochs"
-
-
-@dataclass(frozen=True)
-class Moved:
-    """The threshold put elsewhere."""
-
-    at: float
-
-    def __call__(self, problem: Problem) -> Solution:
-        return Solution(problem.propose("moved", {"weight": threshold(self.at).weight.detach()}))
 
 
 @pytest.mark.parametrize(
@@ -211,29 +180,22 @@ def test_interpolation_lies_between_the_old_weights_and_the_new(
     assert solution.steps[-1].note == f"a = {share:g}"
 
 
-class Trained:
-    """Training that puts the threshold at 0.65, and keeps what it was given."""
-
-    def __init__(self) -> None:
-        self.given: dict[str, Any] = {}
-
-    def __call__(self, **given: Any) -> Any:
-        self.given = given
+def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> None:
+    def training(**arguments: Any) -> Any:
+        given.update(arguments)
         return {"weight": threshold(0.65).weight.detach()}
 
-
-def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> None:
-    training, model, clock = Trained(), threshold(0.75), StageTimer(max_time=50.0)
+    given, model, clock = dict[str, Any](), threshold(0.75), StageTimer(max_time=50.0)
     clock.seconds["collect"] = 8.0
     problem = make_problem(model, training=training, seed=5, clock=clock)
     solution = Retraining()(problem)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
-    assert (training.given["seconds"], training.given["seed"]) == (math.inf, 5)
-    assert hash_tensors(training.given["start"]) == hash_tensors(fresh_weights(model, 5))
+    assert (given["seconds"], given["seed"]) == (math.inf, 5)
+    assert hash_tensors(given["start"]) == hash_tensors(fresh_weights(model, 5))
     solution = FurtherTraining()(problem)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
-    assert training.given["start"] is None
-    assert 41 < training.given["seconds"] <= 42
+    assert given["start"] is None
+    assert 41 < given["seconds"] <= 42
 
 
 @pytest.mark.parametrize(
@@ -243,7 +205,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
         (Interpolation(lambda problem: Solution(None, "nothing.")), {}, "nothing."),
         (FurtherTraining(), {}, "it is not known how the model was trained."),
         (Retraining(), {"training": lambda **_: None}, "training did not come to an end."),
-        (Retraining(), {"training": Trained(), "whole": False}, "only some layers may change, and its training"),
+        (Retraining(), {"training": lambda **_: None, "whole": False}, "only some layers may change, and its training"),
     ],
 )
 def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], reason: str) -> None:
@@ -273,18 +235,10 @@ def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(make: Any,
         assert hash_tensors(fresh) == hash_tensors(made_anew().to(dtype).state_dict())
 
 
-class Token(nn.Module):
-    """Adds a vector that it learns, and cannot initialise it again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vector = nn.Parameter(torch.zeros(2))
-
-
 def test_what_cannot_be_used_is_refused() -> None:
     refused: dict[str, Any] = {
-        r"`model`: 1 \(Token\) has weights and no `reset_parameters`": lambda: fresh_weights(
-            nn.Sequential(nn.Linear(2, 2), Token()), seed=0
+        r"`model`: 1 \(ParameterList\) has weights and no `reset_parameters`": lambda: fresh_weights(
+            nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])), seed=0
         ),
         "`fresh` lacks '0.weight'": lambda: fresh_weights(network(), 0, lambda: nn.Linear(2, 2)),
         r"`fresh` has '0.weight' in the shape \[1, 1\]": lambda: fresh_weights(

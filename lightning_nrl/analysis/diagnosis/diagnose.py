@@ -158,11 +158,7 @@ def _measured(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """A line for each method that can be used, the quickest first; without `epochs` training cannot go on.
-
-    The seconds are of the model and of the last Linear for all known samples, and of a look at every target alone; NaN
-    where there is no such thing.
-    """
+    """Costs of the usable methods by seconds of model, last Linear, and each target alone; NaN where there is none."""
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = budget.SCORED_SHARE * candidates * head

@@ -88,12 +88,8 @@ class BatchSearch:
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 
-    @torch.no_grad()
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
-
-        The runs, by key, have their shares of the time and are not counted yet.
-        """
+        """Runs searches of one kind (see `batches`), not counted yet; each finds, bit for bit, what it finds alone."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -107,20 +103,21 @@ class BatchSearch:
         fitness: list[Any] = [request.setting.fitness for request, _ in searched]
         alike = all(one == fitness[0] for one in fitness)
         passed = torch.stack([self.passed(request) for request, _ in searched])
-        reserve = rounding_reserve(problem.evaluator.precision, before)
-        scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
-        there = where.clamp_min(0).to(space.device)
-        original = space.flat()[there]
-        results = search_many(
-            scorer,
-            original,
-            WeightStats.around(space, there),
-            seeds=[request.seed for request, _ in searched],
-            fitness=fitness[0] if alike else fitness,
-            searcher=requests[0].setting.method,
-            sizes=sizes,
-            on_progress=on_progress,
-        )
+        with torch.no_grad():
+            reserve = rounding_reserve(problem.evaluator.precision, before)
+            scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
+            there = where.clamp_min(0).to(space.device)
+            original = space.flat()[there]
+            results = search_many(
+                scorer,
+                original,
+                WeightStats.around(space, there),
+                seeds=[request.seed for request, _ in searched],
+                fitness=fitness[0] if alike else fitness,
+                searcher=requests[0].setting.method,
+                sizes=sizes,
+                on_progress=on_progress,
+            )
         for (request, weights), result, start in zip(searched, results, original, strict=True):
             run = replace(
                 runs[request.key].run,
@@ -154,10 +151,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Yields requests that are searched in one call: of one swarm, few enough to fit into memory.
-
-    On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
-    """
+    """Yields requests of one swarm that fit into memory; on a CPU of one fitness, to give candidates up early."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method

@@ -68,8 +68,7 @@ def sweep_module(
     what they leave open of the search; its method is a `ParticleSwarm`, or the default, which stands for one.
 
     Raises:
-        ConfigurationError: a setting, the layer, the data, the target or the task cannot be used, no failed sample is
-            in the target or none passes.
+        ConfigurationError: an argument cannot be used, no failed sample is in the target, or none passes.
         EvaluationError: the original model gives losses that are not finite.
     """
     evaluator, base = Evaluator.of(model), swarming(given_or_default(base))

@@ -58,10 +58,7 @@ class SweepResult(Report):
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """The front of repaired against broken samples of a role, from few broken to many.
-
-        That of unseen data describes; do not choose from it. A `ConfigurationError` where there were no such data.
-        """
+        """The front of repaired against broken samples, from few broken to many; do not choose by unseen data."""
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(f"`role={role!r}`: there were no such data.", f"give `{role}` data.")
@@ -91,27 +88,19 @@ class SweepResult(Report):
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """What was asked for and what came of it, by the names of rows for an HParams tab, all with the same columns.
-
-        Args:
-            each: a row is a `setting`, by the means of its runs, or every `run`.
-            name: the first part of what is measured.
-        """
+        """What was asked for and what came of it: rows of an HParams tab, one a `setting`, by means, or one a `run`."""
         check_choice("each", each, ("setting", "run"))
         if each == "run":
             return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}
         return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Arguments of `repair` that find a run's weights again, without those that all runs share.
-
-        A `ConfigurationError` if the result was read from a file, which does not have them.
-        """
+        """Arguments of `repair` that find a run's weights again; a result that was read from a file has none."""
         self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """The whole parameters of the searched layers as a run has them, on the CPU, as of `arguments`."""
+        """The whole parameters of the searched layers as a run has them, on the CPU; not if read from a file."""
         kept = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
@@ -128,10 +117,7 @@ class SweepResult(Report):
         return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Writes a run's weights into a model with such parameters, on any device; nothing judges them.
-
-        A `ConfigurationError` as for `state`, or where the model lacks the parameters; nothing was written then.
-        """
+        """Writes a run's weights into a model, all or, where it lacks a parameter, none; nothing judges them."""
         write(model, self.state(run))
 
     def to_csv(self, path: str | Path | None = None) -> str:
@@ -191,23 +177,6 @@ def _summary(result: SweepResult) -> str:
     return f"{text}."
 
 
-SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
-
-
-def _hparams(runs: Sequence[Run], name: str, **further: int) -> tuple[dict[str, Any], dict[str, float]]:
-    first = runs[0]
-    asked: dict[str, Any] = {"setting": first.setting, **further}
-    for column in SWEPT_COLUMNS:
-        value = getattr(first, column)
-        asked[column] = "auto" if value is None else value
-    found = {"regression_free": mean(run.regression_free for run in runs), "seconds": mean(run.seconds for run in runs)}
-    for role in filter(first.has, ROLES):
-        for measure in MEASURED_COUNTS:
-            found[f"{role}_{measure}"] = mean(getattr(run.counts(role), measure) for run in runs)
-    return asked, {f"{name}/{tag}": float(value) for tag, value in found.items() if math.isfinite(value)}
-
-
 def _table(result: SweepResult) -> Table:
     first = result.runs[0]
     columns = [("runs", ""), ("repaired", f"of {first.known.targeted:,}"), ("broken", "known"), ("free of", "regr.")]
@@ -232,3 +201,20 @@ def _mean(numbers: Iterable[float], sign: str = "") -> str:
     values = list(numbers)
     middle = f"{mean(values):{sign},.1f}"
     return f"{middle} ({stdev(values):,.1f})" if len(values) > 1 else middle
+
+
+SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
+MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
+
+
+def _hparams(runs: Sequence[Run], name: str, **further: int) -> tuple[dict[str, Any], dict[str, float]]:
+    first = runs[0]
+    asked: dict[str, Any] = {"setting": first.setting, **further}
+    for column in SWEPT_COLUMNS:
+        value = getattr(first, column)
+        asked[column] = "auto" if value is None else value
+    found = {"regression_free": mean(run.regression_free for run in runs), "seconds": mean(run.seconds for run in runs)}
+    for role in filter(first.has, ROLES):
+        for measure in MEASURED_COUNTS:
+            found[f"{role}_{measure}"] = mean(getattr(run.counts(role), measure) for run in runs)
+    return asked, {f"{name}/{tag}": float(value) for tag, value in found.items() if math.isfinite(value)}

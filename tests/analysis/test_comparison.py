@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,45 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from plane import TRAIN, Moved, points, threshold
+from ranks import on_ranks
+from torch import Tensor
 from toy_repairs import QUICK, known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
+from lightning_nrl.analysis import baselines
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import diagnose_module
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.report import hash_tensors
 
-
-def threshold(at: float) -> nn.Linear:
-    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
-    model = nn.Linear(2, 2, bias=False)
-    model.weight.data = torch.tensor([[0.0, at], [1.0, 0.0]])
-    return model
-
-
-def points(x: list[float], labels: list[int], split: str, **marks: Any) -> TensorSource:
-    return TensorSource(torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks)
-
-
-TRAIN = points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True)
 NEW = points([0.6, 0.7, 0.5, 0.3], [0, 1, 1, 1], "new", failed=True)
 LATER = points([0.65, 0.3], [1, 0], "later")
-
-
-@dataclass
-class Moved:
-    """The threshold put elsewhere; counts how often that is done."""
-
-    at: float
-    calls: int = 0
-
-    def __call__(self, problem: Problem) -> Solution:
-        self.calls += 1
-        proposal = problem.propose("moved", {"weight": threshold(self.at).weight.detach()})
-        return Solution(proposal, steps=(proposal.step(0.0, "by hand"),))
 
 
 def nothing(problem: Problem) -> Solution:
@@ -87,15 +66,6 @@ def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -
     bare = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
     assert "unseen" not in bare.render()
     assert len(bare.plot().axes) == 1
-
-
-def test_what_breaks_nothing_need_not_be_scaled_and_what_always_does_is_scaled_to_none() -> None:
-    safe, harmful = Moved(0.65), Moved(2.0)
-    model, sources = threshold(0.75), [TRAIN, replace(NEW, failed=True), points([0.751], [1], "edge")]
-    comparison = compare_module(model, sources, methods={"safe": safe, "harmful": harmful})
-    assert comparison["safe"].scaled == comparison["safe"].given
-    # 0.751 breaks as soon as the threshold rises above it, at t = 0.0008.
-    assert counts(comparison["harmful"].scaled) == (0.0, 0, 0, 0, 0, 0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -151,6 +121,37 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
     assert comparison["swarm"].given.targeted > 0
 
 
+@dataclass(frozen=True, eq=False)
+class Share(TensorSource):
+    """Every second sample, beginning with that of the rank."""
+
+    rank: int = 0
+
+    @property
+    def positions(self) -> Tensor:
+        return self.index[self.rank :: 2]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.draw(self.positions.split(self.batch_size))
+
+
+def test_ranks_that_share_the_data_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "STEPS", 100)
+
+    def run(collective: Any) -> Comparison:
+        data: list[Any] = [*known(), *unseen()]
+        model = Evaluator(trained())
+        if collective is not None:
+            data = [Share(**vars(source), rank=collective.rank) for source in data]
+            model = Evaluator(trained(), collective=collective)
+        found = compare_module(model, data[:2], unseen=data[2:], methods=("fine-tuning", "distillation"))
+        return replace(found, entries=tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in found.entries))
+
+    first, second = on_ranks(2, run)
+    assert first == second == run(None)
+    assert first["fine-tuning"].given.targeted > 0
+
+
 def test_methods_are_named_or_given() -> None:
     own = ["auto", "finetune-polish", "convex", "linearized", "swarm"]
     assert list(parse_methods(None)) == [*own, *BASELINES]
@@ -170,7 +171,7 @@ def test_methods_are_named_or_given() -> None:
     ("arguments", "message"),
     [
         ({"known": [(TRAIN, NEW)]}, "`known`: found a list, not one list of `Source` objects"),
-        ({"known": NEW}, "`known`: found a TensorSource, not a list"),
+        ({"known": NEW}, "`known`: found a TensorSource, not one list"),
         ({"settings": Target.label(0)}, "is no Settings"),
         ({"model": torch.relu}, "`model=.*` is no torch module"),
         ({"methods": {}}, r"`methods` are \[\]"),
@@ -263,9 +264,3 @@ def test_the_picture_names_every_curve(tmp_path: Path) -> None:
     styles = [line.get_linestyle() for line in panels[0].lines[1:] if len(line.get_xdata()) > 1]
     assert styles == ["-", "--", "--"]
     assert list(panels[1].lines[1].get_xdata()) == [0, 20, 58]
-
-
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigurationError, match=r"pip install lightning_nrl\[plots\]"):
-        COMPARISON.plot()

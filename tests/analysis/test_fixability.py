@@ -1,10 +1,9 @@
-"""What a last layer can do for one target at a time, worked out by hand and by another solver."""
+"""What a last layer can do for one target at a time, as another solver finds it."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,50 +13,10 @@ from lightning_nrl.analysis.diagnosis._last_layer import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,
     REQUIRED_MARGIN,
-    Fixability,
     LayerSamples,
     find_fixability,
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
-
-SCORE = torch.tensor([-0.1, -1.0, 1.0])
-"""Class 1 where SCORE @ x > 0, else class 0."""
-PASSED = math.sqrt(3) * torch.eye(3)
-"""Three passed samples, one an axis, of classes 0, 0 and 1. Their second moment is the identity."""
-
-
-def samples(x: Tensor, label: list[int]) -> LayerSamples:
-    score = x @ SCORE
-    return LayerSamples(x, torch.stack([-score / 2, score / 2], 1), torch.tensor(label))
-
-
-def fixability_of(*x: list[float]) -> Fixability:
-    return find_fixability(samples(PASSED, [0, 0, 1]), samples(torch.tensor(x), [1] * len(x)))
-
-
-def test_the_smallest_change_where_no_passed_sample_is_in_the_way() -> None:
-    # The score of (1, 1, 1) is -0.1 and has to rise by 0.101: by v = 0.101 / 3 on each axis. Each class takes half of
-    # it, so the logits change by |v| / sqrt(2) = 0.101 / sqrt(6), root mean square. No passed sample changes sides.
-    found = fixability_of([1.0, 1.0, 1.0])
-    assert found.fixable.tolist() == [True]
-    assert found.size.tolist() == [pytest.approx(0.101 / math.sqrt(6), rel=1e-4)]
-    assert found.binds.tolist() == [[False, False, False]]
-    assert found.change[0].flatten().tolist() == pytest.approx([-0.101 / 6] * 3 + [0.101 / 6] * 3, rel=1e-4)
-    # Logits less their mean are (-s/2, s/2): mean s^2 / 2 = (0.03 + 3 + 3) / 3 / 2.
-    assert found.limit == pytest.approx(math.sqrt(1.005))
-
-
-def test_a_passed_sample_that_binds_is_named() -> None:
-    # The score of (1, 1, 1/2) is -0.6. Alone v = 0.601 / 2.25 (1, 1, 1/2) would do, but the first passed sample allows
-    # v_1 <= 0.1 - REQUIRED_MARGIN / sqrt(3). The other two axes give the rest, in proportion 1 : 1/2.
-    found = fixability_of([1.0, 1.0, 0.5])
-    first = 0.1 - REQUIRED_MARGIN / math.sqrt(3)
-    second = (0.6 + REQUIRED_MARGIN - first) / 1.25
-    v = [first, second, second / 2]
-    assert found.fixable.tolist() == [True]
-    assert found.binds.tolist() == [[True, False, False]]
-    assert found.change[0, 1].tolist() == pytest.approx([x / 2 for x in v], rel=1e-3)
-    assert found.size.item() == pytest.approx(math.hypot(*v) / math.sqrt(2), rel=1e-3)
 
 
 @st.composite

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from lightning_nrl.analysis.sweep import run_sweep as study
 from lightning_nrl.errors import DataWarning, RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.pipeline.presets import paper_arguments
 from lightning_nrl.report import hash_tensors
 
 GRID = Grid(
@@ -34,6 +34,7 @@ GRID = Grid(
     n_passed=[30, None],
     patience=1,
 )
+COUNTED = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
 
 
 def calibration() -> list[TensorSource]:
@@ -46,22 +47,11 @@ def run(model: nn.Module | Evaluator, settings: Any = GRID, **arguments: Any) ->
     return sweep_module(model, known(batch_size=48), settings, **{**given, **arguments})
 
 
-def alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) -> Any:
-    """The same by itself, whatever it breaks."""
-    how = {**result.arguments(chosen), **arguments, "gate": Gate.tolerance(10**6)}
-    others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
-    return repair_module(model, known(batch_size=48), Settings(**with_options(how)), **others)
-
-
-def counts_of(report: Any, role: str) -> tuple[int, ...]:
-    splits = [split for split in report.splits if split.role == role]
-    names = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
-    return tuple(sum(getattr(split, name) for split in splits) for name in names)
-
-
 def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) -> None:
     """A run is, bit for bit and count by count, the repair with the same arguments."""
-    outcome = alone(model, result, chosen, **arguments)
+    how = {**result.arguments(chosen), **arguments, "gate": Gate.tolerance(10**6)}  # whatever it breaks
+    others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
+    outcome = repair_module(model, known(batch_size=48), Settings(**with_options(how)), **others)
     report, state = outcome.report, result.state(chosen)
     if not chosen.known.repaired_in_target:
         assert report.status == "not repaired"
@@ -74,8 +64,17 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
     for name, value in outcome.parameters.items():
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
-        names = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
-        assert counts_of(report, role) == tuple(getattr(chosen.counts(role), name) for name in names)
+        splits = [split for split in report.splits if split.role == role]
+        for name in (
+            "n",
+            "targeted",
+            "repaired_in_target",
+            "passed_in_target",
+            "broken_in_target",
+            "repaired",
+            "broken",
+        ):
+            assert sum(getattr(split, name) for split in splits) == getattr(chosen.counts(role), name)
 
 
 def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
@@ -88,34 +87,10 @@ def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
         check_alone(model, result, chosen)
 
 
-def test_a_row_of_the_paper_as_base_is_what_from_paper_finds() -> None:
-    row = {**paper_arguments("EXP-C1"), "gate": Gate.tolerance(10**6)}
-    model, base = trained(), Settings(**row)
-    result = run(model, {"name": "EXP-C1"}, base=base)
-    last = result.runs[-1]
-    outcome = repair_module(model, known(batch_size=48), replace(base, seed=last.seed))
-    assert outcome.parameters is not None
-    assert torch.equal(outcome.parameters["2.weight"], result.state(last)["2.weight"])
-    assert (last.setting, last.seed, last.n_weights, last.particles) == ("EXP-C1", 1, 32, 200)
-
-
 def deep() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)
     )
-
-
-@pytest.mark.parametrize(
-    ("layer", "localizer"),
-    [("3", NeuRecoverLite(n_weights=9, include_bias=True)), (["0", "5"], AllWeights()), ("0", NeuRecoverLite())],
-)
-def test_any_layers_are_swept(layer: Any, localizer: Any) -> None:
-    model = trained(deep)
-    base = quick(layer=layer, localizer=localizer, target=Target.label(0))
-    result = run(model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=base)
-    assert any(chosen.known.repaired_in_target for chosen in result.runs)
-    for chosen in result.runs[::3]:
-        check_alone(model, result, chosen, layer=layer, target=Target.label(0))
 
 
 class Twice(nn.Module):
@@ -130,28 +105,33 @@ class Twice(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`layer`. layer 'layer' is called 2 times")
-def test_what_cannot_be_replayed_is_run_as_a_whole() -> None:
-    model = trained(Twice)
-    result = run(model, Grid(fitness=["eq1", "lexicographic"]), base=quick(layer="layer"))
-    assert any(chosen.known.repaired_in_target for chosen in result.runs)
-    for chosen in result.runs:
-        check_alone(model, result, chosen, layer="layer")
-
-
 @pytest.mark.parametrize(
-    "said", [{"importance": "focal"}, {"set_aside": {"new": [3, 7, 30]}}, {"set_aside": "doubtful"}]
+    ("make", "shared"),
+    [
+        (deep, {"layer": "3", "localizer": NeuRecoverLite(n_weights=9, include_bias=True), "target": Target.label(0)}),
+        (deep, {"layer": ["0", "5"], "localizer": AllWeights(), "target": Target.label(0)}),
+        (deep, {"layer": "0", "localizer": NeuRecoverLite(), "target": Target.label(0)}),
+        (Twice, {"layer": "layer"}),
+        (None, {"importance": "focal"}),
+        (None, {"set_aside": {"new": [3, 7, 30]}}),
+        (None, {"set_aside": "doubtful"}),
+    ],
 )
-def test_failures_may_count_differently(said: dict[str, Any]) -> None:
-    model = trained()
-    result = run(model, Grid(fitness=["eq1", "lexicographic"]), base=quick(**said))
-    for chosen in result.runs:
-        check_alone(model, result, chosen, **said)
+def test_any_layers_and_any_failures_are_swept(make: Any, shared: dict[str, Any]) -> None:
+    model = trained() if make is None else trained(make)
+    result = run(model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=quick(**shared))
+    assert any(chosen.known.repaired_in_target for chosen in result.runs)
+    for chosen in result.runs[::3]:
+        check_alone(model, result, chosen, **{name: shared[name] for name in shared if name != "localizer"})
 
 
 def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> None:
-    model = trained()
+    model, random = trained(), torch.get_rng_state()
+    original = hash_tensors(model.state_dict())
     sources = {"known": known(), "calibration": calibration(), "unseen": unseen()}
     result = run(model, Grid(fitness=["eq1", "eq2"], alpha=[1, 8], n_weights=12), seeds=4)
+    assert hash_tensors(model.state_dict()) == original
+    assert torch.equal(torch.get_rng_state(), random)
     before = {role: torch.cat([right(model, source) for source in data]) for role, data in sources.items()}
     for chosen in result.runs:
         written = copy.deepcopy(model)
@@ -161,15 +141,6 @@ def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> Non
             found = int((now & ~before[role]).sum()), int((~now & before[role]).sum())
             assert (chosen.counts(role).repaired, chosen.counts(role).broken) == found
             assert chosen.counts(role).accuracy_after == pytest.approx(now.double().mean().item())
-
-
-def test_the_model_and_the_random_state_are_left_as_found() -> None:
-    model = trained(deep)
-    before, random = hash_tensors(model.state_dict()), torch.get_rng_state()
-    run(model, Grid(alpha=[4, 5], fitness="eq1"))
-    assert hash_tensors(model.state_dict()) == before
-    assert torch.equal(torch.get_rng_state(), random)
-    assert model.training
 
 
 def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
@@ -203,18 +174,26 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
     assert len(passes) == 3 * len(expected.runs)  # Swarms do not fit beside each other either.
 
 
+def before_each_batch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any], None]) -> None:
+    find = study.BatchSearch.run
+
+    def noted(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+        note(jobs)
+        return find(self, jobs, on_progress)
+
+    monkeypatch.setattr(study.BatchSearch, "run", noted)
+
+
 def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, folder = trained(), tmp_path / "sweep"
     made: list[int] = []
-    find = study.BatchSearch.run
 
-    def counting(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+    def counting(jobs: Any) -> None:
         made.extend(job.seed for job in jobs)
         if len(made) > interrupt:
             raise KeyboardInterrupt
-        return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.BatchSearch, "run", counting)
+    before_each_batch(monkeypatch, counting)
     grid, interrupt = Grid(fitness="eq1", alpha=[4, 5, 6]), 4
     with pytest.raises(KeyboardInterrupt):
         run(model, grid, dirpath=folder)
@@ -243,65 +222,31 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: p
         assert made == [0, 1]
 
 
-class Watcher:
-    """Writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.stages: list[str] = []
-        self.told: list[tuple[int, int, str]] = []
-
-    def stage(self, name: str) -> Any:
-        self.stages.append(name)
-        return nullcontext()
-
-    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
-        raise AssertionError("a sweep has no best candidate to tell of")
-
-    def show(self, done: int, total: int, note: str) -> None:
-        self.told.append((done, total, note))
-
-
 def test_an_observer_is_told_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(study.time, "perf_counter", lambda: now[0])
-    find = study.BatchSearch.run
 
-    def slow(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+    def slow(jobs: Any) -> None:
         now[0] += 60 * len(jobs)
-        return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.BatchSearch, "run", slow)
-    watcher = Watcher()
-    run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=watcher)
-    assert watcher.stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
-    whole = [told for told in watcher.told if told[2] != watcher.told[0][2]]
-    assert [told for told in watcher.told if told[0]][-1] == (6, 6, "under 1 s left")
+    before_each_batch(monkeypatch, slow)
+    stages, told = list[str](), list[tuple[int, int, str]]()
+    observer = SimpleNamespace(
+        stage=lambda name: nullcontext(stages.append(name)), show=lambda *progress: told.append(progress)
+    )
+    run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=observer)
+    assert stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
+    assert told[-1] == (6, 6, "under 1 s left")
     # Two of six took two minutes, so four take four.
-    assert (2, 6, "about 4 min left") in whole
-
-
-def test_ranks_share_out_the_runs_and_end_alike() -> None:
-    grid = Grid(fitness=["eq1", "lexicographic"])
-    expected = timeless(run(trained(), grid, seeds=3))
-
-    def work(collective: Any) -> SweepResult:
-        return run(Evaluator(trained(), collective=collective), grid, seeds=3)
-
-    for result in on_ranks(2, work):
-        assert timeless(result) == expected
-        for one, other in zip(result.runs, expected.runs, strict=True):
-            assert torch.equal(result.state(one)["2.weight"], expected.state(other)["2.weight"])
+    assert (2, 6, "about 4 min left") in told
 
 
 def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    find: Callable[..., Any] = study.BatchSearch.run
-
-    def failing(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+    def failing(jobs: Any) -> None:
         if any(job.seed == 1 for job in jobs):
             raise RuntimeError("broken")
-        return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.BatchSearch, "run", failing)
+    before_each_batch(monkeypatch, failing)
 
     def work(collective: Any) -> str:
         with pytest.raises((RuntimeError, RepairError)) as caught:
