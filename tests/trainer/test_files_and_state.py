@@ -25,7 +25,7 @@ from lightning_nrl._trainer.repair_files import (
     report_files,
     write_report,
 )
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, FitTimer, epochs_of, epochs_saved, starting_weights
+from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
 from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
 
@@ -189,14 +189,3 @@ def test_a_resumed_training_took_as_long_as_all_its_batches_at_the_pace_of_the_l
     progress.total.ready = 100
     assert timer.seconds(trainer) == pytest.approx(60.0, rel=0.1)
     assert replace(timer, batches=0).seconds(trainer) == pytest.approx(6.0, rel=0.1)
-
-
-def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
-    four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
-    trainer.fit(BoringModel(), four_batches)
-    trainer.save_checkpoint(tmp_path / "net.ckpt")
-    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
-    assert epochs_saved(saved) == 2
-    assert epochs_saved({"state_dict": saved["state_dict"]}) == ASSUMED_EPOCHS

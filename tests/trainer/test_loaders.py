@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_package import DistributedSamplerWrapper, LightningModule, Trainer
+from lightning_package import LightningModule, Trainer
 from torch.utils.data import (
-    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -82,18 +81,6 @@ def test_the_ranks_read_every_sample_of_a_subset_once(n: int, world_size: int, b
             assert (batch.args[0] // 10).tolist() == share.index[batch.position].tolist()
             found += batch.position.tolist()
     assert sorted(found) == list(range(len(chosen)))
-
-
-SUBSET = SubsetRandomSampler([6, 2, 4])
-SAMPLERS = {
-    "in batches": {"batch_sampler": BatchSampler(SUBSET, 2, drop_last=True)},
-    "wrapped by Lightning": {"sampler": DistributedSamplerWrapper(SUBSET, num_replicas=2, rank=1), "batch_size": 2},
-}
-
-
-@pytest.mark.parametrize("kind", SAMPLERS)
-def test_a_subset_sampler_is_found_where_it_is_wrapped(kind: str) -> None:
-    assert source(DataLoader(numbers(9), **SAMPLERS[kind])).index.tolist() == [2, 4, 6]
 
 
 class Noisy(Dataset):
@@ -191,28 +178,6 @@ def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) ->
     seed_all(0)
     SeededDataset(Drawn(draw), 3).__getitems__([0, 1])
     assert (from_torch(), from_numpy(), random.random()) == expected
-
-
-def test_later_positions_are_other_draws_of_the_same_samples() -> None:
-    data = SeededDataset(Drawn(from_torch, range(1, 8)), 3)
-    several = data.__getitems__([0, 1, 8, 9, 17])
-    assert several[0] == several[2] == 0.0
-    assert len({several[1], several[3], several[4]}) == 3
-    assert data.__getitems__([17, 1])[::-1] == [several[1], several[4]]
-
-
-def test_the_global_generators_are_as_found_after_an_error() -> None:
-    def fails() -> float:
-        torch.rand(())
-        raise RuntimeError("no such file")
-
-    data = SeededDataset(Drawn(fails), 3)
-    data.draws = True
-    torch.manual_seed(0)
-    expected = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="no such file"):
-        data[0]
-    assert torch.equal(torch.get_rng_state(), expected)
 
 
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))
