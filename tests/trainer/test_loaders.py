@@ -56,12 +56,8 @@ def source(loader: Any, rank: int = 0, world_size: int = 1, **arguments: Any) ->
     return make_source(loader, "train", trainer=rank_of(rank, world_size), model=MODEL, **arguments)
 
 
-def read(source: LoaderSource) -> list[Batch]:
-    return list(source)
-
-
 def test_a_loader_is_read_in_order_with_nothing_dropped() -> None:
-    batches = read(source(DataLoader(numbers(7), batch_size=3, shuffle=True, drop_last=True)))
+    batches = list(source(DataLoader(numbers(7), batch_size=3, shuffle=True, drop_last=True)))
     assert [batch.args[0].tolist() for batch in batches] == [[0, 10, 20], [30, 40, 50], [60]]
     assert [batch.target.tolist() for batch in batches] == [[0, 1, 2], [0, 1, 2], [0]]
     assert [batch.position.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -101,14 +97,14 @@ def rows(batches: list[Batch]) -> dict[int, list[float]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> None:
     noisy = source(DataLoader(Noisy(), 2, num_workers=workers), seed=5)
-    first = rows(read(noisy))
+    first = rows(list(noisy))
     assert len({tuple(row) for row in first.values()}) == 6
-    assert rows(read(noisy)) == first
-    assert rows(read(source(DataLoader(Noisy(), 6), seed=5))) == first
+    assert rows(list(noisy)) == first
+    assert rows(list(source(DataLoader(Noisy(), 6), seed=5))) == first
     assert rows(list(noisy.draw([torch.tensor([4, 1, 0]), torch.tensor([5, 1])]))) == {
         i: first[i] for i in (0, 1, 4, 5)
     }
-    other = rows(read(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
+    other = rows(list(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
     assert all(other[i] != first[i] for i in first)
 
 
@@ -133,7 +129,7 @@ def leave_mark(worker_id: int) -> None:
 
 
 def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
-    (batch,) = read(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
+    (batch,) = list(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
     assert batch.args[0].tolist() == [True, True]
     assert batch.target.tolist() == [7, 7]
 
