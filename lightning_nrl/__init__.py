@@ -10,34 +10,6 @@ from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BoundOptions",
-    "ConfigurationError",
-    "DataOptions",
-    "Gate",
-    "Grid",
-    "OldModel",
-    "ParticleSwarm",
-    "PositiveCongruentTraining",
-    "RegressionFreeRepair",
-    "RegressionMetrics",
-    "ReleaseGate",
-    "RepairInTraining",
-    "RepairReport",
-    "SampleOptions",
-    "SearchOptions",
-    "Settings",
-    "Target",
-    "TensorSource",
-    "TrainingHistory",
-    "WeightInterpolation",
-    "compare",
-    "diagnose",
-    "repair",
-    "repair_module",
-    "sweep",
-]
-
 # TensorBoard imports this package for its tab: names are imported when they are asked for, and torch with them.
 # Type checkers read `__init__.pyi`.
 _PACKAGES = {
@@ -56,6 +28,8 @@ _PACKAGES = {
     "updates": "OldModel",
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -2,13 +2,13 @@ from lightning_nrl._trainer.data_splits import DataOptions
 from lightning_nrl.analysis.sweep import Grid
 from lightning_nrl.callbacks import (
     PositiveCongruentTraining,
+    RegressionFreeRepair,
     RegressionMetrics,
     ReleaseGate,
+    RepairInTraining,
     TrainingHistory,
     WeightInterpolation,
 )
-from lightning_nrl.callbacks.repair import RegressionFreeRepair
-from lightning_nrl.callbacks.repair_in_training import RepairInTraining
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
 from lightning_nrl.errors import ConfigurationError

@@ -34,12 +34,7 @@ __all__ = [
 
 
 class RepairError(Exception):
-    """Base of everything that this package raises on purpose.
-
-    Args:
-        problem: what was found; it names the argument.
-        hint: what to do about it.
-    """
+    """Base of everything that this package raises on purpose, of a problem and a hint what to do about it."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -58,11 +53,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some samples cannot be evaluated: they have no class, or the model gives no finite loss for them.
-
-    Attributes:
-        samples: their data-set positions, by split.
-    """
+    """Some `samples` (positions by split) cannot be evaluated: they have no class, or no finite loss."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)
@@ -86,7 +77,7 @@ class ReplayError(RepairError):
 
 
 class InseparableBatchError(ReplayError):
-    """Samples cannot be taken out of a batch, as of one of graphs, and the layer is not the last one."""
+    """Samples cannot be taken out of a batch, such as one of graphs, and the layer is not the last one."""
 
 
 class RepairWarning(UserWarning):
@@ -125,37 +116,30 @@ def explain(problem: str, hint: str) -> str:
     return f"{problem}\nHINT: {hint}"
 
 
-def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Refuses a word that is not among the choices, and names the one that was probably meant.
+def first_line(error: object) -> str:
+    """Returns an error's message without its hint, or what else follows its first line."""
+    return str(error).strip().partition("\n")[0]
 
-    Raises:
-        ConfigurationError: `value` is none of the choices.
-    """
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Refuses a word that is not among the choices, and names the one that was probably meant."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    known = "one of " + ", ".join(repr(choice) for choice in sorted(choices, key=str))
+    known = "one of " + ", ".join(repr(choice) for choice in choices)
     raise ConfigurationError(
         f"`{argument}={value!r}` is unknown.", f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}."
     )
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Refuses a value that does not fit its argument, and a class where an object of it is meant.
-
-    Raises:
-        ConfigurationError: as above; it names the kind and gives the example.
-    """
+    """Refuses a value that does not fit its argument, and a class where an object of it is meant."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
 
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuses what is no whole number from `least` to `most`.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses what is no whole number from `least` to `most`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
@@ -173,11 +157,7 @@ def check_real(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Refuses what is no finite number within limits.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses what is no finite number within limits."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

@@ -98,26 +98,21 @@ def homes() -> dict[str, list[str]]:
 def reference() -> dict[str, str]:
     """The text of each page of docs/reference, by its name: what is there, and a directive for each docstring."""
     explained = homes()
+    full = {
+        id(getattr(importlib.import_module(module), name)): f"{module}.{name}"
+        for module, names in explained.items()
+        for name in names
+    }
     pages = {}
     for module in public_modules():
         text = [f"# {module.__name__}\n", (module.__doc__ or "").strip().splitlines()[0] + "\n"]
         others = [name for name in sorted(module.__all__, key=str.lower) if name not in explained[module.__name__]]
         if others:
-            links = [f"[`{name}`][{home(module, name, explained)}]" for name in others]
+            links = [f"[`{name}`][{full[id(getattr(module, name))]}]" for name in others]
             text.append(f"Explained where they are at home: {', '.join(links)}.\n")
         text += [f"::: {module.__name__}.{name}\n" for name in explained[module.__name__]]
         pages[f"{module.__name__}.md"] = "\n".join(text)
     return pages
-
-
-def home(module: ModuleType, name: str, explained: dict[str, list[str]]) -> str:
-    """The full name under which an object is explained."""
-    value = getattr(module, name)
-    for other in explained:
-        for known in explained[other]:
-            if getattr(importlib.import_module(other), known) is value:
-                return f"{other}.{known}"
-    raise LookupError(f"{module.__name__}.{name}")
 
 
 def test_the_page_lists_what_is_public() -> None:

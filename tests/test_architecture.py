@@ -1,12 +1,12 @@
-"""The order of imports, and one name for each thing: what docs/architecture.md promises."""
+"""The order of imports, one name for each thing, one place for Lightning: what docs/architecture.md promises."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from importlinter.cli import lint_imports
@@ -14,6 +14,9 @@ from repository import ROOT
 
 PACKAGE = ROOT / "lightning_nrl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._trainer.lightning")
+OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
+"""Private parts of torch, which other modules may touch."""
 
 
 def definitions(kind: str) -> Iterator[tuple[str, str]]:
@@ -50,23 +53,75 @@ def test_the_root_holds_six_modules_at_most() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if path.name == "__init__.py"], ids=lambda path: path.parent.name
-)
-def test_every_package_says_what_it_is_for(path: Path) -> None:
-    text = ast.get_docstring(ast.parse(path.read_text()))
-    assert text
-    assert len(text.splitlines()) <= 8
-    if path.parent != PACKAGE:
-        assert "In:" in text
-        assert "Out:" in text
+def test_every_package_says_what_it_is_for() -> None:
+    for path in (path for path in MODULES if path.name == "__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text, path
+        assert len(text.splitlines()) <= 8, path
+        assert path.parent == PACKAGE or ("In:" in text and "Out:" in text), path
 
 
-def test_the_map_names_every_package_and_no_file_that_is_not_there() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", page):
-        assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
-    picture = page.split("```")[1]
+def test_the_map_names_every_package() -> None:
+    picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
     for path in PACKAGE.iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
             assert f"{path.name}/" in picture, path.name
+
+
+def private_uses(source: str) -> list[str]:
+    """Private attributes of other objects, and private names of Lightning's packages, in a module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIGHTNING):
+            found += [alias.name for alias in node.names if alias.name.startswith("_")]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            found += [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+    return [name for name in found if name not in OF_TORCH]
+
+
+def test_the_search_for_private_uses_finds_them() -> None:
+    source = "from pytorch_lightning.core import _x\nself._mine\nmodule._trainer\nself.trainer.fit_loop._data_source"
+    assert sorted(private_uses(source)) == ["_data_source", "_trainer", "_x"]
+
+
+def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alone_imports_it() -> None:
+    home = PACKAGE / "_trainer" / "lightning"
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        uses = private_uses(source) if any(name in source for name in LIGHTNING) else []
+        if path == home / "private_parts.py":
+            assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
+        else:
+            assert uses == (["_load", "_WrappingCheckpointIO"] if path == home / "packages.py" else []), path
+        imported = [
+            name
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
+            if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning")
+        ]
+        assert bool(imported) == (path == home / "packages.py"), path
+
+
+def _known_names() -> set[str]:
+    """Every name that the package, Python or its own tools define."""
+    names = set(dir(builtins))
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name | ast.arg):
+                names.add(node.id if isinstance(node, ast.Name) else node.arg)
+    return names
+
+
+def test_every_name_on_the_map_exists() -> None:
+    page = re.sub(r"```.*?```", "", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL)
+    known = _known_names()
+    for quoted in re.findall(r"`([^`]+)`", page):
+        if re.fullmatch(r"[\w./]+\.(py|toml|md)|[\w/]+/", quoted):
+            assert (PACKAGE / quoted).exists() or (ROOT / quoted).exists(), quoted
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", quoted):
+            assert set(quoted.split(".")) <= known | {"__init__", "fit"}, quoted

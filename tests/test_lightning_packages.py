@@ -110,7 +110,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "old.ckpt")
 
 
-def test_a_fit_is_repaired_and_training_goes_on_in_a_trainer_of_the_same_package(
+def test_a_fit_is_repaired_and_goes_on_in_a_trainer_of_the_same_package(
     repaired: tuple[str, Any, Any],
 ) -> None:
     _, _, callback = repaired

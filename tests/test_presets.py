@@ -43,10 +43,7 @@ def test_what_the_paper_says_outside_the_table() -> None:
     assert settings.fitness.infeasible == "zero"
     assert settings.method.start == "paper"
     assert str(settings.gate) == "accuracy"
-
-
-def test_the_swarm_stops_as_arachnes_does() -> None:
-    settings = Settings(**paper_arguments("EXP-C1"))
+    # The swarm stops as Arachne's does.
     assert (settings.method.iterations, settings.method.patience) == (100, 10)
 
 

@@ -21,7 +21,6 @@ SCRIPTS = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main
 def block_behind(mark: str) -> str:
     """The code block that follows a comment."""
     found = re.search(rf"<!-- {mark} -->\n```\w*\n(.*?)```", README, re.DOTALL)
-    assert found is not None
     return found[1]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import TensorSource
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
@@ -17,7 +16,7 @@ from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.search import Fitness
 
-PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}
+PATCH: dict[str, Tensor] = {"weight": torch.tensor([[0.0], [1.0]])}
 
 
 def line(*crossings: float, split: str = "line", label: int = 1) -> TensorSource:

@@ -68,16 +68,8 @@ def make_problem(
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
     before = evaluator.run(sources, Target.all() if target is None else target)
     given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
-    return Problem(
-        evaluator,
-        sources,
-        before,
-        space,
-        localizer=NeuRecoverLite(),
-        fitness=Fitness(),
-        passed=before.passed,
-        **given,
-    )
+    given = {"localizer": NeuRecoverLite(), "fitness": Fitness(), "passed": before.passed, **given}
+    return Problem(evaluator, sources, before, space, **given)
 
 
 @dataclass
@@ -108,26 +100,12 @@ class FakeTraining:
 
 
 def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:
-    return [
-        TensorSource(source.inputs.to(dtype), source.targets, source.split, source.passed, source.failed, batch_size=32)
-        for source in sources
-    ]
+    return [TensorSource(s.inputs.to(dtype), s.targets, s.split, s.passed, s.failed, batch_size=32) for s in sources]
 
 
 def shares(sources: Sequence[TensorSource], rank: int, world_size: int, batch_size: int = 16) -> list[Share]:
-    return [
-        Share(
-            source.inputs,
-            source.targets,
-            source.split,
-            source.passed,
-            source.failed,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-        )
-        for source in sources
-    ]
+    given: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+    return [Share(s.inputs, s.targets, s.split, s.passed, s.failed, **given) for s in sources]
 
 
 def together(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +20,29 @@ PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callbacks.rep
 """Lightning before the package, which takes the one that is there."""
 
 
-def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 300) -> None:
-    """Calls a function of a module on two ranks; a `Trainer(devices=2, strategy="ddp")` in it starts no more processes.
+def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
+    """What a function of a module returns on each of two ranks; a `Trainer(devices=2, strategy="ddp")` starts no more.
 
     Raises:
         RuntimeError: a rank failed, or took too long; its own message is on stderr.
     """
     context = server()
     port = str(free_port())
-    ranks = [context.Process(target=_on_rank, args=(rank, port, function, args)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in (0, 1)]
+        ranks = [context.Process(target=_on_rank, args=(i, port, file, function, args)) for i, file in enumerate(files)]
         for rank in ranks:
-            rank.join(seconds)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    codes = [rank.exitcode for rank in ranks]
-    if codes != [0, 0]:
-        raise RuntimeError(f"the two processes ended with {codes}")
+            rank.start()
+        try:
+            for rank in ranks:
+                rank.join(seconds)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        codes = [rank.exitcode for rank in ranks]
+        if codes != [0, 0]:
+            raise RuntimeError(f"the two processes ended with {codes}")
+        return [torch.load(file, weights_only=False) for file in files]
 
 
 def spawning() -> Any:
@@ -53,11 +58,11 @@ def server() -> Any:
     return context
 
 
-def _on_rank(rank: int, port: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _on_rank(rank: int, port: str, file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ.update(found, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    function(*args)
+    torch.save(function(*args), file)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

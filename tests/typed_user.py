@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pytorch_lightning import LightningModule, Trainer
+
 from lightning_nrl import (
     RegressionFreeRepair,
     RepairInTraining,
@@ -13,7 +15,6 @@ from lightning_nrl import (
     repair,
     sweep,
 )
-from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.diagnosis import Diagnosis
 from lightning_nrl.analysis.sweep import SweepResult
@@ -25,7 +26,7 @@ def calls(trainer: Trainer, model: LightningModule) -> tuple[RepairReport, Diagn
         repair(trainer, model),
         diagnose(trainer, model),
         compare(trainer, model),
-        sweep(trainer, model, settings=["EXP-C1"]),
+        sweep(trainer, model, settings=[{"alpha": 4}]),
     )
 
 

@@ -62,7 +62,7 @@ def swept(
 
 
 def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta) -> dict[str, object]:
-    """Arguments of a setting, and its name; the swarm starts and stops as `from_paper` has it."""
+    """Arguments of a setting, and its name; what the row does not say is as in `from_paper`."""
     arguments = asdict(row)
     words = (
         f"{row.equation} alpha={row.alpha}",
@@ -70,7 +70,8 @@ def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness
         f"lw={row.n_weights} pos={row.n_passed} p={row.particles}",
     )
     own = {"fitness": arguments.pop("equation"), "loss_term": loss_term, "delta": delta, **arguments}
-    return {"row": next(iter(TABLE_II)), "name": " ".join(filter(None, words)), **own}
+    own |= {"infeasible": "zero", "start": "paper", "iterations": 100, "patience": 10}
+    return {"name": " ".join(filter(None, words)), **own}
 
 
 def study(

@@ -85,7 +85,7 @@ class OutputCapture:
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends a batch; returns the first called part and its calls, without that around a `redirected` step."""
+        """Ends a batch; returns the first part that was called and its calls, but for that of a `redirected` step."""
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
         for name, calls in self._recorded.calls.items():

@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere: read from a file or a module, and fitted to a model of the same architecture."""
+"""Weights read from a file or a module, and fitted to a model of the same architecture."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.state import State, live_tensors, saved_names
-from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 
 REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
-"""What torch's message names, behind several lines of advice and escape codes of the terminal."""
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """The state dict of a module, in a checkpoint, or in a file, which is read without running code of its own."""
+    """Returns the state dict of a module, of a checkpoint, or of a file, which is read with `weights_only=True`."""
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, Mapping):
@@ -30,32 +29,20 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
 
 
 def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """What is in a checkpoint, or in a file with a state dict, on the CPU.
-
-    Args:
-        argument: that names the file.
-        path: of the file.
-        hint: what to give in place of one that cannot be read.
-        weights_only: refuses what holds more than tensors and plain values, which may run code of its own.
-
-    Raises:
-        ConfigurationError: it cannot be read, or holds something else.
-    """
+    """Reads a checkpoint, or a file with a state dict, to the CPU; `hint` says what to give in place of a bad one."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
         raise ConfigurationError(f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint) from error
     _check_sums(argument, path)
     if not isinstance(found, Mapping):
-        raise ConfigurationError(
-            f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.",
-            "give a Lightning checkpoint or a file with a state dict.",
-        )
+        hint = "give a Lightning checkpoint or a file with a state dict."
+        raise ConfigurationError(f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.", hint)
     return found
 
 
 def _check_sums(argument: str, path: str | Path) -> None:
-    """Warns of a file whose checksums do not fit what is in it, which torch does not look at."""
+    """Warns of a damaged zip file, since torch does not compare checksums."""
     try:
         file = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
@@ -71,15 +58,15 @@ def _check_sums(argument: str, path: str | Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Why a checkpoint cannot be read. No such file raises whatever comes of reading its bytes as instructions."""
-    text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+    """Says why a checkpoint cannot be read, without torch's lines of advice and escape codes."""
+    text = first_line(error).partition(". In PyTorch")[0]
     if refused := REFUSED_OBJECT.search(str(error)):
         text = f"it holds objects, such as a `{refused[1]}`"
     return f"{type(error).__name__}: {text}"
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Tensors in the dtypes and on the device of a model's own; refuses what is missing, more, or of another shape."""
+    """Returns tensors in the dtypes and on the devices of the model's; refuses missing, further and misshapen ones."""
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
@@ -92,10 +79,8 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         else:
             found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
         others = len(wrong) + len(more) - 1
-        raise ConfigurationError(
-            f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-            "give weights of the same architecture, or the module itself where another architecture will do.",
-        )
+        hint = "give weights of the same architecture, or the module itself where another architecture will do."
+        raise ConfigurationError(f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint)
     return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 
 

@@ -1,4 +1,4 @@
-"""Values that a user gave: one value a sample, a class, a number written as text."""
+"""Checks of values that a user gave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["bool", "number", "whole number from 0"]
 
 
 def as_tensor(value: Any) -> Any:
-    """Numbers or bools in an array or a list as a tensor; anything else as it is."""
+    """Converts an array or a list of numbers or bools; returns anything else as it is."""
     if isinstance(value, Tensor):
         return value
     try:
@@ -38,26 +38,15 @@ def check_per_sample(
     *,
     tensors_only: bool = False,
 ) -> Tensor:
-    """Returns a tensor of one value a sample; refuses anything else.
+    """Returns a tensor of one value for each of `n` samples; refuses anything else that `what` returned.
 
-    Args:
-        what: gave the value, for the message.
-        value: what it gave.
-        n: how many samples there are.
-        kind: of the values; a bool is a number too.
-        error: to be raised.
-        tensors_only: whether arrays and lists are refused too.
-
-    Raises:
-        ConfigurationError: it cannot be a tensor, or is of another shape or kind. Other shapes would be broadcast
-            silently, such as `n x 1` against `n`.
+    Other shapes would be broadcast silently, such as `n x 1` against `n`. A bool is a number too.
     """
     found = value if tensors_only else as_tensor(value)
     if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
         return found
-    raise error(
-        f"{what} returned {described(value)} for a batch of {n} samples.", f"return one {kind} a sample, [{n}]."
-    )
+    hint = f"return one {kind} a sample, [{n}]."
+    raise error(f"{what} returned {described(value)} for a batch of {n} samples.", hint)
 
 
 def _is_kind(value: Tensor, kind: Kind) -> bool:
@@ -70,7 +59,7 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
 
 
 def described(value: Any) -> str:
-    """What was found where a tensor was expected, for a message."""
+    """Describes a value where a tensor was expected."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
     return f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
@@ -85,14 +74,13 @@ def is_class(value: Any) -> bool:
 
 
 def check_class(argument: str, value: Any) -> int:
-    """Returns a class number; refuses what is no whole number from 0."""
     if not is_class(value):
         raise ConfigurationError(f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
     return operator.index(value)
 
 
 def count_or_share(value: Any) -> int | float | None:
-    """A whole number from 0 as int, a share in [0, 1] as float; None for anything else."""
+    """Returns a whole number from 0 as int, a share in [0, 1] as float, None for anything else."""
     if isinstance(value, Integral):
         return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
     return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None

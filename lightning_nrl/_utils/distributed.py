@@ -1,8 +1,7 @@
-"""Sums and tables over ranks. One process needs none of it and pays nothing."""
+"""Sums and tables over ranks."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,24 +12,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
-from lightning_nrl._utils.device import is_out_of_memory, none_if_out_of_memory
-from lightning_nrl.errors import OtherRankError, RepairError
+from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl.errors import OtherRankError, RepairError, first_line
 
 Result = TypeVar("Result")
-MAX_EXCHANGED_BYTES = 2**24
-"""Of the first rank's bytes, what is sent at once."""
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
 }
-"""Those that a rank can raise for another one."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """The ranks that work on one repair. Its methods are called by all of them, in the same order.
+    """The ranks that work on one repair; all call its methods in the same order.
 
-    With a `world_size` of 1 nothing is exchanged. Tensors have to lie on `device` to be exchanged; results come back to
-    where their arguments were.
+    With a `world_size` of 1 nothing is exchanged. Results are on the devices of their arguments; `device` is where the
+    process group takes tensors.
     """
 
     rank: int = 0
@@ -39,11 +35,7 @@ class Collective:
 
     @classmethod
     def current(cls, device: torch.device) -> Collective:
-        """The default process group if there is one, else a single process.
-
-        Tensors are exchanged on the model's device, except where the group cannot take them (gloo, MPI; MPS, for which
-        there is no backend): then on the CPU.
-        """
+        """Returns the default process group for a model on this device, or a single process."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
@@ -51,7 +43,7 @@ class Collective:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, the same on each, of tensors of one shape; bools are counted, as int64."""
+        """Sums tensors of one shape over ranks; counts bools, as int64."""
         if x.dtype == torch.bool:
             x = x.long()
         if self.world_size == 1:
@@ -64,59 +56,36 @@ class Collective:
         return total.to(x.device, x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order; sizes and dtypes may differ, and a rank may have no rows at all."""
+        """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
         if self.world_size == 1:
             return [x]
-        forms: list[tuple[torch.Size, torch.dtype]] = [(x.shape, x.dtype)] * self.world_size
+        rows = [x] * self.world_size
         with _answered():
-            dist.all_gather_object(forms, (x.shape, x.dtype))
-        lengths = [shape.numel() * dtype.itemsize for shape, dtype in forms]
-        # As bytes, since backends differ in the dtypes they know (gloo has no bool).
-        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        mine[: lengths[self.rank]] = x.to(self.device).flatten().view(torch.uint8)
-        rows = [torch.empty_like(mine) for _ in forms]
-        with _answered():
-            dist.all_gather(rows, mine)
-        return [
-            row[:length].view(dtype).view(shape).to(x.device)
-            for row, length, (shape, dtype) in zip(rows, lengths, forms, strict=True)
-        ]
+            dist.all_gather_object(rows, x.detach().to("cpu", copy=True))
+        return [row.to(x.device) for row in rows]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([flag])).item())
 
     def first_text(self, text: str) -> str:
-        """The text of the first rank that has one; empty if none has. The same on every rank."""
+        """Returns the text of the first rank that has one, on every rank; empty if none has."""
         rows = self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
         texts = (bytes(row.tolist()).decode() for row in rows)
         return next(filter(None, texts), "")
 
-    def first_bytes(self, data: bytes) -> bytes | bytearray:
-        """The bytes of the first rank, on every rank; empty on all of them where one has no memory for them."""
-        if self.world_size == 1:
-            return data
+    def first_bytes(self, data: bytes) -> bytes:
+        """Returns the bytes of the first rank on every rank."""
         size = int(self.agreed(torch.tensor(len(data))))
-        buffer = data if self.rank == 0 else none_if_out_of_memory(lambda: bytearray(size))
-        if not size or self.any(buffer is None):
-            return b""
-        assert buffer is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the first rank are read only
-            found = torch.frombuffer(buffer, dtype=torch.uint8)
-        # Part by part, so that the exchange itself takes little.
-        for part in found.split(MAX_EXCHANGED_BYTES):
-            sent = self.agreed(part)
-            if self.rank:
-                part.copy_(sent)
-        return buffer
+        if self.world_size == 1 or not size:
+            return data if self.rank == 0 else b""
+        mine = torch.frombuffer(bytearray(data if self.rank == 0 else size), dtype=torch.uint8)
+        return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """What work gives on this rank; it exchanges nothing. If one rank fails all do, so that none waits for ever.
+        """Returns this rank's `work()`, which exchanges nothing; if one rank fails all do, so that none waits for ever.
 
-        They fail in one way, so that all go on where the error is caught: an error of this package is raised on every
-        rank. Where a rank has any other error, each raises its own, and those without one an `OtherRankError` that says
-        what `failed`.
+        An error of this package is raised on every rank. If a rank has any other error, each raises its own, and those
+        without one an `OtherRankError` that says what `failed`.
         """
         error: Exception | None = None
         try:
@@ -135,24 +104,22 @@ class Collective:
         raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
-        """The first rank's values on every rank, whatever rounding did elsewhere."""
+        """Returns the first rank's values on every rank, whatever rounding did elsewhere."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
 
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Around what is exchanged: where another rank has ended, or takes longer than the process group waits."""
+    """Raises OtherRankError if another rank has ended or does not answer in time."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise OtherRankError(
-            f"another rank has ended or does not answer: {str(error).strip().splitlines()[0]}",
-            "look at that rank's own error; the weights here are those of before.",
-        ) from error
+        hint = "look at that rank's own error; the weights here are those of before."
+        raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error
 
 
 def _package_error(error: Exception) -> type[RepairError] | None:
-    """The class of this package that an error is of, the nearest one; None for any other error."""
+    """Returns the nearest class of this package; None for any other error."""
     return next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)

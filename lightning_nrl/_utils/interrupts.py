@@ -1,15 +1,13 @@
-"""Ctrl-C and SIGTERM while work is done on a live model: heeded within seconds, at moments when nothing is half-done.
+"""Ctrl-C and SIGTERM while work is done on a live model.
 
-A signal is noted when it comes. Work asks often (`poll`), and there the exception is raised that ends it, so that
-whatever holds other weights for a while puts them back. Who does not ask for `OVERDUE_SECONDS` is interrupted where it
-is. What must not be torn apart is done inside `uninterrupted`.
+A signal is noted, and raised where the work calls `poll`, so that whoever holds other weights for a while restores
+them. Work that does not ask for `OVERDUE_SECONDS` is interrupted where it is, but never inside `uninterrupted`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,22 +20,16 @@ OVERDUE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-    """Ends the work; `interruptible` turns it into what the signal is known by."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+    """Ends the work; `interruptible` raises the signal's own exception in its place."""
 
 
 @dataclass
 class _Watch:
-    """Signals of the work in progress; there is one at a time, in the main thread."""
+    """Signals of the work in progress, at most one piece at a time, in the main thread."""
 
     current: ClassVar[_Watch | None] = None
-    may_end_early: bool
     say: Callable[[str], None]
     noted: int = 0  # the signal that ends the work
-    ends_early: bool = False
     is_raised: bool = False
     depth: int = 0  # of `uninterrupted`
     overdue: float = 0.0
@@ -53,13 +45,8 @@ class _Watch:
             if not self.is_raised and not self.depth and time.monotonic() >= self.overdue:
                 self._raise()
             return
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        if self.may_end_early and signum == signal.SIGINT and not self.ends_early:
-            self.ends_early = True
-            self.say(f"{name}: the repair ends with the best that it has found so far. Once more: it ends without.")
-            return
-        self.noted, self.ends_early = signum, False
-        self.say(f"{name}: the repair stops.")
+        self.noted = signum
+        self.say(f"{'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}: the repair stops.")
         self.overdue = time.monotonic() + OVERDUE_SECONDS
         self.timer = threading.Timer(OVERDUE_SECONDS, _signal_main_thread, (signum,))
         self.timer.daemon = True
@@ -69,13 +56,9 @@ class _Watch:
         if self.noted and not self.depth and not self.is_raised:
             self._raise()
 
-    def close(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-
     def _raise(self) -> None:
         self.is_raised = True
-        raise Interrupted(self.noted)
+        raise Interrupted(signal.Signals(self.noted).name)
 
 
 def poll() -> None:
@@ -84,14 +67,9 @@ def poll() -> None:
         _Watch.current.poll()
 
 
-def is_ending_early() -> bool:
-    """Whether the work should come to its end with what it has, as if its time were over."""
-    return _Watch.current is not None and _Watch.current.ends_early
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, no signal ends the work; one that comes ends it afterwards."""
+    """Defers signals until the block ends."""
     watch = _Watch.current
     if watch is None:
         yield
@@ -105,23 +83,16 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(
-    *, terminated: Callable[[], BaseException], may_end_early: bool = False, say: Callable[[str], None] | None = None
-) -> Iterator[None]:
-    """Inside, Ctrl-C is raised as KeyboardInterrupt and SIGTERM as what `terminated` gives, where work asks.
+def interruptible(*, terminated: Callable[[], BaseException], say: Callable[[str], None]) -> Iterator[None]:
+    """Raises KeyboardInterrupt for Ctrl-C and `terminated()` for SIGTERM where work asks; `say` prints what happens.
 
-    Handlers are as found afterwards. A signal that is ignored stays so, and in another thread than the main one, where
+    Handlers are restored afterwards. A signal that is ignored stays ignored, and outside of the main thread, where
     Python handles no signals, nothing is done.
-
-    Args:
-        terminated: makes what SIGTERM is known by.
-        may_end_early: whether the first Ctrl-C only has the work end early, see `is_ending_early`.
-        say: is told in a sentence what a signal does; None: standard error is.
     """
     if _Watch.current is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _Watch(may_end_early, say or _to_stderr)
+    watch = _Watch(say)
     before: dict[signal.Signals, Any] = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
         found = signal.getsignal(signum)
@@ -138,14 +109,14 @@ def interruptible(
             raise
         raise (KeyboardInterrupt() if watch.noted == signal.SIGINT else terminated()) from None
     finally:
-        watch.close()
+        if watch.timer is not None:
+            watch.timer.cancel()
         _Watch.current = None
         for signum, handler in before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def _signal_main_thread(signum: int) -> None:
-    """Wakes it from waiting, where the system lets a thread be named."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signum)
     else:
@@ -153,11 +124,7 @@ def _signal_main_thread(signum: int) -> None:
 
 
 def _handle_in_worker(signum: int) -> None:
-    """A process that loads data has these handlers by inheritance; it is ended by the one that works."""
+    """A worker of a data loader inherits these handlers; Ctrl-C is for the process that started it."""
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Records as plain values, and those as strict JSON; `deserialize` reads them."""
+"""Dataclasses as plain values and strict JSON, read again by their type hints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ from lightning_nrl.errors import ConfigurationError
 
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # made once: json.dumps makes one a call
 
+T = TypeVar("T")
+WHOLE_NUMBER_LIMIT = 2**63
+TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
+LONGEST_SHOWN = 60  # characters of a value in a message
+PLAIN_HINT = "give what `to_json` has written."
 
-class Derives:
-    """A dataclass that is written with more than its fields."""
-
-    @property
-    def derived(self) -> Mapping[str, object]:
-        """What follows from the fields: written beside them for other readers, and not read."""
-        return {}
-
-
-UNWRITTEN: Mapping[str, Any] = {"unwritten": True}
-"""Metadata of a field that is neither written nor read."""
+UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is neither written nor read
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
@@ -37,15 +32,47 @@ def flat(prefix: str = "") -> Mapping[str, Any]:
 
 
 def null_is(value: float) -> Mapping[str, Any]:
-    """Metadata of a number in whose place a null means `value`, not NaN."""
+    """Metadata of a number for which null means `value`, not NaN."""
     return {"null": value}
 
 
-def to_plain(value: Any) -> Any:
-    """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text.
+class Derives:
+    """A dataclass that is written with more than its fields."""
 
-    Infinities are NaN.
-    """
+    @property
+    def derived(self) -> Mapping[str, object]:
+        """What follows from the fields; it is written beside them and not read."""
+        return {}
+
+
+class Record(Derives):
+    """A dataclass that is written as JSON and read again."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain dicts, lists, text and numbers, with what follows from them; infinities are NaN."""
+        return cast(dict[str, Any], to_plain(self))
+
+    def to_json(self) -> str:
+        """Returns strict JSON: a number that is not finite is null."""
+        return dumps(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` returns.
+
+        Raises:
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+        """
+        return from_plain(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` returns; null for a number is NaN. Raises as `from_dict` does."""
+        return cls.from_dict(parse_json(text))
+
+
+def to_plain(value: Any) -> Any:
+    """Returns dicts, lists, text, numbers, bools and None for dataclasses, arrays and others; infinities are NaN."""
     # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
     if type(value) is float:
         return math.nan if math.isinf(value) else value
@@ -63,10 +90,7 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """Strict JSON of plain values; a number that is not finite is null.
-
-    A list of numbers or words is on one line, and so is each object in a list if it has nothing but such.
-    """
+    """Returns strict JSON; lists of numbers or words, and objects of such in a list, are on one line each."""
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
@@ -81,85 +105,32 @@ def dumps(value: Any, indent: str = "") -> str:
 
 
 def _one_line(value: Any) -> str:
-    """An object of scalars; empty for anything else."""
+    """Returns an object of scalars as text; empty for anything else."""
     if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
         return ""
     return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
 
 
-def written_fields(kind: Any) -> list[Field[Any]]:
-    """The fields of a dataclass that are written and read."""
-    return [f for f in fields(kind) if not f.metadata.get("unwritten", False)]
-
-
-def flat_kind(kind: Any, f: Field[Any]) -> Any:
-    """The dataclass of a flat field, which may be optional."""
-    hint = hints_of(kind)[f.name]
-    return next((one for one in get_args(hint) if is_dataclass(one)), hint)
-
-
-@cache
-def hints_of(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
-    return get_type_hints(kind)
-
-
 def _plain_record(record: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for f in written_fields(type(record)):
+    for f in _written_fields(type(record)):
         value = getattr(record, f.name)
         if "flat" not in f.metadata:
             found[f.name] = to_plain(value)
             continue
-        names = [g.name for g in fields(flat_kind(type(record), f))]
+        names = [g.name for g in fields(_flat_kind(type(record), f))]
         own = dict.fromkeys(names) if value is None else to_plain(value)
         found |= {f.metadata["flat"] + name: item for name, item in own.items()}
     return found | (to_plain(record.derived) if isinstance(record, Derives) else {})
 
 
-T = TypeVar("T")
-WHOLE_NUMBER_LIMIT = 2**63
-TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
-LONGEST_SHOWN = 60  # characters of a value in a message
-PLAIN_HINT = "give what `to_json` has written."
-
-
-class Record(Derives):
-    """A dataclass that is written as JSON and read again, by the types that it declares."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, text and numbers, with what follows from them; infinities are NaN."""
-        return cast(dict[str, Any], to_plain(self))
-
-    def to_json(self) -> str:
-        """Strict JSON: a number that is not finite is null."""
-        return dumps(self.to_dict()) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` gives.
-
-        Raises:
-            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
-        """
-        return from_plain(cls, data)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` gives; a null in place of a number is NaN. Raises what `from_dict` does."""
-        return cls.from_dict(_object(parse_json(text), ""))
-
-
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads what `to_plain` gives of a dataclass, and refuses what does not fit or is infinite.
-
-    A null or NaN in place of a number is NaN.
-    """
+    """Reads what `to_plain` returns for a dataclass; refuses what does not fit or is infinite, null is NaN."""
     return cast(T, _read(kind, data, ""))
 
 
 def parse_json(text: str) -> Any:
-    """Plain values of strict JSON: no key twice in an object, no NaN or Infinity (else a `ConfigurationError`)."""
+    """Reads strict JSON: no key twice in an object, no NaN or Infinity."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
@@ -167,10 +138,10 @@ def parse_json(text: str) -> Any:
 
 
 def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
-    """A value of a type, from plain values at a place of the file."""
+    """Reads a value of a type from plain values at a place of the file."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or kind is object:
-        return _finite(value, path)
+        return value
     if origin in (Union, UnionType):
         others = [one for one in arguments if one is not NoneType]
         if value is None and NoneType in arguments:
@@ -181,19 +152,17 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
             raise _wrong(path, f"one of {list(arguments)}", value)
         return value
     if is_dataclass(kind):
-        return _read_record(kind, _object(value, path), path)
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        items = zip(arguments, _list(value, path, len(arguments)), strict=True)
-        return tuple(_read(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(items))
+        return _read_record(kind, _object(value, path), f"{path}." if path else "")
     if origin in (tuple, Sequence):
-        read = [_read(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(_list(value, path))]
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        items = _list(value, path, len(arguments) if fixed else None)
+        kinds = arguments if fixed else [arguments[0]] * len(items)
+        read = [_read(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(zip(kinds, items, strict=True))]
         return tuple(read) if origin is tuple else read
     if origin is Mapping:
-        return {key: _read(arguments[1], item, _join(path, key)) for key, item in _object(value, path).items()}
-    return _read_float(value, path, null) if kind is float else _read_scalar(kind, value, path)
-
-
-def _read_scalar(kind: Any, value: Any, path: str) -> Any:
+        return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in _object(value, path).items()}
+    if kind is float:
+        return _read_float(value, path, null)
     if kind not in TYPE_NAMES:
         raise TypeError(f"{path}: a {kind} cannot be read")
     if type(value) is not kind:
@@ -213,39 +182,31 @@ def _read_float(value: Any, path: str, null: float) -> float:
     return value
 
 
-def _read_record(kind: Any, data: Mapping[str, Any], path: str) -> Any:
-    """A record with all of its fields and nothing that is not its own; what follows from them is not read."""
-    hints, names = hints_of(kind), set[str]()
+def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
+    """Reads a dataclass with all of its fields and no others; what follows from them is not read."""
+    names = set[str]()
+
+    def item(name: str) -> Any:
+        names.add(name)
+        if name not in data:
+            raise _error(prefix + name, "this is missing")
+        return data[name]
+
     read: dict[str, Any] = {}
-    for f in written_fields(kind):
-        hint, null = hints[f.name], f.metadata.get("null", math.nan)
+    for f in _written_fields(kind):
+        hint = hints_of(kind)[f.name]
         if "flat" in f.metadata:
-            prefix, part = f.metadata["flat"], flat_kind(kind, f)
-            own = {g.name: _item(data, prefix + g.name, path) for g in fields(part)}
-            names |= {prefix + name for name in own}
+            start, part = f.metadata["flat"], _flat_kind(kind, f)
+            own = {g.name: item(start + g.name) for g in fields(part)}
             missing = NoneType in get_args(hint) and all(value is None for value in own.values())
-            kinds = hints_of(part)
-            parts = {} if missing else {n: _read(kinds[n], own[n], _join(path, prefix + n)) for n in own}
-            read[f.name] = None if missing else part(**parts)
+            read[f.name] = None if missing else _read_record(part, own, prefix + start)
         else:
-            read[f.name] = _read(hint, _item(data, f.name, path), _join(path, f.name), null)
-            names.add(f.name)
+            read[f.name] = _read(hint, item(f.name), prefix + f.name, f.metadata.get("null", math.nan))
     record = kind(**read)
     derived = record.derived if isinstance(record, Derives) else {}
     for name in sorted(data.keys() - names - derived.keys()):
-        raise _error(_join(path, name), "it is not known what this is")
+        raise _error(prefix + name, "it is not known what this is")
     return record
-
-
-def _finite(value: Any, path: str) -> Any:
-    """Plain values as they are, if there is no infinite number among them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item, _join(path, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, float) and math.isinf(value):
-        raise _wrong(path, "a finite number", value)
-    return value
 
 
 def _object(value: Any, path: str) -> Mapping[str, Any]:
@@ -258,16 +219,6 @@ def _list(value: Any, path: str, length: int | None = None) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise _wrong(path, "a list" if length is None else f"a list of {length}", value)
     return value
-
-
-def _item(data: Mapping[str, Any], name: str, path: str) -> Any:
-    if name not in data:
-        raise _error(_join(path, name), "this is missing")
-    return data[name]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _wrong(path: str, expected: str, value: object) -> ConfigurationError:
@@ -290,3 +241,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _written_fields(kind: Any) -> list[Field[Any]]:
+    return [f for f in fields(kind) if not f.metadata.get("unwritten", False)]
+
+
+def _flat_kind(kind: Any, f: Field[Any]) -> Any:
+    """Returns the dataclass of a flat field, which may be optional."""
+    hint = hints_of(kind)[f.name]
+    return next((one for one in get_args(hint) if is_dataclass(one)), hint)
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""Using a live model without leaving a trace: whatever happens, it is given back as it was found."""
+"""Use of a live model that leaves no trace: weights, flags, attributes and random states are restored."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers by their bytes: as these, values are compared bit by bit, NaN and -0 included."""
-PRESERVED: set[int] = set()
-"""Identities of the parameters of which a copy is held now."""
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for comparisons bit by bit
+PRESERVED: set[int] = set()  # identities of the parameters of which a copy is held
+MAX_ITEMS_KEPT = 10_000  # lists and dicts with more are data, no state of a step
 
 
 @contextmanager
 def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """The model in evaluation mode; afterwards it is to the bit as before, and so are the random states.
-
-    Some models draw random numbers even in evaluation mode. See `evaluating` for the rest.
-    """
+    """Sets evaluation mode as `evaluating` does; restores the random states too, since some models draw in it."""
     # Inference mode would forbid the gradients that localisation needs.
     with random_state(), torch.inference_mode(False), evaluating(model) as rewritten:
         yield rewritten
@@ -33,31 +29,28 @@ def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """The model in evaluation mode; afterwards its parameters, buffers and flags are as before.
+    """Sets evaluation mode; restores parameters, buffers and flags, bit by bit, on exit.
 
-    Gives the values before `eval()` of the tensors that it wrote to, by the identities of these tensors.
+    Yields the values before `eval()` of the tensors that `eval()` wrote to, by their identities.
 
-    Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that are merged in
-    `eval()`. So the way back is the modules' own `train()`; then every tensor is compared, bit by bit, with a copy, and
-    flags that say what is in the tensors, such as `merged`, are set back with them. Parameters stay the objects that
-    they are, in the memory where they are, since optimizers hold them; only what differs is written. One copy is held
-    meanwhile, however often this is nested. A count of writes would not do: `_version` does not see
-    `weight.data.clamp_()`.
+    Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that `eval()` merges. So
+    the way back is the modules' own `train()`; then every tensor is compared with a copy (`_version` does not see
+    `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep identity and memory, since
+    optimizers hold them, and only what differs is written. Nested uses share one copy.
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
-    held = {identity for snapshot in parameters for identity in snapshot.identities()}
+    held = {id(value) for snapshot in parameters for value, *_ in snapshot.copied}
     own = own_flags(modules)
     PRESERVED.update(held)
     try:
-        rewritten: dict[int, Tensor] = {}
+        copied = []
         if any(flags):
             model.eval()
-            for snapshot in snapshots if has_own_modes(model) else ():
-                rewritten |= snapshot.rewritten()
-        yield rewritten
+            copied = [one for snapshot in snapshots for one in snapshot.copied] if has_own_modes(model) else []
+        yield {id(value): copy for value, at, copy in copied if not (_is_at(value, at) and _is_same(at, copy))}
     finally:
         PRESERVED.difference_update(held)
         try:
@@ -70,17 +63,17 @@ def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 
 
 def own_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
-    """What each module holds that is true or false, such as `training` and `merged`."""
+    """Returns the bools of each module, such as `training` and `merged`."""
     return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
 
 
 def has_own_modes(model: nn.Module) -> bool:
-    """Whether a module inside does more in `train()` or `eval()` than torch does, such as merging an adapter."""
+    """True if a module does more in `train()` or `eval()` than torch does, such as merging an adapter."""
     return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
 
 
 def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
-    """Brings modules, outer ones first, into training or evaluation mode, each by its own `train()` where it is not."""
+    """Sets the modes of modules, outer ones first, each by its own `train()`."""
     for module, training in zip(modules, flags, strict=True):
         if module.training != training:
             module.train(training)
@@ -91,10 +84,7 @@ def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """The global random states of torch, numpy and Python are as found afterwards.
-
-    Also after an exception, where Lightning's `isolate_rng` leaves them as they are then.
-    """
+    """Restores the global random states of torch, numpy and Python; Lightning's `isolate_rng` does not after errors."""
     cpu = CpuRandomState.current()
     states: list[tuple[Callable[[Any], None], Any]] = []
     cuda: Any = torch.cuda
@@ -123,23 +113,19 @@ class CpuRandomState:
 
     @classmethod
     def current(cls) -> CpuRandomState:
-        """The states now."""
         return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
 
     def is_current(self) -> bool:
-        """Whether the generators have not moved since."""
-        whole = np.random.get_state(legacy=False)
-        mine, now = self.numpy["state"], whole["state"]
+        """True if the generators have not moved since."""
+        now = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())
-            and mine["pos"] == now["pos"]
-            and self.numpy["has_gauss"] == whole["has_gauss"]
-            and np.array_equal(mine["key"], now["key"])
             and self.python == random.getstate()
+            and self.numpy["has_gauss"] == now["has_gauss"]
+            and all(np.array_equal(self.numpy["state"][name], now["state"][name]) for name in ("pos", "key"))
         )
 
     def restore(self) -> None:
-        """Brings the generators back to these states."""
         torch.set_rng_state(self.torch)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
@@ -147,28 +133,21 @@ class CpuRandomState:
 
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
-    seed_torch = torch.manual_seed if _has_device() else torch.default_generator.manual_seed
-    for seed_global in (seed_torch, np.random.seed, random.seed):
-        seed_global(seed)
-
-
-def _has_device() -> bool:
-    """Whether torch may draw elsewhere than on the CPU.
-
-    Where it cannot, it would keep what is to be seeded for later, each time with the stack of the call: milliseconds.
-    """
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    seed_cpu(seed)
+    # Without a device, torch would keep the seed for later, with the stack of each call: milliseconds.
+    if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
+        torch.manual_seed(seed)
 
 
 def seed_cpu(seed: int) -> None:
-    """Seeds torch on the CPU, numpy and Python by 64 bits, in a tenth of the time that `seed_all` takes."""
+    """Seeds torch on the CPU, numpy and Python by 64 bits."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """64 bits for the i-th of many generators, unlike its neighbours' (splitmix64, Steele et al. 2014)."""
+    """Returns 64 bits for the i-th of many generators (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -176,28 +155,16 @@ def mixed_seed(seed: int, i: int) -> int:
 
 
 class _TensorSnapshot:
-    """The parameters or the buffers of one module, without those of its children, and a copy of their values."""
+    """Parameters or buffers of one module, without those of its children, and a copy of their values."""
 
     def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
         self._tensors = tensors
         self._values: dict[str, Tensor | None] = dict(tensors.items())
-        self._copied = [
+        self.copied = [
             (value, value.data, _copy(value.data))
             for value in self._values.values()
             if value is not None and is_copied(value)
         ]
-
-    def identities(self) -> set[int]:
-        """Of the tensors of which a copy is held."""
-        return {id(value) for value, _, _ in self._copied}
-
-    def rewritten(self) -> dict[int, Tensor]:
-        """Copies of the tensors that hold something else now, by identity."""
-        return {
-            id(value): copy
-            for value, memory, copy in self._copied
-            if not (_is_at(value, memory) and _is_same(memory, copy))
-        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -211,7 +178,7 @@ class _TensorSnapshot:
         for name, value in values.items():
             if tensors[name] is not value:
                 tensors[name] = value
-        for value, memory, copy in self._copied:
+        for value, memory, copy in self.copied:
             if not _is_at(value, memory):
                 value.data = memory
             if not _is_same(memory, copy):
@@ -223,12 +190,12 @@ def _has_values(value: Tensor) -> bool:
 
 
 def _is_copied_once(value: Tensor) -> bool:
-    """Of a parameter whether it has values and is not copied yet; false for what stands in for one."""
+    """False for a parameter without values or with a copy, and for what stands in for a parameter."""
     return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
 
 
 def _copy(value: Tensor) -> Tensor:
-    """Beside the tensor itself if there is room, else in main memory."""
+    """Copies a tensor on its device if there is room, else to main memory."""
     try:
         return value.clone()
     except torch.OutOfMemoryError:
@@ -236,7 +203,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _is_at(value: Tensor, memory: Tensor) -> bool:
-    """Whether a tensor is the same piece of memory as before, on the same device and read in the same way."""
+    """True if a tensor is a view of this memory, read in the same way."""
     if (value.device, value.dtype, value.layout) != (memory.device, memory.dtype, memory.layout):
         return False
     if value.layout != torch.strided:
@@ -245,31 +212,21 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors are the same, bit by bit. Sparse ones cannot be compared; copying does no harm."""
+    """True if two tensors are equal bit by bit; sparse ones are not compared, and copied in any case."""
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
     return torch.equal(value.view(size), copy.to(value.device).view(size))
 
 
-MAX_ITEMS_KEPT = 10_000
-"""Lists and dicts with more items are not given back as they were; they are data, no state of a step."""
-
-
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of modules are as found afterwards, with the tensors, lists and dicts in them: states of metrics."""
+    """Restores attributes of modules, with the tensors, lists and dicts in them, such as states of metrics."""
     restores: list[Callable[[], None]] = []
     for module in model.modules():
-        held = vars(module)
-        before = dict(held)
-
-        def restore(held: dict[str, Any] = held, before: dict[str, Any] = before) -> None:
-            held.clear()
-            held.update(before)
-
-        restores.append(restore)
-        for name, value in before.items():
+        attributes = vars(module)
+        restores.append(_restore(attributes))
+        for name, value in attributes.items():
             if name not in ("_parameters", "_buffers"):
                 restores += _restores(value)
     try:
@@ -291,11 +248,15 @@ def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
         return [partial(_write, value, copy)]
     if type(value) not in (list, dict, set, deque, OrderedDict) or len(value) > MAX_ITEMS_KEPT or not depth:
         return []
+    inside = value.values() if isinstance(value, dict) else value
+    return [_restore(value), *(undo for item in inside for undo in _restores(item, depth - 1))]
+
+
+def _restore(value: Any) -> Callable[[], None]:
     items = value.copy()
 
     def restore() -> None:
         value.clear()
         value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
 
-    inside = items.values() if isinstance(items, dict) else items
-    return [restore, *(undo for item in inside for undo in _restores(item, depth - 1))]
+    return restore

@@ -1,10 +1,9 @@
-"""Objects by name: what a word in an argument, a YAML file or a command line stands for."""
+"""Objects by name, for arguments, YAML and command lines, and functions by address."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import operator
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +24,8 @@ class Registry(Generic[T]):
         kind: what the objects are, for messages, such as `Task`.
         example: what to write where a value is neither a name nor such an object, which `fits`.
         include: registries whose names count too, after its own.
-        group: of entry points by which other distributions add names, `lightning_nrl.<group>`; empty: there are none.
-            What a name stands for is imported when it is used, and called without arguments.
+        group: of entry points by which other distributions add names, `lightning_nrl.<group>`: classes or functions
+            that are called without arguments. Empty: none.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -46,10 +45,7 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """A decorator that gives a class or a function a name that is not taken; as a call, `register(name)(factory)`.
-
-        `forms` are how it is written where text says more than the name, such as `tolerance:1%`.
-        """
+        """A decorator that names a class or a function; `forms` are its texts if they say more, as `tolerance:1%`."""
 
         def add(factory: Factory) -> Factory:
             if any(name in registry._factories for registry in (self, *self.include)):
@@ -68,23 +64,20 @@ class Registry(Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        """Entry points of other distributions by name; the package's own names, and the first of equal ones, win."""
+        """Entry points of other distributions; the package's own names, and the first of equal ones, win."""
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
             if point.name not in self._factories:
                 found.setdefault(point.name, point)
         return found
 
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
-
     @property
     def forms(self) -> tuple[str, ...]:
-        """An example of each way to write an object as text."""
+        """Returns an example of each way to write an object as text."""
         return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """What makes the object of a name; for an unknown one a `ConfigurationError` with the nearest."""
+        """Returns what makes the object of a name; refuses an unknown one and names the nearest."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -93,31 +86,25 @@ class Registry(Generic[T]):
         return next(other for other in self.include if name in other).factory(argument, name)
 
     def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
-        """What makes the object that an entry point stands for."""
-        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}"
-        origin += f" of {point.dist.name}" if point.dist is not None else ""
+        of = f" of {point.dist.name}" if point.dist is not None else ""
+        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}{of}"
         try:
             make = point.load()
         except Exception as error:
-            raise ConfigurationError(
-                f"{origin} cannot be loaded ({type(error).__name__}: {error}).",
-                "update or uninstall that distribution.",
-            ) from error
+            hint = "update or uninstall that distribution."
+            raise ConfigurationError(f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint) from error
 
-        def made(*args: Any, **kwargs: Any) -> T:
-            value: Any = make(*args, **kwargs) if callable(make) else None
+        def made(*args: Any, **kwargs: Any) -> Any:
+            value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
-                raise ConfigurationError(
-                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.",
-                    "it is to be a class or a function that makes one without arguments.",
-                )
-            found: T = value
-            return found
+                hint = "it is to be a class or a function that makes one without arguments."
+                raise ConfigurationError(f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint)
+            return value
 
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """The object of a name, with its default settings; an object is given back as it is."""
+        """Returns the object of a name, with its default settings; an object as it is."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -125,7 +112,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """The error for text (`found`: argument and value) that says more than a `name` and cannot be read."""
+        """Returns the error for text that says more than a `name` and cannot be read; `found`: argument and value."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
@@ -133,28 +120,17 @@ class Registry(Generic[T]):
         )
 
 
-ADDRESS_HINT = "write `package.module:function`, with a module that Python can import from here."
-
-
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that an argument stands for, given itself or by its address.
-
-    An address is `package.module:function`, or has a dot for the colon; what follows a colon may reach into a class.
-    """
-    found = _at(argument, value) if isinstance(value, str) else value
+    """Returns a function that is given itself or by its address, `package.module:function` or with a dot."""
+    found: Any = value
+    if isinstance(value, str):
+        try:
+            found = pkgutil.resolve_name(value)
+        except (ValueError, ImportError, AttributeError) as error:
+            hint = "write `package.module:function`, with a module that Python can import from here."
+            raise ConfigurationError(f"`{argument}={value!r}` was not found: {error}.", hint) from error
     if not callable(found):
-        raise ConfigurationError(
-            f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
-            "give a function, or its address as text, `package.module:function`.",
-        )
-    return found
-
-
-def _at(argument: str, address: str) -> Any:
-    module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
-    if not module or not name:
-        raise ConfigurationError(f"`{argument}={address!r}` is no address.", ADDRESS_HINT)
-    try:
-        return operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"`{argument}={address!r}` was not found: {error}.", ADDRESS_HINT) from error
+        hint = "give a function, or its address as text, `package.module:function`."
+        raise ConfigurationError(f"`{argument}`: a value of type {type(found).__name__} cannot be called.", hint)
+    function: Callable[..., Any] = found
+    return function

@@ -1,6 +1,6 @@
-"""Results of finished steps, saved so that a process that is called again after a kill does not repeat them.
+"""Saved results of finished steps, which the same call does not repeat after a kill.
 
-A repair takes the same steps in the same order each time, so a step is known by its number and the numbers of those
+A repair takes the same steps in the same order each time, so a step is known by its number and those of the steps
 around it. The folder is named after a hash of all that the results depend on.
 """
 
@@ -23,43 +23,31 @@ from torch.serialization import add_safe_globals, default_restore_location
 
 from lightning_nrl._utils.atomic_files import replacing, write_text
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.interrupts import is_ending_early
-from lightning_nrl._utils.timing import StageTimer, TimeMark
-from lightning_nrl.errors import FilesWarning
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
 
-Bytes = bytes | bytearray | memoryview
-
-
-class DamagedValueError(ValueError):
-    """Bytes that `to_bytes` did not return, or that hold other records than the hint names."""
-
 
 def to_bytes(value: Any) -> bytes:
-    """Returns a value as bytes with a checksum; raises whatever `torch.save` raises."""
+    """Returns a value as bytes with a checksum."""
     stream = io.BytesIO()
     torch.save(value, stream)
     content = stream.getbuffer()
     return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
 
 
-def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None) -> Any:
+def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Returns the value of `to_bytes`.
 
-    Args:
-        data: the bytes.
-        hint: a type that names, directly or in its fields, all records in the value.
-        device: where tensors go that were not on the CPU; None: the CPU.
-
-    Raises:
-        DamagedValueError: the checksum is wrong, an unexpected object is in the value, or memory runs out.
+    `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value; tensors that
+    were not on the CPU go to `device`. Raises ValueError, also if memory runs out.
     """
     start, target = len(MAGIC), str(device or "cpu")
     view = memoryview(data)
     digest, content = view[start : start + 32], view[start + 32 :]
     if view[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
-        raise DamagedValueError("the checksum is wrong")
+        raise ValueError("the checksum is wrong")
 
     def place(storage: Any, location: str) -> Any:
         return default_restore_location(storage, location if location == "cpu" else target)
@@ -68,13 +56,13 @@ def from_bytes(data: Bytes, hint: Any = None, device: torch.device | None = None
         add_safe_globals(list(_records(hint, {})))
         return torch.load(io.BytesIO(content), map_location=place, weights_only=True)
     except UnpicklingError as error:
-        raise DamagedValueError("it holds an unexpected object") from error
+        raise ValueError("it holds an unexpected object") from error
     except Exception as error:
-        raise DamagedValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        raise ValueError(first_line(f"{type(error).__name__}: {error}")) from error
 
 
 def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
-    """Adds the dataclasses and named tuples in a type hint and in their fields."""
+    """Finds the dataclasses and named tuples in a type hint and in their fields."""
     for part in get_args(hint):
         _records(part, found)
     is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
@@ -87,22 +75,14 @@ def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
 
 Result = TypeVar("Result")
 
-SAVE_EVERY = 5.0
-"""Seconds that a step takes at least to be saved."""
-
-PREFIX = ".resume-"
-"""Prefix of the folder's name."""
-
-ORIGIN, FINISHED = "origin.json", ".finished"
+SAVE_EVERY = 5.0  # seconds
+PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Saves the results of finished steps in a folder; without a folder it just runs them.
+    """Saves the results of steps that take `every` seconds or more in a folder in `parent`, if there is one.
 
-    Args:
-        parent: where the folder is made, once there is something to save; None: nothing is saved.
-        elsewhere: parents of earlier runs, the newest first.
-        every: seconds that a step takes at least to be saved.
+    `elsewhere` are the parents of earlier runs, the newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
@@ -115,13 +95,9 @@ class ResumeStore:
         self._path, self._number = "", 0  # of the step in progress, and how many began inside it
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results of the same work. To be called on all ranks, with the same.
+        """Looks for results of the same work, on all ranks; the first one reads and writes.
 
-        Args:
-            origin: hashes of all that the results depend on, by the names that messages use.
-            clock: the time of the work.
-            collective: the ranks that do it; the first one reads and writes.
-            device: where tensors go that were not on the CPU.
+        `origin` has hashes of all that the results depend on, by the names that messages use.
         """
         if self._parent is None:
             return
@@ -138,13 +114,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes with the steps finished before ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs the step.
-
-        Args:
-            name: a word or two, for the name of the file.
-            work: the step, run by all ranks with the same result.
-            hint: a type that names the records in the result.
-        """
+        """Returns the saved result of a step, or runs it; all ranks get the same. See `from_bytes` for `hint`."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -153,10 +123,10 @@ class ResumeStore:
             saved = self._read(hint) if self._resumes else None
             if saved is not None:
                 result: Result = saved[0]
-                self._clock.set(saved[1])
+                self._clock.resume(*saved[1:])
                 return result
             result = work()
-            if self._folder is not None and self._clock.elapsed - began >= self._every and not is_ending_early():
+            if self._folder is not None and self._clock.elapsed - began >= self._every:
                 self._write(self._folder, result)
             return result
         finally:
@@ -164,30 +134,24 @@ class ResumeStore:
 
     @property
     def place(self) -> Path | None:
-        """The folder, if something is saved in it."""
         return self._folder if self._folder is not None and self._folder.is_dir() else None
 
     def done(self) -> None:
-        """Removes what was saved."""
         for folder in self._made:
             shutil.rmtree(folder, ignore_errors=True)
         self._folder, self._made, self._is_active = None, [], False
 
-    @property
-    def _file(self) -> str:
-        return f"{self._path[:-1]}{FINISHED}"
-
     def _write(self, folder: Path, result: Any) -> None:
-        """Writes the result of a step in place of those inside it; warns where that is not possible."""
+        """Writes the result of a step in place of those inside it, or warns."""
         try:
-            data = to_bytes((result, self._clock.mark()))
+            data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
         except Exception:  # what a user's own method returns need not be savable
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ORIGIN).exists():
                 write_text(folder / ORIGIN, self._origin)
-            replacing(folder / self._file, lambda part: part.write_bytes(data))
+            replacing(folder / f"{self._path[:-1]}{FINISHED}", lambda part: part.write_bytes(data))
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
@@ -195,30 +159,30 @@ class ResumeStore:
             warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
             self._folder = None
 
-    def _read(self, hint: Any) -> tuple[Any, TimeMark] | None:
-        """Returns the saved result and its time, the same on all ranks; None on all where one cannot read it."""
-        data = b""
+    def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
+        """Returns the saved result and its time on all ranks; None on all if one cannot read it."""
+        data, name = b"", f"{self._path[:-1]}{FINISHED}"
         if self._folder is not None:
             with suppress(OSError, MemoryError):
-                data = (self._folder / self._file).read_bytes()
+                data = (self._folder / name).read_bytes()
         received = self._collective.first_bytes(data)
         if not received:
             return None
         result, problem = None, ""
         try:
-            result = from_bytes(received, tuple[hint, TimeMark], self._device)
-        except DamagedValueError as error:
+            result = from_bytes(received, hint, self._device)
+        except ValueError as error:
             problem = str(error)
         if not self._collective.any(bool(problem)):
             return result
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
-            message = f"{self._folder}: {self._file!r} is not used, {problem}."
+            message = f"{self._folder}: {name!r} is not used, {problem}."
             warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=3)
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        """Returns True if work of this origin is saved; that of an earlier run is moved here."""
+        """True if work of this origin is saved; that of an earlier run is moved here."""
         for place in (folder, *(place / folder.name for place in self._elsewhere)):
             with suppress(OSError):
                 if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
@@ -228,11 +192,6 @@ class ResumeStore:
                         folder.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(place, folder)
                     return True
-        self._announce_other(folder, origin)
-        return False
-
-    def _announce_other(self, folder: Path, origin: Mapping[str, str]) -> None:
-        """Says how the newest saved work of another origin differs."""
         places = dict.fromkeys((folder.parent, *self._elsewhere))
         with suppress(OSError, ValueError):
             others = [path for place in places for path in place.glob(f"{PREFIX}*/{ORIGIN}")]
@@ -241,3 +200,4 @@ class ResumeStore:
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
             why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
             self._clock.announce(f"Repair: begins anew, since {why}.")
+        return False

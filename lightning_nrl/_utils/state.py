@@ -1,4 +1,4 @@
-"""A model's weights as whole tensors by name, put into the model for a while, or for good."""
+"""A model's weights as whole tensors by name: read, mixed, hashed, put into the model for a while or for good."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch import Tensor, nn
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError
 
-State = Mapping[str, Tensor]
-"""Whole parameters and buffers by the names that the state dict has for them."""
+State = Mapping[str, Tensor]  # parameters and buffers by their names in the module tree
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Detached copies of all that a repair may change: every parameter and persistent buffer, on their device."""
+    """Copies every parameter and persistent buffer, detached, on its device."""
     return {name: value.detach().clone() for name, value in live_tensors(model).items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter or buffer is; the CPU where it has none."""
+    """Returns the device of the first parameter or buffer; the CPU if there is none."""
     held = next(iter((*model.parameters(), *model.buffers())), None)
     return torch.device("cpu") if held is None else held.device
 
 
 @torch.no_grad()
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """The tensors of a state that differ from the live ones; a tensor under several names comes under each of them.
+    """Returns the tensors that differ from the live ones, a shared one under each of its names.
 
-    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU. A
-    `ConfigurationError` where a name is not in the model, or has another shape there.
+    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU.
+
+    Raises:
+        ConfigurationError: a name is not in the model, or has another shape there.
     """
     live = _checked(model, state)
     pairs = ((live[name], value) for name, value in state.items())
@@ -44,10 +45,9 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 @contextmanager
 def holding(model: nn.Module, state: State) -> Iterator[None]:
-    """Inside, the model runs with these tensors; afterwards with its own again, the very same objects.
+    """Runs the model with these tensors, then with its own again, the very same objects; raises what `changed` does.
 
-    A tensor that several modules share is replaced in all of them. `torch.func.functional_call` would leave new weights
-    behind in a layer that the model holds under two names. Raises what `changed` does.
+    A shared tensor is replaced in all modules, where `torch.func.functional_call` would leave new weights behind.
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -68,7 +68,7 @@ def holding(model: nn.Module, state: State) -> Iterator[None]:
 
 @torch.no_grad()
 def write(model: nn.Module, state: State) -> None:
-    """Copies tensors into the model for good, or none of them where `changed` would raise."""
+    """Copies tensors into the model for good, or none of them if `changed` would raise."""
     live = _checked(model, state)
     for name, value in state.items():
         live[name].copy_(value)
@@ -76,10 +76,9 @@ def write(model: nn.Module, state: State) -> None:
 
 @torch.no_grad()
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
-    """The state at a strength t from old (0) to new (1), and beyond: old + t (new - old), by the names of `new`.
+    """Returns old + t (new - old) at a strength t, by the names of `new`, to the bit at 0 and 1.
 
-    At 0 and 1 the tensors are, bit for bit, those of `old` and `new`. What is not floating point, such as a count of
-    batches, is that of `new` from t = 1/2 on. Variances of batch norm stay at or above 0.
+    Integers, such as a count of batches, are those of `new` from t = 1/2 on. Variances of batch norm stay from 0 on.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}
@@ -98,10 +97,7 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """The base plus so much of the way from it to each state; tensors that no state has are left out.
-
-    Only what is floating point moves. Variances of batch norm stay at or above 0.
-    """
+    """Returns base + sum of factor * (state - base) for the floating-point tensors that some state has."""
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
         value = base[name]
@@ -119,10 +115,7 @@ def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str,
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, the very objects that the model holds.
-
-    Their names are those of the module tree, whatever a `state_dict` of the user's own leaves out or renames.
-    """
+    """Returns the model's own parameters and persistent buffers, whatever its `state_dict` leaves out or renames."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
@@ -133,13 +126,13 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def current_state(model: nn.Module) -> dict[str, Tensor]:
-    """What `live_tensors` gives, detached: in the memory of the model."""
+    """Returns `live_tensors`, detached."""
     return {name: value.detach() for name, value in live_tensors(model).items()}
 
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Names in the state dict to the names of the live tensors that they save, as they are or as a copy of them.
+    """Maps names in the state dict to those of the live tensors of which they save the values.
 
     A `state_dict` of the user's own may leave tensors out, rename them, or save others, such as a moving average.
     """
@@ -163,11 +156,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_saved(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model whose state dict lacks some tensors of these names, or saves others in their place.
-
-    Raises:
-        ConfigurationError: as above: what is loaded would not be what was repaired.
-    """
+    """Refuses a model whose state dict lacks some of these tensors, or saves others in their place."""
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:
@@ -192,22 +181,18 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
     return live
 
 
-PART_BYTES = 2**22
-
-
 def hash_file(path: Path) -> str:
-    """SHA-256 in hexadecimal digits of what is in a file, which may be larger than memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
+        while part := file.read(2**22):
             digest.update(part)
     return digest.hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 in hexadecimal digits over names, dtypes, shapes and bytes of the tensors of a state dict.
+    """Returns the SHA-256, in hexadecimal digits, of names, dtypes, shapes and bytes of the tensors of a state dict.
 
-    It is the same on every device, in every order of the names and with any strides; what is no tensor is left out.
+    It is the same on every device, in every order of the names and with any strides.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -215,14 +200,10 @@ def hash_tensors(tensors: Mapping[str, Any]) -> str:
             continue
         tensor = tensors[name].detach().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        for part in _strided(tensor):
+        parts: tuple[Tensor, ...] = (tensor,)
+        if tensor.layout != torch.strided:
+            entries = tensor.to_sparse_coo().coalesce()
+            parts = (entries.indices(), entries.values())
+        for part in parts:
             digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
-    """What a tensor of any layout consists of."""
-    if tensor.layout == torch.strided:
-        return (tensor,)
-    entries = tensor.to_sparse_coo().coalesce()
-    return entries.indices(), entries.values()

@@ -1,7 +1,4 @@
-"""What people do instead of a repair: methods without a constraint, to be compared with.
-
-In: a `Problem`. Out: a `Solution`, as of any method; it may break anything.
-"""
+"""Methods without a constraint, to be compared with: fine-tuning, distillation, interpolation, retraining."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.checkpoint import fitting
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.registry import Registry
@@ -35,11 +33,7 @@ __all__ = [
     "fresh_weights",
 ]
 
-EPOCHS = 8  # more gains little: regressions grow along with repairs
 STEPS = 400  # about what that is on 6,000 samples; small data are gone through more often, or nothing would move
-LEARNING_RATE = 3e-4
-LAYER_LEARNING_RATE = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
-EMPHASIS = 3.0  # times the loss of a targeted sample
 TIMED = 4  # steps, after a first one, to find how many there is time for
 
 
@@ -54,14 +48,11 @@ class FineTuning:
         epochs: passes over all known data; more on small data, until some hundred steps are made.
         learning_rate: of AdamW, falling to 0 along half a cosine, over as many steps as there is time for.
         emphasis: how many times the loss of a targeted sample counts.
-
-    Raises:
-        ConfigurationError: on construction, if a number is out of its range.
     """
 
-    epochs: int = EPOCHS
-    learning_rate: float = LEARNING_RATE
-    emphasis: float = EMPHASIS
+    epochs: int = 8  # more gains little: regressions grow along with repairs
+    learning_rate: float = 3e-4
+    emphasis: float = 3.0
 
     def __post_init__(self) -> None:
         check_whole("epochs", self.epochs, 1)
@@ -76,14 +67,13 @@ class FineTuning:
 class LayerFineTuning(FineTuning):
     """Fine-tuning of the layers that a swarm would search, and of nothing else.
 
-    With a learning rate that fits: at that of a whole network one layer hardly moves.
+    Its learning rate is higher: at that of a whole network one layer hardly moves.
     """
 
-    learning_rate: float = LAYER_LEARNING_RATE
+    learning_rate: float = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
 
     def __call__(self, problem: Problem) -> Solution:
-        searched = tuple(problem.space.parameters)
-        return super().__call__(replace(problem, scope=searched))
+        return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
 
 
 @dataclass(frozen=True)
@@ -91,13 +81,8 @@ class DistilledFineTuning(FineTuning):
     """Fine-tuning that is held to the old model's outputs, most of all where it is right.
 
     To each sample's loss it adds `base + scale [old model right]` times the divergence from the old model's output at
-    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are).
-
-    Attributes:
-        base: weight of the divergence on every sample.
-        scale: what is added to it where the old model is right.
-        temperature: what outputs are divided by; the divergence is multiplied by its square, so that its gradient
-            keeps its size (Hinton et al. 2015).
+    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are). The divergence is multiplied
+    by the temperature's square, so that its gradient keeps its size (Hinton et al. 2015).
     """
 
     base: float = 1.0
@@ -105,7 +90,7 @@ class DistilledFineTuning(FineTuning):
     temperature: float = 100.0
 
     def __call__(self, problem: Problem) -> Solution:
-        task, heat, plain = problem.task, self.temperature, _emphasised(problem, self.emphasis)
+        task, heat, plain = problem.evaluator.task, self.temperature, _emphasised(problem, self.emphasis)
         teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
         weight = self.base + self.scale * problem.before.passed.float()
 
@@ -121,7 +106,7 @@ def _emphasised(problem: Problem, emphasis: float) -> Loss:
     weight = 1 + (emphasis - 1) * problem.before.targeted.float()
 
     def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        return (weight[rows].to(output.device) * problem.task.loss(output, batch.target)).sum()
+        return (weight[rows].to(output.device) * problem.evaluator.task.loss(output, batch.target)).sum()
 
     return loss
 
@@ -132,14 +117,17 @@ def _tuned(problem: Problem, settings: FineTuning, loss: Loss) -> Solution:
         state, epochs = _descended(problem, settings, loss)
     if not epochs:
         return Solution(None, "there was no time for an epoch.")
-    with clock.stage("judge"):
-        proposal = problem.propose("tune", state)
-    step = proposal.step(clock.elapsed - began, f"{epochs:.3g} epochs")
-    return Solution(proposal, steps=(step,))
+    return _judged(problem, "tune", state, began, f"{epochs:.3g} epochs")
+
+
+def _judged(problem: Problem, name: str, state: State, began: float, note: str = "") -> Solution:
+    with problem.clock.stage("judge"):
+        proposal = problem.propose(name, state)
+    return Solution(proposal, steps=(proposal.step(problem.clock.elapsed - began, note),))
 
 
 def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, float]:
-    """The weights after all epochs, or after as many as there is time for, and how many these are.
+    """Returns the weights after all epochs that there is time for, and their number.
 
     Where time is short the schedule is shorter, too: weights do not settle before the learning rate has fallen.
     """
@@ -162,7 +150,7 @@ def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[Stat
 
 
 def _steps_left(problem: Problem, pace: float) -> int:
-    """How many steps there is time for, a last pass over the data excepted; the first rank's answer."""
+    """Steps that there is time for before a last pass over the data; the first rank's answer."""
     left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
     return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))
@@ -172,86 +160,55 @@ def _steps_left(problem: Problem, pace: float) -> int:
 class Retraining:
     """Trains anew from random weights, as the model was trained, the known failures added to the data.
 
-    It needs `problem.training`, the model's own training; without it there is no proposal.
-
-    Attributes:
-        fresh: makes an untrained network; None: every layer of a copy is initialised again.
-
-    Raises:
-        ConfigurationError: on construction, if `fresh` is no function.
+    It needs `problem.training`. `fresh` makes an untrained network; None: every layer is initialised again.
     """
 
     fresh: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
-        if self.fresh is not None and (isinstance(self.fresh, nn.Module) or not callable(self.fresh)):
-            found = type(self.fresh).__name__
-            raise ConfigurationError(
-                f"`fresh`: a {found} makes no network.", "give a function that does: `fresh=lambda: Net()`."
-            )
+        fits = self.fresh is None or (callable(self.fresh) and not isinstance(self.fresh, nn.Module))
+        check_kind("fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()")
 
     def __call__(self, problem: Problem) -> Solution:
-        start = None if _obstacle(problem) else fresh_weights(problem.model, problem.seed, self.fresh)
-        return _trained(problem, "retrain", math.inf, start)
+        return _trained(problem, "retrain", math.inf, lambda: fresh_weights(problem.model, problem.seed, self.fresh))
 
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Trains on from the old weights, as the model was trained, the known failures added to the data (a warm start).
+    """Trains on from the old weights with the known failures added to the data (a warm start).
 
-    Learning rate, schedule and augmentation are those of the training, for as many epochs or as many as there is time
-    for. It needs `problem.training`.
+    Everything else is as in the model's own training, `problem.training`, which it needs.
     """
 
     def __call__(self, problem: Problem) -> Solution:
         return _trained(problem, "train", problem.clock.left - problem.clock.one_pass)
 
 
-def _trained(problem: Problem, name: str, seconds: float, start: State | None = None) -> Solution:
-    obstacle = _obstacle(problem)
-    if obstacle or problem.training is None:
-        return Solution(None, obstacle)
+def _trained(problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None) -> Solution:
+    if problem.training is None:
+        return Solution(None, "it is not known how the model was trained.")
+    if not problem.whole:
+        return Solution(None, "only some layers may change, and its training changes all.")
     clock, began = problem.clock, problem.clock.elapsed
     with clock.stage(name):
-        state = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start)
+        state = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
     if state is None:
         return Solution(None, "training did not come to an end.")
-    with clock.stage("judge"):
-        proposal = problem.propose(name, state)
-    return Solution(proposal, steps=(proposal.step(clock.elapsed - began),))
-
-
-def _obstacle(problem: Problem) -> str:
-    """Why the whole network cannot be trained as it was, in words; empty if it can."""
-    if problem.training is None:
-        return "it is not known how the model was trained."
-    return "" if problem.whole else "only some layers may change, and its training changes all."
+    return _judged(problem, name, state, began)
 
 
 @torch.no_grad()
 def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None) -> State:
     """Weights and buffers of an untrained network of the same shape, on the model's device; the model stays as it is.
 
-    Args:
-        model: the trained network.
-        seed: of the initialisation.
-        make: makes an untrained network; None: `reset_parameters` of each module of the model is called on a copy.
-
-    Raises:
-        ConfigurationError: a parameter belongs to a module that cannot initialise it, or another network was made.
+    `make` makes the network; None: `reset_parameters` of each module is called on a copy. A `ConfigurationError` if a
+    parameter belongs to a module that cannot initialise it, or another network was made.
     """
     state = snapshot(model)
     with random_state():
         torch.manual_seed(seed)
         if make is not None:
-            made = snapshot(make())
-            for name, value in state.items():
-                if name not in made or made[name].shape != value.shape:
-                    found = f"has the shape {list(made[name].shape)}" if name in made else "is not there"
-                    raise ConfigurationError(
-                        f"`fresh`: {name!r} {found} in what it made.", "make the network that was trained."
-                    )
-            return {name: made[name].to(value.device, value.dtype) for name, value in state.items()}
+            return fitting("fresh", make().state_dict(), model)
         with holding(model, state):
             for name, module in model.named_modules():
                 reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -267,18 +224,11 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 
 @dataclass(frozen=True)
 class Interpolation:
-    """The weights (1 - a) old + a new: fewer regressions than the new ones for part of their gain.
+    """The weights (1 - a) old + a new: fewer regressions than those of the method `new` for part of their gain.
 
-    Schumann et al. 2024, Backward compatibility during data updates by weight interpolation. They choose a on data set
-    aside; on data that the new weights were trained on, a = 1 is always the most accurate. So it is half unless told,
-    which Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) found good without any choice.
-
-    Attributes:
-        new: the method whose weights are the far end.
-        a: the share of the new weights, above 0 and at most 1.
-
-    Raises:
-        ConfigurationError: on construction, if `new` is no method or `a` is out of its range.
+    Schumann et al. 2024 (Backward compatibility during data updates by weight interpolation) choose a on data set
+    aside; on data that the new weights were trained on, a = 1 is always the most accurate. Half is what Wortsman et al.
+    2022 (Robust fine-tuning of zero-shot models) found good without any choice.
     """
 
     new: Method = field(default_factory=FineTuning)
@@ -292,15 +242,13 @@ class Interpolation:
         return self.towards(problem, self.new(problem))
 
     def towards(self, problem: Problem, end: Solution) -> Solution:
-        """The same from an end that has been found already, so that it need not be trained twice."""
+        """Interpolates towards an end that was found already, so that it is not trained twice."""
         if end.proposal is None:
             return end
-        clock, began = problem.clock, problem.clock.elapsed
-        with clock.stage("judge"):
-            mixed = between(snapshot(problem.model), end.proposal.state, self.a)
-            proposal = problem.propose("interpolate", mixed)
-        step = proposal.step(clock.elapsed - began, f"a = {self.a:g}")
-        return Solution(proposal, steps=(*end.steps, step), others=(end.proposal,))
+        began = problem.clock.elapsed
+        mixed = between(snapshot(problem.model), end.proposal.state, self.a)
+        solution = _judged(problem, "interpolate", mixed, began, f"a = {self.a:g}")
+        return replace(solution, steps=(*end.steps, *solution.steps), others=(end.proposal,))
 
 
 BASELINES: Registry[Method] = Registry("baseline", "the name of one, or an object such as FineTuning()", callable)

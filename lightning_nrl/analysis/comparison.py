@@ -1,8 +1,4 @@
-"""Methods and baselines beside each other on one problem.
-
-In: a module, known and unseen data, and names of methods. Out: a `Comparison`: what each method repairs and breaks at
-several strengths, as data, a page and a figure.
-"""
+"""Methods and baselines beside each other on one problem: what each repairs and breaks, as data, page and figure."""
 
 from __future__ import annotations
 
@@ -12,18 +8,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
-from lightning_nrl.analysis.comparison_plot import draw_comparison
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -35,29 +30,25 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
-from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
-from lightning_nrl.pipeline.baseline import HeldOut, LeakCheck
-from lightning_nrl.pipeline.input_checks import check_losses, check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.baseline import HeldOut, evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
 from lightning_nrl.report import Report, StrengthPoint, installed_versions
-from lightning_nrl.report._figures import Plotted
+from lightning_nrl.report._figures import INK, PALETTE, Plotted, label_axes, literal, new_figure
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 
-__all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead", "Methods", "compare_module", "parse_methods"]
+__all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
-COMPARED_METHODS: Registry[AnyMethod] = Registry(
-    METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES)
-)
-"""Methods and baselines by name."""
-
+ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
 COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm", *BASELINES)
 """What a comparison runs where no methods are named."""
 
@@ -80,15 +71,9 @@ def compare_module(
     No gate judges them. What each gives is counted at several strengths between the original and its own weights, and
     at the largest strength that breaks no known sample. The model is left as found.
 
-    Args:
-        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
-        known: data that methods may look at.
-        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
-            `gate`, `strength`, `limit`, `sparse`).
-        unseen: data that is only counted: nothing is chosen by it.
-        methods: names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
-        training: goes on with the training of the model, or begins it anew; without it there is no retraining.
-        observer: is told how it goes.
+    Model and data are as of `repair_module`; nothing is chosen by unseen data. `settings` say what to repair; each
+    method has `max_time`. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
+    Without `training`, which goes on with the model's own or begins it anew, there is no retraining.
 
     Raises:
         ConfigurationError: the layer, the data, the target, the task or a method cannot be used, or no failed sample is
@@ -102,16 +87,12 @@ def compare_module(
     include_bias = settings.localizer.include_bias
     layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve(model):
-        collecting, leaks = StageTimer(observer), LeakCheck(known, {"unseen": unseen})
-        with collecting.stage("collect"):
-            before, _ = SampleOptions(importance=settings.samples.importance).evaluate(
-                evaluator, leaks.known, settings.target
-            )
-        check_losses(before)
-        check_targets(before, settings)
-        problem = build_problem(evaluator, known, before, layers, settings, training=training)
-        later = HeldOut(unseen, evaluator.run(leaks.held_out["unseen"])) if unseen else None
-        leaks.leaked(evaluator.collective)
+        collecting = StageTimer(observer)
+        bare = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
+        baseline = evaluate_baseline(evaluator, known, bare, unseen=unseen, clock=collecting)
+        check_targets(baseline.before, settings)
+        problem = build_problem(evaluator, known, baseline.before, layers, settings, training=training)
+        later = baseline.held_out.get("unseen")
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():
@@ -123,15 +104,11 @@ def compare_module(
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
     layer = ", ".join(layer_names(settings.layer))
-    return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
+    return Comparison(tuple(entries), int(problem.before.targeted.sum()), str(settings.target), layer, settings.seed)
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Methods by the names that a comparison gives them.
-
-    Raises:
-        ConfigurationError: a name is unknown or there twice, or something is no method.
-    """
+    """Methods by the names that a comparison gives them; a `ConfigurationError` if one is unknown or there twice."""
     methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
@@ -142,20 +119,18 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
             f"`methods` are {names}.", "name each once; a mapping gives objects names of their own."
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
-    return {name: COMPARED_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
+    return {name: ALL_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
 
 
 def _solved(
     method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
 ) -> tuple[Solution, float]:
-    """What a method gives and how long it takes; the far end of an interpolation is not trained a second time."""
+    """Runs a method and measures its time; the far end of an interpolation is not trained a second time."""
     began, earlier = time.perf_counter(), 0.0
-    known = [
-        (end, seconds) for other, end, seconds in found if isinstance(method, Interpolation) and other == method.new
-    ]
     try:
-        if isinstance(method, Interpolation) and known:
-            end, earlier = known[0]
+        if isinstance(method, Interpolation):
+            ends = [(end, seconds) for other, end, seconds in found if other == method.new]
+            end, earlier = ends[0] if ends else (method.new(problem), 0.0)
             solution = method.towards(problem, end)
         else:
             solution = solve(method, problem)
@@ -167,12 +142,11 @@ def _solved(
 
 
 def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float) -> Entry:
-    """Counts what a method gave, and what lies between it and the original weights."""
     if solution.proposal is None:
         return Entry(name, seconds, note=solution.reason)
     path = PatchPath(problem, solution.proposal.state)
-    later = NOTHING_UNSEEN if unseen is None else Flips.between(unseen.before, unseen.before).counts()
-    start = CurvePoint(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
+    later = NOTHING_UNSEEN if unseen is None else FlipCounts.of(unseen.before.right, unseen.before.right)
+    start = CurvePoint(0.0, 0, FlipCounts.of(problem.before.right, problem.before.right), later)
     curve = (start, *(_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)))
     began = time.perf_counter()
     scaled = _scaled(path, unseen, curve)
@@ -181,10 +155,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """The largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
-
-    Counts need not rise with the strength, so a larger one may be missed; this one was counted.
-    """
+    """Bisects for the largest strength that breaks no known sample; counts need not rise, so one may be missed."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -195,7 +166,6 @@ def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]
 
 
 def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> CurvePoint:
-    """A point of the curve, counted on unseen data too."""
     later = NOTHING_UNSEEN
     if unseen is not None:
         later = unseen.flips(path.problem.evaluator, path.state(counted.strength)).counts()
@@ -204,13 +174,9 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A method's weights at one strength, counted by a forward pass of the deployed model.
+    """Counts of a method's weights at one strength t, w0 + t (w - w0), by a forward pass of the deployed model.
 
-    Attributes:
-        strength: t of w0 + t (w - w0); 0 is the original, 1 what the method gave.
-        targeted: failures to be repaired that pass.
-        known: what became of all known samples.
-        unseen: what became of samples that no method looked at.
+    `targeted` are failures to be repaired that pass; no method looked at `unseen` samples.
     """
 
     strength: float
@@ -226,14 +192,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Entry:
-    """What came of one method.
+    """The result of one method.
 
     Attributes:
-        method: its name.
         seconds: wall time until it gave its weights.
         curve: its weights at rising strengths from 0, the last as it gave them; empty if it gave none.
-        scaled: the weights at the largest strength that was found to break no known sample, as they are if they break
-            none; None if the method gave none.
+        scaled: the weights at the largest strength that was found to break no known sample; None if it gave none.
         scaling: seconds that the search for this strength took.
         note: what the method says of its result, or why there is none.
     """
@@ -250,38 +214,6 @@ class Entry:
         """The weights as the method gave them."""
         return self.curve[-1] if self.curve else None
 
-    def broken_at(self, repaired: float) -> float:
-        """How many unseen samples break where so many are repaired, by straight lines between points of the curve.
-
-        Where the curve is at that height more than once, the fewest; NaN where it never is.
-        """
-        ends = [(point.unseen.repaired, point.unseen.broken) for point in self.curve]
-        found = [float(x) for y, x in ends if y == repaired]
-        for (y, x), (y_next, x_next) in pairwise(ends):
-            if min(y, y_next) < repaired < max(y, y_next):
-                found.append(x + (x_next - x) * (repaired - y) / (y_next - y))
-        return min(found, default=math.nan)
-
-
-@dataclass(frozen=True)
-class HeadToHead:
-    """A method at one strength, and another method where that repairs as many unseen samples.
-
-    Attributes:
-        method: the first method.
-        point: its weights at one strength.
-        broken: unseen samples that the other breaks for as many repaired ones; NaN if it never repairs as many.
-    """
-
-    method: str
-    point: CurvePoint
-    broken: float
-
-    @property
-    def fewer(self) -> bool:
-        """Whether the other breaks fewer."""
-        return self.broken < self.point.unseen.broken
-
 
 @dataclass(frozen=True)
 class Comparison(Report, Plotted):
@@ -291,9 +223,6 @@ class Comparison(Report, Plotted):
         entries: one a method, in the order in which they ran.
         targets: failures that were to be repaired.
         target: which these are, in words.
-        layer: what was to be changed, as it was asked for.
-        seed: of everything random.
-        versions: versions of the software by name.
     """
 
     entries: tuple[Entry, ...]
@@ -304,30 +233,16 @@ class Comparison(Report, Plotted):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
-        return page_of_comparison(self)
+        return _page(self)
 
     def figure(self) -> Any:
-        return draw_comparison(self)
+        return _figure(self)
 
     def __getitem__(self, method: str) -> Entry:
-        """The entry of a method.
-
-        Raises:
-            ConfigurationError: it is not there; the nearest name is given.
-        """
+        """The entry of a method; a `ConfigurationError` names the nearest one if it is not there."""
         found = {entry.method: entry for entry in self.entries}
         check_choice("method", method, tuple(found))
         return found[method]
-
-    def head_to_head(self, method: str) -> tuple[HeadToHead, ...]:
-        """A method beside every other one at each point of that one's curve, at equal unseen repaired."""
-        own = self[method]
-        return tuple(
-            HeadToHead(entry.method, point, own.broken_at(point.unseen.repaired))
-            for entry in self.entries
-            if entry.method != method
-            for point in entry.curve[1:]
-        )
 
     def to_csv(self) -> str:
         """A line for every point of every curve, and one for the weights scaled back."""
@@ -351,19 +266,18 @@ class Comparison(Report, Plotted):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for kind, text in (("json", self.to_json()), ("csv", self.to_csv()), ("md", self.to_markdown())):
-            (folder / f"comparison.{kind}").write_text(text, encoding="utf-8")
+            write_text(folder / f"comparison.{kind}", text)
 
 
 SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
 
 
-def page_of_comparison(comparison: Comparison) -> Page:
-    """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
+def _page(comparison: Comparison) -> Page:
     shown = [entry for entry in comparison.entries if entry.curve]
-    blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison))]
+    blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison, shown))]
     if shown:
         blocks.append(_table(comparison, shown))
-        if any(len(_lines(entry)) > 1 for entry in shown):
+        if any(entry.scaled is not None and entry.scaled.strength < 1 for entry in shown):
             blocks.append(Text(SCALED_NOTE))
     left_out = tuple((entry.method, entry.note) for entry in comparison.entries if not entry.curve)
     if left_out:
@@ -372,35 +286,84 @@ def page_of_comparison(comparison: Comparison) -> Page:
     return Page((*blocks, Facts(facts)))
 
 
-def _summary(comparison: Comparison) -> str:
+def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
     text = f"{plural(comparison.targets, 'failure')} to repair"
-    first = next((entry.curve[0] for entry in comparison.entries if entry.curve), None)
-    if first is None:
+    if not shown:
         return f"{text}; no method gave new weights."
+    first = shown[0].curve[0]
     text += f", {first.known.passed:,} of {first.known.n:,} known samples right before"
     if first.unseen.n:
         text += f", {first.unseen.passed:,} of {first.unseen.n:,} unseen ones"
     return f"{text}."
 
 
-def _table(comparison: Comparison, entries: list[Entry]) -> Table:
-    with_unseen = any(entry.curve[0].unseen.n for entry in entries)
+def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
+    """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
+    with_unseen = _has_unseen(shown)
     columns = [("repaired", f"of {comparison.targets:,}"), ("repaired", "known"), ("broken", "known")]
     if with_unseen:
         columns += [("repaired", "unseen"), ("broken", "unseen"), ("accuracy", "points")]
+
+    def row(label: str, seconds: float, point: CurvePoint) -> Row:
+        texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
+        if with_unseen:
+            texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
+        return Row(label, (*texts, f"{seconds:,.1f}"))
+
     rows = []
-    for entry in entries:
-        for label, seconds, point in _lines(entry):
-            texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
-            if with_unseen:
-                texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
-            rows.append(Row(label, (*texts, f"{seconds:,.1f}")))
+    for entry in shown:
+        rows.append(row(entry.method, entry.seconds, entry.curve[-1]))
+        if entry.scaled is not None and entry.scaled.strength < 1:
+            label = f"  scaled to {entry.scaled.strength:.2f}"
+            rows.append(row(label, entry.seconds + entry.scaling, entry.scaled))
     return Table((*columns, ("time", "s")), tuple(rows))
 
 
-def _lines(entry: Entry) -> list[tuple[str, float, CurvePoint]]:
-    given, scaled = entry.curve[-1], entry.scaled
-    lines = [(entry.method, entry.seconds, given)]
-    if scaled is not None and scaled.strength < 1:
-        lines.append((f"  scaled to {scaled.strength:.2f}", entry.seconds + entry.scaling, scaled))
-    return lines
+def _has_unseen(shown: Sequence[Entry]) -> bool:
+    return any(entry.curve[0].unseen.n for entry in shown)
+
+
+LEGEND = (
+    "Dot: as the method gave it; ring: scaled back to none known broken; dashed: a baseline; "
+    "thin line: as many broken as repaired"
+)
+
+
+def _figure(comparison: Comparison) -> Any:
+    shown = [entry for entry in comparison.entries if entry.curve]
+    figure = new_figure(11, 5)
+    roles = ("known", "unseen") if _has_unseen(shown) else ("known",)
+    figure.suptitle(f"{comparison.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
+    panels = figure.subplots(1, len(roles), squeeze=False)[0]
+    for axes, role in zip(panels, roles, strict=True):
+        _panel(axes, role, shown)
+    if shown:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
+    def place(point: CurvePoint) -> tuple[int, int]:
+        counts: FlipCounts = getattr(point, role)
+        return counts.broken, counts.repaired
+
+    curves = [[place(point) for point in entry.curve] for entry in entries]
+    right = 1.12 * max([1, *(curve[-1][0] for curve in curves)])
+    top = 1.12 * max([1, *(y for curve in curves for x, y in curve if x <= right)])
+    axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
+    for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
+        colour = PALETTE[i % len(PALETTE)]
+        if all(x <= right for x, _ in curve):  # the way to one that was trained anew leads through broken networks
+            style = "--" if entry.method in BASELINES else "-"
+            axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
+        axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=literal(entry.method))
+        if entry.scaled is not None and 0 < entry.scaled.strength < 1:
+            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # seen around a dot, too
+            axes.plot(*place(entry.scaled), "o", **ring, clip_on=False, zorder=2.5)
+    axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it
+    axes.set_ylim(0, top)
+    axes.set_title(f"{role} samples", color=INK, fontsize=10, loc="left")
+    label_axes(axes, "broken (was right, now wrong)", "repaired (was wrong, now right)")
+    axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""Training with fewer regressions: a term that holds the new model to what the replaced one gets right."""
+"""A term of the training loss that holds the new model to what the replaced one gets right."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.repair_files import parse_prefix
-from lightning_nrl._trainer.step_outputs import (
-    ONE_LINE,
-    ForwardPass,
-    OutputCapture,
-    Probe,
-    add_to_loss,
-    find_forward_pass,
-    replaced,
-)
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve
@@ -44,25 +36,22 @@ class PositiveCongruentTraining(CallbackBase):
     """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
 
     The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
-    Model Updates. The module stays as it is: the term is about the output that `training_step` gets from `self(x)`, and
-    is added to the loss that it returns. Where that cannot be known, an error says so in the first step, and one line
-    of `training_step` does it (see `regression_loss`). The value of each term is logged as `regression/<name>`. The
-    replaced model is no part of the module, its checkpoints or its optimizer.
+    Model Updates. The term is about the output that `training_step` gets from `self(x)`, and is added to the loss that
+    it returns; where that cannot be known, an error in the first step says so, and `regression_loss` does it in one
+    line of the step. Terms are logged as `regression/<name>`. The replaced model is no part of the module, its
+    checkpoints or its optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
             (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
-        index: a function of the batch that gives the data-set positions of its samples, or its address; the replaced
-            model then sees each sample once, so only without augmentation. Needed for predictions from a file.
-            None: it sees each batch, with the very inputs of the new model.
-        prefix: what tags begin with.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
-
-    Raises:
-        ConfigurationError: an argument that cannot be used, or a step to which nothing can be added, in the first step.
+        index: a function of the batch, or its address, that returns the data-set positions of its samples: the replaced
+            model then sees each sample once, without augmentation. Needed for predictions from a file. None: it sees
+            each batch as the new model does.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`; not one that runs the module.
 
     Example::
 
@@ -90,7 +79,7 @@ class PositiveCongruentTraining(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = ExitStack(), OutputCapture(), ExitStack()
+        self._step, self._outputs, self._held = ExitStack(), step_outputs.OutputCapture(), ExitStack()
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -120,7 +109,7 @@ class PositiveCongruentTraining(CallbackBase):
         # For the time of a batch: copies that are made between batches would keep calling the original.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
-        self._step.enter_context(replaced(pl_module, training_step=step))
+        self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
 
     @override
     def on_train_batch_end(
@@ -146,10 +135,10 @@ class PositiveCongruentTraining(CallbackBase):
         self._release()
 
     def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
-        """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
+        """Returns and logs the sum of the terms for a batch (see `regression_loss`)."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
-        return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
+        return self._loss(pl_module, step_outputs.ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
 
     def _step_with_terms(
         self, pl_module: LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -163,14 +152,13 @@ class PositiveCongruentTraining(CallbackBase):
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                "`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE
-            )
+            problem = "`training_step` optimises by itself, so nothing can be added to its loss."
+            raise ConfigurationError(problem, step_outputs.ONE_LINE)
         plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
-        call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
-        return add_to_loss(result, self._loss(pl_module, call, target, batch))
+        call = step_outputs.find_forward_pass(name, calls, plain, named, length_of(target), self.task)
+        return step_outputs.add_to_loss(result, self._loss(pl_module, call, target, batch))
 
-    def _loss(self, pl_module: LightningModule, call: ForwardPass, target: Any, raw: Any) -> Tensor:
+    def _loss(self, pl_module: LightningModule, call: step_outputs.ForwardPass, target: Any, raw: Any) -> Tensor:
         assert self._teacher is not None
         logits = call.logits
         with validating(pl_module.trainer):
@@ -182,9 +170,16 @@ class PositiveCongruentTraining(CallbackBase):
 
     @torch.no_grad()
     def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Both models on the first batch: whatever does not fit is found before anything is trained."""
+        """Runs both models on the first batch, to find what does not fit before anything is trained."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
-        probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
+        old = self.reference
+        if isinstance(old, Predictions):
+            assert self.index is not None
+            teacher: ReferenceTeacher = PredictedTeacher(old, "train", self.task, self.index)
+        else:
+            model = reference_module(trainer, pl_module, old.model, self._held)
+            teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+        probe = step_outputs.Probe(pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
@@ -194,19 +189,11 @@ class PositiveCongruentTraining(CallbackBase):
                 raise ConfigurationError(what, hint) from error
             logits = self.task.logits(output)
             self.task.check(logits, target)
-            old = teacher(args, kwargs, target, batch, logits)
+            answer = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, old), len(logits))
+                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, answer), len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
-
-    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
-        if isinstance(self.reference, Predictions):
-            assert self.index is not None
-            return PredictedTeacher(self.reference, "train", self.task, self.index)
-        old = self.reference
-        model = reference_module(trainer, pl_module, old.model, self._held)
-        return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
 
     def _release(self) -> None:
         self._step.close()
@@ -216,18 +203,15 @@ class PositiveCongruentTraining(CallbackBase):
 
 
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
-    """What `PositiveCongruentTraining` adds to the loss, for a `training_step` that says itself where.
+    """Returns the scalar that `PositiveCongruentTraining` adds to the loss, for a `training_step` that adds it itself.
 
-    Needed where the step optimises by itself, calls the model several times, or mixes samples and labels; possible
-    everywhere. Where the trainer has no such callback, and outside of training, it is 0.
+    Needed if the step optimises by itself, calls the model several times, or mixes samples and labels. Without such a
+    callback, and outside of training, it is 0.
 
     Args:
         module: the module whose step it is.
         batch: what `output` is for, as the data loader gives it: for augmented inputs `(augmented, labels)`.
         output: what the model returned, with its gradients.
-
-    Returns:
-        A scalar on the device of the module.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""While a new model trains, every validation counts it against the model that it is to replace."""
+"""Counts of a new model against the model that it is to replace, in every validation."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from lightning_nrl._trainer import validation_flips
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.loaders import parse_adapter
 from lightning_nrl._trainer.repair_files import parse_prefix
 from lightning_nrl._trainer.step_outputs import OutputCapture, logits_of
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._trainer.validation_flips import (
-    FlipCounter,
-    ReferenceResults,
-    evaluate_reference,
-    is_same_validation,
-    metrics_of,
-)
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
+from lightning_nrl.errors import PerformanceWarning, check_whole
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.updates.old_model import Reference, parse_reference
+from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.release import check_reference
 
 
 class RegressionMetrics(CallbackBase):
@@ -43,16 +38,12 @@ class RegressionMetrics(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint or of its predictions (CSV, split `val`), or
             an `OldModel`.
         slices: counts slices too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or place,
-            or a function of it, with a name or number for each sample, or one bool (the slice has the column's name);
-            the function's address, `package.module:function`; or a `Target`, whose samples are it.
-        prefix: what the tags begin with.
+            or a function of it or its address, with a name or number for each sample, or one bool (the slice has the
+            column's name); or a `Target`.
+        prefix: of tags.
         dataloader: which validation data loader is counted, where there are several.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
-            or its address; None: `(x, y, *extras)` or the usual keys.
-
-    Raises:
-        ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
 
     Example::
 
@@ -71,11 +62,7 @@ class RegressionMetrics(CallbackBase):
         adapter: str | Adapter | None = None,
     ) -> None:
         super().__init__()
-        found = parse_reference(reference)
-        if found is None:
-            hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-            raise ConfigurationError("`reference=None`: there is nothing to compare with.", hint)
-        self.reference = found
+        self.reference = check_reference("reference", reference)
         self.slices: Any = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
         check_whole("dataloader", dataloader, 0)
@@ -83,8 +70,8 @@ class RegressionMetrics(CallbackBase):
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
         self._outputs = OutputCapture()
-        self._reference_results: ReferenceResults | None = None
-        self._counter: FlipCounter | None = None
+        self._reference_results: validation_flips.ReferenceResults | None = None
+        self._counter: validation_flips.FlipCounter | None = None
         self._warned = False
 
     @override
@@ -114,9 +101,9 @@ class RegressionMetrics(CallbackBase):
             return
         known = self._reference_results
         # Data loaders may be made anew while training.
-        if known is None or not is_same_validation(known, trainer, self.dataloader):
+        if known is None or not validation_flips.is_same_validation(known, trainer, self.dataloader):
             known = self._evaluate_reference(trainer, pl_module)
-        self._counter = FlipCounter(known, pl_module.device)
+        self._counter = validation_flips.FlipCounter(known, pl_module.device)
 
     @override
     def on_validation_batch_start(
@@ -143,8 +130,12 @@ class RegressionMetrics(CallbackBase):
         is_forward = not (args and isinstance(args[0], ModelCall))
         logits = logits_of(output, self._counter.size(batch_idx), self.task) if is_forward else None
         if logits is None:
-            if is_forward:
-                self._warn_once()
+            if is_forward and not self._warned:
+                self._warned = True
+                problem = (
+                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each."
+                )
+                rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
         right = self.task.right(logits, target)
@@ -157,14 +148,14 @@ class RegressionMetrics(CallbackBase):
         names, counts = self._counter.counts(Collective.current(pl_module.device))
         self._counter = None
         tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
-        rows = zip(tags, metrics_of(counts), strict=True)
+        rows = zip(tags, validation_flips.metrics_of(counts), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
-        means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
+    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> validation_flips.ReferenceResults:
+        how = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
+        known = self._reference_results = validation_flips.evaluate_reference(self.reference, trainer, pl_module, **how)
         self._outputs.attach(pl_module, known.parts)
         return known
 
@@ -172,13 +163,3 @@ class RegressionMetrics(CallbackBase):
         self._outputs.detach()
         self._reference_results = self._counter = None
         self._warned = False
-
-    def _warn_once(self) -> None:
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                PerformanceWarning(
-                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each.",
-                    "call `self(x)` in `validation_step`.",
-                )
-            )

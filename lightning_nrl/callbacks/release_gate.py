@@ -1,4 +1,4 @@
-"""The release gate in a trainer's test: may the tested model replace the old one?"""
+"""The release gate in the test of a trainer."""
 
 from __future__ import annotations
 
@@ -43,22 +43,17 @@ class ReleaseGate(CallbackBase):
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
         rules: what must hold, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
-        slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
-            that gives a name or a number for each sample, its address, or a `Target`.
+        slices: as of `RegressionMetrics`.
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
-        task: what right means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
-            or its address; None: `(x, y, *extras)` or the usual keys.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
         seed: for random transforms of the data.
         dirpath: folder for the files; None: `<log_dir>/release`.
         verbose: whether the verdict is printed.
 
     Attributes:
         report: the verdict, once it is there; None before.
-
-    Raises:
-        ConfigurationError: an argument that cannot be used; before the test begins.
 
     Example::
 
@@ -89,9 +84,7 @@ class ReleaseGate(CallbackBase):
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
-        self.seed = seed
-        self.dirpath = dirpath
-        self.verbose = verbose
+        self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
         self.report: ReleaseReport | None = None
 
     @override
@@ -120,7 +113,6 @@ class ReleaseGate(CallbackBase):
             self._run(trainer, pl_module, "val")
 
     def _check(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
-        """What can be known before anything runs."""
         self.report = None
         base_folder(self.dirpath, trainer, "release")
         sources = self._sources(trainer, model, stage)
@@ -154,22 +146,16 @@ class ReleaseGate(CallbackBase):
 
     def _sources(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> list[LoaderSource]:
         given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": batch_limit(trainer)}
-        sources = [
-            make_source(loader, name, trainer=trainer, model=model, **how)
-            for name, loader in _loaders_by_name(given, stage, self.splits).items()
-        ]
+        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "seed": self.seed}
+        loaders = _loaders_by_name(given, stage, self.splits)
+        sources = [make_source(one, name, limit=batch_limit(trainer), **how) for name, one in loaders.items()]
         with random_state():
             _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
 
 
 def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
-    """The data loaders by the names of their splits.
-
-    Raises:
-        ConfigurationError: there are not as many as names, or one cannot be read by index.
-    """
+    """Returns the data loaders by their splits; refuses other numbers of names, and one that has no index."""
     if isinstance(given, Mapping):
         own, loaders = list(map(str, given)), list(given.values())
     else:
@@ -177,17 +163,15 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
         own = [stage] if len(loaders) == 1 else [f"{stage}-{i}" for i in range(len(loaders))]
     names = own if splits is None else list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
-            "give each of them a name of its own, in order, or leave `splits` out.",
-        )
+        hint = "give each of them a name of its own, in order, or leave `splits` out."
+        raise ConfigurationError(f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint)
+    hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
     for name, loader in zip(names, loaders, strict=True):
-        hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
         check_loader(loader, name, hint)
     return dict(zip(names, loaders, strict=True))
 
 
 def _global_seed() -> dict[str, int]:
-    """What `seed_everything` was given, if it was called."""
+    """Returns the seed of `seed_everything`, if it was called."""
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return {"seed_everything": int(seed)} if seed.lstrip("-").isdigit() else {}

@@ -1,10 +1,9 @@
-"""The Lightning shell: hooks and checks, in order. What a repair is stands in `lightning_nrl.pipeline`."""
+"""The Lightning shell of a repair: hooks and checks, in order; `lightning_nrl.pipeline` makes the repair."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._trainer import repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams
-from lightning_nrl._trainer.repair_files import (
-    REPAIRED_FILES,
-    REPORT_FILES,
-    ResultBox,
-    SavedFiles,
-    announce,
-    base_folder,
-    report_files,
-    saved_work,
-)
 from lightning_nrl._trainer.tracking.loggers import declare
-from lightning_nrl._trainer.trainer_checks import (
-    check_order,
-    check_packages,
-    check_strategy,
-    check_twins,
-    check_whole,
-    warn_without_step,
-)
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, heeding_signals, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
@@ -42,16 +24,15 @@ from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target, parse_target
-from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning, first_line
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import find_scope
-from lightning_nrl.gate import Gate
-from lightning_nrl.methods import METHODS, Method
+from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.pipeline.presets import with_paper_row
+from lightning_nrl.pipeline.settings import AnyGate, parse_gate
 from lightning_nrl.report import RepairReport
-from lightning_nrl.search import Searcher
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference, parse_reference
 
@@ -68,11 +49,12 @@ class RepairCallback(CallbackBase):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
+        trainer_checks.check_packages(trainer)
         if stage == "fit":
-            check_strategy(trainer)
-            check_twins(self, trainer)
-            check_order(self, trainer, (WeightInterpolation,), self.data.start_from, kind=RepairCallback)
+            trainer_checks.check_strategy(trainer)
+            trainer_checks.check_twins(self, trainer)
+            earlier, start_from = (WeightInterpolation,), self.data.start_from
+            trainer_checks.check_order(self, trainer, earlier, start_from, kind=RepairCallback)
             if hparams := logged_hparams(trainer):  # which Lightning logs next
                 declare(trainer.loggers, hparams)
 
@@ -80,19 +62,17 @@ class RepairCallback(CallbackBase):
 class RegressionFreeRepair(RepairCallback):
     """Repairs the model that `fit` has trained, and keeps what worked working.
 
-    After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
-    matter for the failures and not for the rest, and searches new values for them. Then it goes further as far as it
-    pays: it solves that layer, and where more may change, training goes on and what broke is polished away. The result
-    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, the weight change
-    (`repair.patch.safetensors`, where safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`,
-    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
-    training left them.
+    After training, the callback collects what the model gets right and wrong, and searches new values for weights of a
+    layer that matter for the failures and not for the rest. As far as it pays, it then solves that layer, and where
+    more may change, training goes on and what broke is polished away. The result is accepted only if it passes the gate
+    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`, where
+    safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves
+    the repaired weights in the model. If nothing is accepted, the weights stay as training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
-            there is none, the last convolution) is searched, and training may change the whole network. With a single
-            layer the default stays in it.
+            there is none, the last convolution) is searched, and training may change the whole network.
         gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
             `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
@@ -131,8 +111,8 @@ class RegressionFreeRepair(RepairCallback):
         self,
         target: Target | str | None = None,
         layer: str | list[str] = "auto",
-        gate: str | Gate = "instance",
-        method: str | Method | Searcher[Any] = "auto",
+        gate: AnyGate = "instance",
+        method: str | AnyMethod = "auto",
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
         unseen: str | DataLoader[Any] | None = None,
@@ -150,7 +130,7 @@ class RegressionFreeRepair(RepairCallback):
         self.settings = Settings(
             target=parse_target("all" if target is None else target),
             layer=layer,
-            gate=Gate.parse(gate),
+            gate=parse_gate(gate),
             method=METHODS.parse("method", method),
             max_time=max_time,
             seed=seed,
@@ -170,32 +150,24 @@ class RegressionFreeRepair(RepairCallback):
         self.dirpath = dirpath
         self.verbose = verbose
         self._report: RepairReport | None = None
-        self._box = ResultBox()
+        self._box = repair_files.ResultBox()
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
         self._fit_timer: FitTimer | None = None
-        self._work = ResumeStore()
+        self._work, self._name = ResumeStore(), "repair"
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """A callback with the settings of one row of the paper's Table II, such as `EXP-B1`.
+        """Makes a callback with the settings of one row of the paper's Table II, such as `EXP-B1` (docs/paper.md).
 
-        Where the paper is silent or contradicts itself, the package's decisions stand (docs/paper.md).
-
-        Args:
-            row: the paper's ID of the experiment.
-            **arguments: further arguments of the constructor, such as `target` and `layer`; they go before the row's.
-                Of `search` and `bounds`, the row says what they leave as it is by default.
-
-        Raises:
-            ConfigurationError: Table II has no such row.
+        Further arguments of the constructor go before those of the row.
         """
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """What was done, once it is done; also where a strategy had it done in processes of its own."""
+        """What was done, once it is done; also if a strategy did it in processes of its own."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -216,7 +188,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_whole(pl_module)
+        trainer_checks.check_whole(pl_module)
         if self.settings.layer != "auto":  # which takes a layer that the prediction calls
             find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
@@ -225,17 +197,14 @@ class RegressionFreeRepair(RepairCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
-        base_folder(self.dirpath, trainer)
+        repair_files.base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
         self._fit_timer = FitTimer.start(trainer)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where other weights than the repaired ones are tested.
-
-        `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
-        """
-        if self._parameters and changed(pl_module, self._parameters):
+        # `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
+        if self._is_changed(pl_module):
             problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
@@ -249,23 +218,21 @@ class RegressionFreeRepair(RepairCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._ran:
-            warn_without_step()
+            trainer_checks.warn_without_step()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the repaired weights into the file, whatever other callbacks have put there.
-
-        That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
-        layer holds the repaired weights: weight averaging would save its average instead. The report goes there as the
-        state of this callback.
-        """
         self.add_to(checkpoint, pl_module, self.state_key)
 
     def add_to(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
-        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key."""
+        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key.
+
+        Weights go there while `repaired.ckpt` is saved, before the live weights change, and as long as the live layer
+        holds them: weight averaging would save its average instead.
+        """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
-        if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
+        if self._parameters and (self._pending or not self._is_changed(pl_module)):
             state = checkpoint["state_dict"]
             saved = saved_names(pl_module)
             for key in (*saved, *(self._parameters.keys() - saved.values())):
@@ -274,46 +241,37 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the report; `state_dict` is not there, since Lightning would refuse twins before `setup` says why."""
+        # `state_dict` is not there: Lightning would refuse twins before `setup` says why.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
-                problem = f"the report in the checkpoint cannot be read ({str(error).partition(chr(10))[0]})"
+                problem = f"the report in the checkpoint cannot be read ({first_line(error)})"
                 hint = "training goes on without it; the weights are those of the checkpoint."
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Searches a repair, saves it, writes it into the model, logs and prints it.
-
-        Args:
-            trainer: is in a fit.
-            pl_module: the module that it trains.
-            start_from: the weights that are repaired, as for `DataOptions`.
-            name: of the folder of the files, and in logs.
-        """
-        began = time.perf_counter()
+        """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
+        began, self._name = time.perf_counter(), name
         self.report = self._parameters = None
         with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
-            outcome = self.attempt(trainer, pl_module, name=name)
-            logged = self.save(trainer, pl_module, outcome, start, name)
+            outcome = self.attempt(trainer, pl_module)
+            logged = self.save(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
         if self._fit_timer is not None:  # what a repair takes is no part of the training
             self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
         return outcome
 
     def training_went_on(self, pl_module: LightningModule) -> None:
-        """Forgets the weights of a repair that further training has changed."""
-        if self._parameters and changed(pl_module, self._parameters):
+        """Forgets repaired weights that further training has changed."""
+        if self._is_changed(pl_module):
             self._parameters = None
 
-    def attempt(
-        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None, name: str = "repair"
-    ) -> Outcome:
+    def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
-        self._work = saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
+        self._work = repair_files.saved_work(self._folder, trainer, self.settings.search.save_every, self._name)
         seconds = None
         if epochs is None:
             epochs = epochs_of(trainer)
@@ -321,24 +279,20 @@ class RegressionFreeRepair(RepairCallback):
         return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
 
     def save(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outcome: Outcome,
-        start: StartingWeights | None = None,
-        name: str = "repair",
+        self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files, and puts the repaired weights into the model at the moment at which the files are there.
+        """Writes the files, and the repaired weights into the model once the files are there; returns the logged name.
 
-        Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
+        A file that cannot be written costs a warning.
         """
         accepted = outcome.parameters is not None
-        files, name = report_files(self._folder(name), trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
+        kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
+        files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
         report = self.report = replace(outcome.report, files=files)
         parameters = self._parameters = outcome.parameters
         self._pending = True
         try:
-            with SavedFiles(files, trainer, tuple(REPAIRED_FILES.values())) as saved:
+            with repair_files.SavedFiles(files, trainer, tuple(repair_files.REPAIRED_FILES.values())) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
@@ -362,16 +316,20 @@ class RegressionFreeRepair(RepairCallback):
         return name
 
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
-        """Logs and prints the report of a repair that is saved."""
+        """Logs and prints the report of a saved repair."""
         assert self.report is not None
-        announce(self.report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
+        how: dict[str, Any] = {"changes": outcome.changes, "views": outcome.views, "verbose": self.verbose}
+        repair_files.announce(self.report, trainer, name, **how)
 
-    @contextmanager
-    def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
-        with heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place):
-            yield
+    def heeding_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""
+        return heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
-    def _folder(self, name: str) -> str | Path | None:
-        """The folder of the files of one of several repairs; None: one of that name in the folder of the run."""
-        return self.dirpath if self.dirpath is None or name == "repair" else Path(self.dirpath) / name
+    def _is_changed(self, pl_module: LightningModule) -> bool:
+        """True if the model holds other weights than the repaired ones."""
+        return bool(self._parameters and changed(pl_module, self._parameters))
+
+    @property
+    def _folder(self) -> str | Path | None:
+        one = self.dirpath is None or self._name == "repair"
+        return self.dirpath if one else Path(str(self.dirpath)) / self._name

@@ -1,4 +1,4 @@
-"""Repairs within a training, at chosen epochs, beside the one at its end; the training goes on from what they leave."""
+"""Repairs within a training, at chosen epochs, from which the training goes on."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.report import RepairReport
 
-HOOK = "on_train_epoch_end"
-"""Of the module: repairs follow it."""
+HOOK = "on_train_epoch_end"  # of the module: repairs follow it
 
 
 class RepairInTraining(RepairCallback):
     """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
 
-    Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
-    It comes right after the module's own `on_train_epoch_end`, so what the module does there is in what is repaired and
-    saved, and before callbacks that save or stop by a metric.
-    What it promises is about the samples that were right before it; what the training does to them afterwards it
-    cannot hold. States of optimizers and schedules stay as they are: moments go on as if the weights had moved by
-    a step. Files go to `<log_dir>/repair-step-<step>/`, and what loggers get has that name, also as a run of
-    TensorBoard; the repair at the end is called `repair` as ever.
+    Each repair is one of `RegressionFreeRepair`, right after the module's own `on_train_epoch_end` and before callbacks
+    that save or stop by a metric. It promises nothing of what the training does to samples afterwards. States of
+    optimizers and schedules stay as they are. Files go to `<log_dir>/repair-step-<step>/`, and logs have that name; the
+    repair at the end is called `repair`.
 
     A repair takes as long as one at the end would, by default about as long as the training took so far: give a
     `max_time`, or a method that takes seconds (`convex`, `swarm`).
@@ -47,17 +43,14 @@ class RepairInTraining(RepairCallback):
         every_n_epochs: epochs between two repairs; None: none by the count of epochs.
         monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
             worse than its best since the last repair. A repaired model is validated once more for it, without logging.
-        mode: whether the best of the metric is its `min` or its `max`.
-        min_delta: by more than how much it has to be worse, from 0.
+        mode: `min` or `max`, which is best.
+        min_delta: how much worse it has to be at least, from 0.
         at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
         **arguments: those of `RegressionFreeRepair`.
 
     Attributes:
         repair: the `RegressionFreeRepair` that makes each of them, with what it says of the last one.
         reports: of all repairs of this training, the oldest first.
-
-    Raises:
-        ConfigurationError: neither `every_n_epochs` nor `monitor` is given, or an argument cannot be used.
 
     Example::
 
@@ -86,11 +79,8 @@ class RepairInTraining(RepairCallback):
         check_kind("monitor", monitor, named, "name", "monitor='val_loss'")
         check_choice("mode", mode, ("min", "max"))
         check_real("min_delta", min_delta, "number", "give a number from 0.", least=0)
-        self.every_n_epochs = every_n_epochs
-        self.monitor = monitor
-        self.mode = mode
-        self.min_delta = min_delta
-        self.at_end = at_end
+        self.every_n_epochs, self.at_end = every_n_epochs, at_end
+        self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
         self.reports: list[RepairReport] = []
         self._best: float | None = None
         self._last_step: int | None = None
@@ -98,17 +88,14 @@ class RepairInTraining(RepairCallback):
 
     @property
     def report(self) -> RepairReport | None:
-        """Of the last repair."""
         return self.repair.report
 
     @property
     def repaired_model_path(self) -> str:
-        """The checkpoint of the last repair; empty unless it was accepted."""
         return self.repair.repaired_model_path
 
     @property
     def patch_path(self) -> str:
-        """The weight change of the last repair, see `RegressionFreeRepair`."""
         return self.repair.patch_path
 
     @override
@@ -129,7 +116,7 @@ class RepairInTraining(RepairCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What the module does there belongs to what is repaired and saved; Lightning calls callbacks before it.
+        # Lightning calls callbacks before the module, whose changes belong to the repair.
         follow_hook(pl_module, HOOK, partial(self._epoch_ends, trainer, pl_module))
 
     @override
@@ -163,18 +150,17 @@ class RepairInTraining(RepairCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.repair.load_state_dict(state_dict)
         self._best = None
-        if not isinstance(state_dict, dict):
-            self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
-        elif "best" in state_dict:
+        found = state_dict
+        if isinstance(state_dict, dict):
+            if "best" not in state_dict:
+                return
             found = state_dict["best"]
-            if isinstance(found, float) and math.isfinite(found):
-                self._best = found
-            else:
-                self._warn_of(f"`best` in the checkpoint is no finite number (found a {type(found).__name__})")
-
-    def _warn_of(self, problem: str) -> None:
-        hint = "training goes on, and the next validation is the first that counts; the weights are the checkpoint's."
-        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
+        if isinstance(found, float) and math.isfinite(found):
+            self._best = found
+            return
+        what = f"`best` in the checkpoint is no finite number (found a {type(found).__name__})"
+        hint = "training goes on, and the next validation is the first that counts."
+        rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
 
     def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first one decides.
@@ -193,7 +179,7 @@ class RepairInTraining(RepairCallback):
         self.reports.append(self.repair.report)
 
     def _measured(self, trainer: Trainer) -> float | None:
-        """The metric of a repaired model; None where it is not known."""
+        """Returns the metric of a repaired model; None if it is unknown."""
         if self.monitor is None or not trainer.enable_validation:
             return None
         # All ranks validate or none does, whatever each of them logs.
@@ -212,9 +198,9 @@ class RepairInTraining(RepairCallback):
         if self.monitor not in trainer.callback_metrics:
             if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
-                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged"
+                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged, so no repair follows it."
                 hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
-                rank_zero_warn(TrainingWarning(f"{problem}, so no repair follows it.", hint))
+                rank_zero_warn(TrainingWarning(problem, hint))
             return due
         sign = 1 if self.mode == "min" else -1
         value = sign * float(trainer.callback_metrics[self.monitor])

@@ -1,4 +1,4 @@
-"""What a training does to each sample: right or wrong and its loss at every epoch, with the weights of some layers."""
+"""A record of what a training does to each sample at every epoch, with the weights of some layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lightning_nrl._trainer.tracking.learning_curves import Learning
 from lightning_nrl._trainer.tracking.loggers import track_history, track_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
@@ -32,10 +31,9 @@ from lightning_nrl.tasks import Task, parse_task
 class TrainingHistory(CallbackBase):
     """Records in every epoch which samples are right, their losses, and the weights of some layers, in a folder.
 
-    `NeuRecover` localises by it, forgetting curves go to the loggers, `TrainingRecord.read(folder)` gives all of it.
-    Every sample is recorded once, whatever the number of ranks, and a training that is resumed goes on with its record.
-    Each record takes one pass over all splits, in evaluation mode, with the weights of the point: record less often
-    (`every_n_epochs=5`) where that is too slow. The training itself stays the same to the bit.
+    `NeuRecover` localises by it, forgetting curves go to loggers, `TrainingRecord.read(folder)` reads it. A training
+    that is resumed goes on with its record. Each point takes one pass over all splits, in evaluation mode: record less
+    often (`every_n_epochs=5`) if that is too slow. The training itself stays the same to the bit.
 
     It logs, by split, `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
     `never_learned` (never right so far); with up to 20 classes also for each, as `history_val/forgotten/3`. At the end
@@ -48,17 +46,14 @@ class TrainingHistory(CallbackBase):
         every_n_steps: optimiser steps between two records instead.
         layers: whose weights are kept: `auto` (the layer that a repair would take), dotted names, or `all`.
         dirpath: the folder; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
-        prefix: what tags begin with.
-        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: as for `DataOptions`.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
 
     Attributes:
         folder: where the record is, once training has begun.
         recorded: the splits of this training, once it has begun.
         seconds: what the records of this training have taken.
-
-    Raises:
-        ConfigurationError: an argument that cannot be used; before the first step.
 
     Example::
 
@@ -87,10 +82,8 @@ class TrainingHistory(CallbackBase):
         check_whole("every_n_epochs", every_n_epochs, 1)
         if every_n_steps is not None:
             check_whole("every_n_steps", every_n_steps, 1)
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.layers = layers
-        self.dirpath = dirpath
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.layers, self.dirpath = layers, dirpath
         self.prefix = parse_prefix(prefix, "history")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -160,16 +153,14 @@ class TrainingHistory(CallbackBase):
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a point: what the model does on all splits, in evaluation mode.
-
-        Modes and random states are left as found. To be called on all ranks.
-        """
+        """Writes a point; to be called on all ranks. Modes and random states are restored."""
         began = time.perf_counter()
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step
         if trainer.is_global_zero and self.folder is not None:
             if not batch_limit(trainer):
-                weights = self._weights(pl_module)
+                parameters = dict(pl_module.named_parameters())
+                weights = {name: parameters[name] for name in self._names(pl_module)}
                 try:
                     write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
@@ -181,17 +172,11 @@ class TrainingHistory(CallbackBase):
         self.seconds += time.perf_counter() - began
 
     def _names(self, model: LightningModule) -> list[str]:
-        """Parameters to be kept."""
         if self.layers == "all":
             return [name for name, _ in model.named_parameters()]
         return list(find_layers(model, self.layers, include_bias=True).parameters)
 
-    def _weights(self, model: LightningModule) -> State:
-        parameters = dict(model.named_parameters())
-        return {name: parameters[name] for name in self._names(model)}
-
     def _learned(self, results: SampleResults) -> dict[str, float]:
-        """Counts after this record by tag."""
         numbers: dict[str, float] = {}
         for split in results.splits:
             own = results.of(split)

@@ -1,4 +1,4 @@
-"""After training, the weights go a share of the way back to those of the replaced model."""
+"""Interpolation of the trained weights with those of the replaced model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.updates.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
     ShareChoice,
     alignment,
+    batch_norms,
     check_share,
     choose_share,
+    estimate_statistics,
     interpolate,
 )
 from lightning_nrl.updates.old_model import Reference
@@ -46,10 +47,9 @@ MIN_COSINE = 0.5
 class WeightInterpolation(CallbackBase):
     """After `fit`, moves the weights a share back to those of the replaced model: `(1 - share) new + share old`.
 
-    Fewer samples break, for little or no accuracy, and the model still costs one forward pass (Wortsman et al. 2022,
-    WiSE-FT; Schumann et al. 2024, BCWI). The new model has to be trained on from the old weights:
-    `new.load_state_dict(...)` before `fit`. The statistics of batch norm layers are estimated anew. Put it before
-    `RegressionFreeRepair`, which then repairs what is left; beside `PositiveCongruentTraining` it takes away some more.
+    Fewer samples break, for little or no accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI). The new
+    model has to be trained on from the old weights: `new.load_state_dict(...)` before `fit`. Put it before
+    `RegressionFreeRepair`, which then repairs what is left.
 
     It logs `interpolation/share`, and of the calibration data `accuracy`, `nfr`, the negative flip rate, and both as
     they were `_before`. Checkpoints of the training, averages of weights and states of optimizers stay as they are:
@@ -59,24 +59,20 @@ class WeightInterpolation(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel` of one.
         share: of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 with an accuracy on calibration
             data within `tolerance` of the best of them.
-        tolerance: how much accuracy fewer regressions may cost, in [0, 1]: 0.005 is half a point.
+        tolerance: how much accuracy fewer regressions may cost: 0.005 is half a point.
         calibration: data to choose the share on, and to count on: `val`, `test`, `repair` or a DataLoader; none that
             was trained on. None, or no such data: a share that is given is not counted.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, best one
             without augmentation.
         batches: how many batches of them, in random order; None: all, one pass for each share.
-        prefix: what tags begin with.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
-            or its address; None: `(x, y, *extras)` or the usual keys.
+        prefix: of tags.
+        task: as of `RegressionFreeRepair`.
+        adapter: as of `DataOptions`.
         seed: of the order of batches for statistics, and of random transforms of the data.
         verbose: whether the choice is printed.
 
     Attributes:
         choice: the share, and what others would do, once it is chosen; None where nothing is counted.
-
-    Raises:
-        ConfigurationError: an argument that cannot be used, another architecture, or `auto` without calibration data.
 
     Example::
 
@@ -104,9 +100,8 @@ class WeightInterpolation(CallbackBase):
         self.reference = parse_with_weights(reference)
         if share != "auto":
             check_share(share)
-        self.share = share
         check_share(tolerance, "tolerance")
-        self.tolerance = tolerance
+        self.share, self.tolerance = share, tolerance
         self.calibration: Any = check_data("calibration", calibration, optional=True)
         if calibration is None and share == "auto":
             hint = "give `calibration` data that were not trained on, or a number as `share=`."
@@ -114,13 +109,11 @@ class WeightInterpolation(CallbackBase):
         self.statistics: Any = check_data("statistics", statistics)
         if batches is not None:
             check_whole("batches", batches, 1)
-        self.batches = batches
+        check_whole("seed", seed, 0, 2**32 - 1)
+        self.batches, self.seed, self.verbose = batches, seed, verbose
         self.prefix = parse_prefix(prefix, "interpolation")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        check_whole("seed", seed, 0, 2**32 - 1)
-        self.seed = seed
-        self.verbose = verbose
         self.choice: ShareChoice | None = None
         self._reference_state: Mapping[str, Any] = {}
         self._changed = False
@@ -156,13 +149,12 @@ class WeightInterpolation(CallbackBase):
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
-            rank_zero_warn(
-                TrainingWarning(
-                    f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between "
-                    "two trainings from scratch is good for nothing.",
-                    "train on from the old weights: `model.load_state_dict(...)` before `fit`.",
-                )
+            problem = (
+                f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between two "
+                "trainings from scratch is good for nothing."
             )
+            hint = "train on from the old weights: `model.load_state_dict(...)` before `fit`."
+            rank_zero_warn(TrainingWarning(problem, hint))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,10 +169,8 @@ class WeightInterpolation(CallbackBase):
                 state: State = interpolate(self._reference_state, evaluator, share, training, **how) if share else {}
                 numbers = {"share": share}
             else:
-                if self.share == "auto":
-                    how["tolerance"] = self.tolerance
-                else:
-                    how |= {"tolerance": None, "shares": [self.share]}
+                given = {"tolerance": None, "shares": [self.share]}
+                how |= {"tolerance": self.tolerance} if self.share == "auto" else given
                 self.choice = choose_share(self._reference_state, evaluator, counted, training, **how)
                 state, numbers = self.choice.state, choice_numbers(self.choice)
             self._log(trainer, numbers)
@@ -192,28 +182,20 @@ class WeightInterpolation(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where it was stopped before its first step, another work than training was done.
         if self._reference_state and not trainer.should_stop:
-            rank_zero_warn(
-                TrainingWarning(
-                    "the weights were not interpolated, because no training step ran (it was complete or skipped).",
-                    "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`.",
-                )
-            )
-        self._reference_state = {}
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            problem = "the weights were not interpolated, because no training step ran (it was complete or skipped)."
+            hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
+            rank_zero_warn(TrainingWarning(problem, hint))
         self._reference_state = {}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the live weights into the file once they are changed: weight averaging would save its average."""
-        if self._changed:
+        if self._changed:  # weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())
 
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
-        """Data to count on, if there are any, and data for statistics, if they are needed."""
+        """Returns data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
         loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
         counted = find_calibration(self.calibration, loaders, needed=chosen)

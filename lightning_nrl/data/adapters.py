@@ -31,15 +31,6 @@ ADAPTER_HINT = """give what is deployed as `data=DataOptions(adapter=predict)`, 
 
 MAX_STRUCTURE_LINES, MAX_STRUCTURE_DEPTH, MAX_SHOWN_ITEMS = 12, 4, 3
 
-TARGET_NAME_PARTS = ("label", "target", "class", "truth", "mask", "answer", "y")
-INPUT_NAME_PARTS = ("input", "image", "img", "pixel", "feature", "data", "audio", "text", "x")
-"""What the names of a truth or of an input contain, or are, likely ones first."""
-
-
-@runtime_checkable
-class _NamedTuple(Protocol):
-    def _asdict(self) -> dict[str, Any]: ...
-
 
 @runtime_checkable
 class Graphs(Protocol):
@@ -61,16 +52,15 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
         return None
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, _NamedTuple):
-        return value._asdict()
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        named: dict[str, Any] = value._asdict()
+        return named
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, it is no mapping
     return None
 
 
 class _Part(NamedTuple):
-    """Something in a batch."""
-
     path: str  # as Python writes it, from the batch on
     name: str  # the last key in it
     depth: int
@@ -88,10 +78,10 @@ def describe(raw: Any, name: str = "batch") -> str:
 def adapter_hint(raw: Any) -> str:
     """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
-    classes = [part for part in tensors if part.value.dtype is not torch.bool]  # a bool is rather an attribute
-    truth = _likely(classes or tensors, TARGET_NAME_PARTS, lambda x: x.ndim == 1 and not x.is_floating_point())
+    classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
+    truth = next(iter([*classes[-1:], *tensors[-1:]]), None)
     rest = [part for part in tensors if part is not truth]
-    given = _likely(rest, INPUT_NAME_PARTS, Tensor.is_floating_point) or (rest[0] if rest else None)
+    given = next((part for part in rest if part.value.is_floating_point()), rest[0] if rest else None)
     return (
         "pass `adapter=f` (`data=DataOptions(adapter=f)` in a repair), with the right fields for these:\n"
         "    def f(batch):\n"
@@ -128,25 +118,11 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__}{length}"
 
 
-def _likely(parts: Sequence[_Part], names: Sequence[str], suits: Callable[[Tensor], bool]) -> _Part | None:
-    """The part with the likeliest name, else the last that suits."""
-    for name in names:
-        for part in parts:
-            own = part.name.lower()
-            if own == name or (len(name) > 1 and name in own):
-                return part
-    return next((part for part in reversed(parts) if suits(part.value)), None)
-
-
 @dataclass(frozen=True)
 class ForwardSignature:
-    """What a model's forward takes.
+    """The parameters of a model's forward, without `*args` and `**kwargs`; those without a default are `required`.
 
-    Attributes:
-        names: of its parameters, without `*args` and `**kwargs`.
-        required: those without a default, in the same order.
-        takes_mapping: whether its one parameter is a whole batch, by its annotation or because it is called `batch`.
-        takes_keywords: whether any keyword argument is taken.
+    With `takes_mapping` its one parameter is a whole batch, by its annotation or because it is called `batch`.
     """
 
     names: tuple[str, ...] = ()
@@ -158,18 +134,18 @@ class ForwardSignature:
     def of(cls, module: nn.Module) -> ForwardSignature | None:
         """That of a module; None where it takes whatever comes, as wrapped modules do."""
         try:
-            parameters = list(inspect.signature(module.forward).parameters.values())
+            parameters = inspect.signature(module.forward).parameters.values()
         except (TypeError, ValueError):
             return None
         kinds = {p.kind for p in parameters}
         if inspect.Parameter.VAR_POSITIONAL in kinds:
             return None
         own = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        required = tuple(p.name for p in own if p.default is inspect.Parameter.empty)
+        required = [p for p in own if p.default is inspect.Parameter.empty]
         return cls(
             tuple(p.name for p in own),
-            required,
-            len(required) == 1 and _is_whole_batch(next(p for p in own if p.name == required[0])),
+            tuple(p.name for p in required),
+            len(required) == 1 and _is_whole_batch(required[0]),
             inspect.Parameter.VAR_KEYWORD in kinds,
         )
 
@@ -191,12 +167,7 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     name, or the one of `INPUT_KEYS`, or the only tensor; the whole batch if its annotation is a mapping, if it is
     called `batch`, or if nothing else suits. A forward with several gets the fields of their names. `**kwargs` get
     every tensor but the truth. Inputs may be nested (`{"inputs": {...}, "targets": ...}`), and so may the batch
-    (`{"batch": ...}`).
-
-    Args:
-        raw: a batch as a data loader gives it.
-        signature: of the model's forward, if it is known; else one usual input goes by position, or all tensors do by
-            their names.
+    (`{"batch": ...}`). Without a signature one usual input goes by position, or all tensors do by their names.
 
     Returns:
         `(args, kwargs, target)`.
@@ -263,16 +234,13 @@ def _unpack_sequence(raw: Sequence[Any], signature: ForwardSignature | None) -> 
         return (x,), {}, y
     least, most = len(signature.required), len(signature.names)
     if isinstance(x, Mapping) and not signature.takes_mapping:
-        named = {name: x[name] for name in signature.names if name in x}
-        if signature.takes_keywords:
-            named |= x
+        named = {name: x[name] for name in (x if signature.takes_keywords else signature.names) if name in x}
         if named and set(signature.required) <= set(named):
             return (), named, y
-    if least > 1:
-        if isinstance(x, (list, tuple)) and least <= len(x) <= most:
-            return tuple(x), {}, y
-        if len(raw) > least:
-            return tuple(raw[:least]), {}, raw[least]
+    if least > 1 and isinstance(x, (list, tuple)) and least <= len(x) <= most:
+        return tuple(x), {}, y
+    if least > 1 and len(raw) > least:
+        return tuple(raw[:least]), {}, raw[least]
     return (x,), {}, y
 
 
@@ -320,7 +288,6 @@ class ModelAdapter:
     model: nn.Module | None = None  # whose predictions it is asked for; see `bind_adapter`
 
     def __call__(self, raw: Any) -> Unpacked:
-        """`(args, kwargs, target)` for `run_model`; a `ConfigurationError` where no model is known."""
         if self.model is None:
             raise ConfigurationError(
                 "`adapter`: f(module, batch) -> (logits, target) cannot be used here, where inputs are needed.",

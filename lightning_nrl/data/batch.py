@@ -81,10 +81,7 @@ class Source(Protocol):
 class RecordingSource:
     """A source handed on as it is; what a function makes of each batch is kept.
 
-    Args:
-        source: whose batches are handed on.
-        note: gives a tensor for each batch, one row a sample; batches come in order.
-        empty: such a tensor without rows, for a rank without batches.
+    `note` gives a tensor for each batch, one row a sample; `empty` is such a tensor without rows.
     """
 
     def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
@@ -100,7 +97,6 @@ class RecordingSource:
             yield batch
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples, of which nothing is noted."""
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
@@ -126,13 +122,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.device) -> Iterator[Unpacked]:
-    """Batches as `(args, kwargs, target)`, whether they are those of a source or raw ones.
-
-    Args:
-        batches: a source, `Batch` objects, or batches as a data loader gives them.
-        adapter: for raw batches; those of a source are unpacked already.
-        device: where raw batches are moved to.
-    """
+    """Batches as `(args, kwargs, target)`: those of a source, or raw ones, which are moved and taken apart."""
     for batch in batches:
         if isinstance(batch, Batch):
             yield batch.args, batch.kwargs, batch.target
@@ -141,14 +131,11 @@ def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.de
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    if callable(getattr(x, "to", None)):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {name: _moved(value, device) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        moved = [_moved(value, device) for value in x]
-        return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved) if isinstance(x, tuple) else moved
-    return x
+    def can_move(part: Any) -> bool:
+        return callable(getattr(part, "to", None))
+
+    tree = dict(x) if isinstance(x, Mapping) and not can_move(x) else x
+    return pytree.tree_map(lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move)
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
@@ -165,14 +152,8 @@ def is_sliceable(inputs: Any, n: int) -> bool:
 
     leaves = pytree.tree_leaves(inputs, is_leaf=is_whole)
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]
-    constants = sum(isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves) - len(
-        tensors
-    )
-    return (
-        bool(tensors)
-        and len(tensors) + constants == len(leaves)
-        and all(not x.is_nested and len(x) == n for x in tensors)
-    )
+    known = all(isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves)
+    return known and bool(tensors) and all(not x.is_nested and len(x) == n for x in tensors)
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

@@ -51,9 +51,8 @@ class Field:
 def find_column(argument: str, value: Any) -> Column:
     """The column that an argument stands for.
 
-    A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
-    (`package.module:function`), or a target, also as text (`"label 3"`). Other text with a colon or a dot is an
-    address.
+    A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address (`package.module:function`),
+    or a target, also as text (`"label 3"`). Other text with a colon or a dot is an address.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):

@@ -43,9 +43,9 @@ def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:
         ends = torch.tensor(dataset.cumulative_sizes)
         part = torch.searchsorted(ends, index, right=True)
         pairs = torch.empty(len(index), 2, dtype=torch.int64)
-        for number, own in enumerate(dataset.datasets):
+        for number, (own, end) in enumerate(zip(dataset.datasets, ends.tolist(), strict=True)):
             rows = part == number
-            pairs[rows] = base_samples(own, index[rows] - (int(ends[number - 1]) if number else 0))
+            pairs[rows] = base_samples(own, index[rows] - end + len(own))  # type: ignore[arg-type]
         return pairs
     return torch.stack([torch.full_like(index, id(dataset)), index], 1)
 
@@ -88,7 +88,7 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """Whether all inputs are tensors, and one of several dimensions has a row a sample, as images have."""
+    """True if all inputs are tensors, and one of several dimensions has a row a sample, as images have."""
     leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
     return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
 

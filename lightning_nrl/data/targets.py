@@ -52,18 +52,13 @@ class Target(ABC):
 
         Returns:
             `n` bool on the CPU, where results are kept.
-
-        Raises:
-            TargetError: the target asks for classes and the task has none, or a predicate raised or did not
-                return one bool a sample.
         """
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         """The samples of the kind that is to be repaired, right or wrong (the paper's class to be repaired).
 
         They are those that the target would choose if they failed, whatever they were taken for: a condition on the
-        predicted class counts as fulfilled. So a confusion covers its true class. Arguments and errors are those of
-        `select`, which says it for targets that do not ask for the prediction.
+        predicted class counts as fulfilled. So a confusion covers its true class.
         """
         return self.select(batch, label, prediction)
 
@@ -88,13 +83,7 @@ class Target(ABC):
 
     @staticmethod
     def where(predicate: Predicate | str, name: str | None = None) -> Target:
-        """Failures with an attribute that need not be a class, such as "partly occluded".
-
-        Args:
-            predicate: a function of the whole batch as the data loader gives it, extras included, that returns one bool
-                a sample; or its address as text, `package.module:function`.
-            name: what reports call it; by default the function's name, or its address.
-        """
+        """Failures with an attribute that need not be a class, such as "partly occluded"; arguments as of `Where`."""
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
@@ -125,11 +114,7 @@ class AllFailures(Target):
 
 @dataclass(frozen=True)
 class Label(Target):
-    """Samples of one true class.
-
-    Attributes:
-        label: the class, from 0.
-    """
+    """Samples of one true class, a whole number from 0."""
 
     # An explicit field, since a dataclass would take the inherited constructor of the same name for its default.
     label: int = field()  # type: ignore[assignment]
@@ -146,12 +131,7 @@ class Label(Target):
 
 @dataclass(frozen=True)
 class Confusion(Target):
-    """Samples of one class that the model takes for another.
-
-    Attributes:
-        true: the true class, from 0.
-        predicted: the predicted class, from 0, another one.
-    """
+    """Samples of one class that the model takes for another."""
 
     true: int
     predicted: int
@@ -166,8 +146,7 @@ class Confusion(Target):
             )
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        chosen = _classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)
-        return chosen.cpu()
+        return (_classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)).cpu()
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return _classes(self, label).eq(self.true).cpu()
@@ -183,9 +162,6 @@ class Where(Target):
     Attributes:
         predicate: a function of the raw batch that returns one bool a sample, or its address, `package.mod:function`.
         name: what reports call it; None for the function's own name, or its address.
-
-    Raises:
-        ConfigurationError: on construction, if the predicate cannot be found or called.
     """
 
     predicate: str | Predicate
@@ -207,15 +183,11 @@ class Where(Target):
         return check_per_sample(what, found, len(batch), "bool", TargetError).cpu()
 
     def __str__(self) -> str:
-        if self.name is not None:
-            return f"where {self.name}"
-        if isinstance(self.predicate, str):
-            return f"where {self.predicate}"
+        if self.name is not None or isinstance(self.predicate, str):
+            return f"where {self.predicate if self.name is None else self.name}"
         name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
         code = getattr(self.predicate, "__code__", None)
-        if name == "<lambda>" and code is not None:
-            return f"where lambda of line {code.co_firstlineno}"
-        return f"where {name}"
+        return f"where lambda of line {code.co_firstlineno}" if name == "<lambda>" and code else f"where {name}"
 
 
 @dataclass(frozen=True)
@@ -305,12 +277,9 @@ def _classes(target: Target, classes: Tensor | None) -> Tensor:
 
 
 def parse_target(target: str | Target) -> Target:
-    """A target from text, as `str(target)` gives it; a target is given back as it is.
+    """Reads a target from text, as `str(target)` gives it; a target is given back as it is.
 
     `not` binds more closely than `and`, and `and` more closely than `or`. A predicate is named by its address.
-
-    Raises:
-        ConfigurationError: it cannot be read, a class is no class, or a predicate cannot be imported.
 
     Example:
         >>> parse_target("label 3 and not confusion 3 -> 5") == Target.label(3) & ~Target.confusion(3, 5)
@@ -337,81 +306,56 @@ class _TargetReader:
     """Reads the words of a target from left to right, by recursive descent."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text, self.at = text, 0
         self.words: list[str] = [*TARGET_WORD.findall(text), ""]
-        self.at = 0
 
     def read(self) -> Target:
         found = self.either()
-        if self.words[self.at]:
-            raise self.unexpected("`and`, `or` or the end")
+        self.take("", "`and`, `or` or the end")
         return found
 
     def either(self) -> Target:
         found = self.both()
-        while self.skip("or"):
-            found = found | self.both()
+        while self.words[self.at] == "or":
+            self.at += 1
+            found = Or(found, self.both())
         return found
 
     def both(self) -> Target:
         found = self.single()
-        while self.skip("and"):
+        while self.words[self.at] == "and":
+            self.at += 1
             found = And(found, self.single())
         return found
 
     def single(self) -> Target:
-        readers: dict[str, Callable[[], Target]] = {
-            "not": lambda: ~self.single(),
-            "(": self.group,
-            "all": self.every,
-            "label": lambda: Target.label(self.class_number()),
-            "confusion": self.confusion,
-            "where": lambda: Target.where(self.address()),
-        }
-        word = self.words[self.at]
-        if word not in readers:
-            raise self.unexpected("a condition")
-        self.at += 1
-        return readers[word]()
-
-    def group(self) -> Target:
-        found = self.either()
-        self.expect(")")
-        return found
-
-    def every(self) -> Target:
-        self.skip("failures")
-        return Target.all()
-
-    def confusion(self) -> Target:
-        true = self.class_number()
-        self.expect("->")
-        return Target.confusion(true, self.class_number())
+        word = self.take(r"not|\(|all|label|confusion|where", "a condition")
+        if word == "not":
+            return Not(self.single())
+        if word == "(":
+            found = self.either()
+            self.take(r"\)", "`)`")
+            return found
+        if word == "label":
+            return Label(self.class_number())
+        if word == "confusion":
+            true = self.class_number()
+            self.take("->", "`->`")
+            return Confusion(true, self.class_number())
+        if word == "where":
+            return Where(self.take(r".*[.:].*", "the address of a function, such as `package.module:function`"))
+        self.at += self.words[self.at] == "failures"
+        return AllFailures()
 
     def class_number(self) -> int:
         return int(self.take(r"[0-9]{1,18}", "a class, a whole number from 0"))
 
-    def address(self) -> str:
-        return self.take(r".*[.:].*", "the address of a function, such as `package.module:function`")
-
     def take(self, pattern: str, expected: str) -> str:
         word = self.words[self.at]
-        if not re.fullmatch(pattern, word):
-            raise self.unexpected(expected)
-        self.at += 1
-        return word
-
-    def skip(self, word: str) -> bool:
-        found = self.words[self.at] == word
-        self.at += found
-        return found
-
-    def expect(self, word: str) -> None:
-        if not self.skip(word):
-            raise self.unexpected(f"`{word}`")
-
-    def unexpected(self, expected: str) -> TargetError:
-        text, word, before = (shorten(part, 60) for part in (self.text, self.words[self.at], self.words[self.at - 1]))
+        if re.fullmatch(pattern, word):
+            self.at += 1
+            return word
+        text, word, before = (shorten(part, 60) for part in (self.text, word, self.words[self.at - 1]))
         place = f" behind `{before}`" if self.at else ""
         found = f"`{word}`" if word else "the end"
-        return TargetError(f"`target='{text}'`: {expected} was expected{place}, and {found} found.", TARGET_HINT)
+        raise TargetError(f"`target='{text}'`: {expected} was expected{place}, and {found} found.", TARGET_HINT)

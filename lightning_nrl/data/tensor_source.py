@@ -17,7 +17,7 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TensorSource:
-    """A split of `n` samples that are tensors (a `lightning_nrl.data.batch.Source`).
+    """A split of `n` samples that are tensors (a `lightning_nrl.data.Source`).
 
     Attributes:
         inputs: what the model is called with, first dimension `n`: a tensor, a tuple of them for several positional
@@ -31,36 +31,10 @@ class TensorSource:
         batch_size: samples that the model runs on at once.
         device: where batches are moved to, the model's; None leaves them where they are.
 
-    Raises:
-        ConfigurationError: on construction, if something is no tensor or the numbers of samples differ.
-
     Example:
-        Class 1 begins at 0, so the model is wrong on one of the new samples. Nothing that it gets right may break.
-
-        >>> import torch
-        >>> from lightning_nrl import SearchOptions, Settings, TensorSource, repair_module
-        >>> from lightning_nrl.localization import AllWeights
-        >>> x = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
-        >>> new = torch.tensor([[0.5, 1.0], [3.0, 1.0]])
-        >>> model = torch.nn.Linear(2, 2, bias=False)
-        >>> model.load_state_dict({"weight": torch.tensor([[0.0, 0.8], [1.0, 0.0]])})
-        <All keys matched successfully>
-        >>> outcome = repair_module(
-        ...     model,
-        ...     known=[
-        ...         TensorSource(x, torch.tensor([0, 0, 1, 1]), split="train", passed=True),
-        ...         TensorSource(new, torch.tensor([1, 1]), split="new", failed=True),
-        ...     ],
-        ...     settings=Settings(search=SearchOptions(localizer=AllWeights())),
-        ... )
-        >>> for split in outcome.report.splits:
-        ...     print(f"{split.split}: {split.repaired} repaired, {split.broken} broken")
-        train: 0 repaired, 0 broken
-        new: 1 repaired, 0 broken
-        >>> outcome.write(model)
-        True
-        >>> model(new).argmax(1)
-        tensor([1, 1])
+        >>> x, y = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])
+        >>> [len(batch) for batch in TensorSource(x, y, split="train", passed=True, batch_size=2)]
+        [2, 1]
     """
 
     inputs: Inputs
@@ -96,13 +70,12 @@ class TensorSource:
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
-        for position in torch.split(self.index, self.batch_size):
-            if len(position):
-                # A slice copies nothing.
-                yield self._batch(position, slice(int(position[0]), int(position[-1]) + 1))
+        for start in range(0, len(self), self.batch_size):
+            # A slice copies nothing.
+            part = slice(start, min(start + self.batch_size, len(self)))
+            yield self._batch(self.index[part], part)
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples, one batch for each tensor of positions."""
         for position in batches:
             yield self._batch(position, position.to(self.targets.device))
 

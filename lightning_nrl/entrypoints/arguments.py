@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +15,9 @@ from lightning_nrl._trainer.lightning.packages import LightningModule
 from lightning_nrl._trainer.lightning.private_parts import original_module
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation import SampleOptions
-from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, changed_options
+from lightning_nrl.pipeline.settings import OPTIONS, changed_options
 
-OPTION_CLASSES = {"data": DataOptions, "samples": SampleOptions, "search": SearchOptions, "bounds": BoundOptions}
+OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
 """The arguments of a repair that are option objects."""
 
 SEARCHES = "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
@@ -40,7 +39,10 @@ INSTEAD = {
 
 def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
     """Refuses options that have no effect; of an option object, those that are not as by default."""
-    for name, value in sorted(_given(arguments), key=lambda pair: pair[0]):
+    given: dict[str, Any] = {}
+    for name, value in arguments.items():
+        given |= changed_options(value) if isinstance(value, tuple(OPTION_CLASSES.values())) else {name: value}
+    for name in sorted(given):
         if name == "start_from":
             why, hint = "it has no meaning without training", "name the checkpoint to start from as `ckpt_path`."
         elif name in HEEDED.get(entry_point, (name,)):
@@ -48,7 +50,7 @@ def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
         else:
             hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
             why, hint = INSTEAD.get((entry_point, name), (REFUSALS[entry_point], hint))
-        raise ConfigurationError(f"`{name}={value!r}`: {why}.", hint.format(value=value))
+        raise ConfigurationError(f"`{name}={given[name]!r}`: {why}.", hint.format(value=given[name]))
 
 
 def heeded(entry_point: str, argument: str) -> bool:
@@ -58,16 +60,8 @@ def heeded(entry_point: str, argument: str) -> bool:
     return not names.isdisjoint(HEEDED[entry_point])
 
 
-def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in arguments.items():
-        if isinstance(value, tuple(OPTION_CLASSES.values())):
-            yield from changed_options(value).items()
-        else:
-            yield name, value
-
-
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """A callback with these arguments; refuses unknown ones (the nearest is named) and those without effect here."""
+    """Makes a callback; refuses unknown arguments, for which it names the nearest, and those without effect here."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
     inside = {
         field.name: f"`{name}={kind.__name__}({field.name}=...)`"

@@ -1,4 +1,4 @@
-"""A project from YAML and arguments: what LightningCLI makes of them, and how a repair was asked for."""
+"""A project from YAML and arguments, made by LightningCLI, with the arguments of its repair."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-"""Where a checkpoint of LightningCLI says how each was made."""
+HYPER_PARAMETERS = {
+    "model": "hyper_parameters",
+    "data": "datamodule_hyper_parameters",
+}  # in a checkpoint
 
 COMPARED: Mapping[str, tuple[Any, str]] = {
     "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
@@ -25,52 +27,33 @@ COMPARED: Mapping[str, tuple[Any, str]] = {
     "new": (str, "the checkpoint of the model that is to replace it"),
     "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
 }
-"""What a comparison is given beside a project, with its type."""
+"""Arguments of a comparison, with their types and help."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """What a command works on.
+    """What a command works on."""
 
-    Attributes:
-        source: trainer, model, data module and checkpoint, by the arguments that they are.
-        options: arguments of `RegressionFreeRepair` that are not as by default.
-        compared: what else a comparison was given: `methods`, or two checkpoints, `old` and `new`, and `rules`.
-    """
-
-    source: dict[str, Any]
-    options: dict[str, Any]
-    compared: dict[str, Any]
+    source: dict[str, Any]  # trainer, model, data module and checkpoint, by argument
+    options: dict[str, Any]  # arguments of `RegressionFreeRepair` that are not as by default
+    compared: dict[str, Any]  # see `COMPARED`
 
 
 def read_project(program: str, purpose: str, arguments: Sequence[str], compares: bool = False) -> Project:
-    """Model, data and trainer, made by LightningCLI of the model's own Lightning package.
+    """Reads arguments of LightningCLI without a subcommand, with `ckpt_path`, `weights_only` and `repair`.
 
-    How to repair is said by the `RegressionFreeRepair` among the trainer's callbacks, if there is one, and by
-    `repair`, which goes before it.
-
-    Args:
-        program: the command, for its help.
-        purpose: likewise, what it is for.
-        arguments: those of LightningCLI without a subcommand, with `ckpt_path`, `weights_only` and `repair`.
-        compares: whether what is to be compared may be given too.
-
-    Raises:
-        RepairError: jsonargparse is not installed.
-        ConfigurationError: the checkpoint cannot be read, or an argument of the repair cannot be used.
-        SystemExit: another argument cannot be used, or help was asked for.
+    The `RegressionFreeRepair` among the trainer's callbacks, if there is one, says how to repair, and `repair` goes
+    before it.
     """
     if find_spec("jsonargparse") is None:
-        raise RepairError(
-            f"`{program}` reads YAML with jsonargparse, which is not installed.",
-            'python -m pip install "jsonargparse[signatures]>=4.34.1"',
-        )
-    sketch = _Sketch.of(arguments)
-    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch.model)), {"compares": compares})
+        hint = 'python -m pip install "jsonargparse[signatures]>=4.34.1"'
+        raise RepairError(f"`{program}` reads YAML with jsonargparse, which is not installed.", hint)
+    sketch = _sketch(arguments)
+    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"compares": compares})
     cli = kind(
         save_config_callback=None,
         run=False,
-        args=[*sketch.from_checkpoint(), *arguments],
+        args=[*_from_checkpoint(sketch), *arguments],
         seed_everything_default=False,
         parser_kwargs={"prog": program, "description": purpose},
     )
@@ -86,7 +69,7 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], compares:
 
 
 class _ProjectArguments:
-    """What is added to LightningCLI, whose hooks these are."""
+    """Hooks of LightningCLI that add arguments."""
 
     compares = False
     config: Any
@@ -110,7 +93,7 @@ class _ProjectArguments:
                 parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves what the trainer's `RegressionFreeRepair` says to `repair`, where that does not say it."""
+        """Moves arguments of the trainer's `RegressionFreeRepair` to `repair`, unless given there."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
@@ -125,44 +108,37 @@ class _ProjectArguments:
         return {name: made[name] for name in vars(made) if given[name] != self.defaults[name]}
 
 
-@dataclass(frozen=True)
-class _Sketch:
-    """What has to be known before the arguments can be parsed: the model's class, and the checkpoint."""
+def _sketch(arguments: Sequence[str]) -> dict[str, str | None]:
+    """Returns `model`, `data` and `ckpt_path`, which have to be known before the arguments can be parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for name in ("model", "data"):
+        parser.add_argument(f"--{name}", f"--{name}.class_path")
+    parser.add_argument("--ckpt_path")
+    try:
+        given = parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        return dict.fromkeys(("model", "data", "ckpt_path"))
+    found: dict[str, Any] = {}
+    for config in _configurations(given.config):
+        found |= config
+    named = {name: getattr(given, name) or _class_path(found.get(name)) for name in ("model", "data")}
+    return {**named, "ckpt_path": given.ckpt_path or found.get("ckpt_path")}
 
-    model: str | None
-    data: str | None
-    ckpt_path: str | None
 
-    @classmethod
-    def of(cls, arguments: Sequence[str]) -> _Sketch:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        parser.add_argument("-c", "--config", action="append", default=[])
-        for name in ("model", "data"):
-            parser.add_argument(f"--{name}", f"--{name}.class_path")
-        parser.add_argument("--ckpt_path")
-        try:
-            given = parser.parse_known_args(arguments)[0]
-        except argparse.ArgumentError:
-            return cls(None, None, None)
-        found: dict[str, Any] = {}
-        for config in _configurations(given.config):
-            found |= config
-        named = {name: getattr(given, name) or _class_path(found.get(name)) for name in ("model", "data")}
-        return cls(**named, ckpt_path=given.ckpt_path or found.get("ckpt_path"))
-
-    def from_checkpoint(self) -> Iterator[str]:
-        """Arguments for the model and the data that are not named, where the checkpoint is one of LightningCLI."""
-        missing = [name for name in HYPER_PARAMETERS if getattr(self, name) is None]
-        if not missing or self.ckpt_path is None:
-            return
-        hint = "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values."
-        checkpoint = load_mapping("ckpt_path", self.ckpt_path, hint)
-        for name in missing:
-            own = dict(checkpoint.get(HYPER_PARAMETERS[name]) or {})
-            own.pop("_instantiator", None)
-            class_path = own.pop("_class_path", None)
-            if class_path is not None:
-                yield f"--{name}={json.dumps({'class_path': class_path, 'init_args': own})}"
+def _from_checkpoint(sketch: Mapping[str, str | None]) -> Iterator[str]:
+    """Yields arguments for a model and data that are not named, if the checkpoint is one of LightningCLI."""
+    missing = [name for name in HYPER_PARAMETERS if sketch[name] is None]
+    if not missing or sketch["ckpt_path"] is None:
+        return
+    hint = "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values."
+    checkpoint = load_mapping("ckpt_path", sketch["ckpt_path"], hint)
+    for name in missing:
+        own = dict(checkpoint.get(HYPER_PARAMETERS[name]) or {})
+        own.pop("_instantiator", None)
+        class_path = own.pop("_class_path", None)
+        if class_path is not None:
+            yield f"--{name}={json.dumps({'class_path': class_path, 'init_args': own})}"
 
 
 def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -184,7 +160,7 @@ def _class_path(entry: object) -> str | None:
 
 
 def _cli_class(model: str | None) -> Any:
-    """LightningCLI of the package that the model's class is of; of the first that is installed if that is not known."""
+    """Returns LightningCLI of the package of the model's class, else of the first that is installed."""
     pairs = list(zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True))
     try:
         kind: Any = None if model is None else import_function("model", model)

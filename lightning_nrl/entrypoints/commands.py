@@ -1,62 +1,47 @@
-"""Commands on files: patches, checkpoints, reports."""
+"""What each command does: on a project, or on files of patches, checkpoints, reports and predictions."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._trainer.repair_files import REPORT_FILES, show, write_report
-from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.entrypoints.arguments import heeded
-from lightning_nrl.entrypoints.command_project import read_project
+from lightning_nrl.entrypoints.command_project import Project
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline import Patch, patch_checkpoint
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table
+from lightning_nrl.report import RepairReport, Report
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rules import RULES, parse_rules
+from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
+from lightning_nrl.updates.rule_parsing import parse_rules
 
 PAGE_WIDTH = 120  # characters
 
 
-def patch_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """`apply` and `revert`: a checkpoint with a patch in it, or without it."""
-    parser = argparse.ArgumentParser(program, description=purpose)
-    parser.add_argument("--patch", required=True, help="the patch, such as repair.patch.safetensors")
-    parser.add_argument("--ckpt", required=True, help="the checkpoint to read")
-    parser.add_argument("--out", required=True, help="the checkpoint to write; it may be the same file")
-    parser.add_argument(
-        "--weights_only",
-        choices=("true", "false"),
-        default="true",
-        help="false: you trust the checkpoint, which may hold objects and run their code",
-    )
-    given = parser.parse_args(arguments)
-    patch, undo = Patch.load(given.patch), program.endswith("revert")
-    patch_checkpoint(patch, given.ckpt, given.out, undo=undo, weights_only=given.weights_only == "true")
+def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
+    """Writes a checkpoint with a patch applied, or taken out again."""
+    change = Patch.load(patch)
+    patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "taken out" if undo else "applied"
-    print(f"{given.out}: {patch.n_changed:,} values in {len(patch.names)} tensors, {done}.")
+    print(f"{out}: {change.n_changed:,} values in {len(change.names)} tensors, {done}.")
     return 0
 
 
-def inspect_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """What a file holds, as a page."""
-    parser = argparse.ArgumentParser(program, description=purpose)
-    parser.add_argument("file", help="a patch, a checkpoint, or report.json")
-    path = Path(parser.parse_args(arguments).file)
+def inspect_file(file: str) -> int:
+    """Prints what a patch, a checkpoint or a report holds."""
+    path = Path(file)
     if path.suffix == ".safetensors":
         page = _page_of_patch(Patch.load(path))
     elif path.suffix == ".json":
@@ -67,28 +52,19 @@ def inspect_command(program: str, purpose: str, arguments: Sequence[str]) -> int
     return 0
 
 
-def report_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """A report as Markdown on the screen, or as Markdown or HTML in a file."""
-    parser = argparse.ArgumentParser(program, description=purpose)
-    parser.add_argument("file", help="report.json of a repair or of a release, or a patch with a report")
-    parser.add_argument("--out", help="the file to write, HTML if its name ends so; by default it is printed")
-    given = parser.parse_args(arguments)
-    report = read_report(given.file)
-    as_html = given.out is not None and Path(given.out).suffix in (".html", ".htm")
-    text = report.to_html() if as_html else report.to_markdown()
-    if given.out is None:
-        print(text, end="")
+def show_report(file: str, out: str | None) -> int:
+    """Prints a report as Markdown, or writes it to a file as Markdown or HTML."""
+    report = read_report(file)
+    if out is None:
+        print(report.to_markdown(), end="")
     else:
-        Path(given.out).write_text(text, encoding="utf-8")
+        as_html = Path(out).suffix in (".html", ".htm")
+        Path(out).write_text(report.to_html() if as_html else report.to_markdown(), encoding="utf-8")
     return 0
 
 
 def read_report(path: str | Path) -> Report:
-    """The report in a JSON file or a patch.
-
-    Raises:
-        ConfigurationError: it cannot be read, or there is none.
-    """
+    """Reads the report in a JSON file or a patch."""
     path = Path(path)
     if path.suffix == ".safetensors":
         found = Patch.load(path).report
@@ -105,31 +81,21 @@ def read_report(path: str | Path) -> Report:
 
 
 def _page_of_patch(patch: Patch) -> Page:
-    rows = tuple(
-        Row(
-            name,
-            (
-                str(list(change.shape)),
-                str(change.old.dtype).removeprefix("torch."),
-                f"{change.n_changed:,}",
-                "all values" if change.index is None else "positions",
-            ),
-        )
-        for name, change in patch.changes.items()
-    )
+    rows = []
+    for name, change in patch.changes.items():
+        dtype = str(change.old.dtype).removeprefix("torch.")
+        kept = "all values" if change.index is None else "positions"
+        rows.append(Row(name, (str(list(change.shape)), dtype, f"{change.n_changed:,}", kept)))
     columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
     facts = (("weights before", patch.base), ("weights after", patch.result), *patch.versions.items())
-    blocks: list[Block] = [Heading("Patch", 1), Table(columns, rows), Facts(facts)]
+    blocks: list[Block] = [Heading("Patch", 1), Table(columns, tuple(rows)), Facts(facts)]
     return Page((*blocks, *(patch.report.to_table().blocks if patch.report else ())))
 
 
 def _page_of_checkpoint(path: Path) -> Page:
     hint = "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`."
     found = load_mapping("file", path, hint)
-    inside = found.get("state_dict", found)
-    if not isinstance(inside, Mapping):
-        raise ConfigurationError(f"`{path}` holds a {type(found).__name__}.", "give a checkpoint.")
-    tensors = {name: value for name, value in inside.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in read_state("file", found).items() if isinstance(value, torch.Tensor)}
     facts = [
         ("tensors", f"{len(tensors):,}"),
         ("values", f"{sum(value.numel() for value in tensors.values()):,}"),
@@ -137,51 +103,26 @@ def _page_of_checkpoint(path: Path) -> Page:
         *((name.replace("_", " "), str(found[name])) for name in ("epoch", "global_step") if name in found),
     ]
     blocks: list[Block] = [Heading("Checkpoint", 1), Facts(tuple(facts))]
-    for text in _reports_in(found.get("callbacks")):
-        blocks += RepairReport.from_json(text).to_table().blocks
+    states = found.get("callbacks")
+    for name, state in states.items() if isinstance(states, Mapping) else ():
+        text = state.get("report") if isinstance(state, Mapping) else None
+        if isinstance(text, str) and str(name).startswith("RegressionFreeRepair"):
+            blocks += RepairReport.from_json(text).to_table().blocks
     return Page(tuple(blocks))
 
 
-def _reports_in(callbacks: Any) -> list[str]:
-    """The reports that `RegressionFreeRepair` keeps in a checkpoint."""
-    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
-    own = [state for name, state in states if str(name).startswith("RegressionFreeRepair")]
-    return [state["report"] for state in own if isinstance(state, Mapping) and isinstance(state.get("report"), str)]
-
-
-def release_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """Judges, prints and writes; the exit status is 1 for a refusal and for nothing else."""
-    parser = argparse.ArgumentParser(program, description=purpose)
-    rules = ", ".join(RULES.forms).replace("%", "%%")
-    parser.add_argument("old", help="predictions of the model in use, a CSV file with split,id,prediction,passed")
-    parser.add_argument("new", help="predictions of the new model, likewise; such as predictions.csv of a ReleaseGate")
-    parser.add_argument("--rule", action="append", help=f"what must hold, also several: {rules}")
-    parser.add_argument("--slices", help="a CSV file with split,id,slice")
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="SPLIT",
-        help="a split of which samples may lack new predictions; how many do is in the report",
-    )
-    parser.add_argument("--out", help="folder for report.json, report.md and report.html")
-    given = parser.parse_args(arguments)
-    report = _judged(given.old, given.new, given.rule or ["instance"], given.slices, given.allow_missing)
-    if given.out:
-        report = _written(report, Path(given.out))
-    print(report.render(120), end="")
-    return report.exit_status
-
-
-def _judged(old: str, new: str, rules: list[str], slices: str | None, allow_missing: list[str]) -> ReleaseReport:
-    asked, sliced = parse_rules(rules), None if slices is None else read_slices(slices)
+def decide_release(
+    old: str, new: str, rule: list[str] | None, slices: str | None, allow_missing: list[str], out: str | None
+) -> int:
+    """Judges two files of predictions; the exit status is 1 for a refusal and for nothing else."""
+    rules, sliced = parse_rules(rule or ["instance"]), None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
-    for rule in asked:
-        rule.check_data(tuple(after.splits), sliced is not None)
+    for one in rules:
+        one.check_data(tuple(after.splits), sliced is not None)
     missing = check_missing(before, after, allow_missing)
-    return make_report(
+    report = make_report(
         pair_from_files(before, after, sliced),
-        asked,
+        rules,
         new=Identity(new, after.weights or ""),
         old=Identity(old, before.weights or ""),
         task="what the files say",
@@ -189,34 +130,32 @@ def _judged(old: str, new: str, rules: list[str], slices: str | None, allow_miss
         seeds={},
         missing=missing,
     )
+    if out:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {kind: str(folder / name) for kind, name in REPORT_FILES.items()}
+        report = write_report(replace(report, files=files))
+    print(report.render(PAGE_WIDTH), end="")
+    return report.exit_status
 
 
-def _written(report: ReleaseReport, folder: Path) -> ReleaseReport:
-    folder.mkdir(parents=True, exist_ok=True)
-    report = replace(report, files={kind: str(folder / name) for kind, name in REPORT_FILES.items()})
-    return write_report(report)
-
-
-def repair_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """`repair`: prints the report and writes what the function does."""
-    project = read_project(program, purpose, arguments)
+def repair_project(project: Project) -> int:
+    """Repairs the model of a project."""
     report = repair(**project.source, **project.options)
     return 0 if report.status in ("repaired", "nothing to repair") else 1
 
 
-def diagnose_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """`diagnose`: prints the diagnosis."""
-    project = read_project(program, purpose, arguments)
+def diagnose_project(project: Project) -> int:
+    """Prints the diagnosis of a project."""
     show(diagnose(**project.source, **project.options))
     return 0
 
 
-def compare_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """`compare`: prints the table. Options of a repair that a comparison does not heed are left out.
+def compare_project(project: Project) -> int:
+    """Prints a comparison; options of a repair that it does not heed are left out.
 
     With an old and a new checkpoint it is the test with a `ReleaseGate` that compares them.
     """
-    project = read_project(program, purpose, arguments, compares=True)
     methods, old, new, rules = (project.compared[name] for name in ("methods", "old", "new", "rules"))
     if old is None and new is None:
         options = {name: value for name, value in project.options.items() if heeded("compare", name)}

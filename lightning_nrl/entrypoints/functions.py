@@ -18,8 +18,6 @@ from lightning_nrl.analysis.sweep import (
     Seeds,
     Sweepable,
     SweepResult,
-    Trials,
-    check_trials,
     parse_seeds,
     parse_settings,
     swarming,
@@ -70,9 +68,8 @@ def repair(
     if callback is None:
         callback = callback_with("repair", **arguments)
     elif arguments:
-        raise ConfigurationError(
-            f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself."
-        )
+        hint = "give the arguments to the callback itself."
+        raise ConfigurationError(f"`callback` was given, and {sorted(arguments)} too.", hint)
     else:
         kind = isinstance(callback, RegressionFreeRepair)
         check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
@@ -82,10 +79,8 @@ def repair(
     with without_training(trainer, callback, callback.attempt, weights_only):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
-        raise RepairError(
-            "the repair was made in another process, its report is in the files alone.",
-            "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
-        )
+        hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
+        raise RepairError("the repair was made in another process, its report is in the files alone.", hint)
     return callback.report
 
 
@@ -104,26 +99,16 @@ def diagnose(
     """Says before a repair what can be fixed, what stands in the way, where there is room, what it costs, what to do.
 
     It takes about as long as two evaluations of the known data and some seconds. The model keeps its weights, the
-    trainer and its logs stay as they are, and no file is written.
+    trainer and its logs stay as they are, and no file is written. Trainer, model, data and checkpoint are given as to
+    `repair`, and so are further arguments: `target`, `task`, `data` and `seed` matter here.
 
-    Args:
-        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
-        model: the module, trained, or to be filled from `ckpt_path`.
-        train_dataloaders: passed samples, unless a data module has them.
-        val_dataloaders: failed samples, unless a data module has them.
-        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
-        ckpt_path: a checkpoint of the model; None: the model as it is.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
-        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
-            forgotten, and which of the former have a label that looks wrong.
-        **arguments: arguments of `RegressionFreeRepair`, so that a repair can be given the same. Those that say which
-            failures and data are meant (`target`, `task`, `data`) and `seed` matter here.
+    `history` is the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
+    forgotten, and which of the former have a label that looks wrong.
 
     Returns:
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` says what to do.
 
     Raises:
-        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
         EvaluationError: the model gives losses that are not finite; the samples are named.
 
     Example::
@@ -135,20 +120,12 @@ def diagnose(
     check_model(model, "diagnose_module")
 
     def work(trained: TrainedModel) -> Diagnosis:
-        training = trained.training
-        epochs = None if training.obstacle else training.epochs
-        return diagnose_module(
-            trained.evaluator,
-            trained.known,
-            callback.settings,
-            epochs=epochs,
-            history=history,
-            observer=trained.observer,
-        )
+        epochs = None if trained.training.obstacle else trained.training.epochs
+        how: dict[str, Any] = {"epochs": epochs, "history": history, "observer": trained.observer}
+        return diagnose_module(trained.evaluator, trained.known, callback.settings, **how)
 
-    loaders = (train_dataloaders, val_dataloaders)
-    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
-    return dry_fit(work, callback, trainer, model, *loaders, **source)
+    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
+    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
 
 
 def compare(
@@ -166,28 +143,16 @@ def compare(
 ) -> Comparison:
     """Runs repairs and what people do instead of a repair on one trained model, and counts what each fixes and breaks.
 
-    Each method starts from the same weights with the same seed. The model keeps these weights; the trainer, its logs
-    and the random state stay as they are, and no file is written.
+    Each method starts from the same weights with the same seed, and may take `max_time`, retraining excepted. The model
+    keeps its weights; the trainer, its logs and the random state stay as they are, and no file is written. Trainer,
+    model, data and checkpoint are given as to `repair`, and so are further arguments; docs/options.md says which have
+    an effect, others are refused.
 
-    Args:
-        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
-        model: the module, trained, or to be filled from `ckpt_path`.
-        train_dataloaders: passed samples, unless a data module has them.
-        val_dataloaders: failed samples, unless a data module has them.
-        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
-        ckpt_path: a checkpoint of the model; None: the model as it is.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
-        methods: names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
-            mapping; None: every method and baseline that has a name.
-        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
-        **arguments: further arguments of `RegressionFreeRepair`, such as `target` and `layer`; `max_time` is what each
-            method may take, retraining excepted. docs/options.md says which have an effect; others are refused.
+    `methods` are names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
+    mapping; None: every method and baseline that has a name.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
-
-    Raises:
-        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 
@@ -199,22 +164,11 @@ def compare(
     check_model(model, "compare_module")
 
     def work(trained: TrainedModel) -> Comparison:
-        return compare_module(
-            trained.evaluator,
-            trained.known,
-            callback.settings,
-            unseen=trained.unseen,
-            methods=chosen,
-            training=trained.training,
-            observer=trained.observer,
-        )
+        how: dict[str, Any] = {"methods": chosen, "training": trained.training, "observer": trained.observer}
+        return compare_module(trained.evaluator, trained.known, callback.settings, unseen=trained.unseen, **how)
 
-    loaders = (train_dataloaders, val_dataloaders)
-    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
-    return dry_fit(work, callback, trainer, model, *loaders, **source)
-
-
-LOGS = ("setting", "run", "none")
+    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
+    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
 
 
 def sweep(
@@ -230,7 +184,6 @@ def sweep(
     weights_only: bool = True,
     unseen: str | DataLoader[Any] | None = "test",
     dirpath: str | Path | None = None,
-    trials: Trials | None = None,
     log: Literal["setting", "run", "none"] = "none",
     **arguments: Any,
 ) -> SweepResult:
@@ -238,31 +191,16 @@ def sweep(
 
     Each run finds, bit for bit, what `repair` finds with the same arguments, at a fraction of the time: data are read
     once and many swarms searched at a time. The model keeps its weights, the trainer and the random state stay as they
-    are, and files are written to `dirpath` alone. Ranks share out the runs.
+    are. Ranks share out the runs. Trainer, model, data and checkpoint are given as to `repair`, and so are further
+    arguments, such as `method=ParticleSwarm(...)` and `search=SearchOptions(...)` for what settings leave open;
+    docs/options.md says which have an effect, others are refused.
 
-    Args:
-        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
-        model: the module, trained, or to be filled from `ckpt_path`.
-        train_dataloaders: passed samples, unless a data module has them.
-        val_dataloaders: failed samples, unless a data module has them.
-        settings: what to try: a `Grid`, names of rows of the paper's Table II, or mappings of arguments.
-        seeds: how many seeds for each, from 0 on, or a list of them.
-        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
-        ckpt_path: a checkpoint of the model; None: the model as it is.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
-        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
-        dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
-        trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
-        log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
-        **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
-            settings leave open of the search: `method=ParticleSwarm(...)` and `search=SearchOptions(...)`.
-            docs/options.md says which have an effect; others are refused.
+    `settings` are a `Grid` or mappings of arguments. `seeds` are a list, or how many from 0 on. Files are written to
+    `dirpath` alone: the table and the weights, and a second call with it makes only the runs that are missing. `log`
+    says what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
 
     Returns:
         The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
-
-    Raises:
-        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 
@@ -272,32 +210,21 @@ def sweep(
         run = result.best()
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
     """
-    check_choice("log", log, LOGS)
+    check_choice("log", log, ("setting", "run", "none"))
     callback = callback_with("sweep", unseen=unseen, dirpath=dirpath, **arguments)
     base = swarming(callback.settings)
     parse_settings(settings, base)
     numbers = parse_seeds(seeds)
-    check_trials(trials, settings)
     check_model(model, "sweep_module")
 
     def work(trained: TrainedModel) -> SweepResult:
+        how: dict[str, Any] = {"seeds": numbers, "base": base, "dirpath": dirpath, "observer": trained.observer}
+        how |= {"unseen": trained.unseen, "calibration": trained.calibration}
         with starting_weights("last", trainer, trained.model):
-            return sweep_module(
-                trained.evaluator,
-                trained.known,
-                settings,
-                seeds=numbers,
-                base=base,
-                unseen=trained.unseen,
-                calibration=trained.calibration,
-                dirpath=dirpath,
-                trials=trials,
-                observer=trained.observer,
-            )
+            return sweep_module(trained.evaluator, trained.known, settings, **how)
 
-    loaders = (train_dataloaders, val_dataloaders)
-    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
-    result = dry_fit(work, callback, trainer, model, *loaders, whole=True, **source)
+    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
+    result = dry_fit(work, callback, trainer, model, ckpt_path, weights_only, whole=True, **data)
     if log != "none":
         track_sweep(result.hparams_rows(log), trainer.loggers)
     return result

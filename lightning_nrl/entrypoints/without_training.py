@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -19,8 +20,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.repair_module import Outcome
 
 Result = TypeVar("Result")
-Work = Callable[[Trainer, LightningModule, int], Outcome | None]
-"""What is done with a trainer, its module, and the epochs that the model was trained for."""
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs that the model was trained for
 
 
 def dry_fit(
@@ -28,31 +28,21 @@ def dry_fit(
     callback: RegressionFreeRepair,
     trainer: Trainer,
     model: LightningModule,
-    *loaders: Any,
+    ckpt_path: str | Path | None,
+    weights_only: bool,
+    *,
     whole: bool = False,
-    weights_only: bool = True,
-    **arguments: Any,
+    **data: Any,
 ) -> Result:
-    """Has work done that changes nothing: the model, the trainer and the random state stay as they are.
+    """Returns the result of work that changes nothing: model, trainer and random state stay as they are.
 
-    Args:
-        work: gives the result; it may not change the model.
-        callback: says which data, task and seed are meant.
-        trainer: is used for one `fit` that makes no step and writes nothing.
-        model: the module, trained, or to be filled from `ckpt_path`.
-        *loaders: for training and validation, as for `fit`.
-        whole: whether each rank reads all of the data.
-        weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
-        **arguments: `datamodule` and `ckpt_path`, as for `fit`.
-
-    Raises:
-        ConfigurationError: the strategy starts processes that end with the fit.
+    `callback` says which data, task and seed are meant; `data` are arguments of `fit`, of which each rank reads all if
+    `whole`.
     """
-    check_packages(trainer, model=model, datamodule=arguments.get("datamodule"))
+    check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
-        problem = (
-            f"`strategy`: {type(trainer.strategy).__name__} starts processes of its own, and results stay in them."
-        )
+        name = type(trainer.strategy).__name__
+        problem = f"`strategy`: {name} starts processes of its own, and results stay in them."
         raise ConfigurationError(problem, "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
@@ -61,7 +51,7 @@ def dry_fit(
             results.append(work(trained))
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):
-        trainer.fit(model, *loaders, **arguments)
+        trainer.fit(model, ckpt_path=ckpt_path, **data)
     return results[0]
 
 
@@ -69,11 +59,7 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
-
-    If an outcome comes of the work, it is saved, logged and written into the model. A trainer that holds a repair, or
-    wants a minimum of training, is refused.
-    """
+    """Turns a `fit` into work on the model without a step; an outcome of it is saved, logged and written."""
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."
@@ -81,6 +67,7 @@ def without_training(
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
         problem = "`trainer` has `min_epochs` or `min_steps`, which make it train."
         raise ConfigurationError(problem, "use a trainer without a minimum of training.")
+    check_strategy(trainer)
     inside = _WithoutTraining(callback, work, trainer)
     with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
         for text in (
@@ -93,15 +80,13 @@ def without_training(
 
 
 class _WithoutTraining(CallbackBase):
-    """Works at the start of a fit and stops it before its first step.
-
-    The trainer knows how long it trained a module before; a checkpoint that is loaded knows better.
-    """
+    """Works at the start of a fit and stops it before its first step."""
 
     def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: Trainer) -> None:
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
+        # The trainer knows how long it trained a module before; a checkpoint that is loaded knows better.
         fitted = trainer.fit_loop.epoch_progress.current.ready > 0
         self._fitted = trainer.lightning_module if fitted else None
         self._epochs = epochs_of(trainer) if fitted else ASSUMED_EPOCHS
@@ -110,11 +95,6 @@ class _WithoutTraining(CallbackBase):
     @property
     def state_key(self) -> str:
         return self.callback.state_key
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Order does not matter: nothing else happens in this fit.
-        check_strategy(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

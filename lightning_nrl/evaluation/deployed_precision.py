@@ -42,14 +42,13 @@ class DeployedPrecision:
 
     @classmethod
     def of(cls, model: nn.Module, context: Context) -> DeployedPrecision:
-        """That of a model inside of a context such as autocast."""
         found = {p.dtype for p in model.parameters()}
         kinds = sorted(found, key=lambda dtype: (torch.finfo(dtype).eps if dtype.is_floating_point else -1, str(dtype)))
+        weights = tuple(map(_name, kinds))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with context():
             is_mixed = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
             autocast = _name(torch.get_autocast_dtype(device.type)) if is_mixed else ""
-        weights = tuple(_name(kind) for kind in kinds)
         if device.type != "cuda":
             return cls(device.type, weights, autocast)
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -59,23 +58,24 @@ class DeployedPrecision:
     @property
     def eps(self) -> float:
         """The distance of 1 to the next number, of the coarsest kind of numbers that the model is computed in."""
-        names = (*self.weights, *([self.autocast] if self.autocast else []))
-        found = [
-            torch.finfo(dtype).eps for dtype in (getattr(torch, name) for name in names) if dtype.is_floating_point
-        ]
+        dtypes = [getattr(torch, name) for name in (*self.weights, self.autocast) if name]
+        found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
         return max([*found, *([TF32_EPS] if self.tf32 else [])], default=torch.finfo(torch.float32).eps)
 
     @property
     def is_coarse(self) -> bool:
-        """Whether numbers are rounded further than to float32."""
+        """True if numbers are rounded further than to float32."""
         return self.eps > torch.finfo(torch.float32).eps
 
     def __str__(self) -> str:
-        under = f", autocast to {self.autocast}" if self.autocast else ""
-        under += ", TF32 allowed" if self.tf32 else ""
-        under += ", cuDNN deterministic" if self.cudnn_deterministic else ""
-        under += ", cuDNN benchmark" if self.cudnn_benchmark else ""
-        return f"{' and '.join(self.weights) or 'no weights'} on {self.device}{under}"
+        notes = {
+            f"autocast to {self.autocast}": self.autocast,
+            "TF32 allowed": self.tf32,
+            "cuDNN deterministic": self.cudnn_deterministic,
+            "cuDNN benchmark": self.cudnn_benchmark,
+        }
+        where = f"{' and '.join(self.weights) or 'no weights'} on {self.device}"
+        return ", ".join([where, *(note for note, applies in notes.items() if applies)])
 
 
 def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> float | None:
@@ -102,7 +102,6 @@ def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Ten
 
 
 def _calls_cudnn(model: nn.Module) -> bool:
-    """Whether a model has convolutions or recurrent layers, by the shapes of its weights."""
     return any(p.ndim > 2 for p in model.parameters()) or any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 

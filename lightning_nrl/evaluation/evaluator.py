@@ -54,9 +54,6 @@ class Evaluator:
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; all of them make the same calls in the same order.
         called: names of the layers that the prediction calls, the last call last; None: it is not known.
-
-    Raises:
-        ConfigurationError: on construction, for what is no module or no task.
     """
 
     model: nn.Module
@@ -77,15 +74,14 @@ class Evaluator:
 
     @property
     def precision(self) -> DeployedPrecision:
-        """In what the model is computed."""
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
         """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""
         with self.context():
-            if forward is not None:
-                return self.task.logits(forward(*batch.args, **batch.kwargs))
-            return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
+            if forward is None:
+                return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
+            return self.task.logits(forward(*batch.args, **batch.kwargs))
 
     @torch.no_grad()
     def run(
@@ -103,18 +99,13 @@ class Evaluator:
         Args:
             sources: the splits, this rank's share of each.
             target: which failed samples are marked as targeted, and which samples are in the target; None marks none.
-            everywhere: whether the failed samples of all sources are marked, not only of those whose failures are
-                candidates for repair.
+                Where it cannot say of a source whose failures are not marked, all of its samples count as in it.
+            everywhere: mark the failed samples of all sources, not only of those whose failures may be repaired.
             forward: called in place of the model.
 
         Raises:
             ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
-            EvaluationError: a split's samples are not there exactly once, some have no class, or another rank could not
-                read its share.
-
-        Warns:
-            DataWarning: the target cannot be applied to a source none of whose failures are marked; all of its samples
-                count as in the target.
+            EvaluationError: a split's samples are not there exactly once, some have no class, or another rank failed.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -143,7 +134,6 @@ class Evaluator:
             return self.run(sources)
 
     def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
-        """This rank's rows of one split, on the CPU, in the order in which they came."""
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         for number, batch in enumerate(source):
             poll()
@@ -170,7 +160,7 @@ class _Marker:
 
     target: Target | None
     split: str
-    targets_failures: bool  # whether its failures may be targeted
+    targets_failures: bool
     applies: bool = True  # whether the target could be applied so far
 
     def __call__(
@@ -222,7 +212,6 @@ def _with_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tupl
 
 
 def _check_classes(source: Source, table: Table) -> None:
-    """Refuses a split with samples that have no class, on all ranks alike."""
     without = source.index[table["label"] == NO_CLASS].tolist()
     if without:
         some = f"{without[:10]}{' ...' if len(without) > 10 else ''}"
@@ -234,7 +223,6 @@ def _check_classes(source: Source, table: Table) -> None:
 
 
 def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
-    """Raises a `ConfigurationError` if a pass failed because the data do not lie where the model does."""
     held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:
@@ -272,15 +260,15 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
-    if torch.equal(position, expected):
-        return {"index": source.index, **whole}
-    order = position.argsort()
-    if not torch.equal(position[order], expected):
-        raise EvaluationError(
-            f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
-            "over all ranks each must come once; a collate function must neither drop nor add samples.",
-        )
-    return {"index": source.index, **{name: column[order] for name, column in whole.items()}}
+    if not torch.equal(position, expected):
+        order = position.argsort()
+        if not torch.equal(position[order], expected):
+            raise EvaluationError(
+                f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
+                "over all ranks each must come once; a collate function must neither drop nor add samples.",
+            )
+        whole = {name: column[order] for name, column in whole.items()}
+    return {"index": source.index, **whole}
 
 
 Need = Literal["margins", "classes", "recording"]
@@ -293,14 +281,9 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Refuses a task that does not have what a method needs.
+    """Refuses a task that does not have what a method needs, by the results of some samples at least.
 
-    Args:
-        needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
-        results: of some samples at least.
-        task: that they were judged by.
-        by: what needs classes.
-        hint: what to do where there are none.
+    `by` is what needs classes, `hint` what to do where there are none.
     """
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):

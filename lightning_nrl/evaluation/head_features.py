@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Source, run_model
 from lightning_nrl.data.targets import AllFailures, Target
-from lightning_nrl.evaluation.evaluator import Evaluator, Forward
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 class HeadFeatures(NamedTuple):
-    """The results, the features, and how long the model took."""
+    """What one pass over the known data gives."""
 
     results: SampleResults
     features: Features | None  # None where no Linear gives the logits
@@ -46,22 +46,19 @@ def collect_features(
 
     All ranks get the same features. `head` is the last Linear; None if there is none.
     """
-    collective = evaluator.collective
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
-    with _recording(head if few else None) as recorder:
-        results = evaluator.run(known, target, forward=recorder.judged(evaluator))
+    recorder = _HeadRecorder(evaluator, head if few else None)
+    results = evaluator.run(known, target, forward=recorder)
     seconds = time.perf_counter() - start
     if few:
-        mine = torch.cat([results.rows(source.split, source.positions) for source in known])
-        return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
-    parts = []
-    with _recording(head) as recorder:
+        mine = [results.rows(source.split, source.positions) for source in known]
+    else:
+        mine, recorder = [torch.zeros(0).long()], _HeadRecorder(evaluator, head)
         for batch, rows in drawn(known, results, _matter(results)):
-            evaluator.output(batch, recorder.judged(evaluator))
-            parts.append(rows)
-    mine = torch.cat(parts) if parts else torch.zeros(0).long()
-    return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
+            evaluator.output(batch, recorder)
+            mine.append(rows)
+    return HeadFeatures(results, _gathered(recorder, torch.cat(mine), evaluator.collective), seconds)
 
 
 def drawn(
@@ -76,52 +73,38 @@ def drawn(
 
 
 class _HeadRecorder:
-    """Collects what a layer is given as long as it gives the logits, once a pass, one row a sample."""
+    """The model, which collects what its head is given as long as that gives the logits, one row a sample."""
 
-    def __init__(self, head: nn.Linear | None) -> None:
-        self.usable = head is not None
+    def __init__(self, evaluator: Evaluator, head: nn.Linear | None) -> None:
+        self.evaluator, self.head = evaluator, head
         self.inputs: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self._calls: list[tuple[Tensor, Tensor]] = []
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.evaluator.model
+        if self.head is None:
+            return run_model(model, args, kwargs)
+        calls: list[tuple[Tensor, Tensor]] = []
         # Copies, since the model may go on to change its own tensors in place.
-        self._calls.append((args[0].detach().clone(), output.detach().clone()))
-
-    def judged(self, evaluator: Evaluator) -> Forward:
-        """The model; each call of it adds features or ends the recording."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._calls.clear()
-            output = run_model(evaluator.model, args, kwargs)
-            if self.usable:
-                logits = evaluator.task.logits(output)
-                self.usable = len(self._calls) == 1 and logits.ndim == 2 and torch.equal(self._calls[0][1], logits)
-            if self.usable:
-                x, logits = self._calls[0]
-                self.inputs.append(x.to(torch.promote_types(x.dtype, torch.float32)))
-                self.logits.append(logits.to(self.inputs[-1].dtype))
-            return output
-
-        return forward
-
-
-@contextmanager
-def _recording(head: nn.Linear | None) -> Iterator[_HeadRecorder]:
-    recorder = _HeadRecorder(head)
-    if head is None:
-        yield recorder
-        return
-    handle = head.register_forward_hook(recorder.note)
-    try:
-        yield recorder
-    finally:
-        handle.remove()
+        handle = self.head.register_forward_hook(
+            lambda module, given, output: calls.append((given[0].detach().clone(), output.detach().clone()))
+        )
+        try:
+            output = run_model(model, args, kwargs)
+        finally:
+            handle.remove()
+        logits = self.evaluator.task.logits(output)
+        if len(calls) == 1 and logits.ndim == 2 and torch.equal(calls[0][1], logits):
+            self.inputs.append(at_least_float32(calls[0][0]))
+            self.logits.append(calls[0][1].to(self.inputs[-1].dtype))
+        else:
+            self.head = None
+        return output
 
 
 def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
     """Every rank's features in the order of the rows; None if any rank's layer does not give the logits."""
-    usable = recorder.usable and bool(recorder.inputs)
+    usable = recorder.head is not None and bool(recorder.inputs)
     if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
         return None
     empty = torch.zeros(0, 0)
@@ -168,13 +151,8 @@ def neighbours(
 ) -> Neighbours:
     """Compares labels with those of the k nearest passed samples, by the cosine of centred features.
 
-    Args:
-        inputs: `n x D`, features of the samples.
-        label: `n` int64.
-        passed: `P x D`, features of the passed samples.
-        passed_label: `P` int64.
-        itself: `n` int64, which passed sample each one is; it is no neighbour of its own.
-        k: how many are compared with; all where there are fewer.
+    Features of the samples are `n x D`, of the passed ones `P x D`. `itself`, `n` int64, says which passed sample each
+    one is; it is no neighbour of its own.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))

@@ -1,8 +1,7 @@
 """Gradients of samples in the weights of layers, from one forward and one backward pass of a batch.
 
 A zero that asks for its gradient is added to each layer's output (`OutputProbe`). The gradient of these zeros and the
-layers' inputs give the gradient of every weight, summed or sample by sample, whether or not the weights ask for one
-themselves; captum's `_utils/sample_gradient.py` does the same by module hooks.
+layers' inputs give the gradient of every weight, summed or sample by sample, whether or not weights ask for one.
 
 Inputs and outputs come as rows, `r x ...`, where `...` is all that the layer looks at: `features` for a Linear,
 `channels x space...` for a convolution.
@@ -10,7 +9,7 @@ Inputs and outputs come as rows, `r x ...`, where `...` is all that the layer lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
@@ -25,29 +24,21 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layers import Convolution, Layer
 from lightning_nrl.tasks import Task
 
-CONVOLUTION_WEIGHT_GRAD: dict[int, Callable[..., Tensor]] = {
-    3: convolution.conv1d_weight,
-    4: convolution.conv2d_weight,
-    5: convolution.conv3d_weight,
-}
-"""torch's kernel gradients by dimensions of the weight."""
-
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
-    """A layer's input or output as `r x ...`."""
+    """Shapes a layer's input or output as `r x ...`."""
     return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
 def uses_per_weight(layer: Layer, output: Tensor) -> int:
-    """How many values each weight is multiplied with, over rows and space; `output` has the shape of the output."""
+    """Counts the values that each weight is multiplied with, over rows and space, by the shape of the output."""
     return output.numel() // len(layer.weight)
 
 
 def absolute_input(layer: Layer, x: Tensor) -> Tensor:
-    """Sum over rows and space of the absolute value that each weight is multiplied with, in the weight's shape.
+    """Sums the absolute value that each weight is multiplied with over rows and space, in the weight's shape.
 
-    It is the same for every output of a group, so it is computed once for each input channel and place in the kernel:
-    as the kernel gradient of a depthwise convolution whose output gradient is one everywhere.
+    It is the kernel gradient of a depthwise convolution whose output gradient is one everywhere.
     """
     total = x.abs().sum(0)
     if isinstance(layer, nn.Linear):
@@ -61,15 +52,13 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
         )
     ]
     one = padded.new_ones(()).expand(1, channels, *positions)
-    sums = CONVOLUTION_WEIGHT_GRAD[len(shape)](
-        padded, (channels, 1, *shape[2:]), one, stride=layer.stride, dilation=layer.dilation, groups=channels
-    )
+    sums = _kernel_gradient(layer, padded, one, (channels, 1, *shape[2:]), channels)
     by_group = sums.reshape(groups, 1, *shape[1:])
     return by_group.expand(-1, shape[0] // groups, *by_group.shape[2:]).reshape(shape)
 
 
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
-    """What one output is a weighted sum of, in the order of the weights: `groups x (r * positions) x weights`.
+    """Returns what one output is a weighted sum of, in the order of the weights: `groups x (r * positions) x weights`.
 
     A Linear has one position, a convolution one for each place of its kernel; of these about `max_positions` of a row
     of `x`, `r x ...`, are taken, evenly spread.
@@ -89,7 +78,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
 
 
 def pad_input(layer: Convolution, x: Tensor) -> Tensor:
-    """The input with the layer's own padding written out, whatever its mode."""
+    """Writes the layer's own padding out, whatever its mode."""
     sides = layer._reversed_padding_repeated_twice
     if not any(sides):
         return x
@@ -113,22 +102,17 @@ class OutputProbe:
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self.layers = layers
-        self._seen: list[tuple[str, Tensor, Tensor]] = []
-
-    @property
-    def seen(self) -> list[tuple[str, Tensor, Tensor]]:
-        """The calls in their order: the layer's name, its input, and the zero that was added to its output."""
-        return list(self._seen)
+        self.seen: list[tuple[str, Tensor, Tensor]] = []  # by call: the layer, its input, the zero added to its output
 
     @property
     def called(self) -> list[str]:
-        return [name for name, *_ in self._seen]
+        return [name for name, *_ in self.seen]
 
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """The output of one call, to be used in place of it."""
+        """Returns the output of one call, to be used in place of it."""
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may go on to change its own tensors in place.
-        self._seen.append((name, x.detach().clone(), zero))
+        self.seen.append((name, x.detach().clone(), zero))
         return output + zero
 
     def hooked(self) -> AbstractContextManager[Any]:
@@ -143,8 +127,8 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of the sum of `weights * values`, `n` each, at the output of each call."""
-        zeros = [zero for *_, zero in self._seen]
+        """Returns gradients of the sum of `weights * values`, `n` each, at the output of each call."""
+        zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
         with no_autocast(values.device):
@@ -153,25 +137,18 @@ class OutputProbe:
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
-        for (name, x, _), gradient in zip(self._seen, gradients, strict=bool(gradients)):
+        for (name, x, _), gradient in zip(self.seen, gradients, strict=bool(gradients)):
             calls[name].append(LayerCall(*(at_least_float32(as_rows(self.layers[name], t)) for t in (x, gradient))))
         return calls
-
-    def not_batch_first(self, n: int, *, folded: bool = True) -> set[str]:
-        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance.
-
-        Unless the samples may be `folded`, it must be `n`: that of the nodes of graphs may be a multiple by chance.
-        """
-        return {name for name, x, _ in self._seen if (len(x) % n if folded else len(x) != n)}
 
 
 def margin_calls(
     model: nn.Module, layers: Mapping[str, Layer], batch: Batch, task: Task, context: Context
 ) -> tuple[Tensor, dict[str, list[LayerCall]]]:
-    """The margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
+    """Returns the margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
 
     There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
-    Weights need not ask for gradients, and get none. A task without margins is a `ConfigurationError`.
+    A task without margins is a `ConfigurationError`.
     """
     probe = OutputProbe(layers)
     with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
@@ -184,19 +161,21 @@ def margin_calls(
                 "give the task a `margin`.",
             )
         calls = probe.calls(margin)
-    sliceable = is_sliceable((batch.args, batch.kwargs), len(margin))
-    for name in probe.not_batch_first(len(margin), folded=sliceable):
-        calls[name] = []
+    n, sliceable = len(margin), is_sliceable((batch.args, batch.kwargs), len(margin))
+    for name, x, _ in probe.seen:
+        # Of a graph the number of nodes may be a multiple of that of samples by chance.
+        if len(x) % n if sliceable else len(x) != n:
+            calls[name] = []
     return margin, calls
 
 
 def is_by_sample(calls: Sequence[LayerCall], n: int) -> bool:
-    """Whether a layer was called, each time with as many rows for each of `n` samples."""
+    """True if a layer was called, each time with as many rows for each of `n` samples."""
     return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
 
 
 def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gradients of the weight, `m x weight shape`, and of the bias, `m x out`, of each of `n` samples over all calls.
+    """Yields gradients of the weight, `m x weight shape`, and of the bias, `m x out`, of `n` samples over all calls.
 
     They come in blocks of as many samples as `MAX_GRADIENT_ENTRIES` allows.
     """
@@ -210,34 +189,29 @@ def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterat
 
 
 def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight, from the layer's input `r x ...` and the gradient of its output `r x ...`."""
+    """Returns the gradient of the weight from the layer's input and the gradient of its output, `r x ...` each."""
     if isinstance(layer, nn.Linear):
         return gradient.T @ x
-    return _kernel_gradient(layer, x, gradient)
+    return _kernel_gradient(layer, pad_input(layer, x), gradient, layer.weight.shape, layer.groups)
 
 
 def bias_gradient(gradient: Tensor) -> Tensor:
-    """The gradient of the bias, from that of the output, `r x out...`."""
+    """Returns the gradient of the bias from that of the output, `r x out...`."""
     return gradient.transpose(0, 1).flatten(1).sum(1)
 
 
 def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight for each sample, `m x weight shape`, from `m x p x ...`, in one call of a kernel."""
+    """Returns the gradient of the weight for each sample, `m x weight shape`, from `m x p x ...`, in one call."""
     if isinstance(layer, nn.Linear):
         return torch.bmm(gradient.mT, x)
-    m = len(x)
+    # Samples side by side in the channels.
+    m, (out, *kernel) = len(x), layer.weight.shape
     x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
-    return torch.unflatten(_kernel_gradient(layer, x, gradient, samples=m), 0, (m, -1))
+    found = _kernel_gradient(layer, pad_input(layer, x), gradient, (m * out, *kernel), m * layer.groups)
+    return torch.unflatten(found, 0, (m, -1))
 
 
-def _kernel_gradient(layer: Convolution, x: Tensor, gradient: Tensor, samples: int = 1) -> Tensor:
-    """The kernel gradient; with several samples side by side in the channels, one behind the other in dimension 0."""
-    out, *kernel = layer.weight.shape
-    return CONVOLUTION_WEIGHT_GRAD[x.ndim](
-        pad_input(layer, x),
-        (samples * out, *kernel),
-        gradient,
-        stride=layer.stride,
-        dilation=layer.dilation,
-        groups=samples * layer.groups,
-    )
+def _kernel_gradient(layer: Convolution, x: Tensor, gradient: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    kernel: Any = getattr(convolution, f"conv{x.ndim - 2}d_weight")
+    found: Tensor = kernel(x, shape, gradient, stride=layer.stride, dilation=layer.dilation, groups=groups)
+    return found

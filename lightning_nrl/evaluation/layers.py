@@ -6,10 +6,10 @@ import difflib
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,13 @@ class LayerRef:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its repairable parameters by dotted name, in the order of the flat vector."""
+        kinds = ["weight", "bias"] if self.include_bias else ["weight"]
+        owner, module = self.name, cast(nn.Module, self.module)
         if self.gates is not None:
             owner, _, end = self.name.rpartition(".")
-            recurrent = dict(self.gates.module.named_parameters(recurse=False))
-            kinds = ("weight", "bias") if self.include_bias else ("weight",)
-            ends = [f"{kind}_{end}" for kind in kinds if f"{kind}_{end}" in recurrent]
-            return {f"{owner}.{name}" if owner else name: recurrent[name] for name in ends}
-        prefix = f"{self.name}." if self.name else ""
-        own = dict(self.module.named_parameters(recurse=False))
-        names = ("weight", "bias") if self.include_bias else ("weight",)
-        return {f"{prefix}{name}": own[name] for name in names if name in own}
+            kinds, module = [f"{kind}_{end}" for kind in kinds], self.gates.module
+        own = dict(module.named_parameters(recurse=False))
+        return {f"{owner}.{name}" if owner else name: own[name] for name in kinds if name in own}
 
     @property
     def size(self) -> int:
@@ -71,7 +68,7 @@ class ParameterSpace:
 
     @property
     def gates(self) -> tuple[Gates, ...]:
-        """The recurrent layers among them, each once, to be `opened` where their parts are called."""
+        """Recurrent layers among them, each once, to be `opened` where their parts are called."""
         return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
 
     @property
@@ -95,10 +92,7 @@ class ParameterSpace:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
-
-        The live parameters are not touched. The result suits `lightning_nrl._utils.state.holding`.
-        """
+        """Returns copies of whole parameters by dotted name, the weights at flat positions `where` set to `values`."""
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
         parameters = self.parameters
@@ -142,7 +136,7 @@ def find_scope(
     called: Collection[str] | None = None,
     trains: bool = False,
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
-    """What may change: the layers whose weights can be searched, and names of all parameters that training may move.
+    """Finds the layers whose weights can be searched, and the names of all parameters that training may move.
 
     `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
     for all of its parameters. `auto` lets training move all parameters that are not frozen. It takes a layer that is
@@ -170,7 +164,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """One name or several as a list; a `ConfigurationError` if there is none."""
+    """Lists one name or several; a `ConfigurationError` if there is none."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
@@ -204,7 +198,7 @@ def _is_inside(parameter: str, block: str) -> bool:
 
 
 def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The last layer that can be repaired inside a block; a layer, or what has none inside, is given back."""
+    """Returns the last layer inside a block that can be repaired; the name itself if there is none."""
     if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
     inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
@@ -212,7 +206,7 @@ def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
-    """A layer's name and the layer; of a recurrent one those of its parts, with what they are parts of."""
+    """Returns a layer's name and the layer; of a recurrent one those of its parts, with their owner."""
     module = modules.get(name)
     if not isinstance(module, Recurrent):
         return [(name, _repairable(name, modules), None)]
@@ -255,7 +249,7 @@ def _not_own(name: str) -> ConfigurationError:
 
 
 def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Attributes, by dotted name, that hold layers in plain lists, tuples or dicts, where torch does not know them."""
+    """Lists attributes, by dotted name, that hold layers in plain lists, tuples or dicts, unknown to torch."""
     known = {id(module) for module in modules.values()}
     found = []
     for name, module in modules.items():
@@ -287,13 +281,13 @@ def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
 
 
 def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of layers that can be repaired: the nearest to a name, else the last ones."""
+    """Suggests layers that can be repaired: the nearest to a name, else the last ones."""
     names = [other for other, module in modules.items() if isinstance(module, Layer)]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-5:]
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """The Linear and convolution layers that have a floating-point weight of their own, by dotted name."""
+    """Returns the Linear and convolution layers with a floating-point weight of their own, by dotted name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -302,7 +296,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 
 def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
-    """The last Linear layer, among those that are `called` where that is known, and its name; None if there is none."""
+    """Returns the name of the last Linear layer that is `called` (None: any), and the layer; None if there is none."""
     linear = [
         (name, layer)
         for name, layer in layers_of(model).items()
@@ -318,22 +312,12 @@ def force_eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def refusing_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, a call of a batch norm without running statistics is an error; the model is in evaluation mode.
-
-    Raises:
-        ConfigurationError: as above; it names the layer.
-    """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None
-    }
-    handles = [module.register_forward_pre_hook(partial(_refuse, name)) for name, module in found.items()]
-    try:
+    """Inside, a call of a batch norm without running statistics is a `ConfigurationError`."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
+                stack.callback(module.register_forward_pre_hook(partial(_refuse, name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse(name: str, *_: Any) -> None:

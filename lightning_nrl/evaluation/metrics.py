@@ -6,7 +6,7 @@ samples. Out: the rates of the literature; `rates.RATES` is the one table of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,59 +56,6 @@ def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tenso
     return torch.stack([mask.sum() for mask in masks])
 
 
-def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    return RATES[name](_flips_update(old_preds, new_preds, target))
-
-
-def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of all samples that the update breaks, in [0, 1]; NaN without samples.
-
-    Args:
-        old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
-        new_preds: the new model's, likewise; it may know another number of classes.
-        target: the true classes, `N x ...` integers.
-
-    Raises:
-        ConfigurationError: the shapes do not fit together.
-    """
-    return _rate("negative_flip_rate", old_preds, new_preds, target)
-
-
-def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of all samples that the update repairs; arguments as for :func:`negative_flip_rate`."""
-    return _rate("positive_flip_rate", old_preds, new_preds, target)
-
-
-def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of the new model's errors that are regressions; arguments as for :func:`negative_flip_rate`."""
-    return _rate("negative_flip_impact", old_preds, new_preds, target)
-
-
-def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """NFR against that of two models that err independently; arguments as for :func:`negative_flip_rate`."""
-    return _rate("relative_negative_flip_rate", old_preds, new_preds, target)
-
-
-def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was right that stays right; arguments as for :func:`negative_flip_rate`."""
-    return _rate("backward_trust_compatibility", old_preds, new_preds, target)
-
-
-def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of the new model's errors that are old ones; arguments as for :func:`negative_flip_rate`."""
-    return _rate("backward_error_compatibility", old_preds, new_preds, target)
-
-
-def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was wrong that is now right; arguments as for :func:`negative_flip_rate`."""
-    return _rate("repair_rate", old_preds, new_preds, target)
-
-
-def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was right that is now wrong; arguments as for :func:`negative_flip_rate`."""
-    return _rate("break_rate", old_preds, new_preds, target)
-
-
 class FlipMetric(Metric):
     """Counts kept, broken, repaired and failing samples, and computes one rate of them, NaN where it is undefined.
 
@@ -134,29 +81,14 @@ class FlipMetric(Metric):
         self.add_state("flips", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> None:
-        """Counts one batch.
-
-        Args:
-            old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
-            new_preds: the new model's, likewise; it may know another number of classes.
-            target: the true classes, `N x ...` integers.
-
-        Raises:
-            ConfigurationError: the shapes do not fit together.
-        """
+        """Counts one batch; arguments as for :func:`negative_flip_rate`."""
         self.flips += _flips_update(old_preds, new_preds, target)
 
     def compute(self) -> Tensor:
-        """The rate over all that was counted since the last reset."""
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """A figure and its axes (needs matplotlib) of what `compute` or `forward` gave, or a list of such.
-
-        Args:
-            val: these values; None calls `compute`.
-            ax: the axes to draw on; None makes new ones.
-        """
+        """A figure and its axes (needs matplotlib) of values that `compute` or `forward` gave; None calls `compute`."""
         return self._plot(val, ax)
 
 
@@ -219,3 +151,26 @@ class BreakRate(FlipMetric, rate="break_rate"):
 
     It is 1 - BTC, save that it is NaN where the old model got nothing right.
     """
+
+
+RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Takes `old_preds`, `new_preds` and `target` as :meth:`FlipMetric.update` does, and gives a rate in one call."""
+
+
+def _function(metric: type[FlipMetric]) -> RateFunction:
+    def rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+        return metric.rate(_flips_update(old_preds, new_preds, target))
+
+    rate.__name__ = rate.__qualname__ = metric.rate.name
+    rate.__doc__ = f"{(metric.__doc__ or '').partition(chr(10))[0]}\n\nArguments as for `FlipMetric.update`."
+    return rate
+
+
+negative_flip_rate = _function(NegativeFlipRate)
+positive_flip_rate = _function(PositiveFlipRate)
+negative_flip_impact = _function(NegativeFlipImpact)
+relative_negative_flip_rate = _function(RelativeNegativeFlipRate)
+backward_trust_compatibility = _function(BackwardTrustCompatibility)
+backward_error_compatibility = _function(BackwardErrorCompatibility)
+repair_rate = _function(RepairRate)
+break_rate = _function(BreakRate)

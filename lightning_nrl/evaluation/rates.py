@@ -1,8 +1,6 @@
 """The one table of rates of an update: the name, the meaning and the formula of each.
 
-Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines. Reports,
-the release gate, TensorBoard and the counting of validations read this table. Where the rates come from
-stands with the metrics (`flip_metrics`).
+Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines.
 """
 
 from __future__ import annotations
@@ -37,7 +35,8 @@ class Rate:
 
     def of(self, counts: FlipCounts) -> float:
         """The rate of one set of counts, in double precision."""
-        return float(self(_tensor(counts)))
+        four = counts.kept, counts.broken, counts.repaired, counts.failing
+        return float(self(torch.tensor(four, dtype=torch.float64)))
 
     @property
     def title(self) -> str:
@@ -52,7 +51,6 @@ class Rate:
 
 
 def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    """The negative flip rate over (1 - error rate before) * error rate after."""
     return b / (b + f) / ((k + b) / (k + b + r + f))
 
 
@@ -92,8 +90,4 @@ def flip_rates(flips: Tensor) -> dict[str, Tensor]:
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
     """All rates of one set of counts by name, in double precision; undefined ones are NaN."""
-    return {name: float(rate) for name, rate in flip_rates(_tensor(counts)).items()}
-
-
-def _tensor(counts: FlipCounts) -> Tensor:
-    return torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing], dtype=torch.float64)
+    return {name: rate.of(counts) for name, rate in RATES.items()}

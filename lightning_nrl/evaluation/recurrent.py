@@ -6,8 +6,9 @@ calls one: on the whole sequence for the weights of the inputs, at every step fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,24 +65,39 @@ def gates_of(name: str, module: Recurrent) -> Gates:
 @contextmanager
 def opened(gates: Sequence[Gates]) -> Iterator[None]:
     """Inside, these layers run step by step through their Linears, on whatever tensors they hold."""
-    if not gates:
-        yield
-        return
-    held = [one.module.__dict__.get("forward") for one in gates]
-    try:
+    with ExitStack() as stack:
         for one in gates:
-            one.module.__dict__["forward"] = _Unrolled(one)
+            stack.enter_context(patched_forward(one.module, _Unrolled(one)))
+        yield
+
+
+@contextmanager
+def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
+    """Inside, the module runs `forward`, with or without the user's hooks around it.
+
+    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
+    its parts has hooks, and would not call them otherwise.
+    """
+    held = module.__dict__
+    new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
+    if hooks:
+        new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
+        new["_forward_hooks"][-1] = lambda module, args, output: None
+    else:
+        new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
+    before = {name: held[name] for name in new if name in held}
+    held.update(new)
+    try:
         yield
     finally:
-        for one, before in zip(gates, held, strict=True):
-            one.module.__dict__.pop("forward")
-            if before is not None:
-                one.module.__dict__["forward"] = before
+        for name in new:
+            held.pop(name, None)
+        held.update(before)
 
 
 @dataclass(frozen=True)
 class _Unrolled:
-    """The forward of a recurrent layer, samples first inside."""
+    """Forward of a recurrent layer, samples first inside."""
 
     gates: Gates
 
@@ -117,7 +133,7 @@ class _Unrolled:
     def _run(
         self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer in one direction: its outputs `n x T x H`, and its states after the last step, `n x H` each."""
+        """Runs one layer in one direction: outputs `n x T x H`, and states after the last step, `n x H` each."""
         module = self.gates.module
         inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
         steps = inner(x).unbind(1)
@@ -132,7 +148,6 @@ class _Unrolled:
 
 
 def _step(module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The states after one step, from what the Linears give for the input and for the hidden state."""
     if isinstance(module, nn.LSTM):
         i, f, g, o = (of_input + of_hidden).chunk(4, 1)
         cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)

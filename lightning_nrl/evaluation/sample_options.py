@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -28,7 +27,12 @@ Keep = Literal["both", "reference"]
 """In an update, what may not break: what either model gets right, or only what the replaced one does too."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
-NAMED_CHOICES = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
+WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
+BY_ID: dict[str, tuple[type, ...]] = {
+    "importance": (Mapping,),
+    "protected": (Mapping, list, tuple),
+    "set_aside": (Mapping, list, tuple),
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,6 @@ class Focal:
 
     Attributes:
         gamma: 0 makes all alike; the larger, the more the hard ones count.
-
-    Raises:
-        ConfigurationError: on construction, for a gamma that is not a finite number from 0.
     """
 
     gamma: float = 2.0
@@ -79,9 +80,6 @@ class SampleOptions:
             or `"doubtful"`, those whose label looks wrong. They are listed in the report.
         keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
             `reference`, only what both of them get right.
-
-    Raises:
-        ConfigurationError: on construction, for what is no column, no mapping by id and no known word.
     """
 
     importance: Any = None
@@ -94,15 +92,9 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         check_choice("keep", self.keep, KEEPS)
-        for name in ("importance", "slices", "protected", "set_aside"):
-            value = getattr(self, name)
-            by_id = isinstance(value, Mapping) if name == "importance" else isinstance(value, (Mapping, list, tuple))
-            if name != "slices" and (by_id or value in NAMED_CHOICES.get(name, ()) or isinstance(value, Focal)):
-                continue
-            if value is not None:
-                find_column(name, value)
+        self._columns("importance", "slices", "protected", "set_aside")
         if self.risk is not None:
-            _RiskTable.parse(self.risk)
+            _risk_levels(self.risk)
         if self.quotas is not None:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
@@ -113,9 +105,8 @@ class SampleOptions:
 
     def columns(self) -> SampleOptions:
         """Those of the options that are columns of batches, for a check on a few samples."""
-        names = ("importance", "protected", "set_aside")
-        own = {name: getattr(self, name) for name in names if self._is_column(name, getattr(self, name))}
-        return SampleOptions(slices=self.slices, **own)
+        own = self._columns("importance", "protected", "set_aside")
+        return SampleOptions(slices=self.slices, **{name: getattr(self, name) for name in own})
 
     def evaluate(
         self,
@@ -126,25 +117,16 @@ class SampleOptions:
         everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
-        """The results with slices and weights, and without the targets that are set aside.
+        """The results with slices and weights, and the failed samples that are set aside, `N` bool, no longer targeted.
 
-        Args:
-            evaluator: the model and what judges it.
-            sources: this rank's share of the splits.
-            target: which failed samples are marked as targeted; None marks none.
-            everywhere: whether those of all sources are marked, not only of those whose failures may be repaired.
-            known: whether these are known data. Of others only slices and protected samples matter.
-
-        Returns:
-            The results, and `N` bool, the failed samples that are set aside.
+        The arguments are those of `Evaluator.run`. Of data that are not `known` only slices and protected samples
+        matter.
 
         Raises:
             ConfigurationError: a column or an id is not there, or has values that mean nothing.
         """
-        asked = {"protected": self.protected}
-        asked |= {"importance": self.importance, "set_aside": self.set_aside} if known else {}
-        columns = {name: find_column(name, value) for name, value in asked.items() if self._is_column(name, value)}
-        slices = None if self.slices is None else find_column("slices", self.slices)
+        asked = ("protected", "importance", "set_aside") if known else ("protected",)
+        columns, slices = self._columns(*asked), self._columns("slices").get("slices")
         recording = [_column_recorder(source, columns, evaluator.task) for source in sources] if columns else []
         slicing = [SliceRecorder(source, slices, evaluator.task) for source in recording or sources]
         results = evaluator.run(slicing, target, everywhere=everywhere)
@@ -153,17 +135,17 @@ class SampleOptions:
             results = replace(results, names=names, group=group)
         noted = torch.cat([one.gathered(evaluator.collective) for one in recording]) if columns else torch.zeros(0, 0)
         values = dict(zip(columns, noted.T, strict=True))
-        for name, value in asked.items():
-            if value is not None and name not in columns and not isinstance(value, (str, Focal)):
+        for name in asked:
+            if isinstance(getattr(self, name), BY_ID[name]):
                 splits = [source.split for source in sources if source.failed or name == "protected"]
-                values[name] = _values_by_id(name, value, results, splits, strict=known)
+                values[name] = _values_by_id(name, getattr(self, name), results, splits, strict=known)
         set_aside = torch.zeros_like(results.targeted)
         if "set_aside" in values:
             set_aside = results.targeted & (values["set_aside"] > 0)
         cost = _breaking_costs(results, values.get("protected"))
         risk: Tensor | None = None
         if self.risk is not None:
-            risk, at_worst = _RiskTable.parse(self.risk).weigh(results)
+            risk, at_worst = _weigh_risk(_risk_levels(self.risk), results)
             cost = torch.where(results.passed, cost * at_worst, cost)
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
         focal = Focal() if self.importance == "focal" else self.importance
@@ -174,65 +156,58 @@ class SampleOptions:
             results = _with_repair_worth(results, importance)
         return results, set_aside
 
-    def _is_column(self, name: str, value: Any) -> bool:
-        word = isinstance(value, str) and value in NAMED_CHOICES.get(name, ())
-        return value is not None and not word and not isinstance(value, (Mapping, list, tuple, Focal))
+    def _columns(self, *names: str) -> dict[str, Column]:
+        """Those of some options that are columns of batches, neither words nor ids; refuses what cannot be one."""
+        found = {}
+        for name in names:
+            value = getattr(self, name)
+            is_word = isinstance(value, Focal) or (isinstance(value, str) and value in WORDS.get(name, ()))
+            if value is not None and not is_word and not isinstance(value, BY_ID.get(name, ())):
+                found[name] = find_column(name, value)
+        return found
 
 
-PAIR = re.compile(r"\s*(\d+)\s*->\s*(\d+)\s*")
+def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
+    """Levels by true and by predicted class, None for all others that a class is taken for.
 
-
-@dataclass(frozen=True)
-class _RiskTable:
-    """Levels by (true, predicted) pair and by true class; a pair goes before its class, all others have 1."""
-
-    pairs: Mapping[tuple[int, int], int]
-    classes: Mapping[int, int]
-
-    @classmethod
-    def parse(cls, risk: Any) -> _RiskTable:
-        """From a mapping with keys such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`."""
-        if not isinstance(risk, Mapping):
-            raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
-        pairs: dict[tuple[int, int], int] = {}
-        classes: dict[int, int] = {}
-        for key, level in risk.items():
-            check_whole(f"risk[{key!r}]", level, 1)
-            match = PAIR.fullmatch(key) if isinstance(key, str) else None
-            number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
-            pair = (int(match[1]), int(match[2])) if match else key
-            if isinstance(pair, tuple) and len(pair) == 2 and all(map(is_class, pair)) and pair[0] != pair[1]:
-                pairs[pair[0], pair[1]] = level
-            elif is_class(number):
-                classes[number] = level
-            else:
-                raise ConfigurationError(
-                    f"`risk` has the key {key!r}.",
-                    "give a true class, or the pair of a true class and another one that it is taken for: "
-                    "`risk={7: 2, (3, 5): 4}`, in YAML `'3 -> 5': 4`.",
-                )
-        return cls(pairs, classes)
-
-    def weigh(self, results: SampleResults) -> tuple[Tensor, Tensor]:
-        """What repairs are worth, and what breaking costs: the highest level that the class can come to; `N` each."""
-        label, prediction = results.label, results.prediction
-        if bool((label < 0).all()):
+    The keys are such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`.
+    """
+    if not isinstance(risk, Mapping):
+        raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
+    levels: dict[int, dict[int | None, int]] = {}
+    for key, level in risk.items():
+        check_whole(f"risk[{key!r}]", level, 1)
+        pair: Sequence[Any] = key if isinstance(key, tuple) else (key,)
+        if isinstance(key, str) and all(part.strip().isdecimal() for part in key.split("->")):
+            pair = [int(part) for part in key.split("->")]
+        if len(pair) not in (1, 2) or not all(map(is_class, pair)) or len({*pair}) < len(pair):
             raise ConfigurationError(
-                "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
+                f"`risk` has the key {key!r}.",
+                "give a true class, or the pair of a true class and another one that it is taken for: "
+                "`risk={7: 2, (3, 5): 4}`, in YAML `'3 -> 5': 4`.",
             )
-        worth, cost = torch.ones(2, len(label), dtype=torch.float64)
-        for true in {*self.classes, *(true for true, _ in self.pairs)}:
-            own = {predicted: level for (other, predicted), level in self.pairs.items() if other == true}
-            usual = self.classes.get(true, 1)
-            worth[label == true] = usual
-            cost[label == true] = max(usual, *own.values(), 1)
-            for predicted, level in own.items():
-                worth[(label == true) & (prediction == predicted)] = level
-        return worth, cost
+        levels.setdefault(pair[0], {})[pair[1] if len(pair) == 2 else None] = level
+    return levels
+
+
+def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleResults) -> tuple[Tensor, Tensor]:
+    """What repairs are worth, and what breaking costs: the highest level that the class can come to; `N` each."""
+    if bool((results.label < 0).all()):
+        raise ConfigurationError(
+            "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
+        )
+    worth, cost = torch.ones(2, len(results), dtype=torch.float64)
+    for true, own in levels.items():
+        mine = results.label == true
+        worth[mine] = own.get(None, 1)
+        cost[mine] = max(own.values())
+        for predicted, level in own.items():
+            if predicted is not None:
+                worth[mine & (results.prediction == predicted)] = level
+    return worth, cost
 
 
 def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
-    """A source that notes columns of its batches, `n x C` float64; the task knows the labels."""
 
     def note(batch: Batch) -> Tensor:
         label = task.label(batch.target)
@@ -242,7 +217,6 @@ def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) 
 
 
 def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResults:
-    """The results whose targets weigh as much as they are worth, 1 on average."""
     wrong = results.targeted & ~(importance.isfinite() & (importance > 0))
     if wrong.any():
         raise ConfigurationError(

@@ -88,11 +88,9 @@ class SampleResults:
         return position + self.start(split)
 
     def start(self, split: str) -> int:
-        """The first row of a split."""
         return sum(self.sizes[: self.splits.index(split)])
 
     def of(self, split: str) -> slice:
-        """The rows of a split."""
         start = self.start(split)
         return slice(start, start + self.sizes[self.splits.index(split)])
 
@@ -103,12 +101,11 @@ class SampleResults:
 
     @property
     def weighted(self) -> bool:
-        """Whether not all samples count alike."""
+        """True if samples do not count alike."""
         return bool((self.weight != 1).any())
 
     @property
     def protected(self) -> Tensor:
-        """`N` bool, passed samples that may not break at all."""
         return self.passed & self.weight.isinf()
 
     @property
@@ -135,7 +132,7 @@ class SampleResults:
         return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Data-set positions of the samples whose loss is NaN or infinite, by split, without splits that have none."""
+        """Data-set positions of the samples whose loss is NaN or infinite, by split, without empty splits."""
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
 
 
@@ -162,7 +159,6 @@ class FlipCounts:
 
     @property
     def n(self) -> int:
-        """All samples."""
         return self.kept + self.broken + self.repaired + self.failing
 
     @property
@@ -177,12 +173,10 @@ class FlipCounts:
 
     @property
     def accuracy_before(self) -> float:
-        """Share of samples right before, in [0, 1]; NaN without samples."""
         return self.passed / self.n if self.n else float("nan")
 
     @property
     def accuracy_after(self) -> float:
-        """Share of samples right after, in [0, 1]; NaN without samples."""
         return self.right / self.n if self.n else float("nan")
 
     @staticmethod
@@ -210,14 +204,7 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """What became of each of `N` samples; every sample is in exactly one of the four masks.
-
-    Attributes:
-        kept: `N` bool, right before and after.
-        broken: `N` bool, right before, wrong after.
-        repaired: `N` bool, wrong before, right after.
-        failing: `N` bool, wrong before and after.
-    """
+    """What became of each of `N` samples: every sample is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
 
     kept: Tensor
     broken: Tensor

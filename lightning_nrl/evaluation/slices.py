@@ -37,12 +37,22 @@ class SliceRecorder(RecordingSource):
         return super().__iter__()
 
     def _note(self, batch: Batch) -> Tensor:
-        if self.slices is None:
-            return torch.full((len(batch),), -1)
-        names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
-        return torch.tensor(
-            [-1 if name is None else self._numbers.setdefault(name, len(self._numbers)) for name in names]
-        )
+        names = [None] * len(batch) if self.slices is None else self._names(self.slices, batch)
+        numbers = self._numbers
+        return torch.tensor([-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names])
+
+    def _names(self, slices: Slices, batch: Batch) -> Sequence[str | None]:
+        found = column_values(self.argument, slices, batch, self.task.label(batch.target))
+        values = found.tolist() if hasattr(found, "tolist") else found
+        fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
+        if not fits or not all(isinstance(value, (str, int, np.integer, np.bool_, type(None))) for value in values):
+            what = f"{type(found).__name__} {str(found)[:60]}"
+            raise ConfigurationError(
+                f"`{self.argument}` returned {what} for a batch of {len(batch)} samples.",
+                "return one name, whole number or bool for each sample.",
+            )
+        own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
+        return [_tag(own, value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
@@ -60,7 +70,6 @@ class SliceRecorder(RecordingSource):
 
 
 def _renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
-    """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
 
 
@@ -70,22 +79,10 @@ def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple
     return names, torch.cat([_renumbered(own, group, names) for own, group in parts])
 
 
-def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
-    found = column_values(argument, slices, batch, label)
-    values = found.tolist() if hasattr(found, "tolist") else found
-    fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
-    if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):
-        raise ConfigurationError(
-            f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
-            "return one name, whole number or bool for each sample.",
-        )
-    own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
-    return [_tag(own, value) for value in values]
-
-
 def _tag(own: str, value: Any) -> str | None:
     """The slice of one sample, fit for the name of a curve; bools choose the samples of one slice."""
-    if value is None or (isinstance(value, (bool, np.bool_)) and not value):
+    is_mark = isinstance(value, (bool, np.bool_))
+    if value is None or (is_mark and not value):
         return None
-    name = own if isinstance(value, (bool, np.bool_)) else str(value)
+    name = own if is_mark else str(value)
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen"

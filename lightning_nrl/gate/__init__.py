@@ -4,7 +4,15 @@ In: what the model does before and after, and a `Gate`, which says how many samp
 accepted or not, with the reason.
 """
 
-from lightning_nrl.gate.gates import Accuracy, Gate, Instance, InstanceInTarget, Tolerance
-from lightning_nrl.gate.verdict import Verdict, check_protected, judge
+from lightning_nrl.gate.gates import (
+    Accuracy,
+    Gate,
+    Instance,
+    InstanceInTarget,
+    Tolerance,
+    Verdict,
+    check_protected,
+    judge,
+)
 
 __all__ = ["Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "Verdict", "check_protected", "judge"]

@@ -1,18 +1,21 @@
-"""How many known samples a repair may break: the gates, and how they are read from text."""
+"""How many known samples a repair may break: the gates, how they are read from text, and the verdict on a candidate."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar, final
+from types import MappingProxyType
+from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
 from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 
 
@@ -40,20 +43,11 @@ class Gate(ABC):
         """The most broken samples that the gate lets through, given what became of all known samples."""
 
     @final
-    def excess(self, before: SampleResults, flips: Flips) -> float:
-        """By how much the broken samples exceed what is allowed, by their weights; 0 if the gate accepts them."""
-        return self.excess_of(flips.counts(), self.harm(before, flips.broken))
-
-    @final
     def excess_of(self, counts: FlipCounts, harm: float | None = None) -> float:
         """By how much broken samples exceed what is allowed; 0 if the gate accepts them.
 
-        Args:
-            counts: what became of all samples.
-            harm: what the broken ones count; None: all samples count alike.
-
-        Raises:
-            ConfigurationError: the gate is about the target, and the counts are of data without one.
+        `harm` is what the broken ones count; None: all samples count alike. A gate on the target refuses counts of data
+        without one, by a `ConfigurationError`.
         """
         if harm is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -95,21 +89,15 @@ class Gate(ABC):
 
     @staticmethod
     def tolerance(limit: int | float) -> Gate:
-        """A few known samples broken.
-
-        Args:
-            limit: a whole number of samples, or a fraction in [0, 1] of the samples that passed before.
-        """
+        """A few known samples broken; the limit is that of `Tolerance`."""
         return Tolerance(limit)
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; a gate is given back as it is.
+        """Reads a gate from text; a gate is given back as it is. `argument` is what it was given as, for an error.
 
-        Args:
-            gate: `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
-                `tolerance:0.01` (of those that passed).
-            argument: what it was given as, for an error.
+        Text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
+        `tolerance:0.01` (of those that passed).
 
         Raises:
             ConfigurationError: the text is none of these.
@@ -188,9 +176,6 @@ class Tolerance(Gate):
 
     Attributes:
         limit: a whole number of samples, or a fraction in [0, 1] of the samples that passed before the repair.
-
-    Raises:
-        ConfigurationError: on construction, if the limit is negative, a fraction above 1 or no number.
     """
 
     limit: int | float
@@ -225,3 +210,119 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
+
+
+Status = Literal["repaired", "refused", "not repaired"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate may replace the original weights, and why.
+
+    Attributes:
+        status: `repaired`, `refused` by the gate, or `not repaired` since no targeted sample was.
+        reason: why, in a sentence or two, with figures.
+        gate: the gate, as text.
+        counts: what became of all known samples.
+        target: what became of the targeted ones (I_neg); its `kept` and `broken` are 0.
+        repaired: data-set positions of the repaired samples, by split.
+        broken: data-set positions of the broken samples, by split.
+    """
+
+    status: Status
+    reason: str
+    gate: str
+    counts: FlipCounts
+    target: FlipCounts
+    repaired: dict[str, list[int]]
+    broken: dict[str, list[int]]
+
+    @property
+    def accepted(self) -> bool:
+        return self.status == "repaired"
+
+
+def judge(
+    before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
+) -> Verdict:
+    """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
+
+    A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
+    made for, and every change of weights is a risk on unseen data. The verdict is the same on every rank if the tables
+    are.
+
+    Args:
+        before: the original model on all known data; its `targeted` marks what was to be repaired.
+        after: the candidate on the same data, from a real forward pass of the deployed module.
+        gate: how many known samples may break. One that counts for several counts as so many; a protected one may not.
+        needed: how many targets of a slice must be repaired, by its name.
+    """
+    flips = Flips.between(before, after)
+    counts, target = flips.counts(), flips.counts(before.targeted)
+    lacking = below(before, flips.repaired, needed) if target.repaired else {}
+    status: Status = "repaired"
+    if target.repaired == 0:
+        status = "not repaired"
+    elif lacking or gate.excess_of(counts, gate.harm(before, flips.broken)):
+        status = "refused"
+    broken = before.ids(flips.broken)
+    reason = _reason(status, gate, flips.target_counts(before), target, broken) + _unequal_counts(before, flips)
+    for name, (got, need) in lacking.items():
+        verb = "is" if got == 1 else "are"
+        reason += f" Of the slice {name!r} {_count(got)} {verb} repaired; its quota is {need:,}."
+    infinite = int((~after.loss.isfinite()).sum())
+    if infinite:
+        plural = "s" if infinite != 1 else ""
+        reason += f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
+    return Verdict(
+        status=status,
+        reason=reason,
+        gate=str(gate),
+        counts=counts,
+        target=target,
+        repaired=before.ids(flips.repaired),
+        broken=broken,
+    )
+
+
+def check_protected(verdict: Verdict, before: SampleResults, after: SampleResults) -> Verdict:
+    """The verdict on a candidate that was accepted, refused if it breaks a protected calibration sample."""
+    words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
+    return replace(verdict, status="refused", reason=f"{verdict.reason}{words}") if words else verdict
+
+
+def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
+    """What broken samples count, where they do not count alike; empty if they do."""
+    protected = before.ids(flips.broken & before.protected)
+    if any(protected.values()):
+        return f" Protected {kind}samples may not break, and would: {_by_split(protected)}."
+    harm, n = before.harm(flips.broken), int(flips.broken.sum())
+    return "" if harm == n or only_protected else f" Those that break count for {harm:,.0f}."
+
+
+def _reason(
+    status: Status, gate: Gate, counts: TargetCounts, target: FlipCounts, broken: Mapping[str, list[int]]
+) -> str:
+    if target.n == 0:
+        return "No failed sample was targeted, so no change of weights is called for."
+    now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
+    gain = f"{_count(target.repaired)} of {target.n:,} targeted failure{'s' if target.n != 1 else ''} {now}"
+    loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
+    loss += f" ({_by_split(broken)})" if counts.broken else ""
+    limit = allowance(gate, counts)
+    if gate.needs_target:
+        limit += f" ({_count(counts.broken_in_target)} of {counts.passed_in_target:,} {breaks})"
+    sentences = {
+        "refused": (f"{loss}; {limit}", gain),
+        "repaired": (gain, f"{loss}; {limit}"),
+        "not repaired": (gain, loss),
+    }[status]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+
+
+def _by_split(ids: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{len(rows):,} in {name}" for name, rows in ids.items() if rows)
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n else "none"

@@ -5,26 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.device import at_least_float32, no_autocast, repeatable_gradients, widest
+from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
-from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, layer_output
-from lightning_nrl.localization.impact import (
-    as_many_as_fit,
-    check_called,
-    check_marked,
-    check_reached,
-    flat_part,
-    measure,
-    probed,
-)
+from lightning_nrl.evaluation.layers import LayerRef, layer_output
+from lightning_nrl.localization.impact import check_called, flat_part, measure, probed, summed_up
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
 from lightning_nrl.localization.neurecover_lite import places
 
@@ -45,9 +37,6 @@ class Arachne:
         n_g: how many weights of largest gradient come into question; None: 20 for each failed sample, as published, and
             no fewer than `n_weights`.
         include_bias: whether biases may be localised too.
-
-    Raises:
-        ConfigurationError: a number below 1 or not whole.
     """
 
     n_weights: int | None = None
@@ -81,9 +70,6 @@ class ArachneV2:
         n_weights: how many weights to localise: further fronts follow the first one until there are so many. None: the
             first front, as published.
         include_bias: whether biases may be localised too.
-
-    Raises:
-        ConfigurationError: a number below 1 or not whole.
     """
 
     n_weights: int | None = None
@@ -126,80 +112,47 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
         ReplayError: a layer is never called, or its output is detached.
     """
     space = recording.space
-    sums = as_many_as_fit(partial(_sum_up, recording, rows_mask))
-    sums = _ContributionSums.of(space, evaluator.collective.sum(sums.flat))
-    check_marked(sums.samples)
-    impact = torch.zeros_like(sums.share)
-    for site, uses, start in zip(space.sites, sums.positions.tolist(), _starts(space)[:-1], strict=True):
+    own: dict[str, tuple[LayerRef, int, slice]] = {}
+    n_neurons = 0
+    for i, site in enumerate(space.sites):
+        own[site.name] = site, i, slice(n_neurons, n_neurons + len(site.module.weight))
+        n_neurons += len(site.module.weight)
+
+    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
+        share, influence, positions, samples = sums
+        probe, outputs = probed(recording, chunk, _largest)
+        samples.add_(len(chunk.rows))
+        with no_autocast(share.device):
+            for column in outputs.unbind(1):
+                gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
+                for name, gradient in zip(probe.called, gradients, strict=True):
+                    site, _, here = own[name]
+                    influence[here] += bias_gradient(at_least_float32(as_rows(site.module, gradient)).abs())
+            for name, x, output in probe.seen:
+                site, i, _ = own[name]
+                rows = at_least_float32(as_rows(site.module, x)).abs()
+                share[site.offset : site.offset + site.size] += _share(site, rows)
+                positions[i] += uses_per_weight(site.module, output)
+
+    sizes = [space.size, n_neurons, len(space.sites), 1]
+    share, influence, positions, _ = summed_up(recording, evaluator, rows_mask, sizes, add)
+    impact = torch.zeros_like(share)
+    for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
         check_called(site, uses)
-        influence = sums.influence[start : start + len(site.module.weight)] / uses
-        here = slice(site.offset, site.offset + site.size)
-        each = influence.view(-1, *[1] * (site.module.weight.ndim - 1)).expand_as(site.module.weight)
-        impact[here] = sums.share[here] / uses * flat_part(site, each, influence)
+        mean, weight = influence[here] / uses, site.module.weight
+        each = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+        place = slice(site.offset, site.offset + site.size)
+        impact[place] = share[place] / uses * flat_part(site, each, mean)
     return impact
 
 
-class _ContributionSums(NamedTuple):
-    """Sums over samples and positions as views of one flat tensor."""
-
-    flat: Tensor
-    share: Tensor  # W, of each weight in its neuron
-    influence: Tensor  # one a neuron, on the outputs
-    positions: Tensor  # one a site: how many values a weight was multiplied with
-    samples: Tensor  # 1
-
-    @classmethod
-    def of(cls, space: ParameterSpace, flat: Tensor) -> _ContributionSums:
-        return cls(flat, *torch.split(flat, [space.size, _starts(space)[-1], len(space.sites), 1]))
-
-    @classmethod
-    def zeros(cls, space: ParameterSpace) -> _ContributionSums:
-        size = space.size + _starts(space)[-1] + len(space.sites) + 1
-        return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
-
-
-def _starts(space: ParameterSpace) -> list[int]:
-    """Where the neurons of each site begin, and how many there are."""
-    starts = [0]
-    for site in space.sites:
-        starts.append(starts[-1] + len(site.module.weight))
-    return starts
-
-
-def _sum_up(recording: Replay, rows_mask: Tensor, size: int) -> _ContributionSums:
-    sums = _ContributionSums.zeros(recording.space)
-    with repeatable_gradients():
-        for chunk in recording.chunks(size, rows_mask):
-            _add(sums, recording, chunk)
-    return sums
-
-
-def _add(sums: _ContributionSums, recording: Replay, chunk: Any) -> None:
-    probe, logits = probed(recording, chunk)
-    with torch.enable_grad(), no_autocast(logits.device):
-        outputs = logits.flatten(1)
-        outputs = outputs.topk(min(MOST_OUTPUTS, outputs.shape[1]), 1).values
-    check_reached(probe, outputs)
-    sites = {site.name: i for i, site in enumerate(recording.space.sites)}
-    starts = _starts(recording.space)
-    sums.samples.add_(len(chunk.rows))
-    with no_autocast(sums.flat.device):
-        for column in outputs.unbind(1):
-            gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
-            for name, gradient in zip(probe.called, gradients, strict=True):
-                site = recording.space.sites[sites[name]]
-                rows = at_least_float32(as_rows(site.module, gradient)).abs()
-                here = slice(starts[sites[name]], starts[sites[name] + 1])
-                sums.influence[here] += bias_gradient(rows)
-        for name, x, output in probe.seen:
-            site = recording.space.sites[sites[name]]
-            rows = at_least_float32(as_rows(site.module, x)).abs()
-            sums.share[site.offset : site.offset + site.size] += _share(site, rows)
-            sums.positions[sites[name]] += uses_per_weight(site.module, output)
+def _largest(logits: Tensor) -> Tensor:
+    outputs = logits.flatten(1)
+    return outputs.topk(min(MOST_OUTPUTS, outputs.shape[1]), 1).values
 
 
 def _share(site: LayerRef, x: Tensor) -> Tensor:
-    """Sum over rows and positions of each weight's share in its neuron, of absolute inputs `r x ...`."""
+    """Sums each weight's share in its neuron over rows and positions of absolute inputs `r x ...`."""
     layer = site.module
     weight = layer.weight.detach().abs().to(x)
     bias = layer.bias.detach().abs().to(x) if site.include_bias and layer.bias is not None else None
@@ -210,7 +163,7 @@ def _share(site: LayerRef, x: Tensor) -> Tensor:
 
 
 def pareto_front(one: Tensor, other: Tensor) -> Tensor:
-    """`W` bool, the weights that no other one dominates; larger is better in both of `one` and `other`, `W` each.
+    """Returns `W` bool, the weights that no other one dominates; larger is better in both of `one` and `other`, `W`.
 
     A weight dominates another if it is at least as good in both and better in one, so equal ones are in it together.
 
@@ -231,10 +184,10 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
-    """Positions of weights, ascending: those of the Pareto front, or as many as asked for, front after front.
+    """Returns positions of weights, ascending: the Pareto front, or as many weights as asked for, front after front.
 
-    The first front, then that of the rest, and so on. Of the last one as many as are lacking are taken, first those
-    whose worse rank of the two is best, and of equal ones the first. Weights that are 0 in both are never taken.
+    Of the last front those are taken first whose worse rank of the two is best, and of equal ones the first. Weights
+    that are 0 in both are never taken.
     """
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -25,7 +23,7 @@ class Known:
     """The data that a localiser of `DataLocalizer` may look at, and what the model does on them."""
 
     evaluator: Evaluator
-    sources: Sequence[Source]  # this rank's share of the known data
+    sources: Sequence[Any]  # this rank's share of the known data, a `Source` each
     before: SampleResults  # what the model does on all of them
     space: ParameterSpace  # the layers whose weights are to be localised
 
@@ -59,12 +57,12 @@ class DataLocalizer(Protocol):
         ...
 
     def on(self, known: Known) -> Localizer:
-        """The localiser for these data."""
+        """Returns the localiser for these data."""
         ...
 
 
 def on_data(localizer: Localizer, known: Known) -> Localizer:
-    """The localiser to be called: of a `DataLocalizer` that for the data, any other one as it is."""
+    """Returns the localiser to be called: of a `DataLocalizer` that for the data, any other one as it is."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
 
@@ -79,11 +77,7 @@ class CheckpointHistory:
     checkpoints: Sequence[nn.Module | State | str | Path]
 
     def points(self, known: Known) -> list[HistoryPoint]:
-        """Runs the model with the weights of each; afterwards it has its own again.
-
-        Raises:
-            ConfigurationError: a checkpoint cannot be read, or is of another architecture.
-        """
+        """Runs the model with the weights of each; a `ConfigurationError` if one cannot be read or does not fit."""
         return [self._point(checkpoint, known) for checkpoint in self.checkpoints]
 
     def _point(self, checkpoint: Any, known: Known) -> HistoryPoint:
@@ -93,19 +87,3 @@ class CheckpointHistory:
         return HistoryPoint(
             passed.to(torch.int8), torch.cat([state[name].flatten() for name in known.space.parameters])
         )
-
-
-def parse_history(argument: str, value: Any) -> History | None:
-    """A list of checkpoints, or an object with `points`; None stays None.
-
-    Raises:
-        ConfigurationError: it is something else, or an empty list.
-    """
-    if value is None or (hasattr(value, "points") and not isinstance(value, type)):
-        history: History | None = value
-        return history
-    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    check_kind(argument, value, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
-    if not value:
-        raise ConfigurationError(f"`{argument}` is an empty list.", "give at least one earlier checkpoint.")
-    return CheckpointHistory(tuple(value))

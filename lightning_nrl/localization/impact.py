@@ -1,15 +1,11 @@
-"""How much each weight matters for some data: backward and forward impacts (paper, section II.1, step i).
-
-A zero that asks for its gradient is added to the output of each layer to be repaired. The loss gradient of these
-zeros and the layers' inputs give every weight's gradient, whether or not the weights ask for one themselves.
-"""
+"""How much each weight matters for some data: backward and forward impacts (paper, section II.1, step i)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +26,6 @@ from lightning_nrl.evaluation.layer_gradients import (
 )
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.localization.localizer import Replay
-from lightning_nrl.tasks import Task
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -56,12 +51,12 @@ def measure(
     aggregation: Aggregation = "mean_gradient",
     weight: Tensor | None = None,
 ) -> Impact:
-    """Backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
+    """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
     Backward is `dL/dw_ij = dL/do_j * do_j/dw_ij`: the absolute value of its mean over samples, or the mean of its
     absolute value. Forward is `o_i * w_ij`: the mean of its absolute value. A convolution's weight meets many inputs:
     its gradient is the sum over positions, its forward impact the mean over samples and positions, padding included.
-    A bias passes on itself. Ranks add up their sums, so it does not matter how the samples were dealt out.
+    A bias passes on itself. Ranks add up their sums.
 
     Args:
         recording: the model on the known data of this rank.
@@ -80,115 +75,92 @@ def measure(
             not the first dimension of its input.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
-    space = recording.space
-    work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, weight)
-    sums = as_many_as_fit(work)
-    return _mean(space, _Sums.of(space, evaluator.collective.sum(sums.flat)))
+    space, sites = recording.space, len(recording.space.sites)
+    by_sample = aggregation == "per_sample"
 
+    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
+        gradient, inputs, positions, strayed, samples = sums
+        n = len(chunk.rows)
+        own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
 
-Sums = TypeVar("Sums")
+        def losses(logits: Tensor) -> Tensor:
+            each = evaluator.task.loss(logits, chunk.target)
+            return each if own is None else each * own.to(each)
 
-
-def as_many_as_fit(work: Callable[[int], Sums]) -> Sums:
-    """What work gives with `SAMPLES_PER_PASS` samples at once, or with as many as memory allows."""
-    sums, size = None, SAMPLES_PER_PASS
-    while sums is None:
-        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
-        sums = none_if_out_of_memory(partial(work, size), last_try=size == 1)
-        size //= 2
-    return sums
-
-
-def _sum_up(
-    recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, weight: Tensor | None, size: int
-) -> _Sums:
-    sums = _Sums.zeros(recording.space)
-    unchecked = aggregation == "per_sample" or weight is not None
-    with repeatable_gradients():
-        for chunk in recording.chunks(size, rows_mask):
-            check = unchecked and len(chunk.rows) > 1
-            unchecked = unchecked and not check
-            _add(sums, recording, chunk, task, aggregation, weight, check)
-    return sums
-
-
-class _Sums(NamedTuple):
-    """Sums over samples as views of one flat tensor, so that ranks add them up in one exchange."""
-
-    flat: Tensor
-    gradient: Tensor  # W, of gradients or of their absolute values
-    input: Tensor  # W, of the absolute value that each weight is multiplied with
-    positions: Tensor  # one a site: how many such values there were
-    strayed: Tensor  # one a site: above 0 if its rows are not sample by sample
-    samples: Tensor  # 1
-
-    @classmethod
-    def of(cls, space: ParameterSpace, flat: Tensor) -> _Sums:
-        sites = len(space.sites)
-        return cls(flat, *torch.split(flat, [space.size, space.size, sites, sites, 1]))
-
-    @classmethod
-    def zeros(cls, space: ParameterSpace) -> _Sums:
-        size = 2 * space.size + 2 * len(space.sites) + 1
-        return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
-
-
-def _add(
-    sums: _Sums,
-    recording: Replay,
-    chunk: Any,
-    task: Task,
-    aggregation: Aggregation,
-    weight: Tensor | None,
-    check: bool,
-) -> None:
-    n = len(chunk.rows)
-    own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.flat)
-    calls, strayed = trace(recording, chunk, lambda logits: _losses(task, logits, chunk.target, own), check)
-    sums.samples.add_(n if own is None else own.sum())
-    sums.strayed.add_(strayed)
-    with no_autocast(sums.flat.device):
-        for i, site in enumerate(recording.space.sites):
-            here = slice(site.offset, site.offset + site.size)
-            if own is not None and calls[i] and not is_by_sample(calls[i], n):
-                sums.strayed[i] += 1
-                continue
-            for x, g in calls[i]:
-                count: float = uses_per_weight(site.module, g)
-                if own is not None:
-                    x, count = _scaled(x, own), count * float(own.mean())
-                sums.input[here] += flat_part(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
-                sums.positions[i] += count
-            if aggregation == "mean_gradient":
+        calls, astray = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
+        samples.add_(n if own is None else own.sum())
+        strayed.add_(astray)
+        with no_autocast(gradient.device):
+            for i, site in enumerate(space.sites):
+                here, layer = slice(site.offset, site.offset + site.size), site.module
+                if (by_sample or own is not None) and calls[i] and not is_by_sample(calls[i], n):
+                    strayed[i] += 1
+                    continue
                 for x, g in calls[i]:
-                    sums.gradient[here] += flat_part(site, weight_gradient(site.module, x, g), bias_gradient(g))
-            elif not calls[i] or is_by_sample(calls[i], n):
-                sums.gradient[here] += _absolute_gradients(site, calls[i], n)
-            else:
-                sums.strayed[i] += 1
+                    count: float = uses_per_weight(layer, g)
+                    if own is not None:
+                        x, count = _scaled(x, own), count * float(own.mean())
+                    inputs[here] += flat_part(site, absolute_input(layer, x), x.new_full((g.shape[1],), count))
+                    positions[i] += count
+                if by_sample:
+                    gradient[here] += _absolute_gradients(site, calls[i], n)
+                    continue
+                for x, g in calls[i]:
+                    gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
+
+    sizes = [space.size, space.size, sites, sites, 1]
+    return _mean(space, *summed_up(recording, evaluator, rows_mask, sizes, add))
 
 
-def _losses(task: Task, logits: Tensor, target: Any, weight: Tensor | None) -> Tensor:
-    losses = task.loss(logits, target)
-    return losses if weight is None else losses * weight.to(losses)
+def summed_up(
+    recording: Replay,
+    evaluator: Evaluator,
+    rows_mask: Tensor,
+    sizes: Sequence[int],
+    add: Callable[[Sequence[Tensor], Any, bool], None],
+) -> tuple[Tensor, ...]:
+    """Returns sums over the marked samples of all ranks, of such sizes.
+
+    `add(sums, chunk, first)` adds a chunk; the `first` one has more than one sample. Chunks are of `SAMPLES_PER_PASS`
+    samples, or of as many as memory allows.
+    """
+    space = recording.space
+
+    def work(size: int) -> Tensor:
+        flat, first = torch.zeros(sum(sizes), dtype=widest(space.device), device=space.device), True
+        with repeatable_gradients():
+            for chunk in recording.chunks(size, rows_mask):
+                several = len(chunk.rows) > 1
+                add(flat.split(sizes), chunk, first and several)
+                first = first and not several
+        return flat
+
+    found, size = None, SAMPLES_PER_PASS
+    while found is None:
+        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
+        found = none_if_out_of_memory(partial(work, size), last_try=size == 1)
+        size //= 2
+    sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
+    if not sums[-1].item():
+        raise EvaluationError(
+            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
+        )
+    return sums
 
 
 def _scaled(x: Tensor, weight: Tensor) -> Tensor:
     return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
 
 
-def trace(
-    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], check: bool = False
+def _calls(
+    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Calls of each site, with the gradients of what `values` makes of the logits, one number a sample.
+    """Returns the calls of each site, with the gradients of `values` of the logits, one number a sample.
 
     If `check`, also at which sites the rows of a sample are not those where its gradient is.
     """
     sites = recording.space.sites
-    probe, logits = probed(recording, chunk)
-    with torch.enable_grad(), no_autocast(logits.device):
-        made = values(logits)
-    check_reached(probe, made)
+    probe, made = probed(recording, chunk, values)
     strayed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
     if check:
         half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
@@ -200,24 +172,23 @@ def trace(
     return [calls[site.name] for site in sites], strayed
 
 
-def probed(recording: Replay, chunk: Any) -> tuple[OutputProbe, Tensor]:
-    """A probe at the outputs of all sites, and the logits that come of it."""
+def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
+    """Returns a probe at the outputs of all sites, and `values` of the logits, which must depend on these outputs."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
-        return probe, recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
-
-
-def check_reached(probe: OutputProbe, values: Tensor) -> None:
-    """Refuses a model whose outputs do not depend on what its layers return."""
-    if probe.called and not values.requires_grad:
+        logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
+        with no_autocast(logits.device):
+            made = values(logits)
+    if probe.called and not made.requires_grad:
         raise ReplayError(
             f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
             "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
         )
+    return probe, made
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
-    """Sum over samples of the absolute value of each sample's gradient over all calls of a site."""
+    """Sums the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
@@ -227,14 +198,6 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
     for weight, bias in sample_gradients(layer, calls, n):
         total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))
     return total
-
-
-def check_marked(samples: Tensor) -> None:
-    """Refuses a measurement on no sample."""
-    if not samples.item():
-        raise EvaluationError(
-            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
-        )
 
 
 def check_called(site: LayerRef, count: float) -> None:
@@ -247,25 +210,26 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """A site's part of the flat vector."""
+    """Returns a site's part of the flat vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
-def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
-    check_marked(sums.samples)
-    for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
-        if strayed:
+def _mean(
+    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, strayed: Tensor, samples: Tensor
+) -> Impact:
+    for site, count, astray in zip(space.sites, positions.tolist(), strayed.tolist(), strict=True):
+        if astray:
             raise ReplayError(
                 f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
             )
         check_called(site, count)
-    size = torch.tensor([site.size for site in space.sites], device=sums.flat.device)
-    backward = sums.gradient.abs() / sums.samples
-    forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
+    size = torch.tensor([site.size for site in space.sites], device=gradient.device)
+    backward = gradient.abs() / samples
+    forward = inputs / positions.repeat_interleave(size) * space.flat().to(inputs).abs()
     if not bool((backward + forward).isfinite().all()):
         raise EvaluationError(
             "`layer`: impacts are not finite.",
             "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
         )
-    return Impact(backward, forward, int(sums.samples))
+    return Impact(backward, forward, int(samples))

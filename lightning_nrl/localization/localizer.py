@@ -38,11 +38,11 @@ class Replay(Protocol):
         ...
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """This rank's samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
+        """Yields samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
         ...
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """The logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
+        """Returns the logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
         ...
 
 
@@ -52,17 +52,14 @@ class Localizer(Protocol):
 
     @property
     def include_bias(self) -> bool:
-        """Whether biases may be chosen too: the weight space is made accordingly."""
+        """True if biases may be chosen too: the weight space is made accordingly."""
         ...
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Localises, or raises an `EmptyLocalizationError` where no weight can be chosen.
+        """Localises from a recording of this rank's data, or raises an `EmptyLocalizationError`.
 
-        Args:
-            recording: the model on the known data of this rank.
-            evaluator: what gives each sample's loss, and the ranks that share the data.
-            failed: `N` bool, the samples to be repaired (I_neg), by row of the results.
-            passed: `N` bool, the samples to be kept (I_pos).
+        `evaluator` has the task and the ranks; `failed` and `passed` are `N` bool by row of the results, the samples to
+        be repaired (I_neg) and to be kept (I_pos).
         """
         ...
 
@@ -74,7 +71,7 @@ LOCALIZERS: Registry[Localizer] = Registry(
 
 
 def localized(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """A localisation by some order of the weights; an `EmptyLocalizationError` if there are none."""
+    """Makes a localisation by some order of the weights; an `EmptyLocalizationError` if there are none."""
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
+from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, Known
 from lightning_nrl.localization.impact import Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
-from lightning_nrl.localization.neurecover_lite import default_n_weights, nearest, places
+from lightning_nrl.localization.neurecover_lite import default_n_weights, nearest, places, sizes_at
 from lightning_nrl.localization.training_record import FolderHistory
 
 
@@ -49,9 +49,6 @@ class NeuRecover:
             the last two points. None: all.
         decay: what a flip and a change of a step count of what they count in the step after it, above 0 to 1.
         include_bias: whether biases may be localised too.
-
-    Raises:
-        ConfigurationError: a value of the wrong kind or out of its range, or `n_weights` and `rate` at once.
     """
 
     history: str | Path | Sequence[Any] | History | None = None
@@ -78,11 +75,11 @@ class NeuRecover:
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
-        """The same localiser with this record."""
+        """Returns the same localiser with this record."""
         return replace(self, history=folder)
 
     def on(self, known: Known) -> OnHistory:
-        """The localiser for these data: reads the history, running checkpoints once over the data.
+        """Returns the localiser for these data: reads the history, running checkpoints once over the data.
 
         Raises:
             ConfigurationError: there is no history, or it cannot be read.
@@ -96,7 +93,7 @@ class NeuRecover:
             )
         now = HistoryPoint(known.before.passed.to(torch.int8), known.space.flat())
         points = history.points(known)
-        while points and same_point(points[-1], now):
+        while points and torch.equal(points[-1].weights.to(now.weights), now.weights):
             points = points[:-1]
         if not points:
             raise ConfigurationError(
@@ -107,7 +104,7 @@ class NeuRecover:
         return OnHistory(self, flips)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Not without the data that the history is of: `on(known)` gives the localiser to be called."""
+        """Refuses: `on(known)` returns the localiser to be called."""
         raise ConfigurationError(
             "`localizer`: NeuRecover is to be told the known data first.",
             "call `NeuRecover.on(known)`, then what it gives.",
@@ -146,7 +143,7 @@ class OnHistory:
 
     @property
     def include_bias(self) -> bool:
-        """As that of the settings."""
+        """As of the settings."""
         return self.settings.include_bias
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
@@ -165,13 +162,9 @@ class OnHistory:
                 "checkpoints, or use `neurecover-lite`, which needs no history.",
             )
         deg = measure(recording, evaluator, regressed > 0, weight=regressed)
-        imp = None
-        if improved.any():
-            imp = measure(recording, evaluator, improved > 0, weight=improved)
-        asked = self.settings
-        return localize_by_history(
-            recording.space, deg, imp, self.flips.change, n_weights=asked.n_weights, rate=asked.rate
-        )
+        imp = measure(recording, evaluator, improved > 0, weight=improved) if improved.any() else None
+        n_weights, rate = self.settings.n_weights, self.settings.rate
+        return localize_by_history(recording.space, deg, imp, self.flips.change, n_weights=n_weights, rate=rate)
 
 
 def localize_by_history(
@@ -183,7 +176,7 @@ def localize_by_history(
     n_weights: int | None = None,
     rate: float | None = None,
 ) -> Localization:
-    """NeuRecover's set operation in every layer, with sizes as its suspiciousness says (see `NeuRecover`).
+    """Localises by NeuRecover's set operation in every layer (see `NeuRecover`).
 
     Of all rates that leave any weight the one is taken whose number of weights is nearest to the request, the smallest
     if several are equally near.
@@ -193,8 +186,8 @@ def localize_by_history(
         deg: impacts on regressions.
         imp: impacts on improvements; None: there are none, and nothing is taken away.
         change: `W`, how much each weight changed.
-        n_weights: how many weights to localise; None: as many as `default_n_weights` says, unless there is a rate.
-        rate: the rate itself.
+        n_weights: as of `NeuRecover`.
+        rate: as of `NeuRecover`.
 
     Raises:
         EmptyLocalizationError: no weight is left.
@@ -202,7 +195,7 @@ def localize_by_history(
     change = change.to(deg.forward)
     enter, leave = (torch.full_like(deg.forward, torch.inf) for _ in range(2))
     layers = [slice(site.offset, site.offset + site.size) for site in space.sites]
-    suspicious = suspiciousness([deg.forward[own] for own in layers], imp, layers, change)
+    suspicious = suspiciousness(deg, imp, layers, change)
     for own, s in zip(layers, suspicious.tolist(), strict=True):
         if not s:
             continue
@@ -214,16 +207,13 @@ def localize_by_history(
             leave[own] = (_worst_rank(imp.forward[own], imp.backward[own]) - 0.5) * per_rank
     if rate is None:
         n_weights = n_weights or default_n_weights(space.size)
-        rate = _nearest_rate(enter, leave, n_weights)
-    within, taken = enter <= rate, leave <= rate
-    weights = (within & ~taken).nonzero().squeeze(1)
-    sizes = {
-        "failed": int(within.sum()),
-        "passed": int(taken.sum()),
-        "both": int((within & taken).sum()),
-        "localized": len(weights),
-        "total": space.size,
-    }
+        events = torch.cat([enter, leave]).unique()
+        events = events[events.isfinite()]
+        localized = sizes_at(enter, leave, events)["localized"]
+        rate = float(events[nearest(localized, n_weights)]) if len(events) else 1.0
+    weights = ((enter <= rate) & (leave > rate)).nonzero().squeeze(1)
+    at = sizes_at(enter, leave, enter.new_tensor([rate]))
+    sizes = {name: int(size) for name, size in at.items()} | {"total": space.size}
     if not len(weights):
         raise EmptyLocalizationError(
             f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} changed and matter for "
@@ -231,43 +221,36 @@ def localize_by_history(
             "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
         )
     tops = [
-        min(own.stop - own.start, int(s * (own.stop - own.start) * rate + 0.5))
-        for own, s in zip(layers, suspicious.tolist(), strict=True)
+        min(site.size, int(s * site.size * rate + 0.5))
+        for site, s in zip(space.sites, suspicious.tolist(), strict=True)
     ]
     return Localization(weights, sum(tops), n_weights, sizes)
 
 
-def suspiciousness(deg: Sequence[Tensor], imp: Impact | None, layers: Sequence[slice], change: Tensor) -> Tensor:
-    """How suspicious each layer is, from 0 to 1; both factors are 1 for the layer that has most of them."""
-    of_deg = torch.stack([forward.mean() for forward in deg])
-    of_imp = torch.zeros_like(of_deg) if imp is None else torch.stack([imp.forward[own].mean() for own in layers])
+def suspiciousness(deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor) -> Tensor:
+    """Returns how suspicious each layer is, from 0 to 1; both factors are 1 for the layer that has most of them."""
+
+    def means(x: Tensor) -> Tensor:
+        return torch.stack([x[own].mean() for own in layers])
+
+    of_deg, moved = means(deg.forward), means(change)
+    of_imp = torch.zeros_like(of_deg) if imp is None else means(imp.forward)
     share = torch.nan_to_num(of_deg / (of_deg + of_imp))
-    moved = torch.stack([change[own].mean() for own in layers])
     return torch.nan_to_num(share / share.max()) * torch.nan_to_num(moved / moved.max())
 
 
 def _history_of(given: Any) -> History | None:
     if isinstance(given, (str, Path)):
         return FolderHistory(Path(given))
-    return parse_history("NeuRecover.history", given)
-
-
-def same_point(point: HistoryPoint, now: HistoryPoint) -> bool:
-    """Whether a point of the history is the model as it is."""
-    return torch.equal(point.weights.to(now.weights), now.weights)
+    if given is None or (hasattr(given, "points") and not isinstance(given, type)):
+        history: History | None = given
+        return history
+    argument, listed = "NeuRecover.history", isinstance(given, Sequence) and not isinstance(given, bytes)
+    check_kind(argument, given, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
+    if not given:
+        raise ConfigurationError(f"`{argument}` is an empty list.", "give at least one earlier checkpoint.")
+    return CheckpointHistory(tuple(given))
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
     return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
-
-
-def _nearest_rate(enter: Tensor, leave: Tensor, size: int) -> float:
-    """The smallest rate whose set, if it has any weight, is nearest in size to the one wanted."""
-    events = torch.cat([enter, leave]).unique()
-    events = events[events.isfinite()]
-    if not len(events):
-        return 1.0
-    out = torch.maximum(enter, leave)
-    inside = (torch.searchsorted(x.sort().values, events, right=True) for x in (enter, out))
-    sizes = next(inside) - next(inside)
-    return float(events[nearest(sizes, size)])

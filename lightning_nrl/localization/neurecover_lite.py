@@ -32,9 +32,6 @@ class NeuRecoverLite:
             of their mean, or `per_sample`, the mean of their absolute values.
         include_bias: whether biases may be localised too.
 
-    Raises:
-        ConfigurationError: a number below 1 or not whole, both numbers at once, an unknown aggregation.
-
     Example:
         >>> NeuRecoverLite(n_weights=32)
         NeuRecoverLite(n_weights=32, n_g=None, aggregation='mean_gradient', include_bias=False)
@@ -50,7 +47,7 @@ class NeuRecoverLite:
         check_choice("aggregation", self.aggregation, get_args(Aggregation))
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures both impacts and localises; see `measure` for the arguments and `localize` for the rest."""
+        """Measures both impacts and localises."""
         of_failed, of_passed = (
             measure(recording, evaluator, rows, aggregation=self.aggregation) for rows in (failed, passed)
         )
@@ -58,7 +55,7 @@ class NeuRecoverLite:
 
 
 def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
-    """Weights that matter for the failed data and not for the passed (paper, section II.1, step ii).
+    """Localises the weights that matter for the failed data and not for the passed (paper, section II.1, step ii).
 
     `(B_failed & F_failed) - (B_passed & F_passed)`, each the top N_g weights of one impact; of equal impacts the one
     that comes first in the weight space ranks first. Of all N_g that leave any weight the one is taken whose number of
@@ -68,13 +65,12 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
     Args:
         failed: impacts on the failed samples (I_neg).
         passed: impacts on the passed samples (I_pos).
-        n_weights: how many weights to localise (#lw).
-        n_g: N_g itself, instead of `n_weights`. Without either, `default_n_weights` says how many.
+        n_weights: as of `NeuRecoverLite`.
+        n_g: as of `NeuRecoverLite`.
 
     Raises:
         ConfigurationError: a number below 1, both numbers at once, an N_g above the number of weights.
-        EmptyLocalizationError: no weight is left; the message has the sizes of the four sets and the nearest N_g that
-            leaves any.
+        EmptyLocalizationError: no weight is left.
     """
     _check(n_weights, n_g)
     total = len(failed.backward)
@@ -83,7 +79,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
             f"`n_g={n_g}` is more than the {total} weights of the layer.", f"choose 1 to {total}, or give `n_weights`."
         )
     enter, leave = _first_n_g(failed), _first_n_g(passed)
-    sizes = _set_sizes(enter, leave)
+    sizes = sizes_at(enter, leave, torch.arange(total + 1, device=enter.device))
     if n_g is None:
         candidates = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
         n_weights = n_weights or default_n_weights(total)
@@ -98,10 +94,9 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 
 
 def default_n_weights(total: int) -> int:
-    """How many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
+    """Returns how many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
 
-    It is the dimension of the space that a swarm of some hundred particles searches. The limits are those of the three
-    runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
+    The limits are those of the three runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
 
     Example:
         >>> [default_n_weights(total) for total in (224, 640, 589_824)]
@@ -111,31 +106,32 @@ def default_n_weights(total: int) -> int:
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Sizes of the sets in `Localization.sizes` for every N_g: each a `W + 1` int64 tensor, indexed by N_g."""
-    return _set_sizes(_first_n_g(failed), _first_n_g(passed))
+    """Returns the sizes in `Localization.sizes` for every N_g: each a `W + 1` int64 tensor, indexed by N_g."""
+    enter, leave = _first_n_g(failed), _first_n_g(passed)
+    return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
-def _first_n_g(impact: Impact) -> Tensor:
-    """The N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
-    return torch.maximum(places(impact.backward), places(impact.forward))
-
-
-def places(impact: Tensor) -> Tensor:
-    """Places from 1, the greatest impact first, equal ones in the order of the weight space."""
-    order = impact.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
-
-
-def _set_sizes(enter: Tensor, leave: Tensor) -> dict[str, Tensor]:
-    n = len(enter) + 1
+def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
+    """Returns the sizes in `Localization.sizes` at some thresholds, from where weights enter and leave the set."""
     failed, passed, both = (
-        place.bincount(minlength=n).cumsum(0) for place in (enter, leave, torch.maximum(enter, leave))
+        torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
     )
     return {"failed": failed, "passed": passed, "both": both, "localized": failed - both}
 
 
+def _first_n_g(impact: Impact) -> Tensor:
+    """Returns the N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
+    return torch.maximum(places(impact.backward), places(impact.forward))
+
+
+def places(impact: Tensor) -> Tensor:
+    """Returns places from 1, the greatest impact first, equal ones in the order of the weight space."""
+    order = impact.argsort(descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
+
+
 def nearest(sizes: Tensor, size: int) -> int:
-    """The first place of the size that is nearest to the one wanted, sets without any weight left out."""
+    """Returns the first place of the size that is nearest to the one wanted, empty sets left out."""
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
@@ -146,16 +142,11 @@ def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalization
         hint = f"the nearest N_g that leaves any is {nearest} (size {int(localized[nearest])}); or give `n_weights`."
     else:
         hint = "no N_g leaves a weight: failed and passed data rank the weights alike; choose another layer or target."
-    found = ", ".join(
-        f"|{sets}| = {at[name]}"
-        for name, sets in {
-            "failed": "B_failed & F_failed",
-            "passed": "B_passed & F_passed",
-            "both": "intersection of the two",
-            "localized": "W_localized",
-        }.items()
+    return EmptyLocalizationError(
+        f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: |B_failed & F_failed| = {at['failed']}, "
+        f"|B_passed & F_passed| = {at['passed']}, |intersection of the two| = {at['both']}, |W_localized| = 0.",
+        hint,
     )
-    return EmptyLocalizationError(f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: {found}.", hint)
 
 
 def _check(n_weights: int | None, n_g: int | None) -> None:

@@ -22,7 +22,7 @@ class AllWeights:
     include_bias: bool = False
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """All weights, as the set operation would give them if they mattered for the failed data alone."""
+        """Takes all weights."""
         total = recording.space.size
         weights = torch.arange(total, device=recording.space.device)
         sizes = {"failed": total, "passed": 0, "both": 0, "localized": total, "total": total}
@@ -37,9 +37,6 @@ class ByGradient:
     Attributes:
         n_weights: how many; None: as many as `default_n_weights` says.
         include_bias: whether biases may be localised too.
-
-    Raises:
-        ConfigurationError: a number below 1 or not whole.
     """
 
     n_weights: int | None = None
@@ -49,7 +46,7 @@ class ByGradient:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """The largest gradients, of equal ones the first; weights without any are left out."""
+        """Takes the largest gradients, of equal ones the first; weights without any are left out."""
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]
@@ -67,9 +64,6 @@ class RandomWeights:
         seed: of the draw, from 0 to 2^32 - 1. That of the repair does not matter: several repairs search the same
             weights.
         include_bias: whether biases may be drawn too.
-
-    Raises:
-        ConfigurationError: a number below its range or not whole.
     """
 
     n_weights: int | None = None

@@ -84,11 +84,7 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder.
-
-        Raises:
-            ConfigurationError: there is no record, or it cannot be read.
-        """
+        """Reads a folder; a `ConfigurationError` if there is no record, or it cannot be read."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
             raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", RECORD_HINT)
@@ -96,16 +92,18 @@ class TrainingRecord:
         found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         try:
             splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
-            return cls(tuple(_recorded_point(point) for point in found), splits)
+            points = tuple(RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found)
+            if not all(isinstance(value, Tensor) for point in points for value in point.weights.values()):
+                raise ValueError("its weights are no tensors")
+            return cls(points, splits)
         except Exception as error:  # whatever comes of reading files that hold something else
             problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
             raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
 
     def history(self, known: Known) -> list[HistoryPoint]:
-        """The points as NeuRecover takes them; a sample of which there is no record is not known.
+        """Returns the points as NeuRecover takes them; a sample of which there is no record is not known.
 
-        Raises:
-            ConfigurationError: the weights of a layer to be repaired were not kept, or nothing of the targets' data.
+        A `ConfigurationError` if the weights of a layer to be repaired were not kept, or nothing of the targets' data.
         """
         before = known.before
         failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
@@ -114,11 +112,11 @@ class TrainingRecord:
                 f"`history` records {list(self.splits)}, the targets are in {failing}.",
                 f"record these: `TrainingHistory(splits={[*self.splits, *failing]})`.",
             )
-        rows = {split: self._rows(known.before, split) for split in known.before.splits if split in self.splits}
+        rows = {split: self._rows(before, split) for split in before.splits if split in self.splits}
         return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
 
     def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
-        """Rows of known samples of a split, and their places in the record."""
+        """Returns rows of known samples of a split, and their places in the record."""
         recorded = self.splits[split].index
         place = torch.full((int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1)
         place[recorded] = torch.arange(len(recorded))
@@ -149,12 +147,12 @@ class FolderHistory:
     folder: Path
 
     def points(self, known: Known) -> list[HistoryPoint]:
-        """See `TrainingRecord.history`."""
+        """As of `TrainingRecord.history`."""
         return TrainingRecord.read(self.folder).history(known)
 
 
 def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> None:
-    """Writes what the model does on all samples at a step, with the weights that are to be kept."""
+    """Writes the results on all samples at a step, with the weights to be kept."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}
@@ -180,22 +178,14 @@ def forget_after(folder: Path, step: int) -> None:
 def _recorded_split(split: str, samples: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]) -> RecordedSplit:
     index, label = samples["index"], samples["label"]
     passed, loss = (torch.stack([point["splits"][split][name] for point in points]) for name in ("passed", "loss"))
-    whole = index.dtype == label.dtype == torch.int64 and passed.dtype == torch.bool and loss.is_floating_point()
-    fit = index.ndim == 1 and index.shape == label.shape == passed.shape[1:] == loss.shape[1:]
-    if not whole or not fit or bool((index < 0).any()):
+    kinds = index.dtype == label.dtype == torch.int64 and passed.dtype == torch.bool and loss.is_floating_point()
+    shapes = index.ndim == 1 and index.shape == label.shape == passed.shape[1:] == loss.shape[1:]
+    if not kinds or not shapes or bool((index < 0).any()):
         raise ValueError(f"the columns of `{split}` do not fit each other")
     return RecordedSplit(index, label, passed, loss)
 
 
-def _recorded_point(point: Mapping[str, Any]) -> RecordedPoint:
-    weights = dict(point["weights"])
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are no tensors")
-    return RecordedPoint(int(point["step"]), int(point["epoch"]), weights)
-
-
 def _point_files(folder: Path) -> dict[int, Path]:
-    """The files by step, ascending."""
     found = {int(match[1]): file for file in folder.glob("point-*.pt") if (match := POINT_FILE.fullmatch(file.name))}
     return dict(sorted(found.items()))
 

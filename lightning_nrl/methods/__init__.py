@@ -1,9 +1,13 @@
 """How new weights are found: one method a file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method or a searcher; `METHODS` has those that can be named. A new
-method is one file with a frozen dataclass that is called with a problem, and a line in `method_registry.py`.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method, or a searcher: localise, then search. A new method is one
+file with a frozen dataclass that is called with a problem, and a line here.
 """
 
+from typing import Any
+
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
@@ -11,12 +15,45 @@ from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.merged_repairs import MergedRepairs
-from lightning_nrl.methods.method_registry import METHODS, AnyMethod, solve
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Method, Problem, Training
 from lightning_nrl.methods.published_methods import BUNDLES, bundle
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
+from lightning_nrl.search import SEARCHERS, Searcher
+
+AnyMethod = Method | Searcher[Any]
+"""What finds new weights: a method, or a searcher of localised weights."""
+
+METHODS: Registry[AnyMethod] = Registry(
+    "method",
+    "the name of one, or an object such as ParticleSwarm()",
+    lambda value: isinstance(value, Searcher) or callable(value),
+    include=(SEARCHERS,),
+    group="methods",
+)
+"""The methods that can be named, with their default settings."""
+
+METHODS.register("auto")(Auto)
+METHODS.register("finetune-polish")(FineTunePolish)
+METHODS.register("convex")(Convex)
+METHODS.register("linearized")(Linearized)
+METHODS.register("apricot")(Apricot)
+METHODS.register("merged")(MergedRepairs)
+for _name, _make in BUNDLES.items():
+    METHODS.register(_name)(_make)
+
+
+def solve(method: AnyMethod, problem: Problem) -> Solution:
+    """Runs a method on a problem; a `ConfigurationError` if it gives something else than a solution."""
+    solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
+    if not isinstance(solution, Solution):
+        raise ConfigurationError(
+            f"`method`: {type(method).__name__} gave a {type(solution).__name__}, not a solution.",
+            "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
+        )
+    return solution
+
 
 __all__ = [
     "BUNDLES",

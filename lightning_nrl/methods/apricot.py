@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import combined, current_state
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
-from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods._solvers.polish import polished
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
@@ -22,9 +22,7 @@ from lightning_nrl.report.run_records import Step
 Strategy = Literal["both", "right", "wrong"]
 """Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
 
-LONGEST_STEP = 0.2
-"""What a round may add to the factors of all checkpoints, in sum: with many failures it would leap."""
-
+LONGEST_STEP = 0.2  # what a round may add to the factors of all checkpoints, in sum: with many failures it would leap
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -94,11 +92,7 @@ class Apricot:
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Moves, counts, and trains on.
-
-        Raises:
-            ConfigurationError: there are no checkpoints, one cannot be read, or is of another architecture.
-        """
+        """Moves, counts, and trains on; a `ConfigurationError` if there are no checkpoints, or one does not suit."""
         clock, deadline = problem.clock, problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):
@@ -124,24 +118,18 @@ class Apricot:
                 best, ahead = found or best, now if is_ahead else ahead
         right = int((passed.any(0) & problem.before.targeted).sum())
         note = f"{len(states)} checkpoints, right on {right:,} of the targets; {tried} round{'s' * (tried != 1)}"
-        steps: tuple[Step, ...] = (best.step(time.perf_counter() - began, note),)
-        further, more = self._further(problem, ahead)
-        best, steps = better([best, *further]) or best, (*steps, *more)
+        steps = [best.step(time.perf_counter() - began, note)]
+        further = self._further(problem, ahead, steps)
+        best = better([best, *further]) or best
         others = tuple(one for one in (ahead, *further) if one is not best and one.state)
-        if not best.repaired:
-            reason = "no move toward the checkpoints repairs a target within the gate."
-            return Solution(None, reason, steps=steps, others=others)
-        return Solution(best, steps=steps, others=others)
+        reason = "" if best.repaired else "no move toward the checkpoints repairs a target within the gate."
+        return Solution(best if best.repaired else None, reason, tuple(steps), others)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """What may change, as each checkpoint has it; those that have the model's own weights are left out."""
-        argument = "Apricot.checkpoints"
-        if self.checkpoints is None:
-            raise ConfigurationError(
-                "`Apricot.checkpoints`: there are none.",
-                NO_CHECKPOINTS_HINT,
-            )
-        given: Sequence[Any] = self.checkpoints  # type: ignore[assignment]
+        argument, given = "Apricot.checkpoints", self.checkpoints
+        if given is None:
+            raise ConfigurationError("`Apricot.checkpoints`: there are none.", NO_CHECKPOINTS_HINT)
         if isinstance(given, (str, Path)):
             given = sorted(Path(given).glob("*.ckpt"))
             if not given:
@@ -149,50 +137,41 @@ class Apricot:
                     f"`{argument}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
                     "give a folder that holds `*.ckpt` files, or a list of paths.",
                 )
-        own = current_state(problem.model)
-        moving = set(own) if problem.whole else set(problem.scope)
-        moving = {name for name in moving if own[name].is_floating_point()}
+        own, checkpoints = current_state(problem.model), given
+        names = own if problem.whole else problem.scope
+        moving = {name for name in names if own[name].is_floating_point()}
 
         def read() -> list[dict[str, Tensor]]:
-            whole = [fitting(argument, read_state(argument, one), problem.model) for one in given]
+            whole = [fitting(argument, read_state(argument, one), problem.model) for one in checkpoints]
             return [{name: value for name, value in state.items() if name in moving} for state in whole]
 
         states = problem.collective.all_or_none(read, "a checkpoint could not be read on another rank.")
         return [state for state in states if any(not torch.equal(value, own[name]) for name, value in state.items())]
 
-    def _further(self, problem: Problem, moved: Proposal) -> tuple[list[Proposal], tuple[Step, ...]]:
+    def _further(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
         """The training goes on from moved weights, then what is broken beyond the gate is brought back by a polish."""
-        training, deadline, clock = problem.training, problem.deadline_of_method(), problem.clock
-        found, steps = [moved], []
+        training, clock, found = problem.training, problem.clock, [moved]
         if training is not None and problem.whole and self.epochs:
             began = time.perf_counter()
             with clock.stage("fit"):
                 start = {**current_state(problem.model), **moved.state}
-                seconds = deadline.agreed_seconds_left()
+                seconds = problem.deadline_of_method().agreed_seconds_left()
                 how: dict[str, Any] = {"seed": problem.seed, "clock": clock, "epochs": self.epochs, "start": start}
                 state = training(seconds=seconds, **how) if seconds > 0 else None
                 if state is not None:
                     found.append(problem.propose("fit", state))
                     steps.append(found[-1].step(time.perf_counter() - began, "continued training"))
-        last, margins = found[-1], problem.before.margin
-        if self.polish and last.excess and bool(margins.isfinite().all()):
-            began = time.perf_counter()
-            with clock.stage("polish"):
-                polished = polish(problem, last.state, deadline=problem.deadline_of_method(), after=last.after)
-            found.append(problem.counted("polish", polished.state, polished.after))
-            steps.append(found[-1].step(time.perf_counter() - began, polished.note))
-        return found[1:], tuple(steps)
+        if self.polish and found[-1].excess and bool(problem.before.margin.isfinite().all()):
+            proposal, step, _ = polished(problem, found[-1])
+            found.append(proposal)
+            steps.append(step)
+        return found[1:]
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """What each of M models counts when n failed samples move the weights, `M` float64.
+    """What each of M models counts when n failed samples move the weights, `M` float64; below 0: away from it.
 
-    Above 0: toward that model; below: away from it.
-
-    Args:
-        passed: `M x n` bool, which samples each model gets right.
-        weight: `n`, what each sample counts.
-        strategy: see `Apricot`.
+    `passed`, `M x n` bool, says which samples each model gets right, `weight`, `n`, what each sample counts.
     """
     right = passed.to(torch.float64)
     towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)

@@ -8,18 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from lightning_nrl.errors import check_kind
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.methods.auto_rungs import (
-    RungResult,
-    exact_rung,
-    is_one_layer,
-    search_or_keep,
-    search_rung,
-    search_seconds,
-)
+from lightning_nrl.methods.auto_rungs import RungResult, exact_rung, is_one_layer, search_or_keep, search_rung
 from lightning_nrl.methods.auto_training import training_rung
 from lightning_nrl.methods.budget import UPDATE_TIME_SHARE
 from lightning_nrl.methods.held_out import best_index, held_out_rows
@@ -61,48 +52,46 @@ class Auto:
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Climbs; the steps of all rungs are kept.
-
-        Raises:
-            EmptyLocalizationError: the local search alone can be used and has no weights to search.
-        """
+        """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = list(_rungs(problem, self.swarm, None if problem.update else held_out_rows(problem)))
+        results = list(_rungs(problem, self.swarm))
         number, why = chosen_rung(results)
         steps = [step for result in results for step in result.solution.steps]
         if number is not None:
             results[number], more = _searched_on(problem, self.swarm, results[number])
             steps.extend(more)
-        taken = None if number is None else results[number].solution
-        searched = [r.solution for r in results if r.solution.result is not None]
-        shown = taken if taken is not None and taken.result is not None else next(reversed(searched), None)
+        taken = Solution(None, why) if number is None else results[number].solution
+        solutions = [result.solution for result in results]
+        shown = next((one for one in (taken, *reversed(solutions)) if one.result is not None), taken)
         rungs = tuple(result.record(problem, number == i) for i, result in enumerate(results))
-        solution = Solution(
-            None if taken is None else taken.proposal,
-            why if taken is None else "",
+        return Solution(
+            taken.proposal,
+            why if number is None else "",
             tuple(steps),
-            held_out=None if taken is None else taken.held_out,
+            localization=shown.localization,
+            result=shown.result,
+            n_passed=shown.n_passed,
+            held_out=taken.held_out,
             rungs=rungs,
-            choice="" if taken is None else choice_text(rungs, why),
-            price=price_points(both for result in results for both in _tried(problem, result)),
+            choice="" if number is None else choice_text(rungs, why),
+            price=price_points(both for solution in solutions for both in _counted(problem, solution)),
         )
-        if shown is None:
-            return solution
-        return replace(solution, localization=shown.localization, result=shown.result, n_passed=shown.n_passed)
 
 
-def _rungs(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> Iterator[RungResult]:
+def _rungs(problem: Problem, searcher: Searcher[Any]) -> Iterator[RungResult]:
     """Rung by rung; those that were climbed before the process was killed are not climbed again."""
     one_layer = is_one_layer(problem)
-    climbs: dict[str, Callable[[], RungResult | None]] = {
-        "search": lambda: search_rung(problem, searcher, held_out),
-        "polish": lambda: _update_rung(problem, searcher),
-        "exact": lambda: exact_rung(problem, searcher, held_out) if problem.whole or one_layer else None,
-        "training": lambda: None if one_layer else training_rung(problem, searcher, held_out),
-    }
-    for name in ("search", "polish") if problem.update else ("search", "exact", "training"):
-        result = problem.work.once(name, climbs[name], RungResult)
+    held_out = None if problem.update else held_out_rows(problem)
+    rungs: dict[str, Callable[[], RungResult | None]] = {"search": partial(search_rung, problem, searcher, held_out)}
+    if problem.update:
+        rungs["polish"] = partial(_update_rung, problem, searcher)
+    elif problem.whole or one_layer:
+        rungs["exact"] = partial(exact_rung, problem, searcher, held_out)
+    if not problem.update and not one_layer:
+        rungs["training"] = partial(training_rung, problem, searcher, held_out)
+    for name, climb in rungs.items():
+        result = problem.work.once(name, climb, RungResult)
         if result is not None:
             yield result
 
@@ -112,22 +101,17 @@ def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
     began = problem.clock.elapsed
     solution = Polish(share=UPDATE_TIME_SHARE)(problem)
     if solution.proposal is not None:
-        last = search_or_keep(problem, searcher, solution.proposal, seconds=search_seconds(problem))
-        solution = replace(last, steps=(*solution.steps, *last.steps))
+        solution = search_or_keep(problem, searcher, solution.proposal, steps=solution.steps)
     return RungResult("polish", solution, problem.clock.elapsed - began)
 
 
 def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) -> tuple[RungResult, tuple[Step, ...]]:
-    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps.
-
-    Without a limit of time nothing was kept; where no time is left, the rung stays as it is.
-    """
+    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps."""
     base, start = result.solution, result.solution.proposal
     cut_short = base.result is not None and base.result.stopped == TIME_WAS_OVER
     if start is None or result.name not in ("search", "exact") or not cut_short or math.isinf(problem.deadline.end):
         return result, ()
     began = problem.clock.elapsed
-
     last = problem.work.once("search on", lambda: search_or_keep(problem, searcher, start, seconds=math.inf), Solution)
     if last.result is None:
         return result, ()
@@ -146,7 +130,7 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
         return None, " ".join(reasons) or "no rung repairs a target within the gate."
     fewest = min(one.missing for one in usable.values())
     usable = {i: one for i, one in usable.items() if one.missing == fewest}
-    estimates = [results[i].held_out for i in usable]
+    estimates = [results[i].solution.held_out for i in usable]
     if any(counts is None for counts in estimates):
         best = max(usable, key=lambda i: (*usable[i].rank, i))
         return best, f"`{results[best].name}` repairs most."
@@ -154,35 +138,29 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     return best, f"`{results[best].name}` is taken: held-out samples do not speak against it."
 
 
-def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:
-    for proposal in (result.solution.proposal, *result.solution.others):
+Counted = tuple[TargetCounts, TargetCounts | None]
+"""What weights do to all known samples, and what the procedure they are from does to held-out ones, if known."""
+
+
+def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
+    for proposal in (solution.proposal, *solution.others):
         if proposal is not None:
-            yield problem.target_counts(proposal.after), result.held_out
-    for counts in (*result.solution.tried, *result.tried):
-        yield counts, result.held_out
+            yield problem.target_counts(proposal.after), solution.held_out
+    for counts in solution.tried:
+        yield counts, solution.held_out
 
 
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
-"""Shares of the known passed samples that might break."""
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passed samples that might break
 
 
-def price_points(tried: Iterable[tuple[TargetCounts, TargetCounts | None]]) -> tuple[PricePoint, ...]:
-    """A point for each level; levels within which nothing was counted are left out.
-
-    Args:
-        tried: what some weights do to all known samples, and what the procedure that they are from does to held-out
-            ones, if that was tried.
-    """
-    counted = list(tried)
-    points = []
+def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
+    """A point for each level; levels within which nothing was counted are left out."""
+    counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
         if within:
-            known, held_out = max(within, key=lambda both: _worth(both[0]))
-            point = PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out)
-            points.append(point)
+            known, held_out = max(
+                within, key=lambda both: (both[0].repaired_in_target, -both[0].broken, both[0].repaired)
+            )
+            points.append(PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out))
     return tuple(points)
-
-
-def _worth(counts: TargetCounts) -> tuple[int, int, int]:
-    return counts.repaired_in_target, -counts.broken, counts.repaired

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods._solvers.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
+from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.methods.solution import Proposal, Solution
@@ -27,60 +27,16 @@ from lightning_nrl.report.run_records import Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
+# What a target's missing margin may cost, in units of what the median target would take if it were the only one.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
-"""What a target's missing margin may cost, in units of what the median target would take if it were the only one."""
-
-N_FOLDS = 4
-"""Of the samples that came in with the failed ones, each is held out once."""
-
+N_FOLDS = 4  # each sample that came in with the failed ones is held out once
+# Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
+# break, so that the whole of it repairs several times as many.
 REGRESSION_PRICE = 1
-"""Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
-break, so that the whole of it repairs several times as many."""
-
+# Tried on the deployed model, whose rounding may differ from that of the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
-"""Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
-
-
+ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "there was no time left to solve anything."
-
-
-class _HeldOutFlips(NamedTuple):
-    """What a change did to samples that it was not made from."""
-
-    gained: int  # targets that were repaired
-    lost: int  # passed samples that were broken
-    gain: float  # what the former weigh
-    harm: float  # what the latter weigh
-    others: int  # failures that are no targets and were repaired all the same
-
-    def counts(self, n_passed: int, n_targeted: int, n_others: int) -> TargetCounts:
-        """The same as counts of so many samples that were held out."""
-        repaired = self.gained + self.others
-        failing = n_targeted + n_others - repaired
-        return TargetCounts(n_passed - self.lost, self.lost, repaired, failing, n_targeted, self.gained)
-
-
-@dataclass(frozen=True)
-class _KnownHead:
-    """The layer on the known samples: those that count, `N` bool, and the rest."""
-
-    rows: Tensor
-    head: ConvexHead
-    rest: ConvexHead
-
-    @classmethod
-    def recorded(cls, problem: Problem) -> _KnownHead:
-        found = record_head(problem, _bias_name(problem) is not None)
-        before = problem.before
-        rows = before.passed | before.targeted
-        return cls(rows, found.head(problem, rows, before.targeted), found.head(problem, ~rows, before.targeted))
-
-    def counted(self, problem: Problem, change: Tensor, strength: float) -> Proposal:
-        """What a change does to the known samples, by what was recorded; without its weights."""
-        before, right = problem.before, torch.zeros_like(problem.before.passed)
-        right[self.rows] = self.head.right(change).cpu()
-        right[~self.rows] = _right_of_rest(self.rest, change).cpu()
-        return problem.counted(f"convex {strength:g}", {}, replace(before, passed=right))
 
 
 @dataclass(frozen=True)
@@ -93,7 +49,8 @@ class Convex:
         seconds: how long solving may take; the weakest strength is solved at least in part.
 
     Raises:
-        ConfigurationError: on construction, for a patience below 1.
+        ConfigurationError: on construction, for a patience below 1; when called, if there are several layers, the
+            layer's output is not the logits, or the task has no classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -107,18 +64,14 @@ class Convex:
     def check_recording(self, recording: ActivationCache) -> None:
         """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
         _check_layers(recording.space)
-        check_last(recording)
+        if any(_read(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
+            raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves along strengths, and takes the strongest that held-out samples speak for.
-
-        Raises:
-            ConfigurationError: there are several layers, the layer's output is not the logits, or the task has no
-                classes.
-        """
-        began = time.perf_counter()
+        """Solves along strengths, and takes the strongest that held-out samples speak for."""
+        began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
-        check_needs(Convex.needs, problem.before, problem.task)
+        check_needs(Convex.needs, before, problem.evaluator.task)
         if not problem.deadline_of_method().leaves(RECORDING_PASSES * problem.clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with problem.clock.stage("record"):
@@ -126,33 +79,33 @@ class Convex:
         with problem.clock.stage("solve"):
             # What is chosen is counted once more by the model that is deployed.
             end = problem.deadline_of_method().earlier(problem.clock.one_pass).within(self.seconds)
-            changes, held = _path(problem, known, self.patience, end)
-            if not len(changes):
+            changes, held_out = _path(problem, known, self.patience, end)
+            if not changes:
                 return Solution(None, NO_TIME_TO_SOLVE)
-            points = [known.counted(problem, *one) for one in zip(changes, SLACK_COSTS, strict=False)]
+            points = [
+                problem.counted(f"convex {cost:g}", {}, replace(before, passed=known.right(change)))
+                for change, cost in zip(changes, SLACK_COSTS, strict=False)
+            ]
         del known
-        seconds = (time.perf_counter() - began) / len(points)
+        seconds, folded = (time.perf_counter() - began) / len(points), _folds(problem) >= 0
+        estimates = [estimate(before, replace(before, passed=right), folded) for right in held_out]
         steps = [
-            point.step(seconds, f"strength {strength:g}; held out {one.gained} repaired, {one.lost} broken")
-            for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
+            point.step(seconds, f"strength {cost:g}; held out {one.repaired_in_target} repaired, {one.broken} broken")
+            for point, cost, one in zip(points, SLACK_COSTS, estimates, strict=False)
         ]
-        best = _best(held, points)
-        tried = tuple(
-            problem.target_counts(point.after) for i, point in enumerate(points) if i != best and point.repaired
-        )
-        folded, before = _folds(problem) >= 0, problem.before
-        kinds = (before.passed, before.targeted, ~before.passed & ~before.targeted)
-        held_out = held[best].counts(*(int((folded & kind).sum()) for kind in kinds))
+        worth = [_worth(problem, right) for right in held_out]
+        best = max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
+        others = (point for i, point in enumerate(points) if i != best and point.repaired)
+        tried = tuple(problem.target_counts(point.after) for point in others)
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
             note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
-        if proposal is None:
-            reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
-            return Solution(None, reason, tuple(steps), tried=tried, held_out=held_out)
-        return Solution(proposal, steps=tuple(steps), tried=tried, held_out=held_out)
+        none = "no change of the layer that held-out samples speak for repairs a target without a regression."
+        reason = "" if proposal else none
+        return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
 
 
 def _check_layers(space: ParameterSpace) -> None:
@@ -166,29 +119,33 @@ def _check_layers(space: ParameterSpace) -> None:
         )
 
 
+def _not_last(space: ParameterSpace) -> ConfigurationError:
+    return ConfigurationError(
+        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not what the model returns as logits.",
+        "name the last Linear layer, or use `method='linearized'`.",
+    )
+
+
 @torch.no_grad()
 def _path(
     problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
-) -> tuple[list[Tensor], list[_HeldOutFlips]]:
-    """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The change at each strength, `C x d`, and what is right of held-out samples; one rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
-    held = torch.zeros(n, 5, dtype=torch.float64)
-    made = torch.zeros((), dtype=torch.int64)
+    right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, found) in enumerate(_solved(problem, known, patience, end)):
-            changes[i], held[i] = change, torch.tensor(found)
+        for i, (change, held_out) in enumerate(_solved(problem, known, patience, end)):
+            changes[i], right[i] = change, held_out
             made += 1
-    changes, held, made = (collective.agreed(x) for x in (changes, held, made))
-    return list(changes[: int(made)]), [
-        _HeldOutFlips(int(a), int(b), c, d, int(e)) for a, b, c, d, e in held[: int(made)].tolist()
-    ]
+    changes, right, made = (collective.agreed(x) for x in (changes, right, made))
+    return list(changes[: int(made)]), list(right[: int(made)].bool())
 
 
 def _solved(
     problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
-) -> Iterator[tuple[Tensor, _HeldOutFlips]]:
-    """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
 
     A strength that time cuts short is left out, but for the first.
     """
@@ -197,13 +154,10 @@ def _solved(
         # Of this rank, which solves for all.
         return end.seconds_left <= 0
 
-    head, rest, device = known.head, known.rest, known.head.label.device
-    by_row = _folds(problem)
-    folds = by_row.to(device)
-    fold, fold_of_rest = folds[known.rows.to(device)], folds[~known.rows.to(device)]
-    used = [None, *(~problem.copies(by_row == number)[known.rows].to(device) for number in range(N_FOLDS))]
-    paths = [regularization_path(head, SLACK_COSTS, rows, is_over) for rows in used]
-    counts = problem.before.finite_weight[known.rows].to(device)
+    fold = _folds(problem)
+    kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
+    used = [None, *(rows.to(known.head.label.device) for rows in kept)]
+    paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over) for rows in used]
     worth: list[float] = []
     for _ in SLACK_COSTS:
         made = []
@@ -211,30 +165,23 @@ def _solved(
             if worth and is_over():
                 return
             made.append(next(path))
-        change, *without = made
         if worth and is_over():
             return
-        flipped, n_others = torch.zeros_like(head.targeted), 0
-        for number, one in enumerate(without):
-            out = fold == number
-            flipped[out] = (head.right(one) == head.targeted)[out]
-            n_others += int((_right_of_rest(rest, one) & (fold_of_rest == number)).sum())
-        gained, lost = flipped & head.targeted, flipped & ~head.targeted
-        weights = float(counts[gained].sum()), float(counts[lost].sum())
-        yield change, _HeldOutFlips(int(gained.sum()), int(lost.sum()), *weights, n_others)
-        worth.append(weights[0] - REGRESSION_PRICE * weights[1])
+        right = problem.before.passed.clone()
+        for number, change in enumerate(made[1:]):
+            right = torch.where(fold == number, known.right(change), right)
+        yield made[0], right
+        worth.append(_worth(problem, right))
         is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
         if is_over() or is_past:
             return
 
 
-def _right_of_rest(rest: ConvexHead, change: Tensor) -> Tensor:
-    """`n` bool, which of the samples that are neither kept nor targets are right under a change."""
-    right = torch.zeros_like(rest.targeted)
-    for some in rest.blocks():
-        outputs = rest.outputs(some) + (rest.inputs(some).to(change) @ change.T).to(rest.logits)
-        right[some] = outputs.argmax(1) == rest.label[some]
-    return right
+def _worth(problem: Problem, right: Tensor) -> float:
+    """What repairs weigh less what regressions do."""
+    before, weight = problem.before, problem.before.finite_weight
+    lost = float(weight[before.passed & ~right].sum())
+    return float(weight[before.targeted & right].sum()) - REGRESSION_PRICE * lost
 
 
 def _folds(problem: Problem) -> Tensor:
@@ -246,12 +193,6 @@ def _folds(problem: Problem) -> Tensor:
         which = (here & kind).nonzero().flatten()
         fold[which] = torch.randperm(len(which), generator=generator) % N_FOLDS
     return fold
-
-
-def _best(held: list[_HeldOutFlips], points: list[Proposal]) -> int:
-    """Of the points whose slices lack the fewest repairs, what held-out samples speak for most; then the weakest."""
-    worth = [one.gain - REGRESSION_PRICE * one.harm for one in held]
-    return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
@@ -266,93 +207,103 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
 
 
 def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
-    module, n_in = problem.space.sites[0].module, problem.space.sites[0].module.weight.shape[1]
-    weight = module.weight.detach()
-    state = {next(iter(problem.space.sites[0].parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
-    bias = _bias_name(problem)
-    if bias is not None and module.bias is not None:
-        state[bias] = (module.bias.detach() + change[:, n_in]).to(weight.dtype)
+    site = problem.space.sites[0]
+    weight, bias = site.module.weight.detach(), _bias_name(problem)
+    n_in = weight.shape[1]
+    state = {next(iter(site.parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
+    if bias is not None and site.module.bias is not None:
+        state[bias] = (site.module.bias.detach() + change[:, n_in]).to(weight.dtype)
     return state
 
 
 def _bias_name(problem: Problem) -> str | None:
-    name = next(iter(problem.space.sites[0].parameters)).removesuffix("weight") + "bias"
-    has = problem.space.sites[0].module.bias is not None
-    return name if has and (name in problem.scope or problem.space.sites[0].include_bias) else None
+    site = problem.space.sites[0]
+    name = next(iter(site.parameters)).removesuffix("weight") + "bias"
+    return name if site.module.bias is not None and (name in problem.scope or site.include_bias) else None
 
 
-ROWS_PER_COPY = 4096
-"""Samples that are compared, or copied out of a recording, at once."""
+@dataclass(frozen=True)
+class _KnownHead:
+    """The layer on the known samples: those that count, `N` bool, and the rest."""
 
+    rows: Tensor
+    head: ConvexHead
+    rest: ConvexHead
 
-class HeadInputs(NamedTuple):
-    """The layer's inputs and outputs by row of the results, at least float32."""
+    @classmethod
+    def recorded(cls, problem: Problem) -> _KnownHead:
+        """Runs the model once; a `ConfigurationError` on all ranks if the output is not the logits on one."""
+        before = problem.before
+        features, logits = _recorded(problem)
+        device, ones = features.device, _bias_name(problem) is not None
+        if ones and len(features) <= ROWS_PER_BLOCK:
+            features, ones = F.pad(features, (0, 1), value=1.0), False
 
-    features: Tensor  # N x d
-    logits: Tensor  # N x C
-    ones: bool  # whether a column of ones, for the bias, is still to be put beside the features
+        def head(rows: Tensor) -> ConvexHead:
+            own = rows.to(device)
+            weight = before.weight.to(features)[own] if before.weighted else None
+            label, targeted = before.label.to(device)[own], before.targeted.to(device)[own]
+            if bool(rows.all()):
+                return ConvexHead(features, logits, label, targeted, weight, None, ones)
+            if len(rows) <= ROWS_PER_BLOCK:
+                return ConvexHead(features[own], logits[own], label, targeted, weight, None, ones)
+            return ConvexHead(features, logits, label, targeted, weight, own.nonzero().flatten(), ones)
 
-    def head(self, problem: Problem, rows: Tensor, targeted: Tensor) -> ConvexHead:
-        """Some of the samples, `N` bool; those of them that are targeted are to be repaired."""
-        device, before = self.features.device, problem.before
-        mine = rows.to(device)
-        label, own = before.label.to(device)[mine], targeted.to(device)[mine]
-        weight = before.weight.to(self.features)[mine] if before.weighted else None
-        if bool(rows.all()):
-            return ConvexHead(self.features, self.logits, label, own, weight, None, self.ones)
-        if len(rows) <= ROWS_PER_BLOCK:
-            return ConvexHead(self.features[mine], self.logits[mine], label, own, weight, None, self.ones)
-        return ConvexHead(self.features, self.logits, label, own, weight, mine.nonzero().flatten(), self.ones)
+        rows = before.passed | before.targeted
+        return cls(rows, head(rows), head(~rows))
+
+    def right(self, change: Tensor) -> Tensor:
+        """`N` bool, the samples that the layer gets right under a change, `C x d`."""
+        right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
+        right[self.rows] = self.head.right(change).cpu()
+        for some in self.rest.blocks():
+            rest[some] = self.rest.changed(change, some).argmax(1) == self.rest.label[some]
+        right[~self.rows] = rest.cpu()
+        return right
 
 
 @torch.no_grad()
-def record_head(problem: Problem, has_bias: bool) -> HeadInputs:
-    """Runs the model once over all known data.
-
-    Raises:
-        ConfigurationError: the layer's output is not the logits, on some rank.
-    """
-    site = problem.space.sites[0]
+def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The layer's inputs, `N x d`, and outputs, `N x C`, by row of the results, at least float32."""
+    collective = problem.collective
     try:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
     except InseparableBatchError as error:
-        raise not_last(site.name) from error
-    held = _held(recording)
-    features, logits = held if held is not None else _copied(recording, site.module.weight.shape)
+        raise _not_last(problem.space) from error
+    found = _tensors(recording)
     # On all ranks alike, also where one has no such samples, or none at all.
-    if problem.collective.any(features is None or logits is None):
-        raise not_last(site.name)
-    assert features is not None
-    assert logits is not None
-    rows = torch.cat(problem.collective.gather(recording.rows))
+    if collective.any(found is None):
+        raise _not_last(problem.space)
+    assert found is not None
+    rows = torch.cat(collective.gather(recording.rows))
     del recording
-    if problem.collective.world_size > 1:
-        features, logits = (torch.cat(problem.collective.gather(x)) for x in (features, logits))
+    features, logits = found if collective.world_size == 1 else (torch.cat(collective.gather(x)) for x in found)
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
-    if has_bias and len(features) <= ROWS_PER_BLOCK:
-        return HeadInputs(F.pad(features, (0, 1), value=1.0), logits, False)
-    return HeadInputs(features, logits, has_bias)
+    return features, logits
 
 
-def check_last(recording: ActivationCache) -> None:
-    """Refuses a layer whose output is not what the model returns as logits, by a recording of some samples."""
+def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+    """All inputs and outputs: the recorded tensors themselves, or copies; None unless the layer is the last."""
+    held = _held(recording)
+    n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
+    x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
+    start = 0
     for chunk in recording.chunks(ROWS_PER_COPY):
-        if _direct(recording, chunk) is None:
-            raise not_last(recording.space.sites[0].name)
+        part = _read(recording, chunk)
+        if part is None:
+            return None
+        if held is None:
+            x, y = x.to(part[0].dtype), y.to(part[0].dtype)
+            here = slice(start, start + len(chunk))
+            x[here], y[here] = part
+            start += len(chunk)
+    return x, y
 
 
-def not_last(name: str) -> ConfigurationError:
-    """The error for a layer that is not the last one."""
-    return ConfigurationError(
-        f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
-        "name the last Linear layer, or use `method='linearized'`.",
-    )
-
-
-def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | None:
-    """The recorded tensors themselves, where they are as they are needed; twice None unless the layer is the last."""
+def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+    """The recorded tensors, where they are as they are needed, so that they are not there twice."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
@@ -360,29 +311,10 @@ def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | N
         return None
     x, y = recording.activations(whole)
     fits = all(t.ndim == 2 and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in (x, y))
-    if not fits or x.dtype != y.dtype:
-        return None
-    is_last = all(_direct(recording, chunk) is not None for chunk in recording.chunks(ROWS_PER_COPY))
-    return (x, y) if is_last else (None, None)
+    return (x, y) if fits and x.dtype == y.dtype else None
 
 
-def _copied(recording: ActivationCache, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    n, (n_out, n_in) = len(recording.rows), shape
-    features, logits = (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
-    start = 0
-    for chunk in recording.chunks(ROWS_PER_COPY):
-        part = _direct(recording, chunk)
-        if part is None:
-            return None, None
-        if part[0].dtype != features.dtype:
-            features, logits = features.to(part[0].dtype), logits.to(part[0].dtype)
-        here = slice(start, start + len(chunk))
-        features[here], logits[here] = part
-        start += len(chunk)
-    return features, logits
-
-
-def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+def _read(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
     """A chunk's input and output of the layer; None unless the output is what the model returns."""
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)

@@ -16,13 +16,13 @@ from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods._solvers.distill import distill
-from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods._solvers.polish import polished
 from lightning_nrl.methods.budget import POLISH_PASSES
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Solution
 
+# How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many.
 FIT_STRENGTH = 0.9
-"""How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class FineTunePolish:
     Where the whole network may change and it is known how it was trained, the training goes on from the old weights
     with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
     Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
-    (`_optim.distill`). Nine tenths of the change are made. A polish (`_optim.polish`) then brings back every known
-    passed sample that broke.
+    (`_solvers/distill.py`). Nine tenths of the change are made. A polish (`_solvers/polish.py`) then brings back every
+    known passed sample that broke.
 
     Attributes:
         share: of the time that is left, what fit and polish are planned to take; the rest is for what comes after them.
@@ -51,12 +51,8 @@ class FineTunePolish:
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Fits and polishes.
-
-        Raises:
-            ConfigurationError: the task has no margins.
-        """
-        check_needs(self.needs, problem.before, problem.task)
+        """Fits and polishes; a `ConfigurationError` if the task has no margins."""
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock = problem.clock
         fit_deadline = problem.deadline_of_method(self.share).earlier(POLISH_PASSES * clock.one_pass)
         began = time.perf_counter()
@@ -68,16 +64,12 @@ class FineTunePolish:
             state, how = between(current_state(problem.model), found[0], FIT_STRENGTH), found[1]
             fitted = problem.propose("fit", state)
         steps = [fitted.step(time.perf_counter() - began, how)]
-        began = time.perf_counter()
-        with clock.stage("polish"):
-            # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
-            deadline = problem.deadline_of_method()
-            polished = polish(problem.steered(fitted.after), state, deadline=deadline, after=fitted.after)
-        proposal = problem.counted("polish", polished.state, polished.after)
-        steps.append(proposal.step(time.perf_counter() - began, polished.note))
+        # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
+        proposal, step, _ = polished(problem, fitted, steered=True)
+        steps.append(step)
         if not proposal.repaired:
             reason = "no target was repaired without breaking what is right."
-            return Solution(None, reason, steps=tuple(steps), others=(fitted,))
+            return Solution(None, reason, tuple(steps), (fitted,))
         return Solution(proposal, steps=tuple(steps), others=(fitted,))
 
 

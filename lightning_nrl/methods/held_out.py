@@ -15,21 +15,13 @@ from torch import Tensor
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.methods.problem import Problem
 
-HELD_OUT_FRACTION = 1 / 3
-"""Of each kind of sample: targets, other failures, passed ones."""
-
+HELD_OUT_FRACTION = 1 / 3  # of each kind of sample: targets, other failures, passed ones
+# Of all known passed samples, and as large a part of each other kind, or repairs would count for more than what breaks:
+# where failed and passed data are one data set.
 MAX_HELD_OUT_PASSED = 1 / 5
-"""Of all known passed samples, so many at most are held out, and as large a part of each other kind, or repairs would
-count for more than what breaks: where failed and passed data are one data set."""
-
-MAX_STANDARD_ERRORS = 2.0
-"""Where net rates differ by less, chance may have done it."""
-
-FEWEST_REPAIRS_SHARE = 0.5
-"""What repairs less than this part of what a cheaper procedure does is not taken, whatever its trial promised."""
-
-MIN_HELD_OUT_FAILURES = 2
-"""With fewer nothing can be said."""
+MIN_HELD_OUT_FAILURES = 2  # with fewer nothing can be said
+MAX_STANDARD_ERRORS = 2.0  # where net rates differ by less, chance may have done it
+FEWEST_REPAIRS_SHARE = 0.5  # what repairs less than this part of what a cheaper procedure does is not taken
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
@@ -53,25 +45,19 @@ def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> Targe
     return Flips.between(before, after).target_counts(before, rows)
 
 
-def net_rate(counts: TargetCounts) -> float:
-    """Repaired less broken held-out samples, for each that passed before."""
-    return (counts.repaired - counts.broken) / max(1, counts.passed)
-
-
 def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> int:
     """The last of the procedures, in order of what they change, that nothing speaks against.
 
-    Held-out samples do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference.
-    What changes more repairs more, and its trial had less time and data than the repair. So does an earlier one that is
-    ahead of it in net rate and in known targets repaired, or that repairs far more of these: a trial may have gone
-    well, and the repair may have had no time left, or have gone back almost all of its way.
-
-    Args:
-        found: what each did to held-out samples; one without an estimate has the rate 0.
-        gains: what its repairs of known targets are worth.
+    Held-out samples do where its net rate (0 without an estimate) is below the best one by more than
+    `MAX_STANDARD_ERRORS` of the difference. What changes more repairs more, and its trial had less time and data than
+    the repair. So does an earlier one that is ahead of it in net rate and in the worth of known repairs (`gains`), or
+    that repairs far more: a trial may have gone well, and the repair may have had no time left.
     """
-    rates = [0.0 if counts is None else net_rate(counts) for counts in found]
-    variances = [0.0 if counts is None else _variance(counts) for counts in found]
+    nothing = TargetCounts(1, 0, 0, 0, 0, 0)
+    known = [nothing if counts is None else counts for counts in found]
+    rates = [(one.repaired - one.broken) / max(1, one.passed) for one in known]
+    # Flips come about as by a Poisson process.
+    variances = [(one.repaired + one.broken) / max(1, one.passed) ** 2 for one in known]
     top = max(range(len(rates)), key=lambda i: rates[i])
     errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
     close = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
@@ -80,8 +66,3 @@ def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> 
         return gains[i] < FEWEST_REPAIRS_SHARE * gains[j] or (gains[i] < gains[j] and rates[i] < rates[j])
 
     return max(i for i in close if not any(is_behind(i, j) for j in close if j < i))
-
-
-def _variance(counts: TargetCounts) -> float:
-    """Of a net rate: flips come about as by a Poisson process."""
-    return (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

@@ -1,16 +1,14 @@
 """Repairing any layers by linearized margins: solve, count exactly, step, linearize again. No pass of training.
 
-To first order a sample's margin is linear in the weights of any layer, as it is exactly in those of the last. So the
-programme of the last layer serves deeper ones too, round by round, as long as each step is counted on all known data
-with the deployed model: what breaks nothing and repairs more is kept; what came near the border is in the next
-programme. With the gradients of some samples' margins at the present weights, in coordinates x that measure a change by
-what it does to passed data, sought is
+To first order a sample's margin is linear in the weights of any layer. With gradients of some margins at the present
+weights, in coordinates x that measure a change by what it does to passed data, a round seeks
 
     min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
 
-where `missing` is what a margin lacks after the step, to first order. The solution is a sum of gradients, so that only
-their inner products count (`_optim.qp`). A margin that came out other than predicted is required for the difference as
-well: the same gradients then serve a second time (second-order correction, as in sequential quadratic programming).
+where `missing` is what a margin lacks after the step. The deployed model counts each step on all known data: what
+breaks nothing and repairs more is kept; what came near the border is in the next programme. A margin that came out
+other than predicted is required for the difference as well (second-order correction, as in sequential quadratic
+programming).
 """
 
 from __future__ import annotations
@@ -36,28 +34,19 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
+# What a passed sample keeps at most, and a target gets, in units of the median margin of passed data. More than for a
+# last layer, since gradients err.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
-"""A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
-More than for a last layer, since gradients err."""
-
-MAX_STALLED_LINEARIZATIONS = 2
-"""Rounds in a row without a further repair, after which it ends."""
-
-MAX_ROWS = 1000
-"""Samples of one programme: at most half of them targets, the rest the passed samples that are or came nearest to the
-border. Its time grows with their square."""
-
-MAX_PROGRAMME_ENTRIES = 2**27
-"""Gradient entries (samples x weights) of one programme: half a GiB in float32. Larger layers move in part."""
-
-CORRECTIONS = 2
-"""Solutions with the same gradients, corrected by what the one before broke."""
-
-STEP_FRACTIONS = (0.5, 0.25)
-"""Fractions of a step that are tried where the whole of it breaks something."""
-
-REGRESSION_COST = 3
-"""Repairs that a regression outweighs when the next step goes on from weights that break something for the moment."""
+MAX_STALLED_LINEARIZATIONS = 2  # in a row without a further repair
+MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
+MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
+CORRECTIONS = 2  # solutions with the same gradients, corrected by what the one before broke
+STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
+REGRESSION_COST = 3  # in repairs, when the next step goes on from weights that break something for the moment
+# Of a passed sample's missing margin, beside a target's. Not infinite: what is broken for the moment, and what the
+# gradients contradict, must not leave the programme without a solution.
+PASSED_PRICE_FACTOR = 1e3
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a step that broke nothing at once, or something however short
 
 
 @dataclass(frozen=True)
@@ -72,34 +61,30 @@ class Linearized:
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights.
-
-        Raises:
-            ConfigurationError: the task has no margins, or their gradients do not reach a layer.
-        """
-        check_needs(self.needs, problem.before, problem.task)
+        """Steps from the original weights; a `ConfigurationError` if there are no margins or gradients of them."""
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
-        if not deadline.leaves(FIRST_ROUND_PASSES * clock.one_pass):
+        took = FIRST_ROUND_PASSES * clock.one_pass
+        if not deadline.leaves(took):
             return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
         entries = MAX_PROGRAMME_ENTRIES if problem.budget is None else min(MAX_PROGRAMME_ENTRIES, problem.budget // 8)
         with clock.stage("linearize"):
             whitening = fit_whitening(problem, max(1, entries // min(MAX_ROWS, len(problem.before))))
         run = _TrustRegionSteps(problem, whitening)
-        targets, took = int(problem.before.targeted.sum()), FIRST_ROUND_PASSES * problem.clock.one_pass
-        while (
-            len(run.steps) < MAX_LINEARIZATIONS and run.stalled < MAX_STALLED_LINEARIZATIONS and run.repaired < targets
-        ):
-            if not deadline.leaves(took):
-                break
+        while not run.is_done and deadline.leaves(took):
             began = time.perf_counter()
             if not run.round():
                 return Solution(None, "no margin of a target depends on the layer's weights.")
             took = time.perf_counter() - began
-        steps = tuple(run.steps)
         if not run.found:
-            return Solution(None, "no step along the gradients repairs a target without a regression.", steps)
+            reason = "no step along the gradients repairs a target without a regression."
+            return Solution(None, reason, tuple(run.steps))
         *others, proposal = run.found
-        return Solution(proposal, steps=steps, others=tuple(others))
+        return Solution(proposal, steps=tuple(run.steps), others=tuple(others))
+
+
+Try = tuple[Proposal, Tensor]
+"""A proposal and its place, `K` whitened coordinates from the original weights."""
 
 
 class _TrustRegionSteps:
@@ -116,58 +101,58 @@ class _TrustRegionSteps:
         self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
         self.change: Tensor | None = None
-        self.radius, self.price = TrustRadius(), 0.0
+        self.radius, self.price = torch.inf, 0.0
         self.found: list[Proposal] = []
         self.steps: list[Step] = []
         self.stalled = 0
 
     @property
-    def repaired(self) -> int:
-        return self.found[-1].repaired if self.found else 0
+    def is_done(self) -> bool:
+        is_over = len(self.steps) >= MAX_LINEARIZATIONS or self.stalled >= MAX_STALLED_LINEARIZATIONS
+        return is_over or self._repaired >= int(self.problem.before.targeted.sum())
 
     @property
-    def gain(self) -> float:
-        return self.found[-1].gain if self.found else 0.0
+    def _repaired(self) -> int:
+        return self.found[-1].repaired if self.found else 0
 
     def round(self) -> bool:
         """Linearises, solves and steps; False where no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
-            self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self.repaired, 0)
-            linearized, rows, here = self._linearized()
-        self.price = self.price or linearized.price()
+            self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
+            linearized, here = self._linearized()
+        self.price = self.price or linearized.price
         if not self.price:
             return False
-        tries, note = self._tried(linearized, rows, here)
+        tries, note = self._tried(linearized, here)
         clean = [one for one in tries if self._is_clean(one[0].after)]
-        step = tries[-1][1] - here
+        length = float((tries[-1][1] - here).norm())
         if not clean:
-            self.radius.shrink(step)
+            self.radius = RADIUS_SHRINKAGE * length
         elif len(tries) == 1:
-            self.radius.grow(step)
+            self.radius = max(self.radius, RADIUS_GROWTH * length)
         elif len(tries) > 1 + CORRECTIONS:
-            self.radius.limit_to(step)
-        best = max(clean or tries, key=lambda one: self._worth(one[0]))
-        if clean or self._worth(best[0]) >= self.gain:
-            self.after, self.change = best[0].after, best[1]
+            self.radius = length
+        best, place = max(clean or tries, key=lambda one: _worth(one[0]))
+        if clean or _worth(best) >= (self.found[-1].gain if self.found else 0.0):
+            self.after, self.change = best.after, place
         self.stalled += 1
-        if clean and (not self.found or best[0].rank > self.found[-1].rank) and best[0].repaired:
-            self.found.append(best[0])
+        if clean and (not self.found or best.rank > self.found[-1].rank) and best.repaired:
+            self.found.append(best)
             self.stalled = 0
-        self.steps.append(best[0].step(time.perf_counter() - began, f"{len(rows):,} gradients, {note}"))
+        self.steps.append(best.step(time.perf_counter() - began, f"{len(linearized.rows):,} gradients, {note}"))
         return True
 
-    def _linearized(self) -> tuple[LinearizedMargins, Tensor, Tensor]:
-        """The programme at the present weights, its rows in the results, and where it is."""
+    def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
+        """The programme at the present weights, and where these are."""
+        before = self.problem.before
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
-        found = margin_gradients(self.problem, self._near(), self.whitening, state)
-        device, rows = found.values.device, found.rows
-        margin, required = (x[rows].to(found.values) for x in (_margins(self.after), self.required))
-        targeted = self.problem.before.targeted[rows].to(device)
-        before = self.problem.before
-        weight = before.weight[rows].to(found.values) if before.weighted else None
-        return LinearizedMargins(found.values, margin, required, targeted, weight), rows, change.to(found.values)
+        rows, gradients = margin_gradients(self.problem, self._near(), self.whitening, state)
+        margin, required = (x[rows].to(gradients) for x in (_margins(self.after), self.required))
+        targeted = before.targeted[rows].to(gradients.device)
+        weight = before.weight[rows].to(gradients) if before.weighted else None
+        return _LinearizedMargins(rows, gradients, margin, required, targeted, weight), change.to(gradients)
 
     def _near(self) -> Tensor:
         """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
@@ -179,40 +164,41 @@ class _TrustRegionSteps:
         passed = passed[closest.argsort(stable=True)[: MAX_ROWS - len(targets)]]
         return torch.cat([targets, passed]).sort().values
 
-    def _tried(
-        self, linearized: LinearizedMargins, rows: Tensor, here: Tensor
-    ) -> tuple[list[tuple[Proposal, Tensor]], str]:
-        """Proposals and where they are, until one breaks nothing, and in words how far that was."""
-        tries: list[tuple[Proposal, Tensor]] = []
+    def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
+        """What was tried until something breaks nothing, and in words how far that was."""
+        tries: list[Try] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
             with self.problem.clock.stage("solve"):
                 step, start = linearized.step(self.price, error, start)
-                step = self.problem.collective.agreed(self.radius.within(step))
+                length = float(step.norm())
+                step = step * (self.radius / length) if length > self.radius else step
+                step = self.problem.collective.agreed(step)
             tries.append(self._proposed(here + step))
             if self._is_clean(tries[-1][0].after):
                 return tries, "the whole step" + (f", corrected {number} times" if number else "")
-            real = _margins(tries[-1][0].after)[rows].to(linearized.margin)
-            error = real - linearized.predicted(step)
+            real = _margins(tries[-1][0].after)[linearized.rows].to(linearized.margin)
+            error = real - (linearized.margin + linearized.gradients @ step)
         for fraction in STEP_FRACTIONS:
             tries.append(self._proposed(here + fraction * step))
             if self._is_clean(tries[-1][0].after):
                 return tries, f"{fraction:.0%} of the step"
         return tries, "still breaking some"
 
-    def _proposed(self, change: Tensor) -> tuple[Proposal, Tensor]:
+    def _proposed(self, change: Tensor) -> Try:
         with self.problem.clock.stage("judge"):
             proposal = self.problem.propose("linearized", self.whitening.state(change))
         self.closest = torch.minimum(self.closest, _margins(proposal.after))
         return proposal, change
 
     def _is_clean(self, after: SampleResults) -> bool:
-        """Whether every known passed sample passes, by a margin that another batch size does not flip."""
+        """True if every known passed sample passes, by a margin that another batch size does not flip."""
         right = after.passed & (_margins(after) >= self.least)
         return not bool((self.problem.before.passed & ~right).any())
 
-    def _worth(self, proposal: Proposal) -> float:
-        return proposal.gain - REGRESSION_COST * proposal.harm
+
+def _worth(proposal: Proposal) -> float:
+    return proposal.gain - REGRESSION_COST * proposal.harm
 
 
 def _margins(results: SampleResults) -> Tensor:
@@ -221,84 +207,35 @@ def _margins(results: SampleResults) -> Tensor:
     return torch.where(finite, results.margin, -1e6)
 
 
-PASSED_PRICE_FACTOR = 1e3
-"""A passed sample's missing margin costs so many times a target's. Not infinite: what is broken for the moment, and
-what gradients contradict, must not leave the programme without a solution."""
-
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25
-"""How the radius follows a step that broke nothing at once, and one that broke something however short."""
-
-
 @dataclass(frozen=True)
-class LinearizedMargins:
-    """Margins of some samples, to first order.
+class _LinearizedMargins:
+    """Margins of some samples, to first order."""
 
-    Attributes:
-        gradients: `m x K`, their gradients.
-        margin: `m`, at the present weights.
-        required: `m`, what each is to have.
-        targeted: `m` bool, samples to be repaired; the others are to be kept.
-        weight: `m`, what the missing margin of a target costs more than that of another; None: all alike.
-    """
-
-    gradients: Tensor
-    margin: Tensor
-    required: Tensor
-    targeted: Tensor
-    weight: Tensor | None = None
+    rows: Tensor  # m int64, of the known samples
+    gradients: Tensor  # m x K
+    margin: Tensor  # m, at the present weights
+    required: Tensor  # m
+    targeted: Tensor  # m bool, to be repaired; the others are to be kept
+    weight: Tensor | None  # m, what the missing margin of a target costs more than that of another; None: all alike
 
     @cached_property
     def gram(self) -> Tensor:
-        """`m x m`, inner products of the gradients."""
         return (self.gradients @ self.gradients.T).to(widest(self.gradients.device))
 
+    @property
     def price(self) -> float:
         """What the median target would take for its missing margin were it the only one; 0 if nothing can help any."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
-    def predicted(self, step: Tensor) -> Tensor:
-        """`m`, the margins after a step of `K`."""
-        return self.margin + self.gradients @ step
+    def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The step, `K`, and its multipliers, `m`, to start a similar programme from.
 
-    def step(self, price: float, error: Tensor | None = None, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Solves.
-
-        Args:
-            price: of a target's missing margin.
-            error: `m`, by how much margins came out above what was predicted; None: not at all.
-            start: `m`, multipliers of a similar programme.
-
-        Returns:
-            The step, `K`, and its multipliers, `m`.
+        `error`, `m`, is by how much margins came out above what was predicted.
         """
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)
         values = solve_dual(self.gram, missing.to(self.gram), limit, start).values
         return self.gradients.T @ values.to(self.gradients), values
-
-
-@dataclass
-class TrustRadius:
-    """The trust region: how long a step may be for its gradients to be trusted; at first any length."""
-
-    value: float = torch.inf
-
-    def within(self, step: Tensor) -> Tensor:
-        """The step, shortened if it is too long."""
-        length = float(step.norm())
-        return step * (self.value / length) if length > self.value else step
-
-    def grow(self, step: Tensor) -> None:
-        """After a step that broke nothing at once."""
-        self.value = max(self.value, RADIUS_GROWTH * float(step.norm()))
-
-    def limit_to(self, step: Tensor) -> None:
-        """After a step that is as long as could be without breaking anything."""
-        self.value = float(step.norm())
-
-    def shrink(self, step: Tensor) -> None:
-        """After a step that broke something in all of its lengths."""
-        self.value = RADIUS_SHRINKAGE * float(step.norm())

@@ -1,14 +1,10 @@
-"""Localise, then search new values for the localised weights (paper, section II), with any searcher.
-
-`localize_and_search` is the step that the paper's method (`LocalSearch`) and a search that starts from what other
-methods propose (`warm_started_search`) share.
-"""
+"""Localise, then search new values for the localised weights (paper, section II), with any searcher."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,12 +21,17 @@ from lightning_nrl.methods.search_samples import (
     choose_samples,
     n_to_score,
     preparation_seconds,
+    progress,
     record_known,
     scorer_for,
 )
-from lightning_nrl.methods.solution import Solution
-from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchHistory, SearchResult, WeightStats, search
+from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.report.run_records import Step
+from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+
+Elites = Callable[[Tensor, int], Tensor]
+"""Known good values, `M x K`, of the weights at some positions (`K` int64), at most so many."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class SearchGoal:
     passed: Tensor  # N bool, pass now: the weights that matter for them are left out
     constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
     fitness: FitnessFunction
-    reserve: Tensor | None = None  # N, the margin that each must keep to count as passing; None: any
-    deadline: Deadline = field(default_factory=Deadline)  # when it has to be over
+    reserve: Tensor | None  # N, the margin that each must keep to count as passing; None: any
+    deadline: Deadline  # when it has to be over
     scored: Tensor | None = None  # N bool, the samples that candidates are to get right; None: the targets (I_neg)
 
 
@@ -53,15 +54,19 @@ class LocalSearchResult:
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best candidate and the course of the search
     state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
-    storage: str = ""  # where known data were kept, in words; empty if in memory
-    n_passed: int = 0  # how many passed samples candidates were scored on
-    chosen: str = ""  # how many of how many samples the search looked at, in words; empty if at all
+    n_passed: int  # how many passed samples candidates were scored on
+    notes: tuple[str, ...]  # where known data were kept, and how many samples the search looked at
 
     @property
     def note(self) -> str:
         """For a line of the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        return "; ".join(part for part in (made, self.chosen, self.storage) if part)
+        return "; ".join(part for part in (made, *self.notes) if part)
+
+    def solution(self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()) -> Solution:
+        """A solution that says which weights were searched, and how."""
+        found, result = self.localization, self.search
+        return Solution(proposal, reason, tuple(steps), localization=found, result=result, n_passed=self.n_passed)
 
 
 @dataclass(frozen=True)
@@ -100,87 +105,51 @@ class LocalSearch:
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises weights of the chosen layers and searches new values for them.
-
-        Raises:
-            EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
-        """
-        before, searcher = problem.before, SEARCHERS.parse("searcher", self.searcher)
-        if self.localizer is not None:
-            problem = replace(problem, localizer=LOCALIZERS.parse("localizer", self.localizer))
-        if self.fitness is not None:
-            problem = replace(problem, fitness=FITNESSES.parse("fitness", self.fitness))
-        if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
-            return Solution(
-                None, f"no time was left for a search after {problem.clock.elapsed:.1f} s; raise `max_time`."
-            )
-        end = problem.deadline_of_method().within(self.seconds)
+        """Localises and searches; an `EmptyLocalizationError` if no weight matters for the failed data alone."""
+        searcher: Any = self.searcher
+        own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
+        problem = replace(problem, **{name: part for name, part in own.items() if part is not None})
+        before, clock, end = problem.before, problem.clock, problem.deadline_of_method()
+        if not end.leaves(preparation_seconds(problem)):
+            return Solution(None, f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.")
         reserve = rounding_reserve(problem.evaluator.precision, before)
+        end = end.within(self.seconds)
         goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end)
         found = localize_and_search(problem, searcher, goal)
         if found.state is None:
-            reason = "the search found nothing better than the original weights."
-            return Solution(None, reason, localization=found.localization, result=found.search, n_passed=found.n_passed)
-        with problem.clock.stage("judge"):
+            return found.solution(None, "the search found nothing better than the original weights.")
+        with clock.stage("judge"):
             proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
-        steps = (proposal.step(found.search.seconds, found.note),)
-        return Solution(
-            proposal, steps=steps, localization=found.localization, result=found.search, n_passed=found.n_passed
-        )
+        return found.solution(proposal, steps=(proposal.step(found.search.seconds, found.note),))
 
 
 def localize_and_search(
-    problem: Problem,
-    searcher: Searcher[Any],
-    goal: SearchGoal,
-    elites: Callable[[Tensor, int], Tensor] | None = None,
+    problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises and searches from the weights that the model has now; an `EmptyLocalizationError` if there are none.
-
-    `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
-    """
+    """Localises and searches from the weights that the model has now; an `EmptyLocalizationError` if there are none."""
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 
 
 def _localized_and_searched(
-    problem: Problem,
-    searcher: Searcher[Any],
-    goal: SearchGoal,
-    elites: Callable[[Tensor, int], Tensor] | None,
+    problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
-    choice = choose_samples(
-        before, scored | goal.failed, goal.passed | goal.constrained, n_to_score(problem, goal.deadline), problem.seed
-    )
+    most = n_to_score(problem, goal.deadline)
+    choice = choose_samples(before, scored | goal.failed, goal.passed | goal.constrained, most, problem.seed)
     scored, kept = scored & choice.recorded, goal.constrained & choice.recorded
     failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
         localizer = on_data(problem.localizer, Known(problem.evaluator, problem.known, before, space))
         localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
-    where = localization.weights.to(space.device)
-    passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(kept.sum())
-
-    def tell(done: int, history: SearchHistory) -> None:
-        broken = n_constrained - int(history.intact[-1])
-        clock.tell(done, searcher.iterations, int(history.patched[-1]), broken)
-
+    where, n_constrained = localization.weights.to(space.device), int(kept.sum())
     with clock.stage("search"), torch.no_grad():
         known = None if elites is None else elites(where, searcher.n_candidates // 2)
-        scorer = scorer_for(
-            problem,
-            recording,
-            where,
-            scored,
-            kept,
-            goal.fitness,
-            reserve=goal.reserve,
-            weighted=goal.scored is None,
-        )
+        how: dict[str, Any] = {"reserve": goal.reserve, "weighted": goal.scored is None}
         result = search(
-            scorer,
+            scorer_for(problem, recording, where, scored, kept, goal.fitness, **how),
             space.flat()[where],
             stats=WeightStats.around(space, where),
             fitness=goal.fitness,
@@ -188,12 +157,11 @@ def _localized_and_searched(
             seed=problem.seed,
             elites=known,
             deadline=goal.deadline,
-            on_progress=tell,
+            on_progress=progress(problem, searcher, n_constrained),
         )
-    if not passed_loss:
+    if not needs_passed_loss(goal.fitness):
         unknown = torch.full_like(result.history.loss_passed, torch.nan)
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
-    unchanged = torch.equal(values, space.flat()[where])
-    state = None if unchanged else space.changed(where, values)
-    return LocalSearchResult(localization, result, state, recording.storage, n_constrained, choice.note)
+    state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
+    return LocalSearchResult(localization, result, state, n_constrained, (recording.storage, choice.note))

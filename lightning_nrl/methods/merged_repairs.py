@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.state import State, combined, current_state
-from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
@@ -21,24 +21,14 @@ from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.published_methods import bundle
-from lightning_nrl.methods.search_samples import choose_samples, record_known, scorer_for
+from lightning_nrl.methods.search_samples import choose_samples, progress, record_known, scorer_for
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
-from lightning_nrl.search import (
-    FITNESSES,
-    SEARCHERS,
-    ParticleSwarm,
-    Searcher,
-    SearchHistory,
-    SearchResult,
-    WeightStats,
-    search,
-)
+from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 
 OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
-"""What searches the few coefficients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +80,7 @@ class MergedRepairs:
             object.__setattr__(self, "fitness", FITNESSES.parse("MergedRepairs.fitness", self.fitness))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Repairs the parts, then searches the coefficients.
-
-        Raises:
-            ConfigurationError: the method does not suit the model or the task, or a part asks for classes that are not
-                there.
-        """
+        """Repairs the parts, then searches the coefficients; a `ConfigurationError` if a part does not suit."""
         chosen = self._chosen(problem)
         found: list[Proposal] = []
         steps: list[Step] = []
@@ -107,21 +92,20 @@ class MergedRepairs:
                 found.append(proposal)
             problem.clock.tell(number + 1, len(chosen))
         if not found:
-            return Solution(None, "no part of the target was repaired.", steps=tuple(steps))
+            return Solution(None, "no part of the target was repaired.", tuple(steps))
         began = time.perf_counter()
-        fitness = problem.fitness if self.fitness is None else FITNESSES.parse("fitness", self.fitness)
-        searcher = OF_COEFFICIENTS if self.searcher is None else SEARCHERS.parse("searcher", self.searcher)
+        searcher: Any = OF_COEFFICIENTS if self.searcher is None else self.searcher
+        fitness: Any = problem.fitness if self.fitness is None else self.fitness
         states = [proposal.state for proposal in found]
         with problem.clock.stage("merge"):
-            deadline = problem.deadline_of_method()
-            coefficients, result = search_coefficients(problem, states, searcher, fitness, deadline)
+            coefficients, result = search_coefficients(problem, states, searcher, fitness)
             together = problem.propose("merge", combined(current_state(problem.model), states, coefficients))
         shares = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(found, coefficients.tolist(), strict=True))
         steps.append(together.step(time.perf_counter() - began, shares))
         best = better([together, *found])
         if best is None or not best.repaired:
-            return Solution(None, "no mix of the repairs is better than the original weights.", steps=tuple(steps))
-        return Solution(best, steps=tuple(steps), others=tuple(found), result=result)
+            return Solution(None, "no mix of the repairs is better than the original weights.", tuple(steps))
+        return Solution(best, "", tuple(steps), tuple(found), result=result)
 
     def _chosen(self, problem: Problem) -> dict[str, Tensor]:
         """The parts by name, `N` bool each, the largest ones, in the order of their weight."""
@@ -133,12 +117,11 @@ class MergedRepairs:
                     f"`MergedRepairs.parts={self.parts!r}` is for classes, and the task has none.",
                     "give targets, such as `Target.where(predicate)`.",
                 )
-            rows = before.targeted.nonzero().flatten()
-            own = list(zip(before.label[rows].tolist(), before.prediction[rows].tolist(), strict=True))
-            keys = [pair if self.parts == "confusion" else pair[:1] for pair in own]
-            for key in sorted(set(keys)):
-                mask = torch.zeros_like(before.targeted)
-                mask[rows[[i for i, other in enumerate(keys) if other == key]]] = True
+            columns = (before.label, before.prediction)[: 2 if self.parts == "confusion" else 1]
+            for key in torch.stack(columns, 1)[before.targeted].unique(dim=0).tolist():
+                mask = before.targeted.clone()
+                for column, value in zip(columns, key, strict=True):
+                    mask &= column == value
                 found[" -> ".join(map(str, key)) if len(key) > 1 else f"label {key[0]}"] = mask
         else:
             for part in self.parts:
@@ -154,7 +137,7 @@ class MergedRepairs:
         return dict(ranked[: self.most])
 
     def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
-        """One part repaired as if it were the whole target, counted for the whole target."""
+        """Repairs one part as if it were the whole target; counted for the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         own.seconds.update({"collect": clock.one_pass})
@@ -183,40 +166,29 @@ def _parsed(method: Any) -> Any:
 
 
 def search_coefficients(
-    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction, deadline: Deadline
+    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """How much of each of K changes is best, `K` in [0, 1], and the course of the search.
-
-    None of any of them, each alone, and an equal part of all are among the first candidates.
-    """
+    """How much of each of K changes is best, `K` in [0, 1]; among the first candidates are none, each, and all."""
     device, k = problem.space.device, len(states)
-    original = torch.zeros(k, dtype=torch.float32, device=device)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
     scorer, n_passed = _scorer(problem, states, fitness)
-
-    def tell(done: int, history: SearchHistory) -> None:
-        problem.clock.tell(done, searcher.iterations, int(history.patched[-1]), n_passed - int(history.intact[-1]))
-
     result = search(
         scorer,
-        original,
+        torch.zeros(k, dtype=torch.float32, device=device),
         WeightStats(0.5, 0.3, 0.0, 1.0),
         fitness=fitness,
         searcher=searcher,
         seed=problem.seed,
         elites=first[: searcher.n_candidates - 1],
-        deadline=deadline,
-        on_progress=tell,
+        deadline=problem.deadline_of_method(),
+        on_progress=progress(problem, searcher, n_passed),
     )
     return problem.collective.agreed(result.values.clamp(0, 1)), result
 
 
 def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
-    """Scores coefficients, and says on how many passed samples.
-
-    On recorded activations if all changes are in the searched layers, else by whole passes.
-    """
+    """Scores on recorded activations if all changes are in the searched layers, else by whole passes."""
     space, before = problem.space, problem.before
     parameters = space.parameters
     if any(name not in parameters for state in states for name in state):
@@ -230,42 +202,31 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
     failed, passed = before.targeted & recorded, before.passed & recorded
     reserve = rounding_reserve(problem.evaluator.precision, before)
     scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
-    return _OnRecording(scorer, own[where], change[:, where], space.dtype), int(passed.sum())
+    own, change = own[where], change[:, where]
 
+    def score(values: Tensor) -> Scores:
+        return scorer((own + values.clamp(0, 1).to(change) @ change).to(space.dtype))
 
-@dataclass(frozen=True)
-class _OnRecording:
-    """Candidates are coefficients, of which a scorer of weights gets the weights."""
-
-    scorer: Scorer
-    original: Tensor  # W float64, the weights that some change moves
-    change: Tensor  # K x W, what each adds to them
-    dtype: torch.dtype  # of the weights as deployed
-
-    def __call__(self, values: Tensor) -> Scores:
-        factors = values.clamp(0, 1).to(self.change)
-        return self.scorer((self.original + factors @ self.change).to(self.dtype))
+    return score, int(passed.sum())
 
 
 @dataclass(frozen=True)
 class WholeModelScorer:
     """Candidates are coefficients; each takes a pass of the whole model over all known data.
 
-    Exact whatever the changes move, and slow: for the few candidates of a search over few coefficients. As on
-    recorded activations, what rounding could flip in the deployed precision does not pass.
+    As on recorded activations, what rounding could flip in the deployed precision does not pass.
     """
 
     problem: Problem
     states: Sequence[State]
 
     def __call__(self, values: Tensor) -> Scores:
+        before = self.problem.before
+        n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
         rows = [self._row(one) for one in values.clamp(0, 1).flatten(0, 1)]
         table = torch.tensor(rows, dtype=widest(values.device), device=values.device)
         columns = table.view(*values.shape[:2], -1).movedim(-1, 0)
-        before = self.problem.before
-        n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
-        patched, intact, loss_failed, loss_passed, gain, harm, credit_failed, credit_passed = columns
-        least = float(before.weight[before.targeted].min()) if before.weighted else 1.0
+        patched, intact, loss_failed, loss_passed, gain, harm, *credits = columns
         return Scores(
             patched.float(),
             intact.float(),
@@ -275,25 +236,19 @@ class WholeModelScorer:
             n_passed,
             gain if before.weighted else None,
             harm if before.weighted else None,
-            min(1.0, least),
-            credit_failed,
-            credit_passed,
+            min(1.0, float(before.weight[before.targeted].min())) if before.weighted else 1.0,
+            *credits,
         )
 
-    def _row(self, coefficients: Tensor) -> tuple[float, ...]:
-        before = self.problem.before
-        after = self.problem.evaluate(combined(current_state(self.problem.model), self.states, coefficients))
+    def _row(self, coefficients: Tensor) -> list[float]:
+        """Samples that pass, losses, weights of repairs and regressions, and credits, first of targets."""
+        problem, before = self.problem, self.problem.before
+        after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight
-        reserve = rounding_reserve(self.problem.evaluator.precision, before)
+        reserve = rounding_reserve(problem.evaluator.precision, before)
         passes = after.passed if reserve is None else after.passed & (after.margin >= reserve)
         loss, credit = after.loss.double() * weight, torch.where(passes, 1.0, 1 / (after.loss.double() + 1))
-        return (
-            float((failed & passes).sum()),
-            float((passed & passes).sum()),
-            float(loss[failed].sum()),
-            float(loss[passed].sum()),
-            float(weight[failed & passes].sum()),
-            float(weight[passed & ~passes].sum()),
-            float(credit[failed].sum()),
-            float(credit[passed].sum()),
-        )
+        counts = [float((rows & passes).sum()) for rows in (failed, passed)]
+        weights = [weight[failed & passes], weight[passed & ~passes]]
+        sums = [loss[failed], loss[passed], *weights, credit[failed], credit[passed]]
+        return [*counts, *(float(values.sum()) for values in sums)]

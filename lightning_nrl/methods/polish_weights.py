@@ -14,7 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods._solvers.polish import polished
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
@@ -54,35 +54,23 @@ class Polish:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes.
-
-        Raises:
-            ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
-                layer that may change; or the task has no margins.
-        """
-        check_needs(self.needs, problem.before, problem.task)
-        clock, deadline = problem.clock, problem.deadline_of_method(self.share)
+        """Polishes; a `ConfigurationError` if the new weights do not suit the model, or the task has no margins."""
+        check_needs(self.needs, problem.before, problem.evaluator.task)
+        deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
         others: tuple[Proposal, ...] = ()
-        state: State = {}
+        whose, start = "small steps repair", problem.counted("original", {}, problem.before)
         if self.new is not None:
+            whose = "the new weights repair"
             state = fitting("Polish.new", read_state("Polish.new", self.new), problem.model)
             _check_scope(problem, state)
-            with clock.stage("judge"):
+            with problem.clock.stage("judge"):
                 began = time.perf_counter()
-                given = problem.propose("given", state)
-                steps, others = (given.step(time.perf_counter() - began, "as they came"),), (given,)
-        with clock.stage("polish"):
-            began = time.perf_counter()
-            after = others[0].after if others else problem.before
-            polished = polish(problem, state, deadline=deadline, after=after, insist=self.new is None)
-        proposal = problem.counted("polish", polished.state, polished.after)
-        steps = (*steps, proposal.step(time.perf_counter() - began, polished.note))
-        if not proposal.repaired:
-            whose = "small steps repair" if self.new is None else "the new weights repair"
-            reason = f"{whose} no target without breaking what is right."
-            return Solution(None, reason, steps=steps, others=others)
-        return Solution(proposal, steps=steps, others=others)
+                start = problem.propose("given", state)
+                steps, others = (start.step(time.perf_counter() - began, "as they came"),), (start,)
+        proposal, step, _ = polished(problem, start, deadline=deadline, insist=self.new is None)
+        reason = "" if proposal.repaired else f"{whose} no target without breaking what is right."
+        return Solution(proposal if proposal.repaired else None, reason, (*steps, step), others)
 
 
 def _check_scope(problem: Problem, state: State) -> None:

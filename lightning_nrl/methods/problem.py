@@ -24,35 +24,31 @@ from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import JUDGING_PASSES
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
-from lightning_nrl.tasks import Task
 
-N_SCORED = 100_000
-"""Known samples that a search looks at, at most, unless something else is said."""
-
-LACKING_SLICE_FACTOR = 4.0
-"""How much more the targets of a slice count while it lacks repairs."""
+N_SCORED = 100_000  # known samples that a search looks at, at most, by default
+LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
 
 
 class Training(Protocol):
     """Goes on with the training of the model, the known failures added to the training data.
 
-    One that treats targets in another way than other samples has `for_targets(targeted)`, which gives the same training
-    told which samples are targets, `N` bool by row of the results.
+    One that treats targets differently has `for_targets(targeted)`, which returns the same training told which samples
+    are targets, `N` bool by row of the results.
     """
 
     @property
     def epochs(self) -> int:
-        """How many epochs the model was trained for."""
+        """Epochs that the model was trained for."""
         ...
 
     @property
     def visits(self) -> int:
-        """How many samples that training went through, each counted at each visit."""
+        """Samples that this training went through, each counted at each visit."""
         ...
 
     @property
     def fit_seconds(self) -> float | None:
-        """How long that training took; None where that is not known."""
+        """Seconds that this training took; None where that is not known."""
         ...
 
     def __call__(
@@ -66,7 +62,7 @@ class Training(Protocol):
         epochs: int | None = None,
         rate: float | None = None,
     ) -> State | None:
-        """Trains a copy; gives every parameter and persistent buffer on the model's device, None if time is too short.
+        """Trains a copy; returns all parameters and persistent buffers on the model's device, None without time.
 
         Args:
             seconds: how long that may take; infinite: as long as the epochs take.
@@ -75,8 +71,7 @@ class Training(Protocol):
             start: weights to begin with, such as fresh ones; None: the model's own.
             weight: `N` by row of the results, how often a sample is trained on in an epoch, on average; None: once.
             epochs: over all known data; None: as many as the model was trained for.
-            rate: of AdamW, in place of the module's own optimizers and schedules, whose `training_step` it stays; None:
-                these.
+            rate: of AdamW through the module's `training_step`; None: the module's own optimizers and schedules.
         """
         ...
 
@@ -86,8 +81,8 @@ class Problem:
     """A model, what is known of it, and what may be changed to repair it.
 
     Attributes:
-        evaluator: the original model, in evaluation mode on its device, and what judges it. Nothing may write to the
-            model; all ranks run the same method in step.
+        evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
+            Nothing may write to the model; all ranks run the same method in step.
         known: all data that a method may use, this rank's share of it.
         before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
             `before.passed` is to be kept.
@@ -99,16 +94,16 @@ class Problem:
         clock: what stages took, and what is left of the time.
         seed: of everything random.
         budget: bytes that the search may use on the device; None takes a share of what is free.
-        n_scored: how many known samples a search looks at, at most; what it finds is counted on all.
+        n_scored: known samples that a search looks at, at most; what it finds is counted on all.
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
         needed: how many targets of a slice are to be repaired at least, by the name of the slice.
         gate: how many known passed samples may break; by default none.
-        held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
-            They are neither passed nor targeted in `before`.
+        held_out: `N` bool, known samples that no method may use, to try out what it does to others; in `before` they
+            are neither passed nor targeted.
         unmasked: with samples held out, what the model does on all known data.
-        work: saves the results of finished steps, see `ResumeStore`.
+        work: saves the results of finished steps.
     """
 
     evaluator: Evaluator
@@ -138,11 +133,6 @@ class Problem:
         return self.evaluator.model
 
     @property
-    def task(self) -> Task:
-        """What passed, loss and margin mean."""
-        return self.evaluator.task
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.model)
@@ -163,7 +153,7 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """When a method must be over that takes a share of the time that is left; `JUDGING_PASSES` come after it."""
+        """When a method must be over that takes a share of the time that is left; its result is judged after it."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
@@ -175,14 +165,12 @@ class Problem:
         return self.counted(name, state, self.evaluate(state))
 
     def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
-        """A state as a proposal, with results on all known data that are there already."""
+        """A state as a proposal, with results that are there already."""
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
-        harm = before.harm(broken)
-        excess = self.excess(after, broken)
-        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
-        return Proposal(name, state, after, *counts)
+        worth = before.gain(repaired), before.harm(broken), missing, self.excess(after, broken)
+        return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
     def original(self, name: str) -> Proposal:
         """The original weights as a proposal; nothing is run for it."""
@@ -218,7 +206,7 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""
+        """How much more harm broken samples, `N` bool, are than the gate allows with these results."""
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 
@@ -248,8 +236,7 @@ class Method(Protocol):
     def __call__(self, problem: Problem) -> Solution:
         """Finds new weights; the model is left as found.
 
-        Raises:
-            EmptyLocalizationError: no weight can be chosen; the repair then ends as `not repaired`.
-            ConfigurationError: the method does not suit the model or the task.
+        If there are no weights to choose, it is an `EmptyLocalizationError`; if the method does not suit the model or
+        the task, a `ConfigurationError`.
         """
         ...

@@ -6,6 +6,7 @@ docs/methods.md has their equations, and where they differ from the published te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning_nrl.errors import check_choice
@@ -22,27 +23,16 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.fitness import FitnessFunction
 
-ITERATIONS, PATIENCE = 100, 10
-"""When all of them stop, as published."""
-
-
-def _arachne_swarm() -> ParticleSwarm:
-    return ParticleSwarm(iterations=ITERATIONS, patience=PATIENCE, start="normal", constants="arachne")
-
+AS_PUBLISHED: dict[str, Any] = {"iterations": 100, "patience": 10}
+_paper_swarm = partial(ParticleSwarm, **AS_PUBLISHED, start="paper")
+_arachne_swarm = partial(ParticleSwarm, **AS_PUBLISHED, start="normal", constants="arachne")
+_evolution = partial(DifferentialEvolution, **AS_PUBLISHED, start="normal")
 
 BUNDLES: Mapping[str, Callable[[], LocalSearch]] = {
-    "neurecover-lite": lambda: LocalSearch(
-        ParticleSwarm(iterations=ITERATIONS, patience=PATIENCE, start="paper"),
-        localizer=NeuRecoverLite(),
-        fitness=Fitness("eq1"),
-    ),
+    "neurecover-lite": lambda: LocalSearch(_paper_swarm(), localizer=NeuRecoverLite(), fitness=Fitness("eq1")),
     "neurecover": lambda: LocalSearch(_arachne_swarm(), localizer=NeuRecover(), fitness=NeuRecoverFitness()),
     "arachne": lambda: LocalSearch(_arachne_swarm(), localizer=Arachne(), fitness=ArachneFitness()),
-    "arachne-de": lambda: LocalSearch(
-        DifferentialEvolution(iterations=ITERATIONS, patience=PATIENCE, start="normal"),
-        localizer=ArachneV2(),
-        fitness=ArachneDEFitness(),
-    ),
+    "arachne-de": lambda: LocalSearch(_evolution(), localizer=ArachneV2(), fitness=ArachneDEFitness()),
 }
 """The published methods by name, with their published settings."""
 

@@ -6,9 +6,10 @@ Of very many samples only a bounded number, so that time and memory are bounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,40 +20,29 @@ from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.search import Searcher, SearchHistory
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.search._scoring.scorer import make_scorer
-from lightning_nrl.search.family_fitness import needs_credit
-from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
 
-MOST_REPRESENTATIVE = 20_000
-"""Of the samples that were drawn, so many are enough for a mean over passed data."""
-
-FAILED_SHARE = 0.5
-"""Of the samples of a search, what those that fail may be."""
+MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
+FAILED_SHARE = 0.5  # of the samples of a search, at most
+FEW_SHARE = 0.25  # with no larger part of very many samples to be recorded, only these are read
 
 
 @dataclass(frozen=True)
 class SampleChoice:
-    """The known samples that a search looks at, `N` bool each by row of the results.
+    """The known samples that a search looks at, `N` bool each by row of the results."""
 
-    Attributes:
-        recorded: all of them.
-        representative: the passed ones among them that were drawn whatever their margin, for means over passed data.
-        note: how many of how many, in words; empty if none is left out.
-    """
-
-    recorded: Tensor
-    representative: Tensor
-    note: str = ""
+    recorded: Tensor  # all of them
+    representative: Tensor  # the passed ones that were drawn whatever their margin, for means over passed data
+    note: str = ""  # how many of how many, in words; empty if none is left out
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """How many samples a search may look at, the same on every rank.
-
-    As many as the problem says; fewer only where preparing it would take too large a part of the time until then.
-    """
+    """Samples that a search may look at, on every rank: fewer than the problem says only where time is short."""
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -72,14 +62,8 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
 
     With no more than that, all passed ones: not only those that are asked for, so that a batch's share of a sum is, bit
     for bit, what it is in a sweep. Else the failed ones, of too many those nearest to the border; half of the rest are
-    passed ones nearest to the border, which candidates break first, and half are drawn from all others.
-
-    Args:
-        before: what is known of all samples.
-        failed: `N` bool, those that are to pass.
-        passed: `N` bool, those that are to be kept.
-        most: how many to take.
-        seed: of the draw.
+    passed ones nearest to the border, which candidates break first, and half are drawn from all others. `failed` are
+    to pass, `passed` to be kept, `N` bool.
     """
     whole, wanted = failed | passed | before.passed, failed | passed
     if int(whole.sum()) <= most:
@@ -95,9 +79,8 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
     chosen[_nearest(near, passed, room - room // 2)] = True
     others = (passed & ~chosen).nonzero().flatten()
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    drawn = torch.zeros_like(wanted)
-    drawn[others[order[: room // 2]]] = True
-    recorded, representative = chosen | drawn, passed
+    recorded, representative = chosen, passed
+    recorded[others[order[: room // 2]]] = True
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
         representative[others[order[: min(room // 2, MOST_REPRESENTATIVE)]]] = True
@@ -113,13 +96,8 @@ def _distance(before: SampleResults) -> Tensor:
 
 
 def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
-    """The `n` of some rows, `N` bool, that are nearest, of equals the first."""
     own = rows.nonzero().flatten()
     return own if len(own) <= n else own[distance[own].argsort(stable=True)[:n]]
-
-
-FEW_SHARE = 0.25
-"""With no larger part of very many samples to be recorded, only these are read."""
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
@@ -149,10 +127,7 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Scores new values of the weights at `where` by what the fitness reads of the scores.
-
-    `failed` and `passed` are I_neg and I_pos; `reserve`, `N`, is the margin that each sample must keep.
-    """
+    """Scores new values of the weights at `where` on I_neg and I_pos; `reserve`, `N`, is the margin each must keep."""
     before = problem.before
     return make_scorer(
         recording,
@@ -167,6 +142,16 @@ def scorer_for(
         weight=before.finite_weight if before.weighted and weighted else None,
         credit=needs_credit(fitness),
     )
+
+
+def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
+    """Tells the clock after each iteration what is repaired, and broken of so many passed samples."""
+
+    def tell(done: int, history: SearchHistory) -> None:
+        broken = n_passed - int(history.intact[-1])
+        problem.clock.tell(done, searcher.iterations, int(history.patched[-1]), broken)
+
+    return tell
 
 
 def half_budget(problem: Problem) -> int | None:

@@ -23,10 +23,10 @@ class Proposal:
         after: what the deployed model does on known data under them.
         repaired: targeted samples that pass.
         broken: known passed samples that do not pass any more.
-        gain: what the repairs are worth, see `SampleResults.weight`; as many as they are unless something else is said.
+        gain: what the repairs are worth, see `SampleResults.weight`; by default `repaired`.
         harm: what the broken samples cost, likewise; infinite if one of them is protected.
         missing: repairs that slices lack of what they need.
-        excess: how much more is broken, by `harm`, than the gate allows; all of it where none may break.
+        excess: how much more is broken, by `harm`, than the gate allows; by default all of it.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Solution:
         tried: what became of the known samples under other weights, such as those along a path over strength.
         localization: which weights a swarm searched, if one did.
         result: the course of that search.
-        n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
+        n_passed: passed samples that this search scored; None: those of `Problem.passed`.
         held_out: what the method does to known samples when it may not use them; None where that was not tried.
         rungs: of a method that tries several, from the least change to the most.
-        choice: why one of them was taken, in a sentence.
+        choice: why one of them was taken.
         price: what was found where some known samples may break.
     """
 
@@ -90,13 +90,5 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """The best proposal, of equals the earlier; None if there is none.
-
-    Fewest known broken beyond what the gate allows, then most targets repaired, each counted by its weight; between
-    these, of slices that need a number of repairs, the fewest that are missing.
-    """
-    best: Proposal | None = None
-    for proposal in proposals:
-        if proposal is not None and (best is None or proposal.rank > best.rank):
-            best = proposal
-    return best
+    """The best proposal by `Proposal.rank`, of equals the earlier; None if there is none."""
+    return max((proposal for proposal in proposals if proposal is not None), key=lambda one: one.rank, default=None)

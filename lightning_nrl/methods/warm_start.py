@@ -1,8 +1,7 @@
 """A local search that starts from what other methods propose, and never ends below it.
 
-It searches the localised weights of the chosen layer while the rest of the network is as in the proposal it starts from
-(the base). What proposals have at these weights are its elites, and every known passed sample is a constraint, with a
-margin of its own to keep: near misses on known data are misses on unseen data.
+The rest of the network is as in the proposal it starts from (the base). Every known passed sample is a constraint, with
+a margin of its own to keep: near misses on known data are misses on unseen data.
 """
 
 from __future__ import annotations
@@ -30,14 +29,9 @@ from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
-
 NO_TIME_FOR_SEARCH = "not run: no time was left"
-
-KEPT_MARGIN_SHARE = 0.5
-"""The part of its margin that a sample must keep."""
-
-SUFFICIENT_MARGIN = 0.04
-"""A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
+KEPT_MARGIN_SHARE = 0.5  # of its margin, what a sample must keep
+SUFFICIENT_MARGIN = 0.04  # suffices, in parts of the median margin of passed samples; a polish brings samples there
 
 
 def warm_started_search(
@@ -50,52 +44,39 @@ def warm_started_search(
 ) -> Solution:
     """Localises weights of the chosen layers under the base and searches new values for them.
 
-    What passes under the base counts as passing while it keeps half of its margin there, or a small one if that is
-    less; what the base repairs beside the target is a constraint, too. Where no target is left, samples that are right
-    by less than that margin are searched for: the result then has the same counts. It is the best of base, proposals
-    and what was found; the note of its step says what the search added to them.
+    What passes under the base has to keep half of its margin there, or a small one if that is less; what the base
+    repairs beside the target is a constraint, too. Where no target is left, samples that are right by less than that
+    margin are searched for. The result is the best of base, proposals and what was found.
 
-    Args:
-        problem: what is to be repaired.
-        searcher: the search algorithm.
-        proposals: what other methods found. What they have at the localised weights are elites, the best ones if there
-            are many.
-        base: the weights to start from, of any part of the network; one of the proposals may have this very state.
-        seconds: how long the search may take.
-
-    Raises:
-        EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
+    What the proposals have at the localised weights are elites, the best ones if there are many. The base may be of any
+    part of the network; one of the proposals may have this very state.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
         start = problem.original("base")
     if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
-        return _without_search(better([start, *proposals]))
+        best = better([start, *proposals])
+        step = Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH) if best is None else _step(best, 0.0, NO_TIME_FOR_SEARCH)
+        return Solution(best, "there was no time left for a search.", (step,))
     if start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)
-    best = better([start, *proposals])
-    assert best is not None
+    best = better([start, *proposals]) or start
     problem = problem.steered(start.after)
+    before, passes = problem.before, start.after.passed
     reserve = _reserve(problem, start)
-    failed = problem.before.targeted & ~start.after.passed
-    narrow = _narrow(problem, start) if not failed.any() else None
+    failed = before.targeted & ~passes
+    kept = before.passed | (passes & ~before.targeted & problem.used)
+    narrow = None if failed.any() else _narrow(problem, start)
     if narrow is not None and not narrow.any():
-        step = replace(best.step(0.0, "not run: no target is left, no sample is near the border"), name="swarm")
-        return Solution(best, steps=(step,))
-    kept = problem.before.passed | (start.after.passed & ~problem.before.targeted & problem.used)
+        note = "not run: no target is left, no sample is near the border"
+        return Solution(best, steps=(_step(best, 0.0, note),))
     if narrow is not None and reserve is not None:
-        failed, kept = narrow, (kept | problem.before.targeted) & ~narrow
+        failed, kept = narrow, (kept | before.targeted) & ~narrow
         reserve = reserve.where(~narrow, _sufficient(problem))
-    goal = SearchGoal(
-        failed,
-        start.after.passed & problem.used & ~failed,
-        kept,
-        _constrained(problem, start),
-        reserve,
-        problem.deadline_of_method().within(seconds),
-        scored=None if narrow is None else narrow,
-    )
+    end = problem.deadline_of_method().within(seconds)
+    fitness = _constrained(problem, start)
+    goal = SearchGoal(failed, passes & problem.used & ~failed, kept, fitness, reserve, end, narrow)
     original = problem.space.parameters
     with holding(problem.model, base):
         elites = partial(_elites, problem.space, original, proposals)
@@ -104,29 +85,16 @@ def warm_started_search(
     if found.state is not None:
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **found.state})
-    final = better([best, new])
-    assert final is not None
+    final = better([best, new]) or best
     gain = _gain(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
-        before, after = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, gain = (new, f"{before - after:,} of {before:,} narrow samples") if after < before else (best, gain)
-    step = replace(final.step(found.search.seconds, f"{found.note}; {gain}"), name="swarm")
-    return Solution(
-        final,
-        steps=(step,),
-        localization=found.localization,
-        result=found.search,
-        n_passed=found.n_passed,
-    )
+        was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
+        final, gain = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, gain)
+    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {gain}"),))
 
 
-def _without_search(best: Proposal | None) -> Solution:
-    step = (
-        Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
-        if best is None
-        else replace(best.step(0.0, NO_TIME_FOR_SEARCH), name="swarm")
-    )
-    return Solution(best, "there was no time left for a search.", steps=(step,))
+def _step(proposal: Proposal, seconds: float, note: str) -> Step:
+    return replace(proposal.step(seconds, note), name="swarm")
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
@@ -141,16 +109,9 @@ def _sufficient(problem: Problem) -> float:
 
 
 def _elites(
-    space: ParameterSpace,
-    original: State,
-    proposals: Sequence[Proposal],
-    where: Tensor,
-    n_elites: int,
+    space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
-    """What proposals have at the localised weights (`where`, `K` int64), best first.
-
-    `M x K` with M at most `n_elites`, none of them twice.
-    """
+    """What proposals have at the localised weights (`where`, `K` int64), best first, none twice: `M x K`."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]

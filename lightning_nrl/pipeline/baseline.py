@@ -37,10 +37,10 @@ class Baseline:
         known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
         before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
             keeps no more than what the replaced model gets right.
-        held_out: data that no search uses, and its results on them, by role; roles without data are left out.
+        held_out: by role with data, those that no search uses, and its results on them.
         set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
-        leaked: by unseen split, how many of its samples are known too; splits without any are left out.
+        leaked: by unseen split with any, how many of its samples are known too.
     """
 
     known: SampleResults
@@ -61,13 +61,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Makes a pass over all data; the clock keeps the time of each. The arguments are those of `repair_module`.
-
-    Raises:
-        ConfigurationError: the data, the target, the task or the reference cannot be used, or calibration data are
-            known too.
-        EvaluationError: losses are not finite; the samples are named.
-    """
+    """Makes a pass over all data; the clock keeps the time of each. Arguments and errors as of `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -104,24 +98,17 @@ def evaluate_baseline(
 
 
 def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
-    """The results without targets that are set aside, those that are left weighing 1 on average."""
     return normalised(replace(results, targeted=results.targeted & ~set_aside))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data that no search uses.
-
-    Attributes:
-        sources: this rank's share of them.
-        before: what the original model does on them.
-    """
+    """Data that no search uses: this rank's share of the sources, and what the original model does on all of them."""
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
-        """What becomes of their samples under other weights."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
@@ -130,9 +117,6 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
 
     Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
     because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
-
-    Warns:
-        DataWarning: the failures in the target are not marked.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
@@ -145,8 +129,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     return settings.samples.evaluate(evaluator, sources, known=False)[0]
 
 
-MAX_LISTED_IDS = 10
-"""Samples that a message names."""
+MAX_LISTED_IDS = 10  # in a message
 
 
 class LeakCheck:
@@ -164,10 +147,7 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """How many samples of each unseen split are known too, or calibrate; to be called after a pass over all data.
-
-        Warns:
-            DataWarning: there are some.
+        """How many samples of each unseen split are known or calibration data too; to be called after a whole pass.
 
         Raises:
             ConfigurationError: calibration samples are known too. They say nothing of data to come.

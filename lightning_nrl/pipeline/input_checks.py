@@ -53,10 +53,8 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            raise ConfigurationError(
-                f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
-                f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
-            )
+            problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
+            raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
@@ -71,21 +69,14 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
         )
 
 
-def _kinds(sources: object) -> str:
-    if not isinstance(sources, Sequence):
-        return f"a {type(sources).__name__}"
-    return f"a {type(sources).__name__} of {', '.join(sorted({type(source).__name__ for source in sources}))}"
-
-
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Refuses a limit without calibration data, and one on the target."""
-    if settings.limit is not None and settings.limit.needs_target:
+    limit = settings.limit
+    if limit is not None and limit.needs_target:
+        raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
+    if limit is not None and not calibrated:
         raise ConfigurationError(
-            f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
-        )
-    if settings.limit is not None and not calibrated:
-        raise ConfigurationError(
-            f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+            f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",
         )
 
@@ -111,11 +102,7 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Refuses known data of which none fails in the target, or none passes.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses known data of which none fails in the target, or none passes."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,12 @@ from lightning_nrl._utils.state import hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.patch_file import read_patch, write_patch
 from lightning_nrl.pipeline.tensor_change import TensorChange, hash_tensor
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_report import installed_versions
+from lightning_nrl.report import RepairReport, installed_versions
 
 PATCH_NAME = "repair.patch.safetensors"
 """The file that a repair writes beside its checkpoint."""
 
-Module = TypeVar("Module", bound=nn.Module)
+Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +62,11 @@ class Patch:
         new: nn.Module | Mapping[str, Any] | str | Path,
         report: RepairReport | None = None,
     ) -> Patch:
-        """The patch that makes one state of a model of another.
+        """The patch that makes one state of a model of another: modules, state dicts, or paths of checkpoints.
 
         Args:
-            old: a module, a state dict, or the path of a checkpoint.
-            new: likewise, of the same model.
+            old: the state before.
+            new: the state after, of the same model.
             report: of the repair, to be kept in the file.
 
         Raises:
@@ -90,7 +89,6 @@ class Patch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The changed tensors, in the order of the state dict."""
         return tuple(self.changes)
 
     @property
@@ -103,28 +101,19 @@ class Patch:
         """The report of the repair, if the patch has one; a `ConfigurationError` where another version wrote it."""
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
-    @overload
-    def apply(self, to: Module) -> Module: ...
-    @overload
-    def apply(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
-    def apply(self, to: Any) -> Any:
-        """Puts the new values in the place of the old ones.
-
-        Args:
-            to: a module, which is changed and given back; or a state dict, which stays: a changed copy is given.
+    def apply(self, to: Weights) -> Weights:
+        """Puts the new values into a module, which is given back, or into a copy of a state dict.
 
         Raises:
             ConfigurationError: these are not the weights that the patch was made for; nothing was changed.
         """
-        return self._changed(to, undo=False)
+        found: Weights = self._changed(to, undo=False)
+        return found
 
-    @overload
-    def revert(self, to: Module) -> Module: ...
-    @overload
-    def revert(self, to: Mapping[str, Any]) -> dict[str, Any]: ...
-    def revert(self, to: Any) -> Any:
+    def revert(self, to: Weights) -> Weights:
         """Puts the old values back, to the bit. Arguments and errors are those of `apply`."""
-        return self._changed(to, undo=True)
+        found: Weights = self._changed(to, undo=True)
+        return found
 
     def save(self, path: str | Path) -> None:
         """Writes the patch to a safetensors file, whole or not at all."""
@@ -150,7 +139,9 @@ class Patch:
         for name, change in self.changes.items():
             # Tensors that share memory share the new values too.
             place = (id(change), state[name].data_ptr(), *state[name].stride())
-            new[name] = made[place] if place in made else made.setdefault(place, change.applied(state[name], undo))
+            if place not in made:
+                made[place] = change.applied(state[name], undo)
+            new[name] = made[place]
         if hash_tensors({**state, **new}) != (self.base if undo else self.result):
             problem = "`patch` does not lead to the weights whose hash it has."
             raise ConfigurationError(problem, "make the patch anew; nothing was changed.")
@@ -169,37 +160,35 @@ class Patch:
         return to
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
-        """Refuses a state that is not the one before the patch or, to be reverted, the one after it."""
-        task = "reverted" if undo else "applied"
         wanted, other = (self.result, self.base) if undo else (self.base, self.result)
-        found, misfit = hash_tensors(state), self._misfit(state)
-        if found == wanted and not misfit:
+        found, problem = hash_tensors(state), self._difference(state, undo)
+        if found == wanted and not problem:
             return
-        if found == other and not misfit:
-            done = "these are the weights without it" if undo else "these weights have it already"
-            raise ConfigurationError(f"`patch` cannot be {task}: {done}.", "there is nothing to do.")
         hint = "it fits only the weights that it was made for; apply patches in the order in which they were made."
         if undo:
             hint = "take back what came after it first: patches are reverted in the opposite order."
-        raise ConfigurationError(f"`patch` cannot be {task}: {misfit or self._difference(state, undo)}.", hint)
+        if found == other:
+            problem = "these are the weights without it" if undo else "these weights have it already"
+            hint = "there is nothing to do."
+        problem = problem or "the tensors that it changes are as they should be, others of the model are not"
+        raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
-    def _misfit(self, state: Mapping[str, Tensor]) -> str:
-        """Which changed tensor is not there, or of another kind, in words; empty if there is none."""
+    def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
+        """Which changed tensor is not there, or another one, in words; empty if there is none."""
+        wrong = []
         for name, change in self.changes.items():
             if name not in state:
                 return f"the model has no tensor `{name}`"
             own, fits = (state[name].dtype, list(state[name].shape)), (change.old.dtype, list(change.shape))
             if own != fits:
                 return f"`{name}` is {own[0]} {own[1]}, and {fits[0]} {fits[1]} in the patch"
-        return ""
-
-    def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Where the values are not as the patch needs them, in words."""
-        hashes = {name: one.sha256_new if undo else one.sha256_old for name, one in self.changes.items()}
-        wrong = [name for name, sha256 in hashes.items() if hash_tensor(state[name]) != sha256]
-        if wrong:
-            return f"{len(wrong)} of the {len(hashes)} tensors that it changes have other values, such as `{wrong[0]}`"
-        return "the tensors that it changes are as they should be, others of the model are not"
+            if hash_tensor(state[name]) != (change.sha256_new if undo else change.sha256_old):
+                wrong.append(name)
+        if not wrong:
+            return ""
+        return (
+            f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, such as `{wrong[0]}`"
+        )
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -214,7 +203,7 @@ def patch_checkpoint(
     Args:
         patch: what to apply.
         checkpoint: of Lightning, or a file with a state dict.
-        out: the file to write, whole or not at all; it may be `checkpoint` itself.
+        out: the file to write, whole or not at all; it may be `checkpoint`.
         undo: takes the patch out instead.
         weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
 

@@ -23,6 +23,9 @@ from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.pipeline.tensor_change import TensorChange
 
+PATCH_FORMAT = "lightning_nrl.patch.1"
+PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
+
 
 def safetensors_installed() -> bool:
     """Whether patches can be written and read."""
@@ -31,14 +34,8 @@ def safetensors_installed() -> bool:
 
 def _check_installed() -> None:
     if not safetensors_installed():
-        raise RepairError(
-            "patches are safetensors files, and `safetensors` is not installed.",
-            "python -m pip install safetensors",
-        )
-
-
-PATCH_FORMAT = "lightning_nrl.patch.1"
-PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
+        problem = "patches are safetensors files, and `safetensors` is not installed."
+        raise RepairError(problem, "python -m pip install safetensors")
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,9 @@ def write_patch(
     report_json: str,
 ) -> None:
     """Writes a patch, whole or not at all; arguments as of `Patch`."""
+    _check_installed()
+    from safetensors.torch import save_file
+
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -85,9 +85,6 @@ def write_patch(
             tensors[f"index/{own}"] = change.index
     header = PatchHeader(base, result, versions, records).to_json()
     texts = {"format": PATCH_FORMAT, "patch": header, "report": report_json}
-    _check_installed()
-    from safetensors.torch import save_file
-
     texts["sha256"] = _digest(header, report_json, tensors)
     replacing(path, lambda part: save_file(tensors, part, texts))
 
@@ -96,14 +93,11 @@ def read_patch(path: str | Path) -> dict[str, Any]:
     """Reads the arguments of a `Patch` that `write_patch` has written."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
-        found = texts.get("format", "none")
-        raise ConfigurationError(
-            f"`patch={str(path)!r}` has the format {found!r}, not {PATCH_FORMAT!r}.",
-            PATCH_FILE_HINT if found == "none" else "read it with the version of the package that has written it.",
-        )
+        problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."
+        raise ConfigurationError(problem, "give a patch, and read it with the version of the package that wrote it.")
     try:
         return _parse(tensors, texts)
-    except (ConfigurationError, KeyError, ValueError) as error:
+    except (ConfigurationError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"`patch={str(path)!r}` is damaged: {reason}", PATCH_FILE_HINT) from error
 
@@ -131,34 +125,19 @@ def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
     if report:
         parse_json(report)
     own = {name: _change(name, record, tensors) for name, record in read.tensors.items() if record.values_of == name}
-    expected = {f"{part}/{name}" for name in own for part in ("old", "new", *["index"] * read.tensors[name].sparse)}
-    if expected != tensors.keys() or not own:
-        raise ValueError("its tensors are not those that it names.")
     changes = {name: own[record.values_of] for name, record in read.tensors.items()}
-    for name, record in read.tensors.items():
-        if (record.shape, record.sha256_old) != (changes[name].shape, changes[name].sha256_old):
-            raise ValueError(f"`{name}` does not have the values of `{record.values_of}`.")
-    return {
-        "changes": changes,
-        "base": read.base,
-        "result": read.result,
-        "versions": read.versions,
-        "report_json": report,
-    }
+    said = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
+    return {"changes": changes, **said}
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:
-    """The change of one tensor, if its parts fit each other."""
-    size = math.prod(record.shape)
     index = tensors[f"index/{name}"] if record.sparse else None
     old, new = (_restored(tensors[f"{part}/{name}"], record.dtype) for part in ("old", "new"))
     shape = record.shape if index is None else (len(index),)
-    if index is not None:
-        ascending = index.dtype in (torch.int32, torch.int64) and index.ndim == 1 and bool((index.diff() > 0).all())
-        if not ascending or not len(index) or int(index[0]) < 0 or int(index[-1]) >= size:
-            raise ValueError(f"the positions in `{name}` are not ascending ones of its {size:,} values.")
-    if min(record.shape, default=1) < 0 or not tuple(old.shape) == tuple(new.shape) == tuple(shape):
+    if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
+    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
+        raise ValueError(f"the positions in `{name}` are not ones of its values.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 
@@ -167,11 +146,7 @@ def _stored(values: Tensor) -> Tensor:
 
 
 def _restored(values: Tensor, dtype: str) -> Tensor:
-    if dtype.startswith("complex") and values.is_floating_point() and values.ndim and values.shape[-1] == 2:
-        values = torch.view_as_complex(values)
-    if str(values.dtype) != f"torch.{dtype}":
-        raise ValueError(f"the values are {values.dtype}, not torch.{dtype}.")
-    return values
+    return torch.view_as_complex(values) if dtype.startswith("complex") else values
 
 
 def _digest(header: str, report: str, tensors: Mapping[str, Tensor]) -> str:

@@ -19,15 +19,9 @@ __all__ = ["TABLE_II", "PaperRow", "paper_arguments", "paper_row", "with_paper_r
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Table II.
+    """One row of Table II: the equation of the fitness, its intact weight, whether a regression makes it 0 (pi).
 
-    Attributes:
-        equation: the fitness, equation (1) or (2).
-        alpha: the intact weight.
-        perfect_intact: whether one regression makes the fitness 0 (pi).
-        n_weights: number of localised weights (#lw).
-        n_passed: number of sampled passed samples (#pos).
-        particles: number of particles (#p).
+    Then the numbers of localised weights (#lw), of sampled passed samples (#pos) and of particles (#p).
     """
 
     equation: Literal["eq1", "eq2"]

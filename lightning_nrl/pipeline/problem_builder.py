@@ -59,11 +59,7 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper).
-
-    Warns:
-        DataWarning: there are fewer of them than asked for; all are taken.
-    """
+    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
@@ -74,13 +70,9 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     generator = torch.Generator().manual_seed(settings.seed)
     if 0 < len(rows) < settings.search.n_passed:
         splits = " and ".join(source.split for source in known if source.passed)
-        warnings.warn(
-            DataWarning(
-                f"`n_passed={settings.search.n_passed}`: only {len(rows):,} samples of {splits} pass; all are scored.",
-                "leave `n_passed` out to score every known passed sample, or mark more data as `passed`.",
-            ),
-            stacklevel=2,
-        )
+        problem = f"`n_passed={settings.search.n_passed}`: only {len(rows):,} samples of {splits} pass; all are scored."
+        hint = "leave `n_passed` out to score every known passed sample, or mark more data as `passed`."
+        warnings.warn(DataWarning(problem, hint), stacklevel=2)
     drawn = torch.zeros_like(pool)
     drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
     return drawn

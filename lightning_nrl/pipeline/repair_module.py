@@ -20,7 +20,7 @@ from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotR
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.quotas import needed
-from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import QUOTA_ROUNDS
@@ -31,11 +31,11 @@ from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import sparsify
-from lightning_nrl.pipeline.strength import LineSearchResult, line_search
+from lightning_nrl.pipeline.strength import line_search
 from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.stats import Selection, limit_after
+from lightning_nrl.report.stats import limit_after
 from lightning_nrl.updates.old_model import Reference
 
 
@@ -45,10 +45,8 @@ class Outcome:
 
     Attributes:
         report: what was done, and what came of it.
-        parameters: whole repaired parameters and buffers by the names of the state dict, to be written into the model;
-            None unless accepted.
-        changes: what was added to each weight, whole tensors by the names of the state dict, on the CPU, accepted or
-            not; None if no candidate was found.
+        parameters: whole repaired parameters and buffers by the names of the state dict; None unless accepted.
+        changes: what was added to each weight, likewise, on the CPU, accepted or not; None if no candidate was found.
         views: flipped samples to be shown to a reviewer.
     """
 
@@ -66,13 +64,7 @@ class Outcome:
         return flat[flat != 0]
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the repaired weights into a model; one whose repair was not accepted stays as it is.
-
-        Args:
-            model: the model that was repaired, or another with the same parameters, on any device.
-
-        Returns:
-            Whether the model was changed.
+        """Copies the repaired weights into a model of the same parameters, on any device; True if there are any.
 
         Raises:
             ConfigurationError: a tensor is not in the model, or has another shape; nothing was written.
@@ -100,8 +92,7 @@ def repair_module(
             to it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
         known: data that the repair may use; all of it is what the gate judges by.
         settings: what to repair and how.
-        unseen: data that is only counted, before and after an accepted repair; its marks do not matter. Samples of
-            them that are known too are named in the report.
+        unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
         calibration: data that no search uses, to choose the strength by; its marks do not matter.
         training: goes on with the training, for methods that do; None: they make steps of their own.
         reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
@@ -179,14 +170,27 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
 
 def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
     settings = builder.settings
-    solution = _sparsified(problem, solution, settings.bounds.sparse)
+    if settings.bounds.sparse is not None and solution.proposal is not None:
+        with problem.clock.stage("sparse"):
+            work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
+            sparse, step = problem.work.once("sparse", work, tuple[Proposal, Step])
+        solution = replace(solution, proposal=sparse, steps=(*solution.steps, step))
     builder = builder.solved(solution, int(problem.passed.sum()))
     proposal = solution.proposal
     patch = {} if proposal is None else changed(problem.model, proposal.state)
     if proposal is None or not patch:
         reason = solution.reason or "the search found nothing better than the original weights."
         return Outcome(builder.without_candidate("not repaired", reason))
-    result = _search_strength(problem, patch, proposal, builder)
+    with problem.clock.stage("strength"):
+        result = line_search(
+            problem,
+            patch,
+            settings.gate,
+            calibration=builder.baseline.held_out.get("calibration"),
+            fixed=settings.bounds.strength,
+            limit=settings.limit,
+            after=proposal.after,
+        )
     builder = replace(builder, line_search=result)
     if result.chosen is None:
         reason = f"no strength keeps within the limit ({settings.limit})."
@@ -217,29 +221,6 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
     return solution
 
 
-def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Solution:
-    if loss is None or solution.proposal is None:
-        return solution
-    with problem.clock.stage("sparse"):
-        work = partial(sparsify, problem, solution.proposal, loss)
-        proposal, step = problem.work.once("sparse", work, tuple[Proposal, Step])
-    return replace(solution, proposal=proposal, steps=(*solution.steps, step))
-
-
-def _search_strength(problem: Problem, patch: State, proposal: Proposal, builder: ReportBuilder) -> LineSearchResult:
-    settings = builder.settings
-    with problem.clock.stage("strength"):
-        return line_search(
-            problem,
-            patch,
-            settings.gate,
-            calibration=builder.baseline.held_out.get("calibration"),
-            fixed=settings.bounds.strength,
-            limit=settings.limit,
-            after=proposal.after,
-        )
-
-
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
     """The verdict on the deployed model with the patch in it, counted once more on all data, and the report."""
     settings, baseline = builder.settings, builder.baseline
@@ -252,24 +233,17 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
             verdict = verdict if rest.accepted else rest
         held_out = baseline.held_out.items() if verdict.accepted else ()
         later = {role: problem.evaluator.run(data.sources) for role, data in held_out}
-        if "calibration" in later:
-            verdict = check_protected(verdict, baseline.held_out["calibration"].before, later["calibration"])
     bounds = None
-    if verdict.accepted and "calibration" in later:
-        flips = Flips.between(baseline.held_out["calibration"].before, later["calibration"])
-        bounds = _bounds(flips.counts(), builder.line_search.selection, settings.bounds.confidence)
+    if "calibration" in later:
+        calibration = baseline.held_out["calibration"].before, later["calibration"]
+        verdict = check_protected(verdict, *calibration)
+        if verdict.accepted:
+            selection, confidence = builder.line_search.selection, settings.bounds.confidence
+            counts = Flips.between(*calibration).counts()
+            upper = limit_after(counts.broken, counts.passed, selection, confidence)
+            said = confidence, upper, selection.states, selection.allowed
+            bounds = CalibrationBounds(counts.broken, counts.passed, *said)
     return builder.with_candidate(verdict, patch, after, later, bounds)
-
-
-def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
-    return CalibrationBounds(
-        broken=counts.broken,
-        n=counts.passed,
-        confidence=confidence,
-        upper=limit_after(counts.broken, counts.passed, selection, confidence),
-        states=selection.states,
-        allowed=selection.allowed,
-    )
 
 
 def _changes(old: State, new: State) -> State:
@@ -305,16 +279,10 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """What to save so that `eval()` makes of it what is wanted, as nearly as the module lets it.
+    """The tensors to save so that `eval()` makes the patch of them, as nearly as the module lets it, and what it makes.
 
-    Args:
-        model: in evaluation mode, inside of `preserve`, which brings it back afterwards.
-        patch: whole tensors by name, as they should be in evaluation mode.
-        rewritten: the tensors to which `eval()` wrote, as they were before (see `preserve`).
-
-    Returns:
-        The tensors to save, and those that the model then has in evaluation mode, as far as either differs from what it
-        has now. Where `train()` and `eval()` are torch's own, both are the patch.
+    As far as either differs from what the model has now; where `train()` and `eval()` are torch's own, both are the
+    patch. The model is in evaluation mode, inside of `preserve`, which gives the tensors that `eval()` has `rewritten`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch

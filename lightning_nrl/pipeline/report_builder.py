@@ -19,13 +19,11 @@ from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.report_parts import (
     judge_record,
-    localization_report,
     margin_edges,
     search_report,
     set_aside_samples,
     slice_reports,
     split_report,
-    update_split,
     update_text,
     weight_change,
 )
@@ -34,6 +32,7 @@ from lightning_nrl.pipeline.strength import LineSearchResult
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,
+    LocalizationReport,
     RepairReport,
     Role,
     SliceReport,
@@ -48,18 +47,7 @@ UNDECIDED = LineSearchResult(chosen=None)
 
 @dataclass(frozen=True)
 class ReportBuilder:
-    """What the stages of a repair gave so far.
-
-    Attributes:
-        evaluator: the original model and what judges it.
-        space: the layers that are to be changed.
-        settings: what was asked for.
-        baseline: what the original model does on all data.
-        seconds: wall time by stage, still growing.
-        solution: what the method found, once it is over.
-        n_passed: passed samples that it scored candidates on, |I_pos|.
-        line_search: how far the repair goes, once that is known.
-    """
+    """What the stages of a repair gave so far; `seconds` by stage still grow, `n_passed` were scored (|I_pos|)."""
 
     evaluator: Evaluator
     space: ParameterSpace
@@ -90,15 +78,7 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """The report of a candidate.
-
-        Args:
-            verdict: what the gate said.
-            new: whole tensors that the candidate changes, by the names of the state dict.
-            after: the results on known data under the candidate.
-            held_out: likewise on held-out data, if it was accepted.
-            bounds: what the calibration data say of it, if there are any and it was accepted.
-        """
+        """The report of a candidate with the whole tensors `new`; `held_out` and `bounds` if it was accepted."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
@@ -124,12 +104,12 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """The report, with what the model does on all data after the repair; nothing where the weights stay.
-
-        Slices are counted for a refused candidate, too.
-        """
+        """The report; `after` is what the model does on all data after the repair, nothing where the weights stay."""
         found, update = self.solution or Solution(None), self._updates(after)
-        n_failed = int(self.baseline.known.targeted.sum())
+        known, localization = self.baseline.known, found.localization
+        n_failed, where = int(known.targeted.sum()), None
+        if localization is not None:
+            where = LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))
         why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
         return RepairReport(
             status=status,
@@ -140,7 +120,7 @@ class ReportBuilder:
             task=str(self.evaluator.task),
             splits=self._splits(after),
             update=update,
-            localization=None if found.localization is None else localization_report(found.localization),
+            localization=where,
             search=None if found.result is None else search_report(found.result, n_failed, self.n_passed),
             steps=found.steps,
             rungs=found.rungs,
@@ -148,9 +128,9 @@ class ReportBuilder:
             price=found.price,
             strength=self.line_search.path,
             chosen_strength=self.line_search.chosen,
-            set_aside=set_aside_samples(self.baseline.known, self.baseline.set_aside, why),
+            set_aside=set_aside_samples(known, self.baseline.set_aside, why),
             leaked=self.baseline.leaked,
-            judge=judge_record(self.evaluator, self.baseline.known, after.get("known")),
+            judge=judge_record(self.evaluator.precision, known, after.get("known", known)),
             seed=self.settings.seed,
             seconds=in_milliseconds(self.seconds),
             settings=self.settings.plain(),
@@ -181,12 +161,16 @@ class ReportBuilder:
         )
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
-        update = self.baseline.update
-        return tuple(
-            update_split(split, role, old, self._before[role], after.get(role), self._margin_edges)
-            for role, old in (update.answers.items() if update is not None else ())
-            for split in old.splits
-        )
+        answers = {} if self.baseline.update is None else self.baseline.update.answers
+        found = []
+        for role, old in answers.items():
+            trained = self._before[role]
+            for split in old.splits:
+                both = [
+                    split_report(split, role, old, x, self._margin_edges) for x in (trained, after.get(role, trained))
+                ]
+                found.append(UpdateSplit(*both))
+        return tuple(found)
 
     def _hash_model(self, changed: State) -> str:
         return hash_tensors({**current_state(self.evaluator.model), **changed})

@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.deployed_precision import rounding_margin
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision, rounding_margin
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
-from lightning_nrl.localization import Localization
-from lightning_nrl.report import (
-    Judge,
-    LocalizationReport,
+from lightning_nrl.report.run_records import Judge, SearchReport, WeightChange
+from lightning_nrl.report.splits import (
+    ClassCounts,
+    ConfusionCell,
+    FlippedSample,
+    MarginHistogram,
     Role,
-    SearchReport,
     SetAside,
     SliceReport,
     SplitReport,
     UpdateSplit,
-    WeightChange,
+    by_role,
     pool_updates,
 )
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.search.search_log import SearchResult
 
 
@@ -37,18 +36,7 @@ def split_report(
     after: SampleResults | None = None,
     margin_edges: tuple[float, ...] = (),
 ) -> SplitReport:
-    """Counts what became of the samples of one split that both tables have; without `after` the weights are unchanged.
-
-    Args:
-        split: its name.
-        role: what was allowed to look at it.
-        before: under the original weights.
-        after: under the new ones.
-        margin_edges: those of the histogram of margins; none is made without.
-
-    Raises:
-        EvaluationError: the tables are not about the same samples in the same order.
-    """
+    """Counts what became of the samples of one split; without `after` the weights are unchanged."""
     now = before if after is None else after
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
@@ -63,23 +51,10 @@ def split_report(
     )
 
 
-def update_split(
-    split: str,
-    role: Role,
-    old: SampleResults,
-    trained: SampleResults,
-    now: SampleResults | None = None,
-    margin_edges: tuple[float, ...] = (),
-) -> UpdateSplit:
-    """Counts one split of an update: the replaced model, the new one as training left it, and as it is now."""
-    first = split_report(split, role, old, trained, margin_edges)
-    return UpdateSplit(first, first if now is None else split_report(split, role, old, now, margin_edges))
-
-
 def update_text(splits: Sequence[UpdateSplit]) -> str:
     """A sentence on the known regressions; empty if no model was replaced."""
-    known = [split for split in splits if split.role == "known"]
-    if not known:
+    known = by_role(splits).get("known")
+    if known is None:
         return ""
     both = pool_updates(known)
     before, after, passed = both.trained.broken, both.now.broken, both.now.passed
@@ -88,14 +63,12 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 
 
 def slice_reports(
-    role: Role, before: SampleResults, after: SampleResults | None = None, quotas: Mapping[str, int] | None = None
-) -> tuple[SliceReport, ...]:
+    role: Role, before: SampleResults, after: SampleResults | None, quotas: Mapping[str, int]
+) -> list[SliceReport]:
     """Counts what became of the samples of each slice; samples in no slice are left out."""
     flips = Flips.between(before, before if after is None else after)
-    return tuple(
-        SliceReport(name, role, flips.target_counts(before, before.group == number), (quotas or {}).get(name))
-        for number, name in enumerate(before.names)
-    )
+    groups = [(name, before.group == number) for number, name in enumerate(before.names)]
+    return [SliceReport(name, role, flips.target_counts(before, rows), quotas.get(name)) for name, rows in groups]
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
@@ -121,18 +94,11 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
     )
 
 
-def judge_record(evaluator: Evaluator, before: SampleResults, after: SampleResults | None) -> Judge:
+def judge_record(precision: DeployedPrecision, before: SampleResults, now: SampleResults) -> Judge:
     """In what known samples were counted, and how many the model of now gets right by less than rounding."""
-    now = before if after is None else after
-    precision = evaluator.precision
     rounding = rounding_margin(precision, before)
     within = 0 if rounding is None else int((now.passed & (now.margin < rounding)).sum())
     return Judge(precision, rounding, within)
-
-
-def localization_report(localization: Localization) -> LocalizationReport:
-    """Everything but the positions of the weights."""
-    return LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))
 
 
 def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
@@ -149,9 +115,7 @@ def search_report(result: SearchResult, n_failed: int | None = None, n_passed: i
 
 
 REPORTED_MARGIN_BINS = 40
-OUTER_MARGIN_SHARE = 0.01
-"""Of all margins, so many lie below the first edge, and so many above the last one."""
-
+OUTER_MARGIN_SHARE = 0.01  # of all margins lie below the first edge, and as many above the last one
 MARGIN_GROWTH = 1.5
 """Margins after a repair may be larger by so much and have a bin of their own."""
 
@@ -210,10 +174,9 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
     finite = margin[margin.isfinite()].double()
     if not len(finite):
         return ()
-    quantiles = finite.sort().values
-    outer = int(OUTER_MARGIN_SHARE * (len(quantiles) - 1))
-    low, high = min(float(quantiles[outer]), 0.0), max(float(quantiles[len(quantiles) - 1 - outer]), 0.0)
-    low, high = MARGIN_GROWTH * low, MARGIN_GROWTH * high
+    ordered = finite.sort().values
+    outer = int(OUTER_MARGIN_SHARE * (len(ordered) - 1))
+    low, high = MARGIN_GROWTH * min(float(ordered[outer]), 0.0), MARGIN_GROWTH * max(float(ordered[-1 - outer]), 0.0)
     width = (high - low) / (REPORTED_MARGIN_BINS - 1) or 1.0
     first = math.floor(low / width)
     return tuple(width * (first + i) for i in range(REPORTED_MARGIN_BINS + 1))
@@ -222,7 +185,7 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
 def margin_histogram(
     before: SampleResults, after: SampleResults, rows: slice, edges: tuple[float, ...]
 ) -> MarginHistogram | None:
-    """Margins before and after of some rows; those that are not finite are left out. None without edges."""
+    """Margins of some rows, those that are not finite left out; None without edges."""
     if not edges:
         return None
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)

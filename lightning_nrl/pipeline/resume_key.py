@@ -10,17 +10,16 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_nrl import __version__
 from lightning_nrl._utils.state import current_state, hash_file, hash_tensors
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
+from lightning_nrl.report import installed_versions
 
-FREE = ("on_interrupt", "save_every")
+FREE = ("save_every",)
 """Settings that the result does not depend on."""
 
 
@@ -30,10 +29,11 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     Data are hashed by what the model does on them, sample by sample: who changes an input changes a loss.
     """
     model, training = problem.model, problem.training
+    versions = installed_versions()
     plain = {name: value for name, value in settings.plain().items() if name not in FREE}
     calibration = baseline.held_out.get("calibration")
     surroundings = {
-        "task": plain_value(problem.task),
+        "task": plain_value(problem.evaluator.task),
         "device": problem.device.type,
         "ranks": problem.collective.world_size,
         "scope": list(problem.scope),
@@ -46,7 +46,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
         "data": _text_hash([_table(problem.before), None if calibration is None else _table(calibration.before)]),
         "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
         "training": _text_hash(getattr(training, "origin", None)),
-        "versions": f"lightning_nrl {__version__}, torch {torch.__version__}",
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("lightning_nrl", "torch")),
     }
 
 
@@ -61,10 +61,7 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Hashes of models, states and files that a method was given, which its plain form does not tell apart.
-
-    Of a folder, names and hashes of its files.
-    """
+    """Hashes of models, states, files and folders that a method was given, which its plain form does not tell apart."""
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):

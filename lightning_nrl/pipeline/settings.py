@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lightning_nrl._utils.resume import SAVE_EVERY
 from lightning_nrl.data.targets import AllFailures, Target, parse_target
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
+from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.gate import Gate
@@ -42,9 +42,6 @@ class SearchOptions:
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
             activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
             computed again each time, and the step's note says so.
-        on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
-            `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
-            Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
         save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved. The same
             call does not repeat saved steps after it was stopped or killed. None: nothing is saved.
 
@@ -60,7 +57,6 @@ class SearchOptions:
     localizer: str | Localizer | None = None
     n_passed: int | None = None
     budget: int | None = None
-    on_interrupt: Literal["untouched", "best"] = "untouched"
     save_every: float | None = SAVE_EVERY
     n_scored: int = N_SCORED
 
@@ -73,7 +69,6 @@ class SearchOptions:
             if value is not None:
                 check_whole(name, value, 1)
         check_whole("n_scored", self.n_scored, 2)
-        check_choice("on_interrupt", self.on_interrupt, ("untouched", "best"))
         if self.save_every is not None:
             check_real("save_every", self.save_every, "time", "give seconds from 0, or None to save nothing.", least=0)
 
@@ -125,13 +120,15 @@ class BoundOptions:
 def changed_options(options: Any) -> dict[str, Any]:
     """The fields of an option object that are not as by default."""
     plain = type(options)()
-    own = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in own.items() if not _same(value, getattr(plain, name))}
+
+    def same(value: Any, default: Any) -> bool:
+        return value is default or (type(value) is type(default) and bool(value == default))
+
+    return {name: value for name, value in _fields(options).items() if not same(value, getattr(plain, name))}
 
 
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and bool(value == default))
-
+AnyGate = str | Gate
+parse_gate = Gate.parse
 
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
 
@@ -191,15 +188,13 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """How candidates are ranked: as the user, else the method says."""
-        said = self.search.fitness or getattr(self.method, "fitness", None) or Fitness()
-        return cast(FitnessFunction, said)
+        """As the user says, else as the method does."""
+        return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """How the weights to be searched are chosen, likewise."""
-        said = self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite()
-        return cast(Localizer, said)
+        """As the user says, else as the method does."""
+        return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
@@ -208,18 +203,13 @@ class Settings:
 
     @property
     def limit(self) -> Gate | None:
-        """How many calibration samples may break."""
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values.
-
-        The fields of the option objects stand beside the others.
-        """
-        own = _fields(self)
-        flat = {name: value for name, value in own.items() if name not in OPTIONS}
+        """Dicts, lists, numbers and text that say the same, the options flat. Equal settings give equal values."""
+        flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
-            flat |= _fields(own[name])
+            flat |= _fields(getattr(self, name))
         flat |= {"fitness": self.fitness, "localizer": self.localizer}
         return {name: plain_value(value) for name, value in flat.items()}
 

@@ -22,21 +22,15 @@ from lightning_nrl.report.run_records import Step
 
 SIZE_TOLERANCE = 1.1
 """The size is bisected until it is known up to this factor."""
-
-GAIN_ROUNDING = 1e-9
-"""Of sums of sample weights."""
+GAIN_ROUNDING = 1e-9  # of sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
     """Looks for the fewest changed weights that keep most repairs and break no more known samples.
 
-    The size is found by bisection, each time by a real count of the repairs. Then what broke is polished away; in that
-    the kept weights alone move. Buffers, such as the statistics of batch norm, stay as the patch has them.
-
-    Args:
-        problem: what is to be repaired.
-        proposal: the patch; it is given back if fewer weights do not do.
-        loss: the share of its repaired targets that may be lost, by weight, from 0 to below 1.
+    The size is found by bisection, each time by a real count of the repairs, of which a share `loss` may go. Then what
+    broke is polished away; in that the kept weights alone move. Buffers, such as the statistics of batch norm, stay as
+    the patch has them. The proposal is given back if fewer weights do not do.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
@@ -66,10 +60,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
 
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """The fewest changed weights with enough repairs, found by bisection of its logarithm.
-
-    Repairs must be worth at least `least`, broken known samples cost at most `most_broken`; None: anything.
-    """
+    """Bisects the logarithm of the size: repairs worth `least`, at most `most_broken` of known samples (None: any)."""
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
@@ -83,14 +74,7 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
 
 
 class _SortedPatch:
-    """A patch taken apart: weights, those that changed most first, and buffers.
-
-    Attributes:
-        problem: what is to be repaired.
-        old: the original parameters that differ, each under one name.
-        new: likewise as the patch has them.
-        buffers: buffers that differ, as the patch has them.
-    """
+    """A patch taken apart: parameters that differ, each under one name, as they were and are, and buffers."""
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem
@@ -111,12 +95,10 @@ class _SortedPatch:
 
     @cached_property
     def order(self) -> Tensor:
-        """Places of the weights, one parameter after the other, the greatest change first."""
         changes = [(self.new[name].float() - self.old[name].float()).abs().flatten() for name in self.new]
         return torch.cat(changes).argsort(descending=True, stable=True)
 
     def masks(self, size: int) -> dict[str, Tensor]:
-        """Which weights of each parameter are among those that changed most."""
         chosen = torch.zeros(self.total, dtype=torch.bool, device=self.order.device)
         chosen[self.order[:size]] = True
         parts = chosen.split([value.numel() for value in self.new.values()])
@@ -133,5 +115,4 @@ class _SortedPatch:
         return problem.counted("sparse", found.state, found.after)
 
     def is_late(self) -> bool:
-        """Whether little more than the time for judging is left; the same on every rank."""
         return self.problem.deadline_of_method().is_over()

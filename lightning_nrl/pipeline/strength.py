@@ -28,10 +28,8 @@ class PatchPath:
     """What a patch does at several strengths, by real forward passes over known and calibration data.
 
     A patch that breaks nothing at its end may break something half way: a point that is taken there is polished first.
-
-    Attributes:
-        counted: what was counted so far, by strength; where a point was polished, after that.
-        broken_unpolished: calibration samples that break at a strength before anything is polished there.
+    `counted` has the points by strength, after their polish; `broken_unpolished` the calibration samples that break
+    before it.
     """
 
     def __init__(
@@ -44,16 +42,13 @@ class PatchPath:
 
     @property
     def points(self) -> tuple[StrengthPoint, ...]:
-        """What was counted, by ascending strength."""
         return tuple(self.counted[strength] for strength in sorted(self.counted))
 
     @property
     def has_margins(self) -> bool:
-        """Whether anything can be polished."""
         return not bool(self.problem.before.margin.isnan().all())
 
     def state(self, strength: float) -> State:
-        """The weights at a strength."""
         return between(current_state(self.problem.model), self.patch, strength)
 
     def count(
@@ -63,16 +58,10 @@ class PatchPath:
         after: SampleResults | None = None,
         deadline: Deadline | None = None,
     ) -> tuple[StrengthPoint, ...]:
-        """Counts the patch at several strengths, each by one forward pass.
+        """Counts the patch at several strengths, the most telling first, each by one forward pass.
 
-        Args:
-            strengths: the most telling first. Of those beyond 1, none above the first that breaks more than the gate
-                allows; the last ones are left out where time is short, but not the first.
-            after: what the model does on known data at 1, if that is known already.
-            deadline: after which no further point is begun; None: that of the repair alone.
-
-        Returns:
-            The points that were counted so far, ascending; the same on every rank.
+        Those beyond one above 1 that breaks more than the gate allows are left out, and where time is short the last
+        ones, but never the first. `after` is what the model does on known data at 1, if that is known already.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -88,7 +77,6 @@ class PatchPath:
         return self.points
 
     def point(self, strength: float, after: SampleResults | None = None) -> StrengthPoint:
-        """What the patch does at a strength, counted once; `after` are results on known data, if there are any yet."""
         if strength not in self.counted:
             point = self._count(self.state(strength), strength, after)
             self.counted[strength] = point
@@ -105,7 +93,6 @@ class PatchPath:
         return state
 
     def count_broken_unpolished(self, strength: float) -> int:
-        """Calibration samples that break at a strength before anything is polished there."""
         assert self.calibration is not None
         if strength not in self.broken_unpolished:
             flips = self.calibration.flips(self.problem.evaluator, self.state(strength))
@@ -113,21 +100,16 @@ class PatchPath:
         return self.broken_unpolished[strength]
 
     def within_gate(self, point: StrengthPoint) -> bool:
-        """Whether no more known samples break than the gate allows."""
         return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
-        """Whether a strength keeps within a limit for calibration data and within the gate.
-
-        Before the patch anything that breaks known samples counts as within the gate, since it can be polished.
-        """
+        """True within a limit for calibration data and the gate; before the patch what breaks can be polished."""
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
         return known and not limit.excess_of(point.calibration, point.calibration_cost)
 
     def takes_time(self, strength: float) -> bool:
-        """Whether a strength has to be counted first, or polished."""
         return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
 
     def leaves_time_for(self, seconds: float) -> bool:
@@ -160,13 +142,9 @@ LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 
 @dataclass(frozen=True)
 class LineSearchResult:
-    """How far a repair goes.
+    """How far a repair goes: the `chosen` strength of the counted `path`, None if none keeps within the limit.
 
-    Attributes:
-        path: the strengths that were counted, ascending.
-        chosen: the one to take; None if none keeps within the limit.
-        state: the weights there, whole tensors.
-        selection: how calibration data chose it.
+    `state` are the weights there, whole tensors, and `selection` is how calibration data chose it.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -184,20 +162,12 @@ def line_search(
     fixed: float | None = None,
     limit: Gate | None = None,
     after: SampleResults | None = None,
-    full_curve_samples: int = FULL_CURVE_SAMPLES,
 ) -> LineSearchResult:
     """Counts a patch along its path and says how far to go: see `choose_strength` for the default.
 
-    Args:
-        problem: what is to be repaired.
-        patch: whole tensors.
-        gate: how many known samples may break.
-        calibration: data to choose by; needed for a limit.
-        fixed: the strength to take, whatever is found.
-        limit: how many calibration samples may break. The strongest of `LIMIT_STRENGTHS` within it and, once polished,
-            within the gate is taken.
-        after: what the model does on known data under the patch, if that is known already.
-        full_curve_samples: with no more known samples than these, all points are counted.
+    A `fixed` strength is taken whatever is found. Of a `limit` on broken calibration samples the strongest of
+    `LIMIT_STRENGTHS` is taken that is within it and, once polished, within the gate. `after` is what the model does on
+    known data under the patch, if that is known already.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths, deadline = PATH_STRENGTHS, None
@@ -206,7 +176,7 @@ def line_search(
     if calibration is None:
         # Nothing is decided: what the patch does on the way to it comes first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
-        if len(problem.before) > full_curve_samples:
+        if len(problem.before) > FULL_CURVE_SAMPLES:
             deadline = problem.deadline.within(CURVE_TIME_SHARE * problem.clock.elapsed)
     points = path.count(strengths, after=after, deadline=deadline)
     if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
@@ -227,8 +197,7 @@ def line_search(
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
     """The default strength: that of the patch, 1, or one beyond it that is free by calibration data.
 
-    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None
-    is without these: what is free on known data was costly on unseen data, wherever it was tried.
+    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples.
     """
     chosen = _whole_patch(path)
     if chosen is None:

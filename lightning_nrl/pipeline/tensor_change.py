@@ -12,20 +12,16 @@ from lightning_nrl.errors import ConfigurationError
 
 WHOLE_TENSOR_SHARE = 1 / 3
 """Where more than this share of a tensor changed, all of it is kept."""
-
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
-    """The change of one tensor, on the CPU.
+    """The change of one tensor of this shape, on the CPU.
 
-    Attributes:
-        shape: of the tensor.
-        index: `n` flat positions in ascending order, int32, or int64 for a tensor that needs it; None: all.
-        old: `n` values, or the whole tensor where there is no index; likewise `new`.
-        sha256_old: of the whole tensor, see `hash_tensors`; likewise `sha256_new`.
+    `index` has `n` ascending flat positions, int32, or int64 for a tensor that needs it, and `old` and `new` the values
+    there; None: they are the whole tensors. Both hashes are of the whole tensor, see `hash_tensors`.
     """
 
     shape: tuple[int, ...]
@@ -64,7 +60,6 @@ class TensorChange:
 
     @property
     def n_changed(self) -> int:
-        """How many values are kept; of a whole tensor some of them may be as before."""
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
@@ -78,7 +73,7 @@ class TensorChange:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of one tensor, whatever it is called."""
+    """SHA-256 of one tensor."""
     return hash_tensors({"": tensor})
 
 

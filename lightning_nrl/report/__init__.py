@@ -1,51 +1,29 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table.
 
-In: nothing but counts and what a caller writes down; `pipeline` makes the parts. Out: records (`splits`, `run_records`,
-`repair_report`), and what shows them: pages (`page`, `tables`, `repair_page`, `html`) and figures (`repair_figures`).
+In: counts and what a caller writes down; `pipeline` makes the parts. Out: records (`splits`, `run_records`), and what
+shows them: pages (`page`, `html`, `tables`, `repair_facts`, `repair_report`) and figures (`repair_plot`).
 """
 
-from lightning_nrl._utils.state import hash_tensors
-from lightning_nrl.report.page import Page, Report
-from lightning_nrl.report.repair_figures import draw_repair, repair_figures
-from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions
-from lightning_nrl.report.run_records import (
-    CalibrationBounds,
-    Hashes,
-    Judge,
-    LocalizationReport,
-    PricePoint,
-    Rung,
-    SearchReport,
-    Step,
-    StrengthPoint,
-    WeightChange,
-)
-from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from importlib import import_module
 
-__all__ = [
-    "CalibrationBounds",
-    "Hashes",
-    "Judge",
-    "LocalizationReport",
-    "Page",
-    "PricePoint",
-    "RepairReport",
-    "Report",
-    "Role",
-    "Rung",
-    "SearchReport",
-    "SetAside",
-    "SliceReport",
-    "SplitReport",
-    "Status",
-    "Step",
-    "StrengthPoint",
-    "UpdateSplit",
-    "WeightChange",
-    "draw_repair",
-    "hash_tensors",
-    "installed_versions",
-    "pool",
-    "pool_updates",
-    "repair_figures",
-]
+# TensorBoard imports this package for its tab, without torch: names are imported when they are asked for.
+# Type checkers read `__init__.pyi`.
+_PACKAGES = {
+    "_utils.state": "hash_tensors",
+    "report.html": "Report",
+    "report.page": "Page",
+    "report.repair_plot": "draw_repair repair_figures",
+    "report.repair_report": "RepairReport",
+    "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint RepairRecord Rung SearchReport"
+    " Status Step StrengthPoint WeightChange installed_versions",
+    "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
+}
+_HOMES = {name: module for module, names in _PACKAGES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"lightning_nrl.{_HOMES[name]}"), name)
+    return globals()[name]

@@ -13,8 +13,7 @@ from lightning_nrl.errors import ConfigurationError
 INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
-"""Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is darker, to be read on white, and Tol's
-wine is added."""
+"""Okabe and Ito's colours, for colour-blind readers too, with a darker yellow, and Tol's wine."""
 TONE_COLOURS = {"good": "#00795C", "warn": "#B34B00"}
 DOTS_PER_INCH = 150
 
@@ -23,14 +22,10 @@ class Plotted(ABC):
     """A result that has a figure."""
 
     @abstractmethod
-    def figure(self) -> Any:
-        """Draws the `matplotlib.figure.Figure`; see `plot`."""
+    def figure(self) -> Any: ...
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
-
-        Args:
-            path: a file to save it to, such as `result.png`.
+        """A `matplotlib.figure.Figure`, made without touching pyplot, and saved to `path` if one is given.
 
         Raises:
             ConfigurationError: matplotlib is not installed.
@@ -42,10 +37,7 @@ class Plotted(ABC):
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """An empty figure, in inches, that can measure text whatever the screen; see `Plotted.plot`.
-
-    `layout` is matplotlib's; None takes no time, for axes whose places are known.
-    """
+    """An empty figure, in inches, that can measure text whatever the screen; without a layout it takes no time."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -24,10 +24,9 @@ def percent(share: float) -> str:
     """Two decimals, never rounded to none or to all; `-` where undefined."""
     if not math.isfinite(share):
         return "-"
-    text = f"{100 * share:.2f} %"
-    if text == "0.00 %" and share > 0:
+    if 0 < share < 0.00005:
         return "< 0.01 %"
-    return "> 99.99 %" if text == "100.00 %" and share < 1 else text
+    return "> 99.99 %" if 0.99995 <= share < 1 else f"{100 * share:.2f} %"
 
 
 def rough_percent(share: float) -> str:

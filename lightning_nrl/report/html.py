@@ -1,19 +1,20 @@
-"""A page as one HTML file that needs nothing else: no network, no scripts but its own, readable on paper."""
+"""A page as one HTML file that needs nothing else: no network, no scripts but its own; and the base of what has one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_nrl.report.page import Block, Page
-    from lightning_nrl.report.sample_views import SampleView
-
+from lightning_nrl._utils.json_records import Record
+from lightning_nrl.report.page import Block, Page, Shown
+from lightning_nrl.report.sample_views import SampleView
 
 PAGE_FILES = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -23,13 +24,7 @@ STYLE, SCRIPT = ((PAGE_FILES / name).read_text(encoding="utf-8") for name in ("r
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table of any length that a reader sorts by its heads and filters by words.
-
-    Attributes:
-        title: the heading above it.
-        columns: the heads.
-        rows: cells as text, a row for each line.
-    """
+    """A table of any length that a reader sorts by its heads and filters by words."""
 
     title: str
     columns: Sequence[str]
@@ -43,27 +38,14 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """A whole document.
-
-    Args:
-        title: of the window.
-        page: what it shows; the figures stand behind its first table.
-        figures: SVG by caption.
-        tables: come last.
-        galleries: by heading the samples under it, behind the figures.
-    """
+    """A whole document with the page; behind its first table SVG by caption and samples by heading, then the tables."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
-    return _macro("document")(title, body, STYLE, SCRIPT)
-
-
-def html_fragment(page: Page) -> str:
-    """The page as a part of another document, such as a notebook; without scripts."""
-    return _macro("fragment")({"blocks": page.blocks, "figures": {}, "tables": (), "galleries": {}}, STYLE)
+    return _macro("document", title, body, STYLE, SCRIPT)
 
 
 def html_blocks(blocks: Iterable[Block]) -> str:
     """Blocks of a page as a part of another document that has the style."""
-    return "\n".join(_macro("shown")(block) for block in blocks)
+    return "\n".join(_macro("shown", block) for block in blocks)
 
 
 def svg_of(figure: Any) -> str:
@@ -77,6 +59,38 @@ def svg_of(figure: Any) -> str:
     return found[found.index("<svg") :]
 
 
-def _macro(name: str) -> Callable[..., str]:
-    macro = getattr(TEMPLATES.get_template("page.html.jinja").module, name)
-    return lambda *arguments: str(macro(*arguments))
+def _macro(name: str, *arguments: Any) -> str:
+    return str(getattr(TEMPLATES.get_template("page.html.jinja").module, name)(*arguments))
+
+
+class Report(Record, Shown):
+    """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
+
+    @abstractmethod
+    def page(self, full: bool = False) -> Page:
+        """The page of the report.
+
+        Args:
+            full: for a reviewer, with all samples and whole paths; else for the console.
+        """
+
+    def to_table(self) -> Page:
+        """The page for the console, for rich's `print`."""
+        return self.page()
+
+    def to_markdown(self) -> str:
+        """The page for a reviewer as Markdown: all of it, with whole paths."""
+        return self.page(full=True).markdown()
+
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
+
+        Args:
+            views: flipped samples to be shown.
+            changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
+        """
+        page = self.page(full=True)
+        return html_page(page.title, page)
+
+    def _repr_html_(self) -> str:
+        return _macro("fragment", {"blocks": self.page().blocks, "galleries": {}}, STYLE)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console, ConsoleOptions
@@ -13,14 +13,6 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text as Line
-from torch import Tensor
-
-from lightning_nrl._utils.json_records import Record
-from lightning_nrl.report.html import html_fragment, html_page
-
-if TYPE_CHECKING:
-    from lightning_nrl.report.sample_views import SampleView
-
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
 TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
@@ -154,48 +146,6 @@ class Shown(ABC):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Page]:
         yield self.to_table()
-
-
-class Report(Record, Shown):
-    """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
-
-    @abstractmethod
-    def page(self, full: bool = False) -> Page:
-        """The page of the report.
-
-        Args:
-            full: for a reviewer, with all samples and whole paths; else for the console.
-        """
-
-    def to_table(self) -> Page:
-        """The page for the console, for rich's `print`."""
-        return self.page()
-
-    def to_markdown(self) -> str:
-        """The page for a reviewer as Markdown: all of it, with whole paths."""
-        return self.page(full=True).markdown()
-
-    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
-
-        Args:
-            views: flipped samples to be shown.
-            changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
-        """
-        page = self.page(full=True)
-        return html_page(page.title, page)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the page for the console."""
-        return html_fragment(self.page())
-
-
-def curve_page(
-    title: str, text: str, columns: Sequence[str], points: Iterable[tuple[str, Sequence[str], bool]]
-) -> Page:
-    """A curve, a line a point: its label, its cells, and whether it is the one that was taken."""
-    rows = (Row(label + ", taken" * taken, tuple(cells), "gain" if taken else "") for label, cells, taken in points)
-    return Page((Heading(title, 1), Text(text), Table(tuple((name, "") for name in columns), tuple(rows))))
 
 
 def _markdown(block: Block) -> str:

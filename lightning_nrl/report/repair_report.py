@@ -1,183 +1,131 @@
-"""The account of one repair: what was asked, what was done, what it did to every split, and which weights are meant."""
+"""The account of one repair with its page: the verdict, a table of the splits, and the facts that one needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
-from platform import python_version
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor
-from typing_extensions import Self
 
-from lightning_nrl import __version__
-from lightning_nrl._utils.json_records import to_plain
-from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.page import Page, Report, Tone
-from lightning_nrl.report.repair_figures import draw_repair
-from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
-from lightning_nrl.report.run_records import (
-    CalibrationBounds,
-    Hashes,
-    Judge,
-    LocalizationReport,
-    PricePoint,
-    Rung,
-    SearchReport,
-    Step,
-    StrengthPoint,
-    WeightChange,
-)
+from lightning_nrl.report._formatting import from_here, number, sentence, setting
+from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Text
+from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
+from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
+from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.tables import (
+    FLIPPED_COLUMNS,
+    Fact,
+    flipped_rows,
+    outcome_table,
+    price_table,
+    rates_table,
+    rungs_table,
+    sample_blocks,
+    slice_table,
+    steps_table,
+    strength_table,
+    unchanged_table,
+    update_table,
+)
 
-Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
-"""How a repair ended."""
-SCHEMA = 1
-"""The version of the form in which reports are written; docs/report_schema.md describes it."""
+FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of the software that a repair depends on, by name."""
-    found = {"python": python_version(), "lightning_nrl": __version__}
-    for name in ("torch", "pytorch-lightning"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-@dataclass(frozen=True, repr=False)
-class RepairReport(Report, Plotted):
+class RepairReport(RepairRecord, Report, Plotted):
     """The account of one repair. `rich.print(report)` shows it as a table, a notebook too.
 
-    Attributes:
-        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`; the first alone changes
-            weights.
-        reason: why, in a sentence or two, with figures.
-        layers: dotted names of the layers that were to be changed.
-        target: which failures were to be repaired, in words.
-        gate: what a repair must satisfy, as text.
-        task: what right and wrong mean, in words.
-        splits: what became of the samples of each split under the weights that the model has now.
-        update: the new model against the one that it replaces, by split; empty if it replaces none.
-        slices: what became of the samples of each slice and role; of refused weights what they would have done to known
-            data. Empty where no slices were asked for.
-        set_aside: failed samples in the target that were set aside, and why.
-        leaked: by unseen split, how many of its samples are known or calibration data too; splits without any are left
-            out.
-        candidate: what the refused weights would have done to the known splits; empty if none were refused.
-        localization: which weights were searched; None if that stage was not reached.
-        search: how the search went; None if that stage was not reached.
-        steps: what the method did, in order.
-        rungs: of a method that tries several, from the least change to the most; the taken one is marked.
-        choice: why that one, in a sentence; empty where there was no choice.
-        price: what was found where some known samples may break, from none to any number.
-        strength: what the patch that was found does on the way from the original weights (0) to it (1) and beyond.
-        chosen_strength: how much of the patch was taken; None if that stage was not reached.
-        bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
-        change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
-        hashes: which weights are meant.
-        judge: the device and the precision in which the model was judged; None if that is not known.
-        seed: what reproduces the run.
-        seconds: wall time by stage, in order.
-        versions: versions of the software by name.
-        files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
-        settings: the arguments of the repair by name; kept as plain values.
-        class_names: of the task's classes, in their order; empty where they are not known.
-        schema: the version of the form in which it is written (docs/report_schema.md).
+    Its data are the attributes of :class:`RepairRecord`.
     """
 
-    status: Status
-    reason: str
-    layers: tuple[str, ...]
-    target: str
-    gate: str
-    task: str
-    splits: tuple[SplitReport, ...]
-    update: tuple[UpdateSplit, ...] = ()
-    candidate: tuple[SplitReport, ...] = ()
-    slices: tuple[SliceReport, ...] = ()
-    set_aside: tuple[SetAside, ...] = ()
-    leaked: Mapping[str, int] = field(default_factory=dict)
-    localization: LocalizationReport | None = None
-    search: SearchReport | None = None
-    steps: tuple[Step, ...] = ()
-    rungs: tuple[Rung, ...] = ()
-    choice: str = ""
-    price: tuple[PricePoint, ...] = ()
-    strength: tuple[StrengthPoint, ...] = ()
-    chosen_strength: float | None = None
-    bounds: CalibrationBounds | None = None
-    change: WeightChange | None = None
-    hashes: Hashes | None = None
-    judge: Judge | None = None
-    seed: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
-    files: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] = ()
-    schema: int = SCHEMA
-
-    def __post_init__(self) -> None:
-        for name in ("leaked", "seconds", "files", "settings"):
-            object.__setattr__(self, name, to_plain(getattr(self, name)))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` gives.
-
-        Raises:
-            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
-                Another version wrote it.
-        """
-        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
-        if type(found) is not int or found != SCHEMA:
-            raise ConfigurationError(
-                f"schema: expected {SCHEMA}, found {found!r}.",
-                "read the report with the version of lightning_nrl that wrote it.",
-            )
-        return super().from_dict(data)
-
-    def __repr__(self) -> str:
-        """One line: how it ended, and the counts of known and unseen data."""
-        counts = []
-        for role in ROLES:
-            split = self.pooled(role)
-            if split is not None:
-                counts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
-        return f"<RepairReport: {'; '.join((self.status, *counts))}>"
-
-    @property
-    def tone(self) -> Tone:
-        """The colour of the verdict: `good` or `warn`."""
-        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
-
     def page(self, full: bool = False) -> Page:
-        return page_of_repair(self, full)
+        changed = "" if self.status == "repaired" else " The model's weights are unchanged."
+        verdict = Heading(self.status.capitalize(), 1, self.tone), Text(sentence(self.reason) + changed)
+        if full:
+            unseen = [Text(sentence(f"{name}: {text}")) for name, text in unseen_facts(self)]
+            return Page((*verdict, *unseen, *_tables(self), *sample_blocks(self), *_details(self)))
+        course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
+        facts = Facts((*repair_facts(self), *unseen_facts(self), *_files(self, from_here)))
+        return Page((*verdict, *_tables(self), *course, facts))
 
     def figure(self) -> Any:
         return draw_repair(self)
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        return html_of_repair(self, views, changes)
+        page, figures = self.page(full=True), {}
+        if find_spec("matplotlib") is None:
+            hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+            page = Page((*page.blocks, Text(hint)))
+        else:
+            figures = {title: svg_of(figure) for title, figure in reviewer_figures(self, changes).items()}
+        galleries: dict[str, list[SampleView]] = {}
+        for view in views:
+            galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
+        rows = [[_cell(value) for value in row] for row in flipped_rows(self)]
+        tables = [HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows)] if rows else []
+        return html_page(f"{self.status.capitalize()}: {self.target}", page, figures, tables, galleries)
 
-    def class_name(self, label: int) -> str:
-        """What a class is called: its name where that is known, else its number; `-` for none."""
-        if label < 0:
-            return "-"
-        return self.class_names[label] if label < len(self.class_names) else str(label)
 
-    def pooled(self, role: Role) -> SplitReport | None:
-        """All splits of a role taken together; None if there is none."""
-        chosen = [split for split in self.splits if split.role == role]
-        return pool(chosen) if chosen else None
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, float) else str(value)
 
-    def pooled_update(self, role: Role) -> UpdateSplit | None:
-        """All splits of a role against the replaced model, taken together; None if there is none."""
-        chosen = [split for split in self.update if split.role == role]
-        return pool_updates(chosen) if chosen else None
+
+def _tables(report: RepairRecord) -> tuple[Block, ...]:
+    slices = (Heading("By slice"), slice_table(report.slices)) if report.slices else ()
+    if not report.update:
+        return (*_outcome(report), *slices)
+    against = Heading("Against the model that it replaces"), update_table(report.update)
+    return (*against, Heading("Against the new model as it was trained"), *_outcome(report), *slices)
+
+
+def _outcome(report: RepairRecord) -> tuple[Block, ...]:
+    if report.status == "repaired":
+        return (outcome_table(report.splits),)
+    unchanged = unchanged_table(report.splits)
+    if not report.candidate:
+        return (unchanged,)
+    refused = Heading("What the refused weights would have done"), outcome_table(report.candidate)
+    return (*refused, Heading("The model as it is"), unchanged)
+
+
+def _ladder(report: RepairRecord) -> tuple[Block, ...]:
+    if not report.rungs:
+        return ()
+    why = (Text(sentence(report.choice)),) if report.choice else ()
+    return Heading("The ladder, from the least change to the most"), rungs_table(report.rungs), *why
+
+
+def _steps(report: RepairRecord) -> tuple[Block, ...]:
+    return Heading("What the method did"), steps_table(report.steps)
+
+
+def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fact, ...]:
+    return tuple((FILE_KINDS.get(kind, kind), shown(path)) for kind, path in report.files.items())
+
+
+def _details(report: RepairRecord) -> tuple[Block, ...]:
+    blocks: list[Block] = [Heading("What was done"), Facts((*repair_facts(report), *_files(report)))]
+    blocks += _ladder(report)
+    if report.price:
+        blocks += [Heading("What it costs that no known sample may break"), price_table(report.price)]
+    if report.steps:
+        blocks += _steps(report)
+    if report.strength:
+        path = strength_table(report.strength, report.chosen_strength)
+        blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
+    if report.status == "repaired" or report.candidate:
+        blocks += [Heading("Rates"), rates_table(report.candidate or report.splits)]
+    if report.set_aside:
+        blocks += [Heading("Failures that were set aside"), Facts(set_aside_facts(report.set_aside))]
+    if report.hashes is not None:
+        blocks += [Heading("Weights"), Facts(hash_facts(report.hashes))]
+    blocks += [Heading("Run"), Facts(run_facts(report))]
+    if report.settings:
+        settings = tuple((name, setting(value)) for name, value in report.settings.items())
+        blocks += [Heading("Settings"), Facts(settings)]
+    return tuple(blocks)

@@ -1,23 +1,49 @@
-"""How a repair went, stage by stage, without the weights themselves: records, as a report has them."""
+"""The account of a repair as data, without the weights themselves: `RepairRecord` and what it holds, stage by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
+from platform import python_version
+from typing import Any, Literal
 
+from typing_extensions import Self
+
+from lightning_nrl._utils.json_records import Record, to_plain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.report.page import Tone
+from lightning_nrl.report.splits import (
+    Role,
+    SetAside,
+    SliceReport,
+    SplitReport,
+    UpdateSplit,
+    by_role,
+    pool,
+    pool_updates,
+)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the software that a repair depends on, by name."""
+    found = {"python": python_version()}
+    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
 
 
 @dataclass(frozen=True)
 class Judge:
     """In what the model was computed that was judged, and how many verdicts hang on it.
 
-    Attributes:
-        precision: the device, the dtypes, TensorFloat-32 and the flags of cuDNN.
-        rounding: how far rounding may move a margin there, an estimate; None where the task has no margins.
-        within_rounding: known samples that the model of now gets right by less than that: another device or batch size
-            may see them wrong.
+    `rounding` is an estimate of how far rounding may move a margin there, None where the task has no margins. The model
+    of now gets `within_rounding` known samples right by less: another device or batch size may see them wrong.
     """
 
     precision: DeployedPrecision
@@ -41,18 +67,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of the default's ladder, from the least change to the most.
+    """One rung of the default's ladder, from the least change to the most; `taken` if the repair is this one.
 
-    Attributes:
-        name: `search` of localised weights of the chosen layer, its `exact` programmes, or `training` that goes on.
-        repaired_in_target: targeted samples that pass.
-        repaired: known samples that fail before and pass after it, in the target or not.
-        broken: known passed samples that fail after it.
-        weights_changed: weights that differ from the original ones.
-        seconds: wall time.
-        held_out: what the same procedure does to known samples when it may not use them; None where that was not tried.
-        taken: whether the repair is this one.
-        note: how it went, in words.
+    It is the `search` of localised weights of the chosen layer, its `exact` programmes, or `training` that goes on.
+    `repaired` and `broken` are of all known samples; `held_out` is what the same procedure does to known samples that
+    it may not use, None where that was not tried.
     """
 
     name: str
@@ -70,12 +89,7 @@ class Rung:
 class PricePoint:
     """The best that was found where so many known passed samples may break: what a guarantee costs.
 
-    Attributes:
-        allowed: share of the known passed samples that may break, from 0; 1: any number.
-        broken: known passed samples that do.
-        repaired_in_target: targeted samples that pass.
-        repaired: known samples that fail before and pass then, in the target or not.
-        held_out: what the procedure does to known samples that it may not use; None where that was not tried.
+    `allowed` is the share of the known passed samples that may, from 0; 1: any number. The counts are those of `Rung`.
     """
 
     allowed: float
@@ -87,12 +101,9 @@ class PricePoint:
 
 @dataclass(frozen=True)
 class LocalizationReport:
-    """Which weights were searched.
+    """Which weights were searched; the attributes are those of `Localization`.
 
-    Attributes:
-        requested: the number of weights that was asked for (#lw); None if `n_g` was given.
-        n_g: how many top weights each of the four sets had.
-        sizes: sizes of the sets on the way, as in `Localization.sizes`.
+    `requested` is the number that was asked for (#lw), None if `n_g`, that of the top weights of each set, was given.
     """
 
     requested: int | None
@@ -102,16 +113,10 @@ class LocalizationReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How the search went.
+    """How the search went: the steps made, why it `stopped`, and the fitness of the best candidate.
 
-    Attributes:
-        iterations: how many steps were made.
-        stopped: why the search ended, in words.
-        fitness: that of the best candidate.
-        original_fitness: that of the unchanged weights.
-        history: the curves of `SearchHistory` by name, one number an iteration.
-        n_failed: failed samples that every candidate was scored on, |I_neg|; None if not noted.
-        n_passed: passed samples, likewise, |I_pos|.
+    `history` has the curves of `SearchHistory` by name, one number an iteration. Every candidate was scored on
+    `n_failed` failed samples, |I_neg|, and `n_passed` passed ones, |I_pos|; None if not noted.
     """
 
     iterations: int
@@ -122,13 +127,18 @@ class SearchReport:
     n_failed: int | None = None
     n_passed: int | None = None
 
+    @property
+    def curves(self) -> dict[str, Sequence[float]]:
+        """The history, with the broken samples that follow from the `intact` ones."""
+        intact = self.history.get("intact")
+        if self.n_passed is None or intact is None:
+            return dict(self.history)
+        return {**self.history, "broken": [self.n_passed - value for value in intact]}
+
 
 @dataclass(frozen=True)
 class Hashes:
-    """SHA-256 of weights as training left them and as they are now, see `hash_tensors`.
-
-    Of the repaired layers, and of the whole state dict if that was hashed.
-    """
+    """SHA-256 (`hash_tensors`) of the repaired layers, and of the whole state dict, as training left them and now."""
 
     layers_before: str
     layers_after: str
@@ -138,15 +148,10 @@ class Hashes:
 
 @dataclass(frozen=True)
 class StrengthPoint:
-    """What a patch does at one strength: 0 for the original weights and 1 for the patch.
+    """What a patch does to known and calibration data at one strength: 0 for the original weights and 1 for the patch.
 
-    Attributes:
-        repaired_in_target: targeted samples that pass.
-        known: what becomes of all known samples.
-        calibration: what becomes of the calibration data; None if there are none.
-        polished: whether the weights were polished there, and the counts are those after it.
-        gain: what the repaired targets are worth; None: as many as they are.
-        harm: what the broken known samples cost by the gate; `calibration_harm` likewise.
+    The counts of a `polished` point are those after its polish. `gain` is what the repaired targets are worth, and
+    `harm` what the broken known samples cost by the gate, None: as many as they are; `calibration_harm` likewise.
     """
 
     strength: float
@@ -160,12 +165,10 @@ class StrengthPoint:
 
     @property
     def worth(self) -> float:
-        """What the repaired targets are worth."""
         return self.repaired_in_target if self.gain is None else self.gain
 
     @property
     def cost(self) -> float:
-        """What the broken known samples cost."""
         return self.known.broken if self.harm is None else self.harm
 
     @property
@@ -195,14 +198,9 @@ class WeightChange:
 class CalibrationBounds:
     """How many calibration samples broke, and at most how many others like them do.
 
-    Attributes:
-        broken: how many broke.
-        n: how many were right before.
-        confidence: with which the limit holds, in (0, 1).
-        upper: the limit on the rate at which others like them break, in (0, 1].
-        states: how many sets of weights the calibration data might have chosen; 1 if they had no say.
-        allowed: the count up to which weights were accepted, one strength after the other, from weak to strong, if that
-            is how these were; else None. The limit is then that of this count.
+    Of `n` that were right before; `upper` is the limit on the rate, in (0, 1], which holds with `confidence`. The data
+    might have chosen one of `states` sets of weights, 1 if they had no say. If strengths were accepted from weak to
+    strong while at most `allowed` samples broke, the limit is that of this count.
     """
 
     broken: int
@@ -235,3 +233,132 @@ def _against(rung: Rung, taken: Rung) -> str:
     if rung.repaired_in_target < taken.repaired_in_target:
         return f"`{rung.name}` repairs fewer targets"
     return f"held-out samples speak against `{rung.name}`"
+
+
+Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
+"""How a repair ended."""
+SCHEMA = 1
+"""The version of the form in which reports are written; docs/report_schema.md describes it."""
+
+
+@dataclass(frozen=True, repr=False)
+class RepairRecord(Record):
+    """The data of a `RepairReport`.
+
+    Attributes:
+        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
+        reason: why, in a sentence or two, with figures.
+        layers: dotted names of the layers that were to be changed.
+        target: which failures were to be repaired, in words; likewise `gate` and `task`.
+        splits: what became of the samples of each split under the weights that the model has now.
+        update: the new model against the one that it replaces, by split; empty if it replaces none.
+        slices: what became of each slice and role; of refused weights what they would have done to known data.
+        set_aside: failed samples in the target that were set aside, and why.
+        leaked: by unseen split with any, how many of its samples are known or calibration data too.
+        candidate: what the refused weights would have done to the known splits; empty if none were refused.
+        localization: which weights were searched; None if that stage was not reached, as of all that follow.
+        search: how the search went.
+        steps: what the method did, in order.
+        rungs: of a method that tries several, from the least change to the most; the taken one is marked.
+        choice: why that one, in a sentence; empty where there was no choice.
+        price: what was found where some known samples may break, from none to any number.
+        strength: what the patch that was found does on the way from the original weights (0) to it (1) and beyond.
+        chosen_strength: how much of the patch was taken.
+        bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
+        change: how far the candidate's weights, accepted or not, are from the old ones.
+        hashes: which weights are meant.
+        judge: the device and the precision in which the model was judged.
+        seed: what reproduces the run.
+        seconds: wall time by stage, in order; `versions` of the software by name.
+        files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
+        settings: the arguments of the repair by name; kept as plain values.
+        class_names: of the task's classes, in their order; empty where they are not known.
+        schema: the version of the form in which it is written (docs/report_schema.md).
+    """
+
+    status: Status
+    reason: str
+    layers: tuple[str, ...]
+    target: str
+    gate: str
+    task: str
+    splits: tuple[SplitReport, ...]
+    update: tuple[UpdateSplit, ...] = ()
+    candidate: tuple[SplitReport, ...] = ()
+    slices: tuple[SliceReport, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+    leaked: Mapping[str, int] = field(default_factory=dict)
+    localization: LocalizationReport | None = None
+    search: SearchReport | None = None
+    steps: tuple[Step, ...] = ()
+    rungs: tuple[Rung, ...] = ()
+    choice: str = ""
+    price: tuple[PricePoint, ...] = ()
+    strength: tuple[StrengthPoint, ...] = ()
+    chosen_strength: float | None = None
+    bounds: CalibrationBounds | None = None
+    change: WeightChange | None = None
+    hashes: Hashes | None = None
+    judge: Judge | None = None
+    seed: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    files: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        for name in ("leaked", "seconds", "files", "settings"):
+            object.__setattr__(self, name, to_plain(getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` gives.
+
+        Raises:
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+                Another version wrote it.
+        """
+        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
+        if type(found) is not int or found != SCHEMA:
+            raise ConfigurationError(
+                f"schema: expected {SCHEMA}, found {found!r}.",
+                "read the report with the version of lightning_nrl that wrote it.",
+            )
+        return super().from_dict(data)
+
+    def __repr__(self) -> str:
+        """One line: how it ended, and the counts of known and unseen data."""
+        pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
+        counts = [f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}" for role, split in pooled]
+        return f"<RepairReport: {'; '.join((self.status, *counts))}>"
+
+    @property
+    def tone(self) -> Tone:
+        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
+
+    def class_name(self, label: int) -> str:
+        """What a class is called: its name where that is known, else its number; `-` for none."""
+        if label < 0:
+            return "-"
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+    @property
+    def path(self) -> list[StrengthPoint]:
+        """The counted strengths, ascending, from the original weights (0) on, under which nothing flips."""
+        points = sorted(self.strength, key=lambda point: point.strength)
+        if points and points[0].strength > 0:
+            same = FlipCounts(0, 0, 0, 0)
+            points.insert(0, StrengthPoint(0.0, 0, same, None if points[0].calibration is None else same))
+        return points
+
+    def pooled(self, role: Role) -> SplitReport | None:
+        """All splits of a role taken together; None if there is none."""
+        chosen = by_role(self.splits).get(role)
+        return pool(chosen) if chosen else None
+
+    def pooled_update(self, role: Role) -> UpdateSplit | None:
+        """The same against the replaced model."""
+        chosen = by_role(self.update).get(role)
+        return pool_updates(chosen) if chosen else None

@@ -16,23 +16,15 @@ import numpy.typing as npt
 from lightning_nrl.report._formatting import number
 from lightning_nrl.report.splits import Flip, FlippedSample
 
-SAMPLES_FOLDER = "flipped_samples"
-"""Its name in the folder of the report."""
+SAMPLES_FOLDER = "flipped_samples"  # in the folder of the report
 SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
-"""How the names of files end."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """The input of a flipped sample, to be looked at.
+    """The input of a flipped sample, by its position in the data set of its split, to be looked at.
 
-    Attributes:
-        split: the split that it is in.
-        id: its position in the data set of that split.
-        flip: whether it was repaired or broken.
-        caption: what it is, was and is taken for.
-        pixels: `height x width x 3` uint8; None where it is shown as text.
-        text: what stands for a picture.
+    `pixels` are `height x width x 3` uint8; None where it is shown as `text`.
     """
 
     split: str
@@ -44,7 +36,6 @@ class SampleView:
 
     @cached_property
     def png(self) -> bytes:
-        """The picture as a PNG file."""
         from PIL import Image
 
         held = BytesIO()
@@ -54,7 +45,6 @@ class SampleView:
 
     @property
     def data_uri(self) -> str:
-        """The picture as a part of a page."""
         return f"data:image/png;base64,{b64encode(self.png).decode()}"
 
 
@@ -66,13 +56,7 @@ def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
 
 
 def sample_name(split: str, position: int, kind: str = "picture") -> str:
-    """The name of the file that shows a sample, such as `test-17.png`; other splits have other names.
-
-    Args:
-        split: the split that it is in.
-        position: that in the data set of the split.
-        kind: one of `SAMPLE_KINDS`.
-    """
+    """The name of the file that shows a sample, such as `test-17.png`; `kind` is one of `SAMPLE_KINDS`."""
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
 

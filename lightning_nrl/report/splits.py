@@ -16,9 +16,9 @@ Role = Literal["known", "calibration", "unseen"]
 """Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
-
 Flip = Literal["repaired", "broken"]
 Counts = TypeVar("Counts", bound=FlipCounts)
+AnySplit = TypeVar("AnySplit", "SplitReport", "UpdateSplit")
 COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
@@ -46,18 +46,10 @@ class _Counted(Derives):
 
 @dataclass(frozen=True)
 class FlippedSample:
-    """A sample that was repaired or broken.
+    """A sample that was repaired or broken, by its position in its data set.
 
-    Attributes:
-        id: its position in its data set.
-        flip: which of both.
-        in_target: whether it is of the kind that was to be repaired (`Target.covers`).
-        label: its true class; -1 where the task has none, and likewise of the predictions.
-        predicted_before: the class that it was taken for.
-        predicted_after: the class that it is taken for now.
-        margin_before: how far it was from being wrong, below 0 where it was wrong; NaN where the task has no margins.
-        margin_after: likewise now.
-        slice: the name of its slice; empty if it is in none.
+    Its label and predictions are classes, -1 where the task has none. A margin is how far it is from being wrong, below
+    0 where it is wrong, NaN where the task has none. `slice` is empty if it is in none.
     """
 
     id: int
@@ -91,13 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """Margins before and after, counted between common edges.
-
-    Attributes:
-        edges: `B + 1` in ascending order; what lies outside is counted in the first and the last bin.
-        before: `B` counts.
-        after: likewise.
-    """
+    """`B` counts of margins before and after between `B + 1` ascending edges; the outer bins hold what lies outside."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -108,15 +94,9 @@ class MarginHistogram:
 class SplitReport(_Counted):
     """Counts and samples of one split, before a repair against after it. Ids are data-set positions.
 
-    Attributes:
-        split: its name, such as `train`.
-        role: what was allowed to look at it.
-        counts: what became of its samples.
-        targeted_ids: the samples that were to be repaired.
-        flipped: the repaired and the broken samples.
-        confusion: what classes are taken for, without what is 0 before and after; empty where the task has no classes.
-        classes: what became of each class, in ascending order; empty where the task has none.
-        margins: before and after; None where the task has none.
+    `targeted_ids` are the samples that were to be repaired, `flipped` those that were repaired or broke. What classes
+    are taken for (`confusion`, without what is 0 before and after), what became of each and the margins are there as
+    far as the task has such.
     """
 
     split: str
@@ -131,15 +111,11 @@ class SplitReport(_Counted):
     @property
     def repaired_ids(self) -> tuple[int, ...]:
         """The repaired samples, targeted or not."""
-        return self._ids("repaired")
+        return tuple(sample.id for sample in self.flipped if sample.flip == "repaired")
 
     @property
     def broken_ids(self) -> tuple[int, ...]:
-        """The broken samples."""
-        return self._ids("broken")
-
-    def _ids(self, flip: Flip) -> tuple[int, ...]:
-        return tuple(sample.id for sample in self.flipped if sample.flip == flip)
+        return tuple(sample.id for sample in self.flipped if sample.flip == "broken")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -170,12 +146,10 @@ class UpdateSplit:
 
     @property
     def split(self) -> str:
-        """The name of the split."""
         return self.now.split
 
     @property
     def role(self) -> Role:
-        """What was allowed to look at it."""
         return self.now.role
 
 
@@ -210,16 +184,17 @@ class SetAside:
     why: str
 
 
+def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
+    """The splits of each role that has any, in the order of `ROLES`."""
+    found = {role: [split for split in splits if split.role == role] for role in ROLES}
+    return {role: own for role, own in found.items() if own}
+
+
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no samples, since those of different data sets do not mix."""
-    return SplitReport(
-        "all",
-        splits[0].role,
-        _sum(TargetCounts, [split.counts for split in splits]),
-        confusion=_pooled_confusion(splits),
-        classes=_pooled_classes(splits),
-        margins=_pooled_margins([s.margins for s in splits]),
-    )
+    counts = _sum(TargetCounts, [split.counts for split in splits])
+    parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
+    return SplitReport("all", splits[0].role, counts, (), (), *parts)
 
 
 def _pooled_confusion(splits: Sequence[SplitReport]) -> tuple[ConfusionCell, ...]:
@@ -241,13 +216,12 @@ def _sum(kind: type[Counts], counts: Sequence[Counts]) -> Counts:
     return kind(*(sum(getattr(one, f.name) for one in counts) for f in fields(kind)))
 
 
-def _pooled_margins(histograms: Sequence[MarginHistogram | None]) -> MarginHistogram | None:
-    found = [histogram for histogram in histograms if histogram is not None]
-    if not found or any(histogram.edges != found[0].edges for histogram in found):
+def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
+    found = [split.margins for split in splits if split.margins is not None]
+    if not found or any(one.edges != found[0].edges for one in found):
         return None
-    before = tuple(map(sum, zip(*(histogram.before for histogram in found), strict=True)))
-    after = tuple(map(sum, zip(*(histogram.after for histogram in found), strict=True)))
-    return MarginHistogram(found[0].edges, before, after)
+    columns = ([one.before for one in found], [one.after for one in found])
+    return MarginHistogram(found[0].edges, *(tuple(map(sum, zip(*column, strict=True))) for column in columns))
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:

@@ -19,6 +19,8 @@ __all__ = ["Bound", "Choice", "Selection", "binomial_cdf", "choose", "limit_afte
 
 NEGLIGIBLE = 1e-17
 """A term of a falling series below this share of the sum no longer changes it in double precision."""
+ORDERED_LEVEL_SHARE = 0.8
+"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
@@ -39,7 +41,7 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
         >>> round(upper_limit(4, 908), 4)
         0.0101
     """
-    broken, n = check_counts(broken, n)
+    broken, n = _checked_counts(broken, n)
     return limit_at_level(broken, n, 1 - check_confidence(confidence))
 
 
@@ -48,17 +50,13 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
     In [0, 1); 0 if there are no samples or none broke. Arguments and errors are those of :func:`upper_limit`.
     """
-    broken, n = check_counts(broken, n)
+    broken, n = _checked_counts(broken, n)
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
 
 
 @lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
-    """The upper limit that lies below the true rate in at most a share `level` of all draws.
-
-    As :func:`upper_limit`, unchecked, and as good for levels so small that 1 - level is 1. Found by halving until no
-    number lies between the two ends; the upper one is given back.
-    """
+    """`upper_limit`, as good for levels so small that 1 - level is 1; halves until no number lies between the ends."""
     if broken == n:
         return 1.0
     low, high = 0.0, 1.0
@@ -73,8 +71,7 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 def binomial_cdf(k: int, n: int, p: float) -> float:
     """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke; n from 1, p in (0, 1).
 
-    The terms are summed from k away from the mean, where each is smaller than the one before: of positive numbers, so
-    nothing cancels, and about sqrt(n) of them count.
+    The terms are summed from k away from the mean, where each is smaller than the one before, so nothing cancels.
     """
     if k >= n:
         return 1.0
@@ -103,12 +100,8 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 class Bound:
     """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
 
-    Attributes:
-        broken: how many of them broke.
-        n: how many were right before.
-        confidence: with which the limit holds, in (0, 1).
-        rate: broken / n; NaN if there are none.
-        upper: the limit on the true rate, in (0, 1].
+    `broken` of the `n` that were right before broke, `rate` is their share (NaN without any), and `upper` the limit on
+    the true rate, in (0, 1], which holds with `confidence`.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -129,9 +122,8 @@ class Bound:
     @classmethod
     def at_level(cls, broken: int, n: int, level: float) -> Bound:
         """The bound that may fail in a share `level` of all draws, in (0, 1)."""
-        broken, n = check_counts(broken, n)
-        rate = broken / n if n else math.nan
-        return cls(broken, n, 1 - level, rate, limit_at_level(broken, n, level))
+        broken, n = _checked_counts(broken, n)
+        return cls(broken, n, 1 - level, broken / n if n else math.nan, limit_at_level(broken, n, level))
 
     def __str__(self) -> str:
         if self.n == 0:
@@ -154,35 +146,25 @@ def show_confidence(confidence: float) -> str:
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
 
-def check_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
-    """Whole numbers of any kind, the first no larger than the second; else a `ConfigurationError`."""
-    found = _count("broken", broken), _count("n", n)
-    if found[0] > found[1]:
-        raise ConfigurationError(
-            f"`broken={found[0]}` is more than `n={found[1]}`.",
-            "count as broken only what was right before, and give the number of those as `n`.",
-        )
-    return found
-
-
-def _count(argument: str, value: SupportsIndex) -> int:
-    try:
-        found = -1 if isinstance(value, bool) else index(value)
-    except TypeError:
-        found = -1
-    if found < 0:
-        raise ConfigurationError(f"`{argument}={value!r}` is no count.", "give a whole number from 0.")
-    return found
-
-
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
     """A number between 0 and 1; else a `ConfigurationError`."""
     check_real(argument, confidence, "share between 0 and 1", "write 0.95 for 95 %, for instance.", above=0, below=1)
     return float(confidence)
 
 
-ORDERED_LEVEL_SHARE = 0.8
-"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
+    """Whole numbers of any kind, the first no larger than the second; else a `ConfigurationError`."""
+    found = []
+    for argument, value in (("broken", broken), ("n", n)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
+            raise ConfigurationError(f"`{argument}={value!r}` is no count.", "give a whole number from 0.")
+        found.append(index(value))
+    if found[0] > found[1]:
+        raise ConfigurationError(
+            f"`broken={found[0]}` is more than `n={found[1]}`.",
+            "count as broken only what was right before, and give the number of those as `n`.",
+        )
+    return found[0], found[1]
 
 
 @dataclass(frozen=True)
@@ -236,13 +218,10 @@ def choose(
 
     Learn then Test (Angelopoulos et al. 2021). A candidate's p-value is P(Bin(n, limit) <= broken), which is
     1 - confidence or less exactly if its Clopper-Pearson limit is within `limit`. *Ordered*: candidates are tested one
-    after another, and the first one that fails ends it (fixed-sequence testing). For anything to be wrong, the first
-    candidate whose true rate is above the limit must pass by chance, and the probability of that is at most
-    1 - confidence, however many candidates there are. *Unordered*: every one of C candidates is tested at
-    (1 - confidence) / C (Bonferroni).
+    after another, and the first one that fails ends it (fixed-sequence testing). *Unordered*: every one of C candidates
+    is tested at (1 - confidence) / C (Bonferroni). Nothing is assumed of how their counts depend on each other.
 
-    Nothing is assumed of how the candidates' counts depend on each other. What holds of the chosen one is the `limit`,
-    not its own smaller Clopper-Pearson limit, since it was chosen for its count.
+    What holds of the chosen one is the `limit`, not its own smaller limit, since it was chosen for its count.
 
     Args:
         broken_counts: `C` counts, one a candidate, each of the same `n` samples. From the safest to the boldest, in an
@@ -261,7 +240,7 @@ def choose(
     """
     level = 1 - check_confidence(confidence)
     check_confidence(limit, "limit")
-    counts = [check_counts(broken, n) for broken in broken_counts]
+    counts = [_checked_counts(broken, n) for broken in broken_counts]
     p_values = tuple(binomial_cdf(k, size, limit) for k, size in counts)
     passes = [p <= (level if ordered else level / len(counts)) for p in p_values]
     end = passes.index(False) if ordered and False in passes else len(passes)
@@ -272,20 +251,10 @@ def choose(
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
     """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
 
-    Let a = 1 - confidence be what may fail. Where the data had no say, the limit is that of Clopper and Pearson at the
-    level a. Where they chose one of C sets of weights, each is given a / C (Bonferroni).
-
-    Where a limit of k broken samples was set, strengths are accepted one after the other from weak to strong while k at
-    most break. That is fixed-sequence testing of "more than the rate r break", r being the limit of Clopper and Pearson
-    of k: the p-value P(Bin(n, r) <= broken) is within the level exactly where no more than k broke (Learn then Test;
-    see `choose`). These have four fifths of a together, and r is what holds of them; all else that
-    might have been taken, such as polished weights, shares the last fifth.
-
-    Args:
-        broken: calibration samples that the chosen weights break.
-        n: calibration samples that were right before.
-        selection: what say they had.
-        confidence: in (0, 1).
+    `broken` of the `n` samples that were right before break. Let a = 1 - confidence be what may fail. Where the data
+    had no say, the limit is that of Clopper and Pearson at the level a; of C sets of weights each is given a / C
+    (Bonferroni). Where k may break, strengths accepted from weak to strong, one after the other (see `choose`), have
+    four fifths of a together; all else that might have been taken, such as polished weights, shares the last fifth.
     """
     level = 1 - confidence
     if selection.allowed is not None:

@@ -7,8 +7,14 @@ best candidate and the course of the search. A new algorithm is one file with a 
 
 from lightning_nrl.search.cma_es import CmaEs
 from lightning_nrl.search.differential_evolution import DifferentialEvolution
-from lightning_nrl.search.family_fitness import FITNESSES, ArachneDEFitness, ArachneFitness, NeuRecoverFitness
-from lightning_nrl.search.fitness import Fitness, exchange_rate
+from lightning_nrl.search.fitness import (
+    FITNESSES,
+    ArachneDEFitness,
+    ArachneFitness,
+    Fitness,
+    NeuRecoverFitness,
+    exchange_rate,
+)
 from lightning_nrl.search.loop import search, search_many
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.search_log import SearchHistory, SearchResult

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real
 from lightning_nrl.search.first_positions import of_origin
-from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin, check_numbers
 
 Covariance = Literal["auto", "full", "diagonal"]
 MOST_FULL = 320
@@ -54,10 +54,6 @@ class CmaEs:
         sigma: the first step, in standard deviations of the layer's weights, above 0.
         covariance: `full`, which takes memory and time with the square and cube of the number of weights; `diagonal`
             (sep-CMA-ES, Ros & Hansen 2008); `auto`: `full` up to 320 weights.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given), a number out of its range, or the library is not
-            installed.
     """
 
     label: ClassVar[str] = "CMA-ES"
@@ -68,8 +64,7 @@ class CmaEs:
     covariance: Covariance = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("population", 4), ("iterations", 0), ("patience", 1)):
-            check_whole(f"CmaEs.{name}", getattr(self, name), least)
+        check_numbers(self, population=4)
         check_real("CmaEs.sigma", self.sigma, "step", "give a finite number above 0.", above=0)
         check_choice("CmaEs.covariance", self.covariance, get_args(Covariance))
         _library()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
-from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
+from lightning_nrl.errors import ConfigurationError, check_real
+from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 
@@ -46,16 +46,12 @@ class DifferentialEvolution:
         iterations: generations at most; 0 only scores the start.
         patience: generations without a better fitness after which the search stops, at least 1.
         start: where members begin, as for `ParticleSwarm`.
-        scale_min: how far from the original the nearest local member starts, in standard deviations of the layer's
-            weights, above 0.
-        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
+        scale_min: as of `ParticleSwarm`.
+        scale_max: as of `ParticleSwarm`.
         crossover: CR, from 0 to 1.
         factor_min: F is drawn evenly from here, at least 0.
         factor_max: to here.
         reach: weights are clipped to so many times the lowest and the highest of the layer, at least 1.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
     label: ClassVar[str] = "differential evolution"
@@ -72,10 +68,7 @@ class DifferentialEvolution:
 
     def __post_init__(self) -> None:
         name = "DifferentialEvolution"
-        check_choice(f"{name}.start", self.start, get_args(Start))
-        for number, least in (("population", 4), ("iterations", 0), ("patience", 1)):
-            check_whole(f"{name}.{number}", getattr(self, number), least)
-        check_scales(name, self.scale_min, self.scale_max)
+        check_start(self, population=4)
         check_real(f"{name}.crossover", self.crossover, "share", "give a share from 0 to 1.", least=0, most=1)
         check_real(f"{name}.reach", self.reach, "number", "give a finite number of at least 1.", least=1)
         for number in ("factor_min", "factor_max"):
@@ -92,7 +85,7 @@ class DifferentialEvolution:
         return self.population
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Population:
-        """Places the members; the first of each population is at the original weights, the next ones at the elites."""
+        """Places the members as `ParticleSwarm.init` its particles."""
         members = first_positions(origin, streams, self.population, self.start, self.scale_min, self.scale_max)
         lowest, highest = of_origin(origin.stats.lowest, origin), of_origin(origin.stats.highest, origin)
         return Population(
@@ -105,7 +98,7 @@ class DifferentialEvolution:
         )
 
     def ask(self, state: Population, streams: RandomStreams) -> Population:
-        """A trial for each member."""
+        """Makes a trial for each member."""
         x = state.members
         _, n, n_weights = x.shape
         a, b, c = three_others(streams.uniform(x, 3, n, 1)[..., 0])
@@ -133,7 +126,7 @@ class DifferentialEvolution:
 
 
 def three_others(uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of P members three different others, all as likely, from numbers in [0, 1), `3 x S x P`.
+    """Draws three different others for each of P members, all as likely, from numbers in [0, 1), `3 x S x P`.
 
     Example:
         >>> [others.tolist() for others in three_others(torch.tensor([[[0.0] * 4], [[0.0] * 4], [[0.0] * 4]]))]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search.searcher import RandomStreams, SearchOrigin
+from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
 
 Start = Literal["local", "half", "paper", "normal"]
 """Kinds of start, from all around the original weights to all but one drawn from N(mean, std) of the layer's."""
@@ -22,18 +22,11 @@ ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
 def first_positions(
     origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
 ) -> Tensor:
-    """`S x n x K`, the first candidates; the first of each search is at the original weights for any kind of start.
+    """Places the first candidates, `S x n x K`, as `ParticleSwarm` describes its start and scales.
 
-    The next M are at the elites, as many as there is room for on the lines from the original through them, and those of
-    the others that start around the original weights do so around these and the elites in turn.
-
-    Args:
-        origin: where the searches begin.
-        streams: random numbers.
-        n: how many candidates.
-        start: see `ParticleSwarm`.
-        scale_min: how far from the original the nearest local one is, in standard deviations of the layer's weights.
-        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
+    The first of each search is at the original weights for any kind of start. The next M are at the elites, as many as
+    there is room for on the lines from the original through them, and those of the others that start around the
+    original weights do so around these and the elites in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
@@ -58,19 +51,20 @@ def first_positions(
 
 
 def of_origin(x: float | Tensor, origin: SearchOrigin) -> Tensor:
-    """A number of the layer's weights, to be used with `S x P x K` candidates."""
+    """Shapes a number of the layer's weights for `S x P x K` candidates."""
     original = origin.original
     x = torch.as_tensor(x, dtype=original.dtype, device=original.device)
     return x[:, None] if x.ndim == 2 else x
 
 
-def check_scales(searcher: str, scale_min: object, scale_max: object) -> None:
-    """Refuses scales of a local start that are not above 0 and in order."""
-    numbers = isinstance(scale_min, Real) and isinstance(scale_max, Real)
-    if not numbers or not 0 < scale_min <= scale_max < math.inf:  # type: ignore[operator]
+def check_start(how: Any, **least: int) -> None:
+    """Checks a searcher's numbers, each with its least value, and its start and scales."""
+    check_numbers(how, **least)
+    name, low, high = type(how).__name__, how.scale_min, how.scale_max
+    check_choice(f"{name}.start", how.start, get_args(Start))
+    if not isinstance(low, Real) or not isinstance(high, Real) or not 0 < low <= high < math.inf:  # type: ignore[operator]
         raise ConfigurationError(
-            f"`{searcher}.scale_min={scale_min!r}` does not go with `scale_max={scale_max!r}`.",
-            "give 0 < scale_min <= scale_max.",
+            f"`{name}.scale_min={low!r}` does not go with `scale_max={high!r}`.", "give 0 < scale_min <= scale_max."
         )
 
 

@@ -1,6 +1,6 @@
-"""How good a candidate is: the paper's equations (1) and (2), perfect intact, and a ranking with regressions first.
+"""How good a candidate is: the equations of the paper, a ranking with regressions first, and published fitnesses.
 
-Pure functions of scores, `S x P -> S x P`; larger is better. `Fitness` is both the user's argument and the function.
+Pure functions of scores, `S x P -> S x P`; larger is better. L is a mean loss under the candidate.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,17 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
 
-It may have more: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
-lets scoring give up early; `as_constraint` makes no broken sample its first aim. `Fitness` has all of them.
+Optional members: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
+lets scoring give up early; `as_constraint` makes no broken sample its first aim.
 """
-
-Number = float | Tensor
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
 LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
@@ -60,7 +60,7 @@ class Fitness:
     A candidate whose loss is NaN or infinite is worth minus infinity.
 
     Attributes:
-        kind: one of the above.
+        kind: one of these.
         alpha: the intact weight of `eq1` and `eq2`, at least 0. See `exchange_rate` for what it buys.
         beta: the weight of the loss term in `eq2`, at least 0.
         delta: the small constant in the loss terms, above 0.
@@ -73,9 +73,6 @@ class Fitness:
             feasible ones that would be worth less, as their losses rose, a small positive number in the same order.
         tolerated: broken samples of I_pos, by weight, that do not count in the lexicographic order nor make a candidate
             infeasible, at least 0: what a gate allows.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
 
     Example:
         >>> import torch
@@ -111,15 +108,15 @@ class Fitness:
 
     @property
     def uses_passed_loss(self) -> bool:
-        """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
+        """False if passed samples that no candidate can break need no scoring."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """The same fitness, but more broken samples than tolerated, by weight, make a candidate infeasible."""
+        """Returns this fitness where more broken samples than tolerated, by weight, make a candidate infeasible."""
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """The most samples of I_pos that a candidate may break and still be worth more than `value`, `S x P`.
+        """Returns how many samples of I_pos a candidate may break and still be worth more than `value`, `S x P`.
 
         Whole numbers or infinity; None where breaking more can be made up for. `n_failed` is |I_neg|, as in `Scores`.
         """
@@ -140,7 +137,109 @@ class Fitness:
         The lexicographic order of the counts is exact up to a million samples of each kind. MPS has float32 only: there
         it is exact while broken * (|I_neg| + 1) stays below 2^22.
         """
-        return _evaluate(self, scores, original, self.alpha, self.beta, self.delta)
+        gain, intact, loss_failed, loss_passed = scores.columns()
+        _, _, before_failed, before_passed = original.columns()
+        excess = (scores.n_passed - intact - self.tolerated).clamp(min=0)
+
+        def lexicographic() -> Tensor:
+            n = scores.n_failed + scores.n_passed
+            loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
+            before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
+            fall = (before - loss) / (before.abs() + self.delta)
+            return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
+
+        if self.kind == "lexicographic":
+            value = lexicographic()
+        else:
+            value = gain / scores.n_failed + self.alpha * (intact / scores.n_passed)
+            of_failed = self._loss_term(loss_failed, before_failed)
+            if self.kind == "eq1":
+                value = value + of_failed + self._loss_term(loss_passed, before_passed)
+            else:
+                value = value + self.beta * of_failed
+        if self.perfect_intact and self.infeasible == "zero":
+            value = _positive(value).masked_fill(excess > 0, 0.0)
+        elif self.perfect_intact and self.kind != "lexicographic":
+            value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
+        return scores.finite(value)
+
+    def _loss_term(self, after: Tensor, before: Tensor) -> Tensor:
+        if self.loss_term == "inverse_ratio":
+            return (before + self.delta) / (after + self.delta)
+        ratio = (after + self.delta) / (before + self.delta)
+        return ratio if self.loss_term == "as_printed" else 1 - ratio
+
+
+FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
+"""Fitnesses by name; a function of a candidate's scores and the original's is one, too."""
+
+for _kind in FITNESS_KINDS:
+    FITNESSES.register(_kind)(partial(Fitness, _kind))  # type: ignore[arg-type]
+
+
+@FITNESSES.register("arachne")
+@dataclass(frozen=True)
+class ArachneFitness:
+    r"""Arachne's first fitness: :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`.
+
+    Counts, not rates: with more passed than failed samples one of each weighs the same, up to the losses.
+    """
+
+    def __call__(self, scores: Scores, original: Scores) -> Tensor:
+        """As of `Fitness`."""
+        patched, intact, failed, passed = scores.columns()
+        return scores.finite((patched + 1) / (failed + 1) + (intact + 1) / (passed + 1))
+
+
+@FITNESSES.register("neurecover")
+@dataclass(frozen=True)
+class NeuRecoverFitness:
+    r"""NeuRecover's fitness, of rates.
+
+    .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
+
+    Attributes:
+        alpha: the weight of what is kept, at least 0.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real("fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0)
+
+    def __call__(self, scores: Scores, original: Scores) -> Tensor:
+        """As of `Fitness`."""
+        patched, intact, failed, passed = scores.columns()
+        repaired = (patched / scores.n_failed + 1) / (failed + 1)
+        kept = (intact / scores.n_passed + 1) / (passed + 1)
+        return scores.finite(repaired + self.alpha * kept)
+
+
+@FITNESSES.register("arachne-de")
+@dataclass(frozen=True)
+class ArachneDEFitness:
+    r"""The fitness of Arachne's second version, with a credit c for each sample: 1 if right, else 1/(loss + 1).
+
+    .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
+
+    Weights of samples do not count.
+
+    Attributes:
+        aggressiveness: a, how many passed samples one failed sample is worth, at least 0.
+    """
+
+    uses_credit = True
+    aggressiveness: float = 10.0
+
+    def __post_init__(self) -> None:
+        hint = "give a finite number of at least 0."
+        check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
+
+    def __call__(self, scores: Scores, original: Scores) -> Tensor:
+        """As of `Fitness`; a `ValueError` if the scores have no credits."""
+        if scores.credit_failed is None or scores.credit_passed is None:
+            raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
+        return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)
 
 
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
@@ -161,87 +260,36 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
     return bool(getattr(fitness, "uses_passed_loss", True))
 
 
-def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """One function for S searches that each have a fitness of their own, on the device of the scores.
+def needs_credit(fitness: FitnessFunction) -> bool:
+    """True if a fitness asks for the credits of wrong samples: it says so by `uses_credit`."""
+    return bool(getattr(fitness, "uses_credit", False))
 
-    Searches that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
-    """
-    if all(one == fitness[0] for one in fitness):
-        return fitness[0]
-    kinds: dict[tuple[str, str, bool, str, float], list[int]] = {}
+
+def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
+    """Returns one function for S searches with a fitness each, on a device; equal ones cost no more than one."""
+    rows: dict[Fitness, list[int]] = {}
     for row, one in enumerate(fitness):
-        kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible, one.tolerated), []).append(row)
-    groups = []
-    for rows in kinds.values():
-        members = [fitness[row] for row in rows]
-        numbers = [(one.alpha, one.beta, one.delta) for one in members]
-        columns = torch.tensor(numbers, dtype=widest(device), device=device).t().unsqueeze(2)
-        groups.append((members[0], torch.tensor(rows, device=device), columns.unbind()))
+        rows.setdefault(one, []).append(row)
+    if len(rows) == 1:
+        return fitness[0]
+    groups = [(one, torch.tensor(own, device=device)) for one, own in rows.items()]
 
     def grouped(scores: Scores, original: Scores) -> Tensor:
-        if len(groups) == 1:
-            settings, _, numbers = groups[0]
-            return _evaluate(settings, scores, original, *numbers)
         value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
-        for settings, rows, numbers in groups:
-            value[rows] = _evaluate(settings, _rows(scores, rows), _rows(original, rows), *numbers)
+        for one, own in groups:
+            value[own] = one(_rows(scores, own), _rows(original, own))
         return value
 
     return grouped
 
 
-def _evaluate(
-    settings: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number
-) -> Tensor:
-    dtype = widest(scores.patched.device)
-    intact = scores.intact.to(dtype)
-    gain = scores.patched.to(dtype) if scores.gain is None else scores.gain.to(dtype)
-    loss_failed, loss_passed = scores.loss_failed.to(dtype), scores.loss_passed.to(dtype)
-    before_failed, before_passed = original.loss_failed.to(dtype), original.loss_passed.to(dtype)
-    broken = scores.n_passed - intact
-    if scores.harm is not None:
-        broken = scores.harm.to(dtype)
-        intact = scores.n_passed - broken
-    excess = broken if not settings.tolerated else (broken - settings.tolerated).clamp(min=0)
-
-    def lexicographic() -> Tensor:
-        n = scores.n_failed + scores.n_passed
-        loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
-        before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
-        fall = (before - loss) / (before.abs() + delta)
-        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
-
-    if settings.kind == "lexicographic":
-        value = lexicographic()
-    else:
-        value = gain / scores.n_failed + alpha * (intact / scores.n_passed)
-        if settings.kind == "eq1":
-            value = value + _loss_term(settings.loss_term, loss_failed, before_failed, delta)
-            value = value + _loss_term(settings.loss_term, loss_passed, before_passed, delta)
-        else:
-            value = value + beta * _loss_term(settings.loss_term, loss_failed, before_failed, delta)
-    if settings.perfect_intact and settings.infeasible == "zero":
-        value = _positive(value).masked_fill(excess > 0, 0.0)
-    elif settings.perfect_intact and settings.kind != "lexicographic":
-        value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
-    return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
-
-
 def _positive(value: Tensor) -> Tensor:
-    """The same order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
+    """Keeps the order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
     e = SMALLEST_UNCHANGED
     return torch.where(value < e, e**2 / (2 * e - value), value)
 
 
-def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tensor:
-    if kind == "inverse_ratio":
-        return (before + delta) / (after + delta)
-    ratio = (after + delta) / (before + delta)
-    return ratio if kind == "as_printed" else 1 - ratio
-
-
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-
     def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x
 

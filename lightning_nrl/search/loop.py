@@ -18,7 +18,7 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
+from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
 from lightning_nrl.search.searcher import (
     SEARCHERS,
@@ -50,27 +50,9 @@ def search(
     on_progress: Callable[[int, SearchHistory], None] | None = None,
     check_every: int | None = None,
 ) -> SearchResult:
-    """Looks for better values of the localised weights.
+    """Looks for better values of the localised weights: `search_many` for one search, without its dimension `S`.
 
-    If nothing is better than the original weights, these are returned bit for bit.
-
-    Args:
-        scorer: scores candidates of `1 x P x K`, in the dtype of `original`.
-        original: `K`, the weights before the repair, on the device where the search is to run.
-        stats: the distribution of the layer's weights; its tensors broadcast to `K`.
-        fitness: what to maximise; None: the lexicographic ranking.
-        searcher: the algorithm, by name or with settings of its own.
-        seed: the only source of randomness.
-        elites: `M x K`, known good weights that are among the first candidates, `M` below the number of candidates.
-            What is found is never worth less than any of them.
-        deadline: looked at once in `check_every` iterations. A search that has one may end elsewhere on another run.
-        on_progress: told after every tenth iteration and at the end how many were made, and the history so far.
-        check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
-            on a CPU, 10 elsewhere. What is found does not depend on it.
-
-    Raises:
-        ConfigurationError: `elites` do not fit `original` or the number of candidates, or are not finite.
-        EvaluationError: the loss of the original weights is NaN or infinite.
+    Returns the original weights bit for bit if nothing is better.
     """
     report = None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
     return search_many(
@@ -109,16 +91,18 @@ def search_many(
 
     Args:
         scorer: scores candidates of `S x P x K`, in the dtype of `original`; each search may have samples of its own.
-        original: `S x K`, each search's weights before the repair, padded with finite values.
+        original: `S x K`, the weights before the repair on the device of the search, padded with finite values.
         stats: the distribution of the layers' weights; its tensors broadcast to `S x K`.
-        seeds: one a search.
-        fitness: one for all or one a search; None: the lexicographic ranking.
-        searcher: the algorithm of every search, as for `search`.
+        seeds: one a search, the only source of randomness.
+        fitness: what to maximise, one for all or one a search; None: the lexicographic ranking.
+        searcher: the algorithm of every search, by name or with settings of its own.
         sizes: how many of the K weights each search has. The rest is padding at the end and never moves. None: all.
-        elites: `S x M x K`, known good weights of each search, padded likewise; see `search`.
-        deadline: as for `search`.
-        on_progress: as for `search`, with one history a search, each as long as it went on.
-        check_every: as for `search`.
+        elites: `S x M x K`, known good weights, padded likewise, `M` below the number of candidates. They are among the
+            first candidates, and what is found is never worth less than any of them.
+        deadline: looked at once in `check_every` iterations. A search that has one may end elsewhere on another run.
+        on_progress: told after every tenth iteration and at the end how many were made, and each search's history.
+        check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
+            on a CPU, 10 elsewhere. What is found does not depend on it.
 
     Raises:
         ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.
@@ -137,7 +121,8 @@ def search_many(
     _check_first(method, state, origin)
     log = SearchLog(origin.original, method.iterations, method.patience, sizes)
     scores = scorer(state.candidates.to(original.dtype))
-    before = _first(scores)
+    first = [x[:, :1] for x in (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)]
+    before = Scores(first[0], first[1], first[2], first[3], scores.n_failed, scores.n_passed)
     _check_original(before)
     counted = log.record(state.candidates, scores, value(scores, before))
     state, original_fitness = method.tell(state, counted), counted[:, 0]
@@ -188,22 +173,23 @@ def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, e
 def _score(
     scorer: Scorer, state: SearchState, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
 ) -> Scores:
-    """Scores the candidates; tells a scorer that can give up which of them can no longer matter to the searcher.
+    """Scores the candidates; a scorer that can give up is told which of them no longer matter.
 
-    Those of a frozen search, `S` bool, can not, whatever they break.
+    Those of a frozen search, `S` bool, do not, whatever they break.
     """
     candidates = state.candidates.to(dtype)
-    if not isinstance(scorer, QuittingScorer):
+    if not getattr(scorer, "gives_up", False):
         return scorer(candidates)
-    threshold, limit = state.threshold, None
-    if threshold is not None and hasattr(value, "most_broken"):
-        limit = value.most_broken(threshold, before.n_failed)
-    if scorer.gives_up and len(frozen) > 1 and bool(frozen.any()):
+    limit: Tensor | None = None
+    if state.threshold is not None and hasattr(value, "most_broken"):
+        limit = value.most_broken(state.threshold, before.n_failed)
+    if len(frozen) > 1 and bool(frozen.any()):
         if limit is None:
             shape, kind = candidates.shape[:2], widest(candidates.device)
             limit = torch.full(shape, math.inf, dtype=kind, device=candidates.device)
         limit = limit.masked_fill(frozen[:, None], -1.0)
-    return scorer(candidates) if limit is None else scorer(candidates, limit)
+    scored: Scores = scorer(candidates) if limit is None else scorer(candidates, limit)  # type: ignore[call-arg]
+    return scored
 
 
 def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
@@ -262,9 +248,3 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
             f"`searcher`: {type(method).__name__}.init does not begin with the original weights and the elites.",
             "return `S x n_candidates x K` candidates, `SearchOrigin.first_candidates` as the first of them.",
         )
-
-
-def _first(scores: Scores) -> Scores:
-    columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
-    patched, intact, loss_failed, loss_passed = (x[:, :1] for x in columns)
-    return Scores(patched, intact, loss_failed, loss_passed, scores.n_failed, scores.n_passed)

@@ -1,21 +1,20 @@
 """Particle swarm optimisation: a state, and `init`, `ask` and `tell` as pure steps (paper, section II.2).
 
-S independent swarms of P particles over K weights move in one batch. Each has random numbers of its own, so that
-a swarm among many does, bit for bit, what it would do alone.
+S independent swarms of P particles over K weights move in one batch, each, bit for bit, as it would alone.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
-from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real
+from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 CHI = 0.7298
@@ -76,9 +75,6 @@ class ParticleSwarm:
         scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
             weights, above 0.
         scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
-
-    Raises:
-        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
     particles: int = 100
@@ -95,11 +91,8 @@ class ParticleSwarm:
     max_speed: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("ParticleSwarm.start", self.start, get_args(Start))
+        check_start(self, particles=2)
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
-        for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
-            check_whole(f"ParticleSwarm.{name}", getattr(self, name), least)
-        check_scales("ParticleSwarm", self.scale_min, self.scale_max)
         for name in COEFFICIENTS[self.constants]:
             check_real(f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite one from 0.", least=0)
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
@@ -119,11 +112,11 @@ class ParticleSwarm:
         return self.particles
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
-        """Places the particles, at rest. The first of each swarm is at the original weights for any kind of start.
+        """Places the particles, at rest.
 
-        The next M particles are placed at the elites, as many as there is room for on the lines from the original
-        through them, and those of the others that start around the original weights do so around these and the elites
-        in turn.
+        The first is at the original weights, the next ones at the elites, as many as there is room for on the lines
+        from the original through them. Of the others, those that start around the original weights do so around these
+        and the elites in turn.
         """
         original, n = origin.original, self.particles
         position = first_positions(origin, streams, n, self.start, self.scale_min, self.scale_max)

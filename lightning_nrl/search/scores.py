@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
+
+from lightning_nrl._utils.device import widest
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over all ranks, one entry a candidate (`S x P`: S independent swarms of P particles). On the device."""
+    """Sums over all ranks, `S x P`: of S independent searches with P candidates each, on the device."""
 
     patched: Tensor  # S x P float, samples of I_neg that now pass
     intact: Tensor  # S x P float, samples of I_pos that still pass
@@ -24,29 +27,27 @@ class Scores:
     credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not asked for
     credit_passed: Tensor | None = None  # S x P, the same over I_pos
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """Returns repaired and kept samples, by weight, and both losses, `S x P` each in the widest dtype."""
+        gain = self.patched if self.gain is None else self.gain
+        kept = self.intact if self.harm is None else self.n_passed - self.harm
+        dtype = widest(self.patched.device)
+        return gain.to(dtype), kept.to(dtype), self.loss_failed.to(dtype), self.loss_passed.to(dtype)
+
+    def finite(self, value: Tensor) -> Tensor:
+        """Returns the value of each candidate, minus infinity where a loss, or the value, is NaN or infinite."""
+        finite = self.loss_failed.isfinite() & self.loss_passed.isfinite() & value.isfinite()
+        return value.masked_fill(~finite, -math.inf)
+
 
 class Scorer(Protocol):
-    """Scores candidate weights against I_neg and I_pos."""
+    """Scores candidate weights against I_neg and I_pos.
+
+    One with `gives_up = True` need not finish a candidate that breaks too many samples: it also takes `most_broken`,
+    `S x P`, how many samples of I_pos each may break, or what they may cost where weights are given. Counts of a
+    candidate that breaks more may mean nothing if its losses are NaN; below 0, whatever it breaks.
+    """
 
     def __call__(self, values: Tensor) -> Scores:
         """Scores candidates, `S x P x K`: values of the K localised weights."""
-        ...
-
-
-@runtime_checkable
-class QuittingScorer(Protocol):
-    """A scorer that need not finish a candidate that breaks too many samples."""
-
-    @property
-    def gives_up(self) -> bool:
-        """Whether it does; if not, `most_broken` has no effect."""
-        ...
-
-    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
-        """Scores candidates, `S x P x K`: values of the K localised weights.
-
-        `most_broken`, `S x P`, is how many samples of I_pos each may break, or what they may cost where weights are
-        given; None for any number. One that breaks more may come back with NaN losses and counts that mean nothing;
-        below 0, whatever it breaks.
-        """
         ...

@@ -53,10 +53,9 @@ N_COLUMNS = len(fields(SearchHistory)) + 1
 
 
 class SearchLog:
-    """The best candidates so far and the history, of up to `iterations + 1` iterations; nothing to begin with.
+    """The best candidates so far, and a history of up to `iterations + 1` iterations.
 
-    `original`, `S x K`, are the weights before the repair, in the dtype of the search; `sizes` says how many of the K
-    weights each search has. A search is over after `patience` iterations without a better fitness.
+    `original`, `S x K`, is in the dtype of the search; `sizes` says how many of the K weights each search has.
     """
 
     def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
@@ -73,11 +72,11 @@ class SearchLog:
 
     @property
     def frozen(self) -> Tensor:
-        """Which searches are over, `S` bool: no fitness counts any more."""
+        """`S` bool, searches that are over: no fitness counts any more."""
         return self.stale >= self.patience
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
-        """Takes one iteration of candidates, `S x P x K`, down; gives their fitness, `S x P`, as it counts.
+        """Records an iteration of candidates, `S x P x K`; returns their fitness, `S x P`, as it counts.
 
         Minus infinity for NaN and for searches that are over.
         """
@@ -101,12 +100,12 @@ class SearchLog:
         return fitness
 
     def read(self) -> Tensor:
-        """The iterations so far, `T x N_COLUMNS x S`, on the CPU. Only here the host waits for the device."""
+        """Returns the iterations so far, `T x N_COLUMNS x S`, on the CPU. Only here the host waits for the device."""
         return self._rows[: self.done + 1].cpu()
 
 
 def histories(rows: Tensor, patience: int) -> list[SearchHistory]:
-    """One a search, as long as it went on, from what `SearchLog.read` gave."""
+    """Returns one history a search, as long as it went on, from what `SearchLog.read` returned."""
     stale = rows[:, -1]
     length = torch.arange(1, len(rows) + 1, device=rows.device)[:, None]
     ends = torch.where(stale < patience, len(rows), length).amin(0).tolist()

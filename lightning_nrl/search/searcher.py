@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import check_whole
 from lightning_nrl.evaluation.layers import ParameterSpace
 
 
@@ -32,7 +33,7 @@ class WeightStats:
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """For each weight at the flat positions `where` (int64), those of the parameter that it is part of."""
+        """Of each weight at the flat positions `where` (int64), those of the parameter that it is part of."""
         parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)
@@ -46,7 +47,7 @@ def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which weights of a dtype are searched: at least float32."""
+    """Returns the dtype in which weights of a dtype are searched: at least float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -59,20 +60,20 @@ class RandomStreams:
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
-        """Fresh streams, each from its own seed."""
+        """Begins a stream from each seed."""
         own = None if sizes is None else tuple(sizes)
         return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
-        """Numbers in [0, 1) of the dtype of `like`: `shape`, with the swarms before its last two dimensions."""
+        """Draws from [0, 1) in the dtype of `like`: `shape`, with the swarms before its last two dimensions."""
         return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:
-        """Standard normal numbers, shaped likewise."""
+        """Draws standard normal numbers, shaped likewise."""
         return self._draw(torch.randn, like, shape)
 
     def seeds(self) -> list[int]:
-        """A whole number below 2^31 a swarm, to seed something else with."""
+        """Draws a whole number below 2^31 a swarm, to seed something else with."""
         return [int(torch.randint(2**31, (1,), generator=own, device="cpu")) for own in self.generators]
 
     def _draw(self, sample: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -172,3 +173,9 @@ SEARCHERS: Registry[Searcher[Any]] = Registry(
     "searcher", "an object such as ParticleSwarm()", lambda value: isinstance(value, Searcher), group="searchers"
 )
 """Search algorithms by name; each is a `method` of a repair, too."""
+
+
+def check_numbers(how: Any, **least: int) -> None:
+    """Checks whole numbers of a searcher, each with its least value, `iterations` and `patience` among them."""
+    for name, lowest in (least | {"iterations": 0, "patience": 1}).items():
+        check_whole(f"{type(how).__name__}.{name}", getattr(how, name), lowest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ class Custom(Task):
         margin: how far each sample is from being wrong, `n`, above 0 where it passed and below where not,
             differentiable. None: there is no such number, and only the swarm can repair.
 
-    Raises:
-        ConfigurationError: on construction, for what is no function and no address of one.
-
     Example:
         >>> def far(output, target):
         ...     return (output - target).abs().amax(1)
@@ -60,7 +57,6 @@ class Custom(Task):
         return f"Custom: passed by {self._names['passed']}"
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses functions that raise, that do not give one value a sample, and margins of the wrong sign."""
         found = {}
         for name, function in self._functions.items():
             try:
@@ -76,14 +72,12 @@ class Custom(Task):
             self._check_signs(found["passed"], found["margin"].detach())
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
-        passed: Tensor = self._functions["passed"](output, target)
-        return passed
+        return cast(Tensor, self._functions["passed"](output, target))
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
         return at_least_float32(self._functions["loss"](output, target))
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        """What the function gives; None if there is none."""
         return at_least_float32(self._functions["margin"](output, target)) if "margin" in self._functions else None
 
     def _check_signs(self, passed: Tensor, margin: Tensor) -> None:

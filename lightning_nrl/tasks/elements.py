@@ -26,10 +26,7 @@ class Elements(NamedTuple):
     counts: Tensor  # n x E bool, whether the element is not ignored
 
     def lead(self) -> Tensor:
-        """The logit of the true class less the largest other one, `n x E`.
-
-        Above 0 where an element is right; minus infinity where logits are not numbers.
-        """
+        """The logit of the true class less the largest other one, `n x E`; minus infinity where logits are NaN."""
         others = self._others()
         # Of equals `max` gives one the gradient, `amax` each a part; without gradients `amax` is much faster.
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
@@ -61,15 +58,11 @@ class ElementsTask(Task):
 
     @abstractmethod
     def classes_first(self, output: Tensor) -> Tensor:
-        """The logits as `n x C x ...`, `C` at least 2.
-
-        Raises:
-            ConfigurationError: they have no such shape.
-        """
+        """Returns the logits as `n x C x ...`, `C` at least 2; refuses other shapes."""
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Whether each sample is right, `n` bool, and if a reserve is given, `n`, whether its margin is at least that.
+        """True for each sample that is right, `n` bool, and whose margin is at least its reserve, `n`, if one is given.
 
         Without ranking elements, as `elements_margin` must.
         """
@@ -79,11 +72,7 @@ class ElementsTask(Task):
         """The margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """The true classes, `n x ...` int64, of so many dimensions.
-
-        Raises:
-            ConfigurationError: the target is something else.
-        """
+        """Returns the true classes, `n x ...` int64, of so many dimensions; refuses anything else."""
         if isinstance(target, Tensor) and not target.is_floating_point() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
@@ -92,7 +81,6 @@ class ElementsTask(Task):
         )
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses shapes that do not fit, labels without a logit, and samples of which every element is ignored."""
         logits = self.classes_first(output)
         label = self.labels(target, logits.ndim - 1)
         name = type(self).__name__
@@ -127,7 +115,7 @@ class ElementsTask(Task):
     def passed_and_loss(
         self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """What `passed` and `loss` give; the samples are taken apart once, unless a subclass has a rule of its own."""
+        """The samples are taken apart once, unless a subclass has a rule of its own."""
         own, plain = type(self), ElementsTask
         if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
             return super().passed_and_loss(output, target, reserve, with_loss)
@@ -154,7 +142,6 @@ class ElementsTask(Task):
 
 
 def _cross_entropy(elements: Elements) -> Tensor:
-    """`n`, the mean over each sample's elements."""
     return elements.mean(F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none"))
 
 
@@ -171,9 +158,6 @@ class Sequence(ElementsTask):
         class_dim: the dimension of the classes in the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are
             `n x T`.
         ignore_index: the label of tokens that do not count, such as padding.
-
-    Raises:
-        ConfigurationError: on construction, for values out of range.
 
     Example:
         The second token is wrong, by half a logit.
@@ -208,7 +192,6 @@ class Sequence(ElementsTask):
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
-        """The least lead of a token's own class over the best other one, once the allowed wrong tokens are left out."""
         lead = torch.where(elements.counts, elements.lead(), torch.inf)
         return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
@@ -262,9 +245,6 @@ class Segmentation(ElementsTask):
         classes: the classes that count, such as `(1,)` for the foreground alone; None: all. In an image without any of
             them all classes count.
         ignore_index: the label of pixels that do not count; 255 in many data sets.
-
-    Raises:
-        ConfigurationError: on construction, for values out of range.
 
     Example:
         Three of four pixels are right: the IoU is 2/3 for class 0 and 1/2 for class 1.

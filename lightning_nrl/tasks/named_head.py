@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.tasks.multiclass import Multiclass
+from lightning_nrl.tasks.classification import Multiclass
 from lightning_nrl.tasks.task import Task
 
 
@@ -24,9 +24,6 @@ class NamedHead(Task):
     Attributes:
         name: a key of a mapping, a field of an object, or a place in a tuple.
         task: what judges it.
-
-    Raises:
-        ConfigurationError: on construction, if the task is none.
 
     Example:
         >>> import torch

@@ -28,9 +28,6 @@ class Regression(Task):
         tolerance: the error that is too large, above 0, in the units of the target.
         relative: what is added to it for each unit of the target's size, such as 0.05 for 5 % of the target.
 
-    Raises:
-        ConfigurationError: on construction, for values out of range.
-
     Example:
         >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])
         >>> Regression(tolerance=0.5).margin(output, target)
@@ -52,7 +49,6 @@ class Regression(Task):
         return f"Regression: every output within {self.tolerance:.4g}{more} of its target"
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses targets that are no finite numbers, or not one for each output."""
         if not isinstance(target, Tensor) or target.is_complex():
             raise ConfigurationError(
                 f"`task`: regression needs a tensor of numbers as target, found {described(target)}.",
@@ -78,12 +74,10 @@ class Regression(Task):
         return F.huber_loss(error, torch.zeros_like(error), reduction="none").mean(1)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
-        """What is left of the tolerance, `n`, at most 1, in tolerances: 1 less the largest error."""
         margin = 1 - self._errors(output, target, target).abs().amax(1)
         return torch.where(margin.isnan(), -torch.inf, margin)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """The mean squared difference in tolerances, `n`."""
         return self._errors(output, teacher, target).square().mean(1)
 
     def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:
@@ -95,5 +89,4 @@ class Regression(Task):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`n x D`, whatever the shape behind `n` is."""
     return x[:, None].flatten(1)

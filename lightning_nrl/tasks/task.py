@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Task(ABC):
 
     @abstractmethod
     def passed(self, output: Tensor, target: Any) -> Tensor:
-        """Whether each sample is right: `n` bool from an output with first dimension `n`."""
+        """True for each sample that is right: `n` bool from an output with first dimension `n`."""
 
     @abstractmethod
     def loss(self, output: Tensor, target: Any) -> Tensor:
@@ -38,11 +37,8 @@ class Task(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """What `passed` and `loss` give, in one call for tasks that share work between them.
 
-        Args:
-            output: of `n` samples.
-            target: their truth.
-            reserve: `n`, the margin that each must keep to pass too; the task must have margins. None: any.
-            with_loss: whether the loss is needed; None is returned in its place if not.
+        `reserve`, `n`, is the margin that each sample must keep to pass too, for tasks with margins. Without
+        `with_loss` None is returned for the loss.
         """
         passed = self.passed(output, target)
         if reserve is not None:
@@ -52,32 +48,25 @@ class Task(ABC):
         return passed, self.loss(output, target) if with_loss else None
 
     def right(self, output: Tensor, target: Any) -> Tensor:
-        """Whether each sample counts as right, `n` bool: it passes and its loss is finite."""
+        """True for each sample that counts as right, `n` bool: it passes and its loss is finite."""
         passed, loss = self.passed_and_loss(output, target)
         assert loss is not None
         return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
-
-        Raises:
-            ConfigurationError: they do not.
-        """
+        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted."""
         return None
 
     def logits(self, output: Any) -> Tensor:
-        """The tensor to be judged inside whatever the model returns.
+        """Returns the tensor to be judged in whatever the model returns.
 
         A tensor is taken as it is. Of an object, a mapping or a named tuple it is the field `logits`, else another of
         `OUTPUT_KEYS`, else the only tensor with samples; of a sequence the first tensor with samples, so that a loss
         before it does not matter.
-
-        Raises:
-            ConfigurationError: there is no such tensor.
         """
         if isinstance(output, Tensor):
             return output
-        named = _fields(output)
+        named = fields_of(output) or ({"logits": output.logits} if hasattr(output, "logits") else {})
         found = next((named[key] for key in OUTPUT_KEYS if isinstance(named.get(key), Tensor)), None)
         if found is None:
             values = list(output) if isinstance(output, (tuple, list)) else list(named.values())
@@ -101,12 +90,8 @@ class Task(ABC):
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
         """How much each sample's output differs from a teacher's, `n`, at least 0 and differentiable.
 
-        The mean squared difference, unless the task knows better.
-
-        Args:
-            output: of `n` samples.
-            teacher: the teacher's, of the same shape.
-            target: their truth, for tasks whose truth says which parts of an output matter.
+        The mean squared difference, unless the task knows better. `target` is for tasks whose truth says which parts of
+        an output matter.
         """
         squares = (at_least_float32(output) - at_least_float32(teacher)).square()
         return squares[:, None].flatten(1).mean(1)
@@ -120,26 +105,13 @@ class Task(ABC):
         return None
 
     def __repr__(self) -> str:
-        """The task with the numbers and words in it, without memory addresses: what a cache tells tasks apart by."""
+        """The task with its numbers and words and without memory addresses: what a cache tells tasks apart by."""
         plain = {name: x for name, x in vars(self).items() if x is None or isinstance(x, (bool, int, float, str))}
         return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
 
     def __str__(self) -> str:
         """What right means, in words, as reports print it."""
         return type(self).__name__
-
-
-def _fields(output: Any) -> Mapping[str, Any]:
-    """The fields of an output by name; an object without a list of them has `logits` or nothing."""
-    named = fields_of(output)
-    if named is not None:
-        return named
-    return {"logits": output.logits} if isinstance(output, _HasLogits) else {}
-
-
-@runtime_checkable
-class _HasLogits(Protocol):
-    logits: Any
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.oversampling import Oversampler
 from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.release import release
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
+from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import (
     AtMostBroken,
     Finding,
@@ -19,7 +19,6 @@ from lightning_nrl.updates.rules import (
     NoSliceWorse,
     ProtectedIntact,
     Rule,
-    parse_rules,
 )
 
 __all__ = [

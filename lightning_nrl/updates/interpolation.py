@@ -1,26 +1,30 @@
-"""Weights between a new model and the one that it replaces: fewer regressions for one forward pass."""
+"""Weights between a new model and the one that it replaces, and batch norm statistics that fit them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, between, holding, snapshot, write
-from lightning_nrl.data.adapters import unpack
-from lightning_nrl.data.batch import Adapter, Source
+from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.page import Page, Shown, curve_page
-from lightning_nrl.updates.batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
@@ -40,12 +44,10 @@ class SharePoint:
 
     @property
     def accuracy(self) -> float:
-        """In [0, 1]."""
-        return self.counts.right / self.counts.n
+        return self.counts.accuracy_after
 
     @property
     def negative_flip_rate(self) -> float:
-        """Broken samples among all, in [0, 1]."""
         return self.counts.broken / self.counts.n
 
 
@@ -68,31 +70,24 @@ class ShareChoice(Shown):
 
     @property
     def share(self) -> float:
-        """Of the old weights."""
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed.
-
-        Raises:
-            ConfigurationError: a tensor is not in the model, or has another shape.
-        """
+        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed."""
         write(model, self.state)
         return bool(self.state)
 
     def to_table(self) -> Page:
-        """The curve as a page, for rich's `print`."""
-        points = []
+        rows = []
         for point in self.curve:
-            c = point.counts
+            c, taken = point.counts, point == self.chosen
             cells = percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate)
-            points.append((f"share {point.share:.2f}", cells, point == self.chosen))
-        rule = "As given"
-        if self.tolerance is not None:
-            near = f"within {100 * self.tolerance:g} points of the best accuracy"
-            rule = f"The largest that breaks no more than share 0, {near}"
-        columns = ("accuracy", "repaired", "broken", "negative flip rate")
-        return curve_page("Share of the old weights", f"{rule}: {self.share:.2f}.", columns, points)
+            rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
+        near = f"within {100 * (self.tolerance or 0):g} points of the best accuracy"
+        rule = "As given" if self.tolerance is None else f"The largest that breaks no more than share 0, {near}"
+        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate"))
+        text = Text(f"{rule}: {self.share:.2f}.")
+        return Page((Heading("Share of the old weights", 1), text, Table(columns, tuple(rows))))
 
 
 @torch.no_grad()
@@ -114,7 +109,7 @@ def interpolate(
         new: its update, on its device; left as found. An `Evaluator` says in which precision it runs.
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
-        **estimating: arguments of `lightning_nrl.updates.batch_norm.estimate_statistics`.
+        **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Raises:
         ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.
@@ -154,10 +149,9 @@ def choose_share(
 
     Args:
         old: as for `interpolate`.
-        new: its update, on its device; left as found. An `Evaluator` says what else there is to say of it: the task,
-            mixed precision, the ranks that share the data. Each rank ends with the same choice.
-        data: to count on, such as validation data: none that the new model was trained on, since there the new model as
-            it is is the most accurate.
+        new: likewise; its `Evaluator` also says the task and the ranks that share the data.
+        data: to count on, none that the new model was trained on, since there the new model as it is is the most
+            accurate.
         training: as for `interpolate`.
         tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
             largest share, whatever it costs.
@@ -169,19 +163,6 @@ def choose_share(
     Raises:
         ConfigurationError: an argument cannot be used, the architectures differ, or there is no sample.
         EvaluationError: the data could not be read on another rank.
-
-    Example:
-        Classes are told apart by a threshold. The old one, 3, is right on all but 2.5; the new one, 0, on all but 1.
-        Half way, at 1.5, both are right.
-
-        >>> def threshold(at):
-        ...     model = nn.Linear(2, 2, bias=False)
-        ...     _ = model.load_state_dict({"weight": torch.tensor([[0.0, at], [1.0, 0.0]])})
-        ...     return model
-        >>> data = [(torch.tensor([[-1.0, 1.0], [1.0, 1.0], [2.5, 1.0], [4.0, 1.0]]), torch.tensor([0, 0, 1, 1]))]
-        >>> choice = choose_share(threshold(3.0), threshold(0.0), data)
-        >>> choice.share, choice.chosen.accuracy, choice.curve[0].accuracy
-        (0.5, 1.0, 0.75)
     """
     if tolerance is not None:
         check_share(tolerance, "tolerance")
@@ -190,7 +171,7 @@ def choose_share(
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
     before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
-    was_right, label = _judged(evaluator, before, data, adapter)
+    known = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
@@ -198,13 +179,13 @@ def choose_share(
             # Kept, being small, so that the choice costs no further pass.
             statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
-        right, again = _judged(evaluator, mixed, data, adapter)
-        if collective.any(not torch.equal(label, again)):
+        found = _judged(evaluator, mixed, data, adapter)
+        if collective.any(not torch.equal(known[:, 1], found[:, 1])):
             raise ConfigurationError(
                 "`data`: a second pass gave other samples than the first.",
                 "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
-        counts = FlipCounts.of(was_right, right)
+        counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
         total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
         if not int(total.sum()):
             raise ConfigurationError("`data`: there is no sample.", "give data to choose the share on.")
@@ -222,15 +203,14 @@ def choose_share(
 
 
 def check_share(share: object, argument: str = "share") -> None:
-    """A `ConfigurationError` for what is no number from 0 to 1."""
+    """Refuses what is no number from 0 to 1."""
     check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """The cosine of the angle between the weights of two models, a state and a module, in [-1, 1].
+    """The cosine of the angle between the weights of two models, in [-1, 1]: 1 for a copy, about 0 for unrelated ones.
 
-    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models. It is 1
-    for a copy, and about 0 for two models that began at different random weights.
+    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models.
     """
     sums = []
     for name, weight in new.named_parameters():
@@ -245,31 +225,135 @@ def alignment(old: State, new: nn.Module) -> float:
 
 
 def _statistics(evaluator: Evaluator, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
-    """Batch norm statistics that fit weights between two models; none where there are no such layers."""
     layers = batch_norms(evaluator.model)
-    if not layers:
-        return {}
-    if training is None:
+    if layers and training is None:
         raise ConfigurationError(
             f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
     with holding(evaluator.model, state):
-        return estimate_statistics(evaluator, training, **estimating)
+        return estimate_statistics(evaluator, [] if training is None else training, **estimating)
 
 
-def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
+def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
+    """`n x 2`, which of this rank's samples these weights get right, and their classes; -1 without classes."""
 
-    def run() -> tuple[Tensor, Tensor]:
-        rights, labels = [], []
+    def run() -> Tensor:
+        rows = [torch.zeros(0, 2, dtype=torch.int64)]
         for output, target in evaluator.outputs(data, adapter):
             right, label = evaluator.task.right(output, target), evaluator.task.label(target)
-            rights.append(right)
-            labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
-        if not rights:
-            return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
-        return torch.cat(rights).cpu(), torch.cat(labels).cpu()
+            classes = torch.full_like(right, -1, dtype=torch.int64) if label is None else label.to(right.device)
+            rows.append(torch.stack([right.long(), classes], 1).cpu())
+        return torch.cat(rows)
 
     with preserve(evaluator.model), holding(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
+
+
+DEFAULT_BATCH_SIZE = 256
+"""Samples at once from a source that does not say how many."""
+FEWEST_SAMPLES_AT_ONCE = 4
+"""Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norm layers whose statistics follow the training, by name.
+
+    Not those that do not track statistics, as Lightning leaves a frozen one, and those in evaluation mode while the
+    model trains, which is how one freezes them by hand.
+    """
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        and layer.track_running_stats
+        and layer.running_mean is not None
+        and (layer.training or not model.training)
+    }
+
+
+@torch.no_grad()
+def estimate_statistics(
+    model: nn.Module | Evaluator,
+    data: Source | Iterable[Any],
+    *,
+    batches: int | None = None,
+    seed: int = 0,
+    adapter: Adapter = unpack,
+) -> dict[str, Tensor]:
+    """Means and variances of the inputs of all batch norm layers, averaged over batches, in one pass over data.
+
+    What Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do after averaging
+    weights. Only batch norm layers are in training mode meanwhile: dropout drops nothing. The model is left as found.
+
+    Args:
+        model: with the weights that the statistics are to fit, on its device. An `Evaluator` says in which precision it
+            runs, and which ranks share the data: their averages are averaged, each with the weight of its batches.
+        data: a source, read in random order, since batches of sorted data would be unlike each other; or batches as a
+            data loader gives them, read as they come, the last few not too small.
+        batches: how many of them; None: all.
+        seed: of the random order.
+        adapter: takes raw batches apart.
+
+    Returns:
+        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, as in the state dict.
+    """
+    evaluator = Evaluator.of(model)
+    layers, collective = batch_norms(evaluator.model), evaluator.collective
+    if not layers:
+        return {}
+    chosen = _drawn(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
+
+    def run() -> int:
+        n, bound = 0, bind_adapter(adapter, evaluator.model)
+        for args, kwargs, _ in unpacked(chosen, bound, device_of(evaluator.model)):
+            with evaluator.context():
+                run_model(evaluator.model, args, kwargs)
+            n += 1
+        return n
+
+    with preserve(evaluator.model), _averaging(layers):
+        n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
+        if not int(collective.sum(torch.tensor(n))):
+            raise ConfigurationError("`data`: no batch came for batch norm statistics.", "give data with samples.")
+        return _averaged(layers, collective)
+
+
+def _drawn(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
+    """This rank's samples in random order, in batches of about one size, as many as on every other rank."""
+    mine = source.positions
+    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), FEWEST_SAMPLES_AT_ONCE)
+    most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
+    order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
+    parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]
+    return iter(source.draw(parts[:batches]))
+
+
+@contextmanager
+def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+    """The layers forget what they know, and give every batch the same weight; to be used inside of `preserve`."""
+    momenta = [layer.momentum for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.training = True
+        yield
+    finally:
+        for layer, momentum in zip(layers.values(), momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _averaged(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        assert mean is not None and var is not None and count is not None  # noqa: PT018
+        both, total = torch.stack([mean, var]), collective.sum(count)
+        if collective.world_size > 1:
+            both = (collective.sum(at_least_float32(both) * count) / total.clamp_min(1)).to(both.dtype)
+        if int(total):
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}running_mean": both[0].clone(), f"{prefix}running_var": both[1].clone()}
+            found[f"{prefix}num_batches_tracked"] = total.clone()
+    return found

@@ -1,7 +1,6 @@
 """Terms of a training loss that hold a new model to what the replaced one gets right, and the teachers behind them.
 
-A term is a number for each sample, from what the new model and the replaced one make of it. Its mean over a batch is
-added to the loss of the training.
+The mean of a term over the samples of a batch is added to the loss of the training.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_real
-from lightning_nrl.methods._solvers.teacher import LogitCache
+from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Classes, table_of
 from lightning_nrl.updates.predictions import Predictions
@@ -45,23 +44,13 @@ class OldAnswers:
 
 
 class Term(ABC):
-    """Is added to a training loss.
-
-    Attributes:
-        name: what its curve is called.
-    """
+    """Is added to a training loss; `name` is what its curve is called."""
 
     name: str
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """`n`, at least float32, not below 0, differentiable in the output.
-
-        Args:
-            task: what passed means.
-            output: logits of the new model, first dimension `n`.
-            target: the truth.
-            old: what the replaced model makes of the same samples.
+        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new model's logits.
 
         Raises:
             ConfigurationError: the task or the replaced model does not give what the term needs.
@@ -87,9 +76,6 @@ class FocalDistillation(Term):
         base: weight of every sample (alpha in the paper); at least 0.
         focus: weight that a sample has beyond that if the old model gets it right (beta); at least 0.
         temperature: T; above 0. The higher, the more the term is about all logits and the less about the top ones.
-
-    Raises:
-        ConfigurationError: on construction, for numbers outside these ranges.
     """
 
     weight: float = 1.0
@@ -99,7 +85,10 @@ class FocalDistillation(Term):
     name: str = "focal_distillation"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, above=("weight", "temperature"), least=("base", "focus"))
+        for name in ("weight", "temperature"):
+            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
+        for name in ("base", "focus"):
+            check_real(name, getattr(self, name), "number from 0", f"write {name}=1.0.", least=0)
         if self.base + self.focus == 0:
             raise ConfigurationError("`base=0` and `focus=0`: the term is always 0.", "give one a number above 0.")
 
@@ -137,9 +126,6 @@ class MarginHinge(Term):
         weight: of the whole term; above 0.
         share: the part of the old margin that is asked for; above 0.
         most: no goal is above this margin, in the unit of the task's margins (logits); above 0.
-
-    Raises:
-        ConfigurationError: on construction, for numbers outside these ranges.
     """
 
     weight: float = 1.0
@@ -148,7 +134,8 @@ class MarginHinge(Term):
     name: str = "margin_hinge"
 
     def __post_init__(self) -> None:
-        _check_numbers(self, above=("weight", "share"))
+        for name in ("weight", "share"):
+            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
         real = isinstance(self.most, (int, float)) and not isinstance(self.most, bool) and self.most > 0
         check_kind("most", self.most, real, "number above 0", "most=1.0")
 
@@ -182,13 +169,6 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:
-    for name in above:
-        check_real(name, getattr(term, name), "number above 0", f"write {name}=1.0.", above=0)
-    for name in least:
-        check_real(name, getattr(term, name), "number from 0", f"write {name}=1.0.", least=0)
-
-
 OUTPUT_TOLERANCE = 0.02
 """Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
 Index = Callable[[Any], Any]
@@ -203,11 +183,9 @@ new model's logits, first dimension `n`."""
 class ModelTeacher:
     """Runs the replaced model, on the device of the new one, in evaluation mode and without gradients.
 
-    Args:
-        adapter: takes a raw batch apart for it; None: it gets the inputs that the new model got.
-        classes: which of its classes are which of the new model (see `lightning_nrl.OldModel`).
-        index: where samples are always the same, which ones a raw batch has: each is asked about once, as long as there
-            is room (256 MiB). None: every batch is asked about.
+    `adapter` takes a raw batch apart for it; None: it gets the inputs that the new model got. `index` says which
+    samples a raw batch has, where they are always the same: each is asked about once, as long as there is room (256
+    MiB).
     """
 
     def __init__(
@@ -222,8 +200,8 @@ class ModelTeacher:
         self.adapter = None if adapter is None else bind_adapter(adapter, model)
         self.classes = table_of(classes, task)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
-        held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
-        self._dtype = None if held is None else held.dtype
+        held = (x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point())
+        self._dtype = next(held, None)
 
     @torch.no_grad()
     def __call__(
@@ -262,8 +240,8 @@ class ModelTeacher:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
         if self.adapter is not None:
             args, kwargs, _ = self.adapter(raw)
-        cast = self._dtype
-        args, kwargs = tuple(_cast(x, cast) for x in args), {name: _cast(x, cast) for name, x in kwargs.items()}
+        args = tuple(map(self._cast, args))
+        kwargs = {name: self._cast(x) for name, x in kwargs.items()}
         try:
             output = self.task.logits(run_model(self.model, args, kwargs))
         except Exception as error:
@@ -277,6 +255,9 @@ class ModelTeacher:
                 "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
             )
         return output
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self._dtype) if self._dtype and isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 class PredictedTeacher:
@@ -311,7 +292,7 @@ class PredictedTeacher:
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """The positions that a function gives for a raw batch, `n` int64; a `ConfigurationError` for anything else."""
+    """The positions that a function gives for a raw batch, `n` int64; refuses anything else."""
     try:
         found = index(raw)
     except Exception as error:
@@ -334,7 +315,3 @@ def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Ten
     wide[:, new] = output[:, old]
     wide[:, classes:] = output[:, alone]
     return wide, new, old
-
-
-def _cast(x: Any, dtype: torch.dtype | None) -> Any:
-    return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x

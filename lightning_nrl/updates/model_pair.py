@@ -27,7 +27,7 @@ class ModelPair:
     Attributes:
         before: what the old model does.
         after: what the new one does on the same samples.
-        slices: names of the slices, `S` of them.
+        slices: names of the slices.
         group: `N` int64, the number of each sample's slice; -1: in none.
         marked: `N` bool for each target that a rule asks about: which samples it chooses, right or wrong.
         flips: what became of each sample.
@@ -45,11 +45,9 @@ class ModelPair:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits."""
         return self.after.splits
 
     def rows(self, split: str) -> Tensor:
-        """`N` bool, the samples of a split."""
         mask = torch.zeros(len(self.after), dtype=torch.bool)
         mask[self.after.of(split)] = True
         return mask
@@ -102,7 +100,7 @@ def pair_from_files(
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """The splits that are asked for, all if none is named; a `ConfigurationError` if one is not there."""
+    """The splits that are asked for, all if none is named; refuses one that is not there."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(

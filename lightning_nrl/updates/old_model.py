@@ -36,9 +36,6 @@ class Reference(Protocol):
         """What the replaced model does on this rank's share of data; only `prediction` and `passed` are meaningful.
 
         The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
-
-        Raises:
-            ConfigurationError: the replaced model or its predictions do not fit the data.
         """
         ...
 
@@ -56,9 +53,6 @@ class OldModel:
             class that the new model does not have is never right.
         cache: a file for its predictions. They are read from there if it holds them for the same weights and samples,
             else computed and written there.
-
-    Raises:
-        ConfigurationError: on construction, for what cannot be a model or a mapping of classes.
 
     Example::
 
@@ -84,14 +78,13 @@ class OldModel:
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """Runs it over the data, unless its predictions are in the cache."""
         weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
-        state = None if isinstance(self.model, nn.Module) else weights
         known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
         if not collective.any(known is None):
             assert known is not None
             return known.results(like)
         table = table_of(self.classes, task)
         mapped = task if table is None else _MappedMulticlass(table)
-        found = self._run(replace(evaluator, task=mapped), state, sources)
+        found = self._run(replace(evaluator, task=mapped), weights, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
         if self.cache is not None and collective.rank == 0:
             Predictions.of(answer, weights, task).save(self.cache)
@@ -103,21 +96,17 @@ class OldModel:
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
 
-    def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
-        own = self.model if isinstance(self.model, nn.Module) else evaluator.model
-        adapter = None if self.adapter is None else bind_adapter(self.adapter, own)
+    def _run(self, evaluator: Evaluator, weights: State, sources: Sequence[Source]) -> SampleResults:
+        model = self.model if isinstance(self.model, nn.Module) else evaluator.model
+        adapter = None if self.adapter is None else bind_adapter(self.adapter, model)
         seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
-        if state is not None:
-            with preserve(evaluator.model):
-                return evaluator.run_with(state, seen)
-        assert isinstance(self.model, nn.Module)
-        here = device_of(evaluator.model)
-        home = device_of(self.model)
+        here, home = device_of(evaluator.model), device_of(model)
         try:
-            with preserve(self.model):
-                return replace(evaluator, model=self.model.to(here)).run(seen)
+            with preserve(model):
+                evaluator = replace(evaluator, model=model.to(here))
+                return evaluator.run(seen) if model is self.model else evaluator.run_with(weights, seen)
         finally:
-            self.model.to(home)
+            model.to(home)
 
 
 def parse_reference(reference: Any) -> Reference | None:

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.methods._solvers.distill import EASY_MARGIN
+from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.tasks import Task, parse_task
 
 
@@ -29,14 +29,11 @@ class Oversampler(Sampler[int]):
         passed: `n` bool, which samples of the data set the model gets right.
         margin: `n`, how far each is from being wrong; NaN where that is not known. None: only failed ones are seen more
             often.
-        oversample: how many times an epoch sees a failed or near-border sample; 1: no more often than others.
+        oversample: how many times an epoch sees a failed or near-border sample, from 1.
         seed: of the orders.
 
     Attributes:
         times: `n` int64, how often an epoch has each sample; also the weights for torch's `WeightedRandomSampler`.
-
-    Raises:
-        ConfigurationError: `passed` and `margin` do not count the same samples, or `oversample` is no number from 1.
 
     Example::
 
@@ -46,8 +43,7 @@ class Oversampler(Sampler[int]):
     def __init__(self, passed: Tensor, margin: Tensor | None = None, oversample: int = 3, seed: int = 0) -> None:
         fits = isinstance(passed, Tensor) and passed.ndim == 1 and passed.dtype == torch.bool and len(passed) > 0
         check_kind("passed", passed, fits, "tensor of one bool a sample", "a bool tensor, or use `Oversampler.of`")
-        whole = isinstance(oversample, int) and not isinstance(oversample, bool) and oversample >= 1
-        check_kind("oversample", oversample, whole, "number from 1", "oversample=3")
+        check_whole("oversample", oversample, 1)
         if margin is not None and margin.shape != passed.shape:
             raise ConfigurationError(
                 f"`margin` has the shape {list(margin.shape)}, `passed` {list(passed.shape)}.",
@@ -82,9 +78,6 @@ class Oversampler(Sampler[int]):
             task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
             adapter: takes a batch apart.
             **loader: arguments of the `DataLoader` that reads it, such as `num_workers` and `collate_fn`.
-
-        Raises:
-            ConfigurationError: the data do not fit the model or the task.
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
         evaluator = Evaluator(model, parse_task(task))

@@ -20,6 +20,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
+WEIGHTS = "# weights "
 LARGEST_INT64 = 2**63 - 1
 WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 
@@ -32,76 +33,58 @@ class Line(NamedTuple):
     values: dict[str, str]
 
     def whole_number(self, column: str) -> int:
-        """The value of a column as a whole number from 0 to 2^63 - 1; else a `ConfigurationError`."""
         text = self.values[column].strip(" ")
         if not WHOLE_NUMBER.fullmatch(text) or int(text) > LARGEST_INT64:
             raise self.refused(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
         return int(text)
 
     def flag(self, column: str) -> bool:
-        """The value of a column that is 0 or 1; else a `ConfigurationError`."""
         text = self.values[column].strip(" ")
         if text not in ("0", "1"):
             raise self.refused(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
         return text == "1"
 
     def refused(self, found: str) -> ConfigurationError:
-        """The error that names this line."""
         return ConfigurationError(f"{self.where}: {found}.", self.hint)
 
 
-def read_csv(
-    argument: str, path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), comment: str = ""
-) -> Iterator[Line]:
+def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
     """Reads a CSV file in UTF-8 with a header, line by line; empty lines and further columns are left out.
 
-    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. Where an
-    optional column is not there, its values are empty. `comment` is how a first line begins that is no part of the
-    table.
-
-    Raises:
-        ConfigurationError: there is no such file, a column is missing or there twice, or a line cannot be read.
+    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. The values of
+    an optional column that is not there are empty. A first line that begins with `WEIGHTS` is no part of the table.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{name} cannot be read ({error}).", hint) from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
-    if comment and numbered[0][1].startswith(comment):
-        del numbered[0]
-    header: list[str] | None = None
-    for number, text in numbered:
-        where = f"{name}, line {number:,}"
-        if not text.strip():
+    header: list[str] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip() or (number == 1 and text.startswith(WEIGHTS)):
             continue
+        where = f"{name}, line {number:,}"
         try:
-            (values,) = csv.reader([text], strict=True)
+            (values,) = csv.reader([text.removesuffix("\r")], strict=True)
         except (csv.Error, ValueError) as error:
             raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
-        if header is None:
-            header = _header(where, values, columns, hint)
+        if header:
+            line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
+            if len(values) != len(header):
+                raise line.refused(f"{len(values)} values for {len(header)} columns")
+            yield line
             continue
-        line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
-        if len(values) != len(header):
-            raise line.refused(f"{len(values)} values for {len(header)} columns")
-        yield line
-    if header is None:
+        header = values
+        missing = [column for column in columns if column not in header]
+        if missing or len(set(header)) < len(header):
+            problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
+            raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
+    if not header:
         raise ConfigurationError(f"{name} is empty.", hint)
-
-
-def _header(where: str, header: list[str], columns: Sequence[str], hint: str) -> list[str]:
-    missing = [column for column in columns if column not in header]
-    if missing or len(set(header)) < len(header):
-        problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
-        raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
-    return header
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
 """By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
-CSV_COLUMNS = ["split", "id", "prediction", "passed"]
-WEIGHTS = "# weights "
 
 
 @dataclass(frozen=True)
@@ -125,13 +108,9 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
-        """Reads a file.
-
-        Raises:
-            ConfigurationError: there is no such file, a line cannot be read, or a sample is there twice; it is named.
-        """
+        """Reads a file; a `ConfigurationError` names a line that cannot be read, and a sample that is there twice."""
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
-        for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed"), comment=WEIGHTS):
+        for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
             if not named and not judged:
                 raise line.refused("there is neither a prediction nor `passed`")
@@ -149,7 +128,7 @@ class Predictions:
         if self.weights is not None:
             file.write(f"{WEIGHTS}{self.weights}\n")
         writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
+        writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
             for at, (said, passed) in rows.items():
                 writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
@@ -158,9 +137,8 @@ class Predictions:
 
     @classmethod
     def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
-        """Those of a model whose results is known, by a task."""
-        columns = zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True)
-        rows = list(columns)
+        """Those of a model whose results are known, by a task."""
+        rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
         splits = {
             split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
         }
@@ -210,41 +188,49 @@ class Predictions:
                     "give one for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
-                prediction, right = rows[at]
-                if right is None and int(like.label[i]) < 0:
+                said[i], right = rows[at]
+                if like.label[i] >= 0:
+                    passed[i] = said[i] == like.label[i]
+                elif right is not None:
+                    passed[i] = right
+                else:
                     raise ConfigurationError(
                         "`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0."
                     )
-                said[i] = prediction
-                passed[i] = right if right is not None and int(like.label[i]) < 0 else prediction == int(like.label[i])
-        nothing = torch.full_like(like.margin, torch.nan)
-        targeted = torch.zeros_like(like.targeted)
-        loss = (~passed).to(like.loss)
-        told = replace(like, prediction=said, passed=passed, loss=loss, margin=nothing)
-        return replace(told, targeted=targeted, in_target=targeted)
+        return replace(
+            like,
+            prediction=said,
+            passed=passed,
+            loss=(~passed).to(like.loss),
+            margin=torch.full_like(like.margin, torch.nan),
+            targeted=torch.zeros_like(passed),
+            in_target=torch.zeros_like(passed),
+        )
 
     def alone(self) -> SampleResults:
         """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
-        rows = [(split, at, *found) for split, own in self.splits.items() for at, found in sorted(own.items())]
-        unknown = [(split, at) for split, at, _, passed in rows if passed is None]
+        rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
+        unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
             problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
             raise ConfigurationError(
                 f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
             )
-        passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
-        nothing = torch.full((len(rows),), -1)
-        return SampleResults(
-            splits=tuple(self.splits),
-            sizes=tuple(map(len, self.splits.values())),
-            index=torch.tensor([row[1] for row in rows]),
-            label=nothing,
-            prediction=torch.tensor([row[2] for row in rows]),
-            loss=(~passed).float(),
-            passed=passed,
-            targeted=torch.zeros_like(passed),
-            margin=torch.full((len(rows),), torch.nan),
-        )
+        index = torch.tensor([at for _, at, _ in rows])
+        classless, nothing, none = torch.full_like(index, -1), torch.zeros(len(rows)), torch.zeros(len(rows)).bool()
+        sizes = tuple(map(len, self.splits.values()))
+        table = SampleResults(tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing)
+        return self.results(table)
+
+
+def read_ids(path: str | Path) -> dict[str, list[int]]:
+    """Samples in a CSV file with the columns `split` and `id`."""
+    found: dict[str, list[int]] = {}
+    for line in read_csv("ids", path, ("split", "id")):
+        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
+    if not found:
+        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
+    return found
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
@@ -259,6 +245,5 @@ def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
 
 
 def _key(weights: State, results: SampleResults, task: Task | None) -> str:
-    """Which weights, and where there are no classes which task."""
     told = "" if task is None or bool((results.label >= 0).all()) else f" {task!r}"
     return hash_tensors(weights) + told

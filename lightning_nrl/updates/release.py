@@ -1,23 +1,35 @@
-"""The release gate: may the new model replace the old one?"""
+"""The release gate: may the new model replace the old one? And the report that says so, with every number."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
+from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
 from lightning_nrl.evaluation.slices import Slices
+from lightning_nrl.report._formatting import from_here, list_ids, percent
+from lightning_nrl.report.html import Report
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.run_records import installed_versions
+from lightning_nrl.report.stats import Bound, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rules import Rule, parse_rules
+from lightning_nrl.updates.rule_parsing import parse_rules
+from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
 
 
 def release(
@@ -77,7 +89,7 @@ def release(
         sources,
         parse_rules(rules),
         slices=None if slices is None else find_column("slices", slices),
-        seeds=seeds or {},
+        seeds=dict(seeds or {}),
     )
     return report
 
@@ -93,17 +105,15 @@ def judge_pair(
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
     """As `release`, with what both models do on each sample; `name` is what the new model is called in the report."""
-    splits = [source.split for source in data]
     for rule in rules:
-        rule.check_data(splits, slices is not None)
+        rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
-    model = new.model
     pair = evaluate_pair(new, old, data, slices=slices, targets=targets)
     report = make_report(
         pair,
         rules,
-        new=Identity(name or type(model).__name__, hash_tensors(model.state_dict())),
-        old=_identity(old, model),
+        new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
+        old=_identity(old, new.model),
         task=str(new.task),
         precision=str(new.precision),
         seeds=seeds,
@@ -112,7 +122,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """What was given as the old model; a `ConfigurationError` if nothing was, or what cannot be one."""
+    """What was given as the old model; refuses nothing, and what cannot be one."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
@@ -127,3 +137,214 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
     if isinstance(old, Predictions):
         return Identity("predictions", old.weights or "")
     return Identity(type(old).__name__)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model is meant: a class, or the path of a file, and the SHA-256 of its weights, see `hash_tensors`.
+
+    It is empty where only predictions are known, and not of which weights.
+    """
+
+    name: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class ReleaseRow(Derives):
+    """What became of the samples of one split, or of one slice of it.
+
+    Attributes:
+        split: its name.
+        slice: its name; empty for the whole split.
+        counts: from the old model to the new one.
+        upper: upper limit on the negative flip rate, in (0, 1], at the report's confidence; those of the slices of one
+            split hold together.
+        p_worse: the probability that chance alone breaks so many of the samples that changed (`sign_test`).
+    """
+
+    split: str
+    slice: str
+    counts: FlipCounts
+    upper: float
+    p_worse: float
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Every number by name: accuracies, and the metrics of `lightning_nrl.evaluation.metrics`."""
+        rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
+        accuracies = {"accuracy_before": self.counts.accuracy_before, "accuracy_after": self.counts.accuracy_after}
+        return {**accuracies, **rates}
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return self.numbers
+
+
+@dataclass(frozen=True)
+class ReleaseReport(Report):
+    """Whether a new model may replace the old one, and on what grounds. `rich.print(report)` shows it as a page.
+
+    Attributes:
+        status: `accepted` if every rule is satisfied, else `refused`.
+        findings: what each rule says, in the order in which they were given.
+        rows: each split, followed by its slices.
+        broken_ids: data-set positions of all broken samples, by split.
+        repaired_ids: likewise of the repaired ones.
+        confidence: of the limits in the rows, in (0, 1).
+        new: which model it is about.
+        old: which one it is to replace.
+        samples: SHA-256 of each split's sample ids and labels.
+        task: what right means, in words.
+        precision: in which both were run.
+        missing: how many samples the old model has predictions for and the new one none, by split. None may be missing
+            unless the user allows it; with models, which see the same data, none ever is.
+        seeds: what the run depends on, by name.
+        versions: versions of the software by name.
+        files: paths of what was written, by kind.
+    """
+
+    status: Literal["accepted", "refused"]
+    findings: tuple[Finding, ...]
+    rows: tuple[ReleaseRow, ...]
+    broken_ids: Mapping[str, Sequence[int]]
+    repaired_ids: Mapping[str, Sequence[int]]
+    confidence: float
+    new: Identity
+    old: Identity
+    samples: Mapping[str, str]
+    task: str
+    precision: str
+    missing: Mapping[str, int] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        return self.status == "accepted"
+
+    @property
+    def exit_status(self) -> int:
+        """For `sys.exit`: 0 if accepted, 1 if refused."""
+        return 0 if self.accepted else 1
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it was refused, a sentence for each rule that is not satisfied; empty if it was accepted."""
+        return tuple(f"{finding.rule}: {finding.reason}" for finding in self.findings if not finding.passed)
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {"exit_status": self.exit_status}
+
+    def page(self, full: bool = False) -> Page:
+        return _page(self, full)
+
+
+def _page(report: ReleaseReport, full: bool) -> Page:
+    rules = tuple((one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}") for one in report.findings)
+    blocks: list[Block] = [
+        Heading(report.status.capitalize(), 1, "good" if report.accepted else "warn"),
+        Text(_verdict(report)),
+        Heading("Rules"),
+        Facts(rules),
+        Heading("From the old model to the new one"),
+        _counts_table(report.rows, report.confidence),
+        _rates_table(report.rows),
+    ]
+    objected = tuple(
+        (f"{one.rule}: {split}", list_ids(ids, "the JSON")) for one in report.findings for split, ids in one.ids.items()
+    )
+    if objected:
+        blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
+    return Page((*blocks, Heading("Decided on"), Facts(_facts(report, str if full else from_here))))
+
+
+def _verdict(report: ReleaseReport) -> str:
+    failed = sum(not finding.passed for finding in report.findings)
+    n = len(report.findings)
+    left_out = f" {sum(report.missing.values()):,} samples were NOT compared." if report.missing else ""
+    if failed:
+        rules = f"{failed} of {n} rules {'is' if failed == 1 else 'are'} not satisfied"
+        return f"The new model may not replace the old one: {rules}.{left_out}"
+    which = f"all {n} rules are" if n > 1 else "the rule is"
+    return f"The new model may replace the old one: {which} satisfied.{left_out}"
+
+
+def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
+    facts = [("new model", report.new.name), ("sha256 of its weights", report.new.sha256 or "not known")]
+    facts += [("old model", report.old.name), ("sha256 of its weights", report.old.sha256 or "not known")]
+    facts += [(f"sha256 of ids and labels: {split}", digest) for split, digest in report.samples.items()]
+    facts += [("right means", report.task), ("precision", report.precision)]
+    facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in report.missing.items()]
+    facts += [(f"seed: {name}", str(seed)) for name, seed in report.seeds.items()]
+    facts += list(report.versions.items())
+    return (*facts, *((f"file: {kind}", shown(path)) for kind, path in report.files.items()))
+
+
+def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> ReleaseReport:
+    """Asks every rule, and writes down what was found; `decided_on` are further fields of the report.
+
+    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %.
+    """
+    findings = tuple(rule.check(pair) for rule in rules)
+    confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)
+    return ReleaseReport(
+        status="accepted" if all(finding.passed for finding in findings) else "refused",
+        findings=findings,
+        rows=tuple(row for split in pair.splits for row in _rows(pair, split, confidence)),
+        broken_ids=pair.after.ids(pair.flips.broken),
+        repaired_ids=pair.after.ids(pair.flips.repaired),
+        confidence=confidence,
+        samples={split: hash_samples(pair.after, split) for split in pair.splits},
+        **decided_on,
+    )
+
+
+def hash_samples(results: SampleResults, split: str) -> str:
+    """SHA-256 of a split's sample ids and labels, in order: another data set of the same size has another one."""
+    rows = results.of(split)
+    table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
+    return hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
+    whole = pair.flips.counts(pair.rows(split))
+    slices = {name: pair.flips.counts(rows) for name, rows in pair.slices_of(split).items()}
+
+    def row(name: str, counts: FlipCounts, level: float) -> ReleaseRow:
+        upper = Bound.at_level(counts.broken, counts.n, level).upper
+        return ReleaseRow(split, name, counts, upper, sign_test(counts.broken, counts.repaired))
+
+    # The limits of the slices hold together (Bonferroni); an empty one has the limit 1 and needs no part of the level.
+    level = 1 - confidence
+    part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
+    return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]
+
+
+def _label(row: ReleaseRow) -> str:
+    return f"{row.split}, slice {row.slice}" if row.slice else row.split
+
+
+def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
+    names = ("samples", "accuracy", "accuracy", "broken", "repaired", "NFR at most", "p worse")
+    kinds = ("", "old", "new", "", "", f"{show_confidence(confidence)} sure", "sign test")
+    lines = []
+    for row in rows:
+        c = row.counts
+        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
+        counts = (f"{c.n:,}", *accuracies, f"{c.broken:,}", f"{c.repaired:,}")
+        lines.append(Row(_label(row), (*counts, percent_up(row.upper), f"{row.p_worse:.2g}")))
+    return Table(tuple(zip(names, kinds, strict=True)), tuple(lines))
+
+
+def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
+    def cell(rate: Rate, row: ReleaseRow) -> str:
+        value = rate.of(row.counts)
+        if rate.short != "relative_nfr":
+            return percent(value)
+        return f"{value:.3g}" if math.isfinite(value) else "-"
+
+    lines = (Row(_label(row), tuple(cell(rate, row) for rate in UPDATE_RATES)) for row in rows)
+    return Table(tuple((rate.title, "") for rate in UPDATE_RATES), tuple(lines))

@@ -1,4 +1,4 @@
-"""What a new model must satisfy to replace the old one: rules on what became of each sample, also from text."""
+"""What a new model must satisfy to replace the old one: rules on what became of each sample."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.checks import read_number
-from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.sample_results import FlipCounts
@@ -23,7 +20,7 @@ from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.stats import Bound, binomial_cdf, check_confidence, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
-from lightning_nrl.updates.predictions import read_csv
+from lightning_nrl.updates.predictions import read_ids
 
 Ids = Mapping[str, Sequence[int]]
 """Data-set positions, by split."""
@@ -47,23 +44,14 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, pair: ModelPair) -> Finding:
-        """Whether the new model satisfies it.
-
-        Raises:
-            ConfigurationError: the rule asks for what the data do not have.
-        """
+        """Judges the update; a `ConfigurationError` if the rule asks for what the data do not have."""
 
     @abstractmethod
     def __str__(self) -> str:
         """The rule, as text."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Refuses data for which the rule has no meaning, before any model runs, by a `ConfigurationError`.
-
-        Args:
-            splits: the names of the splits.
-            sliced: whether slices are told apart.
-        """
+        """Refuses data for which the rule has no meaning, before any model runs."""
         return None
 
     @property
@@ -85,11 +73,8 @@ class SplitRule(Rule):
     """Base of rules that count parts of the data: each of some splits, or their slices."""
 
     splits: tuple[str, ...]
-
-    @property
-    def counts(self) -> Literal["splits", "slices", "both"]:
-        """What the parts are."""
-        return "splits"
+    whole_splits: bool = True
+    each_slice: bool = False
 
     @property
     @abstractmethod
@@ -104,7 +89,7 @@ class SplitRule(Rule):
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits(str(self), self.splits, splits)
-        if self.counts != "splits" and not sliced:
+        if self.each_slice and not sliced:
             raise ConfigurationError(
                 f"the rule `{self}` needs slices, and `slices` is not given.",
                 "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
@@ -120,17 +105,17 @@ class SplitRule(Rule):
 
     def check(self, pair: ModelPair) -> Finding:
         parts = self._parts(pair)
-        bad = torch.zeros(len(pair.after), dtype=torch.bool)
         worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
+        bad = torch.zeros(len(pair.after), dtype=torch.bool)
         for part in worse:
-            bad |= part.rows & pair.flips.broken
-        return Finding(str(self), not worse, f"{'. '.join(self.words(parts))}.", _ids(pair, bad))
+            bad |= part.rows
+        return Finding(str(self), not worse, f"{'. '.join(self.words(parts))}.", _broken(pair, bad))
 
     def _parts(self, pair: ModelPair) -> list[Part]:
         found = []
         for split in check_splits(str(self), self.splits, pair.splits):
-            named = {split: pair.rows(split)} if self.counts != "slices" else {}
-            if self.counts != "splits":
+            named = {split: pair.rows(split)} if self.whole_splits else {}
+            if self.each_slice:
                 named |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
             found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
         return found
@@ -147,9 +132,6 @@ class AtMostBroken(SplitRule):
         gate: `instance`: none, for data that must not break; `accuracy`: no more than are repaired, which is to say
             that accuracy does not fall; `tolerance:3` or `tolerance:1%`; or a `Gate`.
         splits: on which splits; empty: on each.
-
-    Raises:
-        ConfigurationError: on construction, if `gate` is none.
 
     Example:
         >>> print(AtMostBroken("accuracy", splits=("test",)))
@@ -171,7 +153,7 @@ class AtMostBroken(SplitRule):
     def words(self, parts: Sequence[Part]) -> list[str]:
         return [
             f"{part.name}: {part.counts.broken:,} of {part.counts.passed:,} that were right broke; "
-            f"{allowance(Gate.parse(self.gate), part.counts)} (accuracy {_accuracies(part.counts)})"
+            f"{allowance(Gate.parse(self.gate), part.counts)} ({_accuracies(part.counts)})"
             for part in parts
         ]
 
@@ -184,20 +166,16 @@ class AtMostBroken(SplitRule):
 class MaxNegativeFlipRate(SplitRule):
     """In each split the negative flip rate, broken of all, is below a limit with a confidence.
 
-    What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to
-    come only if the split is a sample of them that nothing has looked at: no training, no choice of a model.
-
-    If several splits, or slices, must all be below the limit, each is held to the confidence by itself: a wrong model
-    passes all with a probability of 1 - confidence at most, since it must pass where it is wrong.
+    What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to come only if
+    the split is a sample of them that nothing has looked at: no training, no choice of a model. Several splits, or
+    slices, are each held to the confidence by itself: since a wrong model must pass where it is wrong, it passes all
+    with a probability of 1 - confidence at most.
 
     Attributes:
         limit: on the rate, in (0, 1).
         confidence: in (0, 1).
-        each_slice: whether every slice must be below the limit, and not only the whole split.
+        each_slice: every slice must be below the limit, not only the whole split.
         splits: on which splits; empty: on each.
-
-    Raises:
-        ConfigurationError: on construction, for a number out of its range.
 
     Example:
         >>> print(MaxNegativeFlipRate(0.01, 0.99))
@@ -214,22 +192,18 @@ class MaxNegativeFlipRate(SplitRule):
         check_confidence(self.limit, "limit")
         check_confidence(self.confidence)
 
-    @property
-    def counts(self) -> Literal["splits", "both"]:
-        return "both" if self.each_slice else "splits"
-
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return self._bound(counts).upper > self.limit
 
     def words(self, parts: Sequence[Part]) -> list[str]:
         words = []
         for _, group in groupby(parts, lambda part: part.split):
-            found = {part.name: self._bound(part.counts) for part in group}
-            worst = max(found, key=lambda name: found[name].upper)
-            if found[worst].upper > self.limit:
-                words += [self._line(name, bound) for name, bound in found.items() if bound.upper > self.limit]
-            else:
-                words.append(self._line(worst, found[worst]) + (", the highest" if len(found) > 1 else ""))
+            bounds = {part.name: self._bound(part.counts) for part in group}
+            above = [name for name, bound in bounds.items() if bound.upper > self.limit]
+            highest = max(bounds, key=lambda name: bounds[name].upper)
+            words += [self._line(name, bounds[name]) for name in above or [highest]]
+            if not above and len(bounds) > 1:
+                words[-1] += ", the highest"
         return words
 
     def _bound(self, counts: FlipCounts) -> Bound:
@@ -270,9 +244,6 @@ class NoSliceWorse(SplitRule):
         level: of the test, in (0, 1).
         splits: on which splits; empty: on each.
 
-    Raises:
-        ConfigurationError: on construction, for another word or a level out of its range.
-
     Example:
         >>> print(NoSliceWorse("count"))
         slices:count
@@ -282,14 +253,13 @@ class NoSliceWorse(SplitRule):
     level: float = 0.05
     splits: tuple[str, ...] = ()
 
+    whole_splits = False
+    each_slice = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("by", self.by, ("test", "count"))
         check_confidence(self.level, "level")
-
-    @property
-    def counts(self) -> Literal["slices"]:
-        return "slices"
 
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         if self.by == "count":
@@ -297,21 +267,19 @@ class NoSliceWorse(SplitRule):
         return sign_test(counts.broken, counts.repaired) < self.level / n_parts
 
     def words(self, parts: Sequence[Part]) -> list[str]:
-        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
-        words = [self._line(part.name, part.counts, len(parts)) for part in worse]
-        if not worse:
-            words = [f"none of {len(parts):,} slices is worse by {self.by}"]
-        mute = [part.name for part in parts if sign_test(part.counts.passed, 0) >= self.level / len(parts)]
+        n = len(parts)
+        words = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
+        words = words or [f"none of {n:,} slices is worse by {self.by}"]
+        mute = [part.name for part in parts if sign_test(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
             words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
         return words
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
-        text = f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired (accuracy {_accuracies(counts)}"
-        if self.by == "count":
-            return f"{text})"
-        return f"{text}; p = {sign_test(counts.broken, counts.repaired):.2g}, below {self.level / n_parts:.2g})"
+        p = sign_test(counts.broken, counts.repaired)
+        test = f"; p = {p:.2g}, below {self.level / n_parts:.2g}" if self.by == "test" else ""
+        return f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired ({_accuracies(counts)}{test})"
 
     @property
     def text(self) -> str:
@@ -329,9 +297,6 @@ class ProtectedIntact(Rule):
         where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
             its address; a target also as text, such as `label 3`.
 
-    Raises:
-        ConfigurationError: on construction, if neither is given or the file cannot be read.
-
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))
         protected:2 samples
@@ -339,22 +304,22 @@ class ProtectedIntact(Rule):
 
     ids: Ids | Sequence[int] | str | Path | None = None
     where: Target | Predicate | str | None = None
+    _ids: Ids = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.ids is None and self.where is None:
             raise ConfigurationError(
                 "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
             )
-        named = target_in(self.where) if isinstance(self.where, str) else None
-        where = self.where if named is None else named
-        target = where if where is None or isinstance(where, Target) else Target.where(where)
-        object.__setattr__(self, "where", target)
-        object.__setattr__(self, "_file", str(self.ids) if isinstance(self.ids, (str, Path)) else "")
-        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids
-        object.__setattr__(self, "ids", {"": ids} if isinstance(ids, Sequence) else ids)
-        lists = (ids,) if isinstance(ids, Sequence) else (ids or {}).values()
-        whole = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in lists)
-        check_kind("ids", ids, whole, "list of samples", "ids={'test': [3, 17]}")
+        where = target_in(self.where) if isinstance(self.where, str) else None
+        if where is None and self.where is not None:
+            where = self.where if isinstance(self.where, Target) else Target.where(self.where)
+        object.__setattr__(self, "where", where)
+        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids or {}
+        ids = ids if isinstance(ids, Mapping) else {"": ids}
+        lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in ids.values())
+        check_kind("ids", ids, lists, "list of samples", "ids={'test': [3, 17]}")
+        object.__setattr__(self, "_ids", ids)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -369,17 +334,16 @@ class ProtectedIntact(Rule):
         text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         wrong = counts.failing + counts.repaired
         rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
-        return Finding(str(self), not counts.broken, f"{text}{rest}.", _ids(pair, chosen & pair.flips.broken))
+        return Finding(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
 
     def _by_split(self, splits: Sequence[str]) -> Ids:
-        found: Ids = self.ids or {}  # type: ignore[assignment]
-        if "" not in found:
-            return found
+        if "" not in self._ids:
+            return self._ids
         if len(splits) != 1:
             raise ConfigurationError(
                 f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
             )
-        return {splits[0]: found[""]}
+        return {splits[0]: self._ids[""]}
 
     def _chosen(self, pair: ModelPair) -> Tensor:
         chosen = torch.zeros(len(pair.after), dtype=torch.bool)
@@ -403,20 +367,10 @@ class ProtectedIntact(Rule):
         return chosen
 
     def __str__(self) -> str:
-        listed_ids: Ids = self.ids or {}  # type: ignore[assignment]
-        n = sum(len(rows) for rows in listed_ids.values())
-        listed = self._file or (f"{n:,} sample{'s' if n != 1 else ''}" if n else "")  # type: ignore[attr-defined]
+        n = sum(len(rows) for rows in self._ids.values())
+        listed = f"{n:,} sample{'s' if n != 1 else ''}" if n else ""
+        listed = str(self.ids) if isinstance(self.ids, (str, Path)) else listed
         return "protected:" + " and ".join(filter(None, (listed, *map(str, self.targets))))
-
-
-def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Samples in a CSV file with the columns `split` and `id`."""
-    found: dict[str, list[int]] = {}
-    for line in read_csv("ids", path, ("split", "id")):
-        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
-    if not found:
-        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
-    return found
 
 
 def sign_test(broken: int, repaired: int) -> float:
@@ -432,86 +386,13 @@ def sign_test(broken: int, repaired: int) -> float:
     return binomial_cdf(repaired, changed, 0.5) if changed else 1.0
 
 
-def _ids(pair: ModelPair, rows: Tensor) -> Ids:
-    return {split: ids for split, ids in pair.after.ids(rows).items() if ids}
+def _broken(pair: ModelPair, rows: Tensor) -> Ids:
+    return {split: ids for split, ids in pair.after.ids(rows & pair.flips.broken).items() if ids}
 
 
 def _accuracies(counts: FlipCounts) -> str:
-    if not counts.n:
-        return "of no sample"
-    return f"{percent(counts.passed / counts.n)}, now {percent(counts.right / counts.n)}"
+    return f"accuracy {percent(counts.accuracy_before)}, now {percent(counts.accuracy_after)}"
 
 
 def _share(share: float) -> str:
     return f"{100 * share:.12g}%"
-
-
-RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
-
-
-def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
-    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
-    listed = [rules] if isinstance(rules, (str, Rule)) else rules
-    if not isinstance(listed, (list, tuple)) or not listed:
-        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
-    return tuple(parse_rule(rule) for rule in listed)
-
-
-def parse_rule(rule: Any) -> Rule:
-    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
-
-    All but `protected` may end with ` in SPLIT, SPLIT`. What cannot be read is a `ConfigurationError`.
-
-    Example:
-        >>> parse_rule("nfr:1%:99% in test")
-        MaxNegativeFlipRate(limit=0.01, confidence=0.99, each_slice=False, splits=('test',))
-    """
-    if isinstance(rule, Rule):
-        return rule
-    text, _, named = str(rule).partition(" in ")
-    kind, *given = (part.strip() for part in text.split(":"))
-    splits = tuple(name.strip() for name in named.split(",")) if named else ()
-    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
-    if made is None:
-        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
-    return made
-
-
-def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
-    return AtMostBroken(text.partition(" in ")[0], splits)
-
-
-RULES.register("instance")(_at_most_broken)
-RULES.register("accuracy")(_at_most_broken)
-RULES.register("tolerance", "tolerance:1%")(_at_most_broken)
-
-
-def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...], each_slice: bool = False) -> Rule | None:
-    numbers = [_number(part, text) for part in given]
-    if len(numbers) not in (1, 2):
-        return None
-    return MaxNegativeFlipRate(numbers[0], numbers[1] if len(numbers) == 2 else 0.95, each_slice, splits)
-
-
-RULES.register("nfr", "nfr:1%", "nfr:1%:99%")(_max_nfr)
-RULES.register("slice-nfr", "slice-nfr:5%")(partial(_max_nfr, each_slice=True))
-
-
-@RULES.register("slices", "slices", "slices:count")
-def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    if "count" in given:
-        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
-    numbers = [_number(part, text) for part in given]
-    return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
-
-
-@RULES.register("protected", "protected:ids.csv", "protected:label 3")
-def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    what = text.partition(":")[2].strip()
-    target = target_in(what)
-    return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
-
-
-def _number(text: str, rule: str) -> float:
-    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))

@@ -40,33 +40,15 @@ def small_log(folders: pytest.TempPathFactory) -> Path:
 
 def write_hostile(log_dir: Path) -> None:
     """A report of ten thousand flipped samples, with markup wherever a user's words go."""
-    flipped = tuple(
-        FlippedSample(
-            i,
-            "repaired" if i % 4 else "broken",
-            i % 2 == 0,
-            0,
-            i % 4 and 1,
-            0 if i % 4 else 1,
-            -0.5 if i % 4 else i / 7,
-            i / 9 if i % 4 else -1.5,
-            "night" if i % 100 == 7 else HOSTILE,
-        )
-        for i in range(N_FLIPS)
-    )
+    flipped = []
+    for i in range(N_FLIPS):
+        name = "night" if i % 100 == 7 else HOSTILE
+        repaired = FlippedSample(i, "repaired", i % 2 == 0, 0, 1, 0, -0.5, i / 9, name)
+        flipped.append(repaired if i % 4 else FlippedSample(i, "broken", True, 0, 0, 1, i / 7, -1.5, name))
     counts = TargetCounts(90_000, 2_500, 7_500, 0, 3_750, 3_750)
-    split = SplitReport(HOSTILE, "unseen", counts, (), flipped, (ConfusionCell(0, 1, 7_500, 2_500),))
-    report = RepairReport(
-        status="repaired",
-        reason=HOSTILE,
-        layers=(HOSTILE,),
-        target=HOSTILE,
-        gate=HOSTILE,
-        task=HOSTILE,
-        splits=(split,),
-        settings={HOSTILE: HOSTILE},
-        class_names=(HOSTILE, "dog"),
-    )
+    split = SplitReport(HOSTILE, "unseen", counts, (), tuple(flipped), (ConfusionCell(0, 1, 7_500, 2_500),))
+    words = ("repaired", HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, HOSTILE)
+    report = RepairReport(*words, (split,), settings={HOSTILE: HOSTILE}, class_names=(HOSTILE, "dog"))
     folder = log_dir / HOSTILE_NAME
     folder.mkdir(parents=True)
     (folder / "report.json").write_text(report.to_json())

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from lightning_nrl import TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
-from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder, is_among
+from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder
 
 X = torch.arange(20.0).view(10, 2)
 FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)
@@ -41,12 +41,6 @@ def test_subsets_and_unions_are_seen_through(dataset: Dataset[Any], expected: li
     assert places(dataset, len(expected)) == expected
 
 
-def test_rows_are_found_as_a_whole() -> None:
-    rows = torch.tensor([[1, 2], [2, 1], [3, 3], [1, 2]])
-    assert is_among(rows, torch.tensor([[1, 2], [3, 4]])).tolist() == [True, False, False, True]
-    assert is_among(rows, torch.zeros(0, 2, dtype=torch.int64)).tolist() == [False] * 4
-
-
 def keys(*args: Tensor, target: Tensor | None = None, **kwargs: Tensor) -> list[list[int]]:
     n = len(next(iter((*args, *kwargs.values()))))
     return content_keys(Batch(args, torch.zeros(n) if target is None else target, torch.arange(n), kwargs)).tolist()
@@ -72,13 +66,6 @@ def test_inputs_do_not_change_places_and_padding_does_not_count() -> None:
     assert keys(one, other) != keys(other, one)
     assert keys(a=one, b=other) == keys(b=other, a=one)
     assert keys(torch.tensor([[5, 6, 0, 0]])) == keys(torch.tensor([[5, 6]]))
-
-
-def test_many_columns_are_taken_a_part_at_a_time() -> None:
-    x = torch.zeros(2, 40_000)
-    x[1, 39_999] = 1
-    first, second = keys(x)
-    assert first != second
 
 
 def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:

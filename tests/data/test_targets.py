@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,55 +87,6 @@ def test_targets_are_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        (Target.all(), "all failures"),
-        (Target.label(3) | Target.confusion(3, 5), "label 3 or confusion 3 -> 5"),
-        (Label(1) | Label(2) | Label(3), "label 1 or label 2 or label 3"),
-        (Label(1) & (Label(2) & Label(3)), "label 1 and (label 2 and label 3)"),
-        ((Label(1) | Label(2)) & Where(occluded), "(label 1 or label 2) and where occluded"),
-        (Label(1) | (Label(2) & Where(occluded)), "label 1 or (label 2 and where occluded)"),
-        (~(Label(1) | Label(2)), "not (label 1 or label 2)"),
-        (~Label(1), "not label 1"),
-        (Target.where(occluded, name="partly occluded"), "where partly occluded"),
-        (Target.where("os.path:exists"), "where os.path:exists"),
-        (Target.where(partial(occluded)), "where partial"),
-    ],
-)
-def test_str_reads_as_words(target: Target, words: str) -> None:
-    assert str(target) == words
-
-
-def test_str_of_a_lambda_tells_its_line() -> None:
-    line = inspect.currentframe().f_lineno  # type: ignore[union-attr]
-    assert str(Target.where(lambda raw: raw)) == f"where lambda of line {line + 1}"
-
-
-@pytest.mark.parametrize(
-    "give",
-    [
-        lambda raw: OCCLUDED,
-        lambda raw: OCCLUDED.numpy(),
-        lambda raw: OCCLUDED.tolist(),
-        lambda raw: tuple(OCCLUDED.tolist()),
-        lambda raw: list(OCCLUDED.numpy()),
-    ],
-)
-def test_where_takes_a_tensor_an_array_or_a_list(give: Callable) -> None:
-    assert chosen(Target.where(give)) == [0, 3, 4]
-
-
-def test_where_by_address_finds_the_function() -> None:
-    assert chosen(Target.where(f"{__name__}:occluded")) == [0, 3, 4]
-    assert Where("lightning_nrl.data.targets:Target.all").predicate == "lightning_nrl.data.targets:Target.all"
-
-
-def test_an_empty_batch_chooses_nothing() -> None:
-    empty = torch.tensor([], dtype=torch.int64)
-    assert Target.where(lambda raw: []).select(batch(0), empty, empty).tolist() == []
-
-
-@pytest.mark.parametrize(
     ("give", "found"),
     [
         (lambda raw: OCCLUDED[:3], r"torch.bool \[3\]"),
@@ -190,11 +139,6 @@ def test_whole_numbers_of_any_library_become_int(label: object) -> None:
 def test_classes_in_a_task_without_classes_are_refused(target: Target) -> None:
     with pytest.raises(ConfigurationError, match=r"(?s)asks for classes.*Target.where"):
         target.select(batch(), None, None)
-
-
-def test_attributes_need_no_classes() -> None:
-    mask = (Target.all() & ~Target.where(occluded)).select(batch(), None, None)
-    assert mask.tolist() == [False, True, True, False, False]
 
 
 def test_and_or_as_keywords_are_refused() -> None:

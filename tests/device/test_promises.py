@@ -91,7 +91,7 @@ def test_a_step_that_moves_some_weights_never_waits() -> None:
     rows = torch.arange(40)
     for number, parts in enumerate(load_batches(problem, [rows] * 3)):
         waits_raise(number > 0)
-        descent.step(parts, lambda batch, rows, output: problem.task.loss(output, batch.target).sum())
+        descent.step(parts, lambda batch, rows, output: problem.evaluator.task.loss(output, batch.target).sum())
         waits_raise(False)
 
 

@@ -38,6 +38,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Arguments of functions where a page does not say anything else."""
 QUICKEST = {"method": "convex"}
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False
+}  # fmt: skip
 REPAIR = lightning_nrl.repair
 
 
@@ -141,26 +144,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (package / f"{name}.py").write_text(text)
     for seed, epochs, names in ((0, 4, ("old.ckpt", "best.ckpt")), (1, 8, ("new.ckpt", "retrained.ckpt"))):
         lightning.seed_everything(seed, verbose=False)
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
+        trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **QUIET)
         trainer.fit(Net(), datamodule=Data())
         for name in names:
             trainer.save_checkpoint(folder / name)
-    lightning_nrl.repair(
-        lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False),
-        Net(),
-        datamodule=Data(),
-        ckpt_path=folder / "best.ckpt",
-        method="convex",
-        dirpath=folder / "lightning_logs/version_0/repair",
-        verbose=False,
-    )
+    source: dict[str, Any] = {"datamodule": Data(), "ckpt_path": folder / "best.ckpt"}
+    how: dict[str, Any] = {"method": "convex", "dirpath": folder / "lightning_logs/version_0/repair", "verbose": False}
+    lightning_nrl.repair(lightning.Trainer(**QUIET), Net(), **source, **how)
     return folder
 
 
@@ -199,20 +189,8 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[s
         "__name__": "page",
         **{name: getattr(lightning_nrl, name) for name in lightning_nrl.__all__},
         **{"L": package, "torch": torch, "nn": nn, "DataLoader": DataLoader, "ConcatDataset": ConcatDataset},
-        **{
-            "model": models[0],
-            "new_model": models[1],
-            "module": models[0],
-            "old": models[0],
-            "new": models[1],
-            "dm": Data(),
-        },
-        **{
-            "train": data.train_dataloader(),
-            "val": data.val_dataloader(),
-            "x": x,
-            "y": y,
-            "is_rare": is_rare,
-            "Model": Net,
-        },
+        **dict.fromkeys(("model", "module", "old"), models[0]),
+        **dict.fromkeys(("new_model", "new"), models[1]),
+        **{"Model": Net, "dm": Data(), "train": data.train_dataloader(), "val": data.val_dataloader()},
+        **{"x": x, "y": y, "is_rare": is_rare},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -24,16 +26,8 @@ else:
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHELL = (
-    "cd ",
-    "git clone ",
-    "source ",
-    "tensorboard --logdir ",
-    "ruff ",
-    "mypy",
-    "lint-imports",
-    "zensical build ",
-    "apt ",
-)
+    "cd ", "git clone ", "source ", "tensorboard --logdir ", "ruff ", "mypy", "lint-imports", "zensical build ", "apt "
+)  # fmt: skip
 SCRIPTS = re.compile(r"^(?:python(?:3(?:\.\d+)?)?) ((?:examples|tests|docs|\.ci)/\S+)(.*)$")
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml") if block.runs]
 
@@ -56,9 +50,6 @@ def test_a_configuration_makes_what_it_names(block: Block, folder: Path) -> None
 
 @cache
 def help_of(command: str) -> str:
-    import contextlib
-    import io
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main([command, "--help"]) == 0

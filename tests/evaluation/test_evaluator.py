@@ -1,7 +1,10 @@
+"""What a model does on each sample, in the precision in which it is deployed."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
+from toy_repairs import known, mlp, quick, trained
 
-from lightning_nrl import ConfigurationError, Target, TensorSource
+from lightning_nrl import ConfigurationError, RepairReport, Settings, Target, TensorSource, repair_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.methods import FineTunePolish
 from lightning_nrl.tasks import Task
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -78,14 +83,6 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
         Evaluator(nn.Identity()).run([replace(lacking, failed=True)], target)
 
 
-def test_rows_of_a_split_are_found_by_position() -> None:
-    evidence = Evaluator(nn.Identity()).run([source("a", slice(3)), source("b")])
-    assert evidence.sizes == (3, 5)
-    assert evidence.of("b") == slice(3, 8)
-    assert evidence.rows("b", torch.tensor([0, 4])).tolist() == [3, 7]
-    assert evidence.ids(~evidence.passed) == {"a": [1, 2], "b": [1, 2]}
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 23), min_size=1, max_size=3),
@@ -129,19 +126,6 @@ def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> N
         Evaluator(nn.Identity()).run([share])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"model": torch.relu}, "`model=.*` is no torch module"),
-        ({"model": nn.Identity}, "`model=.*` is no torch module"),
-        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
-    ],
-)
-def test_what_is_no_module_and_no_task_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        Evaluator(**{"model": nn.Identity(), **arguments})
-
-
 def test_one_rank_that_fails_stops_all() -> None:
     def run(collective: Any) -> str:
         def forward(x: Tensor) -> Tensor:
@@ -157,13 +141,6 @@ def test_one_rank_that_fails_stops_all() -> None:
     other, own = on_ranks(2, run)
     assert "`train` data could not be read on another rank" in other
     assert own == "no such image"
-
-
-def test_losses_that_are_not_finite_are_found_by_split() -> None:
-    x = LOGITS.clone()
-    x[1, 0], x[4, 0] = float("nan"), float("inf")
-    sources = [TensorSource(x, LABELS, split="train"), source("new")]
-    assert Evaluator(nn.Identity()).run(sources).non_finite() == {"train": [1, 4]}
 
 
 def test_sources_need_names_of_their_own() -> None:
@@ -200,12 +177,6 @@ def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, 
         Evaluator(nn.Identity(), Column(wrong)).run([source()])
 
 
-def test_a_task_without_classes_leaves_them_unknown() -> None:
-    evidence = Evaluator(nn.Identity(), Column("")).run([source(failed=True)], Target.all())
-    assert evidence.label.tolist() == evidence.prediction.tolist() == [-1] * 5
-    assert torch.equal(evidence.targeted, ~evidence.passed)
-
-
 @pytest.mark.parametrize("no_class", [-100, -1])
 def test_samples_without_a_class_are_named(no_class: int) -> None:
     labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
@@ -228,6 +199,41 @@ def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_an_error_of_the_model_itself_stays_as_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        Evaluator(nn.Linear(7, 3)).run([source()])
+BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "eps", "text"),
+    [
+        (torch.float32, False, 2.0**-23, "float32 on cpu"),
+        (torch.float32, True, 2.0**-7, "float32 on cpu, autocast to bfloat16"),
+        (torch.bfloat16, False, 2.0**-7, "bfloat16 on cpu"),
+        (torch.float16, False, 2.0**-10, "float16 on cpu"),
+        (torch.float64, False, 2.0**-52, "float64 on cpu"),
+    ],
+)
+def test_the_coarsest_numbers_count(dtype: torch.dtype, autocast: bool, eps: float, text: str) -> None:
+    model = nn.Linear(2, 2).to(dtype)
+    found = (Evaluator(model, context=BFLOAT16) if autocast else Evaluator(model)).precision
+    assert (found.eps, str(found)) == (eps, text)
+    assert found.is_coarse == (eps > 2.0**-23)
+
+
+@pytest.mark.parametrize("method", ["finetune-polish", "swarm"])
+def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_rounding(method: str) -> None:
+    settings = Settings(method=FineTunePolish()) if method == "finetune-polish" else quick()
+    evaluator = Evaluator(trained(mlp).eval(), context=BFLOAT16)
+    before = evaluator.run(known())
+    outcome = repair_module(evaluator, known(), settings)
+    report = outcome.report
+    assert report.status == "repaired"
+    judge = report.judge
+    assert judge is not None
+    assert judge.rounding is not None
+    assert str(judge.precision) == "float32 on cpu, autocast to bfloat16"
+    after = evaluator.run_with(outcome.parameters or {}, known())
+    kept = before.passed & (before.margin > 2 * judge.rounding)
+    assert (after.margin[kept] >= judge.rounding).all()
+    assert judge.within_rounding == int((after.passed & (after.margin < judge.rounding)).sum())
+    assert RepairReport.from_json(report.to_json()).judge == judge
+    assert ("within rounding" in report.to_markdown()) == (judge.within_rounding > 0)

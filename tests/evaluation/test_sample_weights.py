@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from options import with_options
+from sample_tables import sample_table
 from torch import Tensor, nn
-from toy_problems import left_alone, on_a_line, threshold, together
-from toy_repairs import blobs, known, mlp, quick, trained, unseen
+from toy_problems import left_alone, threshold, together
+from toy_repairs import blobs, known, quick, trained, unseen
 
 from lightning_nrl import (
     Gate,
@@ -21,39 +22,18 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl._trainer.continue_training import Shuffled
-from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import below, needed, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.methods import Polish, Proposal, better
-from lightning_nrl.search import Fitness
-from lightning_nrl.search.scores import Scores
+from lightning_nrl.methods import Polish
 from lightning_nrl.tasks import Regression
 
 
 def evidence(passed: list[bool], **columns: Any) -> SampleResults:
-    n, ok = len(passed), torch.tensor(passed)
-    given: dict[str, Any] = {
-        "splits": ("train", "new"),
-        "sizes": (n // 2, n - n // 2),
-        "index": torch.cat([torch.arange(n // 2), torch.arange(n - n // 2)]),
-        "label": torch.zeros(n, dtype=torch.int64),
-        "prediction": (~ok).long(),
-        "loss": torch.ones(n),
-        "passed": ok,
-        "targeted": ~ok,
-        "margin": torch.zeros(n),
-    }
-    return SampleResults(**{**given, **columns})
-
-
-def see(sources: Any) -> SampleResults:
-    return Evaluator(mlp().eval().requires_grad_(False)).run(sources, Target.all())
+    return sample_table(passed, targeted=~torch.tensor(passed), **{"loss": torch.ones(len(passed)), **columns})
 
 
 def counted(
@@ -80,14 +60,6 @@ def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any)
     assert found.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]  # 1 on average over the failures; passed ones as ever
     assert found.gain(torch.tensor([True, True, False, False, True, False])) == 2.0
     assert not aside.any()
-
-
-def test_without_a_word_all_count_alike_and_nothing_is_read() -> None:
-    found, _ = counted(SampleOptions())
-    assert found.weight.dtype == torch.float64
-    assert not found.weighted
-    assert found.names == ()
-    assert found.group.tolist() == [-1] * 6
 
 
 def test_hard_failures_count_more_by_the_factor_of_the_focal_loss() -> None:
@@ -170,16 +142,6 @@ def test_what_does_not_fit_the_data_is_refused_with_a_name(importance: SampleOpt
         counted(importance, (WEIGHTS,))
 
 
-def test_quotas_in_numbers_and_what_is_missing() -> None:
-    sliced = evidence([True, False, False, False], names=("day", "night"), group=torch.tensor([0, 0, 1, 1]))
-    assert needed(sliced, {"night": 1, "day": "50%"}) == ({"night": 1, "day": 1}, "")
-    assert needed(sliced, {"dusk": 1})[1] == "`quotas` names the slice 'dusk'; there are day, night."
-    assert "which has 2 targets" in needed(sliced, {"night": 3})[1]
-    repaired = torch.tensor([False, True, False, True])
-    assert below(sliced, repaired, {"night": 2, "day": 1}) == {"night": (1, 2)}
-    assert raised(sliced, ["night"], 4.0).weight.tolist() == pytest.approx([1, 1 / 3, 4 / 3, 4 / 3])
-
-
 def flipped(before: SampleResults, *rows: int) -> SampleResults:
     passed = before.passed.clone()
     passed[list(rows)] ^= True
@@ -211,46 +173,6 @@ def test_a_quota_that_is_not_met_is_a_reason() -> None:
     assert "Of the slice 'night' 1 is repaired; its quota is 2." in verdict.reason
 
 
-def test_the_better_proposal_by_weight() -> None:
-    problem = on_a_line()
-    weight = torch.ones(7, dtype=torch.float64)
-    weight[5], weight[6] = 0.2, 1.8  # 0.7 matters less than 0.5
-    own = replace(problem, before=replace(problem.before, weight=weight))
-    easy = own.counted("easy", {}, flipped(own.before, 5))
-    hard = own.counted("hard", {}, flipped(own.before, 6))
-    assert better([easy, hard]) is hard
-    assert (
-        better(
-            [problem.counted("easy", {}, flipped(own.before, 5)), problem.counted("hard", {}, flipped(own.before, 6))]
-        ).name
-        == "easy"
-    )
-    harmful = own.counted("harmful", {}, flipped(own.before, 5, 6, 4))
-    assert better([harmful, easy]) is easy
-    plain = Proposal("", {}, own.before, 3, 1)
-    assert (plain.gain, plain.harm) == (3.0, 1.0)
-
-
-def test_a_swarm_ranks_by_weight() -> None:
-    loss = torch.ones(1, 2)
-    before = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 1.0, 1.0)), n_failed=4, n_passed=10)
-    after = Scores(
-        torch.tensor([[2.0, 1.0]]),
-        torch.tensor([[10.0, 10.0]]),
-        loss,
-        loss,
-        4,
-        10,
-        gain=torch.tensor([[1.0, 2.5]]),
-        harm=torch.tensor([[0.0, 0.0]]),
-        least=0.5,
-    )
-    assert Fitness()(after, before).tolist() == [[1.125, 2.625]]
-    worse = replace(after, harm=torch.tensor([[3.0, 0.0]]), intact=torch.tensor([[9.0, 10.0]]))
-    assert Fitness()(worse, before).tolist() == [[1.125 - 15, 2.625]]
-    assert Fitness("eq2", alpha=1, beta=0)(worse, before).tolist() == [[pytest.approx(0.95), pytest.approx(1.625)]]
-
-
 def either_or(copies: int = 1) -> list[TensorSource]:
     """With the threshold at 0.75, 0.7 of class 1 and 0.8 of class 0 fail; no threshold is right about both."""
     x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.7, 0.8)])
@@ -279,16 +201,6 @@ def test_of_two_failures_every_method_repairs_the_one_that_counts_more(method: s
         )
     assert outcome.report.splits[0].repaired_ids == (worthy,)
     assert outcome.report.splits[0].broken == 0
-
-
-def test_a_comparison_heeds_it_too() -> None:
-    model = nn.Linear(2, 2, bias=False)
-    model.load_state_dict(threshold(0.75))
-    alike = compare_module(model, either_or(), methods=["linearized"])
-    other = compare_module(
-        model, either_or(), Settings(samples=SampleOptions(importance={4: 1, 5: 9})), methods=["linearized"]
-    )
-    assert [alike.entries[0].given, other.entries[0].given.targeted] == [None, 1]
 
 
 @pytest.mark.parametrize("name", ["low", "high"])
@@ -362,17 +274,6 @@ def test_samples_of_two_processes_have_the_same_weights() -> None:
     model = trained().eval()
     found, _ = alone.evaluate(Evaluator(model), known(n=30), Target.all())
     assert one == [*found.weight.tolist(), *found.group.tolist()]
-
-
-def test_training_goes_over_heavy_samples_more_often() -> None:
-    weight = torch.tensor([3.0, 0.0, 0.5, 0.5])
-    sampler = Shuffled(4, 0, weight=weight)
-    epochs = [list(sampler) for _ in range(200)]
-    assert all(len(epoch) == 3 for epoch in epochs)
-    often = torch.tensor([sum(epoch.count(i) for epoch in epochs) for i in range(4)]) / 200
-    assert 1.8 < often[0] <= 3.0
-    assert often[1] == 0
-    assert list(Shuffled(4, 0)) == list(Shuffled(4, 0, weight=None))
 
 
 def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> None:

@@ -959,8 +959,7 @@ def _diagnosis(folder: Path) -> Any:
 
 
 def _compared(comparison: Any) -> dict[str, Any]:
-    duels = {entry.method: names.head_to_head(comparison, entry.method) for entry in comparison.entries if entry.curve}
-    return {**comparison.to_dict(), "duels": duels, "page": names.comparison_page(comparison)}
+    return {**comparison.to_dict(), "page": names.comparison_page(comparison)}
 
 
 @case("comparison")

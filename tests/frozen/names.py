@@ -235,7 +235,17 @@ def sweep_tensors(
 
 
 def sweep_checkpoint(trainer: Any, model: Any, settings: Any, *, data: Any, path: Any, seeds: Any, **flat: Any) -> Any:
-    return sweep(trainer, model, settings=settings, datamodule=data, ckpt_path=path, seeds=seeds, **_grouped(flat))
+    rows = [_setting_of_row(**setting) for setting in settings]
+    return sweep(trainer, model, settings=rows, datamodule=data, ckpt_path=path, seeds=seeds, **_grouped(flat))
+
+
+def _setting_of_row(row: str, **further: Any) -> dict[str, Any]:
+    """A row of Table II with something else, named after both."""
+    made = paper_arguments(row)
+    search = made["search"]
+    own = {"fitness": search.fitness, "localizer": search.localizer, "n_passed": search.n_passed}
+    name = " ".join([row, *(f"{key}={value}" for key, value in further.items())])
+    return {"name": name, "method": made["method"], **own, **further}
 
 
 def swept_callback(result: Any, run: Any, **flat: Any) -> Any:
@@ -291,11 +301,6 @@ def sweep_columns(result: Any) -> str:
     counted = iter(roles)
     assert set(roles) <= set(columns)
     return ",".join(next(counted) if name in roles else name for name in columns)
-
-
-def head_to_head(comparison: Any, method: str) -> Any:
-    """A method beside every other one, at equal repaired."""
-    return comparison.head_to_head(method)
 
 
 def read_report(text: str) -> Any:

@@ -11,7 +11,7 @@ from lightning_package import seed_everything
 from task_models import CASES
 
 from lightning_nrl._trainer.tracking import repair_log
-from lightning_nrl.report import repair_page
+from lightning_nrl.report import repair_report
 
 # Scripts that tests start find the helpers of all tests, as pytest itself does.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -21,7 +21,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere a repair leaves them out, as where matplotlib is not installed: they take a second each time."""
     if request.node.get_closest_marker("figures") is None:
-        for module in (repair_page, repair_log):
+        for module in (repair_report, repair_log):
             monkeypatch.setattr(module, "find_spec", lambda name: None)
 
 
@@ -46,6 +46,12 @@ def trained_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         trainer.fit(model, datamodule=data)
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     return {name: folder / f"{name}.ckpt" for name in CASES}
+
+
+@pytest.fixture
+def old(trained_path: Path) -> Classifier:
+    """The same as the model that an update replaces."""
+    return Classifier.load_from_checkpoint(trained_path)
 
 
 @pytest.fixture

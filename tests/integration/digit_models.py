@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from lightning_package import LightningCLI, LightningDataModule, LightningModule, Trainer, callbacks, pl
+from lightning_package import Callback, LightningDataModule, LightningModule, Trainer, callbacks, pl
 from options import with_options
 from packaging.version import Version
 from sklearn.datasets import load_digits
@@ -135,11 +135,45 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
+class Flat(nn.Module):
+    """Another architecture, for other inputs: ten classes in reverse order."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.inside(pixels.view(-1, 1, 8, 8)).flip(1)
+
+
+def flattened(batch: Any) -> Any:
+    """An adapter for it."""
+    return (batch[0].flatten(1),), {}, batch[1]
+
+
 class Untrainable(Classifier):
     """Fails the test if training begins."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise AssertionError("training has begun")
+
+
+def is_noisy(batch: Any) -> Tensor:
+    """Which samples of a batch of `Digits` are noisy."""
+    return batch["noisy"] if isinstance(batch, Mapping) else batch[2]
+
+
+def camera(batch: Any) -> list[str]:
+    """The slice of each sample of `Digits`."""
+    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
+
+
+def digit(batch: Any) -> Tensor:
+    return batch[1]
+
+
+def nobody(batch: Any) -> Tensor:
+    return torch.zeros(len(batch[0]), dtype=torch.bool)
 
 
 def overwriting(name: str) -> Any:
@@ -160,23 +194,32 @@ def quiet_trainer(path: Any, *given: Any, **arguments: Any) -> Trainer:
     return Trainer(default_root_dir=path, callbacks=list(given), **{**defaults, **arguments})
 
 
-def configured(folder: Path, name: str, **written: Any) -> Any:
-    """The callback of `lightning_nrl` that LightningCLI makes of a configuration file."""
-    entry = {"class_path": f"lightning_nrl.{name}", "init_args": written}
-    config = {
-        "model": {"class_path": "digit_models.Classifier"},
-        "data": {"class_path": "digit_models.Digits"},
-        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    args = ["--config", str(folder / "config.yaml")]
-    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
-    (callback,) = (c for c in made.trainer.callbacks if type(c).__name__ == name)  # type: ignore[attr-defined]
-    return callback
-
-
 def quick_repair(**arguments: Any) -> RegressionFreeRepair:
     return RegressionFreeRepair(**with_options({**QUICK, **arguments}))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy, which does not move with the model."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """True if two states, models or checkpoints by their paths have the same weights, bit for bit."""
+    first, second = map(_state, (one, other))
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def _state(of: Any) -> Any:
+    if isinstance(of, (str, Path)):
+        return torch.load(of, weights_only=True)["state_dict"]
+    return of.state_dict() if isinstance(of, nn.Module) else of
+
+
+class Remember(Callback):
+    """Keeps the weights when its turn comes after training; to stand before the repair."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state = state_of(pl_module)
 
 
 def right(model: LightningModule, data: TensorDataset) -> Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from digit_models import Classifier, Digits, quick_repair
+from digit_models import Classifier, Digits, quick_repair, state_of
 from lightning_package import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
-from lightning_nrl import RegressionFreeRepair, repair
+from lightning_nrl import RegressionFreeRepair
 from lightning_nrl.methods import Problem, Solution
 
 SIZES = (203, 3, 1)
@@ -47,7 +47,7 @@ class Leave(Callback):
         self.repair = repair
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        state = state_of(pl_module)
         left = {"state": state, "report": self.repair.report.to_json()}
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 
@@ -80,14 +80,6 @@ def fit(folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int
         trainer.fit_loop.epoch_progress.reset()
         trainer.fit(model, datamodule=FewRepairs(n))
     return trainer, model
-
-
-def repair_checkpoint(folder: Path, n: int, strategy: Any = "auto", devices: int = 1) -> None:
-    """The same without training, in the folder `checkpoint`."""
-    callback = quick_repair(unseen="test", dirpath=folder / "checkpoint")
-    trainer, path = trainer_on(folder, strategy, devices), folder.parent / "trained.ckpt"
-    repair(trainer, model := Classifier(), datamodule=FewRepairs(n), ckpt_path=path, callback=callback)
-    Leave(callback).on_train_end(trainer, model)
 
 
 @dataclass(frozen=True)
@@ -136,5 +128,4 @@ def fit_batch_norm(folder: Path) -> None:
 def fit_all(folder: Path) -> None:
     """By a rank of two."""
     fit(folder, SIZES, "ddp", 2)
-    repair_checkpoint(folder, SIZES[0], "ddp", 2)
     fit_batch_norm(folder)

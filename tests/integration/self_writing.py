@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from digit_models import Classifier
 from torch import Tensor, nn
+
+from lightning_nrl import Gate
 
 
 class BoundedEmbedding(nn.Module):
@@ -74,3 +77,15 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
     bits = {name: hashlib.sha256(x.detach().numpy().tobytes()).hexdigest() for name, x in state.items()}
     merged = [module.merged for module in model.modules() if isinstance(module, LowRank)]
     return bits, [id(x) for x in model.parameters()], [module.training for module in model.modules()], merged
+
+
+class NothingAtAll(Gate):
+    """Refuses whatever comes."""
+
+    rule = "nothing at all"
+
+    def allowed(self, counts: Any) -> int:
+        return -1
+
+    def __str__(self) -> str:
+        return "nothing-at-all"

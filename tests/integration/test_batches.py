@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair
-from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.errors import RepairError
 
 
@@ -88,21 +87,8 @@ class Signals(LightningModule):
         (2, 3, "y", r"the model returned \[16, 2\] for 8 targets"),
     ],
 )
-def test_what_does_not_fit_shows_the_batch_and_an_adapter(
-    tmp_path: Path, copies: int, size: int, truth: str, found: str
-) -> None:
+def test_a_batch_that_does_not_fit_is_shown(tmp_path: Path, copies: int, size: int, truth: str, found: str) -> None:
     data = DataLoader([{"signal": torch.zeros(size), truth: 1}] * 20, 8)  # type: ignore[arg-type]
     shown = rf"{found}[\s\S]*signal: float32 \[8, {size}\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
     with pytest.raises(ConfigurationError, match=shown):
         fitted(tmp_path, Signals(copies), data, data)
-
-
-def test_a_batch_of_torch_geometric_is_taken_apart() -> None:
-    data = pytest.importorskip("torch_geometric.data")
-    graphs = [data.Data(x=torch.ones(3, 4), edge_index=torch.zeros(2, 1).long(), y=torch.tensor([i])) for i in (0, 1)]
-    batch = data.Batch.from_data_list(graphs)
-    args, _, target = unpack(batch)
-    assert args[0] is batch
-    assert target.tolist() == [0, 1]
-    _, kwargs, _ = bind_adapter(unpack, GraphClassifier())(batch)
-    assert kwargs["batch"].tolist() == [0, 0, 0, 1, 1, 1]

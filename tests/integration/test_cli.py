@@ -17,7 +17,7 @@ from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecover, NeuRecoverLite
 from lightning_nrl.methods import Auto, LocalSearch, bundle
 from lightning_nrl.search import DifferentialEvolution, Fitness
-from lightning_nrl.tasks import Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import Custom, Multilabel, Regression, Segmentation, Sequence
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -37,11 +37,11 @@ trainer:
 
 WORDS = """
 layer: network.3
-target: label 3 and not where test_cli:is_noisy
+target: label 3 and not where digit_models:is_noisy
 gate: tolerance:1%
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
 search: {fitness: eq2, n_passed: 100}
-samples: {slices: "test_cli:camera", quotas: {noisy: 1}}
+samples: {slices: "digit_models:camera", quotas: {noisy: 1}}
 verbose: false
 """
 
@@ -50,7 +50,7 @@ layer: [network.1, network.3]
 target:
   class_path: lightning_nrl.data.And
   init_args:
-    left: {class_path: lightning_nrl.data.Where, init_args: {predicate: "test_cli:is_noisy"}}
+    left: {class_path: lightning_nrl.data.Where, init_args: {predicate: "digit_models:is_noisy"}}
     right:
       class_path: lightning_nrl.data.Not
       init_args: {target: {class_path: lightning_nrl.data.Label, init_args: {label: 1}}}
@@ -68,14 +68,6 @@ data: {adapter: "lightning_nrl.data.adapters:unpack", start_from: best}
 bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
 verbose: false
 """
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
-
-
-def camera(batch: Any) -> list[str]:
-    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
 def cli(
@@ -100,11 +92,11 @@ def repair_of(found: LightningCLI) -> Any:
 def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, WORDS)
     settings = repair_of(found).settings
-    assert settings.target == Target.label(3) & ~Target.where("test_cli:is_noisy")
+    assert settings.target == Target.label(3) & ~Target.where("digit_models:is_noisy")
     assert settings.gate == Tolerance(0.01)
     assert settings.fitness == Fitness("eq2")
     assert settings.method == ParticleSwarm(particles=10, iterations=5)
-    assert repair_of(found).report.target == "label 3 and not where test_cli:is_noisy"
+    assert repair_of(found).report.target == "label 3 and not where digit_models:is_noisy"
     assert (tmp_path / "repair" / "report.json").exists()
 
 
@@ -135,7 +127,7 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, OBJECTS)
     settings = repair_of(found).settings
     assert settings.layer == ["network.1", "network.3"]
-    assert str(settings.target) == "where test_cli:is_noisy and not label 1"
+    assert str(settings.target) == "where digit_models:is_noisy and not label 1"
     assert settings.gate == Tolerance(3)
     assert settings.fitness == Fitness("eq1", alpha=5, perfect_intact=True)
     assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half", inertia=0.6)
@@ -143,36 +135,16 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     assert set(repair_of(found).report.layers) <= {"network.1", "network.3"}
 
 
-def test_a_file_may_leave_everything_out_and_the_command_line_may_add(tmp_path: Path) -> None:
-    found = cli(
-        tmp_path,
-        "",
-        "--trainer.callbacks.seed=5",
-        "--trainer.callbacks.method=lightning_nrl.ParticleSwarm",
-        "--trainer.callbacks.method.particles=7",
-        run=False,
-    )
-    settings = repair_of(found).settings
+def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alone(tmp_path: Path) -> None:
+    added = ["seed=5", "method=lightning_nrl.ParticleSwarm", "method.particles=7"]
+    settings = repair_of(cli(tmp_path, "", *(f"--trainer.callbacks.{one}" for one in added), run=False)).settings
     assert settings.seed == 5
     assert settings.gate == Instance()
     assert settings.method == ParticleSwarm(particles=7)
-
-
-def test_a_command_line_alone_will_do(tmp_path: Path) -> None:
-    found = LightningCLI(
-        Classifier,
-        Digits,
-        save_config_callback=None,
-        run=False,
-        args=[
-            "--trainer.logger=false",
-            "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair",
-            "--trainer.callbacks.layer=network.3",
-            "--trainer.callbacks.target=lightning_nrl.data.Label",
-            "--trainer.callbacks.target.label=3",
-            "--trainer.callbacks.gate=accuracy",
-        ],
-    )
+    alone = ["layer=network.3", "target=lightning_nrl.data.Label", "target.label=3", "gate=accuracy"]
+    arguments = ["--trainer.logger=false", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair"]
+    arguments += [f"--trainer.callbacks.{one}" for one in alone]
+    found = LightningCLI(Classifier, Digits, save_config_callback=None, run=False, args=arguments)
     assert repair_of(found).settings.target == Target.label(3)
 
 
@@ -183,9 +155,7 @@ def test_a_bad_word_in_a_file_is_refused_with_its_name(tmp_path: Path) -> None:
         cli(tmp_path, "gate: instant", run=False)
 
 
-def test_the_configuration_that_is_printed_can_be_read_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_printed_configuration_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["fit", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair", "--print_config"]
     with pytest.raises(SystemExit):
         LightningCLI(Classifier, Digits, args=arguments)
@@ -197,50 +167,32 @@ def test_the_configuration_that_is_printed_can_be_read_again(
     assert again.settings == RegressionFreeRepair().settings
 
 
-@pytest.mark.parametrize(
-    ("words", "task"),
-    [
-        ("multilabel", Multilabel()),
-        ("{class_path: lightning_nrl.tasks.Regression, init_args: {tolerance: 0.1}}", Regression(0.1)),
-        (
-            "{class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}",
-            Segmentation(0.7, (1,)),
-        ),
-        ("{class_path: lightning_nrl.tasks.Sequence, init_args: {class_dim: 1}}", Sequence(class_dim=1)),
-    ],
-)
-def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) -> None:
-    assert repair_of(cli(tmp_path, f"task: {words}", run=False)).repair.task == task
+PARTS: dict[str, Any] = {
+    "task: multilabel": Multilabel(),
+    "task: {class_path: lightning_nrl.tasks.Regression, init_args: {tolerance: 0.1}}": Regression(0.1),
+    "task: {class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}": Segmentation(
+        0.7, (1,)
+    ),
+    "task: {class_path: lightning_nrl.tasks.Sequence, init_args: {class_dim: 1}}": Sequence(class_dim=1),
+    "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}": Custom(
+        "torch:eq", "torch:dist"
+    ),
+    "method: {class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}": RandomLocalSearch(iterations=3),
+    "method: {class_path: lightning_nrl.methods.Auto, init_args: {swarm: "
+    "{class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 9}}}}": Auto(ParticleSwarm(particles=9)),
+    "method: {class_path: lightning_nrl.methods.Auto}": Auto(),
+    "method: arachne": bundle("arachne"),
+    "method: arachne-de\nsearch: {localizer: random}": bundle("arachne-de", localizer="random"),
+    "method: {class_path: lightning_nrl.methods.LocalSearch, init_args: {searcher: {class_path: "
+    "lightning_nrl.search.DifferentialEvolution, init_args: {population: 9}}, localizer: {class_path: "
+    "lightning_nrl.localization.NeuRecover, init_args: {history: [a.ckpt, b.ckpt]}}, fitness: neurecover}}": (
+        LocalSearch(DifferentialEvolution(9), localizer=NeuRecover(["a.ckpt", "b.ckpt"]), fitness="neurecover")
+    ),
+}
 
 
-def test_a_task_of_functions_is_given_by_addresses(tmp_path: Path) -> None:
-    words = "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
-    assert str(repair_of(cli(tmp_path, words, run=False)).repair.task) == "Custom: passed by torch:eq"
-
-
-OWN_SEARCHER = "{class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}"
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        (OWN_SEARCHER, RandomLocalSearch(iterations=3)),
-        (
-            "{class_path: lightning_nrl.methods.Auto, init_args: {swarm: "
-            "{class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 9}}}}",
-            Auto(ParticleSwarm(particles=9)),
-        ),
-        ("{class_path: lightning_nrl.methods.Auto}", Auto()),
-        ("arachne", bundle("arachne")),
-        ("arachne-de\nsearch: {localizer: random}", bundle("arachne-de", localizer="random")),
-        (
-            "{class_path: lightning_nrl.methods.LocalSearch, init_args: {searcher: {class_path: "
-            "lightning_nrl.search.DifferentialEvolution, init_args: {population: 9}}, localizer: {class_path: "
-            "lightning_nrl.localization.NeuRecover, init_args: {history: [a.ckpt, b.ckpt]}}, fitness: neurecover}}",
-            LocalSearch(DifferentialEvolution(9), localizer=NeuRecover(["a.ckpt", "b.ckpt"]), fitness="neurecover"),
-        ),
-    ],
-    ids=["own searcher", "swarm within auto", "auto", "family", "other localiser", "parts"],
-)
-def test_a_searcher_may_stand_in_a_file(tmp_path: Path, method: str, expected: Any) -> None:
-    assert repair_of(cli(tmp_path, f"method: {method}", run=False)).settings.method == expected
+@pytest.mark.parametrize("words", PARTS, ids=lambda words: words[:40])
+def test_tasks_and_methods_have_names_and_arguments(tmp_path: Path, words: str) -> None:
+    made = repair_of(cli(tmp_path, words, run=False))
+    found = made.repair.task if words.startswith("task") else made.settings.method
+    assert repr(found) == repr(PARTS[words])

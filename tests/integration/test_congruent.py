@@ -1,34 +1,24 @@
-"""Training that is held to what the replaced model gets right; also a script, since plain `ddp` starts it again.
-
-python test_congruent.py FOLDER
-"""
+"""Training that is held to what the replaced model gets right."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, cnn, configured, quick_repair, quiet_trainer, right
+from digit_models import Classifier, Digits, Flat, cnn, flattened, quick_repair, quiet_trainer, right, same
 from lightning_package import Callback, CombinedLoader, LightningModule, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from two_processes import in_two_processes
 
-from lightning_nrl import (
-    ConfigurationError,
-    OldModel,
-    PositiveCongruentTraining,
-    RegressionFreeRepair,
-    RegressionMetrics,
-)
+from lightning_nrl import ConfigurationError, OldModel, PositiveCongruentTraining, RegressionMetrics
 from lightning_nrl.callbacks import regression_loss
-from lightning_nrl.tasks import Multiclass
 from lightning_nrl.updates import FocalDistillation, MarginHinge, Oversampler, Predictions
 
 
@@ -44,21 +34,11 @@ class Numbered(Digits):
         return DataLoader(TensorDataset(images, labels, torch.arange(len(labels))), self.batch_size)
 
 
-@pytest.fixture
-def old(trained_path: Path) -> Classifier:
-    return Classifier.load_from_checkpoint(trained_path)
-
-
 def fit(folder: Path, model: LightningModule, *callbacks: Callback, **arguments: Any) -> Any:
     data = arguments.pop("data", None) or Numbered()
     trainer = quiet_trainer(folder, *callbacks, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
     trainer.fit(model, datamodule=data)
     return trainer
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 class ByHand(Classifier):
@@ -109,36 +89,58 @@ class Manual(OneLine):
         optimizer.step()
 
 
+class PlainAndFlipped(Classifier):
+    """Of its two calls the one on the batch counts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self(batch[0].flip(3)).sum()
+
+
+def compiled() -> Classifier:
+    model = Classifier()
+    model.compile(backend="eager")
+    return model
+
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "path": (Classifier, "bf16-mixed"),
+    "module": (Classifier, "32-true"),
+    "remembered": (Classifier, "bf16-mixed"),
+    "dict": (Dict, "32-true"),
+    "part": (Part, "32-true"),
+    "one line": (OneLine, "bf16-mixed"),
+    "manual": (Manual, "32-true"),
+    "plain and flipped": (PlainAndFlipped, "32-true"),
+    "compiled": (lambda: torch.compile(Classifier(), backend="eager"), "32-true"),
+    "compiled in place": (compiled, "32-true"),
+}
+
+
+@cache
+def by_hand(path: Path, folder: Path, precision: Any, accumulate: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights of a training with the term in its step, and a weight of one without it."""
+    expected, plain = ByHand(Classifier.load_from_checkpoint(path)), Classifier()
+    for model in (expected, plain):
+        fit(folder, model, precision=precision, accumulate_grad_batches=accumulate)
+    return dict(expected.state_dict()), plain.state_dict()["network.1.weight"]
+
+
 @pytest.mark.filterwarnings("ignore:Attribute 'teacher' is an instance")
-@pytest.mark.parametrize(
-    ("form", "precision"),
-    [
-        ("path", "bf16-mixed"),
-        ("module", "32-true"),
-        ("remembered", "bf16-mixed"),
-        ("dict", "32-true"),
-        ("part", "32-true"),
-        ("one line", "bf16-mixed"),
-        ("manual", "32-true"),
-    ],
-)
-def test_the_term_is_added_as_if_it_were_written_into_the_step(
-    form: str, precision: Any, old: Classifier, trained_path: Path, tmp_path: Path
+@pytest.mark.parametrize("form", FORMS)
+def test_the_term_is_added_as_if_written_by_hand(
+    form: str, old: Classifier, trained_path: Path, tmp_path: Path
 ) -> None:
-    kinds: dict[str, Any] = {"dict": Dict, "part": Part, "one line": OneLine, "manual": Manual}
-    model = kinds.get(form, Classifier)()
+    kind, precision = FORMS[form]
+    model = kind()
     reference = trained_path if form == "path" else old
     congruent = PositiveCongruentTraining(reference, index=third if form == "remembered" else None)
     accumulate = 1 if form == "manual" else 3
-    means: dict[str, Any] = {"precision": precision, "accumulate_grad_batches": accumulate}
-    trainer = fit(tmp_path, model, congruent, **means)
-    expected = ByHand(old)
-    fit(tmp_path, expected, **means)
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-    plain = Classifier()
-    fit(tmp_path, plain, **means)
-    assert not torch.allclose(plain.network[1].weight, model.network[1].weight, atol=1e-3)  # type: ignore[arg-type]
+    trainer = fit(tmp_path, model, congruent, precision=precision, accumulate_grad_batches=accumulate)
+    expected, plain = by_hand(trained_path, trained_path.parent, precision, accumulate)
+    found = getattr(model, "_orig_mod", model).state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain, found["network.1.weight"], atol=1e-3)
     assert float(trainer.callback_metrics["regression/focal_distillation"]) > 0
 
 
@@ -240,10 +242,9 @@ def test_the_old_model_gets_the_inputs_that_the_new_one_got(old: Classifier, tmp
     assert [torch.equal(x, images[32 * i : 32 * i + 32].flip(3)) for i, x in enumerate(steps)] == [True, True]
 
 
-def test_with_an_index_the_old_model_runs_once_a_sample(old: Classifier, tmp_path: Path) -> None:
+def test_with_an_index_the_old_model_runs_once_a_sample(tmp_path: Path) -> None:
     teacher = Listening(cnn())
-    data = Numbered()
-    fit(tmp_path, Classifier(), PositiveCongruentTraining(teacher, index=third), data=data, max_epochs=4)
+    fit(tmp_path, Classifier(), PositiveCongruentTraining(teacher, index=third), max_epochs=3)
     # 400 samples in 13 batches, of which the first is looked at before training, and checked once.
     assert len(teacher.heard) == 14
 
@@ -265,24 +266,15 @@ def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: 
         fit(tmp_path, Classifier(), PositiveCongruentTraining(known, index=third), data=data)
 
 
-class Reversed(nn.Module):
-    """Its classes are in reverse order, and it has one more."""
-
-    def __init__(self, inside: nn.Module) -> None:
-        super().__init__()
-        self.inside = inside
+class OneMore(Flat):
+    """Has one class more."""
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = self.inside(pixels.view(-1, 1, 8, 8))
-        return F.pad(logits.flip(1), (0, 1), value=-50.0)
-
-
-def flattened(batch: Any) -> Any:
-    return (batch[0].flatten(1),), {}, batch[1]
+        return F.pad(super().forward(pixels), (0, 1), value=-50.0)
 
 
 def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp_path: Path) -> None:
-    reference = OldModel(Reversed(old), adapter=flattened, classes={9 - i: i for i in range(10)})
+    reference = OldModel(OneMore(old), adapter=flattened, classes={9 - i: i for i in range(10)})
     both = []
     for given in (reference, old):
         model = Classifier()
@@ -291,22 +283,7 @@ def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp
     for a, b in zip(*(model.parameters() for model in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     with pytest.raises(ConfigurationError, match=r"returned \[32, 11\], the new one \[32, 10\]\.\nHINT: say which old"):
-        fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(Reversed(old), adapter=flattened)))
-
-
-@pytest.mark.parametrize("how", ["whole", "in place"])
-def test_compiled_modules(how: str, old: Classifier, tmp_path: Path) -> None:
-    model: Any = Classifier()
-    if how == "whole":
-        model = torch.compile(model, backend="eager")
-    else:
-        model.compile(backend="eager")
-    fit(tmp_path, model, PositiveCongruentTraining(old), max_epochs=1)
-    expected = ByHand(old)
-    fit(tmp_path, expected, max_epochs=1)
-    inner = getattr(model, "_orig_mod", model)
-    for a, b in zip(inner.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)))
 
 
 def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Path, tmp_path: Path) -> None:
@@ -315,13 +292,11 @@ def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Pa
             hard = Oversampler.of(Classifier.load_from_checkpoint(trained_path), self.train, oversample=2)
             return DataLoader(self.train, self.batch_size, sampler=hard)
 
-    repair = RegressionFreeRepair(reference=trained_path, dirpath=tmp_path / "repair", unseen="test", verbose=False)
+    repair = quick_repair(reference=trained_path, dirpath=tmp_path / "repair", unseen="test")
     callbacks = (repair, PositiveCongruentTraining(trained_path), RegressionMetrics(trained_path))
     model = Classifier()
     trainer = fit(tmp_path, model, *callbacks, data=Sampled(), max_epochs=4)
-    assert repair.report is not None
     update = repair.report.pooled_update("known")
-    assert update is not None
     assert update.now.broken <= update.trained.broken
     assert 0 <= trainer.callback_metrics["regression/nfr"] < 1
     assert "training_step" not in vars(model)
@@ -331,18 +306,12 @@ def test_a_repair_before_it_in_the_list_trains_its_own_copies(old: Classifier, t
     repair = quick_repair(method="finetune-polish", dirpath=tmp_path / "repair", max_time=20)
     model = Classifier()
     fit(tmp_path, model, repair, PositiveCongruentTraining(old), data=Digits())
-    assert repair.report is not None
     assert repair.report.status in ("repaired", "not repaired")
 
 
 class Twice(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return F.cross_entropy(self(batch[0].flip(2)) + self(batch[0].flip(3)), batch[1])
-
-
-class PlainAndFlipped(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self(batch[0].flip(3)).sum()
 
 
 class Halves(Classifier):
@@ -373,14 +342,6 @@ class Lossless(Classifier):
 class Skipping(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None if batch_idx % 2 else super().training_step(batch, batch_idx)
-
-
-def test_of_two_calls_the_one_on_the_batch_counts(old: Classifier, tmp_path: Path) -> None:
-    model, expected = PlainAndFlipped(), ByHand(old)
-    fit(tmp_path, model, PositiveCongruentTraining(old), max_epochs=1)
-    fit(tmp_path, expected, max_epochs=1)
-    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -427,32 +388,6 @@ def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp
     assert "training_step" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"reference": None}, "`reference=None`: there is nothing to hold"),
-        ({"reference": "nowhere.ckpt"}, "is not there"),
-        ({"term": "distillation"}, "did you mean 'focal_distillation'"),
-        ({"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
-        ({"prefix": "/"}, "`prefix='/'` is no name"),
-        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
-        ({"task": 3}, "`task=3` is no Task"),
-    ],
-)
-def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        PositiveCongruentTraining(**{"reference": cnn(), **arguments})
-
-
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
-def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    term = {"class_path": "lightning_nrl.updates.FocalDistillation", "init_args": {"temperature": 2.0}}
-    written = {"reference": str(trained_path), "term": [term, "margin_hinge"], "index": "test_congruent:third"}
-    congruent = configured(tmp_path, "PositiveCongruentTraining", **written)
-    assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())
-    assert congruent.index.__name__ == "third"
-
-
 class Drawn(Callback):
     """Notes which samples this process was trained on."""
 
@@ -481,26 +416,12 @@ def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]
     means: dict[str, Any] = {"strategy": strategy, "devices": devices, "limit_val_batches": 0}
     fit(folder, model, congruent, drawn, data=data, **means)
     assert "training_step" not in vars(model)
-    state = {name: value.tolist() for name, value in model.state_dict().items()}
-    return {"rows": drawn.rows, "state": state, "keys": list(model.state_dict())}
-
-
-def _on_rank(folder: Path) -> None:
-    result = distributed_fit(folder, "ddp", 2)
-    (folder / f"congruent{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+    return {"rows": drawn.rows, "state": dict(model.state_dict())}
 
 
 def test_two_processes_train_as_one(trained_path: Path) -> None:
-    folder = trained_path.parent
-    alone = distributed_fit(folder, "auto", 1)
-    in_two_processes(_on_rank, folder)
-    ranks = [json.loads((folder / f"congruent{rank}.json").read_text()) for rank in (0, 1)]
-    assert Counter(ranks[0]["rows"] + ranks[1]["rows"]) == Counter(alone["rows"])
-    assert ranks[0]["state"] == ranks[1]["state"]
-    assert ranks[0]["keys"] == alone["keys"]
-    for name, value in alone["state"].items():
-        torch.testing.assert_close(torch.tensor(ranks[0]["state"][name]), torch.tensor(value), rtol=1e-3, atol=1e-3)
-
-
-def test_multiclass_is_the_default() -> None:
-    assert isinstance(PositiveCongruentTraining(cnn()).task, Multiclass)
+    alone = distributed_fit(trained_path.parent, "auto", 1)
+    first, second = in_two_processes(distributed_fit, trained_path.parent, "ddp", 2)
+    assert Counter(first["rows"] + second["rows"]) == Counter(alone["rows"])
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    torch.testing.assert_close(first["state"], alone["state"], rtol=1e-3, atol=1e-3)

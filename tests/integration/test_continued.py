@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import distributed_fit
-import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, quiet_trainer, right
+from digit_models import Classifier, Digits, quiet_trainer, right, same, state_of
 from distributed_fit import Continued
-from torch.utils.data import DataLoader, TensorDataset
+from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
 from lightning_nrl import Gate, RegressionFreeRepair, repair
-from lightning_nrl.evaluation.sample_results import FlipCounts
 
 
 def continued(**arguments: Any) -> RegressionFreeRepair:
@@ -31,7 +29,7 @@ def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> No
     assert report.splits[1].repaired > 30
     assert report.seconds["fit"] > 0
     saved = torch.load(report.files["checkpoint"], weights_only=True)
-    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())
+    assert same(model, saved["state_dict"])
     # The statistics went on for 4 epochs of (400 + 203) samples in batches of 32, the last of them dropped.
     assert int(model.network[1].num_batches_tracked) == 4 * (400 // 32) + 4 * (603 // 32)
     assert saved["global_step"] == 4 * (400 // 32)
@@ -39,25 +37,15 @@ def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> No
         assert split.kept + split.repaired == int(right(model, part).sum())
 
 
-class Never(Gate):
-    """Accepts nothing."""
-
-    rule = "less than none"
-
-    def allowed(self, counts: FlipCounts) -> int:
-        return -1
-
-    def __str__(self) -> str:
-        return "never"
-
-
 def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: Classifier) -> None:
-    before = {name: value.clone() for name, value in trained.state_dict().items()}
-    callback = continued(gate=Never())
+    before = state_of(trained)
+    callback = continued(gate=NothingAtAll())
     report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=callback)
     assert report.status == "refused"
     assert sum(split.repaired for split in report.candidate) > 0
-    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert same(trained, before)
+    report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01))
+    assert (report.status, report.reason) == ("not repaired", "no time.")
 
 
 def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trained_path: Path) -> None:
@@ -77,25 +65,6 @@ def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trai
     torch.testing.assert_close(saved["optimizer_states"], old["optimizer_states"], rtol=0, atol=0)
 
 
-def test_too_little_time_is_said(tmp_path: Path, trained: Classifier) -> None:
-    report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01))
-    assert (report.status, report.reason) == ("not repaired", "no time.")
-
-
-class BareRepairs(Digits):
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(*self.repair.tensors[:2]), 64)
-
-
-@pytest.mark.parametrize(("layer", "warned"), [("auto", True), ("network.3", False)])
-def test_data_that_cannot_be_trained_on_together_are_warned_of_before_training(
-    tmp_path: Path, layer: str, warned: bool, recwarn: pytest.WarningsRecorder
-) -> None:
-    with pytest.raises(AssertionError, match="training has begun"):
-        quiet_trainer(tmp_path, continued(layer=layer)).fit(Untrainable(), datamodule=BareRepairs())
-    assert any("the failed ones do not make one batch" in str(w.message) for w in recwarn) == warned
-
-
 def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path) -> None:
     shutil.copy(trained_path, tmp_path / "trained.ckpt")
     distributed_fit.fit_continued(tmp_path / "alone")
@@ -110,18 +79,22 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path)
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
         assert not torch.allclose(old[name], value, rtol=1e-2)
     ranks = [torch.load(tmp_path / f"two/rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1)]
-    assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+    assert same(ranks[0], ranks[1])
+
+
+class Few(Digits):
+    sizes = (128, 32, 96, 64)
 
 
 def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(tmp_path: Path) -> None:
-    trainer, model, data = quiet_trainer(tmp_path, max_epochs=4), Classifier("cnn", lr=0.01), Digits()
+    trainer, model, data = quiet_trainer(tmp_path, max_epochs=4), Classifier("cnn", lr=0.01), Few()
     trainer.fit(model, datamodule=data)
     report = repair(trainer, model, datamodule=data, callback=continued())
     assert report.status == "repaired"
-    assert int(model.network[1].num_batches_tracked) == 4 * (400 // 32) + 4 * (603 // 32)
+    assert int(model.network[1].num_batches_tracked) == 4 * (128 // 32) + 4 * (224 // 32)
     other = Classifier("cnn", lr=0.01)
     other.load_state_dict(model.state_dict())
     start = int(other.network[1].num_batches_tracked)
     # Of another module it does not know that.
     assert repair(trainer, other, datamodule=data, callback=continued()).status == "repaired"
-    assert int(other.network[1].num_batches_tracked) == start + 20 * (603 // 32)
+    assert int(other.network[1].num_batches_tracked) == start + 20 * (224 // 32)

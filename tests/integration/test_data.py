@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
+from digit_models import Classifier, Digits, Untrainable, is_noisy, mlp, quick_repair, quiet_trainer, right
 from lightning_package import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -25,15 +27,23 @@ from torch.utils.data import (
 )
 
 import lightning_nrl
-from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RepairReport, Target, repair
+from lightning_nrl import (
+    ConfigurationError,
+    DataOptions,
+    RegressionFreeRepair,
+    RepairReport,
+    SampleOptions,
+    Target,
+    repair,
+)
 from lightning_nrl._trainer.loaders import SeededDataset
-from lightning_nrl.errors import DataWarning
+from lightning_nrl.errors import DataWarning, TrainingWarning
+from lightning_nrl.report.stats import upper_limit
 
 
 def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:
     repair, model = quick_repair(**arguments), model or Classifier()
     quiet_trainer(path, repair, max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=data)
-    assert repair.report is not None
     return repair.report, model
 
 
@@ -56,16 +66,6 @@ def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(
     assert sizes(report) == {"train": 400, "repair": 203}
     assert_true(report, "train", model, data.train)
     assert_true(report, "repair", model, data.repair)
-
-
-SAMPLERS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
-    "subset": (lambda n: {"sampler": SubsetRandomSampler(range(0, n, 3)), "batch_size": 32}, 134),
-    "subset in batches": (
-        lambda n: {"batch_sampler": BatchSampler(SubsetRandomSampler(range(0, n, 3)), 32, drop_last=True)},
-        134,
-    ),
-    "weighted": (lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32}, 400),
-}
 
 
 class OwnSampler(Sampler[int]):
@@ -94,8 +94,12 @@ class RandomThird(OwnSampler):
         return iter(torch.randperm(self.n)[: self.n // 3].tolist())
 
 
-SAMPLERS |= {
-    "own": (lambda n: {"sampler": OwnSampler(n), "batch_size": 32}, 134),
+SAMPLERS: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
+    "subset in batches": (
+        lambda n: {"batch_sampler": BatchSampler(SubsetRandomSampler(range(0, n, 3)), 32, drop_last=True)},
+        134,
+    ),
+    "weighted": (lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32}, 400),
     "own in batches": (lambda n: {"batch_sampler": OwnBatches(n)}, 134),
     "own at random": (lambda n: {"sampler": RandomThird(n), "batch_size": 32}, 400),
     "zero weights": (
@@ -121,31 +125,26 @@ def test_a_sampler_over_a_subset_is_kept_to_and_any_other_is_not(tmp_path: Path,
     assert report.splits[0].targeted > 0
 
 
-def test_workers_read_the_same(tmp_path: Path) -> None:
-    class Workers(Digits):
-        def repair_dataloader(self) -> DataLoader:
-            return DataLoader(self.repair, 64, num_workers=2, shuffle=True, persistent_workers=True)
-
-    alone, _ = repaired(tmp_path / "alone", Digits())
-    report, model = repaired(tmp_path / "workers", Workers())
-    assert report.splits == alone.splits
-    assert_true(report, "repair", model, Digits().repair)
-
-
-def test_validation_data_stand_in_for_repair_data(tmp_path: Path) -> None:
-    class WithoutRepair(Digits):
-        repair_dataloader = None  # type: ignore[assignment]
-
-    assert sizes(repaired(tmp_path, WithoutRepair())[0]) == {"train": 400, "val": 100}
+class WithoutRepair(Digits):
+    repair_dataloader = None  # type: ignore[assignment]
 
 
 def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
-    report, _ = repaired(tmp_path, Digits(), passed="val", failed="repair", unseen="test")
-    assert [(split.split, split.role, split.n) for split in report.splits] == [
-        ("val", "known", 100),
-        ("repair", "known", 203),
-        ("test", "unseen", 300),
+    data = Digits()
+    loader = DataLoader(data.repair, 64)
+    ways: list[tuple[Digits, dict[str, Any], dict[str, int]]] = [
+        (WithoutRepair(), {}, {"train": 400, "val": 100}),
+        (data, {"passed": "val", "failed": "repair", "unseen": "test"}, {"val": 100, "repair": 203, "test": 300}),
+        (data, {"passed": loader, "failed": loader}, {"failed": 203}),
+        (data, {"passed": "val", "failed": DataLoader(data.val, 7)}, {"val": 100}),
     ]
+    for given, arguments, expected in ways:
+        report, _ = repaired(tmp_path, given, **arguments)
+        assert sizes(report) == expected
+        assert [split.role == "unseen" for split in report.splits] == [name == "test" for name in expected]
+    report, model = repaired(tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader())
+    assert sizes(report) == {"train": 400, "failed": 300, "unseen": 203}
+    assert_true(report, "failed", model, data.test)
 
 
 @pytest.mark.parametrize(("ready", "stages"), [(True, ["fit"]), (False, ["fit", "test"])])
@@ -169,28 +168,22 @@ def test_unseen_data_are_set_up_once_and_only_if_need_be(tmp_path: Path, ready: 
     assert sizes(report)["test"] == 300
 
 
-def test_data_loaders_are_given_by_argument(tmp_path: Path) -> None:
-    data = Digits()
-    report, model = repaired(tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader())
-    assert sizes(report) == {"train": 400, "failed": 300, "unseen": 203}
-    assert_true(report, "failed", model, data.test)
+class Wrapped(Dataset):
+    """Samples of another data set, in another form."""
 
-
-def test_one_loader_for_passed_and_failed_samples_is_one_split(tmp_path: Path) -> None:
-    data = Digits()
-    loader = DataLoader(data.repair, 64)
-    assert sizes(repaired(tmp_path, data, passed=loader, failed=loader)[0]) == {"failed": 203}
-    assert sizes(repaired(tmp_path, data, passed="val", failed=DataLoader(data.val, 7))[0]) == {"val": 100}
-
-
-class Named(Dataset):
-    """Samples as a mapping, with a name that no network can read."""
-
-    def __init__(self, data: Any, keys: tuple[str, str]) -> None:
-        self.data, self.keys = data, keys
+    def __init__(self, data: Any) -> None:
+        self.data = data
 
     def __len__(self) -> int:
         return len(self.data)
+
+
+class Named(Wrapped):
+    """Samples as a mapping, with a name that no network can read."""
+
+    def __init__(self, data: Any, keys: tuple[str, str]) -> None:
+        super().__init__(data)
+        self.keys = keys
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         image, digit, noisy = self.data[i]
@@ -213,10 +206,6 @@ class NamedClassifier(Classifier):
         pass
 
 
-def is_noisy(batch: Any) -> Tensor:
-    return batch["noisy"] if isinstance(batch, Mapping) else batch[2]
-
-
 @pytest.mark.parametrize(("data", "model"), [(Digits, Classifier), (NamedDigits, NamedClassifier)])
 def test_a_target_sees_the_whole_batch_extras_included(tmp_path: Path, data: Any, model: Any) -> None:
     report, found = repaired(tmp_path, data(), model(), target=Target.where(is_noisy))
@@ -236,19 +225,6 @@ class ByKeyword(NamedClassifier):
         return super().forward(scan)
 
 
-def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(tmp_path: Path) -> None:
-    data = Digits()
-    bare = DataLoader(TensorDataset(*data.test.tensors[:2]), 64)
-    with pytest.warns(UserWarning, match="the target's failures are not counted on unseen data"):
-        report, model = repaired(tmp_path, data, target=Target.where(is_noisy), unseen=bare)
-    assert_true(report, "unseen", model, data.test)
-
-
-def test_a_mapping_without_a_usual_key_goes_to_the_model_as_keywords(tmp_path: Path) -> None:
-    report, model = repaired(tmp_path, NamedDigits(("scan", "label")), ByKeyword())
-    assert_true(report, "repair", model, Digits().repair)
-
-
 class OddlyNamed(NamedClassifier):
     keys = ("scan", "digit")
 
@@ -257,26 +233,29 @@ def take_apart(batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any
     return (batch["scan"],), {}, batch["digit"]
 
 
-@pytest.mark.parametrize("adapter", [take_apart, "test_data:take_apart", "test_data.take_apart"])
-def test_an_adapter_takes_other_batches_apart(tmp_path: Path, adapter: Any) -> None:
-    report, model = repaired(tmp_path, NamedDigits(("scan", "digit")), OddlyNamed(), adapter=adapter)
-    assert_true(report, "repair", model, Digits().repair)
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        (ByKeyword, None),
+        (OddlyNamed, take_apart),
+        (OddlyNamed, "test_data:take_apart"),
+        (OddlyNamed, "test_data.take_apart"),
+    ],
+)
+def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(tmp_path: Path, model: Any, adapter: Any) -> None:
+    report, found = repaired(tmp_path, NamedDigits(model.keys), model(), adapter=adapter)
+    assert_true(report, "repair", found, Digits().repair)
 
 
-def test_a_batch_that_nobody_understands_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"`adapter`: a batch with the keys \['digit', 'name', 'noisy', 'scan'"
-    ):
-        repaired(tmp_path, NamedDigits(("scan", "digit")), Untrainable())
+def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(tmp_path: Path) -> None:
+    data = Digits()
+    bare = DataLoader(TensorDataset(*data.test.tensors[:2]), 64)
+    with pytest.warns(UserWarning, match="the target's failures are not counted on unseen data"):
+        report, model = repaired(tmp_path, data, target=Target.where(is_noisy), unseen=bare)
+    assert_true(report, "unseen", model, data.test)
 
 
-class TwoEyes(Dataset):
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
+class TwoEyes(Wrapped):
     def __getitem__(self, i: int) -> Any:
         image, digit, _ = self.data[i]
         return (image, image.flip(-1)), digit
@@ -334,26 +313,18 @@ class AugmentingClassifier(Classifier):
     on_after_batch_transfer = upside_down
 
 
-def test_augmentation_on_the_device_by_the_data_module_is_left_to_training(tmp_path: Path) -> None:
+def test_augmentation_on_the_device_is_left_to_training(tmp_path: Path) -> None:
+    data = Digits()
     report, model = repaired(tmp_path, AugmentingDigits())
-    assert_true(report, "train", model, Digits().train)
-    assert_true(report, "repair", model, Digits().repair)
-
-
-def test_augmentation_on_the_device_by_the_model_is_left_to_training(tmp_path: Path) -> None:
-    repair, model, data = quick_repair(), AugmentingClassifier(), Digits()
+    assert_true(report, "train", model, data.train)
+    assert_true(report, "repair", model, data.repair)
+    repair, model = quick_repair(), AugmentingClassifier()
     quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, data.train_dataloader(), data.repair_dataloader())
     assert_true(repair.report, "train", model, data.train)
     assert_true(repair.report, "val", model, data.repair)
 
 
-class Jitter(Dataset):
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
+class Jitter(Wrapped):
     def __getitem__(self, i: int) -> Any:
         image, digit, noisy = self.data[i]
         return image + 0.05 * torch.randn(image.shape), digit, noisy
@@ -367,6 +338,10 @@ class Jittered(Digits):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(Jitter(self.train), 32, shuffle=True, num_workers=self.workers)
 
+    def repair_dataloader(self) -> DataLoader:
+        workers: dict[str, Any] = {"num_workers": 2, "persistent_workers": True} if self.workers else {}
+        return DataLoader(self.repair, 64, shuffle=bool(workers), **workers)
+
 
 def drawn(data: Dataset[Any], n: int) -> TensorDataset:
     """The samples of a data set as a repair with the seed 0 reads them, one by one, last first."""
@@ -376,7 +351,7 @@ def drawn(data: Dataset[Any], n: int) -> TensorDataset:
 
 
 @pytest.mark.parametrize(("draws", "method"), [(1, "auto"), (3, "finetune-polish")])
-def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are_counted(
+def test_nothing_breaks_in_the_draws_that_count(
     draws: int, method: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     data, model = Jittered(), Classifier()
@@ -389,7 +364,6 @@ def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are
 
     quiet_trainer(tmp_path, Before(), callback, max_epochs=3).fit(model, datamodule=data)
     report = callback.report
-    assert report is not None
     now = right(model, drawn(Jitter(data.train), 400 * draws))
     train, repair, _ = report.splits
     assert (train.n, repair.n) == (400 * draws, len(data.repair))
@@ -402,15 +376,12 @@ def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are
     assert not [w for w in recwarn if "samples that were read twice" in str(w.message)]
 
 
-def test_workers_read_the_same_draws(tmp_path: Path) -> None:
+def test_workers_read_the_same_samples_and_draws(tmp_path: Path, trained: Classifier) -> None:
+    def report(data: Digits) -> RepairReport:
+        return repair(quiet_trainer(tmp_path), deepcopy(trained), datamodule=data, callback=quick_repair())
+
     by_workers = Jittered()
     by_workers.workers = 2
-    model = Classifier()
-    quiet_trainer(tmp_path, max_epochs=1).fit(model, datamodule=Digits())
-
-    def report(data: Digits) -> RepairReport:
-        return repair(quiet_trainer(tmp_path), deepcopy(model), datamodule=data, callback=quick_repair())
-
     found = report(by_workers)
     assert found.splits[0].broken == 0
     assert found.splits == report(Jittered()).splits
@@ -434,30 +405,28 @@ def test_data_that_do_not_stand_still_are_named_and_get_no_guarantee(tmp_path: P
     assert "No guarantee for `train`" in report.reason
 
 
-class Transformed(Dataset):
+class Transformed(Wrapped):
     """Samples through a transform, as torchvision's data sets have it."""
 
     def __init__(self, data: Any, transform: Callable[[Tensor], Tensor]) -> None:
-        self.data, self.transform = data, transform
-
-    def __len__(self) -> int:
-        return len(self.data)
+        super().__init__(data)
+        self.transform = transform
 
     def __getitem__(self, i: int) -> Any:
         image, *rest = self.data[i]
         return (self.transform(image), *rest)
 
 
+class WithTransforms(Digits):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Transformed(self.train, lambda x: x + 0.05 * torch.randn(x.shape)), 32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Transformed(self.val, lambda x: x), 64)
+
+
 def test_the_transform_of_the_validation_data_is_preferred_to_one_draw(tmp_path: Path) -> None:
-    class WithTransforms(Digits):
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(Transformed(self.train, lambda x: x + 0.05 * torch.randn(x.shape)), 32, shuffle=True)
-
-        def val_dataloader(self) -> DataLoader:
-            return DataLoader(Transformed(self.val, lambda x: x), 64)
-
-    data = WithTransforms()
-    report, model = repaired(tmp_path, data)
+    report, model = repaired(tmp_path, data := WithTransforms())
     assert_true(report, "train", model, data.train)
     assert report.splits[0].broken == 0
     assert "`train` was read with the `transform` of the validation data." in report.reason
@@ -471,14 +440,13 @@ def test_nothing_else_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecor
     assert not [w for w in recwarn if "HINT" in str(w.message) or PACKAGE in Path(w.filename).parents]
 
 
+def without_noise(samples: list[Any]) -> Any:
+    return [torch.stack(column) for column in zip(*(s for s in samples if not s[2]), strict=True)]
+
+
 class Lossy(Digits):
-    """Its collate function leaves out noisy samples."""
-
     def repair_dataloader(self) -> DataLoader:
-        def collate(samples: list[Any]) -> Any:
-            return [torch.stack(column) for column in zip(*(s for s in samples if not s[2]), strict=True)]
-
-        return DataLoader(self.repair, 64, collate_fn=collate)
+        return DataLoader(self.repair, 64, collate_fn=without_noise)
 
 
 def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path: Path) -> None:
@@ -486,7 +454,7 @@ def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_pa
         repaired(tmp_path, Lossy(), Untrainable())
 
 
-def test_calibration_data_are_counted_and_limit_the_strength(tmp_path: Path) -> None:
+def test_calibration_data_are_counted_limit_the_strength_and_bound_what_breaks(tmp_path: Path) -> None:
     data = Digits()
     report, model = repaired(tmp_path, data, calibration="val", limit="tolerance:0", unseen="test")
     assert [(split.split, split.role) for split in report.splits] == [
@@ -495,8 +463,13 @@ def test_calibration_data_are_counted_and_limit_the_strength(tmp_path: Path) -> 
         ("val", "calibration"),
         ("test", "unseen"),
     ]
-    assert report.splits[2].broken == 0
-    assert_true(report, "val", model, data.val_dataloader().dataset)
+    split, bounds = report.splits[2], report.bounds
+    assert_true(report, "val", model, data.val)
+    assert split.broken == 0
+    assert (bounds.broken, bounds.n) == (split.broken, split.passed)
+    assert bounds.upper >= upper_limit(split.broken, split.passed) - 1e-12
+    assert RepairReport.from_json(Path(report.files["json"]).read_text()).bounds == bounds
+    assert f"broken {bounds.broken} of {bounds.n}" in Path(report.files["markdown"]).read_text()
 
 
 class Asked(Digits):
@@ -504,23 +477,13 @@ class Asked(Digits):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: dict[str, int] = {}
+        self.asked: Counter[str] = Counter()
+        for split in ("train", "val", "repair", "test"):
+            setattr(self, f"{split}_dataloader", partial(self.count, split, getattr(self, f"{split}_dataloader")))
 
-    def count(self, split: str, loader: DataLoader) -> DataLoader:
-        self.asked[split] = self.asked.get(split, 0) + 1
-        return loader
-
-    def train_dataloader(self) -> DataLoader:
-        return self.count("train", super().train_dataloader())
-
-    def val_dataloader(self) -> DataLoader:
-        return self.count("val", super().val_dataloader())
-
-    def repair_dataloader(self) -> DataLoader:
-        return self.count("repair", super().repair_dataloader())
-
-    def test_dataloader(self) -> DataLoader:
-        return self.count("test", super().test_dataloader())
+    def count(self, split: str, make: Callable[[], DataLoader]) -> DataLoader:
+        self.asked[split] += 1
+        return make()
 
 
 def test_each_loader_is_asked_for_once_a_pass(tmp_path: Path, trained: Classifier) -> None:
@@ -531,9 +494,7 @@ def test_each_loader_is_asked_for_once_a_pass(tmp_path: Path, trained: Classifie
     assert data.asked == {"train": 3, "val": 2, "repair": 2, "test": 2}
 
 
-class SeveralValidations(Digits):
-    repair_dataloader = None  # type: ignore[assignment]
-
+class SeveralValidations(WithoutRepair):
     def val_dataloader(self) -> Any:
         return {"clean": DataLoader(self.val, 64), "noisy": DataLoader(self.repair, 64)}
 
@@ -567,21 +528,16 @@ def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[D
         ({"limit_val_batches": 0}, [400, 203], ""),
     ],
 )
-def test_it_is_said_what_limits_of_batches_mean_for_known_data(
-    tmp_path: Path, arguments: dict[str, Any], n: list[int], said: str
-) -> None:
+def test_limits_of_batches_and_known_data(tmp_path: Path, arguments: dict[str, Any], n: list[int], said: str) -> None:
     callback = quick_repair()
     quiet_trainer(tmp_path, callback, max_epochs=1, **arguments).fit(Classifier(), datamodule=Digits())
-    assert callback.report is not None
     assert [split.n for split in callback.report.splits] == n
     assert said in callback.report.reason
     assert ("batches`" in callback.report.reason) == bool(said)
 
 
-class SplitAnew(Digits):
+class SplitAnew(WithoutRepair):
     """Splits at random in every `setup`; test data are there after their own."""
-
-    repair_dataloader = None  # type: ignore[assignment]
 
     def setup(self, stage: str) -> None:
         parts = random_split(Digits().train if self.reads_anew else self.train, [200, 100, 100])
@@ -626,3 +582,62 @@ def test_subsets_that_overlap_are_known_in_both(tmp_path: Path) -> None:
     assert sizes(report) == {"train": 300, "repair": 200}
     assert_true(report, "train", model, TensorDataset(images[:300], labels[:300]))
     assert_true(report, "repair", model, TensorDataset(images[200:], labels[200:]))
+
+
+class Paired(NamedClassifier):
+    """Fails where a batch has another number of names than of images."""
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        assert len(batch["name"]) == len(batch["image"])
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def darker(batch: Any) -> Any:
+        seen.append(batch["label"])
+        return {**batch, "image": batch["image"] / 2}
+
+    repair = quick_repair(method="finetune-polish", target=Target.label(3), data=DataOptions(augment=darker))
+    torch.manual_seed(0)
+    quiet_trainer(tmp_path, repair, max_epochs=2).fit(Paired(), datamodule=NamedDigits())
+    assert repair.report.steps[0].note == "continued training"
+    targets = repair.report.pooled("known").counts.targeted
+    assert torch.cat(seen).unique().tolist() == [3]
+    assert targets < len(torch.cat(seen)) <= 2 * targets  # each once in both epochs, but for what a last batch drops
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (lambda batch: batch[:2], "`augment`: the batch that it gives has 2 parts, the others have 3"),
+        (lambda batch: [batch[0].repeat(1, 1, 1, 2), *batch[1:]], "`augment`: Sizes of tensors must match"),
+        (lambda batch: 1 / 0, "`augment` raised ZeroDivisionError"),
+    ],
+)
+def test_changed_targets_that_do_not_fit_say_so(
+    tmp_path: Path, trained: Classifier, augment: Any, message: str
+) -> None:
+    given: dict[str, Any] = {"method": "finetune-polish", "data": DataOptions(augment=augment), "verbose": False}
+    with pytest.warns(TrainingWarning, match=message):
+        report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), **given)
+    assert report.pooled("known").counts.broken == 0
+
+
+def test_doubted_labels_are_set_aside_and_listed(tmp_path: Path) -> None:
+    model, data = Classifier(), Digits()
+    quiet_trainer(tmp_path, max_epochs=6).fit(model, datamodule=data)
+    arguments: dict[str, Any] = {"method": "convex", "dirpath": tmp_path, "verbose": False}
+    plain = repair(quiet_trainer(tmp_path), model, datamodule=data, **arguments)
+    images, labels, _ = data.repair.tensors
+    sure = model.eval()(images).softmax(1).amax(1)
+    wrong = [i for i in sure.argsort(descending=True).tolist() if i not in plain.splits[1].targeted_ids][:3]
+    labels[wrong] = (labels[wrong] + 1) % 10  # wrong labels, where the model was surest
+    arguments["samples"] = SampleOptions(set_aside="doubtful")
+    report = repair(quiet_trainer(tmp_path), model, datamodule=data, **arguments)
+    aside = {one.id: one for one in report.set_aside}
+    assert set(wrong) <= set(aside)
+    assert not set(aside) & set(report.splits[1].targeted_ids)
+    assert aside[wrong[0]].why == "its label looks wrong"
+    assert aside[wrong[0]].label == int(labels[wrong[0]])

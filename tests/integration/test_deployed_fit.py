@@ -8,7 +8,7 @@ from typing import Any
 import deployed_models as models
 import pytest
 import torch
-from digit_models import QUICK, quiet_trainer
+from digit_models import QUICK, Remember, quiet_trainer
 from lightning_package import Callback
 
 from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RegressionMetrics
@@ -26,9 +26,9 @@ class StopBeforeTraining(Callback):
         raise Training
 
 
-def rehearse(tmp_path: Path, module: Any, adapter: Any = None, *callbacks: Any) -> None:
+def rehearse(tmp_path: Path, module: Any, adapter: Any = None) -> None:
     repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
-    trainer = quiet_trainer(tmp_path, *(callbacks or (repair,)), StopBeforeTraining(), enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, repair, StopBeforeTraining(), enable_checkpointing=False)
     trainer.fit(module, datamodule=models.Clusters())
 
 
@@ -54,6 +54,9 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
         rehearse(tmp_path, module, ADAPTER)
     with pytest.raises(Training), pytest.warns(DataWarning, match="other inputs"):
         rehearse(tmp_path, module, lambda module, batch: (module(batch[0]), batch[1]))
+    # Forward stands for a step that predicts the same classes.
+    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` stands for it"):
+        rehearse(tmp_path, models.PredictsClasses())
 
 
 @pytest.mark.parametrize(
@@ -70,11 +73,6 @@ def test_what_cannot_be_repaired_is_refused_before_training(tmp_path: Path, kind
         rehearse(tmp_path, getattr(models, kind)())
 
 
-def test_forward_stands_for_a_step_that_predicts_the_same_classes(tmp_path: Path) -> None:
-    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` stands for it"):
-        rehearse(tmp_path, models.PredictsClasses())
-
-
 @pytest.mark.parametrize(
     ("kind", "adapter", "layer"),
     [
@@ -87,19 +85,10 @@ def test_forward_stands_for_a_step_that_predicts_the_same_classes(tmp_path: Path
         ("Adversarial", None, "net.2"),
     ],
 )
-def test_counts_are_those_of_the_modules_own_validation(
-    tmp_path: Path, kind: str, adapter: str | None, layer: str
-) -> None:
+def test_counts_are_those_of_the_own_validation(tmp_path: Path, kind: str, adapter: str | None, layer: str) -> None:
     module, data = getattr(models, kind)(), models.Clusters()
     repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
-    trained: dict[str, Any] = {}
-
-    class Copy(Callback):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            trained.update({name: x.clone() for name, x in pl_module.state_dict().items()})
-
-    quiet_trainer(tmp_path, Copy(), repair, max_epochs=2, enable_checkpointing=False).fit(module, data)
-    assert repair.report is not None
+    quiet_trainer(tmp_path, trained := Remember(), repair, max_epochs=2, enable_checkpointing=False).fit(module, data)
     assert repair.report.layers == (layer,)
     [split] = [split for split in repair.report.splits if split.split == "val"]
     assert split.repaired
@@ -110,9 +99,9 @@ def test_counts_are_those_of_the_modules_own_validation(
         trainer = quiet_trainer(tmp_path, enable_checkpointing=False)
         return round(trainer.validate(other, data, verbose=False)[0]["right"] * split.n)
 
-    assert right(trained) == split.counts.kept + split.counts.broken
+    assert right(trained.state) == split.counts.kept + split.counts.broken
     repaired = torch.load(repair.repaired_model_path, weights_only=True)["state_dict"]
-    assert repaired.keys() == trained.keys()
+    assert repaired.keys() == trained.state.keys()
     assert right(repaired) == split.counts.kept + split.counts.repaired
 
 

@@ -1,7 +1,4 @@
-"""Weights between the trained and the replaced model, through a Trainer; also a script, for plain `ddp`.
-
-python test_interpolation_fit.py FOLDER
-"""
+"""Weights between the trained and the replaced model, through a Trainer."""
 
 from __future__ import annotations
 
@@ -14,16 +11,19 @@ import torch
 from digit_models import (
     Classifier,
     Digits,
+    Remember,
     Untrainable,
     cnn,
-    configured,
     overwriting,
     quick_repair,
     quiet_trainer,
     right,
+    same,
     since_2_6,
+    state_of,
 )
-from lightning_package import Callback, CSVLogger, LightningModule
+from distributed_fit import Frozen
+from lightning_package import Callback, CSVLogger
 from torch.utils.data import DataLoader
 from two_processes import in_two_processes
 
@@ -42,19 +42,9 @@ class NoValidation(Ordered):
     val_dataloader = None  # type: ignore[assignment]
 
 
-def state_of(model: LightningModule) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-class Look(Callback):
-    """Notes the weights when its turn comes after training."""
-
+class Look(Remember):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.state = state_of(pl_module)
+        super().on_train_end(trainer, pl_module)
         self.optimizer = str(trainer.optimizers[0].state_dict())
         self.random = torch.get_rng_state()
         self.modes = [part.training for part in pl_module.modules()]
@@ -95,7 +85,7 @@ def test_a_given_share_is_taken_and_nothing_else_is_touched(trained_path: Path, 
     assert "interpolation/nfr" not in trainer.callback_metrics
 
 
-def test_the_share_is_chosen_counted_logged_and_a_repair_goes_on_from_there(
+def test_the_share_is_chosen_logged_and_repaired(
     old_cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interpolation = WeightInterpolation(old_cnn, tolerance=0.02)
@@ -103,7 +93,6 @@ def test_the_share_is_chosen_counted_logged_and_a_repair_goes_on_from_there(
     logger = CSVLogger(tmp_path)
     trainer, _, before, _ = trained_on(old_cnn, tmp_path, interpolation, between := Look(), repair, logger=logger)
     choice, val = interpolation.choice, Digits().val
-    assert choice is not None
     assert [point.share for point in choice.curve] == [step / 20 for step in range(11)]
     assert choice.share > 0
     models = [Classifier.load_from_checkpoint(old_cnn) for _ in range(3)]
@@ -126,7 +115,6 @@ def test_the_share_is_chosen_counted_logged_and_a_repair_goes_on_from_there(
     assert f"share {choice.share:.2f}, taken" in capsys.readouterr().out
     # What was trained, for the repair, is what lies between.
     report = repair.report
-    assert report is not None
     known = sum(int(right(models[2], part).sum()) for part in (Digits().train, Digits().repair))
     assert report.pooled("known").passed == known  # type: ignore[union-attr]
     # Statistics fit the weights: they are those of the training data.
@@ -141,7 +129,6 @@ def test_at_the_ends_are_the_models_as_they_are(share: float, old_cnn: Path, tmp
     _, _, before, after = trained_on(old_cnn, tmp_path, interpolation)
     expected = Classifier.load_from_checkpoint(old_cnn).state_dict() if share else before.state
     assert same(after.state, expected)
-    assert interpolation.choice is not None
     assert interpolation.choice.share == share
 
 
@@ -157,40 +144,26 @@ def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(old_cnn: Path,
     assert not torch.equal(after.state["network.1.weight"], before.state["network.1.weight"])
 
 
-@pytest.mark.parametrize("form", ["module", "state", "old model"])
-def test_the_replaced_model_in_any_form_with_weights(form: str, trained_path: Path, tmp_path: Path) -> None:
+def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_path: Path) -> None:
     module = Classifier.load_from_checkpoint(trained_path)
-    given: Any = {"module": module, "state": module.state_dict(), "old model": OldModel(trained_path)}[form]
+    torch.save(module.state_dict(), tmp_path / "last.pt")
+
+    class Erases(Callback):
+        """The file may be gone when training ends."""
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            (tmp_path / "last.pt").unlink(missing_ok=True)
+
     ends = []
-    for reference in (given, trained_path):
+    for reference in (tmp_path / "last.pt", trained_path, module, module.state_dict(), OldModel(trained_path)):
         interpolation = WeightInterpolation(reference, share=0.5, calibration=None)
-        ends.append(trained_on(trained_path, tmp_path, interpolation, limit_train_batches=3)[3].state)
-    assert same(*ends)
+        ends.append(trained_on(trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3)[3].state)
+    assert all(same(ends[0], end) for end in ends[1:])
 
 
-def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(trained_path: Path, tmp_path: Path) -> None:
-    model = Classifier.load_from_checkpoint(trained_path)
-    interpolation = WeightInterpolation(model.state_dict(), share=1, calibration=None)
-    expected = state_of(model)
-    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(model, datamodule=Ordered())
-    assert same(state_of(model), expected)
-
-
-class Erases(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.path.unlink()
-
-
-def test_the_file_may_be_gone_when_training_ends(trained: Classifier, tmp_path: Path) -> None:
-    path = tmp_path / "last.pt"
-    torch.save(trained.state_dict(), path)
-    interpolation = WeightInterpolation(path, share=1.0, calibration=None)
-    trainer = quiet_trainer(tmp_path, interpolation, Erases(path), max_epochs=1, limit_train_batches=2)
-    expected = state_of(trained)
-    trainer.fit(trained, datamodule=Ordered())
+def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(trained: Classifier, tmp_path: Path) -> None:
+    interpolation, expected = WeightInterpolation(trained.state_dict(), share=1, calibration=None), state_of(trained)
+    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(trained, datamodule=Ordered())
     assert same(state_of(trained), expected)
 
 
@@ -200,7 +173,7 @@ def test_what_is_saved_is_what_is_in_the_model_also_beside_averages(trained_path
     trainer, model, _, _ = trained_on(trained_path, tmp_path, average, interpolation)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     saved = torch.load(tmp_path / "new.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert same(model, saved)
 
 
 def refused(path: Any, *callbacks: Callback, data: Any = None, model: Any = None) -> str:
@@ -236,34 +209,6 @@ def test_what_does_not_fit_is_refused_before_training(trained_path: Path, traine
     assert message.startswith("`task`:")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"share": "most"}, "`share='most'` is no share"),
-        ({"share": 1.5}, "`share=1.5` is no share"),
-        ({"tolerance": -1}, "`tolerance=-1` is no share"),
-        ({"calibration": "valid"}, "`calibration='valid'` is no split"),
-        ({"calibration": None}, "`share='auto'` needs calibration data"),
-        ({"statistics": None}, "`statistics=None` is no split"),
-        ({"batches": 0}, "`batches=0` is out of range"),
-        ({"prefix": ""}, "`prefix=''` is no name"),
-        ({"seed": -1}, "`seed=-1` is out of range"),
-        ({"reference": None}, "`reference=None`: there is nothing to go back to"),
-        ({"reference": OldModel({}, classes={0: 1})}, "an OldModel with `classes` has other inputs or outputs"),
-        ({"reference": "gone.ckpt"}, r"`reference='gone\.ckpt'` is not there"),
-    ],
-)
-def test_an_argument_that_cannot_be_used_is_refused_at_once(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigurationError, match=said):
-        WeightInterpolation(**{"reference": {}, **arguments})
-
-
-def test_predictions_have_no_weights(tmp_path: Path) -> None:
-    (tmp_path / "old.csv").write_text("split,id,prediction\nval,0,1\n")
-    with pytest.raises(ConfigurationError, match="it has no weights"):
-        WeightInterpolation(tmp_path / "old.csv")
-
-
 def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True)
     model = Classifier()
@@ -283,24 +228,9 @@ def test_a_fit_without_a_step_is_warned_of(trained_path: Path, tmp_path: Path) -
         trained_on(trained_path, tmp_path, WeightInterpolation(trained_path), max_epochs=0)
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
-def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    written = {"reference": str(trained_path), "share": 0.1, "calibration": "test", "batches": 20}
-    made = configured(tmp_path, "WeightInterpolation", **written)
-    assert (made.share, made.calibration, made.batches, made.tolerance) == (0.1, "test", 20, 0.005)
-    assert configured(tmp_path, "WeightInterpolation", reference=str(trained_path), share="auto").share == "auto"
-
-
-class Still(Classifier):
-    """Takes no step, so that one process and two choose between the same weights."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def distributed_fit(folder: Path, network: str, strategy: str = "auto", devices: int = 1) -> dict[str, Any]:
+def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> dict[str, Any]:
     """What this rank is left with; the new model is the old one with some noise."""
-    old, new = Classifier(network), Still(network)
+    old, new = Classifier(network), Frozen(network)
     if network == "mlp":
         old.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
     new.load_state_dict(old.state_dict())
@@ -313,26 +243,22 @@ def distributed_fit(folder: Path, network: str, strategy: str = "auto", devices:
     means: dict[str, Any] = {"strategy": strategy, "devices": devices, "max_epochs": 1, "limit_train_batches": 2}
     trainer = quiet_trainer(folder, interpolation, after, enable_checkpointing=False, limit_val_batches=0, **means)
     trainer.fit(new, datamodule=Ordered())
-    assert interpolation.choice is not None
     curve = [(p.share, p.counts.kept, p.counts.broken, p.counts.repaired) for p in interpolation.choice.curve]
     return {"share": interpolation.choice.share, "curve": curve, "state": after.state}
 
 
-def _on_rank(folder: Path) -> None:
-    results = [distributed_fit(folder, network, "ddp", 2) for network in ("mlp", "cnn")]
-    torch.save(results, folder / f"interpolated{torch.distributed.get_rank()}.pt")
+def distributed_fits(folder: Path, strategy: str = "auto", devices: int = 1) -> list[dict[str, Any]]:
+    return [distributed_fit(folder, network, strategy, devices) for network in ("mlp", "cnn")]
 
 
 def test_two_processes_choose_as_one(trained_path: Path) -> None:
-    folder = trained_path.parent
-    alone = [distributed_fit(folder, network) for network in ("mlp", "cnn")]
-    in_two_processes(_on_rank, folder)
-    first, second = (torch.load(folder / f"interpolated{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = distributed_fits(trained_path.parent)
+    first, second = in_two_processes(distributed_fits, trained_path.parent, "ddp", 2)
     for a, b in zip(first, second, strict=True):
         assert same(a["state"], b["state"])
         assert (a["share"], a["curve"]) == (b["share"], b["curve"])
     mlp, two_mlp, cnn, two_cnn = alone[0], first[0], alone[1], first[1]
-    assert mlp["curve"] == [tuple(row) for row in two_mlp["curve"]]
+    assert mlp["curve"] == two_mlp["curve"]
     assert 0 < mlp["share"] == two_mlp["share"]
     assert same(mlp["state"], two_mlp["state"])
     # Each rank averages over batches of its own; together they are those of all samples, in other batches.

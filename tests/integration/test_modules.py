@@ -11,14 +11,13 @@ import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 from distributed_fit import Continued
-from self_writing import LowRank, classifier
+from self_writing import LowRank
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, RepairReport, repair
 from lightning_nrl.errors import TrainingWarning
-from lightning_nrl.methods import Convex
 
 
 def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any) -> RepairReport:
@@ -26,7 +25,6 @@ def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any)
     callback = RegressionFreeRepair(method=Continued(), gate=Gate.accuracy(), verbose=False)
     defaults = {"max_epochs": 2, "enable_checkpointing": False}
     quiet_trainer(path, callback, **{**defaults, **arguments}).fit(model, datamodule=data or Digits())
-    assert callback.report is not None
     return callback.report
 
 
@@ -102,7 +100,6 @@ class Uncopyable(Classifier):
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        (ByHand, {}),
         (ByHand, {"max_steps": 40, "max_epochs": -1}),
         (Scheduled, {}),
         (ScheduledByLoader, {}),
@@ -153,28 +150,18 @@ class Merged(Classifier):
 def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path: Path) -> None:
     """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be merged again."""
     assert_loads(continued(tmp_path / "continued", Merged()), Merged())
-    searched = RegressionFreeRepair(method=Convex(patience=1), verbose=False)
+    searched, model = quick_repair(), Merged()
     trainer = quiet_trainer(tmp_path / "fit", searched, max_epochs=2, enable_checkpointing=False)
-    model = Merged()
     trainer.fit(model, datamodule=Digits())
-    assert searched.report is not None
     assert searched.report.status == "repaired"
     assert_loads(searched.report, Merged())
     assert_loads(searched.report, model)
-
-
-def test_a_checkpoint_with_merged_adapters_is_judged_as_it_is_loaded(tmp_path: Path) -> None:
-    model = Merged()
+    trained = Merged()
     trainer = quiet_trainer(tmp_path, max_epochs=2, limit_val_batches=0, enable_checkpointing=False)
-    trainer.fit(model, datamodule=Digits())
+    trainer.fit(trained, datamodule=Digits())
     trainer.save_checkpoint(tmp_path / "trained.ckpt")
-    report = repair(
-        quiet_trainer(tmp_path),
-        Merged(),
-        datamodule=Digits(),
-        ckpt_path=tmp_path / "trained.ckpt",
-        callback=RegressionFreeRepair(method=Convex(patience=1), verbose=False),
-    )
+    given: dict[str, Any] = {"ckpt_path": tmp_path / "trained.ckpt", "callback": quick_repair()}
+    report = repair(quiet_trainer(tmp_path), Merged(), datamodule=Digits(), **given)
     assert report.status == "repaired"
     assert_loads(report, Merged())
 
@@ -194,20 +181,14 @@ def test_weights_that_eval_rewrites_are_judged_rewritten(tmp_path: Path) -> None
     assert_loads(continued(tmp_path, Rounded()), Rounded())
     callback = quick_repair(gate="accuracy")
     quiet_trainer(tmp_path, callback, max_epochs=2, enable_checkpointing=False).fit(Rounded(), datamodule=Digits())
-    assert callback.report is not None
     assert callback.report.status == "repaired"
     assert_loads(callback.report, Rounded())
 
 
-def parametrized(name: str) -> Classifier:
-    model = Untrainable()
-    model.network[3] = getattr(nn.utils.parametrizations, name)(model.network[3])
-    return model
-
-
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
 def test_another_layer_is_searched_than_a_parametrized_one(tmp_path: Path, name: str) -> None:
-    model = parametrized(name)
+    model = Untrainable()
+    model.network[3] = getattr(nn.utils.parametrizations, name)(model.network[3])
     with pytest.raises(AssertionError, match="training has begun"):
         quiet_trainer(tmp_path, quick_repair()).fit(model, datamodule=Digits())
     with pytest.raises(ConfigurationError, match="remove_parametrizations"):
@@ -236,11 +217,3 @@ class Outside(Untrainable):
 def test_layers_outside_of_the_module_tree_are_named(tmp_path: Path, layer: str) -> None:
     with pytest.raises(ConfigurationError, match=r"`layers`(.|\n)*HINT(.|\n)*nn.ModuleList"):
         quiet_trainer(tmp_path, quick_repair(layer=layer)).fit(Outside(), datamodule=Digits())
-
-
-def test_what_eval_merges_is_left_as_found_where_nothing_is_repaired(tmp_path: Path) -> None:
-    model = classifier("merge")
-    callback = quick_repair(target="label 3 and label 4")
-    quiet_trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False).fit(model, datamodule=Digits())
-    assert callback.report is not None
-    assert callback.report.status == "nothing to repair"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from lightning_nrl import (
     ConfigurationError,
     OldModel,
     ParticleSwarm,
+    PositiveCongruentTraining,
     RegressionFreeRepair,
+    RegressionMetrics,
     RepairReport,
     Target,
     compare,
     diagnose,
     repair,
 )
-from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining
-from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto
 from lightning_nrl.tasks import Multilabel, Sequence
@@ -44,19 +45,16 @@ METHODS: dict[str, Any] = {
 MARGINS = [name for name in CASES if name != "custom"]
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def named_case(request: pytest.FixtureRequest) -> tuple[str, Case]:
-    return request.param, CASES[request.param]
-
-
 @pytest.fixture
-def case(named_case: tuple[str, Case]) -> Case:
-    return named_case[1]
+def learned(trained_tasks: dict[str, Path]) -> Callable[[str], tuple[Case, Data, Net]]:
+    """A case by its name, its data, and its trained model."""
 
+    def found(name: str) -> tuple[Case, Data, Net]:
+        data, model = CASES[name].make()
+        model.load_state_dict(torch.load(trained_tasks[name], weights_only=True)["state_dict"])
+        return CASES[name], data, model
 
-@pytest.fixture
-def trained(named_case: tuple[str, Case], trained_tasks: dict[str, Path]) -> Path:
-    return trained_tasks[named_case[0]]
+    return found
 
 
 def arguments(case: Case, **more: Any) -> dict[str, Any]:
@@ -77,68 +75,38 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_task_is_repaired_by_each_method_or_refused(
-    tmp_path: Path, case: Case, trained: Path, method: str
-) -> None:
-    data, model = case.make()
-    model.load_state_dict(torch.load(trained, weights_only=True)["state_dict"])
+@pytest.mark.parametrize("name", CASES)
+def test_each_task_is_repaired_by_each_method_or_refused(tmp_path: Path, learned: Any, name: str, method: str) -> None:
+    case, data, model = learned(name)
     old = by_split(case, model, data)
-    given = arguments(case, method=METHODS[method])
-    trainer = quiet_trainer(tmp_path)
-    if case is CASES["custom"] and method in ("finetune-polish", "linearized"):
+    given, trainer = arguments(case, method=METHODS[method], max_time=6), quiet_trainer(tmp_path)
+    if name == "custom" and method in ("finetune-polish", "linearized"):
         with pytest.raises(ConfigurationError, match=r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"):
-            repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
+            repair(trainer, model, datamodule=data, **given)
         return
-    report = repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
+    report = repair(trainer, model, datamodule=data, **given)
     check_counts(report, old, by_split(case, model, data))
     if method == "finetune-polish":
         assert report.status == "repaired", report.reason
     assert f"right means: {case.task}" in re.sub(r"[*`|]", "", report.to_markdown())
 
 
-def test_convex_is_refused_before_training_begins(tmp_path: Path, case: Case) -> None:
-    data, model = case.make()
-
-    def never(batch: Any, batch_idx: int) -> Tensor:
-        raise AssertionError("training has begun")
-
-    model.training_step = never  # type: ignore[method-assign]
-    callback = RegressionFreeRepair(**arguments(case, method="convex"))
-    with pytest.raises(ConfigurationError, match=r"'convex'` needs a class for each sample[\s\S]*HINT: "):
-        quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    *((name, {"method": "convex"}, r"'convex'` needs a class for each sample[\s\S]*HINT: ") for name in CASES),
+    ("custom", {"method": "finetune-polish"}, "Custom has no `margin`"),
+    ("multilabel", {"set_aside": "doubtful"}, r"`set_aside='doubtful'` needs a class for each sample[\s\S]*HINT: "),
+    ("regression", {"target": Target.label(3)}, "'label 3' asks for classes, and the task has none"),
+    ("regression", {"task": "multilabel"}, "multilabel needs logits"),
+]
 
 
-def test_methods_that_need_margins_are_refused_before_training_begins(tmp_path: Path) -> None:
-    case = CASES["custom"]
-    data, model = case.make()
-    callback = RegressionFreeRepair(**arguments(case, method="finetune-polish"))
-    trainer = quiet_trainer(tmp_path, callback)
-    with pytest.raises(ConfigurationError, match="Custom has no `margin`"):
-        trainer.fit(model, datamodule=data)
-    assert trainer.global_step == 0
-
-
-def test_labels_cannot_look_wrong_where_there_are_none(tmp_path: Path) -> None:
-    case = CASES["multilabel"]
-    data, model = case.make()
-    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(**arguments(case, set_aside="doubtful")))
-    with pytest.raises(ConfigurationError, match=r"`set_aside='doubtful'` needs a class for each sample[\s\S]*HINT: "):
-        trainer.fit(model, datamodule=data)
-    assert trainer.global_step == 0
-
-
-def test_targets_that_ask_for_classes_are_refused(tmp_path: Path) -> None:
-    case = CASES["regression"]
-    data, model = case.make()
-    callback = RegressionFreeRepair(**arguments(case, target=Target.label(3)))
-    with pytest.raises(ConfigurationError, match="'label 3' asks for classes, and the task has none"):
-        quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
-
-
-def test_batches_that_do_not_fit_the_task_are_refused_before_training_begins(tmp_path: Path) -> None:
-    data, model = CASES["regression"].make()
-    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(task="multilabel", verbose=False))
-    with pytest.raises(ConfigurationError, match="multilabel needs logits"):
+@pytest.mark.parametrize(("name", "given", "message"), REFUSED)
+def test_what_a_task_lacks_is_refused_before_training(
+    tmp_path: Path, name: str, given: dict[str, Any], message: str
+) -> None:
+    data, model = CASES[name].make()
+    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(**arguments(CASES[name], **given)))
+    with pytest.raises(ConfigurationError, match=message):
         trainer.fit(model, datamodule=data)
     assert trainer.global_step == 0
 
@@ -151,7 +119,6 @@ def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_
     logger = TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, callback, max_epochs=12, logger=logger).fit(model, datamodule=data)
     report = callback.report
-    assert report is not None
     assert report.status == "repaired", report.reason
     new = by_split(case, model, data)
     assert {s.split: s.kept + s.repaired for s in report.splits} == {name: int(x.sum()) for name, x in new.items()}
@@ -163,13 +130,9 @@ def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_a_diagnosis_says_what_can_be_said_without_classes(
-    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
-) -> None:
-    case = CASES[name]
-    path = trained_tasks[name]
-    data, model = case.make()
-    found = diagnose(quiet_trainer(tmp_path), model, datamodule=data, ckpt_path=str(path), task=case.task)
+def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path: Path, learned: Any, name: str) -> None:
+    case, data, model = learned(name)
+    found = diagnose(quiet_trainer(tmp_path), model, datamodule=data, task=case.task)
     assert found.task == str(case.task)
     assert found.known["targeted"] > 0
     # Costs of a swarm are told for a last Linear, which that network does not have.
@@ -180,54 +143,34 @@ def test_a_diagnosis_says_what_can_be_said_without_classes(
     assert "convex" not in page
 
 
-def test_a_comparison_leaves_out_what_needs_classes_and_says_why(
-    tmp_path: Path, trained_tasks: dict[str, Path]
-) -> None:
-    case = CASES["multilabel"]
-    path = trained_tasks["multilabel"]
-    data, model = case.make()
-    found = compare(
-        quiet_trainer(tmp_path),
-        model,
-        datamodule=data,
-        ckpt_path=str(path),
-        methods=["convex", "linearized", "distillation"],
-        **{key: value for key, value in arguments(case).items() if key != "verbose"},
-    )
+def test_a_comparison_leaves_out_what_needs_classes_and_says_why(tmp_path: Path, learned: Any) -> None:
+    case, data, model = learned("multilabel")
+    given = {key: value for key, value in arguments(case).items() if key != "verbose"}
+    methods = ["convex", "linearized"]
+    found = compare(quiet_trainer(tmp_path), model, datamodule=data, methods=methods, **given)
     notes = {entry.method: entry.note for entry in found.entries}
     assert "needs a class for each sample" in notes["convex"]
-    assert "needs a class" not in notes["linearized"] + notes["distillation"]
+    assert "needs a class" not in notes["linearized"]
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_an_update_repairs_what_the_replaced_model_got_right(
-    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
-) -> None:
-    case = CASES[name]
-    old_path = trained_tasks[name]
-    data, old = case.make()
-    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, learned: Any, name: str) -> None:
+    case, data, old = learned(name)
     seed_everything(1, verbose=False)
     _, new = case.make()
-    cache = tmp_path / "old.csv"
-    reference = OldModel(old, cache=cache)
-    callback = RegressionFreeRepair(**arguments(case, reference=reference, method=METHODS["auto"]))
+    reference = OldModel(old, cache=tmp_path / "old.csv")
+    callback = RegressionFreeRepair(**arguments(case, reference=reference, method=METHODS["auto"], max_time=6))
     quiet_trainer(tmp_path, callback, max_epochs=12).fit(new, datamodule=data)
-    report = callback.report
-    assert report is not None
     was, now = by_split(case, old, data), by_split(case, new, data)
-    for split in report.update:
+    for split in callback.report.update:
         assert split.now.broken == int((was[split.split] & ~now[split.split]).sum())
-    assert cache.read_text().splitlines()[0].endswith(repr(case.task))
+    assert (tmp_path / "old.csv").read_text().splitlines()[0].endswith(repr(case.task))
 
 
-def test_validations_count_regressions_of_any_task(tmp_path: Path, trained_tasks: dict[str, Path]) -> None:
-    case = CASES["multilabel"]
-    old_path = trained_tasks["multilabel"]
-    data, old = case.make()
-    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+def test_validations_count_regressions_of_any_task(tmp_path: Path, learned: Any) -> None:
+    case, data, old = learned("multilabel")
     _, new = case.make()
-    data.val_dataloader = data.repair_dataloader  # type: ignore[method-assign]
+    data.val_dataloader = data.repair_dataloader
     trainer = quiet_trainer(tmp_path, RegressionMetrics(old, task="multilabel"), max_epochs=2)
     trainer.fit(new, datamodule=data)
     was, now = case.counted(old, data.repair), case.counted(new, data.repair)
@@ -267,7 +210,6 @@ class TestSequencesOfSeveralLengths:
         callback = RegressionFreeRepair(**arguments(counted, method=METHODS[method], layer="network.head"))
         quiet_trainer(tmp_path, callback, max_epochs=12).fit(model, datamodule=data)
         report = callback.report
-        assert report is not None
         assert not any(split.broken for split in report.splits if split.role == "known")
         if method == "finetune-polish":
             assert report.status == "repaired", report.reason
@@ -291,29 +233,21 @@ class TestSequencesOfSeveralLengths:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_training_may_be_held_to_the_replaced_model(
-    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
-) -> None:
-    case = CASES[name]
-    old_path = trained_tasks[name]
-    data, old = case.make()
-    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+def test_a_training_may_be_held_to_the_replaced_model(tmp_path: Path, learned: Any, name: str) -> None:
+    case, data, old = learned(name)
     _, new = case.make()
     terms = ["focal_distillation", "margin_hinge"] if name in MARGINS else ["focal_distillation"]
     trainer = quiet_trainer(tmp_path, PositiveCongruentTraining(old, term=terms, task=case.task), max_epochs=1)
     trainer.fit(new, datamodule=data)
-    for term in terms:
-        assert trainer.callback_metrics[f"regression/{term}"].isfinite()
+    assert all(trainer.callback_metrics[f"regression/{term}"].isfinite() for term in terms)
 
 
 def test_the_task_of_a_cache_must_be_the_same(tmp_path: Path) -> None:
     case = CASES["multilabel"]
     data, old = case.make()
-    cache = tmp_path / "old.csv"
+    reference = OldModel(old, cache=tmp_path / "old.csv")
     for task in (Multilabel(), Multilabel(wrong=1)):
         _, new = case.make()
-        callback = RegressionFreeRepair(
-            **arguments(case, task=task, reference=OldModel(old, cache=cache), method="swarm", max_time=5)
-        )
-        quiet_trainer(tmp_path, callback, max_epochs=1).fit(new, datamodule=data)
-        assert cache.read_text().splitlines()[0].endswith(repr(task))
+        given = arguments(case, task=task, reference=reference, method=SWARM, max_time=2)
+        quiet_trainer(tmp_path, RegressionFreeRepair(**given), max_epochs=1).fit(new, datamodule=data)
+        assert (tmp_path / "old.csv").read_text().splitlines()[0].endswith(repr(task))

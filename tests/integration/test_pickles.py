@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer, same
 from lightning_package import AsyncCheckpointIO, ModelCheckpoint
 
 from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation, compare, diagnose, repair, sweep
@@ -50,7 +50,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "diagnose": lambda path, tmp: diagnose(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
     "compare": lambda path, tmp: compare(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
     "sweep": lambda path, tmp: sweep(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings=["EXP-B1"], seeds=1
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings={"alpha": 6}, seeds=1
     ),
     "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
     "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
@@ -86,7 +86,7 @@ def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(tmp_path: Pat
         diagnose(trainer, model, datamodule=Digits(), ckpt_path=path)
     diagnose(trainer, model, datamodule=Digits(), ckpt_path=path, weights_only=False)
     trained = torch.load(trained_path, weights_only=True)["state_dict"]
-    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert same(model, trained)
     # The trainer reads as before afterwards.
     assert type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
 

@@ -50,6 +50,10 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
+    "`limit='tolerance:0.01'` needs calibration data": lambda: quick_repair(limit="tolerance:1%"),
+    "`task='multi-class'`": lambda: quick_repair(task="multi-class"),
+    "`method='pso'`": lambda: quick_repair(method="pso"),
+    "`passed` data: Stream is iterable": lambda: quick_repair(passed=DataLoader(Stream(), 32)),
     "`row='EXP-B9'` is not in Table II": lambda: RegressionFreeRepair.from_paper("EXP-B9"),
 }
 
@@ -70,28 +74,15 @@ def refused(path: Path, data: Any, *callbacks: Any, model: Any = None, **argumen
     return str(refusal.value)
 
 
-def test_an_unknown_layer_is_answered_with_the_nearest_names(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(layer="netwrok.7"))
-    assert message.startswith("`layer='netwrok.7'` is not in the model.")
-    assert "network.7" in message
-
-
-def test_a_layer_that_cannot_be_repaired_is_refused(tmp_path: Path) -> None:
-    assert "`layer='network.1'` is a BatchNorm2d" in refused(tmp_path, Digits(), quick_repair(layer="network.1"))
-
-
 @pytest.mark.parametrize("later", OVERWRITING)
 def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: str) -> None:
     message = refused(tmp_path, Digits(), quick_repair(), overwriting(later))
     assert f"`callbacks`: {later} comes after the repair" in message
 
 
-def test_two_repairs_of_the_same_are_refused(tmp_path: Path) -> None:
+def test_repairs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(target="label 3"), quick_repair(target="label 3", seed=1))
     assert "`callbacks`: there are 2 RegressionFreeRepair of the same layer and target." in message
-
-
-def test_a_second_repair_must_not_go_back_behind_the_first(tmp_path: Path) -> None:
     second = quick_repair(layer="network.3", start_from="best")
     message = refused(tmp_path, Digits(), quick_repair(), second)
     assert message.startswith("`start_from='best'`: the best checkpoint lacks what the repair before this one does.")
@@ -99,11 +90,6 @@ def test_a_second_repair_must_not_go_back_behind_the_first(tmp_path: Path) -> No
 
 class FSDPStrategy(SingleDeviceStrategy):
     """Has the name of a strategy that shards."""
-
-
-def test_a_sharded_strategy_is_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=FSDPStrategy("cpu"))
-    assert message.startswith("`strategy`: FSDPStrategy shards the weights")
 
 
 class Renamed(FSDPStrategy):
@@ -114,10 +100,17 @@ class SingleDeviceXLAStrategy(SingleDeviceStrategy):
     """Has the name of one whose device is not one of torch's."""
 
 
-def test_so_are_those_of_other_names_and_devices(tmp_path: Path) -> None:
-    for kind, words in ((Renamed, "shards the weights"), (SingleDeviceXLAStrategy, "has a device of XLA")):
-        message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=kind("cpu"))
-        assert message.startswith(f"`strategy`: {kind.__name__} {words}")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (FSDPStrategy, "shards the weights"),
+        (Renamed, "shards the weights"),
+        (SingleDeviceXLAStrategy, "has a device of XLA"),
+    ],
+)
+def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(tmp_path: Path, kind: Any, words: str) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=kind("cpu"))
+    assert message.startswith(f"`strategy`: {kind.__name__} {words}")
 
 
 class DTensor(nn.Parameter):
@@ -145,25 +138,65 @@ class Streamed(Digits):
         return DataLoader(Stream(), 32)
 
 
-def test_an_iterable_data_set_is_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Streamed(), quick_repair())
-    assert message.startswith("`train` data: Stream is iterable")
-
-
-def test_an_iterable_data_set_given_by_argument_is_refused_at_once() -> None:
-    with pytest.raises(ConfigurationError, match="`passed` data: Stream is iterable"):
-        quick_repair(passed=DataLoader(Stream(), 32))
-
-
 class Several(Digits):
     def train_dataloader(self) -> Any:
         return {"a": DataLoader(self.train, 32), "b": DataLoader(self.val, 32)}
 
 
-def test_several_loaders_at_once_are_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Several(), quick_repair())
-    assert message.startswith("`train` data: 2 data loaders at once.")
-    assert "such as 'train:0'" in message
+class WholeBatches(Digits):
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.repair, batch_size=None)
+
+
+class Empty(Digits):
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*(x[:0] for x in self.repair.tensors)), 8)
+
+
+class TrainAlone(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return Digits().train_dataloader()
+
+
+class OfTrain(Digits):
+    """Its unseen data are two of the known samples."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, 32, sampler=SubsetRandomSampler([3, 5]))
+
+
+def no_bools(batch: Any) -> Any:
+    return batch[1]
+
+
+BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
+    (Digits, {"layer": "netwrok.7"}, "`layer='netwrok.7'` is not in the model.*network.7"),
+    (Digits, {"layer": "network.1"}, "`layer='network.1'` is a BatchNorm2d"),
+    (Digits, {"target": Target.where(no_bools)}, ".*returned torch.int64"),
+    (Digits, {"importance": 7}, "`importance` raised LookupError: a batch has no column 7"),
+    (Digits, {"dirpath": "s3://bucket/repair"}, "`dirpath`: the files of a repair cannot go to 's3://bucket/repair'"),
+    (Digits, {"failed": "val", "unseen": "val"}, "`unseen='val'` is known data too"),
+    (OfTrain, {"unseen": "test"}, "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data"),
+    (Digits, {"calibration": "train"}, "`calibration='train'` is known data too"),
+    (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
+    (Streamed, {}, "`train` data: Stream is iterable"),
+    (Several, {}, "`train` data: 2 data loaders at once.*such as 'train:0'"),
+    (WholeBatches, {}, "`repair` data: its data set makes whole batches itself"),
+    (Empty, {}, "`repair` data: the data set is empty"),
+    (TrainAlone, {"failed": "train", "unseen": "test"}, r"`unseen='test'`: there is no `test_dataloader\(\)`"),
+]
+
+
+@pytest.mark.parametrize(("data", "arguments", "message"), BEFORE_TRAINING)
+def test_what_does_not_fit_is_refused_before_training(
+    tmp_path: Path, data: Any, arguments: dict[str, Any], message: str
+) -> None:
+    assert re.match(message, refused(tmp_path, data(), quick_repair(**arguments)), re.DOTALL)
+
+
+class FirstOfSeveral(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch["a"], batch_idx)
 
 
 def test_one_of_several_loaders_may_be_named(tmp_path: Path) -> None:
@@ -173,80 +206,15 @@ def test_one_of_several_loaders_may_be_named(tmp_path: Path) -> None:
     assert [split.n for split in repair.report.splits] == [400, 203]
 
 
-class FirstOfSeveral(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch["a"], batch_idx)
-
-
-class WholeBatches(Digits):
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.repair, batch_size=None)
-
-
-def test_a_data_set_that_batches_itself_is_refused(tmp_path: Path) -> None:
-    assert "`repair` data: its data set makes whole batches itself" in refused(tmp_path, WholeBatches(), quick_repair())
-
-
-class TrainAlone(LightningDataModule):
-    def train_dataloader(self) -> DataLoader:
-        return Digits().train_dataloader()
-
-
-def test_without_validation_data_failures_of_the_train_data_are_repaired_and_that_is_said(tmp_path: Path) -> None:
-    repair = quick_repair()
-    with pytest.warns(DataWarning, match="failures of the train data are repaired"):
-        quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
-    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400)]
-
-
-def test_failures_may_come_from_the_train_data_alone(tmp_path: Path) -> None:
-    repair = quick_repair(failed="train")
+@pytest.mark.parametrize("arguments", [{}, {"failed": "train"}])
+def test_without_validation_data_the_train_data_are_repaired(
+    tmp_path: Path, arguments: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    repair = quick_repair(**arguments)
     quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
+    said = {w.category for w in recwarn if "failures of the train data are repaired" in str(w.message)}
+    assert said == (set() if arguments else {DataWarning})
     assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400)]
-
-
-def test_unseen_data_that_is_not_there_is_missed_before_training(tmp_path: Path) -> None:
-    message = refused(tmp_path, TrainAlone(), quick_repair(failed="train", unseen="test"))
-    assert message.startswith("`unseen='test'`: there is no `test_dataloader()`")
-
-
-def test_known_data_cannot_be_unseen(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(failed="val", unseen="val"))
-    assert message.startswith("`unseen='val'` is known data too")
-
-
-def test_known_data_cannot_be_unseen_under_another_name(tmp_path: Path) -> None:
-    data = Digits()
-    some = DataLoader(data.train, 32, sampler=SubsetRandomSampler([3, 5]))
-    message = refused(tmp_path, data, quick_repair(unseen=some))
-    assert message.startswith("`unseen`: 2 of its 2 samples are in `train` too, which is known data")
-
-
-def test_calibration_data_are_neither_known_nor_unseen(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(calibration="train"))
-    assert message.startswith("`calibration='train'` is known data too")
-    message = refused(tmp_path, Digits(), quick_repair(calibration="val", unseen="val"))
-    assert message.startswith("`calibration='val'` is unseen data too")
-
-
-def test_a_limit_without_calibration_data_is_refused_at_once() -> None:
-    with pytest.raises(ConfigurationError, match=r"`limit='tolerance:0\.01'` needs calibration data"):
-        quick_repair(limit="tolerance:1%")
-
-
-def test_a_task_or_method_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`task='multi-class'`"):
-        quick_repair(task="multi-class")
-    with pytest.raises(ConfigurationError, match=r"`method='pso'`"):
-        quick_repair(method="pso")
-
-
-def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
-    class Empty(Digits):
-        def repair_dataloader(self) -> DataLoader:
-            return DataLoader(TensorDataset(*(x[:0] for x in self.repair.tensors)), 8)
-
-    assert refused(tmp_path, Empty(), quick_repair()).startswith("`repair` data: the data set is empty.")
 
 
 class Attentive(Untrainable):
@@ -265,20 +233,6 @@ def test_a_layer_that_is_never_called_is_refused(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, quick_repair(layer="attention.out_proj"))
     with pytest.raises(ReplayError, match=r"`layer='attention.out_proj'` is never called[\s\S]*HINT: "):
         trainer.fit(Attentive(), datamodule=Digits())
-
-
-def no_bools(batch: Any) -> Any:
-    return batch[1]
-
-
-def test_a_predicate_that_gives_no_bools_is_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(target=Target.where(no_bools)))
-    assert "returned torch.int64" in message
-
-
-def test_a_folder_on_another_machine_is_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(dirpath="s3://bucket/repair"))
-    assert message.startswith("`dirpath`: the files of a repair cannot go to 's3://bucket/repair'")
 
 
 class Trainer:
@@ -314,11 +268,3 @@ def test_data_aside_can_be_done_without(tmp_path: Path) -> None:
     loaders = data.train_dataloader(), data.repair_dataloader()
     with pytest.raises(ConfigurationError, match=r"`unseen='test'`[\s\S]*or do without: `unseen=None`"):
         compare(quiet_trainer(tmp_path), Untrainable(), *loaders)
-
-
-def test_a_comparison_of_one_method_and_a_callback_of_another_kind_are_refused(tmp_path: Path) -> None:
-    trainer, model = quiet_trainer(tmp_path), Untrainable()
-    with pytest.raises(ConfigurationError, match=r"`method='convex'`: a comparison runs several"):
-        compare(trainer, model, datamodule=Digits(), method="convex")
-    with pytest.raises(ConfigurationError, match="`callback='auto'` is no RegressionFreeRepair"):
-        repair(trainer, model, datamodule=Digits(), callback="auto")  # type: ignore[arg-type]

@@ -1,11 +1,7 @@
-"""Regressions counted in every validation; also a script, since plain `ddp` starts it again.
-
-python test_regression_metrics.py FOLDER
-"""
+"""Regressions counted in every validation."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -14,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, configured, mlp, quiet_trainer, right
+from digit_models import Classifier, Digits, Untrainable, digit, is_noisy, mlp, quiet_trainer, right, same
+from distributed_fit import Frozen
 from lightning_package import (
     Callback,
     CombinedLoader,
@@ -49,14 +46,6 @@ class Noisy(Digits):
 
     def val_dataloader(self) -> Any:
         return DataLoader(Subset(self.repair, range(self.n)), **{"batch_size": 64, **self.loader})
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
-
-
-def digit(batch: Any) -> Any:
-    return batch[1]
 
 
 def by_hand(was: Tensor, now: Tensor) -> dict[str, float]:
@@ -101,11 +90,6 @@ class Witness(Callback):
             assert not logged(trainer.callback_metrics)
 
 
-@pytest.fixture
-def old(trained_path: Path) -> Classifier:
-    return Classifier.load_from_checkpoint(trained_path)
-
-
 def fit(folder: Path, metrics: RegressionMetrics, *more: Callback, data: Any = None, **arguments: Any) -> Trainer:
     model = arguments.pop("model") if "model" in arguments else Classifier(lr=0.02)
     trainer = quiet_trainer(folder, metrics, *more, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
@@ -130,7 +114,7 @@ def test_every_validation_counts_as_two_plain_passes_do(
         assert {name for name in found if name.startswith("regression")} == {f"regression/{key}" for key in KEYS}
 
 
-@pytest.mark.parametrize("slices", ["test_regression_metrics:digit", Target.label(3), is_noisy])
+@pytest.mark.parametrize("slices", ["digit_models:digit", Target.label(3), is_noisy])
 def test_slices_are_counted_apart(slices: Any, old: Classifier, tmp_path: Path) -> None:
     data = Noisy()
     witness = Witness(data.counted)
@@ -238,7 +222,7 @@ def test_only_what_is_validated_counts_and_everything_is_left_as_found(old: Clas
         assert not model._forward_hooks
         if isinstance(callback, RegressionMetrics):
             assert close(logged(witness.logged[-1]), by_hand(right(old, few), witness.right[-1]))
-    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+    assert same(trained[0], trained[1])
     fit(tmp_path, RegressionMetrics(old), fast_dev_run=True)
     fit(tmp_path, RegressionMetrics(old), limit_val_batches=0)
     trainer = fit(tmp_path, RegressionMetrics(old), check_val_every_n_epoch=2)
@@ -248,14 +232,6 @@ def test_only_what_is_validated_counts_and_everything_is_left_as_found(old: Clas
 class Several(Noisy):
     def val_dataloader(self) -> Any:
         return [super().val_dataloader(), DataLoader(self.val, 50)]
-
-
-def test_one_of_several_loaders_is_counted(old: Classifier, tmp_path: Path) -> None:
-    data = Several()
-    for at, counted in enumerate((data.counted, data.val)):
-        witness, model = Witness(counted), Counting()
-        fit(tmp_path, RegressionMetrics(old, dataloader=at), witness, data=data, model=model, max_epochs=1)
-        assert close(logged(witness.logged[0]), by_hand(right(old, counted), witness.right[0]))
 
 
 class Renewed(Noisy):
@@ -268,25 +244,21 @@ class Renewed(Noisy):
         return DataLoader(self.repair if self.asked == 1 else self.test, 64)
 
 
-def test_renewed_data_are_asked_about_anew(old: Classifier, tmp_path: Path) -> None:
-    data = Renewed()
-    witness = Witness(data.test)
-    fit(
-        tmp_path,
-        RegressionMetrics(old),
-        witness,
-        data=data,
-        reload_dataloaders_every_n_epochs=1,
-        num_sanity_val_steps=0,
-    )
+def test_one_of_several_loaders_counts_and_renewed_data_count_anew(old: Classifier, tmp_path: Path) -> None:
+    data: Any = Several()
+    for at, counted in enumerate((data.counted, data.val)):
+        witness, model = Witness(counted), Counting()
+        fit(tmp_path, RegressionMetrics(old, dataloader=at), witness, data=data, model=model, max_epochs=1)
+        assert close(logged(witness.logged[0]), by_hand(right(old, counted), witness.right[0]))
+    data, renews = Renewed(), {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
+    fit(tmp_path, RegressionMetrics(old), witness := Witness(data.test), data=data, **renews)
     assert data.asked == 2
     assert close(logged(witness.logged[1]), by_hand(right(old, data.test), witness.right[1]))
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "part"])
 def test_compiled_modules_need_no_more_passes(how: str, old: Classifier, tmp_path: Path, recwarn: Any) -> None:
-    data = Noisy()
-    model: Any = Classifier()
+    data, model = Noisy(), Classifier()
     if how == "whole":
         model = torch.compile(model, backend="eager")
     elif how == "in place":
@@ -294,16 +266,14 @@ def test_compiled_modules_need_no_more_passes(how: str, old: Classifier, tmp_pat
     else:
         model.network = torch.compile(model.network, backend="eager")
     witness = Witness(data.counted)
-    reference = OldModel(old)
-    fit(tmp_path, RegressionMetrics(reference), witness, data=data, model=model, limit_train_batches=2)
+    fit(tmp_path, RegressionMetrics(OldModel(old)), witness, data=data, model=model, limit_train_batches=2)
     assert close(logged(witness.logged[1]), by_hand(right(old, data.counted), witness.right[1]))
     assert not [w for w in recwarn if "one more pass" in str(w.message)]
 
 
 def test_mixed_precision_and_loggers(old: Classifier, tmp_path: Path) -> None:
-    perfect = Predictions(
-        {"val": dict.fromkeys(range(203), (-1, None))}
-    )  # nothing right: the relative rate is undefined
+    # Nothing was right: the relative rate is undefined.
+    perfect = Predictions({"val": dict.fromkeys(range(203), (-1, None))})
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
     trainer = fit(tmp_path, RegressionMetrics(perfect), precision="bf16-mixed", logger=loggers)
     found = logged(trainer.logged_metrics)
@@ -359,35 +329,10 @@ def ids(batch: Any) -> Any:
 def test_what_does_not_fit_is_refused_before_training(
     data: Any, arguments: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    class Untrained(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            raise AssertionError("training has begun")
-
-    metrics = RegressionMetrics(**{"reference": mlp_reference(), **arguments})
+    metrics = RegressionMetrics(**{"reference": OldModel(mlp()), **arguments})
     # Without the sanity check, in which some of these data would fail on their own.
     with pytest.raises(ConfigurationError, match=re.compile(message, re.DOTALL)):
-        fit(tmp_path, metrics, data=data, model=Untrained(), num_sanity_val_steps=0)
-
-
-def mlp_reference() -> OldModel:
-    return OldModel(mlp())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"reference": None}, "`reference=None`"),
-        ({"reference": "nowhere.ckpt"}, "is not there"),
-        ({"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
-        ({"prefix": ""}, "`prefix=''` is no name"),
-        ({"dataloader": -1}, "`dataloader=-1` is out of range"),
-        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
-        ({"task": 3}, "`task=3` is no Task"),
-    ],
-)
-def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        RegressionMetrics(**{"reference": mlp_reference(), **arguments})
+        fit(tmp_path, metrics, data=data, model=Untrainable(), num_sanity_val_steps=0)
 
 
 def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
@@ -404,20 +349,10 @@ def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
         fit(tmp_path, RegressionMetrics(old), Moving(), data=data)
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
-def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    written = {"reference": str(trained_path), "slices": "test_regression_metrics:is_noisy", "prefix": "old"}
-    metrics = configured(tmp_path, "RegressionMetrics", **written)
-    assert (metrics.prefix, metrics.slices) == ("old", is_noisy) or metrics.slices.__name__ == "is_noisy"
-
-
 def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dict[str, float]]:
     """Metrics by slice of fits that take no step: an even split, and odd ones, where ranks see copies."""
 
-    class Still(Classifier):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
+    class Still(Frozen):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy(self.network(batch[0]) if self.inside else self(batch[0]), batch[1])
 
@@ -426,15 +361,8 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
         metrics = RegressionMetrics(OldModel(folder / "trained.ckpt"), slices=digit)
         model = Still()
         model.inside = inside
-        trainer = quiet_trainer(
-            folder,
-            metrics,
-            strategy=strategy,
-            devices=devices,
-            max_epochs=1,
-            limit_train_batches=1,
-            enable_checkpointing=False,
-        )
+        means: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "enable_checkpointing": False}
+        trainer = quiet_trainer(folder, metrics, strategy=strategy, devices=devices, **means)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="`validation_step` does not call")
             trainer.fit(model, datamodule=Noisy(n))
@@ -442,17 +370,9 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
     return found
 
 
-def _on_rank(folder: Path) -> None:
-    results = distributed_fits(folder, "ddp", 2)
-    (folder / f"metrics{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
-
-
 def test_two_processes_count_as_one(trained_path: Path) -> None:
-    folder = trained_path.parent
-    alone = distributed_fits(folder, "auto", 1)
-    in_two_processes(_on_rank, folder)
-    for rank in (0, 1):
-        together = json.loads((folder / f"metrics{rank}.json").read_text())
+    alone = distributed_fits(trained_path.parent, "auto", 1)
+    for together in in_two_processes(distributed_fits, trained_path.parent, "ddp", 2):
         assert alone.keys() == together.keys()
         for n, found in alone.items():
             assert together[n] == pytest.approx(found, nan_ok=True), n

@@ -1,7 +1,4 @@
-"""The release gate in `trainer.test` and `trainer.validate`; also a script, since plain `ddp` starts it again.
-
-python test_release_gate.py FOLDER
-"""
+"""The release gate in `trainer.test` and `trainer.validate`."""
 
 from __future__ import annotations
 
@@ -11,24 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, configured, quiet_trainer, right
+from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, right
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from two_processes import in_two_processes
 
-from lightning_nrl import ConfigurationError, OldModel, ReleaseGate
+from lightning_nrl import ConfigurationError, ReleaseGate
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
-
-
-def digit(batch: Any) -> Any:
-    return batch[1]
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
 
 
 @pytest.fixture
@@ -38,11 +27,6 @@ def new(trained: Classifier) -> Classifier:
         torch.manual_seed(1)
         trained.network[3].weight.add_(0.1 * torch.randn_like(trained.network[3].weight))
     return trained
-
-
-@pytest.fixture
-def old(trained_path: Path) -> Classifier:
-    return Classifier.load_from_checkpoint(trained_path)
 
 
 def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:
@@ -58,7 +42,6 @@ def test_the_test_is_followed_by_a_verdict(
     trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
     (metrics,) = trainer.test(new, datamodule=data, verbose=False)
     report = gate.report
-    assert report is not None
     broken = (was & ~now).nonzero().flatten().tolist()
     assert broken
     assert report.broken_ids == {"test": broken}
@@ -97,7 +80,9 @@ def test_its_predictions_are_the_next_reference(old: Classifier, new: Classifier
     assert second.report.samples == first.report.samples
 
 
-def test_validate_judges_on_validation_data_and_fit_does_not(old: Classifier, tmp_path: Path) -> None:
+def test_validate_and_test_are_judged_and_fit_is_not(
+    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path
+) -> None:
     gate = gate_of(old, rules="instance")
     trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False, max_epochs=1)
     trainer.fit(Classifier(), datamodule=Digits())
@@ -106,13 +91,7 @@ def test_validate_judges_on_validation_data_and_fit_does_not(old: Classifier, tm
     assert gate.report.accepted
     assert gate.report.rows[0].split == "val"
     assert trainer.callback_metrics["release/accepted"] == 1.0
-
-
-def test_the_checkpoint_that_is_tested_is_what_is_judged(
-    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
-    gate = gate_of(old, rules="instance")
-    quiet_trainer(tmp_path, gate).test(new, ckpt_path=trained_path, datamodule=Digits(), verbose=False)
+    trainer.test(new, ckpt_path=trained_path, datamodule=Digits(), verbose=False)
     assert gate.report.accepted
     assert gate.report.new.name == f"Classifier from {trained_path}"
     assert gate.report.new.sha256 == gate.report.old.sha256
@@ -152,21 +131,17 @@ def test_each_data_loader_is_a_split(make: Any, splits: Any, names: list[str], o
     ]
 
 
-def test_a_report_is_kept_when_the_next_one_is_made(old: Classifier, tmp_path: Path) -> None:
-    gate = gate_of(old)
-    trainer = quiet_trainer(tmp_path, gate)
-    for _ in range(2):
-        trainer.test(old, datamodule=Digits(), verbose=False)
-    assert Path(gate.report.files["json"]).parent == tmp_path / "release-1"
-    assert (tmp_path / "release" / "report.json").exists()
-
-
-def test_a_fast_run_judges_one_batch_and_writes_nothing(old: Classifier, tmp_path: Path) -> None:
+def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(old: Classifier, tmp_path: Path) -> None:
     gate = gate_of(old)
     quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
     assert gate.report.rows[0].counts.n == 64
     assert not gate.report.files
     assert not (tmp_path / "release").exists()
+    trainer = quiet_trainer(tmp_path, gate)
+    for _ in range(2):
+        trainer.test(old, datamodule=Digits(), verbose=False)
+    assert Path(gate.report.files["json"]).parent == tmp_path / "release-1"
+    assert (tmp_path / "release" / "report.json").exists()
 
 
 def test_tensorboard_shows_the_page_and_the_numbers(old: Classifier, new: Classifier, tmp_path: Path) -> None:
@@ -206,7 +181,7 @@ class Stream(IterableDataset):
         ({"dirpath": "s3://bucket"}, None, "no local folder"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_before_the_test(
+def test_what_cannot_be_judged_is_refused(
     arguments: dict[str, Any], loader: Any, message: str, old: Classifier, tmp_path: Path
 ) -> None:
     class Untested(Classifier):
@@ -221,31 +196,6 @@ def test_what_cannot_be_judged_is_refused_before_the_test(
         trainer.test(Untested(), datamodule=data, verbose=False)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"reference": None}, "`reference=None`"),
-        ({"reference": "nowhere.ckpt"}, "is not there"),
-        ({"rules": "nothing"}, "is no rule"),
-        ({"slices": 3.5}, "`slices`"),
-        ({"splits": "test"}, "`splits='test'` is no list of names"),
-        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
-        ({"task": 3}, "`task=3` is no Task"),
-        ({"seed": -1}, "`seed=-1` is out of range"),
-    ],
-)
-def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        ReleaseGate(**{"reference": OldModel(Classifier()), **arguments})
-
-
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
-def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    written = {"reference": str(trained_path), "rules": ["accuracy", "nfr:5%"], "slices": "test_release_gate:digit"}
-    gate = configured(tmp_path, "ReleaseGate", **written)
-    assert [str(rule) for rule in gate.rules] == ["accuracy", "nfr:5%"]
-
-
 class Odd(Digits):
     """203 samples, which two ranks cannot share evenly."""
 
@@ -253,7 +203,7 @@ class Odd(Digits):
         return DataLoader(Subset(self.repair, range(203)), 64)
 
 
-def judged(folder: Path, name: str, **arguments: Any) -> ReleaseReport:
+def judged(folder: Path, name: str, strategy: str = "auto", devices: int = 1) -> ReleaseReport:
     """A test of one model against another, which differ by their seed; the report without its files."""
     model: LightningModule = Classifier()
     model.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
@@ -261,26 +211,19 @@ def judged(folder: Path, name: str, **arguments: Any) -> ReleaseReport:
         model.network[3].weight.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
     rules = [*RULES, ProtectedIntact(where=is_noisy)]
     gate = gate_of(folder / "trained.ckpt", rules=rules, dirpath=folder / name)
-    quiet_trainer(folder, gate, **arguments).test(model, datamodule=Odd(), verbose=False)
+    quiet_trainer(folder, gate, strategy=strategy, devices=devices).test(model, datamodule=Odd(), verbose=False)
     return gate.report
-
-
-def _on_rank(folder: Path) -> None:
-    result = judged(folder, "together", strategy="ddp", devices=2)
-    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(result.to_json())
 
 
 def test_two_processes_judge_as_one(trained_path: Path) -> None:
     folder = trained_path.parent
     alone = judged(folder, "alone")
-    in_two_processes(_on_rank, folder)
-    reports = [ReleaseReport.from_json((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    reports = in_two_processes(judged, folder, "together", "ddp", 2)
     assert alone.rows[0].counts.n == 203
     assert alone.rows[0].counts.broken > 0
     for together in reports:
         assert (together.findings, together.rows) == (alone.findings, alone.rows)
         assert (together.samples, together.new, together.old) == (alone.samples, alone.new, alone.old)
-    written = ReleaseReport.from_json((folder / "together" / "report.json").read_text())
-    assert written == reports[0]
+    assert ReleaseReport.from_json((folder / "together" / "report.json").read_text()) == reports[0]
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from digit_models import QUICK, Digits, quick_repair, quiet_trainer
+from digit_models import QUICK, Digits, nobody, quick_repair, quiet_trainer
 from lightning_package import Callback, Trainer
-from self_writing import SELF_WRITING, classifier, fingerprint
-from torch import Tensor
+from self_writing import SELF_WRITING, NothingAtAll, classifier, fingerprint
 
-from lightning_nrl import Gate, Target, diagnose, repair
+from lightning_nrl import Target, diagnose, repair
 
 KINDS = list(SELF_WRITING)
 
@@ -32,22 +30,6 @@ class Watch(Callback):
     @property
     def state_key(self) -> str:
         return f"Watch {id(self)}"
-
-
-class NothingAtAll(Gate):
-    """Refuses whatever comes."""
-
-    rule = "nothing at all"
-
-    def allowed(self, counts: Any) -> int:
-        return -1
-
-    def __str__(self) -> str:
-        return "nothing-at-all"
-
-
-def nobody(batch: Any) -> Tensor:
-    return torch.zeros(len(batch[0]), dtype=torch.bool)
 
 
 ENDS: dict[str, dict[str, Any]] = {

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
-from lightning_package import (
-    Callback,
-    CSVLogger,
-    EarlyStopping,
-    LightningModule,
-    RichProgressBar,
-    TensorBoardLogger,
-    TQDMProgressBar,
-    Trainer,
-)
+from digit_models import Classifier, Digits, Remember, camera, quick_repair, quiet_trainer, right, same
+from lightning_package import Callback, CSVLogger, EarlyStopping, TensorBoardLogger, TQDMProgressBar, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, Target
-from lightning_nrl._trainer.progress_bar import RepairProgress
-
-
-class Remember(Callback):
-    """Keeps the weights that training left; to stand before the repair."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
 def fit(path: Path, *callbacks: Callback, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:
@@ -44,16 +27,12 @@ def test_training_is_the_same_with_a_repair_and_without(tmp_path: Path) -> None:
     plain, repaired = Remember(), Remember()
     fit(tmp_path, plain, network="cnn")  # has dropout, and its data are shuffled
     fit(tmp_path, repaired, quick_repair(), network="cnn")
-    assert all(torch.equal(value, repaired.weights[name]) for name, value in plain.weights.items())
+    assert same(plain.state, repaired.state)
 
 
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
     "max_steps": ({"max_steps": 5, "max_epochs": -1}, 5),
-    "limit_train_batches": ({"limit_train_batches": 3}, 3),
-    "limit_train_batches as a share": ({"limit_train_batches": 0.25}, 3),
-    "overfit_batches": ({"overfit_batches": 2}, 2),
     "early stopping": ({"callbacks": [EarlyStopping("val_loss", patience=1, min_delta=1e3)], "max_epochs": 9}, 24),
-    "no validation": ({"limit_val_batches": 0}, 12),
     "accumulation": ({"accumulate_grad_batches": 4}, 3),
     "barebones": (
         {"barebones": True, "enable_checkpointing": False, "logger": False, "enable_progress_bar": False},
@@ -62,7 +41,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit", r"ignore:You are trying to `self.log\(\)`")
+@pytest.mark.filterwarnings(r"ignore:You are trying to `self.log\(\)`")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_whole_data_are_known_however_training_ends(tmp_path: Path, way: str) -> None:
     arguments, steps = WAYS[way]
@@ -70,12 +49,7 @@ def test_the_whole_data_are_known_however_training_ends(tmp_path: Path, way: str
     repair = quick_repair()
     trainer, model = fit(tmp_path, *arguments.pop("callbacks", []), repair, **arguments)
     assert trainer.global_step == steps
-    sizes = [(split.split, split.n) for split in repair.report.splits]
-    if way == "overfit_batches":
-        # Two batches of each split are all the data that there are.
-        assert sizes == [("train", 64), ("repair", 128)]
-        return
-    assert sizes == [("train", 400), ("repair", 203)]
+    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400), ("repair", 203)]
     found = repair.report.splits[1]
     assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
 
@@ -101,7 +75,7 @@ def hparam_columns(folder: Path) -> set[str]:
     return {info.name for info in infos}
 
 
-@pytest.mark.parametrize("kinds", [[CSVLogger], [TensorBoardLogger], [CSVLogger, TensorBoardLogger]])
+@pytest.mark.parametrize("kinds", [[TensorBoardLogger], [CSVLogger, TensorBoardLogger]])
 def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[Any]) -> None:
     repair, loggers = quick_repair(), [kind(tmp_path, name=kind.__name__) for kind in kinds]
     trainer, _ = fit(tmp_path, repair, logger=loggers)
@@ -123,21 +97,18 @@ def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[A
     assert trainer.callback_metrics["repair/known_broken"] == 0.0
 
 
-def test_without_a_logger_files_go_to_the_root_folder(tmp_path: Path) -> None:
-    repair = quick_repair()
-    fit(tmp_path, repair, logger=False)
-    assert (tmp_path / "repair" / "report.md").read_text().startswith("# Repaired")
-
-
-@pytest.mark.figures
-def test_two_repairs_in_one_log_are_runs_of_their_own(tmp_path: Path) -> None:
-    first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
-    logger = TensorBoardLogger(tmp_path)
-    trainer, _ = fit(tmp_path, first, second, logger=logger)
-    for name, repair in (("repair", first), ("repair-1", second)):
-        repaired = sum(split.repaired_in_target for split in repair.report.splits)
-        assert scalars(Path(logger.log_dir) / name)["repair/known_repaired_in_target"] == [repaired]
-        assert trainer.callback_metrics[f"{name}/known_repaired_in_target"] == repaired
+def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"slices": camera, "importance": lambda batch: 1 + batch[2].float()}
+    callback, logger = quick_repair(protected=Target.label(0), unseen="test", **given), TensorBoardLogger(tmp_path)
+    fit(tmp_path, callback, logger=logger, max_epochs=3)
+    report = callback.report
+    rows = {(one.name, one.role): one for one in report.slices}
+    assert set(rows) == {(name, role) for name in ("noisy", "clean") for role in ("known", "unseen")}
+    assert sum(one.targeted for one in report.slices if one.role == "known") == report.pooled("known").targeted
+    assert "## By slice" in Path(report.files["markdown"]).read_text()
+    events = EventAccumulator(f"{logger.log_dir}/repair").Reload()
+    logged = events.Scalars("repair_numbers/slice_noisy/unseen_broken")[0].value
+    assert logged == rows["noisy", "unseen"].broken
 
 
 def test_the_report_is_shown_once_and_can_be_silenced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,16 +118,11 @@ def test_the_report_is_shown_once_and_can_be_silenced(tmp_path: Path, capsys: py
     assert "targeted" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("bar", "line"), [(TQDMProgressBar, "_TqdmLine"), (RichProgressBar, "_RichLine")])
-def test_progress_is_shown_beside_the_trainers(
-    tmp_path: Path, bar: type[Callback], line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repair, bars = quick_repair(), bar()
-    shown = []
-    monkeypatch.setattr(RepairProgress, "search", lambda self, *counts: shown.append((type(self._line), *counts)))
-    fit(tmp_path, bars, repair, enable_progress_bar=True)
-    assert [kind.__name__ for kind, *_ in shown] == [line] * len(shown)
-    assert shown[-1][1:] == (20, 20, repair.report.splits[1].repaired_in_target, 0)
+def test_progress_is_shown_below_the_trainers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, TQDMProgressBar(), quick_repair(), enable_progress_bar=True)
+    _, training, said = capsys.readouterr().out.partition("12/12")
+    assert training
+    assert {"collect", "search", "judge"} <= set(re.findall(r"Repair: (\w+)", said))
 
 
 def test_a_row_of_the_papers_table_repairs(tmp_path: Path) -> None:
@@ -167,35 +133,6 @@ def test_a_row_of_the_papers_table_repairs(tmp_path: Path) -> None:
     assert repair.report.settings["fitness"]["perfect_intact"]
     assert repair.report.target == "label 8"
     assert repair.report.localization.requested == 32
-
-
-class Lookahead(LightningModule):
-    """Manual optimisation, two optimisers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.inner = Classifier()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inner(images)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        network = self.inner.network
-        return [torch.optim.Adam(network[i].parameters(), lr=3e-3) for i in (1, 3)]
-
-
-def test_manual_optimisation_is_repaired_too(tmp_path: Path) -> None:
-    repair, model = quick_repair(), Lookahead()
-    quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, datamodule=Digits())
-    assert repair.report.layers == ("inner.network.3",)
-    assert repair.report.splits[1].kept + repair.report.splits[1].repaired == int(right(model, Digits().repair).sum())
 
 
 @pytest.mark.gpu

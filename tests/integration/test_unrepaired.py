@@ -7,41 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
-from lightning_package import Callback, Trainer
+from digit_models import Classifier, Digits, Remember, nobody, quick_repair, quiet_trainer, right, same
 from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
-from lightning_nrl.errors import DataWarning, EmptyLocalizationError
+from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.localization import NeuRecoverLite
-
-
-class Remember(Callback):
-    """Keeps the weights that training left; to stand before the repair."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-
-    def assert_unchanged(self, model: Classifier) -> None:
-        assert all(torch.equal(value, self.weights[name]) for name, value in model.state_dict().items())
 
 
 def fit(path: Path, repair: RegressionFreeRepair, model: Classifier | None = None, data: Any = None) -> Classifier:
     model, data, remember = model or Classifier(), data or Digits(), Remember()
     quiet_trainer(path, remember, repair, max_epochs=1).fit(model, datamodule=data)
-    remember.assert_unchanged(model)
+    assert same(model, remember.state)
     assert repair.repaired_model_path == ""
     assert not (path / "repair" / "repaired.ckpt").exists()
     assert (path / "repair" / "report.json").exists()
     return model
 
 
-def no_sample(batch: Any) -> Tensor:
-    return torch.zeros(len(batch[0]), dtype=torch.bool)
-
-
 def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path: Path) -> None:
-    repair = quick_repair(target=Target.where(no_sample, name="purple digits"))
+    repair = quick_repair(target=Target.where(nobody, name="purple digits"))
     fit(tmp_path, repair)
     assert repair.report.status == "nothing to repair"
     assert repair.report.reason.startswith("no failed sample of repair is in the target (where purple digits)")
@@ -94,36 +79,16 @@ def test_a_refused_repair_names_the_samples_that_it_would_break(tmp_path: Path, 
     data, settings = Digits(), {"fitness": "eq2", "n_passed": 1, "method": ParticleSwarm(20, 40, start="half")}
     before = {split: right(trained, getattr(data, split)) for split in ("train", "repair")}
     refused, accepted = quick_repair(**settings), quick_repair(**settings, gate="tolerance:100%")
-    fit_without_learning(tmp_path / "a", refused, trained)
-    new = fit_without_learning(tmp_path / "b", accepted, trained)
-
+    trained.hparams["lr"] = 0.0
+    for name, repair in (("a", refused), ("b", accepted)):
+        quiet_trainer(tmp_path / name, repair, max_epochs=1).fit(trained, datamodule=Digits())
     assert refused.report.status == "refused"
     assert accepted.report.status == "repaired"
     for split in refused.report.candidate:
-        broken = before[split.split] & ~right(new, getattr(data, split.split))
+        broken = before[split.split] & ~right(trained, getattr(data, split.split))
         assert list(split.broken_ids) == broken.nonzero().flatten().tolist()
     assert sum(len(split.broken_ids) for split in refused.report.candidate) > 0
     assert all(split.broken == 0 for split in refused.report.splits)
-
-
-def fit_without_learning(path: Path, repair: RegressionFreeRepair, model: Classifier) -> Classifier:
-    model.hparams["lr"] = 0.0
-    quiet_trainer(path, repair, max_epochs=1).fit(model, datamodule=Digits())
-    return model
-
-
-class BadPixels(Digits):
-    def __init__(self) -> None:
-        super().__init__()
-        self.repair.tensors[0][[5, 17]] = torch.nan
-
-
-def test_samples_with_a_loss_that_is_nan_are_left_out_and_named(tmp_path: Path) -> None:
-    repair, data = quick_repair(), BadPixels()
-    with pytest.warns(DataWarning, match=r"left out: .*NaN or infinite on 2 known samples \(repair: \[5, 17\]\)"):
-        quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=data)
-    assert repair.report is not None
-    assert repair.report.splits[1].n == len(data.repair) - 2
 
 
 @pytest.mark.parametrize("arguments", [{"max_epochs": 0}, {"limit_train_batches": 0}])

@@ -10,17 +10,22 @@ from test_impact import toy_linear
 from torch import nn
 from toy_problems import on_a_line, threshold
 
+from lightning_nrl import RegressionFreeRepair, SearchOptions
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import (
+    LOCALIZERS,
+    AllWeights,
     Arachne,
     ArachneV2,
     ByGradient,
     HistoryPoint,
     Impact,
     Known,
+    Localizer,
     NeuRecover,
+    NeuRecoverLite,
     RandomWeights,
     TrainingFlips,
     contribution,
@@ -257,3 +262,15 @@ def test_targets_that_were_never_right_leave_nothing_to_localise(line):
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_a_name_stands_for_a_localizer_with_its_default_settings():
+    for name, localizer in (("neurecover-lite", NeuRecoverLite()), ("all", AllWeights()), ("arachne", Arachne())):
+        assert isinstance(localizer, Localizer)
+        assert LOCALIZERS.parse("localizer", name) == localizer
+        assert RegressionFreeRepair(search=SearchOptions(localizer=name)).settings.localizer == localizer
+    with pytest.raises(ConfigurationError, match="did you mean 'neurecover-lite'"):
+        LOCALIZERS.parse("localizer", "neurecover-light")
+    for wrong in (AllWeights, len, None):
+        with pytest.raises(ConfigurationError, match="is no Localizer"):
+            LOCALIZERS.parse("localizer", wrong)

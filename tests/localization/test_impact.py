@@ -21,7 +21,7 @@ EVALUATOR = Evaluator(nn.Identity())
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 AGGREGATIONS = ["mean_gradient", "per_sample"]
-EVERY = torch.ones(2, dtype=torch.bool)
+EVERY, EVERY_12 = torch.ones(2, dtype=torch.bool), torch.ones(12, dtype=torch.bool)
 
 
 def toy_linear() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
@@ -167,27 +167,18 @@ def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
     assert ranks.n_samples == 9
 
 
-def test_frozen_model_is_measured_and_left_as_it_was(recorded):
+def test_the_model_and_cudnn_flags_are_left_as_they_were(recorded, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     model, x, y = small_network()
-    mask = torch.ones(12, dtype=torch.bool)
-    free = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, mask)
-    model.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    frozen = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, mask)
+    with torch.no_grad():
+        free = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, EVERY_12)
+        assert not torch.is_grad_enabled()
+    frozen = measure(recorded(model.requires_grad_(False), x, y, ["0", "2"]), EVALUATOR, EVERY_12)
     assert torch.equal(free.backward, frozen.backward)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_gradients_of_the_model_and_cudnn_flags_are_left_alone(recorded, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    model, x, y = small_network()
-    with torch.no_grad():
-        measure(recorded(model, x, y), EVALUATOR, torch.ones(12) > 0)
-        assert not torch.is_grad_enabled()
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.backends.cudnn.benchmark
-    assert not torch.backends.cudnn.deterministic
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -202,30 +193,6 @@ def test_half_precision_is_summed_in_full_width(recorded, weighted, aggregation,
     assert impact.backward.dtype == impact.forward.dtype == torch.float64
     assert impact.backward.tolist() == [1.0, 1.0]
     assert impact.forward.tolist() == [0.5, 0.25]
-
-
-class FullWidth(nn.Module):
-    """A model that leaves autocast by itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return self.model(x)
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_autocast_does_not_reach_the_sums(recorded, aggregation):
-    model, x, y = convolution_data(nn.Conv2d(4, 6, 3, padding=1))
-    recording = recorded(FullWidth(model.float()), x.float(), y, ["model.0", "model.3"])
-    mask = torch.ones(len(x), dtype=torch.bool)
-    exact = measure(recording, EVALUATOR, mask, aggregation=aggregation)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = measure(recording, EVALUATOR, mask, aggregation=aggregation)
-    assert torch.equal(mixed.backward, exact.backward)
-    assert torch.equal(mixed.forward, exact.forward)
 
 
 def test_input_that_is_changed_in_place_later_counts_as_it_was(recorded, weighted):
@@ -257,35 +224,21 @@ def test_only_marked_samples_need_a_finite_loss(recorded):
         measure(recorded(model, x, y), EVALUATOR, ~mask)
 
 
-def test_no_sample_is_refused(recorded):
+def test_what_cannot_be_measured_is_refused(recorded):
+    model, x, y = small_network()
     with pytest.raises(EvaluationError, match="no sample"):
-        measure(recorded(*small_network()), EVALUATOR, torch.zeros(12, dtype=torch.bool))
-
-
-def test_unknown_aggregation_is_refused(recorded):
+        measure(recorded(model, x, y), EVALUATOR, ~EVERY_12)
     with pytest.raises(ConfigurationError, match=r"`aggregation='median'`.*\n.*per_sample"):
-        measure(recorded(*small_network()), EVALUATOR, torch.ones(12) > 0, aggregation="median")
-
-
-def test_layer_that_is_never_called_is_refused(recorded):
-    model = nn.Sequential(nn.Linear(5, 4))
-    model.idle = nn.Linear(5, 4)
-    model.forward = model[0].forward
+        measure(recorded(model, x, y), EVALUATOR, EVERY_12, aggregation="median")
+    idle = nn.Sequential(nn.Linear(5, 4))
+    idle.idle = nn.Linear(5, 4)
+    idle.forward = idle[0].forward
     with pytest.raises(ReplayError, match="`layer='idle'` is never called"):
-        measure(recorded(model, *small_network()[1:], layer="idle"), EVALUATOR, torch.ones(12) > 0)
-
-
-def test_detached_output_is_refused(recorded):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(5, 4)
-
-        def forward(self, x):
-            return self.layer(x).detach()
-
+        measure(recorded(idle, x, y, layer="idle"), EVALUATOR, EVERY_12)
+    detached = nn.Sequential(nn.Linear(5, 4))
+    detached.forward = lambda x: detached[0](x).detach()
     with pytest.raises(ReplayError, match="has no gradient"):
-        measure(recorded(Model(), *small_network()[1:]), EVALUATOR, torch.ones(12) > 0)
+        measure(recorded(detached, x, y), EVALUATOR, EVERY_12)
 
 
 class TimeFirst(nn.Module):
@@ -338,12 +291,8 @@ def test_where_memory_runs_out_fewer_samples_run_at_once(recorded, aggregation):
     torch.testing.assert_close(pieces.backward, whole.backward)
     torch.testing.assert_close(pieces.forward, whole.forward)
     assert pieces.n_samples == 12
-
-
-def test_where_not_even_one_sample_fits_that_is_said(recorded):
-    model, x, y = small_network()
     with pytest.raises(torch.OutOfMemoryError):
-        measure(SmallMemory(recorded(model, x, y), fits=0), EVALUATOR, torch.ones(12) > 0)
+        measure(SmallMemory(recorded(model, x, y), fits=0), EVALUATOR, mask)
 
 
 def test_a_default_device_of_the_user_s_makes_no_difference(recorded):

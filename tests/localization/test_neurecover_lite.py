@@ -13,7 +13,6 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import (
     AllWeights,
     Impact,
-    Localizer,
     NeuRecoverLite,
     default_n_weights,
     localize,
@@ -137,27 +136,19 @@ def test_n_g_beyond_the_layer_is_refused():
         localize(FAILED, PASSED, n_g=5)
 
 
-def toy_recording(recorded):
+def test_localizer_measures_failed_and_passed(recorded):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
-    return recorded(model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True)
-
-
-@pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
-def test_localizer_measures_failed_and_passed(recorded, aggregation):
-    recording, failed = toy_recording(recorded), torch.arange(40) < 9
-    localizer: Localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
-    found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
-    of_failed, of_passed = (measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed))
-    expected = localize(of_failed, of_passed, n_weights=20)
-    assert torch.equal(found.weights, expected.weights)
-    assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)
-
-
-def test_everything_takes_all_weights(recorded):
-    recording, failed = toy_recording(recorded), torch.arange(40) < 9
-    localizer: Localizer = AllWeights(include_bias=True)
-    found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
-    assert found.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
-    assert found.requested is None
-    assert found.sizes["localized"] == found.sizes["total"] == 180
+    recording = recorded(model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True)
+    failed = torch.arange(40) < 9
+    for aggregation in ("mean_gradient", "per_sample"):
+        localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
+        found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
+        expected = localize(
+            *(measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed)), n_weights=20
+        )
+        assert torch.equal(found.weights, expected.weights)
+        assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)
+    everything = AllWeights(include_bias=True)(recording, EVALUATOR, failed=failed, passed=~failed)
+    assert everything.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
+    assert everything.sizes["localized"] == everything.sizes["total"] == 180

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import broken, left_alone, make_problem, on_a_line, retrained, threshold
+from toy_problems import left_alone, on_a_line, threshold
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, SampleOptions, Settings, Target, repair_module
-from lightning_nrl._utils.state import combined, current_state
 from lightning_nrl.methods import METHODS, MergedRepairs, Problem, Solution, bundle
 from lightning_nrl.methods.merged_repairs import WholeModelScorer, _scorer
 from lightning_nrl.search import ArachneDEFitness, Fitness
@@ -32,12 +31,6 @@ class Lowered:
     def __call__(self, problem: Problem) -> Solution:
         (row,) = problem.before.targeted.nonzero().flatten().tolist()
         return Solution(problem.propose("lowered", threshold({5: 0.65, 6: 0.45}[row])))
-
-
-def test_changes_add_up_in_parts() -> None:
-    problem = on_a_line()
-    new = combined(current_state(problem.model), [threshold(0.65), threshold(0.45)], torch.tensor([0.5, 0.25]))
-    torch.testing.assert_close(new["weight"], threshold(0.625)["weight"])  # 0.75 - 0.5 * 0.1 - 0.25 * 0.3
 
 
 def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
@@ -88,20 +81,6 @@ def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
         for scorer in (_scorer(problem, states, Fitness())[0], WholeModelScorer(problem, states)):
             found = scorer(torch.ones(1, 1, 1))
             assert (int(found.patched), int(found.intact)) == (patched, 5)
-
-
-def test_whole_networks_are_merged_by_whole_passes() -> None:
-    @dataclass(frozen=True)
-    class Retrained:
-        def __call__(self, problem: Problem) -> Solution:
-            return Solution(problem.propose("retrained", retrained(problem.model, int(problem.before.targeted[-1]))))
-
-    problem = make_problem(trained(), known())
-    method = MergedRepairs("label", method=Retrained(), searcher=ParticleSwarm(particles=8, iterations=4))
-    solution = method(problem)
-    assert solution.proposal is not None
-    assert solution.proposal.repaired > 0
-    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
 
 
 def test_pairs_of_classes_are_parts_and_risks_are_their_weights() -> None:

@@ -84,14 +84,11 @@ def record(**changes: Any) -> dict[str, Any]:
         ({"index/a": torch.tensor([0, 5, 12])}, None, ""),
         ({"index/a": torch.tensor([-1, 5, 10])}, None, ""),
         ({"index/a": torch.tensor([0, 0, 10])}, None, ""),
-        ({"index/a": torch.tensor([10, 5, 0])}, None, ""),
         ({"index/a": torch.tensor([0, 5])}, None, ""),
-        ({"index/a": torch.tensor([0.0, 5.0, 10.0])}, None, ""),
         ({"index/a": torch.zeros(0, dtype=torch.int64), "old/a": torch.zeros(0), "new/a": torch.zeros(0)}, None, ""),
         ({"new/a": torch.zeros(3, 1)}, None, ""),
         ({"new/a": torch.zeros(3).double()}, None, ""),
         ({"new/a": None}, None, ""),
-        ({"old/z": torch.zeros(3)}, None, ""),
         ({}, {"tensors": {}}, ""),
         ({}, {"tensors": {"a": record()}}, ""),
         ({}, {"tensors": {"a": record(values_of="z")}}, ""),
@@ -107,8 +104,8 @@ def record(**changes: Any) -> dict[str, Any]:
 )
 def test_what_contradicts_itself_is_refused(path: Path, tensors: Any, header: Any, report: str) -> None:
     rewritten(path, tensors, header, report)
-    with pytest.raises(ConfigurationError, match=r"(?s)p.safetensors'` is damaged: .*HINT"):
-        Patch.load(path)
+    with pytest.raises(ConfigurationError, match=r"(?s)(p.safetensors'` is damaged: |`patch` ).*HINT"):
+        Patch.load(path).apply(OLD)
 
 
 def test_values_that_do_not_give_the_result_are_refused(path: Path) -> None:
@@ -128,7 +125,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="has the format 'none'"):
         Patch.load(tmp_path / "model.safetensors")
     save_file({"w": torch.zeros(2)}, tmp_path / "later.safetensors", {"format": "lightning_nrl.patch.9"})
-    with pytest.raises(ConfigurationError, match="the version of the package that has written it"):
+    with pytest.raises(ConfigurationError, match="the version of the package that wrote it"):
         Patch.load(tmp_path / "later.safetensors")
     torch.save(OLD, tmp_path / "model.ckpt")
     for name in ("model.ckpt", "nowhere", "."):

@@ -1,22 +1,25 @@
-"""Held-out data: only a target that cannot be asked there is a warning."""
+"""Held-out data: a target that cannot be asked there is a warning; samples that are known too are refused or named."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
-from toy_repairs import blobs, mlp, quick
+from toy_repairs import blobs, known, mlp, quick, trained, unseen
 
-from lightning_nrl import ConfigurationError, Target, TensorSource
+from lightning_nrl import ConfigurationError, RepairReport, Target, TensorSource, repair_module
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.analysis.comparison import compare_module
+from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline.baseline import HeldOut, evaluate_held_out
+from lightning_nrl.pipeline.baseline import LeakCheck, evaluate_held_out
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,81 @@ def test_whatever_else_is_wrong_is_no_warning() -> None:
         evaluate_held_out(Evaluator(mlp()), [lacking], quick(protected=5))
 
 
-def test_what_becomes_of_held_out_samples_under_other_weights() -> None:
-    evaluator = Evaluator(torch.nn.Linear(1, 2, bias=False))
-    evaluator.model.weight.data = torch.tensor([[0.0], [1.0]])
-    sources = [TensorSource(torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 1]), split="later")]
-    flips = HeldOut(sources, evaluator.run(sources)).flips(evaluator, {"weight": torch.tensor([[0.0], [-1.0]])})
-    assert (flips.broken.tolist(), flips.repaired.tolist()) == ([True, False], [False, True])
-    assert evaluator.model.weight.tolist() == [[0.0], [1.0]]
+def calibration() -> list[TensorSource]:
+    return [TensorSource(*blobs(60, 1.5, 9), split="calibration")]
+
+
+def leaking(own: TensorSource, other: TensorSource, rows: list[int]) -> TensorSource:
+    """A source with some samples of another one, in a new data set."""
+    return replace(
+        own,
+        inputs=torch.cat([own.inputs, other.inputs[rows]]),
+        targets=torch.cat([own.targets, other.targets[rows]]),
+    )
+
+
+def test_calibration_data_that_are_known_too_are_refused() -> None:
+    (data,) = calibration()
+    n = len(data)
+    message = rf"2 of the {n + 2} samples of `{data.split}` are known data too \(\[{n}, {n + 1}\]"
+    with pytest.raises(ConfigurationError, match=message):
+        repair_module(trained(), known(), quick(), calibration=[leaking(data, known()[0], [3, 5])])
+
+
+def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_report() -> None:
+    (data,) = unseen()
+    with pytest.warns(DataWarning, match=rf"`unseen`: 3 of the {len(data) + 3} samples of `{data.split}` are known"):
+        outcome = repair_module(trained(), known(), quick(), unseen=[leaking(data, known()[1], [0, 1, 2])])
+    report = outcome.report
+    assert report.leaked == {data.split: 3}
+    assert RepairReport.from_json(report.to_json()).leaked == {data.split: 3}
+    assert f"leak into {data.split}" in report.to_markdown()
+
+
+def test_unseen_data_that_calibrate_are_named_too() -> None:
+    (data,) = calibration()
+    with pytest.warns(DataWarning, match="`unseen`: 5 of the 5 samples of `later`"):
+        outcome = repair_module(
+            trained(),
+            known(),
+            quick(),
+            calibration=[data],
+            unseen=[replace(data, inputs=data.inputs[:5], targets=data.targets[:5], split="later")],
+        )
+    assert outcome.report.leaked == {"later": 5}
+
+
+def test_where_nothing_leaks_nothing_is_said() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        outcome = repair_module(trained(), known(), quick(), unseen=unseen(), calibration=calibration())
+    assert outcome.report.leaked == {}
+    assert "leak" not in outcome.report.to_markdown()
+
+
+def test_comparisons_and_sweeps_look_too() -> None:
+    (data,) = unseen()
+    later = [leaking(data, known()[0], [1])]
+    with pytest.warns(DataWarning, match="1 of the"):
+        compare_module(trained(), known(), unseen=later, methods="layer fine-tuning")
+    with pytest.warns(DataWarning, match="1 of the"):
+        sweep_module(trained(), known(), {"alpha": 4}, seeds=1, base=quick(), unseen=later)
+
+
+class Placed(TensorSource):
+    """Samples of a data set that gives them another look each time; only the place tells which they are."""
+
+    @property
+    def identity(self) -> torch.Tensor:
+        return torch.stack([torch.zeros_like(self.targets), self.extras[0]], 1)
+
+
+def test_samples_are_known_by_their_place_where_it_is_known() -> None:
+    zeros = torch.zeros(3, dtype=torch.int64)
+    first = Placed(torch.randn(3, 2), zeros, "train", extras=(torch.tensor([4, 5, 6]),))
+    later = Placed(torch.randn(3, 2), zeros, "later", extras=(torch.tensor([6, 7, 5]),))
+    leaks = LeakCheck([first], {"unseen": [later]})
+    for source in (*leaks.known, *leaks.held_out["unseen"]):
+        assert len(list(source)) == 1
+    with pytest.warns(DataWarning, match=r"\(\[0, 2\]\)"):
+        assert leaks.leaked(Collective()) == {"later": 2}

@@ -1,4 +1,4 @@
-"""Strength by hand: samples on a line, each of which changes its class where the strength crosses it."""
+"""Strength by hand, on a line where each sample changes its class, and what is then said of calibration data."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.strengths import CONFIDENCE, trials
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_lines import PATCH, Line, aside, line, problem
-from toy_repairs import known, quick, trained
+from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import ConfigurationError, Gate, TensorSource, repair_module
 from lightning_nrl._utils.state import State, snapshot
@@ -20,8 +23,9 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.strength import PatchPath, choose_strength, line_search
-from lightning_nrl.report import StrengthPoint
+from lightning_nrl.pipeline.strength import LIMIT_STATES, PatchPath, line_search
+from lightning_nrl.report import RepairReport, StrengthPoint
+from lightning_nrl.report.stats import Selection, binomial_cdf, choose, limit_after, limit_at_level, upper_limit
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
 RIGHT = line(0.9, 1.2, 1.25, 9, split="right", label=0)
@@ -59,41 +63,6 @@ def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int)
     assert len(PatchPath(problem(WRONG, SAFE, clock=clock), PATCH).count()) == counted
 
 
-def test_points_that_decide_nothing_take_a_tenth_of_the_time() -> None:
-    now = [1000.0]
-
-    def search(elapsed: float, samples: int = 6, calibration: TensorSource | None = None) -> int:
-        now[0] = 1000.0
-        own = problem(WRONG, SAFE, clock=StageTimer(now=lambda: now[0]))
-        patched = own.evaluate(PATCH)
-        data = None if calibration is None else aside(own, calibration)
-        own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
-        now[0] = 1000.0 + elapsed
-        gate = Gate.instance()
-        found = line_search(own, PATCH, gate, calibration=data, after=patched, full_curve_samples=samples)
-        return len(found.path)
-
-    count = [search(elapsed) for elapsed in (0, 21, 41, 1000)]
-    assert count == [1, 4, 6, 7]  # 1 is known; 2.1 seconds are for three more, 4.1 for five, 100 for all
-    assert search(0, calibration=line(0.7, 9, label=0)) == 7  # no time at all
-    assert search(0, samples=7) == 7
-
-
-@pytest.mark.parametrize("fixed", [0.3, 1.15, 1.2])
-def test_a_strength_that_was_asked_for_is_counted_even_without_time(fixed: float) -> None:
-    own = problem(WRONG, SAFE, clock=StageTimer(now=lambda: 1000.0))
-    found = line_search(own, PATCH, Gate.instance(), fixed=fixed, full_curve_samples=0)
-    assert (found.chosen, strengths(found.path)) == (fixed, [fixed])
-
-
-def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
-    own, runs = problem(WRONG, RIGHT), []
-    after = own.evaluate(PATCH)
-    own.model.register_forward_hook(lambda *_: runs.append(1))
-    assert PatchPath(own, PATCH).count((1.0,), after=after) == PatchPath(own, PATCH).count((1.0,))
-    assert len(runs) == 2  # of the second of these, one a split
-
-
 @pytest.mark.parametrize(
     ("known_right", "calibration", "chosen"),
     [
@@ -109,10 +78,6 @@ def test_a_step_beyond_is_taken_only_if_it_is_free(
     own = problem(WRONG, known_right)
     data = None if calibration is None else aside(own, calibration)
     assert line_search(own, PATCH, Gate.instance(), calibration=data).chosen == chosen
-
-
-def test_without_a_count_of_the_patch_itself_it_is_taken() -> None:
-    assert choose_strength([]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -154,12 +119,6 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
     ].tolist() == [[0.0], [pytest.approx(1.2)]]
 
 
-def test_no_strength_within_a_limit_is_none() -> None:
-    own = problem(WRONG, SAFE)
-    data = aside(own, line(0.01, label=0))
-    assert line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance()).chosen is None
-
-
 def test_without_time_a_strength_that_was_counted_can_be_taken() -> None:
     clock = StageTimer(max_time=0)
     own = problem(WRONG, SAFE, clock=clock)
@@ -184,7 +143,7 @@ def repaired(calibration: Sequence[TensorSource] = (), **settings: Any) -> tuple
     """The toy with a patch that is known: 1 is added to the bias of the first class."""
     model = trained()
     patch = {"2.bias": model[2].bias.detach() + torch.tensor([1.0, 0.0, 0.0])}
-    how = quick(method=Given(patch), gate=Gate.accuracy(), **settings)
+    how = quick(**{"method": Given(patch), "gate": Gate.accuracy(), **settings})
     return model, repair_module(model, known(), how, calibration=calibration)
 
 
@@ -195,14 +154,6 @@ def test_a_fixed_strength_is_what_is_written() -> None:
     torch.testing.assert_close(model[2].bias.detach() - bias, torch.tensor([0.5, 0.0, 0.0]))
     assert outcome.report.chosen_strength == 0.5
     assert strengths(outcome.report.strength)[:3] == [0.2, 0.4, 0.5]
-
-
-def test_a_strength_that_leaves_nothing_of_the_change_is_a_report() -> None:
-    model, outcome = repaired(strength=1e-12)
-    assert outcome.report.status == "not repaired"
-    assert outcome.report.reason == "at strength 1e-12 nothing is left of the change."
-    assert strengths(outcome.report.strength)[0] == 1e-12
-    assert not outcome.write(model)
 
 
 @pytest.mark.parametrize("limit", ["tolerance:100%", "tolerance:2%", "instance"])
@@ -235,3 +186,128 @@ def test_where_no_strength_keeps_within_the_limit_nothing_is_changed() -> None:
 def test_a_limit_needs_data() -> None:
     with pytest.raises(ConfigurationError, match="`limit='instance'` needs calibration data"):
         repaired(limit="instance")
+
+
+def test_the_limit_by_hand() -> None:
+    assert LIMIT_STATES == 26 + 19
+    assert limit_after(4, 908, Selection(), 0.95) == pytest.approx(upper_limit(4, 908), abs=1e-12)
+    assert limit_after(4, 908, Selection(3), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 3), abs=1e-12)
+    assert limit_after(4, 908, Selection(45, True, 9), 0.95) == pytest.approx(limit_at_level(9, 908, 0.04), abs=1e-12)
+    assert limit_after(4, 908, Selection(45, True), 0.95) == pytest.approx(limit_at_level(4, 908, 0.01 / 45), abs=1e-12)
+    assert limit_after(4, 908, Selection(45), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 45), abs=1e-12)
+    assert limit_after(0, 0, Selection(45, True, 3), 0.95) == 1.0
+
+
+@given(st.integers(50, 400), st.integers(0, 5), st.lists(st.integers(0, 9), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allowed: int, counts: list[int]) -> None:
+    limit = limit_after(0, n, Selection(LIMIT_STATES, True, allowed), 0.95)
+    end = next((i for i, k in enumerate(counts) if k > allowed), len(counts))
+    assert choose(counts, n, limit, confidence=0.96).accepted == tuple(range(end))
+
+
+@pytest.mark.parametrize(
+    ("how", "chosen", "selection"),
+    [
+        ({"fixed": 0.6}, 0.6, Selection()),
+        # 1.1 is repaired from 1.15 on, and at 1.3 something known breaks: the data had a say in one step.
+        ({}, 1.15, Selection(2)),
+        ({"limit": Gate.parse("tolerance:1")}, 0.7, Selection(LIMIT_STATES, True, 1)),
+        ({"limit": Gate.parse("tolerance:50%")}, 0.7, Selection(LIMIT_STATES, True, 1)),
+        # What it allows depends on what is repaired.
+        ({"limit": Gate.accuracy()}, 0.55, Selection(LIMIT_STATES)),
+    ],
+)
+def test_what_say_calibration_data_had(how: Any, chosen: float, selection: Selection) -> None:
+    own = problem(WRONG, SAFE if not how else line(0.9, 1.2, 1.25, 9, split="right", label=0))
+    crossings = (0.7, 9) if not how else (0.57, 0.72, 9)
+    data = aside(own, *([line(*crossings, label=0)]), *([line(9.0, split="wrong too")] if how else []))
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, **how)
+    assert (found.chosen, found.selection) == (chosen, selection)
+
+
+def test_a_polished_strength_is_none_that_a_walk_accepts() -> None:
+    own = problem(WRONG, line(0.9, 1.2, 1.25, 9, split="right", label=0))
+    data = aside(own, line(0.57, 0.72, 9, 9.5, label=0))
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.tolerance(3))
+    assert [point.polished for point in found.path if point.strength == found.chosen] == [True]
+    assert found.selection == Selection(LIMIT_STATES, True)
+
+
+class Window(Line):
+    """Samples whose first input is below 0 break near a strength, and are right again beyond it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.weight[1]
+        near = torch.where(x[:, :1] > 0, t + x[:, 1:], 0.07 - (t + x[:, 1:]).abs())
+        return torch.cat([torch.zeros(len(x), 1), near], 1)
+
+
+def windowed(**changes: Any) -> Problem:
+    model, sources = Window().eval(), (WRONG, SAFE)
+    evaluator = Evaluator(model)
+    before = evaluator.run(sources, AllFailures())
+    return replace(problem(WRONG, SAFE, **changes), evaluator=evaluator, before=before, passed=before.passed)
+
+
+def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_accepts() -> None:
+    near = TensorSource(torch.tensor([[-1.0, -0.3], [1.0, -9.0]]), torch.tensor([0, 0]), split="near")
+    limit = {"limit": Gate.instance()}
+    own = windowed()
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, near), **limit)
+    # At 0.3, between two strengths of the path, a sample breaks that is right at both.
+    assert (found.chosen, found.selection) == (1.2, Selection(LIMIT_STATES, True))
+    far = TensorSource(torch.tensor([[-1.0, -9.0], [1.0, -9.0]]), torch.tensor([0, 0]), split="far")
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, far), **limit)
+    assert (found.chosen, found.selection) == (1.2, Selection(LIMIT_STATES, True, 0))
+
+
+def test_without_time_for_a_walk_nothing_is_said_of_one() -> None:
+    own = problem(WRONG, SAFE, clock=StageTimer(max_time=0))
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, line(2.0, label=0)), limit=Gate.instance())
+    assert (found.chosen, found.selection) == (1.0, Selection(LIMIT_STATES, True))
+
+
+def test_the_limits_fail_no_more_often_than_they_say() -> None:
+    draws = 150
+    most = next(k for k in range(draws) if binomial_cdf(k, draws, 1 - CONFIDENCE) >= 0.999)
+    found = trials(draws)
+    assert len(found) == 6
+    assert all(trial.missed <= most for trial in found)
+    assert sum(trial.taken for trial in found) > 4 * draws
+
+
+def calibration(n: int = 300, shift: float = 0.0) -> TensorSource:
+    return TensorSource(*blobs(n, shift, seed=9), split="calibration")
+
+
+def test_a_report_says_what_the_calibration_data_say() -> None:
+    _, outcome = repaired([calibration()], strength=1.0)
+    report = outcome.report
+    split, bounds = report.splits[-1], report.bounds
+    assert bounds is not None
+    assert (bounds.broken, bounds.n, bounds.states) == (split.broken, split.passed, 1)
+    assert bounds.upper == pytest.approx(upper_limit(split.broken, split.passed), abs=1e-12)
+    again = RepairReport.from_json(report.to_json())
+    assert again == report
+    page = report.to_markdown()
+    assert f"broken {bounds.broken} of {bounds.n}" in page
+    assert "with 95 % confidence at most" in page
+
+
+def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
+    _, outcome = repaired([calibration()], limit="tolerance:5%", confidence=0.9)
+    report = outcome.report
+    bounds = report.bounds
+    assert bounds is not None
+    assert bounds.allowed == int(0.05 * bounds.n)
+    assert bounds.upper == pytest.approx(limit_at_level(bounds.allowed, bounds.n, 0.08), abs=1e-12)
+    assert f"the limit of {bounds.allowed} broken, up to which each strength was accepted" in report.to_markdown()
+
+
+def test_without_an_accepted_repair_or_calibration_data_nothing_is_said() -> None:
+    assert repaired([], strength=1.0)[1].report.bounds is None
+    much = {"2.bias": trained()[2].bias.detach() + torch.tensor([9.0, 0.0, 0.0])}
+    refused = repaired([calibration()], strength=1.0, gate=Gate.instance(), method=Given(much))[1].report
+    assert refused.status == "refused"
+    assert refused.bounds is None

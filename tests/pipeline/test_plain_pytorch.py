@@ -119,15 +119,6 @@ def test_an_outcome_is_written_whole_or_not_at_all() -> None:
     assert torch.equal(model[2].weight, outcome.parameters["2.weight"].double())
 
 
-def test_writing_keeps_the_parameters_themselves() -> None:
-    model = trained()
-    parameter = model[2].weight
-    repair_module(model, known(), quick()).write(model)
-    assert model[2].weight is parameter
-    assert parameter.requires_grad
-    assert parameter.grad is None
-
-
 def test_defaults_need_no_settings() -> None:
     outcome = repair_module(trained(), [replace(source, failed=True) for source in known(n=30)])
     assert outcome.report.settings == Settings().plain()

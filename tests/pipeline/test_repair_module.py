@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained, unseen
 
-from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
+from lightning_nrl import ConfigurationError, Gate, Target, repair_module
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
@@ -116,19 +115,6 @@ def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
     )
 
 
-def test_a_predicate_that_fails_on_unseen_data_does_not_stop_the_repair() -> None:
-    def is_odd(batch: Any) -> Tensor:
-        return batch[2]
-
-    sources = known()
-    sources[1] = replace(sources[1], extras=(torch.ones(60, dtype=torch.bool),))
-    with pytest.warns(UserWarning, match="not counted on unseen data: `target`: the predicate"):
-        outcome = repair_module(trained(), sources, quick(target=Target.where(is_odd)), unseen=unseen())
-    assert outcome.report.status == "repaired"
-    assert outcome.report.splits[2].targeted == 0
-    assert outcome.report.splits[2].n == 80
-
-
 def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
     model, sources = trained(), known()
     outcome = repair_module(model, sources, quick(gate=Never()), unseen=unseen())
@@ -188,16 +174,6 @@ def test_without_passed_samples_a_warning_says_why() -> None:
     assert outcome.report.status == "not repaired"
 
 
-def test_with_nothing_to_draw_from_a_warning_says_why() -> None:
-    sources = known()
-    sources[0] = replace(sources[0], targets=(sources[0].targets + 1) % 3)
-    model = trained()
-    wrong = ~right(model, sources[0])
-    sources[0] = TensorSource(sources[0].inputs[wrong], sources[0].targets[wrong], split="train", passed=True)
-    with pytest.warns(UserWarning, match="no sample of train passes, so `n_passed` has nothing to draw from"):
-        assert repair_module(model, sources, quick(n_passed=5)).report.status == "not repaired"
-
-
 def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="not repaired: `localizer` leaves no weight") as caught:
         outcome = repair_module(trained(), known(), quick(localizer=Nowhere()), unseen=unseen())
@@ -241,11 +217,6 @@ def test_what_cannot_be_is_refused_before_the_model_runs(sources: Any, arguments
         repair_module(model, sources, quick(**arguments))
 
 
-def test_known_data_is_not_unseen() -> None:
-    with pytest.raises(ConfigurationError, match=r"the data have the splits \['train', 'new', 'new'\]"):
-        repair_module(trained(), known(), quick(), unseen=known()[1:])
-
-
 def test_stages_and_progress_are_told_in_order() -> None:
     told: list[Any] = []
 
@@ -265,31 +236,3 @@ def test_stages_and_progress_are_told_in_order() -> None:
     assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
     assert told.index("search") < told.index((10, 12)) < told.index("search done")
     assert list(outcome.report.seconds) == stages[:-1]
-
-
-def test_the_report_of_everything_is_strict_json() -> None:
-    for settings_ in (
-        quick(),
-        quick(gate=Never()),
-        quick(fitness=mute),
-        quick(localizer=AllWeights(), layer=["0", "2"]),
-    ):
-        text = repair_module(trained(), known(), settings_).report.to_json()
-        data = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-        assert data["settings"] == json.loads(json.dumps(settings_.plain()))
-
-
-def test_a_fitness_without_the_loss_of_passed_samples_gets_none_and_finds_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = quick(fitness=Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero"))
-    spared = repair_module(trained(), known(), settings)
-    monkeypatch.setattr(Fitness, "uses_passed_loss", True)
-    whole = repair_module(trained(), known(), settings)
-    assert spared.report.search is not None
-    assert whole.report.search is not None
-    losses = torch.tensor(spared.report.search.history["loss_passed"])
-    assert losses.isnan().all()
-    assert torch.tensor(whole.report.search.history["loss_passed"]).isfinite().all()
-    assert spared.report.hashes == whole.report.hashes
-    assert spared.report.search.history["best"] == whole.report.search.history["best"]

@@ -11,7 +11,7 @@ import torch
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
-from lightning_nrl.pipeline.report_parts import margin_edges, split_report, weight_change
+from lightning_nrl.pipeline.report_parts import split_report, weight_change
 from lightning_nrl.report import WeightChange, pool
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 
@@ -93,16 +93,6 @@ def test_a_split_without_samples_or_classes() -> None:
     assert plain.confusion == plain.classes == ()
     with pytest.raises(EvaluationError, match="not about the same samples"):
         split_report("val", "known", BEFORE, replace(BEFORE, index=BEFORE.index + 1))
-
-
-@pytest.mark.parametrize("margins", [[-3.0, -1.0, 2.0, 5.0], [1.0, 2.0, 3.0], [-2.0], [0.0, 0.0], [1e-9, 2e-9]])
-def test_edges_span_the_margins_and_0_is_one_of_them(margins: list[float]) -> None:
-    edges = margin_edges(torch.tensor([*margins, float("inf"), float("nan")]))
-    assert 0.0 in edges
-    assert edges[0] <= min(margins)
-    assert edges[-1] >= max(margins)
-    assert list(edges) == sorted(set(edges))
-    assert margin_edges(torch.full((3,), float("nan"))) == ()
 
 
 def test_change_between_two_layers() -> None:

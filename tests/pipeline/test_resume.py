@@ -16,27 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
-from toy_problems import FakeTraining, normed, retrained, same, shares
+from toy_problems import FakeTraining, retrained, same
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.localization import NeuRecover
-from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish
+from lightning_nrl.methods import Auto, FineTunePolish
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.resume_key import _tensors_of
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
-    "convex": Convex(),
     "finetune-polish": FineTunePolish(),
-    "linearized": Linearized(),
-    "polish": Polish(),
     "swarm": ParticleSwarm(particles=12, iterations=12),
-    "cma-es": "cma-es",
 }
 
 
@@ -103,7 +94,6 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 
 @pytest.mark.parametrize(("method", "lives"), [("swarm", (7,)), ("finetune-polish", (43,)), ("auto", (17, 8))])
 def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str, lives: tuple[int, ...]) -> None:
-    """NRL_DEATHS tries every moment of every method."""
     for life in lives:
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
@@ -112,51 +102,6 @@ def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str
     assert_same(whole(method), found)
     work.done()
     assert not list(tmp_path.iterdir())
-
-
-def on_two_ranks(folder: Path | None, life: int | None, method: str) -> list[tuple[Outcome, Mortal] | Death]:
-    def work(collective: Collective) -> tuple[Outcome, Mortal] | Death:
-        model, observer = trained(normed), Mortal(life)
-        saved = ResumeStore(folder, every=0)
-        try:
-            outcome = repair_module(
-                Evaluator(model, collective=collective),
-                shares(known(), collective.rank, 2),
-                quick(method=METHODS[method]),
-                unseen=shares(unseen(), collective.rank, 2),
-                observer=observer,
-                work=saved,
-            )
-        except Death as death:
-            return death
-        saved.done()
-        return outcome, observer
-
-    return on_ranks(2, work)
-
-
-def test_two_ranks_resume_as_one_does(tmp_path: Path) -> None:
-    """`test_killed_ranks.py` kills real ones."""
-    method = "finetune-polish"
-    one, other = on_two_ranks(None, None, method)
-    assert_same(one[0], other[0])
-    assert all(isinstance(died, Death) for died in on_two_ranks(tmp_path, 45, method))
-    for found in on_two_ranks(tmp_path, None, method):
-        assert_same(one[0], found[0])
-        assert found[1].told < one[1].told
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif("NRL_DEATHS" not in os.environ, reason="it takes minutes")
-@pytest.mark.parametrize("method", METHODS)
-def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
-    observer = repaired(None, method=method)[1]
-    for life in range(observer.told):
-        with pytest.raises(Death):
-            repaired(tmp_path, life, method)
-        found, _, work = repaired(tmp_path, method=method)
-        assert_same(whole(method), found)
-        work.done()
 
 
 def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Path) -> None:
@@ -178,22 +123,6 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
     with pytest.raises(Death, match="is of one with other training; delete it"):
         repaired(tmp_path, 3, "auto")
-
-
-def test_what_ctrl_c_does_and_what_is_saved_may_be_changed(tmp_path: Path) -> None:
-    with pytest.raises(Death):
-        repaired(tmp_path, 7)
-    assert "resumes" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
-
-
-def test_models_files_and_folders_that_a_method_names_are_told_apart(tmp_path: Path) -> None:
-    path, seen = tmp_path / "a.pt", []
-    for model in (trained(seed=1), trained(seed=2)):
-        torch.save(model.state_dict(), path)
-        seen.append(json.dumps(_tensors_of(Apricot(str(tmp_path)))))
-        for given in ([model], [model.state_dict()], [{"state_dict": model.state_dict()}], [path]):
-            seen.append(json.dumps(_tensors_of((Apricot(given), NeuRecover(tuple(given))))))
-    assert len(set(seen)) == len(seen)
 
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+"""Settings and their options: as plain values, and refused where a value has no meaning."""
+
 from __future__ import annotations
 
 import json
@@ -10,8 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nrl import ConfigurationError, Gate, ParticleSwarm, SearchOptions, Settings, Target
+from lightning_nrl import (
+    BoundOptions,
+    ConfigurationError,
+    Gate,
+    ParticleSwarm,
+    SampleOptions,
+    SearchOptions,
+    Settings,
+    Target,
+)
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.pipeline.settings import changed_options
 from lightning_nrl.search import Fitness
 
 
@@ -48,14 +60,6 @@ def my_fitness(scores: Any, original: Any) -> Any:
     return scores.patched
 
 
-def test_the_defaults_are_the_strongest() -> None:
-    settings = Settings()
-    assert str(settings.gate) == "instance"
-    assert str(settings.target) == "all failures"
-    assert settings.fitness == Fitness("lexicographic")
-    assert settings.search.n_passed is None
-
-
 def test_settings_are_told_as_plain_values() -> None:
     settings = Settings(
         target=Target.label(3) | Target.confusion(1, 2),
@@ -67,7 +71,7 @@ def test_settings_are_told_as_plain_values() -> None:
     plain = settings.plain()
     assert list(plain) == [
         "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "budget",
-        "on_interrupt", "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
+        "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
         "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
@@ -127,3 +131,47 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
 def test_a_value_without_a_meaning_is_refused_at_once(arguments: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
         Settings(**arguments)
+
+
+def test_texts_and_objects_say_the_same() -> None:
+    assert SearchOptions(fitness="eq1") == SearchOptions(fitness=Fitness("eq1"))
+    assert SearchOptions(localizer="neurecover-lite") == SearchOptions(localizer=NeuRecoverLite())
+    assert BoundOptions(limit="tolerance:1%") == BoundOptions(limit=Gate.tolerance(0.01))
+    assert SampleOptions(slices=2, quotas={"night": "50%"}) == SampleOptions(slices=2, quotas={"night": 0.5})
+
+
+def test_what_is_not_as_by_default() -> None:
+    assert changed_options(SearchOptions()) == {}
+    assert changed_options(SearchOptions("eq1", n_passed=3)) == {"fitness": Fitness("eq1"), "n_passed": 3}
+    assert changed_options(BoundOptions(confidence=0.95, sparse=0.0)) == {"sparse": 0.0}
+    assert changed_options(SampleOptions(importance=0)) == {"importance": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: SearchOptions(fitness="eq3"), "`fitness='eq3'` is unknown"),
+        (lambda: SearchOptions(fitness=3), "`fitness=3` is no Fitness"),
+        (lambda: SearchOptions(fitness=Fitness), "is no Fitness"),
+        (lambda: SearchOptions(localizer="al"), "`localizer='al'` is unknown"),
+        (lambda: SearchOptions(localizer=my_fitness), "is no Localizer"),
+        (lambda: SearchOptions(localizer=NeuRecoverLite), "is no Localizer"),
+        (lambda: SearchOptions(n_passed=0), "`n_passed=0` is out of range"),
+        (lambda: SearchOptions(n_passed=2.5), "`n_passed=2.5` is out of range"),
+        (lambda: SearchOptions(n_passed=True), "`n_passed=True` is out of range"),
+        (lambda: SearchOptions(budget=0), "`budget=0` is out of range"),
+        (lambda: BoundOptions(strength=0), "`strength=0` is no strength"),
+        (lambda: BoundOptions(strength=2.1), r"`strength=2\.1` is no strength"),
+        (lambda: BoundOptions(strength=math.nan), "`strength=nan` is no strength"),
+        (lambda: BoundOptions(strength=True), "`strength=True` is no strength"),
+        (lambda: BoundOptions(sparse=1), "`sparse=1` is no share"),
+        (lambda: BoundOptions(sparse=-0.1), r"`sparse=-0\.1` is no share"),
+        (lambda: BoundOptions(strength=0.5, limit="instance"), r"`strength=0\.5` and `limit='instance'` both"),
+        (lambda: BoundOptions(limit="tollerance:1%"), "did you mean 'tolerance'"),
+        (lambda: BoundOptions(confidence=1), "`confidence=1`"),
+        (lambda: SampleOptions(keep="all"), r"`keep='all'` is unknown"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused_where_it_is_given(make: Callable[[], Any], found: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
+        make()

@@ -14,7 +14,6 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import TensorSource, repair_module
 from lightning_nrl._utils.state import State
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
@@ -80,20 +79,6 @@ def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) 
     assert step.note == f"{len(kept)} of 20 weights differ, 10 before"
 
 
-def test_a_share_is_counted_as_a_decimal_number() -> None:
-    # In binary, 1 - 0.7 of 10 repairs is a little more than 3.
-    x = torch.eye(10)
-    model = Sums().eval()
-    model.head.weight.data.zero_()
-    source = TensorSource(x, torch.ones(10, dtype=torch.long), split="all", passed=True, failed=True)
-    before = Evaluator(model).run([source], AllFailures())
-    space, scope = find_scope(model)
-    own = Problem(Evaluator(model), [source], before, space, scope, NeuRecoverLite(), Fitness(), before.passed)
-    row = torch.arange(10, 0, -1.0)
-    found, _ = sparsify(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
-    assert found.repaired == 3
-
-
 def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> None:
     x = torch.zeros(10)
     x[7], x[0], x[9] = 0.5001, -1.0, 1.0
@@ -107,23 +92,6 @@ def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> N
     assert (found.repaired, found.broken) == (2, 0)
     assert differing(found) == [7]
     assert 1.99 < found.state["head.weight"][1, 7] < 2.0
-
-
-def test_where_fewer_do_not_do_the_patch_stays() -> None:
-    own = problem()
-    both = FIRST.clone()
-    both[1, [3, 7]] = 1.0
-    whole = own.propose("whole", {"head.weight": both})
-    found, step = sparsify(own, whole, 0.0)
-    assert found is whole
-    assert step.note == "2 of 20 weights differ; fewer do not do"
-
-
-def test_without_time_the_patch_stays() -> None:
-    clock = StageTimer(max_time=0)
-    own = problem(clock=clock)
-    whole = own.propose("whole", patch(w3=2.0, w7=1.0))
-    assert sparsify(own, whole, 0.5)[0] is whole
 
 
 @dataclass(frozen=True)

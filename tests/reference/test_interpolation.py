@@ -1,11 +1,11 @@
+"""Weights between two models, and the batch norm statistics that fit them."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,9 +14,8 @@ from toy_problems import normed, threshold
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.tasks import Multilabel
 from lightning_nrl.updates import choose_share, interpolate
-from lightning_nrl.updates.interpolation import ShareChoice, alignment
+from lightning_nrl.updates.interpolation import ShareChoice, batch_norms, estimate_statistics
 
 
 def linear(weight: Any) -> nn.Linear:
@@ -109,43 +108,6 @@ def test_any_batches_that_can_be_read_again_will_do(data: Any) -> None:
     assert chosen(data) == chosen()
 
 
-def test_any_task_says_what_right_means() -> None:
-    # Both labels have to be right: -1 and 1 are, under weights of at least 0.
-    old, new = linear([[1.0], [-1.0]]), linear([[1.0], [1.0]])
-    data = TensorSource(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 1], [1, 0]]), "val")
-    choice = choose_share(old, Evaluator(new, Multilabel()), data, shares=[1.0], tolerance=None)
-    assert [(p.counts.broken, p.counts.repaired, p.counts.right) for p in choice.curve] == [(1, 1, 1), (0, 0, 1)]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_is_further_from_the_new_and_nearer_to_the_old_model(seed: int, a: float, b: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(2, 2, 3, generator=generator)
-    old, new = linear(weights[0]), linear(weights[1])
-    ends = [interpolate(old, new, share)["weight"] for share in (1, 0)]
-    assert torch.equal(torch.stack(ends), weights)
-    near, far = (interpolate(old, new, share)["weight"] for share in sorted((a, b)))
-    assert bool(((near - weights[1]).abs() <= (far - weights[1]).abs() + 1e-5).all())
-    assert bool(((near - weights[0]).abs() + 1e-5 >= (far - weights[0]).abs()).all())
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 1))
-def test_no_larger_share_of_the_curve_would_do(seed: int, tolerance: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    old, new = (linear(torch.randn(3, 2, generator=generator)) for _ in range(2))
-    x, y = torch.randn(9, 2, generator=generator), torch.randint(3, (9,), generator=generator)
-    choice = choose_share(old, new, [(x, y)], tolerance=tolerance, shares=[0.2, 0.5, 1.0])
-    best = max(point.accuracy for point in choice.curve)
-    assert choice.chosen.accuracy >= best - tolerance - 1e-6
-    # Linear models break no more in between than at share 0.
-    assert all(point.accuracy < best - tolerance for point in choice.curve if point.share > choice.share)
-    assert choice.curve[-1].counts.broken == choice.curve[-1].counts.repaired == 0
-    right = [model(x).argmax(1) == y for model in (old, new)]
-    assert choice.curve[0].counts.broken == int((right[0] & ~right[1]).sum())
-
-
 def pair() -> tuple[nn.Sequential, nn.Sequential, TensorSource]:
     """Two networks with batch norm and dropout, and data."""
     torch.manual_seed(0)
@@ -184,14 +146,6 @@ def test_ranks_choose_as_one() -> None:
     assert found[0] == found[1] == chosen(tolerance=0.1)
 
 
-def test_weights_of_a_common_origin_are_aligned() -> None:
-    a, b = linear([[3.0, 4.0]]), linear([[4.0, 3.0]])
-    assert alignment(a.state_dict(), b) == pytest.approx(24 / 25)
-    assert alignment(a.state_dict(), linear([[-4.0, 3.0]])) == 0.0
-    # Scales of norms are alike in all models, so they say nothing.
-    assert alignment(nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2)) == 1.0
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
 def test_what_is_no_share_is_refused(share: Any) -> None:
     for call in (lambda: interpolate(at(1.0), at(0.0), share), lambda: chosen(shares=[share])):
@@ -199,11 +153,6 @@ def test_what_is_no_share_is_refused(share: Any) -> None:
             call()
     with pytest.raises(ConfigurationError, match=r"`tolerance=.*` is no share"):
         chosen(tolerance=share)
-
-
-def test_another_architecture_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`old` has 'weight' in the shape \[2, 3\], not \[2, 2\]"):
-        choose_share(nn.Linear(3, 2, bias=False), at(0.0), DATA)
 
 
 def test_batch_norm_needs_training_data() -> None:
@@ -224,7 +173,103 @@ def test_data_that_cannot_be_read_twice_are_refused() -> None:
         chosen([])
 
 
-def test_a_sample_with_a_loss_that_is_not_finite_is_wrong() -> None:
-    new: Tensor = torch.tensor([[float("inf"), 0.0], [0.0, 0.0]])
-    choice = choose_share(at(0.0), linear(new), [(torch.tensor([[1.0, 1.0]]), torch.tensor([0]))], shares=[])
-    assert choice.curve[0].counts.right == 0
+LABEL = torch.zeros(2, dtype=torch.int64)
+
+
+def batch(*values: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor(values)[:, None], LABEL
+
+
+# Means 2 and 7, unbiased variances 2 and 8.
+BATCHES = [batch(1.0, 3.0), batch(5.0, 9.0)]
+
+
+def norm() -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(1, momentum=0.3))
+
+
+def source(values: Tensor, batch_size: int) -> TensorSource:
+    return TensorSource(values[:, None], torch.zeros(len(values), dtype=torch.int64), "train", batch_size=batch_size)
+
+
+def test_every_batch_counts_alike_and_nothing_else_is_in_training_mode() -> None:
+    found = estimate_statistics(norm(), BATCHES)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "1.running_mean": [4.5],
+        "1.running_var": [5.0],
+        "1.num_batches_tracked": 2,
+    }
+    assert estimate_statistics(norm(), BATCHES, batches=1)["1.running_mean"].tolist() == [2.0]
+    assert estimate_statistics(nn.BatchNorm1d(1), BATCHES)["running_var"].tolist() == [5.0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_random_state_are_left_as_found(training: bool) -> None:
+    model = norm().train(training)
+    model(torch.randn(4, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layer, state = model[1], torch.get_rng_state()
+    mean = layer.running_mean
+    estimate_statistics(model, source(torch.arange(6.0), 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert layer.running_mean is mean
+    assert (layer.momentum, model.training, layer.training) == (0.3, training, training)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def frozen(model: nn.Sequential) -> None:
+    model[1].eval()
+
+
+def untracked(model: nn.Sequential) -> None:
+    model[1].track_running_stats = False
+
+
+def without(model: nn.Sequential) -> None:
+    model[1] = nn.BatchNorm1d(1, track_running_stats=False)
+
+
+@pytest.mark.parametrize("change", [frozen, untracked, without])
+def test_layers_that_are_frozen_or_track_nothing_are_left_alone(change: Any) -> None:
+    model = norm().train()
+    change(model)
+    assert batch_norms(model) == {}
+    # Not even read.
+    assert estimate_statistics(model, ["no batch"]) == {}
+
+
+def test_a_source_is_read_in_random_order() -> None:
+    # In the order in which they come each batch of ten would be of one value, and no variance.
+    values = torch.tensor([0.0, 10.0]).repeat_interleave(100)
+    found = estimate_statistics(norm(), source(values, 10))
+    torch.testing.assert_close(found["1.running_mean"], torch.tensor([5.0]))
+    torch.testing.assert_close(found["1.running_var"], torch.tensor([25.0]), rtol=0.1, atol=0)
+    again, other = (estimate_statistics(norm(), source(values, 10), seed=seed) for seed in (0, 1))
+    assert torch.equal(again["1.running_var"], found["1.running_var"])
+    assert not torch.equal(other["1.running_var"], found["1.running_var"])
+
+
+def test_no_batch_of_a_source_is_left_with_a_single_sample() -> None:
+    # 3 and 2 of them, where 4 and 1 would be refused by the layer.
+    found = estimate_statistics(norm(), source(torch.arange(5.0), 4))
+    assert int(found["1.num_batches_tracked"]) == 2
+
+
+def test_ranks_count_by_their_batches() -> None:
+    shares = (BATCHES, [batch(8.0, 10.0)])
+    first, second = on_ranks(2, lambda own: estimate_statistics(Evaluator(norm(), collective=own), shares[own.rank]))
+    assert (
+        first
+        == second
+        == {
+            "1.running_mean": torch.tensor([6.0]),  # of 2, 7 and 9
+            "1.running_var": torch.tensor([4.0]),  # of 2, 8 and 2
+            "1.num_batches_tracked": torch.tensor(3),
+        }
+    )
+
+
+def test_data_without_a_batch_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no batch came for batch norm statistics"):
+        estimate_statistics(norm(), [])

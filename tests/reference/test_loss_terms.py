@@ -1,19 +1,22 @@
+"""Terms of a loss that hold to the old model, and the teachers that say what it says."""
+
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
-from lightning_nrl.updates import FocalDistillation, MarginHinge
-from lightning_nrl.updates.loss_terms import OldAnswers, Term, parse_terms
+from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates import FocalDistillation, MarginHinge, Predictions
+from lightning_nrl.updates.loss_terms import ModelTeacher, OldAnswers, PredictedTeacher, Term, parse_terms
 
 TASK = Multiclass()
 STUDENT = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()
@@ -46,52 +49,6 @@ def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
     assert output.grad[1].isfinite().all()
 
 
-WIDE = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).log()
-"""Two elements, of which the divergence from equal probabilities is 0.143841 each, as above."""
-
-
-@pytest.mark.parametrize(
-    ("task", "output", "target"),
-    [
-        (Sequence(), WIDE[None], torch.tensor([[0, 1]])),
-        (Sequence(class_dim=1), WIDE.T[None], torch.tensor([[0, 1]])),
-        (Segmentation(), WIDE.T[None, :, None], torch.tensor([[[0, 1]]])),
-        (Multilabel(), torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([[1, 0]])),
-    ],
-)
-def test_elements_without_a_label_are_not_distilled(task: Task, output: Tensor, target: Tensor) -> None:
-    # The first element is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) away from its teacher; the second is far away.
-    student = output.clone().requires_grad_()
-    teacher = torch.zeros_like(output)
-    second = (0, 1) if isinstance(task, Sequence) and task.class_dim == -1 else (..., 1)
-    teacher[second] = -9.0 * output[second]
-    old = OldAnswers(torch.tensor([True]), teacher)
-    ignored = target.clone()
-    ignored[..., 1] = -100
-    assert float(FocalDistillation()(task, output, target, old)) > 0.7
-    found = FocalDistillation()(task, student, ignored, old)
-    torch.testing.assert_close(found, torch.tensor([0.143841]))
-    found.sum().backward()
-    assert not student.grad[second].any()
-    # At a temperature of 2, logits twice as large are as far away, and count four times.
-    soft = FocalDistillation(temperature=2.0)(task, 2 * student, ignored, replace(old, output=2 * teacher))
-    torch.testing.assert_close(soft, torch.tensor([0.575364]))
-
-
-def test_distillation_of_numbers_is_in_tolerances() -> None:
-    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [6.0]])
-    old = OldAnswers(RIGHT, torch.tensor([[3.0], [3.0]]))
-    # 2 / 0.5 and 2 / (0.5 + 0.25 * 6), squared; the second only has `base`.
-    term = FocalDistillation(base=1.0)
-    assert term(Regression(tolerance=0.5, relative=0.25), output, target, old).tolist() == [32.0, 1.0]
-
-
-def test_distillation_of_classes_that_both_models_have() -> None:
-    output = torch.tensor([[9.0, math.log(0.75), math.log(0.25)]])
-    old = OldAnswers(torch.tensor([True]), torch.zeros(1, 2), columns=torch.tensor([1, 2]))
-    torch.testing.assert_close(FocalDistillation(focus=6.0)(TASK, output, LABELS[:1], old), torch.tensor([0.863046]))
-
-
 def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
     output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0], [0.0, 4.0, 1.0]], requires_grad=True)
     target = torch.tensor([0, 2, 2])  # margins 1, -3 and -3
@@ -103,13 +60,6 @@ def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
     assert MarginHinge(weight=2.0, share=1.0, most=4.5)(TASK, output, target, old).tolist() == [7.0, 14.0, 0.0]
     unknown = OldAnswers(old.passed)
     assert MarginHinge(most=1.5)(TASK, output, target, unknown).tolist() == [0.5, 4.5, 0.0]
-
-
-def test_a_margin_without_bounds_asks_for_nothing_or_for_the_most() -> None:
-    output, target = torch.zeros(1, 2), torch.tensor([0])
-    old = OldAnswers(torch.tensor([True]), None, torch.tensor([math.inf]))
-    assert MarginHinge()(TASK, output, target, old).tolist() == [0.0]
-    assert MarginHinge(most=1.0)(TASK, output, target, old).tolist() == [1.0]
 
 
 logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=1, max_size=6)
@@ -137,39 +87,6 @@ def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
     reached = TASK.margin(output, target) >= 0.5 * answers.margin
     assert (hinge[reached] == 0).all()
     assert (hinge[answers.passed & ~reached] > 0).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(logits, st.integers(0, 2), st.floats(0.1, 5), st.floats(0, 5), st.floats(0, 5))
-def test_distillation_is_linear_in_its_weights(old: Any, label: int, weight: float, base: float, focus: float) -> None:
-    teacher = torch.tensor(old)
-    target, output = torch.full((len(teacher),), label), teacher.roll(1, 1)
-    answers = old_of(teacher, target)
-    if base + focus == 0:
-        return
-    plain = TASK.divergence(output, teacher)
-    expected = weight * (base + focus * answers.passed.float()) * plain
-    found = FocalDistillation(weight=weight, base=base, focus=focus)(TASK, output, target, answers)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-class NoMargin(Task):
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target).abs().amax(1) < 1
-
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target).square().mean(1)
-
-
-def test_a_task_without_classes_is_distilled_by_squares_and_has_no_hinge() -> None:
-    output, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
-    old = OldAnswers(torch.tensor([True]), torch.zeros(1, 2))
-    # (1 + 9) / 2 whatever the temperature is
-    for temperature in (1.0, 4.0):
-        term = FocalDistillation(base=1.0, focus=1.0, temperature=temperature)
-        assert term(NoMargin(), output, target, old).tolist() == [10.0]
-    with pytest.raises(ConfigurationError, match="NoMargin has no margins"):
-        MarginHinge()(NoMargin(), output, target, old)
 
 
 def test_what_a_term_needs_is_asked_for() -> None:
@@ -218,3 +135,118 @@ def test_terms_come_by_name_as_objects_or_several() -> None:
 def test_bad_terms_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+X = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+Y = torch.tensor([0, 1])
+
+
+class Counted(nn.Module):
+    """Returns its inputs, and counts how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.scale
+
+
+def ids(batch: Any) -> Any:
+    return batch[2]
+
+
+def asked(teacher: Any, x: Tensor = X, y: Tensor = Y, where: Any = (0, 1)) -> Any:
+    return teacher((x,), {}, y, (x, y, torch.tensor(where)), x)
+
+
+def test_it_says_what_the_old_model_says() -> None:
+    found = asked(ModelTeacher(Counted(), TASK))
+    assert found.passed.tolist() == [True, False]
+    assert found.output.tolist() == X.tolist()
+    assert found.margin.tolist() == [1.0, -2.0]
+    assert not found.output.requires_grad
+
+
+def test_with_an_index_each_sample_is_asked_about_once() -> None:
+    model = Counted()
+    teacher = ModelTeacher(model, TASK, index=ids)
+    asked(teacher, where=[5, 2])
+    assert model.calls == 1
+    # The first samples that come back are run again, to see whether they are the same; from then on none is.
+    for _ in range(3):
+        found = asked(teacher, X.flip(0), Y.flip(0), [2, 5])
+        assert found.output.tolist() == X.flip(0).tolist()
+    assert model.calls == 2
+    asked(teacher, where=[5, 40])
+    assert model.calls == 3
+    assert asked(teacher, where=[40, 5]).output.tolist() == X.flip(0).tolist()
+    assert model.calls == 3
+
+
+def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
+    model = Counted()
+    teacher = ModelTeacher(model, TASK, index=ids)
+    asked(teacher)
+    with pytest.warns(UserWarning, match="samples come back changed"):
+        assert asked(teacher, 2 * X).output.tolist() == (2 * X).tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asked(teacher, 3 * X).output.tolist() == (3 * X).tolist()
+
+
+def test_inputs_and_precision_of_its_own() -> None:
+    teacher = ModelTeacher(Counted().double(), TASK, adapter=lambda batch: ((batch[0].flip(1),), {}, None))
+    found = asked(teacher)
+    assert found.output.dtype == torch.float64
+    assert found.output.tolist() == X.flip(1).tolist()
+
+
+def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
+    # Old classes 0, 1, 2 are the new ones 2, none and 0; the new class 1 is unknown to the old model.
+    teacher = ModelTeacher(Counted(), TASK, classes={0: 2, 2: 0})
+    y, new = torch.tensor([2, 1]), torch.zeros(2, 3)
+    found = teacher((X,), {}, y, None, new)
+    assert dict(zip(found.columns.tolist(), found.output[0].tolist(), strict=True)) == {2: 2.0, 0: 1.0}
+    assert found.passed.tolist() == [True, False]
+    assert found.margin.tolist() == [1.0, -math.inf]
+    # The class that only the old model has wins: wrong, whatever the label is.
+    x = torch.tensor([[0.0, 9.0, 1.0]])
+    found = teacher((x,), {}, torch.tensor([0]), None, new[:1])
+    assert found.passed.tolist() == [False]
+    assert found.margin.tolist() == [-8.0]
+
+
+def test_predictions_say_what_was_right() -> None:
+    teacher = PredictedTeacher(Predictions({"train": {3: (0, None), 7: (2, None)}}), "train", TASK, ids)
+    found = asked(teacher, where=[3, 7])
+    assert found.passed.tolist() == [True, False]
+    assert found.output is None
+    assert found.margin is None
+    with pytest.raises(ConfigurationError, match=r"no prediction for the samples \[4, 90\] of `train`"):
+        asked(teacher, where=[4, 90])
+    with pytest.raises(ConfigurationError, match=r"no predictions of `train`; there are those of `val`"):
+        PredictedTeacher(Predictions({"val": {0: (0, None)}}), "train", TASK, ids)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (lambda batch: batch[3], "`index` raised IndexError"),
+        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for a batch of 2 samples"),
+        (lambda batch: batch[2][:1], r"`index` returned torch.int64 \[1\]"),
+        (lambda batch: -batch[2], "whole number from 0"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(index: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        asked(ModelTeacher(Counted(), TASK, index=index))
+
+
+def test_another_number_of_samples_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"the old model raised TypeError on a batch .*\nHINT: give it inputs"):
+        ModelTeacher(Counted(), TASK)((), {}, Y, (X, Y), X)
+    with pytest.raises(ConfigurationError, match=r"returned \[2, 3\] for a batch of 1 samples"):
+        ModelTeacher(Counted(), TASK)((X,), {}, Y[:1], None, X[:1])

@@ -1,3 +1,5 @@
+"""The replaced model in every form: a module, its weights, its predictions."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sample_tables import sample_table
 from torch import Tensor, nn, tensor
 
 from lightning_nrl.data.tensor_source import TensorSource
@@ -56,14 +59,6 @@ def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
         assert asked(reference).prediction.tolist() == [1, 2, 0]
 
 
-def test_a_checkpoint_and_a_file_with_a_state_dict_say_the_same(tmp_path: Path) -> None:
-    state = Scores(turn=2).state_dict()
-    torch.save(state, tmp_path / "a.pt")
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "b.ckpt")
-    for path in (tmp_path / "a.pt", str(tmp_path / "b.ckpt")):
-        assert asked(OldModel(path)).prediction.tolist() == [2, 0, 1]
-
-
 class Other(nn.Module):
     """Another architecture, with two outputs, in training mode when it is given."""
 
@@ -95,13 +90,6 @@ def test_a_class_that_the_new_model_lacks_is_never_right() -> None:
     answer = asked(OldModel(Other(), classes={0: 0}))
     assert answer.prediction.tolist() == [0, -1, -1]
     assert answer.passed.tolist() == [True, False, False]
-
-
-def test_other_inputs_come_through_an_adapter() -> None:
-    def reversed_inputs(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor], dict[str, Any], Tensor]:
-        return (batch[0].flip(1),), {}, batch[1]
-
-    assert asked(OldModel(Scores(), adapter=reversed_inputs)).prediction.tolist() == [2, 1, 0]
 
 
 def test_predictions_are_cached(tmp_path: Path) -> None:
@@ -150,3 +138,56 @@ def test_another_architecture_as_a_file_is_refused(tmp_path: Path) -> None:
     torch.save(Other().state_dict(), tmp_path / "old.pt")
     with pytest.raises(ConfigurationError, match=r"`reference` lacks 'weight'.*\nHINT: .*the module itself"):
         asked(OldModel(tmp_path / "old.pt"))
+
+
+def table(label: list[int], prediction: list[int], sizes: tuple[int, ...] = (2, 1)) -> SampleResults:
+    """Two splits; positions in the data set are 10 and 12, then 0."""
+    columns = {"index": tensor([10, 12, 0]), "label": tensor(label), "prediction": tensor(prediction)}
+    right = [said == true for said, true in zip(prediction, label, strict=True)]
+    return sample_table(right, dict(zip(("train", "repair"), sizes, strict=True)), **columns)
+
+
+FILE = "split,id,prediction\ntrain,10,1\ntrain,12,0\nrepair,0,2\n"
+
+
+def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text(FILE)
+    found = Predictions.read(tmp_path / "old.csv").results(table([1, 1, 2], [0, 1, 2]))
+    assert found.prediction.tolist() == [1, 0, 2]
+    assert found.passed.tolist() == [True, False, True]
+    assert found.loss.tolist() == [0.0, 1.0, 0.0]
+    assert found.margin.isnan().all()
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    weights = {"w": torch.arange(3.0)}
+    before = Predictions.of(table([1, 1, 2], [0, 1, 2]), weights)
+    before.save(tmp_path / "deep" / "old.csv")
+    assert Predictions.read(tmp_path / "deep" / "old.csv") == before
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["old.csv"]
+
+
+def test_a_cache_is_used_for_the_same_weights_samples_and_labels_alone(tmp_path: Path) -> None:
+    weights, path, like = {"w": torch.arange(3.0)}, tmp_path / "old.csv", table([1, 1, 2], [0, 1, 2])
+    assert Predictions.cached(path, weights, like) is None
+    Predictions.of(like, weights).save(path)
+    assert Predictions.cached(path, weights, like) is not None
+    assert Predictions.cached(path, {"w": torch.ones(3)}, like) is None
+    assert Predictions.cached(path, weights, table([0, 1, 2], [0, 1, 2])) is None  # another label
+    moved = table([1, 1, 2], [0, 1, 2], sizes=(1, 2))
+    assert Predictions.cached(path, weights, moved) is None  # position 12 is in the other split
+
+
+def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
+    like = table([-1, -1, -1], [-1, -1, -1])
+    (tmp_path / "old.csv").write_text("split,id,passed\ntrain,10,1\ntrain,12,0\nrepair,0,1\n")
+    assert Predictions.read(tmp_path / "old.csv").results(like).passed.tolist() == [True, False, True]
+    (tmp_path / "old.csv").write_text(FILE)
+    with pytest.raises(ConfigurationError, match=r"has no classes.*\nHINT: add a column `passed`"):
+        Predictions.read(tmp_path / "old.csv").results(like)
+
+
+def test_samples_without_a_prediction_are_named(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("split,id,prediction\ntrain,10,1\n")
+    with pytest.raises(ConfigurationError, match=r"1 of 2 samples of `train` have no prediction \(\[12\]\)"):
+        Predictions.read(tmp_path / "old.csv").results(table([1, 1, 2], [0, 1, 2]))

@@ -1,21 +1,25 @@
-"""A new model against the one that it replaces: what it broke is brought back."""
+"""A new model against the one that it replaces: regressions are repaired, or trained on more often."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from toy_repairs import known, right, trained, unseen
 
-from lightning_nrl import RepairReport, SampleOptions, Settings, Target, TensorSource, repair_module
-from lightning_nrl._trainer.tracking.scalars import outcome
+from lightning_nrl import ConfigurationError, SampleOptions, Settings, TensorSource, repair_module
 from lightning_nrl.methods import Polish
+from lightning_nrl.updates import Oversampler
 from lightning_nrl.updates.old_model import OldModel
-from lightning_nrl.updates.predictions import Predictions
 
 LINE = torch.tensor([[value, 1.0] for value in (-2.0, -1.0, 0.3, 1.0, 2.0)])
 CLASS = torch.tensor([0, 0, 1, 1, 1])
@@ -62,32 +66,6 @@ def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     assert report.status == "nothing to repair"
     assert report.reason.startswith("no known sample in the target (all failures) that the replaced model gets right")
     assert report.pooled_update("known").now.broken == 0  # type: ignore[union-attr]
-
-
-def test_the_target_chooses_among_regressions() -> None:
-    settings = Settings(target=Target.label(0))
-    report = repair_module(threshold(0.5), line(), settings, reference=OldModel(threshold(0.1))).report
-    assert report.status == "nothing to repair"
-
-
-def test_predictions_are_enough() -> None:
-    rows = {"train": {0: (0, None), 1: (0, None), 2: (1, None)}, "new": {0: (1, None), 1: (1, None)}}
-    report = repair_module(threshold(0.5), line(), reference=Predictions(rows)).report
-    assert report.status == "repaired"
-    assert report.update[0].trained.broken_ids == (2,)
-
-
-def test_an_update_is_read_as_it_was_written_and_logged() -> None:
-    report = repair_module(threshold(0.5), line(), reference=OldModel(threshold(0.1))).report
-    again = RepairReport.from_json(report.to_json())
-    assert again == report
-    assert again.to_dict()["update"][0]["trained"]["negative_flip_rate"] == pytest.approx(1 / 3)
-    text = report.to_markdown()
-    assert "## Against the model that it replaces" in text
-    assert "| regressions now" in text.replace("**", "")
-    numbers = {"known_regressions_before": 1, "known_regressions": 0, "known_nfr": 0}
-    found = outcome(report)
-    assert {name: found[f"repair/{name}"] for name in numbers} == numbers
 
 
 def updated(old: nn.Module, steps: int = 30) -> nn.Module:
@@ -151,3 +129,75 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
     report = repair_module(threshold(0.5), [source], settings, reference=OldModel(threshold(0.1))).report
     assert report.status == "refused"
     assert "2 would break" in report.reason
+
+
+PASSED = torch.tensor([True, True, True, False, True])
+MARGIN = torch.tensor([8.0, 2.9, 10.0, -1.0, 8.0])
+
+
+def test_failed_and_near_border_samples_come_more_often() -> None:
+    # The median margin of the passed samples is 8, and 3/8 of it are 3.
+    sampler = Oversampler(PASSED, MARGIN, oversample=3)
+    assert sampler.times.tolist() == [1, 3, 1, 3, 1]
+    assert len(sampler) == 9
+    assert Counter(sampler) == {0: 1, 1: 3, 2: 1, 3: 3, 4: 1}
+    assert Oversampler(PASSED, oversample=2).times.tolist() == [1, 1, 1, 2, 1]
+    unknown = torch.full((5,), math.nan)
+    assert Oversampler(PASSED, unknown, oversample=2).times.tolist() == [1, 1, 1, 2, 1]
+    assert Oversampler(~torch.ones(2, dtype=torch.bool), torch.zeros(2)).times.tolist() == [3, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(-5, 20)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_every_epoch_has_each_sample_as_often_as_it_says(rows: Any, oversample: int, seed: int) -> None:
+    passed, margin = torch.tensor([p for p, _ in rows]), torch.tensor([m for _, m in rows])
+    first, again = (Oversampler(passed, margin, oversample, seed) for _ in range(2))
+    epochs = [list(first) for _ in range(3)]
+    assert epochs == [list(again) for _ in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == len(first)
+        assert Counter(epoch) == {i: int(n) for i, n in enumerate(first.times)}
+    again.set_epoch(1)
+    assert list(again) == epochs[1]
+    assert (first.times[~passed] == oversample).all()
+    assert set(first.times.tolist()) <= {1, oversample}
+
+
+class Tagged(TensorDataset):
+    """Gives mappings, as text data sets do."""
+
+    def __getitem__(self, at: int) -> Any:
+        x, y = super().__getitem__(at)
+        return {"x": x, "labels": y, "more": [x]}
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, Tagged])
+def test_one_pass_of_a_model_over_the_data_tells_what_is_hard(kind: Any) -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.Linear(2, 2, bias=False))
+    model[1].load_state_dict({"weight": torch.eye(2)})
+    x = torch.tensor([[8.0, 0.0], [0.0, 8.0], [8.0, 0.0], [2.0, 0.0], [0.0, 1.0], [math.nan, 0.0]])
+    data = kind(x, torch.tensor([0, 1, 0, 0, 0, 0]))
+    state, draws = torch.get_rng_state(), model.training
+    sampler = Oversampler.of(model, data, oversample=2, batch_size=4)
+    assert sampler.times.tolist() == [1, 1, 1, 2, 2, 2]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training == draws
+    assert sum(len(batch["x"] if kind is Tagged else batch[0]) for batch in DataLoader(data, 2, sampler=sampler)) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"passed": torch.ones(3)}, "is no tensor of one bool a sample"),
+        ({"margin": torch.ones(4)}, r"`margin` has the shape \[4\], `passed` \[5\]"),
+        ({"oversample": 1.5}, "`oversample=1.5` is out of range"),
+        ({"oversample": 0}, "`oversample=0` is out of range"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Oversampler(**{"passed": PASSED, "margin": MARGIN, **arguments})

@@ -85,14 +85,6 @@ def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> No
         assert report.old.sha256 == first.old.sha256
 
 
-def test_samples_are_hashed_with_their_labels() -> None:
-    model, source = trained(), data()
-    first = release(model, model, source)
-    other = release(model, model, replace(source, targets=source.targets.roll(1)))
-    assert first.samples != other.samples
-    assert release(model, model, data(batch_size=7)).samples == first.samples
-
-
 def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
     old, new, source = trained(seed=1), trained(seed=2), data()
     broken = right(old, source) & ~right(new, source)
@@ -128,15 +120,6 @@ def test_the_page_and_the_json_say_all() -> None:
     assert report.render(100).startswith("REFUSED\n\nThe new model may not replace the old one: ")
     accepted = release(trained(), trained(), data(), "accuracy").render()
     assert accepted.startswith("ACCEPTED\n\nThe new model may replace the old one: the rule is satisfied.")
-
-
-def test_autocast_is_what_is_judged_and_noted() -> None:
-    def bfloat16() -> Any:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    report = release(Evaluator(trained(seed=1), context=bfloat16), trained(seed=2), data(), "accuracy")
-    assert report.precision == "float32 on cpu, autocast to bfloat16"
-    assert release(trained(), trained(), data()).precision == "float32 on cpu"
 
 
 def test_ranks_come_to_the_same_report() -> None:

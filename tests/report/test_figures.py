@@ -10,13 +10,20 @@ import pytest
 import torch
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint, UpdateSplit
+from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.html import svg_of
-from lightning_nrl.report.repair_figures import gallery_figures, grid_of, repair_figures, search_figure, weight_figures
+from lightning_nrl.report.repair_plot import (
+    HARM_COLOUR,
+    gallery_figures,
+    grid_of,
+    repair_figures,
+    search_figure,
+    summary_figure,
+    summary_rows,
+    weight_figures,
+)
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ConfusionCell, MarginHistogram
-from lightning_nrl.report.summary_figure import HARM_COLOUR, summary_figure, summary_rows
 
 pytest.importorskip("matplotlib")
 
@@ -46,8 +53,8 @@ def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself() -> None
     assert [one.get_title() for one in axes] == PANELS
     (margins, matrix, strength, search) = axes
     assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
-    cells = [(t.get_position(), t.get_text(), t.get_visible()) for t in matrix.texts]
-    assert cells == [((0, 0), "-1", True), ((1, 0), "+1", True), ((0, 1), "-1", True), ((1, 1), "+0", False)]
+    cells = [(text.get_position(), text.get_text()) for text in matrix.texts]
+    assert cells == [((0, 0), "-1"), ((1, 0), "+1"), ((0, 1), "-1")]
     assert matrix.images[0].get_array().tolist() == [[-1, -1], [1, 0]]  # for the worse, the worse, the better
     assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
     assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
@@ -88,15 +95,6 @@ def test_the_summary_has_what_a_reviewer_decides_on() -> None:
     ]
 
 
-def test_the_summary_of_an_update_counts_against_the_replaced_model() -> None:
-    trained = replace(KNOWN, counts=TargetCounts(80, 10, 7, 3))
-    now = replace(KNOWN, counts=TargetCounts(88, 2, 7, 3))
-    found = dict(summary_rows(replace(REPORT, update=(UpdateSplit(trained, now),)))[1])
-    assert found["regressions"] == ("10 -> 2", "-")
-    assert found["negative flip rate (NFR)"] == ("2.00 %", "5.00 %")
-    assert found["broken (BR)"] == ("0 of 90", "1 of 16")
-
-
 def test_the_summary_of_refused_weights_says_what_they_would_do() -> None:
     would = replace(KNOWN, counts=TargetCounts(88, 2, 9, 1, targeted=10, repaired_in_target=9))
     refused = replace(REPORT, status="refused", candidate=(would,))
@@ -117,20 +115,12 @@ def test_names_with_dollars_are_no_mathematics() -> None:
     assert len(figures) == 5
 
 
-def test_a_figure_is_one_svg_the_same_each_time() -> None:
-    first, again = (svg_of(summary_figure(REPORT)) for _ in range(2))
-    assert first.startswith("<svg")
-    assert first.rstrip().endswith("</svg>")
-    assert first == again
-
-
 def test_a_large_tensor_is_shown_by_its_largest_changes() -> None:
     change = torch.zeros(300, 1000)
     change[0, 3], change[0, 2], change[299, 999] = -2.0, 1.0, 0.5
     grid = grid_of(change)
-    assert grid.shape == (100, 250)
-    assert (grid[0, 0], grid[99, 249]) == (-2.0, 0.5)
-    assert (grid != 0).sum() == 2
+    assert grid.shape == (128, 256)
+    assert (grid[0, 0], grid[127, 255]) == (-2.0, 0.5)
     assert grid_of(torch.tensor([1.0, 0.0])).tolist() == [[1.0, 0.0]]
     assert grid_of(torch.ones(2, 3, 4)).shape == (2, 12)
 

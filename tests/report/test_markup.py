@@ -9,7 +9,7 @@ import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
 from test_report_codec import REPORTS, SPLIT
 
-from lightning_nrl.report import RepairReport, SliceReport, repair_page
+from lightning_nrl.report import RepairReport, SliceReport, repair_report
 
 HOSTILE = [
     "![i](http://evil.example/p.png)",
@@ -73,7 +73,7 @@ def test_a_name_stays_a_name_in_markdown(name: str) -> None:
 
 
 def test_names_stay_names_in_html(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_page, "find_spec", lambda name: None)  # without figures
+    monkeypatch.setattr(repair_report, "find_spec", lambda name: None)  # without figures
     text = named(" ".join(HOSTILE)).to_html()
     assert "evil.example" in text
     assert Tags(text).found == []

@@ -5,35 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from test_stored_pages import REFUSED, REPAIRED, TRAIN
+from test_stored_pages import REPAIRED, TRAIN
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.localization import Localization
-from lightning_nrl.pipeline.report_parts import localization_report, search_report
-from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.report import RepairReport, SearchReport, SplitReport, WeightChange
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.search.search_log import SearchHistory, SearchResult
-
-NOTHING = replace(REFUSED, status="nothing to repair", candidate=(), localization=None, search=None, change=None)
-
-
-@pytest.mark.parametrize("report", [REPAIRED, REFUSED, NOTHING], ids=lambda report: report.status)
-def test_it_comes_back_the_same_from_json_and_from_a_checkpoint(report: RepairReport, tmp_path: Path) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    text = report.to_json()
-    json.loads(text, parse_constant=refuse)
-    assert RepairReport.from_json(text) == report
-    assert RepairReport.from_dict(report.to_dict()) == report
-    torch.save(report.to_dict(), tmp_path / "report.pt")
-    assert RepairReport.from_dict(torch.load(tmp_path / "report.pt", weights_only=True)) == report
 
 
 def test_what_is_not_finite_is_null_and_comes_back_as_nan() -> None:
@@ -56,42 +34,10 @@ def test_json_gives_every_number_of_a_split_with_its_name_and_role() -> None:
     assert '      {"id": 17, "flip": "broken", "in_target": false, "label": 3,' in REPAIRED.to_json()
 
 
-@pytest.mark.parametrize(
-    ("value", "kept"),
-    [
-        (("a", "b"), ["a", "b"]),
-        (Path("x"), "x"),
-        (np.float64(0.5), 0.5),
-        (np.int64(3), 3),
-        (np.bool_(True), True),
-        (torch.tensor([1, 2]), [1, 2]),
-        (torch.device("cpu"), "cpu"),
-        (WeightChange(1, 2, 0.5, 0.5, 0.5), {"changed": 1, "total": 2, "l2": 0.5, "relative": 0.5, "largest": 0.5}),
-        ({3: None}, {"3": None}),
-    ],
-    ids=str,
-)
-def test_settings_become_plain_values(value: Any, kept: Any) -> None:
-    report = replace(REPAIRED, settings={"option": value})
-    assert report.settings["option"] == kept
-    assert type(report.settings["option"]) is type(kept)
-    assert RepairReport.from_json(report.to_json()) == report
-
-
 def test_splits_of_a_role_are_added_up() -> None:
     assert REPAIRED.pooled("known") == SplitReport("all", "known", TargetCounts(1460, 0, 23, 33, 30, 14))
     assert replace(REPAIRED, splits=(TRAIN,)).pooled("unseen") is None
     assert repr(REPAIRED).startswith("<RepairReport: repaired; known 23 repaired, 0 broken of 1516; unseen 12 repaired")
-
-
-def test_parts_are_taken_from_the_arrows() -> None:
-    sizes = {"failed": 3, "passed": 2, "both": 1, "localized": 2, "total": 9}
-    localization = localization_report(Localization(torch.tensor([1, 4]), 5, 2, sizes))
-    assert localization == LocalizationReport(2, 5, sizes)
-    history = SearchHistory(*(torch.tensor([float(i), 0.5]) for i in range(7)))
-    search = search_report(SearchResult(torch.zeros(2), 1.0, 0.5, 1, "done", history, 0.1), 4, 6)
-    assert (search.iterations, search.n_failed, search.n_passed) == (1, 4, 6)
-    assert search.history["diversity"] == [6.0, 0.5]
 
 
 @pytest.mark.parametrize(

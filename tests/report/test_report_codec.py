@@ -42,7 +42,7 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
-from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import Finding
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
@@ -192,16 +192,6 @@ def fields_of(record: Any, plain: Any) -> Any:
     return plain
 
 
-def check_refused_or_read(name: str, damaged: Any) -> None:
-    kind = type(REPORTS[name])
-    try:
-        again = kind.from_json(damaged) if isinstance(damaged, str) else kind.from_dict(damaged)
-    except ConfigurationError:
-        return
-    plain = json.loads(damaged) if isinstance(damaged, str) else null_for_nan(damaged)
-    assert fields_of(again, json.loads(again.to_json())) == fields_of(again, plain)
-
-
 @pytest.mark.parametrize("name", REPORTS)
 @given(st.data())
 @settings(max_examples=200, deadline=None)
@@ -219,16 +209,11 @@ def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataOb
             place[data.draw(st.text(max_size=5))] = data.draw(VALUES)
         else:
             place[last] = data.draw(VALUES)
-    check_refused_or_read(name, damaged)
-
-
-@pytest.mark.parametrize("name", REPORTS)
-@given(st.data())
-@settings(max_examples=100, deadline=None)
-def test_damaged_text_is_refused_or_read_as_it_is(name: str, data: st.DataObject) -> None:
-    text = REPORTS[name].to_json()
-    at = data.draw(st.integers(0, len(text) - 1))
-    check_refused_or_read(name, text[:at] + data.draw(st.text(max_size=2)) + text[at + data.draw(st.integers(0, 3)) :])
+    try:
+        again = type(REPORTS[name]).from_dict(damaged)
+    except ConfigurationError:
+        return
+    assert fields_of(again, json.loads(again.to_json())) == fields_of(again, null_for_nan(damaged))
 
 
 @pytest.mark.parametrize("schema", [2, 0, -1, "1", None, True, 1.0])

@@ -1,8 +1,7 @@
-"""Pages of three reports as a reader has them. `python tests/report/test_stored_pages.py` writes the stored ones anew."""
+"""Pages of three reports as a reader has them; `python tests/report/test_stored_pages.py` stores them anew."""
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,29 +14,25 @@ from test_report_codec import REPORTS
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import (
+from lightning_nrl.report import Judge, repair_report
+from lightning_nrl.report.repair_facts import unseen_limit
+from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.run_records import (
     Hashes,
-    Judge,
     LocalizationReport,
-    Page,
     PricePoint,
-    RepairReport,
     Rung,
     SearchReport,
-    SplitReport,
     Step,
     StrengthPoint,
     WeightChange,
-    repair_page,
+    choice_text,
 )
-from lightning_nrl.report.page import Facts, Heading, Row, Table, Text
-from lightning_nrl.report.run_records import choice_text
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample
+from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
 
 PAGES = Path(__file__).parent / "pages"
 HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
-HARM = TargetCounts(kept=70, broken=30, repaired=2, failing=18, targeted=15, repaired_in_target=2)
 SEARCH, TRAINING = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True), Rung("training", 20, 31, 2, 27_163, 30.0)
 GAINED = tuple(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in range(14))
 TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), GAINED[:9])
@@ -64,6 +59,7 @@ REPAIRED = RepairReport(
     search=SearchReport(62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460),
     steps=(Step("fit", 20, 9, 12.34, "8 epochs"), Step("polish", 19, 0, 3.0), Step("swarm", 21, 0, 2.0, "+2")),
     rungs=(SEARCH, TRAINING),
+    choice=choice_text((SEARCH, TRAINING), ""),
     price=(PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 9, 20, 28, HELD_OUT)),
     strength=(
         StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
@@ -93,16 +89,13 @@ REFUSED = replace(
     hashes=Hashes("a" * 64, "a" * 64),
     files={},
     rungs=(),
+    choice="",
     price=(),
     steps=(),
     strength=(),
     leaked={},
 )
 SHOWN = {"repaired": REPAIRED, "refused": REFUSED, "update": REPORTS["repair"], "release": REPORTS["release"]}
-TABLE = Table(
-    columns=(("train", "known"), ("test", "unseen")),
-    rows=(Row("samples", ("1,000", "20"), ends_group=True), Row("broken", ("0", "3"), "harm")),
-)
 
 
 def pages(report: RepairReport) -> dict[str, str]:
@@ -113,7 +106,7 @@ def pages(report: RepairReport) -> dict[str, str]:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_page, "find_spec", lambda name: None)
+    monkeypatch.setattr(repair_report, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("kind", ["txt", "md", "html"])
@@ -139,25 +132,6 @@ def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name: st
     assert [word for word in shown if word.strip("─")] == [word for word in plain if word == "-" or word.strip("-")]
 
 
-def test_a_wide_table_goes_on_below() -> None:
-    notes = Table((("repaired", ""), ("", "")), (Row("fit", ("3", "some steps")), Row("polish", ("12", "long"))), True)
-    page = Page((Heading("Done", 1), TABLE, Heading("More"), notes))
-    assert page.plain(20) == (
-        "DONE\n\n         train\n         known\n--------------\nsamples  1,000\n\nbroken       0\n\n"
-        "           test\n         unseen\n---------------\nsamples      20\n\nbroken        3\n\n"
-        "More\n----\n\n        repaired\n----------------\nfit            3\npolish        12\n\n"
-        "fit     some steps\npolish  long\n"
-    )
-    console = Console(width=22, file=io.StringIO(), color_system=None)
-    console.print(Page((TABLE,)))
-    assert "samples  1,000      20" in console.file.getvalue()
-
-
-def test_long_words_are_never_broken() -> None:
-    path = "logs/" + "x" * 90
-    assert path in Page((Facts((("file", path),)), Text(f"see {path}"))).plain(30)
-
-
 def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,14 +141,6 @@ def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
     lines = [line.split("  ")[-1].strip() for line in report.render(120).splitlines()]
     assert lines[-2:] == [str(Path("logs/repaired.ckpt")), "elsewhere/report.json"]
     assert f"- **checkpoint**: {checkpoint}" in report.to_markdown()
-
-
-def test_harm_is_red_where_it_is_done_and_only_there() -> None:
-    console = Console(width=100, force_terminal=True, color_system="standard", legacy_windows=False)
-    with console.capture() as capture:
-        console.print(REPAIRED.to_table())
-    line = next(line for line in capture.get().splitlines() if "broken (was right" in line)
-    assert (line.count("\x1b[1;31m"), line.count("\x1b[32m")) == (1, 3)
 
 
 class Elements(HTMLParser):
@@ -218,41 +184,17 @@ def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
     assert "script" not in [tag for tag, _ in Elements(notebook).found]
 
 
-@pytest.mark.parametrize(
-    ("last", "why"),
-    [
-        (replace(TRAINING, held_out=HELD_OUT), "held-out samples speak against `training`"),
-        (replace(TRAINING, repaired_in_target=4, held_out=HELD_OUT), "`training` repairs fewer targets"),
-        (TRAINING, "`training` breaks more than the gate allows"),
-        (replace(TRAINING, repaired_in_target=0), "`training` repairs no target"),
-        (replace(TRAINING, repaired_in_target=0, held_out=HELD_OUT), "`training` repairs no target"),
-        (replace(TRAINING, repaired_in_target=0, held_out=HARM), "held-out samples speak against `training`"),
-    ],
-)
-def test_the_choice_says_what_is_against_the_rungs_that_change_more(last: Rung, why: str) -> None:
-    assert choice_text((SEARCH, last), "") == f"`search` is taken: {why}."
-    assert choice_text((last,), "none") == "none"
-
-
 def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> None:
     unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
     report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
-    assert repair_page.unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
+    assert unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
-        assert repair_page.unseen_limit(other) is None
+        assert unseen_limit(other) is None
         assert "samples like these" not in other.to_markdown()
 
 
-def test_of_many_repaired_samples_those_that_gained_most_are_listed() -> None:
-    many = tuple(replace(GAINED[0], id=i, margin_after=i) for i in range(1234))
-    text = replace(REPAIRED, splits=(replace(TRAIN, flipped=many),)).to_markdown()
-    assert "Repaired in train, by position in the data set, 10 of 1,234" in text
-    assert "| 1224 |" in text
-    assert "| 1223 |" not in text
-
-
 if __name__ == "__main__":
-    repair_page.find_spec = lambda name: None  # type: ignore[assignment]
+    repair_report.find_spec = lambda name: None  # type: ignore[assignment]
     PAGES.mkdir(exist_ok=True)
     for name, report in SHOWN.items():
         for kind, text in pages(report).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_nrl._utils.device import Context
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace, find_layers
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import SwarmScorer, make_scorer
 from lightning_nrl.tasks import Multiclass
 
 
@@ -264,18 +263,14 @@ REPLAYED: dict[str, Case] = {
     "conv3d": Case(lambda: Convolution(nn.Conv3d(2, 4, (2, 1, 3), stride=(1, 2, 1)), 3), floats(2, 4, 3, 5), "conv"),
     "residual, first": Case(Residual, floats(2, 5, 5), "conv1"),
     "residual, second": Case(Residual, floats(2, 5, 5), "conv2"),
-    "residual, stem": Case(Residual, floats(2, 5, 5), "stem"),
     "residual, both": Case(Residual, floats(2, 5, 5), ["conv1", "conv2"]),
     "branch run first": Case(Branches, floats(6), "b"),
     "branch run second": Case(Branches, floats(6), "a"),
-    "branch gate": Case(Branches, floats(6), "gate"),
     "attention, batch first": Case(Encoder, tokens(11, 6), "block.linear1"),
     "attention, batch second": Case(lambda: Encoder(batch_first=False), tokens(11, 6), "block.linear2"),
     "two inputs": Case(TwoInputs, two_inputs, "left"),
-    "second input": Case(TwoInputs, two_inputs, "right"),
     "folded": Case(Folded, floats(3, 4), "frame"),
     "folded, with shortcut": Case(Folded, floats(3, 4), "mix"),
-    "before a script": Case(lambda: Between(_scripted()), floats(6), "first"),
     "after a script": Case(lambda: Between(_scripted()), floats(6), "head"),
     "before a custom function": Case(lambda: Between(Custom()), floats(6), "first"),
     "before attention": Case(lambda: Between(Attention()), floats(4, 6), "first"),
@@ -315,11 +310,17 @@ class Problem:
             return (), {k: v[rows] for k, v in self.data.items()}
         return tuple(v[rows] for v in self.data), {}
 
+    def scorer(
+        self, where: Tensor, failed: Tensor, passed: Tensor, *, recording: ActivationCache | None = None, **options: Any
+    ) -> SwarmScorer:
+        recording = self.recording(len(self.target)) if recording is None else recording
+        return make_scorer(recording, where, failed, passed, recording.model.evaluator, **options)
+
     def recording(
-        self, *sizes: int, keep: Tensor | None = None, context: Context = nullcontext, **options: Any
+        self, *sizes: int, keep: Tensor | None = None, evaluator: Evaluator | None = None, **options: Any
     ) -> ActivationCache:
         keep = torch.ones(len(self.target), dtype=torch.bool) if keep is None else keep
-        return record(Evaluator(self.model, context=context), self.batches(*sizes), self.space, keep, **options)
+        return record(evaluator or Evaluator(self.model), self.batches(*sizes), self.space, keep, **options)
 
     @torch.no_grad()
     def oracle(self, where: Tensor, values: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -364,3 +365,13 @@ def _to(data: Any, dtype: torch.dtype) -> Any:
     if isinstance(data, tuple):
         return tuple(_to(v, dtype) for v in data)
     return data.to(dtype) if data.is_floating_point() else data
+
+
+@torch.no_grad()
+def by_sample(scorer: SwarmScorer, values: Tensor, swarm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a swarm's samples, and what each candidate, `P x K`, does on them: passes and losses, `P x n`."""
+    group = next(group for group in scorer.groups if swarm in group.swarms)
+    parts = [*group.failed, *group.passed]
+    found = [part.evaluate(values[:, group.columns]) for part in parts]
+    rows = torch.cat([part.chunk.rows for part in parts])
+    return rows, torch.cat([passed for passed, _ in found], 1), torch.cat([loss for _, loss in found], 1).double()

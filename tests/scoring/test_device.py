@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search._scoring.recorded_tensors import InMemory
 from lightning_nrl.search._scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
@@ -76,9 +75,7 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
     parted = problem.recording(4, 4, 4, budget=size // 2)
     assert [group.device.type for group in parted.groups] == ["cuda", "cpu"]
     assert [group.rows[0].tolist() for group in parted.groups] == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
-    storage = parted.groups[1].storage
-    assert isinstance(storage, InMemory)
-    assert all(x.is_pinned() for parts in storage.parts for x in parts)
+    assert all(x.is_pinned() for parts in parted.groups[1].parts.values() for x in parts)
     expected, actual = (
         make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU).unsqueeze(0)) for cache in (whole, parted)
     )

@@ -1,24 +1,25 @@
-"""ActivationCache and replaying: what is kept, what is left alone, and what is refused."""
+"""Recordings and replaying: what is kept, or computed again, what is left alone, and what is refused."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import pytest
 import torch
 from graphs import GraphNet, graph_loader
-from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
+from scoring_networks import REPLAYED, WHOLE, Case, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
+from lightning_nrl import SearchOptions, TensorSource
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import InseparableBatchError, ReplayError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.layer_gradients import margin_calls
 from lightning_nrl.evaluation.layers import LayerRef, find_layers
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.localization import AllWeights
+from lightning_nrl.methods import LocalSearch
+from lightning_nrl.pipeline import Settings, repair_module
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search._scoring import ActivationCache, record
 
 
 def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -194,12 +195,11 @@ def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_samp
     assert recording.fallback_reason is None
     assert len(recording.groups) == 1
     torch.testing.assert_close(found, logits[keep])
-    where, values = torch.tensor([3]), torch.tensor([[5.0]])
     (chunk,) = recording.chunks()
-    edited = recording.replay(chunk, edit_layers(make_layer_deltas(recording.space, where), values))
     with torch.no_grad():
         model.head.weight[0, 3] = 5.0
         changed = torch.cat([model(raw) for raw in graph_loader(40, seed=1)])
+        edited = recording.replay(chunk, lambda site, x, y: nn.functional.linear(x, *site.module.parameters()))
     torch.testing.assert_close(edited, changed[chunk.rows])
 
 
@@ -207,17 +207,6 @@ def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_samp
 def test_other_layers_of_such_batches_are_refused(layer: str) -> None:
     with pytest.raises(InseparableBatchError, match=rf"`layer='{layer}'`: samples cannot be taken out"):
         graph_recording(layer, torch.ones(40, dtype=torch.bool))
-
-
-def test_gradients_of_samples_come_where_a_layer_has_one_row_for_each() -> None:
-    torch.manual_seed(0)
-    model, raw = GraphNet().eval(), next(iter(graph_loader(16, seed=1)))
-    # 64 nodes are a multiple of 16 graphs by chance.
-    raw.x, raw.batch = raw.x.repeat(64, 1)[:64], torch.cat([torch.arange(16), torch.zeros(48).long()]).sort().values
-    layers = {"node": model.node, "graph": model.graph}
-    _, calls = margin_calls(model, layers, Batch((raw,), raw.y, torch.arange(16)), Multiclass(), nullcontext)
-    assert calls["node"] == []
-    assert len(calls["graph"][0].input) == 16
 
 
 class Lengths(nn.Module):
@@ -240,3 +229,75 @@ def test_a_module_that_returns_a_packed_sequence_stands_in_no_way_of_the_last_la
     assert recording.fallback_reason is None
     with torch.no_grad():
         torch.testing.assert_close(replayed(recording, 3)[1], model(x, n))
+
+
+def recomputed(problem: Problem, n: int, budget: int = 0) -> ActivationCache:
+    """A recording in batches of four of which `budget` bytes are kept."""
+
+    def draw(rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        args, kwargs = problem._inputs(rows)
+        yield Batch(args, problem.target[rows], rows, kwargs), rows
+
+    return problem.recording(*[4] * (n // 4), budget=budget, draw=draw)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_nrl.errors.PerformanceWarning")
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("name", ["head", "residual, second", "attention, batch second", "folded", "not linear"])
+def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None:
+    problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=24)
+    where, values = problem.candidates(9, 6)
+    failed = torch.arange(24) % 3 == 0
+    whole = problem.recording(24)
+    full = sum(group.nbytes for group in whole.groups)
+    cache = recomputed(problem, 24, int(share * full))
+    expected, scores = (problem.scorer(where, failed, ~failed, recording=x)(values[None]) for x in (whole, cache))
+    assert torch.equal(scores.patched, expected.patched)
+    assert torch.equal(scores.intact, expected.intact)
+    torch.testing.assert_close(scores.loss_failed, expected.loss_failed, rtol=2e-3, atol=2e-3)
+    # Of what is computed again one batch of the six is held.
+    assert sum(group.nbytes for group in cache.groups) <= (share + 1 / 6) * full
+    assert f"{12 if share else 24} samples computed again" in cache.storage
+    assert not whole.storage
+
+
+def test_what_is_equal_is_kept_once() -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(torch.tanh(self.mix(x)) + x)
+
+    # The stem's output, which the layer and the shortcut get, and the layer's.
+    problem = make_problem(Case(Shortcut, floats(6), "mix"))
+    assert sum(group.nbytes for group in problem.recording(12).groups) == 12 * 4 * (8 + 8)
+
+
+def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> None:
+    problem = make_problem(REPLAYED["middle linear"], n=60)
+    (x,) = problem.data
+    first, second = problem.model(x).detach().topk(2).indices.T
+    margin = problem.model(x).detach().topk(2).values.diff(dim=1).flatten().abs()
+    label = torch.where(margin <= margin.kthvalue(6).values, second, first)
+
+    def repaired(budget: int) -> tuple[Tensor, str]:
+        outcome = repair_module(
+            problem.model,
+            [TensorSource(x, label, split="train", passed=True, failed=True, batch_size=20)],
+            Settings(
+                layer="2",
+                method=LocalSearch(ParticleSwarm(particles=20, iterations=10)),
+                search=SearchOptions(localizer=AllWeights(), budget=budget),
+            ),
+        )
+        new = outcome.parameters or {}
+        return torch.cat([torch.zeros(0), *(value.flatten() for value in new.values())]), outcome.report.steps[0].note
+
+    (expected, silent), (weights, note) = repaired(1 << 20), repaired(2_000)
+    assert len(expected)
+    assert torch.equal(weights, expected)
+    assert "again" in note
+    assert "again" not in silent

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from scoring_networks import REPLAYED, WHOLE, Problem, make_problem
+from scoring_networks import REPLAYED, WHOLE, Problem, by_sample, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.scorer import make_scorer
+from lightning_nrl.search._scoring.scorer import stacked
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Multiclass, Task
-
-EVALUATOR = Evaluator(nn.Identity())
-"""Of a recording its task and its ranks matter alone."""
 
 N = 24
 FAILED = torch.arange(N) % 3 == 0
 
 
-def linear(weight: Tensor, x: Tensor, target: list[int]) -> Problem:
+def linear(weight: Tensor, x: Tensor, target: list[int] | Tensor) -> Problem:
     model = nn.Linear(weight.shape[1], len(weight), bias=False)
     with torch.no_grad():
         model.weight.copy_(weight)
-    return Problem(model.eval(), find_layers(model, ""), (x,), torch.tensor(target))
+    return Problem(model.eval(), find_layers(model, ""), (x,), torch.as_tensor(target))
+
+
+def same(found: Scores, expected: Scores, *, which: Any = slice(None), exactly: bool = False) -> None:
+    """Counts are equal, losses up to rounding or to the bit."""
+    for name, value in vars(expected).items():
+        if isinstance(value, Tensor) and ("loss" in name or "credit" in name) and not exactly:
+            torch.testing.assert_close(getattr(found, name)[which], value[which], rtol=1e-5, atol=1e-6)
+        elif isinstance(value, Tensor):
+            assert torch.equal(getattr(found, name)[which], value[which]), name
 
 
 def test_by_hand() -> None:
     problem = linear(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]]), [1, 1, 0])
     failed = torch.tensor([True, False, False])
-    scorer = make_scorer(problem.recording(3), torch.tensor([2]), failed, ~failed, EVALUATOR)
-    scores = scorer(torch.tensor([[[0.0], [0.75], [2.0]]]))  # second logit: x1 + value * x0
+    scores = problem.scorer(torch.tensor([2]), failed, ~failed)(torch.tensor([[[0.0], [0.75], [2.0]]]))
+    # The second logit is x1 + value * x0.
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
     assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
     gaps = torch.tensor([-1.0, 0.5, 3.0])  # second minus first logit of the failed sample
@@ -59,13 +65,12 @@ def test_small_whole_numbers_are_exact_down_to_ties(seed: int, k: int, classes: 
     g = torch.Generator().manual_seed(seed)
     weight = torch.randint(-2, 3, (classes, 4), generator=g).float()
     x = torch.randint(-2, 3, (30, 4), generator=g).float()
-    problem = linear(weight, x, torch.randint(0, classes, (30,), generator=g).tolist())
+    problem = linear(weight, x, torch.randint(0, classes, (30,), generator=g))
     where = torch.randperm(weight.numel(), generator=g)[:k]
     values = torch.randint(-2, 3, (6, len(where)), generator=g).float()
     mask = torch.arange(30) % 2 == 0
-    scorer = make_scorer(problem.recording(30), where, mask, ~mask, EVALUATOR, passed_loss=passed_loss)
     hits = problem.oracle(where, values).argmax(2) == problem.target
-    scores = scorer(values.unsqueeze(0))
+    scores = problem.scorer(where, mask, ~mask, passed_loss=passed_loss)(values.unsqueeze(0))
     assert scores.patched[0].tolist() == hits[:, mask].sum(1).tolist()
     assert scores.intact[0].tolist() == hits[:, ~mask].sum(1).tolist()
 
@@ -76,7 +81,7 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
     problem = make_problem(REPLAYED["head"], n=N, seed=seed % 7)
     where, values = problem.candidates(20, 12, seed, scale)
     none = torch.zeros(N, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(N), where, none, ~none, EVALUATOR, passed_loss=False)
+    scorer = problem.scorer(where, none, ~none, passed_loss=False)
     (chunk_scorer,) = scorer.groups[0].passed
     assert chunk_scorer.head is not None
     passes, fails = chunk_scorer.head.decided(values)
@@ -89,25 +94,20 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
 @pytest.mark.parametrize("budget", [1, 10_000, 1_000_000])
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both", "called twice"])
 def test_any_budget_gives_the_same(name: str, budget: int) -> None:
-    case = WHOLE[name][0] if name in WHOLE else REPLAYED[name]
-    problem = make_problem(case, n=N)
+    problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=N)
     with pytest.warns(UserWarning, match="whole model") if name in WHOLE else nullcontext():
         recording = problem.recording(7, 17)
     where, values = problem.candidates(9, 6)
-    scores = [
-        make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR, budget=b)(values.unsqueeze(0))
-        for b in (budget, 1 << 30)
-    ]
-    for field in ("patched", "intact"):
-        assert torch.equal(getattr(scores[0], field), getattr(scores[1], field))
-    for field in ("loss_failed", "loss_passed"):
-        torch.testing.assert_close(getattr(scores[0], field), getattr(scores[1], field), rtol=1e-6, atol=1e-6)
+    tight, roomy = (
+        problem.scorer(where, FAILED, ~FAILED, recording=recording, budget=b)(values[None]) for b in (budget, 1 << 30)
+    )
+    same(tight, roomy)
 
 
 def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
-    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)
+    scorer = problem.scorer(where, FAILED, ~FAILED)
     expected = scorer(values.unsqueeze(0))
     run, sizes = ChunkScorer.outputs, []
 
@@ -118,37 +118,51 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
         return run(self, chunk, taps, values, *rest)
 
     monkeypatch.setattr(ChunkScorer, "outputs", tight)
-    actual = scorer(values.unsqueeze(0))
+    same(scorer(values.unsqueeze(0)), expected)
     assert max(sizes) > 8
-    assert (actual.patched.tolist(), actual.intact.tolist()) == (expected.patched.tolist(), expected.intact.tolist())
+
+
+@pytest.mark.parametrize("name", ["head", "middle linear"])
+def test_where_memory_runs_out_chunks_are_halved_and_nothing_is_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = ChunkScorer.keep
+
+    def tight(self: ChunkScorer, room: int) -> None:
+        if len(self.chunk) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        keep(self, room)
+
+    monkeypatch.setattr(ChunkScorer, "keep", tight)
+    problem = make_problem(REPLAYED[name], n=12)
+    everyone = torch.ones(12, dtype=torch.bool)
+    where, _ = problem.candidates(1, 6)
+    parts = problem.scorer(where, everyone, ~everyone).groups[0].failed
+    assert torch.cat([part.chunk.rows for part in parts]).tolist() == list(range(12))
+    assert {part.nbytes for part in parts} == {0}
+    assert len(parts[0].chunk) == 6
 
 
 @pytest.mark.parametrize("name", ["head", "residual, second"])
 def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=N)
-    recording = problem.recording(N)
     where, values = problem.candidates(12, 8)
     values = values.view(3, 4, 8)
     wheres = torch.stack([where, where, torch.where(torch.arange(8) % 2 == 0, where, -1)])
     failed = torch.stack([FAILED, FAILED, torch.arange(N) < 5])
     passed = torch.stack([~FAILED, ~FAILED, torch.arange(N) > 9])
-    together = make_scorer(recording, wheres, failed, passed, EVALUATOR)
+    together = problem.scorer(wheres, failed, passed)
     assert len(together.groups) == 2
     scores = together(values)
     assert isinstance(scores.n_failed, Tensor)
     assert scores.n_failed.tolist() == [[8], [8], [5]]
     for s in range(3):
         own = wheres[s] >= 0
-        alone = make_scorer(recording, wheres[s][own], failed[s], passed[s], EVALUATOR)(values[s : s + 1, :, own])
+        alone = problem.scorer(wheres[s][own], failed[s], passed[s])(values[s : s + 1, :, own])
         for field in ("patched", "intact", "loss_failed", "loss_passed"):
             torch.testing.assert_close(getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0)
-
-
-def test_swarms_that_do_not_agree_in_number_are_refused() -> None:
-    problem = make_problem(REPLAYED["head"], n=N)
-    where = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ConfigurationError, match=r"for \[2, 3\] swarms"):
-        make_scorer(problem.recording(N), where, FAILED.expand(3, N), ~FAILED, EVALUATOR)
+        problem.scorer(wheres[:2], failed, passed)
 
 
 class TwoRanks(Collective):
@@ -158,24 +172,17 @@ class TwoRanks(Collective):
         return x + x
 
 
-def test_counts_are_sums_over_ranks() -> None:
+def test_counts_are_sums_over_ranks_and_one_without_samples_adds_nothing() -> None:
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(4, 6)
-    recording = problem.recording(N)
-    one = make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR)(values.unsqueeze(0))
-    two = make_scorer(recording, where, FAILED, ~FAILED, replace(EVALUATOR, collective=TwoRanks()))(values.unsqueeze(0))
+    one = problem.scorer(where, FAILED, ~FAILED)(values[None])
+    ranks = problem.recording(N, evaluator=Evaluator(problem.model, collective=TwoRanks()))
+    two = problem.scorer(where, FAILED, ~FAILED, recording=ranks)(values[None])
     assert (two.patched.tolist(), two.n_failed) == ((2 * one.patched).tolist(), 16)
     torch.testing.assert_close(two.loss_failed, one.loss_failed)
-
-
-def test_a_rank_without_samples_adds_nothing() -> None:
-    problem = make_problem(REPLAYED["middle linear"], n=N)
-    where, values = problem.candidates(4, 6)
-    recording = problem.recording(N, keep=torch.zeros(N, dtype=torch.bool))
-    scorer = make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR)
-    scores = scorer(values.unsqueeze(0))
+    nothing = problem.recording(N, keep=torch.zeros(N, dtype=torch.bool))
+    scores = problem.scorer(where, FAILED, ~FAILED, recording=nothing)(values[None])
     assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([[0.0] * 4], [[0.0] * 4])
-    assert scorer.by_sample(values).passed.shape == (4, 0)
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
@@ -183,7 +190,7 @@ def test_candidates_that_are_not_numbers_have_no_finite_loss(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(3, 6)
     values[1, 0], values[2] = torch.nan, 1e30
-    scores = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)(values.unsqueeze(0))
+    scores = problem.scorer(where, FAILED, ~FAILED)(values[None])
     logits = problem.oracle(where, values)
     expected = torch.stack([F.cross_entropy(x[FAILED], problem.target[FAILED]) for x in logits])
     assert scores.loss_failed[0].isnan().tolist() == expected.isnan().tolist()
@@ -197,39 +204,30 @@ class Positive(Task):
         return output[:, 0] >= 0
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
-        return (output[:, 0] - target["wanted"]).square()
+        return (output[:, 0] - target).square()
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear"])
-def test_tasks_of_the_user_see_outputs_and_nested_targets(name: str) -> None:
-    problem = make_problem(REPLAYED[name], n=N)
+def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
     wanted = torch.linspace(-1, 1, N)
-    (batch, rows), *_ = problem.batches(N)
-    batches = [(type(batch)(batch.args, {"wanted": wanted}, rows), rows)]
-    recording = record(
-        evaluator := Evaluator(problem.model, Positive()), batches, problem.space, torch.ones(N, dtype=torch.bool)
-    )
+    problem = replace(make_problem(REPLAYED[name], n=N), target=wanted)
+    recording = problem.recording(N, evaluator=Evaluator(problem.model, Positive()))
     where, values = problem.candidates(5, 6)
-    scores: Scores = make_scorer(recording, where, FAILED, ~FAILED, evaluator)(values.unsqueeze(0))
+    scores = problem.scorer(where, FAILED, ~FAILED, recording=recording)(values[None])
     first = problem.oracle(where, values)[..., 0]
     assert scores.patched[0].tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
     expected = (first - wanted).square()[:, ~FAILED].mean(1)
     torch.testing.assert_close(scores.loss_passed[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_losses_of_passed_samples_the_rest_is_the_same() -> None:
-    for name in ("head", "conv2d", "residual, second"):
-        problem = make_problem(REPLAYED[name], n=N)
-        where, values = problem.candidates(9, 6, scale=0.2)
-        recording = problem.recording(N)
-        make: Callable[..., Any] = make_scorer
-        full, lean = (
-            make(recording, where, FAILED, ~FAILED, EVALUATOR, passed_loss=flag)(values.unsqueeze(0))
-            for flag in (True, False)
-        )
-        assert torch.equal(full.intact, lean.intact)
-        assert torch.equal(full.loss_failed, lean.loss_failed)
-        assert lean.loss_passed.tolist() == [[0.0] * 9]
+@pytest.mark.parametrize("name", ["head", "conv2d", "residual, second"])
+def test_without_losses_of_passed_samples_the_rest_is_the_same(name: str) -> None:
+    problem = make_problem(REPLAYED[name], n=N)
+    where, values = problem.candidates(9, 6, scale=0.2)
+    full, lean = (problem.scorer(where, FAILED, ~FAILED, passed_loss=flag)(values[None]) for flag in (True, False))
+    assert torch.equal(full.intact, lean.intact)
+    assert torch.equal(full.loss_failed, lean.loss_failed)
+    assert lean.loss_passed.tolist() == [[0.0] * 9]
 
 
 class OneHot(Multiclass):
@@ -249,12 +247,11 @@ class OneHot(Multiclass):
     ids=["uint8", "int32", "one-hot"],
 )
 def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
-    problem = linear(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), [])
-    problem = replace(problem, target=target)
+    problem = linear(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), target)
     failed = torch.tensor([True, False, False])
-    scores = make_scorer(problem.recording(3), torch.tensor([3]), failed, ~failed, replace(EVALUATOR, task=task))(
-        torch.tensor([[[0.0], [0.75], [2.0]]])  # second logit: x1 + value * x0
-    )
+    recording = problem.recording(3, evaluator=Evaluator(problem.model, task))
+    scorer = problem.scorer(torch.tensor([3]), failed, ~failed, recording=recording)
+    scores = scorer(torch.tensor([[[0.0], [0.75], [2.0]]]))  # second logit: x1 + value * x0
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
     assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
 
@@ -268,21 +265,16 @@ def test_only_who_breaks_more_than_told_is_given_up(
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
-    arguments = (problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR)
-    scorer = make_scorer(*arguments, passed_loss=passed_loss, fragility=fragility)
-    whole = make_scorer(*arguments, passed_loss=passed_loss)(values.unsqueeze(0))
+    make = partial(problem.scorer, where, FAILED, ~FAILED, passed_loss=passed_loss)
+    whole = make()(values[None])
     broken = whole.n_passed - whole.intact
     limit = broken.clone()
     limit[0, ::2] -= 1  # every second candidate breaks one too many
-    scores = scorer(values.unsqueeze(0), limit)
+    scores = make(fragility=fragility)(values[None], limit)
     out = broken > limit
     assert out.sum() == 5
     assert torch.equal(scores.loss_failed.isnan(), out)
-    for field in ("patched", "intact"):
-        assert torch.equal(getattr(scores, field)[~out], getattr(whole, field)[~out])
-    for field in ("loss_failed", "loss_passed"):
-        actual, expected = (getattr(x, field)[~out] for x in (scores, whole))
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    same(scores, whole, which=~out)
 
 
 def test_the_most_fragile_samples_come_first() -> None:
@@ -290,8 +282,7 @@ def test_the_most_fragile_samples_come_first() -> None:
     where, _ = problem.candidates(9, 2)
     mask = torch.arange(200) % 20 == 0
     fragility = torch.arange(200) % 150 * 1.0
-    scorer = make_scorer(problem.recording(200), where, mask, ~mask, EVALUATOR, fragility=fragility)
-    rows = [part.chunk.rows for part in scorer.groups[0].passed]
+    rows = [part.chunk.rows for part in problem.scorer(where, mask, ~mask, fragility=fragility).groups[0].passed]
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
     assert len(rows[0]) == 128
@@ -310,21 +301,11 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
-    scorers = [
-        make_scorer(
-            problem.recording(N),
-            where,
-            FAILED,
-            ~FAILED,
-            replace(EVALUATOR, task=task),
-            passed_loss=passed_loss,
-            reserve=x,
-        )
-        for x in (reserve, None)
-    ]
-    kept, plain = (scorer(values.unsqueeze(0)) for scorer in scorers)
-    outputs = problem.oracle(where, values)
-    hits = torch.stack([Multiclass().margin(output, problem.target) >= reserve for output in outputs])
+    recording = problem.recording(N, evaluator=Evaluator(problem.model, task))
+    make = partial(problem.scorer, where, FAILED, ~FAILED, recording=recording, passed_loss=passed_loss)
+    kept, plain = (make(reserve=x)(values[None]) for x in (reserve, None))
+    logits = problem.oracle(where, values)
+    hits = torch.stack([Multiclass().margin(x, problem.target) > reserve for x in logits])
     assert kept.patched[0].tolist() == hits[:, FAILED].sum(1).tolist()
     assert kept.intact[0].tolist() == hits[:, ~FAILED].sum(1).tolist()
     assert (kept.intact < plain.intact).any()
@@ -336,15 +317,110 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
 def test_credits_of_wrong_samples_by_their_loss(budget: int | None) -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
-    values = values.unsqueeze(0)
-    scorer = make_scorer(problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR, budget=budget, credit=True)
-    scores, each = scorer(values), scorer.by_sample(values[0])
-    credit = torch.where(each.passed, 1.0, 1 / (each.loss + 1))
+    scorer = problem.scorer(where, FAILED, ~FAILED, budget=budget, credit=True)
+    scores = scorer(values[None])
+    _, passed, losses = by_sample(scorer, values)
+    credit = torch.where(passed, 1.0, 1 / (losses + 1))
     n_failed = int(FAILED.sum())
     assert scores.credit_failed is not None
     assert scores.credit_passed is not None
     torch.testing.assert_close(scores.credit_failed[0].double(), credit[:, :n_failed].sum(1))
     torch.testing.assert_close(scores.credit_passed[0].double(), credit[:, n_failed:].sum(1))
-    plain = make_scorer(problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR)(values)
-    assert torch.equal(plain.patched, scores.patched)
-    assert plain.credit_failed is None
+
+
+# Swarms in front of a last layer as one stack, as a device scores them, against each swarm by itself.
+
+P, K = 7, 9
+SIZES = (9, 2, 5, 9, 1)
+LARGE = 1 << 20
+"""Bytes of a block that takes all at once."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "without losses on I_pos": {"passed_loss": False},
+    "weights": {"weight": torch.arange(N, dtype=torch.float64)},
+    "credits": {"credit": True},
+    "reserves": {"reserve": torch.arange(N) % 3 / 2.0},
+}
+
+
+def swarms() -> tuple[Problem, Tensor, Tensor, Tensor]:
+    """A layer whose logits are often equal; weights, I_pos and candidates of swarms that differ in all of these."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.Linear(6, 5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=g))
+    x = torch.randint(-2, 3, (N, 6), generator=g).float()
+    own = Problem(model.eval(), find_layers(model, "", include_bias=True), (x,), torch.arange(N) % 5)
+    where = torch.stack([torch.randperm(own.space.size, generator=g)[:K] for _ in SIZES])
+    where[torch.arange(K) >= torch.tensor(SIZES)[:, None]] = -1
+    passed = torch.stack([~FAILED & (torch.rand(N, generator=g) < 0.2 + 0.15 * s) for s in range(len(SIZES))])
+    values = own.space.flat()[where.clamp_min(0)][:, None] + torch.randint(-2, 3, (len(SIZES), P, K), generator=g)
+    values[:, 0] = own.space.flat()[where.clamp_min(0)]
+    return own, where, passed, values
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("block_bytes", [1, 700, LARGE])
+def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(options: dict[str, Any], block_bytes: int) -> None:
+    own, where, passed, values = swarms()
+    make = partial(own.scorer, where, FAILED, passed, **options)
+    scorer = stacked(make(), K, block_bytes)
+    assert all(group.is_stacked for group in scorer.groups)
+    same(scorer(values), make()(values))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_swarm_among_many_in_a_stack_scores_as_alone_to_the_bit(options: dict[str, Any]) -> None:
+    own, where, passed, values = swarms()
+    values = values + 0.1 * torch.randn(len(SIZES), P, K, generator=torch.Generator().manual_seed(2))
+
+    def scored(rows: slice) -> Scores:
+        return stacked(own.scorer(where[rows], FAILED, passed[rows], **options), K, LARGE)(values[rows])
+
+    together = scored(slice(None))
+    for s in range(len(SIZES)):
+        columns = {n: x[s : s + 1] for n, x in vars(together).items() if isinstance(x, Tensor)}
+        same(scored(slice(s, s + 1)), replace(together, **columns), exactly=True)
+
+
+def test_what_is_in_front_of_another_layer_or_has_no_room_is_left_to_its_group() -> None:
+    own = swarms()[0]
+    model = nn.Sequential(own.model, nn.ReLU())
+    inner = replace(own, model=model, space=find_layers(model, "0"))
+    left = stacked(inner.scorer(torch.arange(K), FAILED, ~FAILED), K, LARGE)
+    assert (left.stacks, left.groups[0].is_stacked) == ((), False)
+
+    g = torch.Generator().manual_seed(0)
+    problem = linear(torch.randn(20, 64, generator=g), torch.randn(N, 64, generator=g), torch.arange(N) % 20)
+    where = torch.cat([torch.arange(64), torch.arange(1, 20) * 64])  # all weights of class 0, one of each other
+    values = problem.space.flat()[where] + torch.randn(1, P, len(where), generator=g)
+    make = partial(problem.scorer, where, FAILED, ~FAILED)
+    few, many = (stacked(make(), len(where), LARGE, room) for room in (60_000, LARGE))
+    assert [one.groups[0].is_stacked for one in (few, many)] == [False, True]
+    for one in (few, many):
+        same(one(values), make()(values))
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_swarms_take_as_many_operations_as_few() -> None:
+    own = swarms()[0]
+    where = torch.stack([torch.arange(6) + 6 * (s % 5) for s in range(30)])
+
+    def operations(n: int) -> int:
+        passed = torch.stack([~FAILED & (torch.arange(N) != 1 + 3 * (s % 6)) for s in range(n)])
+        scorer = stacked(own.scorer(where[:n], FAILED, passed), 6, LARGE)
+        with Operations() as counted:
+            scorer(own.space.flat()[where[:n]][:, None].repeat(1, P, 1))
+        return counted.n
+
+    assert operations(30) == operations(10)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.search import FITNESSES, ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness, exchange_rate, fitness_per_search
 from lightning_nrl.search.scores import Scores
 
@@ -150,7 +151,7 @@ def test_each_swarm_by_its_own_fitness():
     [
         ({"kind": "lexicografic"}, "`fitness.kind='lexicografic'`", "did you mean 'lexicographic'"),
         ({"kind": "eq3"}, "`fitness.kind='eq3'`", "did you mean 'eq"),
-        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'lexicographic', 'eq1', 'eq2'"),
+        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'eq1', 'eq2', 'lexicographic'"),
         ({"loss_term": "bound"}, "`fitness.loss_term='bound'`", "'bounded'"),
         ({"infeasible": None}, "`fitness.infeasible=None`", "'ranked', 'zero'"),
         ({"alpha": "6"}, "`fitness.alpha='6'`", "at least 0"),
@@ -236,3 +237,38 @@ def test_no_candidate_that_breaks_more_than_is_said_is_worth_more(value, tolerat
         if broken > float(most):
             best = scores([4], [10 - broken], [0.0], [0.0])
             assert float(fitness(best, BEFORE)) <= value
+
+
+# AFTER: 1 of 4 repaired, 10 of 10 kept, losses 1 and 3/4; and 4, 9, losses 0 and 1.
+
+
+def test_arachne() -> None:
+    assert ArachneFitness()(AFTER, BEFORE)[0].tolist() == pytest.approx([2 / 2 + 11 / 1.75, 5 / 1 + 10 / 2])
+
+
+def test_neurecover() -> None:
+    expected = [1.25 / 2 + 3 * 2 / 1.75, 2 / 1 + 3 * 1.9 / 2]
+    assert NeuRecoverFitness(alpha=3)(AFTER, BEFORE)[0].tolist() == pytest.approx(expected)
+
+
+def test_arachne_de() -> None:
+    scores = replace(AFTER, credit_failed=torch.tensor([[1.5, 4.0]]), credit_passed=torch.tensor([[10.0, 9.5]]))
+    assert ArachneDEFitness()(scores, BEFORE).tolist() == [[25.0, 49.5]]
+    assert ArachneDEFitness(aggressiveness=1)(scores, BEFORE).tolist() == [[11.5, 13.5]]
+    with pytest.raises(ValueError, match="credit=True"):
+        ArachneDEFitness()(AFTER, BEFORE)
+
+
+def test_weights_of_samples_count_and_losses_that_are_no_numbers_do_not() -> None:
+    weighed = replace(AFTER, gain=torch.tensor([[2.0, 4.0]]), harm=torch.tensor([[3.0, 1.0]]))
+    assert ArachneFitness()(weighed, BEFORE)[0].tolist() == pytest.approx([3 / 2 + 8 / 1.75, 5 / 1 + 10 / 2])
+    lost = replace(AFTER, loss_failed=torch.tensor([[math.nan, 0.0]]), loss_passed=torch.tensor([[1.0, math.inf]]))
+    for fitness in (ArachneFitness(), NeuRecoverFitness()):
+        assert fitness(lost, BEFORE).tolist() == [[-math.inf, -math.inf]]
+
+
+def test_names():
+    assert list(FITNESSES)[:6] == ["lexicographic", "eq1", "eq2", "arachne", "neurecover", "arachne-de"]
+    assert FITNESSES.parse("fitness", "eq2") == Fitness("eq2")
+    with pytest.raises(ConfigurationError, match="did you mean 'neurecover'"):
+        FITNESSES.parse("fitness", "neurecovery")

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl import RegressionFreeRepair as Repair
-from lightning_nrl._utils.device import at_least_float32
-from lightning_nrl.tasks import Multiclass, Multilabel, NamedHead, Regression, Segmentation, Sequence, Task, parse_task
+from lightning_nrl.tasks import (
+    Custom,
+    Multiclass,
+    Multilabel,
+    NamedHead,
+    Regression,
+    Segmentation,
+    Sequence,
+    Task,
+    parse_task,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -108,55 +117,6 @@ def test_divergences_by_hand() -> None:
     assert float(Sequence().divergence(padded, TOKENS)[1]) > 1
 
 
-@pytest.mark.parametrize(
-    ("task", "output", "target", "slope"),
-    [
-        (Multilabel(), TAGS, TAG_LABELS, [0, 0, -1, 0, 0, -1, 1, 0, 0]),
-        (Regression(0.5), NUMBERS[:2], TRUE_NUMBERS[:2], [-2, 0, 0, -2]),
-        (Sequence(), TOKENS, TOKEN_LABELS, [0, 0, 0, 0, 1, -1, 0, 0, -1, 1, 0, 0]),
-        (Segmentation(0.6), PIXELS, TRUTH, [0, 0, 0, -1]),
-    ],
-)
-def test_the_margin_leads_to_what_decides(task: Task, output: Tensor, target: Tensor, slope: list[float]) -> None:
-    output = output.clone().requires_grad_()
-    margin = task.margin(output, target)
-    assert margin is not None
-    margin.sum().backward()
-    assert output.grad is not None
-    assert output.grad.flatten().tolist() == slope
-
-
-def test_the_margin_of_a_large_image_leads_to_the_neighbours_in_rank() -> None:
-    # 300 pixels of class 0 with leads 300, 299, ..., 1: half of them are needed, the 150th has a lead of 151.
-    line = -torch.arange(300.0, 0, -1).view(1, 1, 300)
-    line.requires_grad_()
-    margin = Segmentation(iou=0.5).margin(line, torch.zeros(1, 300, dtype=torch.int64))
-    assert margin.tolist() == [151.0]
-    margin.sum().backward()
-    assert line.grad is not None
-    # A window of 2 %, 3 on either side, each with a seventh.
-    assert line.grad.flatten().nonzero().flatten().tolist() == list(range(146, 153))
-    torch.testing.assert_close(line.grad[0, 0, 149], torch.tensor(-1 / 7))
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
-def test_labels_of_any_dtype_will_do(dtype: torch.dtype) -> None:
-    labels = TAG_LABELS.to(dtype)
-    Multilabel().check(TAGS, labels)
-    assert torch.equal(Multilabel().loss(TAGS, labels), Multilabel().loss(TAGS, TAG_LABELS))
-    assert Multilabel().passed(TAGS, labels).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("output", [(3,), (3, 1)])
-@pytest.mark.parametrize("target", [(3,), (3, 1)])
-def test_a_column_and_a_list_of_numbers_are_the_same(output: tuple[int, ...], target: tuple[int, ...]) -> None:
-    one, other = torch.tensor([1.0, 2.0, 3.0]).view(output), torch.tensor([1.0, 2.0, 4.0]).view(target)
-    task = Regression(tolerance=0.5)
-    task.check(one, other)
-    assert task.margin(one, other).tolist() == [1.0, 1.0, -1.0]
-    assert task.loss(one, other).shape == task.divergence(one, one).shape == (3,)
-
-
 def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
     two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
     for truth in (TRUTH, TRUTH[:, None], TRUTH.bool()):
@@ -171,12 +131,6 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
     assert Segmentation(iou=0.5, classes=(1,)).passed(logits, truth).tolist() == [True, True]
     assert Segmentation(iou=0.51, classes=[1]).passed(logits, truth).tolist() == [False, False]
     assert Segmentation(iou=0.51).passed(logits, truth).tolist() == [True, False]
-
-
-def test_volumes_are_images_of_three_dimensions() -> None:
-    logits, truth = torch.randn(2, 3, 2, 4, 5), torch.randint(0, 3, (2, 2, 4, 5))
-    Segmentation().check(logits, truth)
-    assert torch.equal(Segmentation().margin(logits, truth), Segmentation().margin(logits.flatten(3), truth.flatten(2)))
 
 
 def test_a_subclass_with_a_margin_of_its_own_is_asked_for_it() -> None:
@@ -240,23 +194,6 @@ def test_values_out_of_range_are_refused(kind: Any, name: str, values: list[Any]
             kind(**{"tolerance": 1.0, name: value} if kind is Regression else {name: value})
 
 
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        (Multilabel(), "Multilabel: every label right"),
-        (Multilabel(0.3, wrong=2), "Multilabel: all labels but 2 right at a threshold of 0.3"),
-        (Regression(0.1), "Regression: every output within 0.1 of its target"),
-        (Regression(5, 0.05), "Regression: every output within 5 + 0.05 of the target of its target"),
-        (Sequence(), "Sequence: every token right"),
-        (Sequence(share=0.9), "Sequence: at least 0.9 of the tokens right"),
-        (Segmentation(), "Segmentation: mean IoU at least 0.5"),
-        (Segmentation(0.75, (1, 2)), "Segmentation: mean IoU of classes 1, 2 at least 0.75"),
-    ],
-)
-def test_it_says_what_right_means(task: Task, words: str) -> None:
-    assert str(task) == words
-
-
 def test_names_stand_for_tasks_with_their_defaults() -> None:
     assert parse_task("multilabel") == Multilabel()
     assert parse_task("Segmentation") == Segmentation()
@@ -313,26 +250,6 @@ def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teach
     # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4)
     student, teacher = torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2)
     torch.testing.assert_close(task.divergence(student, teacher), torch.tensor([0.143841]))
-
-
-def test_a_margin_of_no_class_does_not_raise() -> None:
-    assert Multiclass().margin(LOGITS, torch.tensor([0, -100, 1])).tolist() == [0.0, -1.0, -2.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
-def test_labels_of_any_whole_kind_will_do(dtype: torch.dtype) -> None:
-    labels = LABELS.to(dtype)
-    assert Multiclass().label(labels).dtype == torch.int64
-    assert torch.equal(Multiclass().loss(LOGITS, labels), Multiclass().loss(LOGITS, LABELS))
-    assert Multiclass().passed(LOGITS, labels).tolist() == [True, False, False]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_loss_of_half_precision_is_float32(dtype: torch.dtype) -> None:
-    loss = Multiclass().loss(LOGITS.to(dtype), LABELS)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, Multiclass().loss(LOGITS, LABELS))
-    assert at_least_float32(LOGITS.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 4)])
@@ -412,18 +329,6 @@ def test_output_without_logits_is_refused(output: Any) -> None:
         Multiclass().logits(output)
 
 
-def test_a_task_has_no_classes_unless_it_says_so() -> None:
-    class Sign(Task):
-        def passed(self, output: Tensor, target: Any) -> Tensor:
-            return output.sign() == target.sign()
-
-        def loss(self, output: Tensor, target: Any) -> Tensor:
-            return (output - target).abs()
-
-    assert Sign().prediction(LOGITS) is None
-    assert Sign().label(LABELS) is None
-
-
 HEAD, OTHER_HEAD = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.zeros(2, 5)
 HEAD_LABELS = torch.tensor([1, 1])
 
@@ -457,15 +362,71 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: An
     assert task.prediction(logits).tolist() == [1, 0]
 
 
-def test_any_task_can_judge_a_head() -> None:
-    task = NamedHead("tags", Multilabel())
-    assert task.passed(HEAD - 0.5, {"tags": torch.tensor([[0, 1], [0, 1]])}).tolist() == [True, False]
-    assert task.prediction(HEAD) is None
-    assert "'tags'" in str(task)
-
-
 def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
     with pytest.raises(ConfigurationError, match=r"no part of the output[\s\S]*colour: float32 \[2, 5\]"):
         NamedHead("digit").logits({"colour": OTHER_HEAD})
     with pytest.raises(ConfigurationError, match=r"NamedHead\.task"):
         NamedHead("digit", "multiclass")  # type: ignore[arg-type]
+
+
+OUTPUT, TARGET = torch.tensor([[1.0, 2.0], [0.0, 5.0]]), torch.tensor([[1.0, 2.25], [0.0, 2.0]])
+
+
+def near(output: Tensor, target: Tensor) -> Tensor:
+    return far(output, target) < 0.5
+
+
+def far(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).abs().amax(1)
+
+
+def spare(output: Tensor, target: Tensor) -> Tensor:
+    return 0.5 - far(output, target)
+
+
+def test_functions_say_what_passed_and_loss_mean() -> None:
+    task = Custom(passed=near, loss=far, margin=spare)
+    task.check(OUTPUT, TARGET)
+    assert task.passed(OUTPUT, TARGET).tolist() == [True, False]
+    assert task.loss(OUTPUT, TARGET).tolist() == [0.25, 3.0]
+    margin = task.margin(OUTPUT, TARGET)
+    assert margin is not None
+    assert margin.tolist() == [0.25, -2.5]
+    assert task.divergence(OUTPUT, TARGET).tolist() == [0.03125, 4.5]
+    assert task.loss(OUTPUT.half(), TARGET.half()).dtype == torch.float32
+
+
+def test_without_a_margin_there_is_none() -> None:
+    assert Custom(near, far).margin(OUTPUT, TARGET) is None
+
+
+def test_addresses_will_do() -> None:
+    task = Custom("test_tasks:near", "test_tasks.far", "test_tasks:spare")
+    assert task.passed(OUTPUT, TARGET).tolist() == [True, False]
+    assert str(task) == "Custom: passed by test_tasks:near"
+    assert repr(task) == "Custom(passed='test_tasks:near', loss='test_tasks.far', margin='test_tasks:spare')"
+    assert repr(Custom(near, far)) == "Custom(passed='test_tasks:near', loss='test_tasks:far')"
+
+
+@pytest.mark.parametrize("wrong", [{"passed": "nowhere:f"}, {"loss": 3}, {"margin": "test_tasks:missing"}])
+def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"`Custom.{next(iter(wrong))}"):
+        Custom(**{"passed": near, "loss": far, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"passed": lambda o, t: o[:, :3] == t[:, :1, :1]}, "`Custom.passed` raised IndexError"),
+        ({"passed": lambda o, t: o == t}, r"`Custom.passed` returned torch.bool \[2, 2\] for a batch of 2 samples"),
+        ({"passed": lambda o, t: [True, False]}, "`Custom.passed` returned list"),
+        ({"passed": lambda o, t: far(o, t)}, "`Custom.passed` returned torch.float32"),
+        ({"loss": lambda o, t: far(o, t).mean()}, r"`Custom.loss` returned torch.float32 \[\] for a batch"),
+        ({"margin": far}, "`Custom.margin` gave 3 for a sample that did not pass"),
+        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` gave -0.25 for a sample that passed \(2 such"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:
+    task = Custom(**{"passed": near, "loss": far, "margin": spare, **functions})
+    with pytest.raises(ConfigurationError, match=f"{message}[\\s\\S]*HINT:"):
+        task.check(OUTPUT, TARGET)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
@@ -13,6 +15,7 @@ from lightning_nrl.report import (
     WeightChange,
 )
 
+ASKED: dict[str, Any] = {"layers": ("classifier",), "target": "label 3", "gate": "instance", "task": "Multiclass"}
 HISTORY = {
     "best": [4.25, 6.5, 7.5],
     "mean": [-2.0, float("nan"), 3.0],
@@ -30,26 +33,10 @@ def accepted() -> RepairReport:
     return RepairReport(
         status="repaired",
         reason="7 of 10 targeted failures now pass, and none of 90 known samples that passed broke.",
-        layers=("classifier",),
-        target="label 3",
-        gate="instance",
-        task="Multiclass",
         splits=(
-            SplitReport(
-                "train",
-                "known",
-                TargetCounts(80, 0, 2, 8, targeted=0, repaired_in_target=0),
-            ),
-            SplitReport(
-                "val",
-                "known",
-                TargetCounts(10, 0, 7, 3, targeted=10, repaired_in_target=7),
-            ),
-            SplitReport(
-                "test",
-                "unseen",
-                TargetCounts(15, 1, 3, 1, targeted=4, repaired_in_target=3),
-            ),
+            SplitReport("train", "known", TargetCounts(80, 0, 2, 8, targeted=0, repaired_in_target=0)),
+            SplitReport("val", "known", TargetCounts(10, 0, 7, 3, targeted=10, repaired_in_target=7)),
+            SplitReport("test", "unseen", TargetCounts(15, 1, 3, 1, targeted=4, repaired_in_target=3)),
         ),
         localization=LocalizationReport(requested=8, n_g=20, sizes={"localized": 8, "total": 640}),
         search=SearchReport(2, "all 2 iterations were made", 7.5, 4.25, HISTORY, n_failed=10, n_passed=90),
@@ -63,6 +50,7 @@ def accepted() -> RepairReport:
         choice="of held-out samples ...: `search` is taken.",
         price=(PricePoint(0.0, 0, 7, 9), PricePoint(1.0, 12, 9, 11)),
         settings={"n_passed": None, "fitness": {"kind": "eq2", "alpha": 6.0}, "layer": "auto"},
+        **ASKED,
     )
 
 
@@ -72,19 +60,10 @@ def refused() -> RepairReport:
     return RepairReport(
         status="refused",
         reason="2 of 90 known samples that passed would break, and the gate allows none.",
-        layers=("classifier",),
-        target="label 3",
-        gate="instance",
-        task="Multiclass",
-        splits=(
-            SplitReport(
-                "val",
-                "known",
-                TargetCounts(90, 0, 0, 10, targeted=10, repaired_in_target=0),
-            ),
-        ),
+        splits=(SplitReport("val", "known", TargetCounts(90, 0, 0, 10, targeted=10, repaired_in_target=0)),),
         candidate=(SplitReport("val", "known", TargetCounts(88, 2, 9, 1, targeted=10, repaired_in_target=9)),),
         seed=3,
+        **ASKED,
     )
 
 
@@ -94,15 +73,6 @@ def nothing() -> RepairReport:
     return RepairReport(
         status="nothing to repair",
         reason="no failed sample of val is in the target (label 3).",
-        layers=("classifier",),
-        target="label 3",
-        gate="instance",
-        task="Multiclass",
-        splits=(
-            SplitReport(
-                "val",
-                "known",
-                TargetCounts(100, 0, 0, 0, targeted=0, repaired_in_target=0),
-            ),
-        ),
+        splits=(SplitReport("val", "known", TargetCounts(100, 0, 0, 0, targeted=0, repaired_in_target=0)),),
+        **ASKED,
     )

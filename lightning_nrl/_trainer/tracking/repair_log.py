@@ -13,10 +13,9 @@ from torch import Tensor
 
 from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_figures import SEARCH_TITLE, gallery_figures, reviewer_figures
+from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, reviewer_figures, summary_figure
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.summary_figure import summary_figure
-from lightning_nrl.report.tables import flipped_splits
+from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
@@ -77,14 +76,7 @@ class RepairLog:
 
     @cached_property
     def flipped(self) -> list[list[Any]]:
-        """A row for each flipped sample, in the order of `FLIPPED_COLUMNS`; numbers as numbers."""
-        name, rows = self.report.class_name, []
-        for split in flipped_splits(self.report):
-            for one in split.flipped:
-                classes = [name(label) for label in (one.label, one.predicted_before, one.predicted_after)]
-                margins = [one.margin_before, one.margin_after]
-                rows.append([split.split, one.id, one.flip, *classes, *margins, one.in_target, one.slice])
-        return rows
+        return flipped_rows(self.report)
 
     @property
     def files(self) -> dict[str, Path]:

@@ -1,45 +1,58 @@
-"""What the last layer's features say of the targets: which are fixable, at what price, among which neighbours."""
+"""What the last layer can repair, at what price, and among which neighbours its inputs put the targets.
+
+Each failure is repaired alone, while every known passed sample stays right. With features h before the layer and a
+change D of its weights, sample p keeps its margin over class c if (z_y - z_c) + (D_y - D_c) h >= required, which is
+linear in D. For each target the smallest D is sought (root mean square of its effect on the logits of passed samples)
+under rows that are added as they are violated. The number of targets that can be repaired one at a time bounds what any
+repair of this layer can reach.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.diagnosis._fixability import Fixability, LayerSamples, find_fixability
-from lightning_nrl.analysis.diagnosis.diagnosis_result import (
+from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
     DoubtfulLabel,
     HeldOutCheck,
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.evaluation.head_features import NEIGHBOURS, Features, doubtful, neighbours
+from lightning_nrl.data.batch import Source
+from lightning_nrl.evaluation.head_features import NEIGHBOURS, HeadFeatures, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.methods._solvers.convex_head import (
+    add_cutting_planes,
+    margins_over_rivals,
+    pair_gram,
+    pair_sides,
+    sum_of_pairs,
+)
+from lightning_nrl.methods._solvers.qp import solve_dual
 
-MAX_TARGETS_TRIED = 512
-"""Targets that are tried one at a time, at most, drawn by chance from more."""
-
-MAX_MULTIPLICATIONS = 8e9
-"""Of one pass over all passed samples: a second or so on one core."""
-
-MIN_TARGETS_TRIED = 8
-"""Targets that are tried, whatever it takes."""
-
-MAX_FIXES_CHECKED = 96
-"""Targets that can be fixed whose fixes are tried on samples held out, twice: enough for a mean."""
-
-MAX_PASSED_COMPARED = 2_000
-"""Passed samples that are compared with their own neighbours."""
+REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples that have twice as much: more than rounding takes
+FULFILLED_FRACTION = 0.9  # of what a row requires: if that is given it is not violated
+MAX_FIX_ROUNDS = 14  # of cutting planes, each dearer than the one before; what is open then is undecided
+ROWS_PER_ROUND = 12  # the most violated, each of another sample, that one round adds for a target
+MAX_ROWS_PER_TARGET = 192  # those that do not bind make way
+FEATURE_RIDGE = 1e-6  # part of a feature's mean square, added to all: features that never occur would cost nothing
+MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
+MAX_TARGETS_TRIED = 512  # one at a time, drawn by chance from more
+MAX_MULTIPLICATIONS = 8e9  # of one pass over all passed samples: a second or so on one core
+MIN_TARGETS_TRIED = 8  # whatever it takes
+MAX_FIXES_CHECKED = 96  # on samples held out, twice: enough for a mean
+MAX_PASSED_COMPARED = 2_000  # with their own neighbours
 
 
 class LastLayer(NamedTuple):
-    """What was found of the last layer, as a diagnosis has it."""
-
     targets: tuple[TargetFinding, ...]
     binding: tuple[Binding, ...]
     check: HeldOutCheck | None
@@ -49,9 +62,14 @@ class LastLayer(NamedTuple):
 
 
 def analyze_last_layer(
-    layer: nn.Linear, features: Features, results: SampleResults, failing: Tensor, seed: int, clock: StageTimer
+    layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """All findings, or why there are none, in words; `failing` are rows of data marked `failed`, `N` bool."""
+    results, features = seen.results, seen.features
+    if layer is None:
+        return "the model has no Linear layer."
+    if features is None:
+        return "the last Linear does not give the logits."
+    failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
@@ -70,32 +88,39 @@ def analyze_last_layer(
     tried = sample_places(len(targets), max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, most)), generator)
     with clock.stage("alone"):
         start = time.perf_counter()
-        found = find_fixability(affine.at(kept.to(device)), affine.at(targets[tried].to(device)))
+        found = find_fixability(affine.at(kept), affine.at(targets[tried]))
         seconds = (time.perf_counter() - start) * len(targets) / len(tried)
     with clock.stage("held out"):
         fixed = tried[found.fixable.cpu()]
         chosen = targets[fixed[sample_places(len(fixed), MAX_FIXES_CHECKED, generator)]]
         check = _check(affine, kept, failing[features.rows][kept], chosen, targets, generator)
     with clock.stage("neighbours"):
-        mine, theirs = samples.at(targets.to(device)), samples.at(kept.to(device))
+        mine, theirs = samples.at(targets), samples.at(kept)
         near = neighbours(mine.features, mine.label, theirs.features, theirs.label)
         some = sample_places(len(kept), MAX_PASSED_COMPARED, generator).to(device)
         own = theirs.at(some)
         near_passed = neighbours(own.features, own.label, theirs.features, theirs.label, itself=some)
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
+    agreement, k = near.agreement.cpu(), min(NEIGHBOURS, max(1, len(kept) - 1))
+    of_targets = untried_targets(results)
+    columns = (x.tolist() for x in (doubted, near.share, lead))
+    doubts = [
+        DoubtfulLabel(target.split, target.id, target.label, target.prediction, agreed, ahead)
+        for target, is_doubted, agreed, ahead in zip(of_targets, *columns, strict=True)
+        if is_doubted
+    ]
     return LastLayer(
-        _targets(results, tried, found, near.agreement.cpu()),
+        _targets(of_targets, tried, found, agreement),
         _binding(results, features.rows[kept], found.binds.sum(0).cpu()),
         check,
-        _mixing(min(NEIGHBOURS, max(1, len(kept) - 1)), near.agreement.cpu(), near_passed.agreement.cpu()),
-        _doubts(results, features.rows[targets], doubted.cpu(), near.share.cpu(), lead.cpu()),
+        NeighbourMixing(k, _histogram(agreement, k), _histogram(near_passed.agreement.cpu(), k)),
+        tuple(sorted(doubts, key=lambda doubt: (-doubt.agreed, -doubt.lead))),
         seconds,
     )
 
 
 def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
-    """The targets, of which no more is known."""
     return tuple(
         TargetFinding(*_sample(results, row), int(results.prediction[row]), float(results.margin[row]))
         for row in results.targeted.nonzero().flatten().tolist()
@@ -103,14 +128,14 @@ def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
 
 
 def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
-    """Split, position in the data set and label."""
     split = next(split for split in results.splits if row < results.of(split).stop)
     return split, int(results.index[row]), int(results.label[row])
 
 
-def _targets(results: SampleResults, tried: Tensor, found: Fixability, agreement: Tensor) -> tuple[TargetFinding, ...]:
-    known = zip(untried_targets(results), agreement.tolist(), strict=True)
-    targets = [replace(target, agreement=share) for target, share in known]
+def _targets(
+    untried: Sequence[TargetFinding], tried: Tensor, found: Fixability, agreement: Tensor
+) -> tuple[TargetFinding, ...]:
+    targets = [replace(target, agreement=share) for target, share in zip(untried, agreement.tolist(), strict=True)]
     columns = (tried, found.fixable, found.unfixable, found.size / found.limit)
     for at, yes, no, change in zip(*(column.tolist() for column in columns), strict=True):
         targets[at] = replace(targets[at], fixable="yes" if yes else "no" if no else "undecided", change=change)
@@ -125,20 +150,9 @@ def _binding(results: SampleResults, passed: Tensor, bound: Tensor) -> tuple[Bin
     )
 
 
-def _mixing(k: int, *agreements: Tensor) -> NeighbourMixing:
-    known = (agreement[~agreement.isnan()] for agreement in agreements)
-    return NeighbourMixing(k, *(tuple((x * k).round().long().bincount(minlength=k + 1).tolist()) for x in known))
-
-
-def _doubts(
-    results: SampleResults, rows: Tensor, doubted: Tensor, share: Tensor, lead: Tensor
-) -> tuple[DoubtfulLabel, ...]:
-    columns = (x[doubted].tolist() for x in (rows, share, lead))
-    found = [
-        DoubtfulLabel(*_sample(results, row), int(results.prediction[row]), agreed, ahead)
-        for row, agreed, ahead in zip(*columns, strict=True)
-    ]
-    return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))
+def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
+    known = agreement[~agreement.isnan()]
+    return tuple((known * k).round().long().bincount(minlength=k + 1).tolist())
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
@@ -153,16 +167,15 @@ def _check(
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
-    device = samples.features.device
     halves = with_failures[torch.randperm(len(with_failures), generator=generator)].chunk(2)
     broken, repaired = torch.zeros(len(chosen)), torch.zeros(len(chosen))
     own = chosen[:, None] == targets
     for half in halves:
         rest = torch.ones(len(kept), dtype=torch.bool)
         rest[half] = False
-        found = find_fixability(samples.at(kept[rest].to(device)), samples.at(chosen.to(device)))
-        broken += (~_right(found.change, samples.at(kept[half].to(device)))).sum(1).cpu()
-        repaired += (_right(found.change, samples.at(targets.to(device))).cpu() & ~own).sum(1) / len(halves)
+        found = find_fixability(samples.at(kept[rest]), samples.at(chosen))
+        broken += (~_right(found.change, samples.at(kept[half]))).sum(1).cpu()
+        repaired += (_right(found.change, samples.at(targets)).cpu() & ~own).sum(1) / len(halves)
     return HeldOutCheck(
         repairs=len(chosen),
         passed=len(with_failures),
@@ -179,3 +192,161 @@ def _right(change: Tensor, samples: LayerSamples) -> Tensor:
         (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
     ]
     return torch.stack(found)
+
+
+class Fixability(NamedTuple):
+    """What can be said of each target. Undecided are those neither `fixable` nor `unfixable`."""
+
+    fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
+    unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
+    size: Tensor  # T, root mean square of what the change does to logits of passed samples, damped; NaN: none is known
+    limit: float  # root mean square of these logits themselves, each sample's less their mean
+    binds: Tensor  # T x P bool: passed samples that stand in a target's way
+    change: Tensor  # T x C x D, of the weights; 0 where none is known
+
+
+class LayerSamples(NamedTuple):
+    """What the layer does on some samples."""
+
+    features: Tensor  # n x D, its inputs; with a last column of ones if its bias may change
+    logits: Tensor  # n x C, its outputs
+    label: Tensor  # n int64
+
+    def at(self, where: Tensor) -> LayerSamples:
+        return LayerSamples(*(x[where.to(x.device)] for x in self))
+
+
+class _Rows(NamedTuple):
+    """Constraints of each target, `T x K`: the label's logit of a sample must lie above a rival's."""
+
+    sample: Tensor  # int64, of the passed; their number stands for the target itself, -1 for no row
+    rival: Tensor  # int64, a class
+    multiplier: Tensor
+
+    def at(self, targets: Tensor) -> _Rows:
+        return _Rows(*(x[targets] for x in self))
+
+
+@torch.no_grad()
+def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
+    """Seeks for each target, whose label has not alone the largest logit, the smallest change that repairs it."""
+    device = passed.features.device
+    home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
+    root = _root(passed.features.to(home, dtype))
+    white = [
+        LayerSamples(x.features.to(home, dtype) @ root, x.logits.to(home, dtype), x.label.to(home))
+        for x in (passed, targets)
+    ]
+    programme = _FixProgramme(*white)
+    add_cutting_planes(programme.solve, programme.add_violated, MAX_FIX_ROUNDS if len(targets.label) else 0)
+    fixable, change = programme.fixable, programme.change
+    size = torch.where(fixable, change.square().sum((1, 2)).sqrt(), torch.nan)
+    return Fixability(
+        fixable.to(device),
+        (programme.unfixable & ~fixable).to(device),
+        size.float().to(device),
+        programme.limit,
+        programme.binds.to(device),
+        (change @ root.T).float().to(device),
+    )
+
+
+def _root(features: Tensor) -> Tensor:
+    """`D x D`, times which features have the identity as second moment; directions that hardly occur are damped."""
+    moment = features.T @ features / len(features)
+    moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny))
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(moment).T, eye, upper=True)
+    return root
+
+
+class _FixProgramme:
+    """One programme for each undecided target (`_going`), all solved at once on whitened samples."""
+
+    def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
+        self.passed, self.targets = passed, targets
+        n, n_passed, device = len(targets.label), len(passed.label), passed.features.device
+        centred = passed.logits - passed.logits.mean(1, keepdim=True)
+        self.limit = float(centred.square().sum(1).mean().sqrt())
+        self.change = passed.features.new_zeros(n, targets.logits.shape[1], passed.features.shape[1])
+        self.fixable, self.unfixable = torch.zeros(2, n, dtype=torch.bool, device=device)
+        self.binds = torch.zeros(n, n_passed, dtype=torch.bool, device=device)
+        self._going = torch.arange(n, device=device)
+        # At first each target against the class that is predicted instead.
+        rival = margins_over_rivals(targets.logits, targets.label).argmin(1, keepdim=True)
+        multiplier = torch.zeros_like(rival, dtype=targets.logits.dtype)
+        self._rows = _Rows(torch.full_like(rival, n_passed), rival, multiplier)
+
+    def solve(self) -> None:
+        rows, passed, target = self._rows, self.passed, self.targets.at(self._going)
+        own, some = rows.sample == len(passed.label), rows.sample >= 0
+        at = torch.where(own | ~some, 0, rows.sample)
+        x = torch.where(own[:, :, None], target.features[:, None], passed.features[at])
+        label = torch.where(own, target.label[:, None], passed.label[at])
+        logits = torch.where(own[:, :, None], target.logits[:, None], passed.logits[at])
+        margin = (logits.gather(2, label[:, :, None]) - logits.gather(2, rows.rival[:, :, None]))[:, :, 0]
+        required = torch.where(own, REQUIRED_MARGIN, (0.5 * margin).clamp_max(REQUIRED_MARGIN))
+        sides = pair_sides(label, rows.rival, logits) * some[:, :, None]
+        solution = solve_dual(
+            pair_gram(x, sides),
+            torch.where(some, required - margin, 0.0),
+            start=rows.multiplier,
+            max_value=0.5 * self.limit**2,
+        )
+        self._rows = rows._replace(multiplier=solution.values)
+        self._is_beyond = (~solution.is_feasible).to(self._going.device)
+        self._solution = sum_of_pairs(x, sides, solution.values)
+
+    def add_violated(self) -> bool:
+        """Keeps the fixes that were found and adds rows for the other targets; False if none is left."""
+        going, n_passed = self._going, len(self.passed.label)
+        strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
+        works = strength > 0
+        self.change[going[works]] = strength[works, None, None] * self._solution[works]
+        self.fixable[going[works]], self.unfixable[going[self._is_beyond]] = True, True
+        binding = torch.zeros(len(going), n_passed + 1, dtype=torch.bool, device=going.device)
+        binding.scatter_(1, torch.where(self._rows.multiplier > 0, self._rows.sample, n_passed), True)
+        self.binds[going] = binding[:, :n_passed]
+        left = (violated.sample >= 0).any(1) & ~self._is_beyond
+        self._rows, self._going = _join(self._rows.at(left), violated.at(left)), going[left]
+        return len(self._going) > 0
+
+
+def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
+    """Strength at which each change repairs its target and breaks nothing, or 0; the rows that it violates most."""
+    before = margins_over_rivals(passed.logits, passed.label).float()
+    required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
+    at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
+    parts = [_violated_by(some.float(), passed, before, required) for some in change.split(at_once)]
+    most, short, sample, rival = (torch.cat(x) for x in zip(*parts, strict=True))
+    old = margins_over_rivals(target.logits, target.label)
+    gain = margins_over_rivals(torch.einsum("tcd,td->tc", change, target.features), target.label)
+    gain = gain.nan_to_num(posinf=0)
+    strength = torch.where(most > 1, 1.0, 0.999 * most.double())
+    repaired = (old + strength[:, None] * gain).amin(1) > 0
+    own_short, own_rival = (old + gain - REQUIRED_MARGIN * FULFILLED_FRACTION).min(1, keepdim=True)
+    short, rival = torch.cat([short, own_short], 1), torch.cat([rival, own_rival], 1)
+    sample = torch.cat([sample, torch.full_like(own_rival, len(passed.label))], 1)
+    violated = _Rows(torch.where(short < 0, sample, -1), rival, torch.zeros_like(short, dtype=change.dtype))
+    return torch.where(repaired, strength, 0.0), violated
+
+
+def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
+    """For each change the strength from which on it breaks something, and its worst rows: shortfall, sample, rival."""
+    moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
+    at = passed.label.expand(len(change), -1)[:, :, None]
+    gain = moved.gather(2, at) - moved
+    breaks = (before / (-gain).clamp_min(torch.finfo(gain.dtype).tiny)).amin((1, 2))
+    short, rival = (gain.add_(before - required)).min(2)
+    short, sample = short.topk(min(ROWS_PER_ROUND, short.shape[1]), largest=False)
+    return breaks, short, sample, rival.gather(1, sample)
+
+
+def _join(rows: _Rows, new: _Rows) -> _Rows:
+    """Old rows and new ones; where these are too many, of the old those that bind."""
+    spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
+    rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
+    both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))
+    width = int((both.sample >= 0).sum(1).amax()) if len(both.sample) else 0
+    order = (both.sample < 0).long().argsort(dim=1, stable=True)[:, :width]
+    return _Rows(*(x.gather(1, order) for x in both))

@@ -1,13 +1,12 @@
-"""The diagnosis itself: one pass over known data, then small programmes on what was seen."""
+"""The diagnosis itself: one pass over known data, small programmes on what was seen, and the advice."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,108 +14,25 @@ from torch import Tensor, nn
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
-from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
 from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
-from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities, sketch_gradients
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost, Diagnosis, DoubtfulLabel, LayerCapacity, advise
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities
+from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
+from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
+from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
-from lightning_nrl.evaluation.layers import last_linear, layers_of
+from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.methods.budget import (
-    CONVEX_SOLVES,
-    LADDER_SEARCHES,
-    LINEARIZED_PASSES,
-    PASSES_PER_VISIT,
-    POLISH_PASSES,
-    SCORED_SHARE,
-    VISITS_PER_SAMPLE,
-)
+from lightning_nrl.methods import budget
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PATH_STRENGTHS
+from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.search import ParticleSwarm
 
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)
-"""Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
-was found twice, and to count it at several strengths."""
-
-
-class Timings(NamedTuple):
-    """Seconds that were measured."""
-
-    one_pass: float  # of the model over all known samples, by all ranks together
-    head: float | None  # of the last Linear over all known samples; None where there is none
-    alone: float | None  # a look at every target alone; None if that could not be done
-    margins: bool  # whether the task has any: without them nothing can be done but swarm
-
-
-def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
-    """A line for each method that can be used, the quickest first; without `epochs` training cannot go on."""
-    around, swarm = PASSES_AROUND_SEARCH * pace.one_pass, ParticleSwarm()
-    candidates = swarm.particles * swarm.iterations
-    search = None if pace.head is None else SCORED_SHARE * candidates * pace.head
-    found = []
-    if search is not None:
-        how = f"at most {candidates:,} candidates for the last Linear"
-        found.append(Cost("swarm", around + search, how))
-        if not pace.margins:
-            found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
-    if pace.margins:
-        if pace.alone is not None:
-            found.append(Cost("convex", around + CONVEX_SOLVES * pace.alone, "exact programmes for the last Linear"))
-        found.append(Cost("linearized", around + LINEARIZED_PASSES * pace.one_pass, "some steps of one layer"))
-        fit = (epochs or VISITS_PER_SAMPLE) * PASSES_PER_VISIT * pace.one_pass + POLISH_PASSES * pace.one_pass
-        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
-        found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
-        layer = LADDER_SEARCHES * (search or 0.0) + CONVEX_SOLVES * (pace.alone or 0.0)
-        found.append(Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish"))
-    return tuple(sorted(found, key=lambda cost: cost.seconds))
-
-
-MOST_NAMED = 10
-"""Samples that a sentence names."""
-
-
-def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """Sentences for a diagnosis; one that says so where no target is in the record.
-
-    A target that was never right at any point, and whose neighbours agree with the model rather than with its label,
-    most likely has a wrong label: what is mislabelled is learnt last (Toneva et al. 2019; Pleiss et al. 2020).
-    """
-    seen, never, lost = 0, [], 0
-    for split in results.splits:
-        if split not in record.splits:
-            continue
-        found = record.splits[split]
-        places = {index: i for i, index in enumerate(found.index.tolist())}
-        never_learned, forgotten = found.never_learned.tolist(), found.forgotten.tolist()
-        for index in results.index[results.of(split)][results.targeted[results.of(split)]].tolist():
-            if (place := places.get(index)) is not None:
-                seen += 1
-                never += [(split, index)] if never_learned[place] else []
-                lost += forgotten[place] > 0
-    if not seen:
-        names = " and ".join(record.splits)
-        return (f"The history of the training has no target: it records {names}.",)
-    points = len(record.points)
-    notes = [
-        f"In the history of the training, {points} points, {len(never):,} of {seen:,} targets were never right, and "
-        f"{lost:,} were forgotten at least once."
-    ]
-    doubted = [(doubt.split, doubt.id) for doubt in doubts if (doubt.split, doubt.id) in set(never)]
-    if doubted:
-        named = ", ".join(f"{split} {index}" for split, index in doubted[:MOST_NAMED])
-        more = f" and {len(doubted) - MOST_NAMED:,} more" if len(doubted) > MOST_NAMED else ""
-        notes.append(
-            f"Never right, and their neighbours agree with the model: look first at the labels of {named}{more}."
-        )
-    return tuple(notes)
-
-
-LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64
-"""Targets and nearest passed samples that layers are compared on: medians over a few targets rank layers well."""
+LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples that layers are compared on: medians over few suffice
+PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # to collect, to localise, to count twice, and at several strengths
+MOST_NAMED = 10  # samples that a sentence names
 
 
 def diagnose_module(
@@ -132,14 +48,9 @@ def diagnose_module(
 
     It takes about as long as two passes over the known data. The model is left as found.
 
-    Args:
-        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
-        known: data that a repair may look at.
-        settings: the target and the seed; the rest does not matter here.
-        epochs: how long the model was trained, if that is known; for the cost of training on.
-        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
-            forgotten, and which of the former have a label that looks wrong.
-        observer: is told how it goes.
+    Model and data are as of `repair_module`; of the settings, target and seed matter. `epochs`, how long the model was
+    trained, is for the cost of training on. With the `history` that `TrainingHistory` has written, or its folder, notes
+    say which targets were never learnt, which were forgotten, and which of the former have a label that looks wrong.
 
     Raises:
         ConfigurationError: the data, the target, the task or the history cannot be used.
@@ -154,32 +65,26 @@ def diagnose_module(
             seen = collect_features(evaluator, known, layer, settings.target)
         results = seen.results
         check_losses(results)
-        last = _last_layer(layer, seen, known, settings.seed, clock)
+        last = analyze_last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
             chosen = drawn(known, results, _near(results, settings.seed), LAYER_BATCH)
-            rooms = _rooms(evaluator, chosen, results, settings.seed)
-        pace = _pace(results, seen, layer, last, evaluator.collective)
-    notes = [f"What the last layer can fix, and neighbourhoods: {last}"] if isinstance(last, str) else []
-    if seen.features is not None and len(seen.features.rows) < len(results):
-        some = f"{len(seen.features.rows):,} of {len(results):,} known samples, those nearest to failing"
-        notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
-    notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
-    found = Diagnosis(
-        advice="",
-        target=str(settings.target),
-        task=str(evaluator.task),
-        known={
-            "samples": len(results),
-            "passed": int(results.passed.sum()),
-            "failed": int((~results.passed).sum()),
-            "targeted": int(results.targeted.sum()),
-        },
-        targets=untried_targets(results),
-        layers=rooms,
-        costs=costs(pace, epochs),
-        notes=tuple(notes),
-        seconds=in_milliseconds(clock.seconds),
-    )
+            layers = layer_capacities(evaluator, chosen, results, settings.seed)
+        found = Diagnosis(
+            advice="",
+            target=str(settings.target),
+            task=str(evaluator.task),
+            known={
+                "samples": len(results),
+                "passed": int(results.passed.sum()),
+                "failed": int((~results.passed).sum()),
+                "targeted": int(results.targeted.sum()),
+            },
+            targets=untried_targets(results),
+            layers=layers,
+            costs=costs(*_measured(seen, layer, last, evaluator.collective), epochs),
+            notes=_notes(results, seen, last, layers),
+            seconds=in_milliseconds(clock.seconds),
+        )
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last
         found = replace(found, head=head, targets=targets, binding=binding, check=check, mixing=mixing, doubts=doubts)
@@ -188,22 +93,7 @@ def diagnose_module(
     return replace(found, advice=advise(found))
 
 
-def _last_layer(
-    layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
-) -> LastLayer | str:
-    """What the last layer can do, or why that cannot be said."""
-    if layer is None:
-        return "the model has no Linear layer."
-    if seen.features is None:
-        return "the last Linear does not give the logits."
-    failing = torch.zeros(len(seen.results), dtype=torch.bool)
-    for source in known:
-        failing[seen.results.of(source.split)] = source.failed
-    return analyze_last_layer(layer, seen.features, seen.results, failing, seed, clock)
-
-
 def _near(results: SampleResults, seed: int) -> Tensor:
-    """Rows of some targets, and of the passed samples that are nearest to failing."""
     targets = results.targeted.nonzero().flatten()
     targets = targets[sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
     nearness = torch.where(results.passed, results.margin.nan_to_num(torch.inf), torch.inf)
@@ -211,45 +101,158 @@ def _near(results: SampleResults, seed: int) -> Tensor:
     return torch.cat([targets, passed])
 
 
-def _rooms(
-    evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
-) -> tuple[LayerCapacity, ...]:
-    if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
-        return ()
-    layers = layers_of(evaluator.model)
-    sketches = sketch_gradients(evaluator, chosen, seed=seed)
-    norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
-    rooms = layer_capacities(sketches, results.targeted[sketches.rows], norms, REQUIRED_MARGIN)
-    return tuple(
-        LayerCapacity(
-            layer=name,
-            kind=type(layers[name]).__name__,
-            weights=layers[name].weight.numel(),
-            room=round(float(own.share.mean()), 4),
-            change=float(own.change.median()),
-        )
-        for name, own in rooms.items()
+def _notes(
+    results: SampleResults, seen: HeadFeatures, last: LastLayer | str, layers: Sequence[LayerCapacity]
+) -> tuple[str, ...]:
+    about = "What the last layer can fix, and neighbourhoods"
+    notes = [f"{about}: {last}"] if isinstance(last, str) else []
+    if seen.features is not None and len(seen.features.rows) < len(results):
+        some = f"{len(seen.features.rows):,} of {len(results):,} known samples, those nearest to failing"
+        notes.append(f"{about}: only {some}, were looked at.")
+    if not layers:
+        notes.append("Room by layer: there is no target, no margin or no layer to compare.")
+    return tuple(notes)
+
+
+def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
+    """What the training says of the targets; what is mislabelled is learnt last (Toneva et al. 2019)."""
+    seen, lost, never = 0, 0, set[tuple[str, int]]()
+    for split in (split for split in results.splits if split in record.splits):
+        found, rows = record.splits[split], results.of(split)
+        at = torch.isin(found.index, results.index[rows][results.targeted[rows]])
+        seen += int(at.sum())
+        lost += int((found.forgotten[at] > 0).sum())
+        never |= {(split, index) for index in found.index[at & found.never_learned].tolist()}
+    if not seen:
+        return (f"The history of the training has no target: it records {' and '.join(record.splits)}.",)
+    text = (
+        f"In the history of the training, {len(record.points)} points, {len(never):,} of {seen:,} targets were never "
+        f"right, and {lost:,} were forgotten at least once."
     )
-
-
-def _pace(
-    results: SampleResults, seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
-) -> Timings:
-    """What was measured by the first rank, so that all tell the same."""
-    n = len(results)
-    head = math.nan if layer is None else n / collective.world_size * _head_seconds(layer)
-    alone = last.seconds if isinstance(last, LastLayer) else math.nan
-    measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64).nan_to_num(-1.0)
-    one_pass, head, alone = collective.agreed(measured).tolist()
-    margins = not bool(results.margin.isnan().all())
-    return Timings(one_pass, None if head < 0 else head, None if alone < 0 else alone, margins)
+    doubted = [f"{doubt.split} {doubt.id}" for doubt in doubts if (doubt.split, doubt.id) in never]
+    if not doubted:
+        return (text,)
+    more = f" and {len(doubted) - MOST_NAMED:,} more" if len(doubted) > MOST_NAMED else ""
+    named = ", ".join(doubted[:MOST_NAMED])
+    return text, f"Never right, and their neighbours agree with the model: look first at the labels of {named}{more}."
 
 
 @torch.no_grad()
-def _head_seconds(layer: nn.Linear, n: int = 1024) -> float:
-    """What a Linear takes for a sample."""
-    inputs = layer.weight.new_zeros(n, layer.in_features)
-    layer(inputs).sum().item()  # the first call may be slow
-    start = time.perf_counter()
-    layer(inputs).sum().item()
-    return (time.perf_counter() - start) / n
+def _measured(
+    seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
+) -> tuple[float, float, float, bool]:
+    """The first rank's times for `costs`, so that all tell the same."""
+    head = math.nan
+    if layer is not None:
+        inputs = layer.weight.new_zeros(1024, layer.in_features)
+        layer(inputs).sum().item()  # the first call may be slow
+        start = time.perf_counter()
+        layer(inputs).sum().item()
+        head = (time.perf_counter() - start) / 1024 * len(seen.results) / collective.world_size
+    alone = last.seconds if isinstance(last, LastLayer) else math.nan
+    measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
+    one_pass, head, alone = collective.agreed(measured).tolist()
+    return one_pass, head, alone, bool(seen.results.margin.isnan().all())
+
+
+def costs(
+    one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
+) -> tuple[Cost, ...]:
+    """A line for each method that can be used, the quickest first; without `epochs` training cannot go on.
+
+    The seconds are of the model and of the last Linear for all known samples, and of a look at every target alone; NaN
+    where there is no such thing.
+    """
+    around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
+    candidates = swarm.particles * swarm.iterations
+    search = budget.SCORED_SHARE * candidates * head
+    how = f"at most {candidates:,} candidates for the last Linear"
+    found = [Cost("swarm", around + search, how)]
+    if without_margins:
+        found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
+    else:
+        found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "exact programmes for the last Linear"))
+        found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "some steps of one layer"))
+        fit = ((epochs or budget.VISITS_PER_SAMPLE) * budget.PASSES_PER_VISIT + budget.POLISH_PASSES) * one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.VISITS_PER_SAMPLE} epochs"
+        found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
+        parts = (budget.LADDER_SEARCHES * search, budget.CONVEX_SOLVES * alone)
+        layer = sum(part for part in parts if not math.isnan(part))
+        found.append(Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish"))
+    return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))
+
+
+DOUBTED_SHARE = 0.2  # of targets with doubtful labels, from which on labels come first
+MIN_EXCHANGE_RATE = 2.0  # others repaired for each one broken, from which on the last layer is worth its unseen breaks
+MAX_CHANGE_RATIO = 4.0  # times the easiest layer's change that the last layer may need: medians over few targets
+MAX_SMALL_CHANGE = 0.5  # of a layer's norm: beyond it the first-order figures do not hold
+
+
+def advise(found: Diagnosis) -> str:
+    """The advice. The rules are few and in order: labels, then the last layer, then the network, then data."""
+    if not found.known["targeted"]:
+        return "Nothing to repair: no failed sample is in the target."
+    if not found.known["passed"]:
+        return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
+    if all(math.isnan(target.margin) for target in found.targets):
+        return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
+    n, doubts = found.known["targeted"], len(found.doubts)
+    if doubts < max(1, DOUBTED_SHARE * n):
+        return _method(found)
+    return (
+        f"Look at labels first: those of {doubts:,} of {n:,} targets may be wrong, since neighbours and model "
+        f"agree on another class. Then: {_method(found)}"
+    )
+
+
+def _method(found: Diagnosis) -> str:
+    head, check, best, mixing = f"the last layer ({found.head})", found.check, found.easiest_layer, found.mixing
+    times = {cost.method: rough_time(cost.seconds) for cost in found.costs}
+    own = next((layer for layer in found.layers if layer.layer == found.head), None)
+    alone, tried = found.count("yes"), len(found.targets) - found.count("not tried")
+    last = " ".join((_alone(alone, tried, check), _change(own, best))).strip()
+    against = ""
+    if 2 * alone <= tried:
+        against = f"{head} is not enough"
+    elif check is None:
+        against = f"what {head} would break on other data is not known"
+    elif check.rate < MIN_EXCHANGE_RATE:
+        against = f"{head} would break too much on other data"
+    elif own is not None and best is not None and own.change > MAX_CHANGE_RATIO * best.change:
+        against = f"{head} would have to change much more than others"
+    if not against:
+        return (
+            f"Use method='convex', {times.get('convex', 'seconds')}: {head} is likely to do. {last} "
+            f"The default, method='auto', {times['auto']}, changes the whole network and may repair more."
+        )
+    if best is None:
+        return f"Use the default, method='auto', {times['auto']}. {last}".strip()
+    if best.change < MAX_SMALL_CHANGE:
+        return (
+            f"Use the default, method='auto', on the whole network, {times['auto']}{f': {against}' * (tried > 0)}. "
+            f"{last} If one layer must do, take method='linearized' on {best.layer}, {times['linearized']}."
+        )
+    mixed = ""
+    if mixing is not None:
+        mixed = f" Of the nearest passed samples, {rough_percent(mixing.mean('targets'))} have a target's label."
+    return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
+
+
+def _alone(alone: int, tried: int, check: HeldOutCheck | None) -> str:
+    others = "."
+    if check is not None:
+        repaired = f"repairs {check.repaired:.1f} other targets and breaks {check.broken:.1f} passed samples."
+        others = f"; on samples held out, fixing one {repaired}"
+    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions{others}"
+    return text if tried else ""
+
+
+def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:
+    if best is None or best.change == math.inf:
+        return ""
+    text = f"A typical target needs a change of {best.layer} by {rough_percent(best.change)} of its norm"
+    if own is None or own == best:
+        return f"{text}."
+    if own.change == math.inf:
+        return f"{text}; none of {own.layer} does it."
+    return f"{text}, of {own.layer} by {rough_percent(own.change)}."

@@ -1,11 +1,11 @@
-"""Many searches on one recording: what each would find by itself, found together."""
+"""Many searches on one recording, and exact counts of what they find."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
 from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
+from lightning_nrl.search import SearchHistory, WeightStats, search_many
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk, ReplayGroup, split_inputs
 from lightning_nrl.search._scoring.memory import default_budget
 from lightning_nrl.search._scoring.recording import can_be_cut, find_group
@@ -32,20 +32,16 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}
-"""Swarms of one call at most: a CPU gains nothing by more, and progress is told and kept after each call."""
-SWARMS_ELSEWHERE = 512
-"""The same on other devices."""
-TENSORS_PER_SWARM = 16
-"""Tensors of the size of all particles that a search holds at once, about."""
+SWARMS_BY_DEVICE = {"cpu": 32}  # of one call, else 512: a CPU gains nothing by more, and runs are kept after each call
+TENSORS_PER_SWARM = 16  # of the size of all particles that a search holds at once, about
+STATES_MEMORY = 256 << 20  # bytes of whole layers, one a run, that are made once and not anew for every batch
 
-OnProgress = Callable[[int, list[SearchHistory]], None]
-"""Is told how many iterations were made."""
+OnProgress = Callable[[int, list[SearchHistory]], None]  # is told how many iterations were made
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to be made; `key` tells it from every other one on any model and data, `seed` draws I_pos and swarm."""
+    """One run to be made; `key` tells it from every other one on any model and data."""
 
     key: str
     setting: Setting
@@ -53,34 +49,25 @@ class RunRequest:
 
     @property
     def work(self) -> int:
-        """How much it takes at most, to compare with others."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
 
 
 @dataclass
 class BatchSearch:
-    """A problem with what searches share: known data are recorded once, each localisation is made once.
-
-    The problem's own localizer, fitness and sample of passed data do not matter.
-    """
+    """A problem with what searches share: known data are recorded once, each localisation is made once."""
 
     problem: Problem
     base: Settings
-    _recording: ActivationCache | None = None
     _localized: list[tuple[Any, Tensor, Localization | None]] = field(default_factory=list)
     _passed: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def recording(self) -> ActivationCache:
-        """Targets and passed samples of the known data, as a single repair records them."""
-        if self._recording is None:
-            with self.problem.clock.stage("localize"):
-                before = self.problem.before
-                self._recording = record_known(self.problem, before.targeted | before.passed)
-        return self._recording
+        with self.problem.clock.stage("localize"):
+            before = self.problem.before
+            return record_known(self.problem, before.targeted | before.passed)
 
     def localization(self, request: RunRequest) -> Localization | None:
-        """Which weights a request searches; None if none is left."""
         problem, localizer, passed, localized = self.problem, request.setting.localizer, self.passed(request), None
         for known, of, found in self._localized:
             if known == localizer and of is passed:
@@ -93,7 +80,7 @@ class BatchSearch:
         return localized
 
     def passed(self, request: RunRequest) -> Tensor:
-        """The passed samples that a request scores, `N` bool."""
+        """Returns the passed samples that a request scores, `N` bool."""
         which = request.setting.n_passed, request.seed if request.setting.n_passed else 0
         if which not in self._passed:
             search = replace(self.base.search, n_passed=request.setting.n_passed)
@@ -101,31 +88,25 @@ class BatchSearch:
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 
-    def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
-
-        Returns:
-            What was found, by key, with its share of the time; it is not counted yet.
-        """
-        localized = [(request, self.localization(request)) for request in requests]
-        none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=self.problem.space.dtype)
-        runs = {request.key: self._found(request, none, values) for request, found in localized if found is None}
-        searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
-        return runs | self._search(searched, on_progress) if searched else runs
-
     @torch.no_grad()
-    def _search(
-        self, searched: Sequence[tuple[RunRequest, Tensor]], on_progress: OnProgress | None
-    ) -> dict[str, StoredRun]:
-        problem, space = self.problem, self.problem.space
-        before, requests = problem.before, [request for request, _ in searched]
+    def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
+        """Runs searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
+
+        The runs, by key, have their shares of the time and are not counted yet.
+        """
+        problem, space, before = self.problem, self.problem.space, self.problem.before
+        runs = {request.key: self._unsearched(request) for request in requests}
+        localized = [(request, self.localization(request)) for request in requests]
+        searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
+        if not searched:
+            return runs
         sizes = [len(weights) for _, weights in searched]
-        where = torch.full((len(requests), max(sizes)), -1)
+        where = torch.full((len(searched), max(sizes)), -1)
         for row, (_, weights) in zip(where, searched, strict=True):
             row[: len(weights)] = weights
-        fitness: list[Any] = [request.setting.fitness for request in requests]
+        fitness: list[Any] = [request.setting.fitness for request, _ in searched]
         alike = all(one == fitness[0] for one in fitness)
-        passed = torch.stack([self.passed(request) for request in requests])
+        passed = torch.stack([self.passed(request) for request, _ in searched])
         reserve = rounding_reserve(problem.evaluator.precision, before)
         scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
         there = where.clamp_min(0).to(space.device)
@@ -134,84 +115,67 @@ class BatchSearch:
             scorer,
             original,
             WeightStats.around(space, there),
-            seeds=[request.seed for request in requests],
+            seeds=[request.seed for request, _ in searched],
             fitness=fitness[0] if alike else fitness,
             searcher=requests[0].setting.method,
             sizes=sizes,
             on_progress=on_progress,
         )
-        runs = {}
         for (request, weights), result, start in zip(searched, results, original, strict=True):
-            changed = not torch.equal(result.values, start[: len(weights)])
-            seconds = result.seconds / len(requests)
-            runs[request.key] = self._found(request, weights, result.values.cpu(), result, changed, seconds)
+            run = replace(
+                runs[request.key].run,
+                n_localized=len(weights),
+                iterations=result.iterations,
+                value=result.fitness,
+                patched=int(result.history.patched[-1]),
+                intact=int(result.history.intact[-1]),
+                changed=not torch.equal(result.values, start[: len(weights)]),
+                seconds=result.seconds / len(searched),
+            )
+            runs[request.key] = StoredRun(run, weights, result.values.cpu())
         return runs
 
-    def _found(
-        self,
-        request: RunRequest,
-        where: Tensor,
-        values: Tensor,
-        result: SearchResult | None = None,
-        changed: bool = False,
-        seconds: float = 0.0,
-    ) -> StoredRun:
-        """A run that is not counted yet; no result if localisation left nothing to search."""
-        setting: Setting = request.setting
-        fitness: Any = setting.fitness
-        kind = getattr(fitness, "kind", None)
+    def _unsearched(self, request: RunRequest) -> StoredRun:
+        space = self.problem.space
         run = Run(
-            setting=setting.name,
-            fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
-            alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
-            perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
-            n_weights=getattr(setting.localizer, "n_weights", None),
-            n_passed=setting.n_passed,
-            particles=setting.method.particles,
+            setting=request.setting.name,
+            **request.setting.columns(),
             seed=request.seed,
-            layer=", ".join(site.name or type(site.module).__name__ for site in self.problem.space.sites),
-            n_localized=len(where),
-            iterations=0 if result is None else result.iterations,
-            value=None if result is None else result.fitness,
-            patched=0 if result is None else int(result.history.patched[-1]),
-            intact=int(self.passed(request).sum() if result is None else result.history.intact[-1]),
-            changed=changed,
+            layer=", ".join(site.name or type(site.module).__name__ for site in space.sites),
+            n_localized=0,
+            iterations=0,
+            value=None,
+            patched=0,
+            intact=int(self.passed(request).sum()),
+            changed=False,
             known=NO_COUNTS,
-            seconds=seconds,
         )
-        return StoredRun(run, where, values)
+        return StoredRun(run, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=space.dtype))
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Requests that are searched in one call: of one swarm, few enough to fit into memory.
+    """Yields requests that are searched in one call: of one swarm, few enough to fit into memory.
 
     On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
     """
-    device = problem.space.device
-    budget = default_budget(device) if problem.budget is None else problem.budget
-    kinds: dict[Any, list[RunRequest]] = {}
+    device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
-        kinds.setdefault(_kind(request, device), []).append(request)
+        fitness, method = request.setting.fitness, request.setting.method
+        alike: Any = request.setting.name
+        if isinstance(fitness, Fitness) and device.type != "cpu":
+            alike = fitness.uses_passed_loss
+        kinds.setdefault((method, alike), []).append(request)
     for kind in kinds.values():
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
-        n = max(1, min(budget // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
+        n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, 512)))
         for start in range(0, len(kind), n):
             yield kind[start : start + n]
 
 
-def _kind(request: RunRequest, device: torch.device) -> Any:
-    fitness = request.setting.fitness
-    if not isinstance(fitness, Fitness):
-        return request.setting.method, id(fitness), request.setting.name
-    if device.type == "cpu":
-        return request.setting.method, fitness, request.setting.name
-    return request.setting.method, fitness.uses_passed_loss
-
-
-STATES_MEMORY = 256 << 20
-"""Bytes of whole layers, one a run, that are made once and not anew for every batch."""
+def _budget(problem: Problem) -> int:
+    return default_budget(problem.space.device) if problem.budget is None else problem.budget
 
 
 @dataclass(frozen=True)
@@ -248,7 +212,7 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Records data batch by batch, each with its samples' rows in the results, `n` int64 on the CPU."""
+    """Records batches, each given with its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []  # how batches before this one were replayed
@@ -281,36 +245,25 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role. What is recorded of them is `kept`, None where memory does not allow it."""
+    """Counts runs on the data of one role; what is recorded of them is kept if memory allows it, else made again."""
 
     problem: Problem
     sources: Sequence[Source]
     before: SampleResults
-    kept: list[ExactBatch] | None = field(default_factory=list)
-    _complete: bool = False
-
-    @property
-    def streams(self) -> bool:
-        """Whether counting reads the data again."""
-        return self.kept is None
+    _kept: list[ExactBatch] | None = None
 
     @torch.no_grad()
     def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
-        """Counts what the weights of some runs do."""
         before, space = self.before, self.problem.space
         right, targeted = before.right, before.targeted
         spared = right & before.in_target
         sums = torch.zeros(4, len(runs), dtype=torch.int64, device=space.device)
         changed = [r for r, stored in enumerate(runs) if stored.run.changed]
-
-        def whole(r: int) -> Mapping[str, Tensor]:
-            return space.changed(runs[r].where, runs[r].values)
-
-        small = len(changed) * space.size * space.dtype.itemsize <= STATES_MEMORY
-        state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
+        at_once = max(1, STATES_MEMORY // (space.size * space.dtype.itemsize))
+        state = lru_cache(at_once)(lambda r: space.changed(runs[r].where, runs[r].values))
         for batch in self._batches() if changed else ():
             was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
-            task, target = self.problem.task, batch.chunk.target
+            task, target = self.problem.evaluator.task, batch.chunk.target
             now = torch.stack([task.right(batch.logits(state(r)), target) for r in changed])
             _, broken, repaired, _ = flip_masks(was, now)
             sums[:, changed] += torch.stack([repaired & aimed, repaired, broken, broken & own]).sum(2)
@@ -321,19 +274,18 @@ class Recount:
         ]
 
     def _batches(self) -> Iterator[ExactBatch]:
-        if self._complete:
-            yield from self.kept or ()
+        if self._kept is not None:
+            yield from self._kept
             return
-        problem, device = self.problem, self.problem.space.device
-        free = (default_budget(device) if problem.budget is None else problem.budget) // 2
+        free, kept = _budget(self.problem) // 2, list[ExactBatch]()
         batches = (
             (batch, self.before.rows(source.split, batch.position)) for source in self.sources for batch in source
         )
-        for batch in exact_batches(problem.evaluator, batches, problem.space):
+        for batch in exact_batches(self.problem.evaluator, batches, self.problem.space):
             free -= batch.nbytes
-            if free < 0:
-                self.kept = None
-            elif self.kept is not None:
-                self.kept.append(batch)
+            if free >= 0:
+                kept.append(batch)
+            else:
+                kept.clear()
             yield batch
-        self._complete = self.kept is not None
+        self._kept = kept if free >= 0 else None

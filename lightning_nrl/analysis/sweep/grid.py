@@ -1,16 +1,15 @@
-"""What a sweep tries: settings of the paper's search, by axis, one by one, or by the names of Table II."""
+"""Settings of the paper's search that a sweep tries, by axis or one by one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
-from lightning_nrl.pipeline.presets import paper_arguments
 from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
@@ -20,87 +19,45 @@ SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
 
 
 class Grid:
-    """Every combination of some values of some arguments.
+    """Every combination of some values of some arguments, the last argument running fastest.
 
     Args:
-        fitness: kinds such as `eq1`, or `Fitness` objects.
-        alpha: intact weights.
-        perfect_intact: whether one regression makes a candidate infeasible (pi).
-        n_weights: numbers of localised weights (#lw).
-        n_passed: numbers of sampled passed samples (#pos); None: all that are known.
-        particles: numbers of particles (#p).
-        **further: values of any other field of `Fitness`, `ParticleSwarm` and the localizer, such as
-            `patience=[10, 50]`.
-
-    A single value may stand for a list of one. An argument that is not given stays as it is.
-
-    Raises:
-        ConfigurationError: an axis has no value.
+        **axes: values of `n_passed` (#pos), of `fitness`, as kinds such as `eq1` or `Fitness` objects, and of any field
+            of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`, `perfect_intact` (pi), `n_weights` (#lw),
+            `particles` (#p) and `patience`. A single value may stand for a list of one.
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
-        >>> len(grid.settings())
-        12
         >>> grid.settings()[0]
         {'fitness': 'eq1', 'alpha': 4, 'n_weights': 32, 'n_passed': 500}
     """
 
-    def __init__(
-        self,
-        *,
-        fitness: Any = (),
-        alpha: Any = (),
-        perfect_intact: Any = (),
-        n_weights: Any = (),
-        n_passed: Any = (),
-        particles: Any = (),
-        **further: Any,
-    ) -> None:
-        given = {
-            "fitness": fitness,
-            "alpha": alpha,
-            "perfect_intact": perfect_intact,
-            "n_weights": n_weights,
-            "n_passed": n_passed,
-            "particles": particles,
-        }
-        self.axes = {name: values for name, value in given.items() if (values := _values(value))}
-        for name, value in further.items():
-            if not (values := _values(value)):
+    def __init__(self, **axes: Any) -> None:
+        lists = (list, tuple, range)
+        self.axes = {name: tuple(values) if isinstance(values, lists) else (values,) for name, values in axes.items()}
+        for name, values in self.axes.items():
+            if not values:
                 raise ConfigurationError(f"`{name}` has no value.", f"give a list, such as `{name}=[...]`.")
-            self.axes[name] = values
         if not self.axes:
             raise ConfigurationError(
                 "`settings`: a grid without an axis.", "give one, such as `Grid(alpha=[4, 5, 6])`."
             )
 
     def settings(self) -> list[dict[str, Any]]:
-        """One mapping for each combination, the last axis running fastest."""
+        """One mapping for each combination."""
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
-
-    def at(self, combination: Sequence[int]) -> dict[str, Any]:
-        """The combination of which each axis has the value at this place."""
-        return {name: values[i] for (name, values), i in zip(self.axes.items(), combination, strict=True)}
 
     def __repr__(self) -> str:
         return f"Grid({', '.join(f'{name}={list(values)}' for name, values in self.axes.items())})"
 
 
-Sweepable = Grid | str | Mapping[str, Any] | Sequence["str | Mapping[str, Any]"]
-"""A grid, the name of a row of Table II, a mapping of arguments, or several of the last two."""
+Sweepable = Grid | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""A grid, a mapping of arguments, or several mappings."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the paper's search, for any number of seeds.
-
-    Attributes:
-        name: its label.
-        fitness: how candidates are ranked.
-        method: the swarm.
-        localizer: how the weights to be searched are chosen.
-        n_passed: how many passed samples are scored (#pos); None: all that are known.
-    """
+    """One setting of the paper's search under its label; all passed samples are scored if `n_passed` is None."""
 
     name: str = field(compare=False)
     fitness: FitnessFunction
@@ -114,32 +71,39 @@ class Setting:
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
-        """What tells it from other settings, in dicts, lists, text and numbers; its name does not."""
+        """All but its name in dicts, lists, text and numbers."""
         said = Settings(**self.arguments()).plain()
         return {name: said[name] for name in SETTING_PARTS}
 
+    def columns(self) -> dict[str, Any]:
+        """What the paper's table says of a setting, as fields of `Run`."""
+        fitness: Any = self.fitness
+        kind = str(getattr(fitness, "kind", None) or getattr(fitness, "__name__", type(fitness).__name__))
+        alpha = None if kind == "lexicographic" else getattr(fitness, "alpha", None)
+        return {
+            "fitness": kind,
+            "alpha": None if alpha is None else float(alpha),
+            "perfect_intact": bool(getattr(fitness, "perfect_intact", False)),
+            "n_weights": getattr(self.localizer, "n_weights", None),
+            "n_passed": self.n_passed,
+            "particles": self.method.particles,
+        }
+
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
-    """The settings that are meant, each once, in order.
+    """Returns the settings that are meant, each once, in order; `base` says what they leave open.
 
-    Args:
-        settings: a grid, names of rows of Table II, or mappings of arguments. A mapping may begin with `row`, the name
-            of a row, and may give itself a `name`.
-        base: says what a setting leaves open.
-
-    Raises:
-        ConfigurationError: an argument that nothing has (the nearest is named), a value that cannot be used, no
-            setting, two of one name.
+    A mapping may give itself a `name`. A `ConfigurationError` for an argument that nothing has, a value that cannot be
+    used, no setting, or two of one name.
     """
-    start = _of(base)
-    if isinstance(settings, Grid):
-        given: Iterable[Any] = settings.settings()
-    elif isinstance(settings, (str, Mapping)):
-        given = [settings]
-    else:
-        several = isinstance(settings, Sequence)
-        check_kind("settings", settings, several, "list of settings", "Grid(alpha=[4, 5]), or ['EXP-C1']")
-        given = settings
+    if not isinstance(base.method, ParticleSwarm):
+        problem = f"`method` is a {type(base.method).__name__}: a sweep runs the paper's search."
+        raise ConfigurationError(problem, "give `method=ParticleSwarm(...)`, or leave it out.")
+    start = Setting("", base.fitness, base.method, base.localizer, base.search.n_passed)
+    given: Any = settings.settings() if isinstance(settings, Grid) else settings
+    given = [given] if isinstance(given, Mapping) else given
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    check_kind("settings", settings, several, "list of settings", "Grid(alpha=[4, 5]), or [{'alpha': 5}]")
     found: list[Setting] = []
     for one in given:
         made = _setting(one, start)
@@ -150,27 +114,13 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     if twice is not None:
         raise ConfigurationError(f"`settings`: two different ones are {twice!r}.", "give each a `name` of its own.")
     if not found:
-        raise ConfigurationError("`settings` is empty.", "give a Grid, or a list such as ['EXP-C1'].")
+        raise ConfigurationError("`settings` is empty.", "give a Grid, or a list such as [{'alpha': 5}].")
     return tuple(found)
 
 
-def _of(settings: Settings) -> Setting:
-    """The search that the settings of a repair say."""
-    method = settings.method
-    if not isinstance(method, ParticleSwarm):
-        problem = f"`method` is a {type(method).__name__}: a sweep runs the paper's search."
-        raise ConfigurationError(problem, "give `method=ParticleSwarm(...)`, or leave it out.")
-    return Setting("", settings.fitness, method, settings.localizer, settings.search.n_passed)
-
-
 def _setting(given: Any, start: Setting) -> Setting:
-    if isinstance(given, str):
-        given = {"row": given}
-    check_kind("settings", given, isinstance(given, Mapping), "setting", "{'alpha': 5}, or 'EXP-C1'")
-    said, made, label = dict(given), start, ""
-    if "row" in said:
-        label = said.pop("row")
-        made = _of(Settings(**paper_arguments(label)))
+    check_kind("settings", given, isinstance(given, Mapping), "setting", "{'alpha': 5}")
+    said, made = dict(given), start
     name = said.pop("name", None)
     for whole in SETTING_PARTS:
         if whole in said:
@@ -190,11 +140,12 @@ def _setting(given: Any, start: Setting) -> Setting:
         if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
             plain = replace(plain, perfect_intact=True, infeasible="zero")
         made = replace(made, fitness=plain)
+    if made.localizer.include_bias != start.localizer.include_bias:
+        raise ConfigurationError(
+            "`settings`: some search biases and others do not.", "give all the same `include_bias`, by `search`."
+        )
     Settings(**made.arguments())  # Says what cannot be used.
-    if name is not None:
-        return replace(made, name=str(name))
-    further = "".join(f" {key}={value}" for key, value in given.items() if key != "row")
-    return replace(made, name=label + further if label else _label(made, start))
+    return replace(made, name=_label(made, start) if name is None else str(name))
 
 
 def _whole(argument: str, value: Any, made: Setting) -> Any:
@@ -212,11 +163,11 @@ def _whole(argument: str, value: Any, made: Setting) -> Any:
 
 
 def _owner(argument: str, made: Setting) -> str:
-    """Which part of a setting has an argument."""
+    """The part of a setting that has an argument."""
     parts = {part: getattr(made, part) for part in SETTING_PARTS}
     known = {f.name: part for part, value in parts.items() if is_dataclass(value) for f in fields(value)}
     if argument not in known:
-        choices = [name for name in (*SETTING_PARTS, "row", *known) if name != "kind"]
+        choices = [name for name in (*SETTING_PARTS, *known) if name != "kind"]
         near = difflib.get_close_matches(str(argument), choices, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
         raise ConfigurationError(f"`settings`: `{argument}` is no argument of a search.", hint)
@@ -225,14 +176,13 @@ def _owner(argument: str, made: Setting) -> str:
 
 def _label(made: Setting, start: Setting) -> str:
     """Short and unambiguous: what the paper's table has, then what else differs from where the sweep starts."""
-    words = [str(getattr(made.fitness, "kind", getattr(made.fitness, "__name__", type(made.fitness).__name__)))]
-    if words[0] != "lexicographic" and hasattr(made.fitness, "alpha"):
-        words.append(f"alpha={made.fitness.alpha:g}")
-    words += ["pi"] * bool(getattr(made.fitness, "perfect_intact", False))
-    n_weights = getattr(made.localizer, "n_weights", None)
-    words.append(f"lw={n_weights}" if n_weights else f"lw={'auto' if hasattr(made.localizer, 'n_weights') else 'all'}")
+    shown = made.columns()
+    words = [shown["fitness"]]
+    if shown["alpha"] is not None:
+        words.append(f"alpha={shown['alpha']:g}")
+    words += ["pi"] * shown["perfect_intact"]
+    words.append(f"lw={shown['n_weights'] or ('auto' if hasattr(made.localizer, 'n_weights') else 'all')}")
     words += [f"pos={'all' if made.n_passed is None else made.n_passed}", f"p={made.method.particles}"]
-    shown = {"kind", "alpha", "perfect_intact", "n_weights", "particles"}
     for part in ("fitness", "method", "localizer"):
         own, first = getattr(made, part), getattr(start, part)
         if type(own) is not type(first) and part == "localizer":
@@ -241,10 +191,6 @@ def _label(made: Setting, start: Setting) -> str:
             words += [
                 f"{f.name}={getattr(own, f.name)}"
                 for f in fields(own)
-                if f.name not in shown and getattr(own, f.name) != getattr(first, f.name)
+                if f.name not in ("kind", *shown) and getattr(own, f.name) != getattr(first, f.name)
             ]
     return " ".join(words)
-
-
-def _values(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (list, tuple, range)) else (value,)

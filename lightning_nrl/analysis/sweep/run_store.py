@@ -1,31 +1,31 @@
-"""One run of a sweep as one row of its table."""
+"""One run of a sweep: a row of its table, and the files that keep rows with their weights."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.json_records import Derives, flat, from_plain, hints_of, to_plain
+from lightning_nrl._utils.json_records import Derives, flat, from_plain, to_plain
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.report.splits import ROLES, Role
 
-DERIVED_COUNTS = {"n": int, "accuracy_before": float, "accuracy_after": float}
 NO_COUNTS = TargetCounts(0, 0, 0, 0)
+DERIVED_COUNTS = ("n", "accuracy_before", "accuracy_after")
+DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_target", "weight")
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,13 @@ class Run(Derives):
     """One search with one seed, and what its weights do; the counts are those of the deployed model.
 
     Attributes:
-        setting: its label.
-        fitness: the kind of fitness.
-        alpha: its intact weight; None where it has none.
-        perfect_intact: whether one regression makes a candidate infeasible (pi).
-        n_weights: localised weights that were asked for (#lw); None: as many as the localizer thinks fit.
-        n_passed: passed samples that were scored (#pos) as asked for; None: all that are known.
-        particles: of the swarm (#p).
-        seed: of the sample of passed data and of the search.
-        layer: the layers that were searched.
+        setting: the label of what was asked for, as the columns from `fitness` to `particles` say; None in one of these
+            means no intact weight, as many weights as the localizer thinks fit, all passed samples that are known.
         n_localized: weights that were searched; 0 where localisation left none.
-        iterations: steps that the swarm made.
         value: the fitness of the best candidate; None where nothing was searched.
         patched: samples of I_neg that it repairs, as the search counts them.
         intact: samples of the sampled I_pos that it keeps.
-        changed: whether it differs from the original weights.
-        known: what becomes of known samples; in the table `known_broken` and so on.
-        calibration: what becomes of calibration samples; None where there are none.
-        unseen: what becomes of unseen samples; None where there are none.
+        known: what becomes of known samples; in the table `known_broken` and so on. None for roles without data.
         seconds: wall time, its share of what was searched and counted together.
     """
 
@@ -76,16 +65,17 @@ class Run(Derives):
 
     @property
     def regression_free(self) -> bool:
-        """Whether something known is repaired and nothing known broken, in the target or not."""
+        """True if something known is repaired and nothing known broken, in the target or not."""
         return self.known.broken == 0 and self.known.repaired > 0
 
     def has(self, role: Role) -> bool:
-        """Whether there were data of this role."""
-        return self._of(role) is not None
+        """True if there were data of this role."""
+        return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:
         """What became of the samples of a role; all 0 where there are none."""
-        return self._of(role) or NO_COUNTS
+        counts: TargetCounts | None = getattr(self, role)
+        return counts or NO_COUNTS
 
     @property
     def derived(self) -> Mapping[str, object]:
@@ -95,43 +85,28 @@ class Run(Derives):
             for name in DERIVED_COUNTS
         }
 
-    def _of(self, role: Role) -> TargetCounts | None:
-        return {"known": self.known, "calibration": self.calibration, "unseen": self.unseen}[role]
 
-
-def _kinds() -> dict[str, tuple[Any, ...]]:
-    """Which types each column may have, in the order of the table."""
-    own = {name: get_args(hint) or (hint,) for name, hint in hints_of(Run).items()}
-    seconds = own.pop("seconds")
-    counted = {"n": int} | dict.fromkeys((f.name for f in fields(TargetCounts)), int) | DERIVED_COUNTS
-    roles = {f"{role}_{name}": (kind, NoneType) for role in ROLES for name, kind in counted.items()}
-    return {name: own[name] for name in own if name not in ROLES} | roles | {"seconds": seconds}
-
-
-_KINDS = _kinds()
-RUN_COLUMNS = tuple(_KINDS)
+_first, *_later = DERIVED_COUNTS
+RUN_COLUMNS = (
+    *(f.name for f in fields(Run) if f.name not in (*ROLES, "seconds")),
+    *(f"{role}_{name}" for role in ROLES for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)),
+    "seconds",
+)
 """The columns of the table."""
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
     """Reads a line of the table, as `csv.DictReader` gives it; a `ConfigurationError` names what is wrong."""
-    return from_plain(Run, {name: _value(text, _KINDS.get(name, ())) for name, text in row.items()})
+    words = ("setting", "fitness", "layer")
+    return from_plain(Run, {name: text if name in words else _value(text) for name, text in row.items()})
 
 
-def _value(text: str, kinds: tuple[Any, ...]) -> object:
-    """A cell as one of some types; as it is if it is none of them."""
-    if not text and NoneType in kinds:
-        return None
-    if bool in kinds:
-        return {"True": True, "False": False}.get(text, text)
-    for kind in (int, float):
-        with suppress(ValueError):
-            if kind in kinds:
-                return kind(text)
+def _value(text: str) -> object:
+    """A cell as a bool, a number or None for an empty one; as it is if it is none of them."""
+    for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
+        with suppress(KeyError, ValueError, TypeError):  # a line of another length has cells that are no text
+            return kind(text)
     return text
-
-
-DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_target", "weight")
 
 
 @dataclass(frozen=True)
@@ -150,41 +125,36 @@ class RunStore:
     folder: Path | None
 
     def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
-        """Runs that are there, by key. A file that cannot be read, or is damaged, is warned of and left out.
-
-        Raises:
-            ConfigurationError: the folder is a file.
-        """
+        """Returns the stored runs by key. A file that cannot be read, or is damaged, is warned of and left out."""
         if self.folder is None:
             return {}
-        if self.folder.exists() and not self.folder.is_dir():
+        if self.folder.is_file():
             raise ConfigurationError(
                 f"`dirpath={str(self.folder)!r}` is a file.", "name a folder, which is made if need be."
             )
-        keys = set(wanted)
         found: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
-                runs = _unpacked(_checked(path.read_bytes()))
+                checksum, _, data = path.read_bytes().partition(b"\n")
+                if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
+                    raise ConfigurationError("it does not fit its checksum")
+                found |= _unpacked(data)
             except (OSError, ConfigurationError) as error:
                 why = str(error).partition("\n")[0]
                 problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
                 hint = "delete the file, and look at the disk if this comes again."
                 warnings.warn(DataWarning(problem, hint), stacklevel=2)
-                continue
-            found.update({key: run for key, run in runs.items() if key in keys})
-        return found
+        keys = set(wanted)
+        return {key: run for key, run in found.items() if key in keys}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:
         """Keeps runs by their keys, all or, if the process is killed meanwhile, none."""
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"runs-{digest(sorted(runs))[:16]}.pt"
-        part = path.with_suffix(f".{os.getpid()}.part")
         data = _packed(runs)
-        part.write_bytes(_checksum(data) + b"\n" + data)
-        part.replace(path)
+        content = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+        replacing(self.folder / f"runs-{digest(sorted(runs))[:16]}.pt", lambda part: part.write_bytes(content))
 
 
 def digest(value: Any) -> str:
@@ -202,23 +172,11 @@ def results_digest(results: SampleResults) -> str:
 
 
 def exchanged(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
-    """The runs of all ranks on each."""
+    """Returns the runs of all ranks on each."""
     if collective.world_size == 1:
         return dict(mine)
     packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
     return {key: run for rank in collective.gather(packed) for key, run in _unpacked(rank.numpy().tobytes()).items()}
-
-
-def _checksum(data: bytes) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()
-
-
-def _checked(data: bytes) -> bytes:
-    """What follows the checksum, which it must fit."""
-    checksum, _, rest = data.partition(b"\n")
-    if checksum != _checksum(rest):
-        raise ConfigurationError("it does not fit its checksum")
-    return rest
 
 
 def _packed(runs: Mapping[str, StoredRun]) -> bytes:
@@ -228,18 +186,17 @@ def _packed(runs: Mapping[str, StoredRun]) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    """The runs; a `ConfigurationError` for whatever else is in a file, which is read as data."""
+    """Reads runs as data, never as code; a `ConfigurationError` for whatever else is in a file."""
     try:
         found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        return {str(key): _stored(one) for key, one in found.items()}
+        return {str(key): _stored_run(**one) for key, one in found.items()}
     except ConfigurationError:
         raise
     except Exception as error:
         raise ConfigurationError(f"it holds no runs ({reason(error)})") from error
 
 
-def _stored(one: Any) -> StoredRun:
-    run, where, values = from_plain(Run, one["run"]), one["where"], one["values"]
+def _stored_run(run: Any, where: Any, values: Any) -> StoredRun:
     if where.dtype != torch.int64 or where.ndim != 1 or where.shape != values.shape or not values.is_floating_point():
         raise ConfigurationError("its weights do not have their positions")
-    return StoredRun(run, where, values)
+    return StoredRun(from_plain(Run, run), where, values)

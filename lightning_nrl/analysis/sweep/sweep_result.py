@@ -1,34 +1,30 @@
-"""What came of a sweep: a table of runs, and what can be read off it."""
+"""The result of a sweep: its table of runs, their weights, and what can be read off them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run, StoredRun, run_of_text
 from lightning_nrl.errors import ConfigurationError, check_choice
-from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report import Report, installed_versions
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.splits import ROLES, Role
-
-
-def _unwritten() -> Any:
-    return field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -38,41 +34,33 @@ class SweepResult(Report):
     Attributes:
         runs: one a setting and seed, settings in their order.
         target: which failures were to be repaired, in words.
-        layer: what was to be changed, as it was asked for.
-        versions: versions of the software by name.
         settings: the settings by name; none if the result was read from a file.
         weights: what was found, by setting and seed; likewise.
-        original: the layers as they were, by whether biases were searched too; likewise.
+        original: the layers as they were; likewise.
     """
 
     runs: tuple[Run, ...]
     target: str = ""
     layer: str = ""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
-    settings: Mapping[str, Setting] = _unwritten()
-    weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
-    original: Mapping[bool, Mapping[str, Tensor]] = _unwritten()
+    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
+    weights: Mapping[tuple[str, int], StoredRun] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+    original: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
 
     def page(self, full: bool = False) -> Page:
-        return page_of_sweep(self)
+        return _page(self)
 
     def of(self, setting: str) -> tuple[Run, ...]:
-        """The runs of one setting.
-
-        Raises:
-            ConfigurationError: it is not there; the nearest name is given.
-        """
+        """The runs of one setting; a `ConfigurationError` names the nearest one if it is not there."""
         check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """The front over all runs of repaired against broken: who repairs more breaks more. From few broken to many.
+        """The front of repaired against broken samples of a role, from few broken to many.
 
-        Args:
-            role: `known`, `calibration` or `unseen`. The front of unseen data describes; it is not to be chosen from.
-
-        Raises:
-            ConfigurationError: there were no such data.
+        That of unseen data describes; do not choose from it. A `ConfigurationError` where there were no such data.
         """
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
@@ -86,13 +74,9 @@ class SweepResult(Report):
     def best(self, under: str | Gate = "instance") -> Run | None:
         """The run to take, chosen on known and calibration data; unseen data have no part in it.
 
-        Of the runs that repair a target and that the gate lets through on known data: the one with the most repaired
-        less broken calibration samples, if there are any; of several, the one that breaks fewer of these, repairs more
-        targets, breaks fewer known samples, repairs more of them, and comes first.
-
-        Args:
-            under: what may break of the known data: `instance`, `instance-in-target`, `accuracy`, `tolerance:1%`, or a
-                gate.
+        Of the runs that repair a target and that the gate `under` lets through on known data: the one with the most
+        repaired less broken calibration samples, if there are any; of several, the one that breaks fewer of these,
+        repairs more targets, breaks fewer known samples, repairs more of them, and comes first.
         """
         gate = Gate.parse(under, "under")
 
@@ -119,39 +103,34 @@ class SweepResult(Report):
         return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Arguments of `repair` that find a run's weights again, beside those that all runs share.
+        """Arguments of `repair` that find a run's weights again, without those that all runs share.
 
-        Raises:
-            ConfigurationError: the result was read from a file, which does not have them.
+        A `ConfigurationError` if the result was read from a file, which does not have them.
         """
-        if run.setting not in self.settings:
-            raise _without(run, "how it was made")
+        self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """The whole parameters of the searched layers as a run would have them, on the CPU.
-
-        Raises:
-            ConfigurationError: the result was read from a file, which does not have them.
-        """
-        if (run.setting, run.seed) not in self.weights:
-            raise _without(run, "its weights")
-        kept = self.weights[run.setting, run.seed]
-        original = self.original[self.settings[run.setting].localizer.include_bias]
-        flat = torch.cat([value.flatten() for value in original.values()])
+        """The whole parameters of the searched layers as a run has them, on the CPU, as of `arguments`."""
+        kept = self._stored(run)
+        flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
-        parts = flat.split([value.numel() for value in original.values()])
-        return {name: part.view_as(value).clone() for part, (name, value) in zip(parts, original.items(), strict=True)}
+        parts = flat.split([value.numel() for value in self.original.values()])
+        named = zip(parts, self.original.items(), strict=True)
+        return {name: part.view_as(value).clone() for part, (name, value) in named}
+
+    def _stored(self, run: Run) -> StoredRun:
+        if (run.setting, run.seed) not in self.weights:
+            raise ConfigurationError(
+                f"`run`: of {run.setting!r} with seed {run.seed} this result does not know the weights.",
+                "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
+            )
+        return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Puts a run's weights into a model for good. Nothing judges them: look at the run's counts first.
+        """Writes a run's weights into a model with such parameters, on any device; nothing judges them.
 
-        Args:
-            model: the model that was swept, or another with the same parameters, on any device.
-            run: such as that of `best`.
-
-        Raises:
-            ConfigurationError: as for `state`, or the model lacks the parameters; nothing was written.
+        A `ConfigurationError` as for `state`, or where the model lacks the parameters; nothing was written then.
         """
         write(model, self.state(run))
 
@@ -165,11 +144,7 @@ class SweepResult(Report):
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table, without weights, from a file or as text.
-
-        Raises:
-            ConfigurationError: it is no such table.
-        """
+        """Reads a table, without weights, from a file or as text; a `ConfigurationError` if it is none."""
         text = source if isinstance(source, str) and "\n" in source else Path(source).read_text(encoding="utf-8")
         try:
             return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
@@ -183,39 +158,11 @@ class SweepResult(Report):
         """Strict JSON of everything but the weights; written to a file too if there is a `path`."""
         return _written(super().to_json(), path)
 
-    def to_parquet(self, path: str | Path) -> None:
-        """The table as a Parquet file.
-
-        Raises:
-            ConfigurationError: pyarrow is not installed.
-        """
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ConfigurationError(
-                "`to_parquet` needs pyarrow.", 'pip install "lightning_nrl[parquet]", or use `to_csv`.'
-            ) from error
-        rows = [to_plain(run) for run in self.runs]
-        columns = {name: [row[name] for row in rows] for name in RUN_COLUMNS}
-        parquet.write_table(pyarrow.table(columns), path)
-
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(path, text)
     return text
-
-
-def _without(run: Run, what: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"`run`: of {run.setting!r} with seed {run.seed} this result does not know {what}.",
-        "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
-    )
-
-
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.sweep.run_store import Run
 
 
 SWEEP_NOTE = (
@@ -224,12 +171,11 @@ SWEEP_NOTE = (
 )
 
 
-def page_of_sweep(result: SweepResult) -> Page:
-    """What there is to say, then the table."""
+def _page(result: SweepResult) -> Page:
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
     blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []
     facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
-    return Page((*blocks, *((Facts(facts),) if facts else ())))
+    return Page((*blocks, Facts(facts)) if facts else tuple(blocks))
 
 
 def _summary(result: SweepResult) -> str:
@@ -237,8 +183,7 @@ def _summary(result: SweepResult) -> str:
         return "No run."
     first, names = result.runs[0], {run.setting for run in result.runs}
     text = f"{plural(len(result.runs), 'run')} of {plural(len(names), 'setting')}"
-    text += f" in {sum(run.seconds for run in result.runs):,.0f} s."
-    text += f" {first.known.targeted:,} failures to repair"
+    text += f" in {sum(run.seconds for run in result.runs):,.0f} s. {first.known.targeted:,} failures to repair"
     for role in ROLES:
         if first.has(role):
             counts = first.counts(role)
@@ -266,35 +211,24 @@ def _hparams(runs: Sequence[Run], name: str, **further: int) -> tuple[dict[str, 
 def _table(result: SweepResult) -> Table:
     first = result.runs[0]
     columns = [("runs", ""), ("repaired", f"of {first.known.targeted:,}"), ("broken", "known"), ("free of", "regr.")]
-    measures: list[Callable[[Run], float]] = [lambda run: run.known.repaired_in_target, lambda run: run.known.broken]
     later = [role for role in ROLES[1:] if first.has(role)]
     for role in later:
         columns += [("repaired", role), ("broken", role), ("accuracy", "points")]
     rows = []
     for name in dict.fromkeys(run.setting for run in result.runs):
         runs = result.of(name)
-        free = sum(run.regression_free for run in runs)
-        cells = [count(len(runs)), *(_mean(runs, measure) for measure in measures), f"{free / len(runs):.0%}"]
+        free = sum(run.regression_free for run in runs) / len(runs)
+        cells = [count(len(runs)), _mean(run.known.repaired_in_target for run in runs)]
+        cells += [_mean(run.known.broken for run in runs), f"{free:.0%}"]
         for role in later:
-            cells += _role_cells(runs, role)
+            counts = [run.counts(role) for run in runs]
+            cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
+            cells.append(_mean((100 * (one.repaired - one.broken) / max(1, one.n) for one in counts), sign="+"))
         rows.append(Row(name, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
 
 
-def _role_cells(runs: Sequence[Run], role: Role) -> list[str]:
-    """Repaired, broken and the change of accuracy in points."""
-    return [
-        _mean(runs, lambda run: run.counts(role).repaired),
-        _mean(runs, lambda run: run.counts(role).broken),
-        _mean(runs, lambda run: _points(run.counts(role)), sign="+"),
-    ]
-
-
-def _points(counts: FlipCounts) -> float:
-    return 100 * (counts.repaired - counts.broken) / max(1, counts.n)
-
-
-def _mean(runs: Sequence[Run], measure: Callable[[Run], float], sign: str = "") -> str:
-    values = [measure(run) for run in runs]
+def _mean(numbers: Iterable[float], sign: str = "") -> str:
+    values = list(numbers)
     middle = f"{mean(values):{sign},.1f}"
     return f"{middle} ({stdev(values):,.1f})" if len(values) > 1 else middle

@@ -1,9 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. Few of them ever come close to it. These are
-the working set: their margins are measured again and again. Those of them that are closer still are active: steps are
-on their hinge losses, each with a multiplier that grows as long as its constraint is violated. As many others of the
-working set are rehearsed, which holds the model where it is.
+Every known passed sample is a constraint: its margin must stay above 0. The few that come close are the working set,
+whose margins are measured again and again. Those closer still are active: steps are on their hinge losses, each with a
+multiplier that grows while its constraint is violated. As many others are rehearsed, which holds the model in place.
 """
 
 from __future__ import annotations
@@ -23,63 +22,36 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION
 from lightning_nrl.methods.problem import Problem
 
+# Margins are meant for a median margin of passed samples of `REFERENCE_MARGIN`; they grow and shrink with it.
 REFERENCE_MARGIN = 8.0
-"""The median margin of passed samples for which the margins below are meant; they grow and shrink with it."""
-SAFETY_MARGIN = 1e-3
-"""Below it a passed sample counts as broken, so that another batch size or device does not flip it; where the deployed
-precision is coarser than float32, its `rounding_reserve` counts too."""
-HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5
-"""Passed samples are pushed up to this margin, or to this part of the one they had, whichever is less."""
-HINGE_OVER_REQUIRED = 1.2
-"""They are pushed so many times as far as is required of them, at least."""
-TARGET_HINGE_MARGIN = 0.1
-"""Targets are pushed up to this margin; more would be paid for by passed samples."""
-REACHABLE_MARGIN = 0.3
-"""Failing targets this close to being right are tried too."""
-ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0
-"""Samples with a margin below the first are active; below the second they join the working set."""
-MAX_REHEARSED = 8 * BATCH_SIZE
-"""Passed samples further away, drawn once, that join the working set to hold the model where it is."""
-MAX_WORKING_SET = 64 * BATCH_SIZE
-"""Samples close to the boundary in the working set, at most, so that a round stays short however much is known."""
-POLISH_RATE = 5e-5
-"""Learning rate of Adam. Each step moves unmeasured samples too, so small steps are better than few."""
+SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
+HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed up to this, or to this part of what they had
+HINGE_OVER_REQUIRED = 1.2  # at least so many times as far as is required
+TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would be paid for by passed samples
+REACHABLE_MARGIN = 0.3  # failing targets this close to being right are tried too
+ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # below the first samples are active, below the second followed
+MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples further away, drawn once, that hold the model where it is
+MAX_WORKING_SET = 64 * BATCH_SIZE  # followed samples, so that a round stays short however much is known
+POLISH_RATE = 5e-5  # of Adam; each step moves unmeasured samples too, so small steps are better than few
+# Faster for each broken sample, and for each open one while targets are insisted on: hundreds are out of reach of small
+# steps, and few are not worth large ones.
 RATE_PER_BROKEN_SAMPLE, RATE_PER_OPEN_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
-"""How much faster for each broken sample, for each open one while targets are insisted on, and at most: hundreds are
-out of reach of small steps, and few are not worth large ones."""
-MAX_OPEN_TO_MEASURE = 32
-"""While more than these are open, the margins that were measured during the steps suffice to go on."""
-MIN_STEPS_PER_ROUND = 8
-"""Few samples are gone through several times in a round."""
-MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3
-"""What an open sample's multiplier grows by, round by round, and what it becomes at most: half precisions end at some
-60,000."""
+MAX_OPEN_TO_MEASURE = 32  # with more open, the margins measured during the steps suffice to go on
+MIN_STEPS_PER_ROUND = 8  # few samples are gone through several times in a round
+MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of an open sample, each round; half precisions end at some 60,000
 
 
 class ActiveSet:
-    """Margins of all known samples as last measured, and the working set.
+    """Margins of all known samples as last measured, NaN where the loss is not finite, and the working set.
 
-    A sample of the working set has a teacher: the given state where it is right, else the original model, which matters
-    where that is right.
-
-    `insisted`, `N` bool, are targets that steps go on for however far from right they are; whoever owns the tensor may
-    change it between rounds. Without `holds_repairs` no step is made for a sample that the original model fails, nor is
-    it held where it is, unless it is insisted on.
-
-    Attributes:
-        margin: `N`, NaN where the loss is not finite.
-        working: `N` bool, the working set.
-        multiplier: `N`, from 1.
+    A sample of the working set has a teacher: the given state where it is right, else the original model. `insisted`,
+    `N` bool, are targets that steps go on for however far from right they are; its owner may change it between rounds.
+    Without `holds_repairs` no step is made for a sample that the original model fails, nor is it held where it is,
+    unless it is insisted on.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        state: State,
-        after: SampleResults,
-        insisted: Tensor,
-        *,
-        holds_repairs: bool = True,
+        self, problem: Problem, state: State, after: SampleResults, insisted: Tensor, *, holds_repairs: bool = True
     ) -> None:
         before = problem.before
         self._held = torch.full_like(before.passed, holds_repairs)
@@ -130,7 +102,7 @@ class ActiveSet:
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """Whether any of some passed samples, by row, is broken under a state."""
+        """True if any of some passed samples, by row, is broken under a state."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
@@ -146,9 +118,8 @@ class ActiveSet:
         active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
         rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
         weight = self._weight * torch.where(before.passed | self.insisted, self.multiplier, pursued.float())
-        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
         # One transfer a round.
-        table = table.to(self.problem.device)
+        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1).to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
@@ -156,7 +127,8 @@ class ActiveSet:
             weight, hinge, is_taught = columns.unbind(1)
             margin = self._margin(output, batch)
             measured.append((rows, margin.detach()))
-            divergence = self.problem.task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+            taught = self._teacher(batch, rows, output.shape)
+            divergence = self.problem.evaluator.task.divergence(output, taught, batch.target)
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         n_open = int(self.open.sum())
@@ -174,7 +146,6 @@ class ActiveSet:
             self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
 
     def _close(self) -> Tensor:
-        """`N` bool: the samples nearest to the boundary that can still matter, and targets insisted on."""
         before, margin = self.problem.before, self.margin
         repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
         close = (before.passed | repaired) & self.problem.used & (margin < self._unit * WORKING_SET_MARGIN)
@@ -186,18 +157,17 @@ class ActiveSet:
 
     @torch.no_grad()
     def _measure(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Rows and margins of chosen samples of this rank's share under a state."""
         problem, measured = self.problem, []
         with holding(problem.model, state):
             for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
                 for batch, places in parts:
                     output = problem.evaluator.output(batch)
-                    is_finite = problem.task.loss(output, batch.target).isfinite()
+                    is_finite = problem.evaluator.task.loss(output, batch.target).isfinite()
                     measured.append((places, torch.where(is_finite, self._margin(output, batch), torch.nan)))
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
-        margin = self.problem.task.margin(output, batch.target)
+        margin = self.problem.evaluator.task.margin(output, batch.target)
         assert margin is not None
         return margin
 
@@ -211,9 +181,7 @@ def _margins(after: SampleResults) -> Tensor:
 class TargetSchedule:
     """Targets that steps go on for, however far from being right they are.
 
-    Attributes:
-        wanted: `N` bool, those that are not given up for good.
-        insisted: `N` bool, those of them that steps go on for at present; the same tensor all the time.
+    `wanted`, `N` bool, are not given up for good; `insisted`, always the same tensor, are pursued at present.
     """
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
@@ -223,11 +191,11 @@ class TargetSchedule:
 
     @property
     def insists_on_all(self) -> bool:
-        """Whether no target is let go for the time being."""
+        """True if no target is let go for the time being."""
         return torch.equal(self.insisted, self.wanted)
 
     def begin(self, deadline: Deadline) -> None:
-        """From now on targets are insisted on for some rounds or a part of the time, if that is limited."""
+        """Insists for some rounds or a part of the time, if that is limited."""
         self._rounds, self._until = 0, deadline.within(INSISTING_TIME_FRACTION * deadline.seconds_left)
 
     def insist_again(self, active_set: ActiveSet, deadline: Deadline) -> None:

@@ -2,7 +2,8 @@
 
 For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
 weights. Sought is the D that moves the logits of passed data least, in the mean square, while every passed sample keeps
-a part of its margin (hard) and targets get one (each at a price: the strength).
+a part of its margin (hard) and targets get one (each at a price: the strength). Of very many rows, pairs of a sample
+and a rival class, few ever bind: only those that a solution violates are added (cutting planes, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -16,69 +17,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.methods._solvers.cutting_planes import (
-    add_cutting_planes,
-    margins_over_rivals,
-    pair_gram,
-    pair_sides,
-    sum_of_pairs,
-)
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-KEPT_MARGIN_RATIO = 0.5
-"""Of its margin, a passed sample keeps at least this part."""
-
-MAX_KEPT_MARGIN = 0.05
-"""A passed sample need not keep more than this, in units of the median margin of passed data."""
-
-HEAD_TARGET_MARGIN = 0.05
-"""The margin that a repaired target gets, in the same units."""
-
+# Margins are in units of the median margin of passed data.
+KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # of its margin, a passed sample keeps this part, or so much if less
+HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
+LEAST_KEPT_MARGIN = 0.01  # of the margin required, what a passed sample keeps at least after the scaling at the end
+# Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
+# are not free.
 HEAD_RIDGE = 1e-4
-"""Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
-are not free."""
-
-MAX_PATH_ROUNDS = 31
-"""Most rounds of cutting planes."""
-
-PAIRS_PER_ROUND = 400
-"""Most pairs that a round adds, the most violated first."""
-
-VIOLATION_TOLERANCE = 1e-3
-"""A pair counts as violated if this part of the unit is missing; the last rest is scaled away exactly."""
-
+MAX_PATH_ROUNDS = 31  # of cutting planes
+PAIRS_PER_ROUND = 400  # that are added, the most violated first
+VIOLATION_TOLERANCE = 1e-3  # of the unit, what a violated pair lacks; the rest is scaled away exactly
+# Samples computed at once, all of them up to the first. Of more, parts that a processor's cache likes, and only those
+# samples whose margin may be too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
-"""Samples that are computed at once, all of them up to so many. Of more, parts that a processor's cache likes, and only
-those samples whose margin may be too small."""
-
-REACH_SLACK = 1.001
-"""More than what rounding may add to a distance in whitened weights."""
-
-LEAST_KEPT_MARGIN = 0.01
-"""What a passed sample keeps at least of the margin required, after that scaling."""
+REACH_SLACK = 1.001  # more than what rounding may add to a distance in whitened weights
 
 
 @dataclass(frozen=True)
 class ConvexHead:
-    """A last Linear layer on `n` known samples. Beside its tensors it holds a block of samples at once.
+    """A last Linear layer on `n` known samples. Beside its tensors it holds a block of samples at once."""
 
-    Attributes:
-        features: `N x d`, what the layer gets; with a column of ones if its bias may change and `ones` is false.
-        logits: `N x C`, what it gives.
-        label: `n` int64, the true classes.
-        targeted: `n` bool, samples to be repaired; all others are passed and to be kept.
-        weight: `n`, what the missing margin of a target costs more than that of another; None: all alike.
-        rows: `n` int64, where the samples are among the `N`; None: they are all of them.
-        ones: whether a column of ones is put beside the features where they are used.
-    """
-
-    features: Tensor
-    logits: Tensor
-    label: Tensor
-    targeted: Tensor
-    weight: Tensor | None = None
-    rows: Tensor | None = None
-    ones: bool = False
+    features: Tensor  # N x d, what the layer gets; with a column of ones if its bias may change and `ones` is false
+    logits: Tensor  # N x C, what it gives
+    label: Tensor  # n int64, the true classes
+    targeted: Tensor  # n bool, samples to be repaired; all others are passed and to be kept
+    weight: Tensor | None = None  # n, what the missing margin of a target costs more than that of another
+    rows: Tensor | None = None  # n int64, where the samples are among the N; None: they are all of them
+    ones: bool = False  # whether a column of ones is put beside the features where they are used
 
     @property
     def n_features(self) -> int:
@@ -93,7 +60,6 @@ class ConvexHead:
             yield part if chosen is None else chosen[part]
 
     def inputs(self, some: Tensor | slice) -> Tensor:
-        """`m x d`, the features of some samples, with the column of ones."""
         own = self.features[some if self.rows is None else self.rows[some]]
         return F.pad(own, (0, 1), value=1.0) if self.ones else own
 
@@ -178,16 +144,9 @@ def regularization_path(
 ) -> Iterator[Tensor]:
     """The best change at each strength, weakest first, each solved from the one before.
 
-    Args:
-        head: the layer on known samples.
-        strengths: the price of a target's missing margin, from weak to strong, in units of what the median target
-            would take if it were the only one.
-        used: `N` bool, the samples that count; None: all.
-        is_over: whether time is over: then no step is made and no pair added any more, and more is lost by the scaling.
-
-    Yields:
-        `C x d`, a change under which every passed sample that counts stays right, with what the scaling left of the
-        margin required.
+    Each is `C x d` and leaves right every passed sample that counts (`used`, `N` bool), with what the scaling left of
+    the margin required. A strength is the price of a target's missing margin, in units of what the median target would
+    take if it were the only one. Once time `is_over` no step is made and no pair added, and the scaling loses more.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -200,11 +159,7 @@ def regularization_path(
 
 
 class _PairProgramme:
-    """The programme of one price under some pairs of a sample and a class.
-
-    Attributes:
-        change: `C x d`, the solution in whitened weights.
-    """
+    """The programme of one price under some pairs of a sample and a class; `change`, `C x d`, is whitened."""
 
     def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
         self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
@@ -219,7 +174,6 @@ class _PairProgramme:
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
     def solve(self) -> None:
-        """Finds the change that the pairs ask for."""
         head, n_classes = self.head, self.head.logits.shape[1]
         sample, rival = self._code // n_classes, self._code % n_classes
         features = head.white(sample)
@@ -268,3 +222,41 @@ def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
         part = torch.where(new < floor, (old - floor) / (old - new), 1)
         least = min(least, float(part.amin().clamp(0, 1)))
     return change * least
+
+
+def add_cutting_planes(
+    solve: Callable[[], None],
+    add_violated: Callable[[], bool],
+    max_rounds: int,
+    is_over: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Solves and adds violated rows in turns, while there are any; True if none is violated at the end."""
+    for _ in range(max_rounds):
+        solve()
+        if not add_violated():
+            return True
+        if is_over():
+            break
+    return False
+
+
+def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
+    """The label's logit above each other one, `n x C`; infinite at the label itself."""
+    own = label[:, None]
+    return (logits.gather(1, own) - logits).scatter(1, own, float("inf"))
+
+
+def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
+    """1 at the label and -1 at the rival, `... x C`, in the dtype of `like`: GPUs multiply no matrices of integers."""
+    n_classes = like.shape[-1]
+    return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
+
+
+def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
+    """Inner products of pairs as rows in the layer's weights, `... m x m`, from `... m x d` and `... m x C`."""
+    return (sides @ sides.mT) * (features @ features.mT)
+
+
+def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
+    """The change of the weights that is the sum of pairs by their multipliers, `... C x d`; the same in every run."""
+    return (sides * multipliers[..., None]).mT @ features

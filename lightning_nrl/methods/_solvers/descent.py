@@ -15,8 +15,7 @@ from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, Part, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MAX_SAMPLE_WEIGHT = 10.0
-"""A loss with a larger weight would drown all others."""
+MAX_SAMPLE_WEIGHT = 10.0  # a loss with a larger weight would drown all others
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
 """From a batch, its rows among the known samples and the logits: a sum over its samples, to be made small."""
@@ -29,12 +28,9 @@ class Descent:
     copies, because steps that are smaller than the rounding of a half precision would be lost; the model runs on them
     in its own dtype. Where a mini-batch does not fit in memory, its gradient is summed over smaller forward passes.
 
-    Args:
-        problem: its `scope` names the parameters that move; its model is run, never written to.
-        state: where they start. What it has beyond the scope stays as it is there.
-        optimizer: is made from the copies. One that does not care for the scale of the loss, such as Adam: losses are
-            sums over samples, so that they add up over splits and ranks and do not vanish in half precision.
-        masks: by name of a parameter, which of its weights may move; all of those that are not named.
+    The parameters in `problem.scope` move from `state`, whose values beyond the scope stay. The optimizer must not care
+    for the scale of the loss, such as Adam: losses are sums over samples, so that they add up over splits and ranks and
+    do not vanish in half precision. `masks` say by name of a parameter which of its weights may move.
     """
 
     def __init__(
@@ -81,9 +77,7 @@ class Descent:
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
         """One step on this rank's share of a mini-batch, the gradients summed over splits and ranks.
 
-        Raises:
-            DeviceMemoryError: on all ranks, if a single sample does not fit in the memory of one. The weights are as
-                they were before the step.
+        If a single sample does not fit in the memory of one rank, it is a `DeviceMemoryError` on all, and no step.
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate
@@ -107,7 +101,7 @@ class Descent:
         self.optimizer.zero_grad()
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
-        """Leaves the gradient of the loss over this rank's parts in the copies; whether memory sufficed for it."""
+        """Leaves the gradient of the loss over this rank's parts in the copies; False if memory did not suffice."""
 
         def work() -> bool:
             with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
@@ -133,7 +127,7 @@ class Descent:
                 yield from pieces
 
     def _sum_gradients(self, has_fitted: bool) -> bool:
-        """Sums gradients over ranks; whether memory sufficed on all of them."""
+        """Sums gradients over ranks; False if memory did not suffice on one."""
         copies = list(self._copies.values())
         mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
         flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])

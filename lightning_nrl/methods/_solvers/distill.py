@@ -17,36 +17,28 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
+from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import PACE_STEPS, VISITS_PER_SAMPLE
 from lightning_nrl.methods.problem import Problem
 
-DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
-"""Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
-TARGET_EMPHASIS = 3.0
-"""How much more the loss of a target counts than that of another sample."""
-EASY_MARGIN = 3 / 8
-"""Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
-EASY_FRACTION = 0.25
-"""The part of the easy samples that an epoch trains on."""
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
+TARGET_EMPHASIS = 3.0  # how much more the loss of a target counts than that of another sample
+EASY_FRACTION = 0.25  # of the easy samples, what an epoch trains on
 
 
 def distill(
     problem: Problem, *, deadline: Deadline | None = None, start: State | None = None, visits: int | None = None
 ) -> State:
-    """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
-
-    They begin at `start`, by default the original weights, and go through so many samples, by default each of them
-    `VISITS_PER_SAMPLE` times.
+    """Steps on known data from `start`, by default the original weights, of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
-    Without margins no sample is easy. How many steps there are before a deadline is chosen by the time of the first
-    ones, the same on every rank, and the schedule ends with them. Without time for a step the parameters are the
-    original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
+    The time of the first steps says how many there are before a deadline, the same on every rank; the schedule ends
+    with them. Where a single sample does not fit in memory, the last step that fitted is the last one, with a warning.
     """
 
     def work() -> State:
@@ -65,13 +57,7 @@ def distill(
 
 
 class _Distillation:
-    """A fit in progress.
-
-    Attributes:
-        margin: `N` float, of each sample as last measured, the same on every rank.
-        visits: samples that were trained on so far, counted at each visit.
-        planned: how many that will be.
-    """
+    """A fit in progress: margins as last measured, and how many visits of samples were made and are planned."""
 
     def __init__(self, problem: Problem, deadline: Deadline, start: State, planned: int) -> None:
         before = problem.before
@@ -105,7 +91,10 @@ class _Distillation:
             self.visits += len(batch)
         self.margin = merge_measurements(self.problem, self.margin, measured)
         self._plan(start, began)
-        self._report()
+        before, passes = self.problem.before, self.margin > 0
+        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
+        n_repaired = int((before.targeted & passes).sum())
+        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)
         return self.visits < self.planned
 
     def hard_and_some_easy(self) -> Tensor:
@@ -115,7 +104,7 @@ class _Distillation:
         return (is_drawn & self.problem.used).nonzero().flatten()
 
     def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        task = self.problem.task
+        task = self.problem.evaluator.task
         margin = task.margin(output.detach(), batch.target)
         if margin is not None:
             measured.append((rows, margin))
@@ -130,9 +119,3 @@ class _Distillation:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(self._most, self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
-
-    def _report(self) -> None:
-        before, passes = self.problem.before, self.margin > 0
-        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
-        n_repaired = int((before.targeted & passes).sum())
-        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,19 +11,10 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.methods.problem import Problem
 
-BATCH_SIZE = 128
-"""Samples in one step, over all ranks: what the recipes here were tried with."""
+BATCH_SIZE = 128  # samples in one step, over all ranks: what the recipes here were tried with
 
 Part = tuple[Batch, Tensor]
 """Samples of one split, and their rows among the known samples, `n` int64."""
-
-
-@runtime_checkable
-class _SizedSource(Protocol):
-    """A source that says how many samples the model is known to take at once."""
-
-    @property
-    def batch_size(self) -> int | None: ...
 
 
 def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE) -> list[Tensor]:
@@ -72,7 +62,5 @@ def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tupl
 
 
 def _batch_size(source: Source) -> int:
-    if isinstance(source, _SizedSource) and source.batch_size:
-        return source.batch_size
     # Reading a batch to know is slow where workers have to start for it.
-    return len(next(iter(source), ()))
+    return getattr(source, "batch_size", None) or len(next(iter(source), ()))

@@ -11,17 +11,15 @@ where a row with an infinite limit is hard: its s is 0. Its dual has one multipl
 and x = A' a. Its value at any a is a lower bound of the minimum; it grows without limit exactly where no x fulfils the
 hard rows.
 
-There are two solvers, since each is far too slow at what the other is for: 955 rows take the Newton method 0.2 s and
-the active-set method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: they look at
-numbers at each step, and a GPU would wait for the host some 30,000 times a repair.
+There are two solvers, each far too slow at what the other is for: 955 rows take the Newton method 0.2 s and the
+active-set method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: a GPU would wait
+for the host some 30,000 times a repair.
 
-- One large dual: K is singular where there are more rows than unknowns, so it is solved in proximal steps, each beside
-  the last (Rockafellar 1976), and each of those by a semismooth Newton method with an exact line search (Li, Sun
-  and Toh 2018), which solves for the multipliers strictly between their bounds by Cholesky.
-- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which solves for the rows that
-  bind and lets one in or out at a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the
-  same up to a factor and bounded whatever the rows are, and to prove that a value exceeds the limit takes no more steps
-  than to find an optimum.
+- One large dual, singular where there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
+  semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
+- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which lets one row in or out
+  at a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the same up to a factor, and
+  bounded.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from lightning_nrl._utils.interrupts import poll
 class DualSolution(NamedTuple):
     """The solution of a dual; of a batch of `T` programmes every tensor has `T` as its first dimension."""
 
-    values: Tensor  # m, one multiplier a row, from 0 to its limit; the change is x = A' values
+    values: Tensor  # m, one multiplier a row, from 0 to its limit, where `gram` is; the change is x = A' values
     value: Tensor  # the dual's value there: a lower bound of the minimum
     is_solved: Tensor  # bool, whether the conditions of a solution hold to rounding; if not, it is the best found
     is_feasible: Tensor  # bool, whether the hard rows can be fulfilled; if not, `values` means nothing
@@ -56,7 +54,7 @@ def solve_dual(
     max_value: float = math.inf,
     is_over: Callable[[], bool] = lambda: False,
 ) -> DualSolution:
-    """Solves one programme, or many small ones at once.
+    """Solves one programme, or many small ones at once, in float64 on the CPU.
 
     Args:
         gram: `m x m`, K = A A', products of the rows; or `T x m x m`. A row of zeros that requires 0 is none.
@@ -66,52 +64,34 @@ def solve_dual(
         max_value: programmes of a batch whose value exceeds it are left as they are then, as not feasible. Without it
             each of them must have a solution.
         is_over: of one programme, asked at each step whether time is over; then the best so far is given.
-
-    Returns:
-        The solution, computed in float64 on the CPU: `values` on the device of `gram` and in its dtype, the rest on the
-        CPU, so that it can be looked at without a wait.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
     a = torch.zeros_like(b) if start is None else start.to("cpu", torch.float64)
     if g.ndim == 3:
         a, value, is_solved = solve_batch(g, b, a, max_value)
-        is_feasible = ~(value > max_value)
-    else:
-        limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
-        a, solved, feasible = solve_one(g, b, limits, a, is_over)
-        value = b @ a - 0.5 * (a @ (g @ a))
-        is_solved, is_feasible = torch.tensor(solved), torch.tensor(feasible)
-    return DualSolution(a.to(device, dtype), value, is_solved, is_feasible)
+        return DualSolution(a.to(device, dtype), value, is_solved, ~(value > max_value))
+    limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
+    a, solved, feasible = solve_one(g, b, limits, a, is_over)
+    value = b @ a - 0.5 * (a @ (g @ a))
+    return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
 
 
-CONDITIONS_TOLERANCE = 1e-7
-"""Greatest violation of a solution's conditions, in parts of what the rows require: far below what a logit resolves."""
-
+CONDITIONS_TOLERANCE = 1e-7  # violation of a solution's conditions, in parts of what the rows require
+# Weight of the proximal term beside rows of norm 1, and what it is multiplied with from step to step, down to a least.
+# Large at first, so that few multipliers change sides at once; least as a Cholesky factor in float64 allows.
 PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
-"""Weight of the proximal term beside rows of norm 1, and what it is multiplied with from step to step, down to a least.
-Large at first, so that few multipliers change sides at once; least as a Cholesky factor in float64 allows."""
-
+# Proximal steps, all Newton steps, and those in a row that bring one no nearer. Programmes of 200 to 1,500 rows take 5
+# to 10 and 20 to 60; only multipliers a million times as large as others need more.
 MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
-"""On proximal steps, on all Newton steps, on those in a row that bring one no nearer. Programmes of 200 to 1,500 rows
-take 5 to 10 and 20 to 60; only multipliers a million times as large as others need more."""
-
+# Hard rows contradict each other if only an x so many times as long as one row needs could fulfil them all.
 CONTRADICTION_RATIO = 1e6
-"""Hard rows contradict each other if only an x that is so many times as long as one row needs could fulfil them all."""
 
 
 def solve_one(
-    gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool] = lambda: False
+    gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Multipliers, whether they are a solution to rounding, and whether the hard rows can be fulfilled.
-
-    Args:
-        gram: `m x m`, float64.
-        required: `m`.
-        limit: `m`, from 0; infinite for a hard row.
-        start: `m`.
-        is_over: asked before each Newton step whether time is over; then the best so far is given.
-    """
+    """Multipliers, whether they are a solution to rounding, and whether the hard rows can be fulfilled."""
     if not len(required):
         return required, True, True
     # Rows of norm 1, so that one tolerance and one proximal weight suit them all. A row of zeros stays one.
@@ -219,25 +199,13 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9
-"""Added to the diagonal, relative to its mean: rows that are the same up to rounding have no unique multipliers."""
-
-MAX_EXCHANGES = 400
-"""Rows let in or out at most; a programme takes about twice as many as rows bind."""
-
-RESIDUAL_TOLERANCE = 1e-6
-"""Residuals are small below this part of the most that a row requires."""
+RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: rows alike up to rounding have no unique multipliers
+MAX_EXCHANGES = 400  # rows let in or out; a programme takes about twice as many as rows bind
+RESIDUAL_TOLERANCE = 1e-6  # of the most that a row requires
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Multipliers `T x m`, the dual's value `T`, and whether the method ended by itself, `T` bool.
-
-    Args:
-        gram: `T x m x m`, symmetric and positive semidefinite.
-        required: `T x m`.
-        values: `T x m`, at least 0, to start from.
-        max_value: programmes whose value exceeds it are left as they are then.
-    """
+    """Multipliers `T x m`, the dual's value `T`, and whether the method ended by itself, `T` bool."""
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
     jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,33 +22,19 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
+# Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
+# they help the targets, and few samples beside them.
 MOMENT_RIDGE = 0.1
-"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
-they help the targets, and few samples beside them."""
-
-MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128
-"""Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""
-
-MAX_FULL_MOMENT = 2048
-"""Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
-
-
-class MarginGradients(NamedTuple):
-    """Gradients of margins, whitened."""
-
-    rows: Tensor  # m int64, of the known samples, ascending
-    values: Tensor  # m x K
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples and positions of a convolution, of a moment
+MAX_FULL_MOMENT = 2048  # larger windows are whitened weight by weight: a root of the whole moment would take minutes
 
 
 @dataclass(frozen=True)
 class Whitening:
     """Coordinates of changes, one set a layer, behind each other: `K` in all.
 
-    Attributes:
-        sites: the layers.
-        outputs: of each layer the output channels whose weights may move, int64.
-        roots: of each layer C^(-1/2) by output channel group, `groups x d x d`, or `groups x d` where it is diagonal;
-            `d` is one more than the weights of an output where its bias may move.
+    `outputs` are of each layer the output channels whose weights may move, int64; `roots` C^(-1/2) by group of them,
+    `groups x d x d`, or `groups x d` where it is diagonal. `d` has one for the bias where it may move.
     """
 
     sites: tuple[LayerRef, ...]
@@ -82,9 +67,6 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
     Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
     with the greatest squared gradients of their margins.
-
-    Raises:
-        ConfigurationError: gradients do not reach a layer.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -93,8 +75,11 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
     moments = [_empty(site) for site in space.sites]
     for _, calls in _traced(problem, drawn):
         for site, moment in zip(space.sites, moments, strict=True):
-            for x, _ in calls[site.name]:
-                _add(site, moment, x)
+            with no_autocast(space.device):
+                for x, _ in calls[site.name]:
+                    inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
+                    inputs = F.pad(inputs, (0, 1), value=1.0) if _has_bias(site) else inputs
+                    moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
     roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
     outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
     whole = Whitening(space.sites, outputs, roots)
@@ -110,12 +95,8 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 
 @torch.no_grad()
-def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> MarginGradients:
-    """Gradients of the margins of chosen rows under a state, the same on every rank.
-
-    Raises:
-        ConfigurationError: gradients do not reach a layer.
-    """
+def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
+    """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank."""
     rows, parts = [], []
     with holding(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
@@ -126,15 +107,11 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
     own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
     all_rows = torch.cat(problem.collective.gather(own_rows))
     order = all_rows.argsort()
-    return MarginGradients(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
+    return all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)]
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Rows and calls of this rank's share of chosen samples; afterwards all ranks know whether gradients came.
-
-    Raises:
-        ConfigurationError: they did not, on any rank.
-    """
+    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients do not reach a layer."""
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
@@ -145,7 +122,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     missed = dict.fromkeys(layers, False)
     for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
         for batch, at in parts:
-            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.evaluator.context)
+            _, calls = margin_calls(problem.model, layers, batch, problem.evaluator.task, problem.evaluator.context)
             missed |= {name: missed[name] or not is_by_sample(found, len(at)) for name, found in calls.items()}
             if not any(missed.values()):
                 yield at, calls
@@ -192,19 +169,10 @@ def _has_bias(site: LayerRef) -> bool:
 
 
 def _empty(site: LayerRef) -> Tensor:
-    """The sum of no moments: `groups x d x d`, or `groups x d` where that is too large."""
     groups = getattr(site.module, "groups", 1)
     d = site.module.weight[0].numel() + _has_bias(site)
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
     return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
-
-
-def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
-    with no_autocast(x.device):
-        inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
-        if _has_bias(site):
-            inputs = F.pad(inputs, (0, 1), value=1.0)
-        moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
 
 
 def _root(moment: Tensor) -> Tensor:

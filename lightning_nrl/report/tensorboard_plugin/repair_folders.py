@@ -10,23 +10,16 @@ from pathlib import Path
 from typing import Any
 
 REPORT_NAME = "report.json"
-MAX_FOLDERS = 50_000
-"""Looked into, at most."""
-MAX_DEPTH = 12
+MAX_FOLDERS, MAX_DEPTH = 50_000, 12
 FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*"reason":')
 """How a repair's report begins; other reports have the same file name."""
 
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with the report of a repair.
+    """A folder with the report of a repair, of so many bytes, last modified at so many nanoseconds.
 
-    Attributes:
-        name: its path below the log folder, with slashes; what a browser asks for it by.
-        root: the log folder.
-        path: where it is.
-        modified: when its report was written, in nanoseconds.
-        size: of its report, in bytes.
+    A browser asks for it by its name, the path below the log folder `root`, with slashes.
     """
 
     name: str
@@ -37,7 +30,6 @@ class RepairFolder:
 
     @property
     def report(self) -> Path:
-        """The file of its report."""
         return self.path / REPORT_NAME
 
 

@@ -22,26 +22,19 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
-    name: HERE.parent / "report" / name for name in ("table.js", "report.css")
+    name: HERE.parent / name for name in ("table.js", "report.css")
 }
 """What the browser needs, by name; two of the files are those of report.html."""
 MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20
-MAX_LISTED = 200
-"""Repairs in the table, the latest."""
-KEPT_REPORTS = 4
-"""In memory."""
-LOOK_SECONDS = 5.0
-"""For so long a list of folders counts as new."""
+MAX_LISTED = 200  # repairs in the table, the latest
+KEPT_REPORTS = 4  # in memory
+LOOK_SECONDS = 5.0  # a list of folders counts as new
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Shows each repair below the log folder: its verdict, its flipped samples, how it was found.
-
-    Args:
-        context: TensorBoard's; the log folder is all that is read of it.
-    """
+    """Shows each repair below the log folder: its verdict, its flipped samples, how it was found."""
 
     plugin_name = "lightning_nrl"
 
@@ -54,7 +47,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self._load = lru_cache(maxsize=KEPT_REPORTS)(_read)
 
     def is_active(self) -> bool:
-        """Whether there is a repair."""
         return bool(self._folders())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
@@ -62,7 +54,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="Repair", disable_reload=True)
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        """What answers a browser, by path."""
         apps = {"/static/*": self._static, "/repairs": self._repairs, "/repair": self._repair, "/sample": self._sample}
         return {path: Request.application(app) for path, app in apps.items()}
 

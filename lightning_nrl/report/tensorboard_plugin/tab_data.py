@@ -11,24 +11,20 @@ from typing import Any
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_page import unseen_limit, unseen_text
+from lightning_nrl.report.repair_facts import calibration_text, unseen_facts, unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.run_records import StrengthPoint
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
-from lightning_nrl.report.splits import ROLES, SplitReport, pool
+from lightning_nrl.report.splits import SplitReport, by_role, pool
 from lightning_nrl.report.stats import percent_up
-from lightning_nrl.report.tables import calibration_facts, confusion_changes, flipped_splits, most_telling
+from lightning_nrl.report.tables import confusion_changes, flipped_splits, most_telling
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 
 Plain = dict[str, Any]
 
 
 class LoadedRepair:
-    """A report that was read, and the folder that it was read from.
-
-    Raises:
-        ConfigurationError: the file is no report, or a newer version wrote it.
-        OSError: it cannot be read.
-    """
+    """A report that was read, and the folder that it was read from."""
 
     def __init__(self, folder: RepairFolder) -> None:
         self.folder = folder
@@ -36,13 +32,8 @@ class LoadedRepair:
 
     @cached_property
     def summary(self) -> Plain:
-        """A row of the table of repairs."""
         report = self.report
-        rows: dict[str, Plain | None] = {}
-        for role in ("known", "unseen"):
-            shown = [split for split in flipped_splits(report) if split.role == role]
-            rows[role] = _numbers(pool(shown)) if shown else None
-        limit = unseen_limit(report)
+        splits, limit = by_role(flipped_splits(report)), unseen_limit(report)
         return {
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
@@ -54,12 +45,12 @@ class LoadedRepair:
             "at_most": "" if limit is None else percent_up(limit),
             "weights_changed": None if report.change is None else report.change.changed,
             "seconds": sum(report.seconds.values()),
-            **rows,
+            "known": _numbers(splits.get("known", ())),
+            "unseen": _numbers(splits.get("unseen", ())),
         }
 
     @cached_property
     def details(self) -> Plain:
-        """All that the tab shows of this repair."""
         report = self.report
         splits = flipped_splits(report)
         _, reason, *blocks = report.page(full=True).blocks
@@ -79,7 +70,7 @@ class LoadedRepair:
             "confusion": _confusion(splits),
             "flips": self._flips(splits),
             "search": _search(report),
-            "strength": _strength(report),
+            "strength": list(map(_point, report.path)),
             "chosen_strength": report.chosen_strength,
         }
 
@@ -94,9 +85,9 @@ class LoadedRepair:
         return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
 
     def _bounds(self) -> list[list[str]]:
-        facts = [] if self.report.bounds is None else list(calibration_facts(self.report.bounds))
-        facts += [("unseen data", unseen_text(self.report))] if unseen_text(self.report) else []
-        return [list(fact) for fact in facts]
+        bounds = self.report.bounds
+        calibration = [] if bounds is None else [("calibration", calibration_text(bounds))]
+        return [list(fact) for fact in (*calibration, *unseen_facts(self.report))]
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
         """Flipped samples as rows of values, the most telling first, and the names of their slices."""
@@ -117,7 +108,10 @@ class LoadedRepair:
         return {"rows": rows, "slices": slices}
 
 
-def _numbers(split: SplitReport) -> Plain:
+def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
+    if not splits:
+        return None
+    split = pool(splits)
     counted = ("n", "broken", "repaired", "targeted", "repaired_in_target")
     return {name: getattr(split, name) for name in counted} | {
         "right": split.passed,
@@ -129,45 +123,33 @@ def _numbers(split: SplitReport) -> Plain:
 
 def _confusion(splits: Sequence[SplitReport]) -> dict[str, list[list[int]]]:
     """By role the confusions that changed: label, prediction, how many before and after."""
-    found: dict[str, list[list[int]]] = {}
-    for role in ROLES:
-        own = [split for split in splits if split.role == role]
-        cells = confusion_changes(pool(own).confusion) if own else []
-        if cells:
-            found[role] = [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
-    return found
+    changes = {role: confusion_changes(pool(own).confusion) for role, own in by_role(splits).items()}
+    return {
+        role: [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
+        for role, cells in changes.items()
+        if cells
+    }
 
 
 def _search(report: RepairReport) -> Plain | None:
     search = report.search
     if search is None or not search.history:
         return None
-    curves = {name: [_finite(value) for value in curve] for name, curve in search.history.items()}
-    if search.n_passed is not None and "intact" in curves:
-        curves["broken"] = [None if value is None else search.n_passed - value for value in curves["intact"]]
+    curves = {name: [_finite(value) for value in curve] for name, curve in search.curves.items()}
     return {"curves": curves, "n_failed": search.n_failed, "n_passed": search.n_passed, "stopped": search.stopped}
 
 
-def _strength(report: RepairReport) -> list[Plain]:
-    """The way from the original weights, where all counts are 0."""
-    points: list[Plain] = []
-    for point in sorted(report.strength, key=lambda point: point.strength):
-        calibration = point.calibration
-        points.append(
-            {
-                "strength": point.strength,
-                "repaired_in_target": point.repaired_in_target,
-                "repaired": point.known.repaired,
-                "broken": point.known.broken,
-                "calibration_repaired": None if calibration is None else calibration.repaired,
-                "calibration_broken": None if calibration is None else calibration.broken,
-                "polished": point.polished,
-            }
-        )
-    if points and points[0]["strength"] > 0:
-        counted = {name: value if value is None else 0 for name, value in points[0].items()}
-        points.insert(0, {**counted, "polished": False})
-    return points
+def _point(point: StrengthPoint) -> Plain:
+    calibration = point.calibration
+    return {
+        "strength": point.strength,
+        "repaired_in_target": point.repaired_in_target,
+        "repaired": point.known.repaired,
+        "broken": point.known.broken,
+        "calibration_repaired": None if calibration is None else calibration.repaired,
+        "calibration_broken": None if calibration is None else calibration.broken,
+        "polished": point.polished,
+    }
 
 
 def _finite(value: float) -> float | None:

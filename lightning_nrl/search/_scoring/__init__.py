@@ -9,7 +9,7 @@ all candidates share; `chunk_scorer` and `scorer` count.
 from lightning_nrl.search._scoring import candidate_ops  # noqa: F401
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.scorer import SampleScores, SwarmScorer, make_scorer
+from lightning_nrl.search._scoring.scorer import SwarmScorer, make_scorer
 from lightning_nrl.search._scoring.sparse_delta import LayerDelta, make_layer_deltas
 from lightning_nrl.search._scoring.traced_model import LayerEdit
 
@@ -18,7 +18,6 @@ __all__ = [
     "Chunk",
     "LayerDelta",
     "LayerEdit",
-    "SampleScores",
     "SwarmScorer",
     "make_layer_deltas",
     "make_scorer",

@@ -8,7 +8,7 @@ for its shape, if they do not. `recording.record` makes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.search._scoring.recorded_tensors import InMemory, Recomputed
 from lightning_nrl.search._scoring.replay_plan import ReplayPlan
 from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_all, to_device
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs, LayerEdit
@@ -36,7 +35,7 @@ STORED_TENSOR = _StoredTensor()
 
 @dataclass
 class ReplayGroup:
-    """Passes that look alike. Of `targets` and `rows` one entry is left when recording is over."""
+    """Passes that look alike. Of equal stored tensors one is kept, in memory or of one batch, the rest made again."""
 
     plan: ReplayPlan | None  # how they are resumed; None: they are run as a whole
     layouts: list[SampleLayout]  # where the samples are in each stored tensor
@@ -45,66 +44,87 @@ class ReplayGroup:
     constants: list[Any] = field(default_factory=list)  # what stands in it where no stored tensor does
     recomputed: bool = False  # whether the stored tensors are made again each time
     same: tuple[int, ...] = ()  # for each stored tensor the first one that is equal to it, itself where none is
+    expected: int = 0  # samples for which memory is taken from the first batch on; what comes beyond them is joined
     shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors without their first dimension
-    storage: InMemory | Recomputed | None = None  # of those that differ; None before the first batch
-    expected: int = 0  # samples that are about to come, as far as that is known
-    targets: list[Any] = field(default_factory=list)  # trees of truths, batch by batch, on the CPU
-    rows: list[Tensor] = field(default_factory=list)  # in the results, batch by batch
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # of each kept one by batch; one is left at the end
+    filled: dict[int, int] = field(default_factory=dict)  # entries of each first part that are taken
+    again: Recompute | None = None
+    latest: tuple[int, int, dict[int, Tensor]] = (0, 0, {})  # first and last place of what was made last, and what
+    batch: int = 0  # samples of the largest batch
+    targets: list[Any] = field(default_factory=list)  # trees of truths by batch, on the CPU; one is left at the end
+    rows: list[Tensor] = field(default_factory=list)  # in the results, likewise
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.storage is None else self.storage.nbytes
+        kept = [x for parts in self.parts.values() for x in parts]
+        return sum(x.nbytes for x in (*kept, *self.latest[2].values()))
 
     def empty_like(self, device: torch.device, recomputed: bool, same: tuple[int, ...]) -> ReplayGroup:
-        return replace(
-            self, device=device, recomputed=recomputed, same=same, storage=None, expected=0, targets=[], rows=[]
-        )
+        return ReplayGroup(self.plan, self.layouts, device, self.spec, self.constants, recomputed, same)
 
     def add(self, stored: Sequence[Tensor], target: Any, rows: Tensor, again: Recompute | None = None) -> None:
         """Takes in a batch: its stored tensors, the truth, the rows in the results; `again` is for what is not kept."""
         self.same = self.same or tuple(range(len(stored)))
-        kept = sorted(set(self.same))
-        if self.storage is None:
-            self.shapes = [x.shape[1:] for x in stored]
-            layouts = [self.layouts[i] for i in kept]
-            if self.recomputed:
-                assert again is not None
-                remade = again
-
-                def kept_again(rows: Tensor) -> list[Tensor]:
-                    stored = remade(rows)
-                    return [stored[i] for i in kept]
-
-                self.storage = Recomputed(kept_again, layouts)
-            else:
-                self.storage = InMemory(layouts, self.device, self.expected)
-        self.storage.add([stored[i] for i in kept], rows)
+        self.shapes = self.shapes or [x.shape[1:] for x in stored]
+        self.again = self.again or again
+        if not self.recomputed:
+            for i in set(self.same):
+                self._keep(i, stored[i].to(self.device))
         self.targets.append(to_device(target, torch.device("cpu")))
         self.rows.append(rows)
+        self.batch = max(self.batch, len(rows))
+
+    def _keep(self, i: int, x: Tensor) -> None:
+        parts, layout, start = self.parts.setdefault(i, []), self.layouts[i], self.filled.get(i, 0)
+        reserved = self.expected * layout.m if self.device.type == "cpu" and layout.dim == 0 else 0
+        stop = start + x.shape[layout.dim]
+        if stop > reserved or len(parts) > 1 or (parts and not start):
+            parts.append(x)
+            return
+        if not parts:
+            # Its pages are taken as they fill.
+            parts.append(x.new_empty(reserved, *x.shape[1:]))
+        parts[0][start:stop] = x
+        self.filled[i] = stop
 
     def finish(self, pin: bool = False) -> None:
         """Ends the recording; page-locked (`pin`) memory is what a GPU takes without a wait."""
-        if self.storage is not None:
-            self.storage.finish(pin)
+        for i, parts in self.parts.items():
+            if i in self.filled:
+                parts[0] = parts[0][: self.filled[i]]
+            whole = _joined(parts, self.layouts[i].dim)
+            parts[:] = [whole.pin_memory() if pin else whole]
         self.rows = [torch.cat(self.rows)]
         self.targets = [
             pytree.tree_map(lambda *xs: torch.cat(xs) if isinstance(xs[0], Tensor) else xs[0], *self.targets)
         ]
 
-    def take(self, samples: slice | Tensor, device: torch.device) -> list[Tensor]:
-        assert self.storage is not None
-        kept = sorted(set(self.same))
-        taken = self.storage.take(samples, device)
-        return [taken[kept.index(i)] for i in self.same]
+    def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
+        """Returns some samples of all stored tensors, or of the last few; views where nothing has to be moved."""
+        kept = {i: parts[0] for i, parts in self.parts.items()}
+        if self.recomputed:
+            kept, samples = self._made_again(samples)
+        wanted = self.same[-last:]
+        taken = {i: self.layouts[i].take(kept[i], samples).to(device, non_blocking=True) for i in set(wanted)}
+        return [taken[i] for i in wanted]
 
-    def take_last_two(self, samples: slice | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The last two of them: the first site's input and output."""
-        assert self.storage is not None
-        kept = sorted(set(self.same))
-        first = kept.index(min(self.same[-2:]))
-        taken = self.storage.take(samples, device, first)
-        x, y = (taken[kept.index(i) - first] for i in self.same[-2:])
-        return x, y
+    def _made_again(self, samples: slice | Tensor) -> tuple[dict[int, Tensor], slice | Tensor]:
+        """Returns tensors and the samples' places in them; with those after them, if together they are one batch."""
+        places = torch.arange(len(self.rows[0]))[samples if isinstance(samples, slice) else samples.cpu()]
+        low, high = int(places.min()), int(places.max()) + 1
+        if high - low > self.batch:
+            return self._stored(self.rows[0][places]), slice(None)
+        start, stop, kept = self.latest
+        if not kept or low < start or high > stop:
+            self.latest = (0, 0, {})  # so that memory is held once
+            start, stop = low, min(low + self.batch, len(self.rows[0]))
+            self.latest = start, stop, self._stored(self.rows[0][start:stop])
+        return self.latest[2], places - start
+
+    def _stored(self, rows: Tensor) -> dict[int, Tensor]:
+        assert self.again is not None
+        stored = self.again(rows)
+        return {i: stored[i] for i in set(self.same)}
 
     def inputs(self, stored: Sequence[Tensor]) -> Inputs:
         """The model inputs, for samples that are run as a whole."""
@@ -116,7 +136,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """Whether samples that are run as a whole, of which `stored` is kept, belong to this group too."""
+        """True if samples that are run as a whole, of which `stored` is kept, belong to this group too."""
         return (
             self.plan is None
             and self.spec == other.spec
@@ -176,10 +196,8 @@ class ActivationCache:
                 yield Chunk(number, samples, rows[part], to_device(index_all(group.targets[0], part), device))
 
     def split(self, chunk: Chunk, size: int) -> Iterator[Chunk]:
-        """The same samples in chunks of at most `size`."""
         for start in range(0, len(chunk), size):
-            part = slice(start, min(start + size, len(chunk)))
-            samples = chunk.samples
+            part, samples = slice(start, min(start + size, len(chunk))), chunk.samples
             if isinstance(samples, slice):
                 samples = slice(samples.start + part.start, samples.start + part.stop)
             else:
@@ -188,7 +206,7 @@ class ActivationCache:
 
     def activations(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         plan, group = self.plan(chunk), self.groups[chunk.group]
-        x, y = group.take_last_two(chunk.samples, self.space.device)
+        x, y = group.take(chunk.samples, self.space.device, last=2)
         dim = plan.dims[plan.first.name]
         return x.movedim(dim, 0), y.movedim(dim, 0)
 
@@ -237,6 +255,21 @@ def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGr
         else:
             constants.append(x)
     return ReplayGroup(None, [SampleLayout(0)] * len(stored), device, spec, constants), stored
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """All parts in one tensor, each given up as soon as it is copied; in main memory pages are taken as they fill."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(x.shape[dim] for x in parts)
+    whole, start = parts[0].new_empty(shape), 0
+    parts.reverse()
+    while parts:
+        x = parts.pop()
+        whole.narrow(dim, start, x.shape[dim]).copy_(x)
+        start += x.shape[dim]
+    return whole
 
 
 def _equal(a: Any, b: Any) -> bool:

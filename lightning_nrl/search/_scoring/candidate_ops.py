@@ -1,9 +1,8 @@
 """Operations on `CandidateTensor`: on what candidates share once, and on the channels that differ for each.
 
 First those that treat channels one by one, then those that mix them (a Linear or a convolution adds what the channels
-that differ change in its output), then sums and products. An operation that is not listed here, or that is called in a
-way that is not known here, gets whole tensors. Every handler takes the function and its arguments and gives a result or
-`NotImplemented`.
+that differ change in its output), then sums and products. Every handler takes the function and its arguments and
+returns a result, or `NotImplemented` for what it does not know: that gets whole tensors.
 """
 
 from __future__ import annotations
@@ -17,29 +16,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, handles
+from lightning_nrl.search._scoring.candidate_tensor import OP_HANDLERS, CandidateTensor
+
+Handler = Callable[..., Any]
+
+
+def _named(owner: Any, names: str) -> tuple[Any, ...]:
+    return tuple(getattr(owner, name) for name in names.split())
+
 
 RELU = (F.relu, torch.relu, Tensor.relu)
-ACTIVATIONS = (
-    *(*RELU, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.logsigmoid),
-    *(F.hardtanh, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.threshold),
+ACTIVATIONS = RELU + _named(
+    F,
+    "relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid sigmoid tanh "
+    "threshold",
 )
+INPLACE_METHODS = (torch.relu_, *_named(Tensor, "relu_ sigmoid_ tanh_ clamp_"))
 POINTWISE = (
-    *ACTIVATIONS,
-    *(torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.exp, torch.sqrt, torch.square, torch.abs, torch.clone),
-    *(Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh, Tensor.tanh_, Tensor.clamp, Tensor.clamp_),
-    *(Tensor.exp, Tensor.sqrt, Tensor.square, Tensor.abs, Tensor.pow, Tensor.__pow__, Tensor.__neg__),
-    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type),
-    *(Tensor.detach, Tensor.clone, Tensor.contiguous),
+    *(*ACTIVATIONS, *INPLACE_METHODS, *_named(torch, "sigmoid tanh clamp exp sqrt square abs clone")),
+    *_named(Tensor, "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half bfloat16 to type"),
+    *_named(Tensor, "detach clone contiguous"),
 )
+ADAPTIVE_MEANS = _named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 POOLS = (
-    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
+    *ADAPTIVE_MEANS,
+    *_named(F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d interpolate"),
+    *(*_named(F, "adaptive_max_pool1d adaptive_max_pool2d"), *_named(torch, "max_pool1d max_pool2d max_pool3d")),
 )
 MEANS = (torch.mean, Tensor.mean)
-ADAPTIVE_MEANS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-REDUCTIONS = (torch.mean, torch.sum, torch.amax, Tensor.mean, Tensor.sum, Tensor.amax)
+REDUCTIONS = (*MEANS, torch.sum, torch.amax, Tensor.sum, Tensor.amax)
+ADDITIONS = (torch.add, *_named(Tensor, "add __add__ __radd__"))
+OPERATIONS = (
+    *(*ADDITIONS, *_named(torch, "sub mul div true_divide"), *_named(Tensor, "sub __sub__ __rsub__ mul __mul__")),
+    *_named(Tensor, "__rmul__ div true_divide __truediv__ __rtruediv__"),
+)
+IN_PLACE = {
+    **{getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
+    **{getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul")},
+}
+"""Each operation that changes its first argument, and the one that returns a new tensor."""
 
 
 def _inplace_position(function: Any) -> int | None:
@@ -50,19 +65,38 @@ def _inplace_position(function: Any) -> int | None:
 
 
 INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIVATIONS}
-INPLACE_METHODS = (torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_, Tensor.clamp_)
+
+
+def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
+    """Registers what to do instead of some functions.
+
+    If `alone`, that is done where the first argument alone is a `CandidateTensor`, with its channels at an axis.
+    """
+
+    def register(handler: Handler) -> Handler:
+        def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
+            x, *others = args or (None,)
+            if not isinstance(x, CandidateTensor) or (axis is not None and x.axis != axis):
+                return NotImplemented
+            if any(isinstance(a, CandidateTensor) for a in (*others, *kwargs.values())):
+                return NotImplemented
+            return handler(func, *args, **kwargs)
+
+        OP_HANDLERS.update(dict.fromkeys(functions, checked if alone else handler))
+        return handler
+
+    return register
 
 
 @handles(*POINTWISE)
-def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
-    x, *rest = args
-    if not isinstance(x, CandidateTensor) or any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
+def _pointwise(func: Any, x: CandidateTensor, *rest: Any, **kwargs: Any) -> Any:
+    if any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
         return NotImplemented
     position = INPLACE_POSITIONS.get(func)
-    flagged = position is not None and (kwargs.get("inplace") or (len(args) > position and args[position]))
+    flagged = position is not None and (kwargs.get("inplace") or any(rest[position - 1 : position]))
     if flagged or func in INPLACE_METHODS:
         return x.assign(x.map_channels(lambda t, units: func(t.clone() if units is None else t, *rest, **kwargs)))
-    if func in RELU and x.pending is not None and not x.identical:
+    if func in RELU and x.pending is not None:
         return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, x.evaluated().relu_())
     return x.map_channels(lambda t, _: func(t, *rest, **kwargs))
 
@@ -72,10 +106,10 @@ def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: 
     return NotImplemented if training and p else x
 
 
-@handles(F.batch_norm)
+@handles(F.batch_norm, axis=1)
 def _batch_norm(
     func: Any,
-    x: Any,
+    x: CandidateTensor,
     mean: Tensor | None,
     var: Tensor | None,
     weight: Tensor | None = None,
@@ -84,26 +118,22 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if training or not isinstance(x, CandidateTensor) or x.axis != 1:
+    if training:
         return NotImplemented
 
     def normalised(t: Tensor, units: Tensor | None) -> Tensor:
         vectors = [v if v is None or units is None else v.index_select(0, units) for v in (mean, var, weight, bias)]
         return F.batch_norm(t, vectors[0], vectors[1], vectors[2], vectors[3], False, momentum, eps)
 
-    if x.pending is not None and not x.identical and var is not None:
+    if x.pending is not None and var is not None:
         factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
         pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
         return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
     return x.map_channels(normalised)
 
 
-@handles(*POOLS)
-def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or x.axis != 1:
-        return NotImplemented
-    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
-        return NotImplemented
+@handles(*POOLS, axis=1)
+def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
     if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
@@ -112,13 +142,10 @@ def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles(*REDUCTIONS)
-def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _reduce(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     dims = args[0] if args else kwargs.get("dim")
-    dims = (dims,) if isinstance(dims, int) else dims
-    if not isinstance(x, CandidateTensor) or not isinstance(dims, (tuple, list)) or not dims:
-        return NotImplemented
-    places = {d % x.ndim for d in dims}
-    if any(d <= x.axis for d in places):
+    places = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims or (0,))}
+    if min(places) <= x.axis:
         return NotImplemented
     if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
         return _mean_of_places(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
@@ -126,7 +153,7 @@ def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
-    """The mean over all that comes behind the channels.
+    """Takes the mean over all that comes behind the channels.
 
     On a CPU as a product with a vector: a sum of few numbers that lie side by side takes several times as long.
     """
@@ -145,8 +172,8 @@ def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
 
 
 @handles(torch.flatten, Tensor.flatten)
-def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if not isinstance(x, CandidateTensor) or end_dim % x.ndim != x.ndim - 1:
+def _flatten(func: Any, x: CandidateTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if end_dim % x.ndim != x.ndim - 1:
         return NotImplemented
     start = start_dim % x.ndim
     if start == 1 and x.axis == 1:
@@ -154,9 +181,9 @@ def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return x.map_channels(lambda t, _: t.flatten(start)) if start > x.axis else NotImplemented
 
 
-@handles(Tensor.view, Tensor.reshape, torch.reshape)
-def _view(func: Any, x: Any, *shape: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or x.axis != 1 or not shape or isinstance(shape[0], torch.dtype):
+@handles(Tensor.view, Tensor.reshape, torch.reshape, axis=1)
+def _view(func: Any, x: CandidateTensor, *shape: Any) -> Any:
+    if not shape or isinstance(shape[0], torch.dtype):
         return NotImplemented
     sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
     features = x.base[0].numel()
@@ -177,9 +204,7 @@ def _flatten_channels(x: CandidateTensor) -> CandidateTensor:
 
 
 @handles(F.linear)
-def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
-        return NotImplemented
+def _linear(func: Any, x: CandidateTensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if x.identical:
         return CandidateTensor.repeated(func(x.base, weight, bias), x.copies)
     if x.axis != x.ndim - 1:
@@ -195,7 +220,7 @@ def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> An
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
 def _conv(
     func: Any,
-    x: Any,
+    x: CandidateTensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -203,8 +228,6 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if not isinstance(x, CandidateTensor) or isinstance(weight, CandidateTensor):
-        return NotImplemented
     if x.identical:
         return CandidateTensor.repeated(func(x.base, weight, bias, stride, padding, dilation, groups), x.copies)
     if groups == x.shape[1] == len(weight) and x.axis == 1:
@@ -228,15 +251,11 @@ def _conv(
 
 
 @handles(F.layer_norm, F.group_norm, F.embedding, F.prelu)
-def _samplewise(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, CandidateTensor) or not x.identical:
-        return NotImplemented
-    if any(isinstance(a, CandidateTensor) for a in (*args, *kwargs.values())):
-        return NotImplemented
-    return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies)
+def _samplewise(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
+    return CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies) if x.identical else NotImplemented
 
 
-@handles(torch.cat, torch.concat, torch.concatenate)
+@handles(torch.cat, torch.concat, torch.concatenate, alone=False)
 def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
     first = tensors[0]
     if not all(isinstance(t, CandidateTensor) and t.materialized is None and t.copies == first.copies for t in tensors):
@@ -257,29 +276,11 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """Whether a product may be summed from two parts: not in half precision, where two roundings are not one."""
+    """True if a product may be summed from two parts: not in half precision, where two roundings are not one."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
-ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-OPERATIONS = (
-    *(*ADDITIONS, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
-    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
-    *(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, Tensor.__rtruediv__),
-)
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    Tensor.__iadd__: operator.add,
-    Tensor.__isub__: operator.sub,
-    Tensor.__imul__: operator.mul,
-    Tensor.__itruediv__: operator.truediv,
-    Tensor.add_: torch.add,
-    Tensor.sub_: torch.sub,
-    Tensor.mul_: torch.mul,
-}
-"""Each operation that changes its first argument, and the one that gives a new tensor."""
-
-
-@handles(*OPERATIONS, *IN_PLACE)
+@handles(*OPERATIONS, *IN_PLACE, alone=False)
 def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if "out" in kwargs:
         return NotImplemented
@@ -300,11 +301,11 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _shifted(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
-    """A sum of what differs and what does not: only the base moves."""
+    """Adds what differs and what does not: only the base moves."""
     if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):
-        if x.pending is not None and not x.identical and other.identical and x.dtype == other.dtype:
+        if x.pending is not None and other.identical and x.dtype == other.dtype:
             return CandidateTensor(a.base + b.base, a.copies, x.axis, x.units, x.pending)
     return NotImplemented
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""What to do instead of a function; filled by the modules `channel_*`."""
+"""What to do instead of a function; filled by `candidate_ops`."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,6 @@ class LazyDelta:
         return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
 
 
-def _no_delta(base: Tensor, scale: Tensor | None) -> Tensor:
-    raise AssertionError("candidates that do not differ have no channels that do")
-
-
-NO_DELTA = LazyDelta(_no_delta)
-
-
-@cache
-def _no_units(device: torch.device) -> Tensor:
-    return torch.zeros(0, dtype=torch.int64, device=device)
-
-
 class CandidateTensor(Tensor):
     """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`."""
 
@@ -56,13 +43,13 @@ class CandidateTensor(Tensor):
     axis: int  # the dimension of base, from the front, that counts channels
     units: Tensor  # U int64, channels that differ, each once
     copies: int  # P
-    pending: LazyDelta | None  # what is added to the base in those channels; None once it is computed
+    pending: LazyDelta | None  # what is added to the base in those channels; None once it is computed or without any
     computed: Tensor | None  # P x n x ..., those channels with it; see `changed`
     materialized: Tensor | None  # the whole tensor, once something has asked for it; from then on it alone counts
 
     @staticmethod
     def __new__(
-        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | LazyDelta
+        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | LazyDelta | None
     ) -> CandidateTensor:
         shape = (copies * base.shape[0], *base.shape[1:])
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
@@ -73,11 +60,11 @@ class CandidateTensor(Tensor):
 
     @classmethod
     def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
-        return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NO_DELTA)
+        return cls(base, copies, min(1, base.ndim - 1), torch.empty(0, dtype=torch.int64, device=base.device), None)
 
     @property
     def changed(self) -> Tensor:
-        """The values of the channels that differ, `P x n x ...` with `U` channels at `axis + 1`."""
+        """`P x n x ...` with `U` channels at `axis + 1`, the channels that differ."""
         if self.computed is None:
             self.computed, self.pending = self.evaluated(), None
         return self.computed
@@ -89,16 +76,16 @@ class CandidateTensor(Tensor):
 
     @property
     def identical(self) -> bool:
-        """Whether the candidates do not differ at all."""
+        """True if the candidates do not differ at all."""
         return self.units.numel() == 0
 
     @property
     def all_differ(self) -> bool:
-        """Whether the candidates differ in every channel, so that nothing of the base is left."""
+        """True if the candidates differ in every channel, so that nothing of the base is left."""
         return self.units.numel() == self.base.shape[self.axis]
 
     def dense(self) -> Tensor:
-        """The whole tensor, in memory of its own; changing it changes this."""
+        """Returns the whole tensor, in memory of its own; changing it changes this."""
         if self.materialized is None:
             base, dim = self.base, self.axis
             if self.all_differ:
@@ -111,7 +98,7 @@ class CandidateTensor(Tensor):
         return self.materialized
 
     def dense_view(self) -> Tensor:
-        """The whole tensor, to be read only, in whatever layout costs least."""
+        """Returns the whole tensor, to be read only, in whatever layout costs least."""
         if self.materialized is None and self.all_differ:
             return self._all_changed().flatten(0, 1)
         return self.dense()
@@ -179,13 +166,3 @@ METADATA_FUNCTIONS = {
     torch.is_floating_point,
     torch.numel,
 }
-
-
-def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what to do instead of some functions; a handler may return `NotImplemented`."""
-
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        OP_HANDLERS.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return register

@@ -51,35 +51,26 @@ class ChunkScorer:
 
     def keep(self, room: int) -> None:
         """Keeps what is the same in every call, if it takes at most `room` bytes."""
-        if not self.is_head:
-            if len(self.first_delta.units):
-                gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
-                self.gathered = gathered if gathered.nbytes <= room else None
-            return
-        head = self._make_head()
-        self.head = head if head.nbytes <= room else None
-
-    def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Runs candidates `P x K`: which of them, their passes `p x n` bool, and if asked for their losses `p x n`."""
-        work = partial(self._run, with_loss=with_loss)
-        for part, (passed, loss) in in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0])):
-            yield part, passed, loss
+        if self.is_head:
+            self.head = self._make_head()
+        elif len(self.first_delta.units):
+            self.gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
+        if self.nbytes > room:
+            self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """The same summed over the samples."""
+        """Runs candidates `P x K`; yields which of them, and what they do on all samples."""
 
-        def work(values: Tensor) -> Sums:
+        def work(_: slice, own: Tensor) -> Sums:
             # To leave decided samples out, the host has to learn which those are.
             if self.is_head and not with_loss and values.device.type == "cpu":
-                return Sums(*(self.head or self._make_head()).count_passed(values, self.weight))
-            passed, loss = self._run(values, with_loss)
-            return summed(passed, loss, self.weight, with_credit)
+                return Sums(*(self.head or self._make_head()).count_passed(own[0], self.weight))
+            return summed(*self.evaluate(own[0], with_loss), self.weight, with_credit)
 
-        yield from in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0]))
+        yield from in_blocks(self, values[None], len(self.chunk), work)
 
     @property
     def first_delta(self) -> LayerDelta:
-        """The change of the site that the model calls first."""
         first = self.cache.plan(self.chunk).first
         return next(delta for delta in self.deltas if delta.site is first)
 
@@ -89,29 +80,24 @@ class ChunkScorer:
         assert label is not None
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
-    def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Returns passes `P x n` bool and, if asked for, losses `P x n` of candidates `P x K`."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
-        if self.rows >= len(self.chunk):
-            return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
-        chunks = list(self.cache.split(self.chunk, self.rows))
+        whole = self.rows >= len(self.chunk)
+        chunks = [self.chunk] if whole else list(self.cache.split(self.chunk, self.rows))
         reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
         parts = [
-            self.outputs(chunk, None, values, with_loss, reserve)
+            self.outputs(chunk, self.gathered if whole else None, values, with_loss, reserve)
             for chunk, reserve in zip(chunks, reserves, strict=True)
         ]
         losses = [loss for _, loss in parts if loss is not None]
         return torch.cat([passed for passed, _ in parts], 1), torch.cat(losses, 1) if losses else None
 
     def outputs(
-        self,
-        chunk: Chunk,
-        gathered: GatheredInputs | None,
-        values: Tensor,
-        with_loss: bool,
-        reserve: Tensor | None = None,
+        self, chunk: Chunk, gathered: GatheredInputs | None, values: Tensor, with_loss: bool, reserve: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Passes and losses of some of the samples under candidates `P x K`, all in one block."""
+        """As `evaluate`, of some of the samples, all in one block."""
         p = len(values)
         if self.cache.is_replayable(chunk):
             logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
@@ -195,12 +181,12 @@ def make_chunk_scorers(
 
 
 def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
-    """How many rows to run at once, by what a few of them take; the same on every run."""
+    """Chooses how many rows to run at once, by what a few of them take; the same on every run."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
     original = scorer.deltas[0].original
 
     def measure(p: int) -> tuple[int, int]:
-        return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True))
+        return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True, None))
 
     measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
     if measures is None:

@@ -1,15 +1,14 @@
 """From the inputs of a last layer to what counts: which samples pass and how large their losses are.
 
-Where the layer's output is what the model returns, only its changed classes are computed. On a CPU each swarm is scored
-by itself and samples whose fate is decided are left out. On a device many swarms are scored together, in as many
-launches as one takes: each has weights and samples of its own, padded to a common shape. That shape is made of the
-swarm's own numbers, rounded up a little, so that it goes through the same products and sums alone and among others.
+Only changed classes are computed. On a CPU each swarm is scored by itself, without samples whose fate is decided. On a
+device many swarms are scored together in as many launches as one takes, padded to a common shape. That shape is made of
+the swarm's own numbers, rounded up a little, so that each takes the same products and sums alone and among others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,14 +27,9 @@ MAX_UNDECIDED_SHARE = 0.75
 
 
 def is_plain_multiclass(task: Task) -> bool:
-    """Whether passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
-    own, plain = type(task), Multiclass
-    return (own.passed, own.loss, own.prediction, own.margin) == (
-        plain.passed,
-        plain.loss,
-        plain.prediction,
-        plain.margin,
-    )
+    """True if passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
+    rules = ("passed", "loss", "prediction", "margin")
+    return all(getattr(type(task), name) == getattr(Multiclass, name) for name in rules)
 
 
 class Sums(NamedTuple):
@@ -48,7 +42,7 @@ class Sums(NamedTuple):
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Sums over samples, the last dimension of `passed` and `loss`."""
+    """Sums over samples, the last dimension."""
     wide = widest(passed.device)
     credit = None
     if loss is not None and with_credit:
@@ -59,7 +53,7 @@ def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_cred
 
 
 def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """How many of `P x n` samples pass, `P`, and what these weigh; None without weights, `n`."""
+    """Counts the samples that pass, and what these weigh; None without weights."""
     return passed.sum(-1), None if weight is None else torch.where(passed, weight, 0.0).sum(-1)
 
 
@@ -83,7 +77,7 @@ class HeadTables:
     reserve: Tensor | None  # n, how far above all others the true class must be to pass; None: not at all
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for.
+        """Returns passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for.
 
         `z`, `U x P x n`, is what each candidate adds to each changed class; it is used up. All may have one more
         dimension in front, with tables that have it too.
@@ -119,11 +113,10 @@ class HeadScorer(HeadTables):
         return self.gathered.nbytes + self.rivals.nbytes + self.is_before.nbytes
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for, of candidates `P x K`."""
         return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
 
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples that go the same way under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
+        """Finds samples that surely pass, and those that surely fail, under all candidates `P x K`, `n` bool each.
 
         Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
         bounds (interval arithmetic). A sample is decided if the bounds of its true class and of the best rival do not
@@ -183,7 +176,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Prepares samples with old logits `y`, `n x C`, of which some change, true classes and margins to keep, `n`."""
+    """Prepares samples with old logits `y`, `n x C`, true classes and margins to keep, `n`."""
     n, c = y.shape
     units, true = delta.units, target.unsqueeze(1)
     place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))
@@ -253,22 +246,21 @@ class HeadStack:
 
     @property
     def total_weight(self) -> Tensor | float:
-        """What all samples of a swarm count together, `S x 1`."""
         return 0.0 if self.weight is None else self.weight.sum(-1)
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Sums:
-        """What the candidates of these swarms, `S x P x K`, do on their samples, `S x P` each."""
+        """Scores the candidates of these swarms, `S x P x K`, on their samples, `S x P` each."""
         work = partial(self._run, with_loss, with_credit)
         parts = [found for _, found in in_blocks(self, values, self.x.shape[-1], work)]
 
-        def joined(column: Sequence[Tensor | None]) -> Tensor | None:
-            known = [x.flatten() for x in column if x is not None]
+        def joined(name: str) -> Tensor | None:
+            known = [getattr(found, name).flatten() for found in parts if getattr(found, name) is not None]
             return torch.cat(known).view(values.shape[:2]) if known else None
 
-        return Sums(*map(joined, zip(*parts, strict=True)))  # type: ignore[arg-type]
+        return Sums(*map(joined, Sums._fields))  # type: ignore[arg-type]
 
     def _run(self, with_loss: bool, with_credit: bool, which: slice, values: Tensor) -> Sums:
-        tables = HeadTables(*(_some(getattr(self.tables, f.name), which) for f in fields(HeadTables)))  # type: ignore[arg-type]
+        tables = _tables(lambda name: _some(getattr(self.tables, name), which))
         dtype, x = tables.true_logit.dtype, self.x[which]
         (s, p, _), (_, u, m, n) = values.shape, x.shape
         new, old = (w.to(self.deployed).to(dtype) for w in (values, self.original[which]))
@@ -287,13 +279,13 @@ class HeadStack:
 
 
 def rounded_up(n: int, steps: int) -> int:
-    """The next of so many numbers, a power of two, between a power of two and the next."""
+    """Rounds up to one of so many numbers, a power of two, between a power of two and the next."""
     step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
     return -(-n // step) * step
 
 
 def stack_heads(swarms: Sequence[SwarmHead], n_columns: int, block_bytes: int) -> list[HeadStack]:
-    """Stacks of swarms of like shape; `n_columns` is K, `block_bytes` what the logits of one block may take."""
+    """Stacks swarms of like shape; `n_columns` is K, `block_bytes` what the logits of one block may take."""
     shapes: dict[tuple[int, int, int], list[SwarmHead]] = {}
     for one in swarms:
         shapes.setdefault(one.shape, []).append(one)
@@ -339,12 +331,16 @@ def _stacked(alike: Sequence[SwarmHead], shape: tuple[int, int, int], n_columns:
         original=original,
         columns=places.view(len(alike), 1, u * m),
         x=x,
-        tables=HeadTables(*(table(f.name) for f in fields(HeadTables))),  # type: ignore[arg-type]
+        tables=_tables(table),
         counted=torch.arange(n, device=device) < counts.view(-1, 1, 1),
         weight=torch.stack(weights).unsqueeze(1) if weights else None,
         rows=max(1, block_bytes // (u * dtype.itemsize)),
         deployed=deployed,
     )
+
+
+def _tables(made: Callable[[str], Tensor | None]) -> HeadTables:
+    return HeadTables(*(made(field.name) for field in fields(HeadTables)))  # type: ignore[arg-type]
 
 
 def _some(x: Tensor | None, which: slice) -> Tensor | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nrl._utils.device import none_if_out_of_memory
@@ -22,12 +24,11 @@ BUDGET_DIVISOR = 4
 
 
 def default_budget(device: torch.device) -> int:
-    """A share of the memory that is free on a device, in bytes."""
     return free_memory(device) // BUDGET_DIVISOR
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of main memory those that this process may still take."""
+    """Returns the bytes that are free on a device; of main memory those that this process may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -49,7 +50,7 @@ def _installed_memory() -> int:
 
 
 def _container_limit() -> list[int]:
-    """What a container's limit (control groups, version 2) leaves; nothing where there is none."""
+    """Returns what a container's limit (control groups, version 2) leaves; nothing where there is none."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -86,7 +87,7 @@ def in_blocks(
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
+    """Measures the bytes of the tensors that `work` makes: the most held at any one time, and all together."""
     meter = AllocationMeter()
     with meter:
         work()
@@ -98,52 +99,25 @@ class AllocationMeter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.users: dict[int, int] = {}  # how many tensors share each, by address
-        self.held = 0  # bytes of all of them
+        self.held: dict[int, int] = {}  # bytes of each storage, by address
         self.peak = 0  # the most that was held at any one time
         self.total = 0  # bytes of all that were ever made
 
-    def _follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
-        """Notes what an operation made of the given tensors, unless it is a view of what was there before."""
-        key, size = _storage_of(x)
-        if not key:
-            return
-        if key not in self.users:
-            if any(_storage_of(a)[0] == key for a in given):
-                return
-            self.users[key] = 0
-            self.held += size
-            self.total += size
-            self.peak = max(self.peak, self.held)
-        self.users[key] += 1
-        weakref.finalize(x, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self.users[key] -= 1
-        if not self.users[key]:
-            del self.users[key]
-            self.held -= size
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())]
-        for x in _tensors((out,)):
-            if not any(x is a for a in given):
-                self._follow(x, given)
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            key, size = storage.data_ptr(), storage.nbytes()
+            if key and key not in given and key not in self.held:
+                self.held[key] = size
+                weakref.finalize(storage, self.held.pop, key)
+                self.total += size
+                self.peak = max(self.peak, sum(self.held.values()))
         return out
 
 
-def _storage_of(x: Tensor) -> tuple[int, int]:
-    try:
-        storage = x.untyped_storage()
-        return storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):
-        return 0, 0
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    for x in pytree.tree_leaves(values):
+        if isinstance(x, Tensor):
+            with suppress(RuntimeError, NotImplementedError):  # of a kind without storage
+                yield x.untyped_storage()

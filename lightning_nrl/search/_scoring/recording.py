@@ -30,7 +30,6 @@ from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
 
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 
-
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
 """Reads samples again, by their rows in the results, ascending: batches with their rows."""
 
@@ -53,7 +52,9 @@ def record(
     if not space.sites:
         raise ReplayError(space.obstacle)
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
-    memory = _memory(space.device, budget)
+    memory = {place: free_memory(place) // 2 for place in (space.device, torch.device("cpu"))}
+    if budget is not None:
+        memory[space.device] = budget
     can_recompute = draw is not None
     n_wanted = -(-int(keep.sum()) // evaluator.collective.world_size)
     sliceable: bool | None = None  # not known before the first batch
@@ -96,43 +97,40 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs `n` samples: the group that they belong to, added where none is like it, and what to store of them."""
+    """Runs `n` samples; returns their group, added where none is like it, and what to store of them."""
     model = cache.model
-    plans = [group.plan for group in cache.groups if group.plan is not None]
-    live = {name for plan in plans for name in plan.live_calls}
+    planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
+    live = {name for _, plan in planned for name in plan.live_calls}
     trace, logits = model.trace(inputs, live.__contains__)
 
     def replays(plan: ReplayPlan, stored: list[Tensor]) -> bool:
         return same_values(plan.resume(model, stored, n, lambda site, x, y: y), logits, stored[-1].dtype)
 
-    for group in cache.groups:
-        stored = None if group.plan is None else group.plan.match(trace, inputs, n)
-        if group.plan is not None and stored is not None:
-            if replays(group.plan, stored):
+    for group, plan in planned:
+        stored = plan.match(trace, inputs, n)
+        if stored is not None:
+            if replays(plan, stored):
                 return group, stored
             return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
-    if plans and all(tuple(trace.calls) != plan.calls for plan in plans):
+    if planned and all(tuple(trace.calls) != plan.calls for _, plan in planned):
         reason = "the order in which modules are called depends on the data"
         return find_whole_group(cache, inputs, n, device, reason)
-    plan = find_replay_plan(model, inputs, n)
-    if isinstance(plan, str):
+    found = find_replay_plan(model, inputs, n)
+    if isinstance(found, str):
         try:
             return find_head_group(cache, inputs, n, device)
         except InseparableBatchError:
-            return find_whole_group(cache, inputs, n, device, plan)
-    trace, logits = model.trace(inputs, plan.live_calls.__contains__)
-    stored = plan.match(trace, inputs, n)
-    if stored is None or not replays(plan, stored):
+            return find_whole_group(cache, inputs, n, device, found)
+    trace, logits = model.trace(inputs, found.live_calls.__contains__)
+    stored = found.match(trace, inputs, n)
+    if stored is None or not replays(found, stored):
         return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
-    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
+    cache.groups.append(ReplayGroup(found, found.layouts, device))
     return cache.groups[-1], stored
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """Whether the model gives the samples of a batch what it gives some of them, taken from its tensors.
-
-    Where tensors are there that do not count samples, a pass with two of the samples says so.
-    """
+    """True if the model gives the samples of a batch what it gives two of them, taken from its tensors."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
@@ -148,7 +146,7 @@ def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """As `find_group`, of a batch that is run as it is, whose samples nothing but the logits tells apart.
+    """As `find_group`, of a batch whose samples nothing but the logits tells apart.
 
     An `InseparableBatchError` unless there is one layer, which gives the logits from one row a sample.
     """
@@ -185,7 +183,7 @@ def find_head_group(
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """The same for a batch that is run as a whole, for a reason that is noted."""
+    """As `find_group`, of a batch that is run as a whole, for a reason that is noted."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:
@@ -193,14 +191,6 @@ def find_whole_group(
             return group, stored
     cache.groups.append(new)
     return new, stored
-
-
-def _memory(device: torch.device, budget: int | None) -> dict[torch.device, int]:
-    memory = {device: free_memory(device) // 2 if budget is None else budget}
-    if device.type != "cpu":
-        main = torch.device("cpu")
-        memory[main] = free_memory(main) // 2
-    return memory
 
 
 def _place(
@@ -233,11 +223,9 @@ def _place(
 
 def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
     """For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get."""
-
-    def equal(a: Tensor, b: Tensor) -> bool:
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-    return tuple(next(j for j in range(i + 1) if j == i or equal(stored[j], x)) for i, x in enumerate(stored))
+    return tuple(
+        next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored
+    )
 
 
 @torch.no_grad()

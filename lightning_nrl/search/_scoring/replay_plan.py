@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,12 +50,10 @@ class LeafSpec:
             return x.shape == self.value.shape and (x.is_meta or torch.equal(x, self.value))
         return self.layout.matches(x.shape, self.value.shape, n)
 
-    def rebuild(
-        self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device, *, read_only: bool = False
-    ) -> Any:
-        """The leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`.
+    def rebuild(self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device) -> Any:
+        """Returns the leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`.
 
-        It may be changed in place unless it is `read_only`: then it may be the stored one itself.
+        It may be changed in place, but for the first site's input and output.
         """
         if self.layout is None:
             return self.value.clone() if isinstance(self.value, Tensor) else self.value
@@ -65,7 +62,7 @@ class LeafSpec:
         if copies == 1:
             if not self.live:
                 return self.layout.expand(self.value, n).clone()
-            return next(stored).to(device, copy=not read_only)
+            return next(stored).to(device, copy=True)
         base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
         return CandidateTensor.repeated(base, copies) if self.layout.dim == 0 else self.layout.expand(base, copies)
 
@@ -90,29 +87,20 @@ class ReplayPlan:
         return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
 
     def is_like(self, other: ReplayPlan) -> bool:
-        """Whether samples of another plan of a last layer can be kept with those of this one."""
-        return (
-            self.is_last_layer
-            and self.spec == other.spec
-            and all(
-                a.value.shape == b.value.shape and a.value.dtype == b.value.dtype
-                for a, b in zip(self.leaves, other.leaves, strict=True)
-            )
-        )
+        """True if samples of another plan of a last layer can be kept with those of this one."""
+        if not self.is_last_layer or self.spec != other.spec:
+            return False
+        return all(a.matches(b.value, 1) for a, b in zip(self.leaves, other.leaves, strict=True))
 
     @property
     def live_calls(self) -> frozenset[str]:
-        numbered = pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)
-        pairs = zip(self.calls, numbered[1], strict=True)
-        return frozenset(name for name, tree in pairs if any(self.leaves[i].live for i in pytree.tree_leaves(tree)))
+        _, outputs, _ = pytree.tree_unflatten(list(self.leaves), self.spec)
+        pairs = zip(self.calls, outputs, strict=True)
+        return frozenset(name for name, tree in pairs if any(leaf.live for leaf in pytree.tree_leaves(tree)))
 
     @property
     def layouts(self) -> list[SampleLayout]:
         return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
-
-    @cached_property
-    def _of_first(self) -> frozenset[int]:
-        return frozenset(pytree.tree_leaves(pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)[-1]))
 
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
@@ -134,10 +122,7 @@ class ReplayPlan:
             x, y = (t.to(model.space.device) for t in stored[-2:])
             return _copy_if_recorded(edit(self.first, x, y), y)
         source = iter(stored)
-        leaves = [
-            leaf.rebuild(source, n, copies, model.space.device, read_only=i in self._of_first)
-            for i, leaf in enumerate(self.leaves)
-        ]
+        leaves = [leaf.rebuild(source, n, copies, model.space.device) for leaf in self.leaves]
         inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
 
         def samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -169,9 +154,9 @@ def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
-    """A plan for passes like this one, of `n` samples, that gave the whole model's logits for changed weights.
+    """Returns a plan for passes like this one, of `n` samples, or why there is none.
 
-    If there is none, why not, in words. A site that is never called is a `ReplayError`.
+    The plan gave the whole model's logits for changed weights. A site that is never called is a `ReplayError`.
     """
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
@@ -189,24 +174,25 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         return "what modules return depends on the data"
     try:
         layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
-        site_shapes = zip(trace.layer_order, trace.layer_shapes, other.layer_shapes, strict=True)
-        found = [(name, infer_layout(a, b, small, small + 1)) for name, a, b in site_shapes]
-        site_layouts = dict(found)
+        of_calls = [
+            infer_layout(a, b, small, small + 1) for a, b in zip(trace.layer_shapes, other.layer_shapes, strict=True)
+        ]
     except ValueError as error:
         return f"a module's output does not count samples in one dimension: {error}"
-    if any(layout is None for _, layout in found) or layouts[-2] is None:
+    called = [(name, layout.dim) for name, layout in zip(trace.layer_order, of_calls, strict=True) if layout]
+    if len(called) < len(of_calls) or layouts[-2] is None:
         return "a layer's output is the same for all samples"
-    if len({(name, layout.dim) for name, layout in found if layout is not None}) > len(site_layouts):
+    dims = dict(called)
+    if len(set(called)) > len(dims):
         return "a layer is called with samples in several dimensions"
-    dims = {name: layout.dim for name, layout in site_layouts.items() if layout is not None}
-    first = model.sites[trace.layer_order[0]]
+    first = model.sites[first_name]
     modules = {name: model.model.get_submodule(name) for name in trace.calls}
     alive = _liveness(model, trace, few)
     problem = ""
     for live in (alive, [True] * len(leaves)):
-        made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
-        site = tuple(LeafSpec(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
-        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, (*made[:-2], *site))
+        made = [_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True)]
+        made[-2:] = (replace(leaf, live=True, repeats=False) for leaf in made[-2:])
+        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, tuple(made))
         stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
         try:
             problem = _check(model, plan, stored, few, small)
@@ -220,7 +206,7 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
 
 
 def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
-    """Whether two results differ by no more than rounding, in the dtype they were computed in."""
+    """True if two results differ by no more than rounding, in the dtype they were computed in."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not b.is_floating_point():
@@ -234,7 +220,7 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
 
 
 def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """Resumes the pass under original weights and with changed ones; says what is wrong, or nothing.
+    """Resumes the pass under original weights and with changed ones; returns what is wrong, or nothing.
 
     First all weights change, then a few, whose effect is followed channel by channel.
     """
@@ -268,7 +254,7 @@ def perturbed(flat: Tensor) -> Tensor:
 
 
 def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
-    """Whether the first site's output, untouched, is what the model returns."""
+    """True if the first site's output, untouched, is what the model returns."""
     given: list[Tensor] = []
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -280,7 +266,7 @@ def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor],
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
-    """Which leaves reach the logits other than through the first site, by the gradients that come back to them."""
+    """Finds the leaves that reach the logits other than through the first site, by the gradients at them."""
     leaves, spec = flatten_trace(inputs, trace)
     floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
     try:

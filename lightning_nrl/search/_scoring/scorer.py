@@ -25,15 +25,6 @@ N_MOST_FRAGILE = 128
 
 
 @dataclass(frozen=True)
-class SampleScores:
-    """What each candidate does on each of this rank's samples, all on the CPU."""
-
-    rows: Tensor  # n int64, in the results
-    passed: Tensor  # P x n bool
-    loss: Tensor  # P x n
-
-
-@dataclass(frozen=True)
 class SwarmGroup:
     """Swarms that search the same weights on the same samples. Each is run on its own, to score as if alone."""
 
@@ -126,18 +117,6 @@ class SwarmScorer:
             given_up[alive] = False
             sums[2:, given_up] = torch.nan
 
-    @torch.no_grad()
-    def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
-        """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
-        values = values.to(self.cache.space.device)
-        group = next(group for group in self.groups if swarm in group.swarms)
-        scorers = [*group.failed, *group.passed]
-        passed = [torch.cat([p.cpu() for _, p, _ in scorer.evaluate(values[:, group.columns])]) for scorer in scorers]
-        losses = [_losses(scorer, values[:, group.columns]) for scorer in scorers]
-        none = torch.zeros(len(values), 0)
-        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(scorer.chunk.rows for scorer in scorers)])
-        return SampleScores(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
-
 
 def make_scorer(
     cache: ActivationCache,
@@ -156,8 +135,7 @@ def make_scorer(
     """Prepares the scoring of candidates; `N` is by row of the results.
 
     If losses on I_pos are not needed, `Scores.loss_passed` is 0, and samples of I_pos that no candidate of a call can
-    break are not computed. The most fragile of them are scored first, so that candidates that break too many are given
-    up early. Numbers of swarms that do not agree are a `ConfigurationError`.
+    break are not computed. Numbers of swarms that do not agree are a `ConfigurationError`.
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
@@ -198,6 +176,7 @@ def make_scorer(
         )
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
         groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
+    aimed = failed.view(-1, failed.shape[-1]).any(0)
     scorer = SwarmScorer(
         cache,
         tuple(groups),
@@ -207,9 +186,7 @@ def make_scorer(
         passed_loss,
         gives_up=gives_up,
         weighted=weight is not None,
-        least=1.0
-        if weight is None or not bool(failed.any())
-        else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
+        least=1.0 if weight is None or not bool(aimed.any()) else min(1.0, float(weight[aimed].min())),
         credit=credit,
     )
     if gives_up:
@@ -218,15 +195,14 @@ def make_scorer(
 
 
 def is_stacked_on(device: torch.device) -> bool:
-    """Whether swarms are scored in stacks; else candidates that break too many are given up, and decided samples."""
+    """True if swarms are scored in stacks; else candidates that break too many are given up, and decided samples."""
     return device.type != "cpu"
 
 
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
-    """The same, with stacks of all groups whose samples are in front of a last layer; what is kept, is kept once.
+    """Stacks all groups whose samples are in front of a last layer.
 
-    `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what stacks may take that are mostly
-    padding.
+    `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what padding may take.
     """
     groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
@@ -257,7 +233,7 @@ def _add_up(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_w
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
-    """The samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
+    """Chooses the samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
     first = torch.zeros_like(passed)
     if fragility is not None:
         rows = passed.nonzero().flatten()
@@ -271,10 +247,6 @@ def _equal_swarms(tables: list[Tensor]) -> list[tuple[int, ...]]:
     for swarm in range(len(tables[0])):
         groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)
     return [tuple(swarms) for swarms in groups.values()]
-
-
-def _losses(scorer: ChunkScorer, values: Tensor) -> Tensor:
-    return torch.cat([loss.cpu().double() for _, _, loss in scorer.evaluate(values) if loss is not None])
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

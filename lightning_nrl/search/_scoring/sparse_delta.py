@@ -24,6 +24,9 @@ from lightning_nrl.evaluation.layer_gradients import pad_input
 from lightning_nrl.evaluation.layers import Convolution, LayerRef, ParameterSpace, layer_output
 from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, LazyDelta
 
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+COPIED_INPUTS = 2
+"""With more candidates than so many times the weights of a unit, a CPU copies its inputs rather than its outputs."""
 MIN_SHARE_OF_ALL_UNITS = 0.9
 """Beyond this share of changed units all units are treated as changed: that saves putting them together."""
 
@@ -37,14 +40,17 @@ class UnitBucket:
     channels: Tensor  # int64, input channels that the weights meet, ascending
     channel: Tensor  # u x m int64, which of them each weight meets
 
+    def to(self, device: torch.device) -> UnitBucket:
+        return UnitBucket(*(x.to(device) for x in (self.columns, self.kernel_index, self.channels, self.channel)))
+
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """For each weight the input of a Linear that it meets, `u x copies x m x R`."""
+        """Returns the input of a Linear that each weight meets, `u x copies x m x R`."""
         u, m = self.kernel_index.shape
         met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
         return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
-        """For each weight the padded input at its place in the kernel, at every output position.
+        """Returns the padded input at each weight's place in the kernel, at every output position.
 
         `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
         """
@@ -66,67 +72,8 @@ class UnitBucket:
 
 
 @dataclass(frozen=True)
-class DeltaLayout:
-    """Changed weights of one layer."""
-
-    units: Tensor  # U int64, the output units that have some, bucket by bucket
-    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
-    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
-
-    def to(self, device: torch.device) -> DeltaLayout:
-        own = [self.units, self.bias]
-        for b in self.buckets:
-            own += [b.columns, b.kernel_index, b.channels, b.channel]
-        if device.type == "cpu":
-            return self
-        moved = torch.cat([x.flatten() for x in own]).to(device).split([x.numel() for x in own])
-        units, bias, *rest = (new.view(old.shape) for new, old in zip(moved, own, strict=True))
-        return DeltaLayout(units, tuple(UnitBucket(*rest[i : i + 4]) for i in range(0, len(rest), 4)), bias)
-
-
-def make_delta_layout(site: LayerRef, where: Tensor) -> DeltaLayout:
-    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
-    k, out = len(where), site.weight_shape[0]
-    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
-    is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)
-    unit, index, column = where[is_weight] // per_unit, where[is_weight] % per_unit, is_weight.nonzero().flatten()
-    units = torch.cat([unit, where[is_bias] - size]).unique()
-    if len(units) > MIN_SHARE_OF_ALL_UNITS * out:
-        units = torch.arange(out, device=where.device)
-    bias = torch.full((len(units),), k, device=where.device)
-    bias[torch.searchsorted(units, where[is_bias] - size)] = is_bias.nonzero().flatten()
-    slot = torch.searchsorted(units, unit)
-    counts = torch.bincount(slot, minlength=len(units))
-    level = counts.clamp_min(1).double().log2().ceil().long()
-    groups = 1 if isinstance(site.module, nn.Linear) else site.module.groups
-    kernel = math.prod(site.weight_shape[2:])
-    by_unit, first = slot.argsort(stable=True), counts.cumsum(0) - counts
-    buckets, order = [], []
-    for size_class in level.unique().tolist():
-        slots = (level == size_class).nonzero().flatten()
-        places = torch.arange(max(1, int(counts[slots].max())), device=where.device)
-        stays = places >= counts[slots].unsqueeze(1)
-        own = torch.where(stays, 0, first[slots].unsqueeze(1) + places)
-        columns, kernel_index = (
-            F.pad(x[by_unit], (0, 1))[own].masked_fill(stays, fill) for x, fill in ((column, k), (index, 0))
-        )
-        group = units[slots] // (out // groups)
-        met = group.unsqueeze(1) * site.weight_shape[1] + kernel_index // kernel
-        buckets.append(UnitBucket(columns, kernel_index, *met.unique(return_inverse=True)))
-        order.append(slots)
-    if order:
-        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
-    return DeltaLayout(units, tuple(buckets), bias)
-
-
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-COPIED_INPUTS = 2
-"""With more candidates than so many times the weights of a unit, a CPU copies its inputs rather than its outputs."""
-
-
-@dataclass(frozen=True)
 class GatheredInputs:
-    """What the change of a layer needs to know of some samples; `B` is 1 if all candidates have one input, else `P`."""
+    """What the change of a layer needs of some samples; `B` is 1 if all candidates have one input, else `P`."""
 
     x: tuple[Tensor, ...]  # a bucket: u x B x m x R, what changed weights meet at R output positions of all samples
     base: Tensor  # B x n x U x ..., the units' old outputs, float32 in half precisions
@@ -138,11 +85,14 @@ class GatheredInputs:
 
 
 @dataclass(frozen=True)
-class LayerDelta(DeltaLayout):
+class LayerDelta:
     """The change of one layer, for any values of the changed weights."""
 
     site: LayerRef
     original: Tensor  # the K values as they are now, in the deployed dtype
+    units: Tensor  # U int64, the output units that change, bucket by bucket
+    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
+    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
 
     @property
     def unit_dim(self) -> int:
@@ -151,11 +101,10 @@ class LayerDelta(DeltaLayout):
     def output(
         self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1, gathered: GatheredInputs | None = None
     ) -> Tensor:
-        """The layer's output under candidates `P x K`: `P * n` samples in memory of their own, candidate by candidate.
+        """Returns the layer's output under candidates `P x K`: `P * n` samples, candidate by candidate.
 
-        `x` is the layer's input, `copies * n` samples: `copies` is 1 if all candidates have the same, P if it goes
-        candidate by candidate; `y` is its output under the weights as they are, `gathered` what `gather` gave, if kept.
-        A `CandidateTensor` if the input is the same for all candidates and some units do not change.
+        `x` is the layer's input, `copies * n` samples: `copies` is 1 if all candidates have the same, else P; `y` is
+        its output under the weights as they are, `gathered` what `gather` returned, if kept.
         """
         p, dim = values.shape[0], self.unit_dim % y.ndim
         if not self.units.shape[0]:
@@ -175,11 +124,10 @@ class LayerDelta(DeltaLayout):
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
         """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
         module = self.site.module
-        is_linear = isinstance(module, nn.Linear)
 
         def units_of(y: Tensor) -> Tensor:
             chosen: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
-            return chosen.movedim(-1, 2) if is_linear else chosen
+            return chosen.movedim(self.unit_dim, 2) if self.unit_dim < 0 else chosen
 
         rounded = units_of(y)
         half = y.dtype in HALF_PRECISIONS
@@ -194,7 +142,7 @@ class LayerDelta(DeltaLayout):
         return GatheredInputs(tuple(inputs.to(y.dtype).to(compute) for inputs in gathered), base, rounded)
 
     def unit_outputs(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """The changed units' outputs under each candidate, `P x n x U x ...`, in the layer's output dtype."""
+        """Returns the changed units' outputs, `P x n x U x ...`, in the layer's output dtype."""
         change = self.weight_delta(values, gathered.rounded.dtype)
         p, (_, n, u, *rest) = values.shape[0], gathered.base.shape
         delta = self._products(change, gathered).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
@@ -205,18 +153,18 @@ class LayerDelta(DeltaLayout):
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """New minus old of each weight as the layer's product sees them, `P x (K + 1)`; the last one is 0."""
+        """Returns new minus old weights as the layer's product sees them, `P x (K + 1)`; the last one is 0."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """What each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
+        """Returns what each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
     def _onto(self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None) -> Tensor:
-        """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
+        """Adds each unit's change times a factor to a base `U x n x ...`: `U x P x n x ...`."""
         with no_autocast(change.device):
             out = self._products(change, gathered, scale, base.reshape(base.shape[0], 1, -1))
         return out.view(base.shape[0], change.shape[0], *base.shape[1:])
@@ -255,7 +203,7 @@ class LayerDelta(DeltaLayout):
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
-    """What a site gives with its parameters, by dotted name, in place of its own."""
+    """Returns a site's output with parameters by dotted name in place of its own."""
     new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
     return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
 
@@ -263,7 +211,7 @@ def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) ->
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """What `ReplayPlan.resume` calls at each site for candidates `P x K`; `gathered` is the first site's, if kept."""
+    """Returns the edit of `ReplayPlan.resume` for candidates `P x K`; `gathered` is the first site's, if kept."""
     by_site = {id(delta.site): delta for delta in deltas}
     first = True
 
@@ -279,10 +227,41 @@ def edit_layers(
 
 
 def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
-    """The change of each site, in their order; `where` is `K` int64, flat positions that change, each once."""
+    """Prepares the change of each site, in their order; `where` is `K` int64, flat positions that change, each once."""
     original, where = space.flat()[where.to(space.device)], where.cpu()
-    layouts = [make_delta_layout(site, where - site.offset).to(space.device) for site in space.sites]
-    return tuple(
-        LayerDelta(layout.units, layout.buckets, layout.bias, site, original)
-        for site, layout in zip(space.sites, layouts, strict=True)
-    )
+    return tuple(_layer_delta(site, where - site.offset, original) for site in space.sites)
+
+
+def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
+    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
+    k, out = len(where), site.weight_shape[0]
+    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
+    is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)
+    unit, index, column = where[is_weight] // per_unit, where[is_weight] % per_unit, is_weight.nonzero().flatten()
+    units = torch.cat([unit, where[is_bias] - size]).unique()
+    if len(units) > MIN_SHARE_OF_ALL_UNITS * out:
+        units = torch.arange(out, device=where.device)
+    bias = torch.full((len(units),), k, device=where.device)
+    bias[torch.searchsorted(units, where[is_bias] - size)] = is_bias.nonzero().flatten()
+    slot = torch.searchsorted(units, unit)
+    counts = torch.bincount(slot, minlength=len(units))
+    level = counts.clamp_min(1).double().log2().ceil().long()
+    groups = 1 if isinstance(site.module, nn.Linear) else site.module.groups
+    kernel = math.prod(site.weight_shape[2:])
+    by_unit, first = slot.argsort(stable=True), counts.cumsum(0) - counts
+    buckets, order = [], []
+    for size_class in level.unique().tolist():
+        slots = (level == size_class).nonzero().flatten()
+        places = torch.arange(max(1, int(counts[slots].max())), device=where.device)
+        stays = places >= counts[slots].unsqueeze(1)
+        own = torch.where(stays, 0, first[slots].unsqueeze(1) + places)
+        columns, kernel_index = (
+            F.pad(x[by_unit], (0, 1))[own].masked_fill(stays, fill) for x, fill in ((column, k), (index, 0))
+        )
+        group = units[slots] // (out // groups)
+        met = group.unsqueeze(1) * site.weight_shape[1] + kernel_index // kernel
+        buckets.append(UnitBucket(columns, kernel_index, *met.unique(return_inverse=True)).to(original.device))
+        order.append(slots)
+    if order:
+        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
+    return LayerDelta(site, original, units.to(original.device), tuple(buckets), bias.to(original.device))

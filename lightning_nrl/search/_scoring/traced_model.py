@@ -7,11 +7,10 @@ runs only the code between them and what comes after the layer, whatever plain P
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,10 +23,17 @@ from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
-from lightning_nrl.evaluation.recurrent import opened
+from lightning_nrl.evaluation.recurrent import opened, patched_forward
 
-OutputEdit = Callable[[Tensor, Tensor], Tensor]
-"""Takes a layer's input and its output, and gives the output to go on with."""
+Inputs = tuple[tuple[object, ...], Mapping[str, object]]
+"""What a model is called with: positional and keyword arguments."""
+LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
+"""Takes a site, the layer's input and its output, and gives the output to go on with."""
+
+
+@runtime_checkable
+class _Clonable(Protocol):
+    def clone(self) -> Any: ...
 
 
 @dataclass
@@ -40,172 +46,6 @@ class ForwardTrace:
     layer_shapes: list[torch.Size] = field(default_factory=list)  # of their outputs
     input: Tensor | None = None  # the first layer's
     output: Tensor | None = None  # the first layer's, before any hook of the user
-
-
-@contextmanager
-def trace_forward(
-    model: nn.Module, sites: Mapping[str, nn.Module], keep: Callable[[str], bool] = lambda name: True
-) -> Iterator[ForwardTrace]:
-    """Watches the pass that is run inside; of modules that are not to `keep` only shapes are noted, as meta tensors."""
-    trace = ForwardTrace()
-    open_calls: list[list[tuple[str, Any]]] = [[]]
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if not trace.layer_order:
-            open_calls.append([])
-
-    def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not trace.layer_order:
-                open_calls.pop()
-                # The index of a packed sequence cannot be without values.
-                copy = _clone if keep(name) or is_packed(output) else _shape_only
-                open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
-
-        return hook
-
-    def edit(name: str) -> OutputEdit:
-        def note(x: Tensor, y: Tensor) -> Tensor:
-            if not trace.layer_order:
-                frontier = [call for calls in open_calls for call in calls]
-                trace.calls, trace.outputs = [c for c, _ in frontier], [o for _, o in frontier]
-                trace.input, trace.output = x.detach().clone(), y.detach().clone()
-            trace.layer_order.append(name)
-            trace.layer_shapes.append(y.shape)
-            return y
-
-        return note
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; it is run like code between modules
-                continue
-            for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
-                stack.callback(handle.remove)
-        for name, module in sites.items():
-            stack.enter_context(edit_output(module, edit(name)))
-        stack.enter_context(force_eager())
-        yield trace
-
-
-def is_packed(output: Any) -> bool:
-    """Whether there is a packed sequence in what a module returned."""
-    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
-    return any(isinstance(x, PackedSequence) for x in leaves)
-
-
-@contextmanager
-def edit_output(module: nn.Module, edit: OutputEdit) -> Iterator[None]:
-    """Inside, the layer's output goes through `edit(input, output)`; the user's hooks see what it returns."""
-    forward = module.forward
-
-    def edited(input: Tensor) -> Tensor:
-        return edit(input, forward(input))
-
-    with _patched_forward(module, edited):
-        yield
-
-
-@contextmanager
-def with_cached_outputs(
-    calls: Sequence[str],
-    modules: Mapping[str, nn.Module],
-    outputs: Sequence[Any],
-    first: nn.Module,
-    result: Callable[[], Tensor],
-) -> Iterator[None]:
-    """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
-
-    A `ReplayError` comes from inside, if the pass does not call the frontier in the recorded order.
-    """
-    left = dict(Counter(calls))
-    restores: dict[str, Callable[[], None]] = {}
-    at = 0
-
-    def recorded(name: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal at
-            if at >= len(calls) or calls[at] != name:
-                raise _out_of_order(name)
-            left[name] -= 1
-            if not left[name]:
-                restores.pop(name)()
-            at += 1
-            return outputs[at - 1]
-
-        return forward
-
-    def live(*args: Any, **kwargs: Any) -> Tensor:
-        if at != len(calls):
-            raise _out_of_order(calls[at])
-        return result()
-
-    try:
-        for name in left:
-            restores[name] = _patch_forward(modules[name], recorded(name), hooks=False)
-        with _patched_forward(first, live), force_eager():
-            yield
-    finally:
-        for restore in restores.values():
-            restore()
-
-
-@contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    restore = _patch_forward(module, forward, hooks=True)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _patch_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool) -> Callable[[], None]:
-    """From now on the module runs `forward`, with or without the user's hooks around it. Gives what undoes that.
-
-    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
-    its parts has hooks, and would not call them otherwise.
-    """
-    held = module.__dict__
-    new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
-    if hooks:
-        new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
-        new["_forward_hooks"][-1] = lambda module, args, output: None
-    else:
-        new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
-    before = {name: held[name] for name in new if name in held}
-    held.update(new)
-
-    def restore() -> None:
-        for name in new:
-            held.pop(name, None)
-        held.update(before)
-
-    return restore
-
-
-def _clone(x: Tensor) -> Tensor:
-    return x.detach().clone()
-
-
-def _shape_only(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="meta")
-
-
-def _out_of_order(name: str) -> ReplayError:
-    return ReplayError(
-        f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model."
-    )
-
-
-Inputs = tuple[tuple[object, ...], Mapping[str, object]]
-"""What a model is called with: positional and keyword arguments."""
-LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
-"""Takes a site, the layer's input and its output, and gives the output to go on with."""
-
-
-@runtime_checkable
-class _Clonable(Protocol):
-    def clone(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -224,13 +64,12 @@ class EditableModel:
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
-        """One ordinary pass: what was done when it first called a site, and the logits.
+        """Returns what an ordinary pass did until it first called a site, and its logits.
 
-        A site that is never called is a `ReplayError`.
+        Of modules that are not to `keep` only shapes are noted. A site that is never called is a `ReplayError`.
         """
-        modules = {site.name: site.module for site in self.space.sites}
-        recurrent = opened(self.space.gates)
-        with recurrent, trace_forward(self.model, modules, keep) as trace, self.evaluator.context():
+        traced = trace_forward(self.model, self.space.sites, keep)
+        with opened(self.space.gates), traced as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
             output = run_model(self.model, args, kwargs)
         for name in self.sites:
@@ -258,15 +97,122 @@ class EditableModel:
 
 
 @contextmanager
+def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]) -> Iterator[ForwardTrace]:
+    """Watches the pass that is run inside; of modules that are not to `keep` only shapes are noted, as meta tensors."""
+    trace = ForwardTrace()
+    open_calls: list[list[tuple[str, Any]]] = [[]]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if not trace.layer_order:
+            open_calls.append([])
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not trace.layer_order:
+                open_calls.pop()
+                # The index of a packed sequence cannot be without values.
+                copy = _clone if keep(name) or is_packed(output) else _shape_only
+                open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
+
+        return hook
+
+    def note(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        if not trace.layer_order:
+            frontier = [call for calls in open_calls for call in calls]
+            trace.calls, trace.outputs = [c for c, _ in frontier], [o for _, o in frontier]
+            trace.input, trace.output = _clone(x), _clone(y)
+        trace.layer_order.append(site.name)
+        trace.layer_shapes.append(y.shape)
+        return y
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; it is run like code between modules
+                continue
+            for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
+                stack.callback(handle.remove)
+        stack.enter_context(edit_outputs(sites, note))
+        stack.enter_context(force_eager())
+        yield trace
+
+
+def is_packed(output: Any) -> bool:
+    """True if there is a packed sequence in what a module returned."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
+    return any(isinstance(x, PackedSequence) for x in leaves)
+
+
+@contextmanager
 def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
-    """Inside, the output of each site goes through `edit(site, input, output)`."""
+    """Inside, the output of each site goes through `edit(site, input, output)`; the user's hooks see the result."""
+
+    def edited(site: LayerRef, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda input: edit(site, input, forward(input))
+
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(edit_output(site.module, partial(edit, site)))
+            stack.enter_context(patched_forward(site.module, edited(site, site.module.forward)))
+        yield
+
+
+@contextmanager
+def with_cached_outputs(
+    calls: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    outputs: Sequence[Any],
+    first: nn.Module,
+    result: Callable[[], Tensor],
+) -> Iterator[None]:
+    """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
+
+    A `ReplayError` comes from inside, if the pass does not call the frontier in the recorded order.
+    """
+    left = Counter(calls)
+    patches: dict[str, ExitStack] = {}
+    at = 0
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal at
+            if at >= len(calls) or calls[at] != name:
+                raise _out_of_order(name)
+            left[name] -= 1
+            if not left[name]:
+                patches[name].close()
+            at += 1
+            return outputs[at - 1]
+
+        return forward
+
+    def live(*args: Any, **kwargs: Any) -> Tensor:
+        if at != len(calls):
+            raise _out_of_order(calls[at])
+        return result()
+
+    with ExitStack() as stack:
+        for name in left:
+            patches[name] = stack.enter_context(ExitStack())
+            patches[name].enter_context(patched_forward(modules[name], recorded(name), hooks=False))
+        stack.enter_context(patched_forward(first, live))
+        stack.enter_context(force_eager())
         yield
 
 
 def _cloned(inputs: Inputs) -> Inputs:
-    """The inputs in memory of their own, since a model may change what it is given; of graphs too."""
+    """Copies the inputs, graphs too, since a model may change what it is given."""
     args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1])))
     return args, kwargs
+
+
+def _clone(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _shape_only(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")
+
+
+def _out_of_order(name: str) -> ReplayError:
+    return ReplayError(
+        f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model."
+    )

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
+from lightning_nrl.report import hash_tensors
 from lightning_nrl.tasks import Task
 
 
@@ -226,34 +222,3 @@ def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(monkeypatch
     assert [t.fixable for t in found.targets] == ["yes", "no", "yes"]
     assert [(b.split, b.id) for b in found.binding] == [("train", 0)]
     assert found.notes[0].endswith("only 5 of 7 known samples, those nearest to failing, were looked at.")
-
-
-@dataclass(frozen=True, eq=False)
-class Share(TensorSource):
-    """Every second sample, beginning with that of the rank."""
-
-    rank: int = 0
-
-    @property
-    def positions(self) -> Tensor:
-        return self.index[self.rank :: 2]
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.draw(self.positions.split(self.batch_size))
-
-
-def test_ranks_that_share_the_data_find_what_one_finds() -> None:
-    def run(collective: Collective | None) -> Diagnosis:
-        sources: list[TensorSource] = known()
-        if collective is not None:
-            sources = [Share(**vars(source), rank=collective.rank) for source in sources]
-        return diagnose_module(Evaluator(trained(), collective=collective or Collective()), sources)
-
-    (first, second), one = on_ranks(2, run), run(None)
-    assert replace(first, seconds={}).to_json() == replace(second, seconds={}).to_json()
-    for a, b in zip(first.targets, one.targets, strict=True):
-        assert (a.split, a.id, a.fixable) == (b.split, b.id, b.fixable)
-        assert a.change == pytest.approx(b.change, rel=1e-3, nan_ok=True)
-    assert [(b.split, b.id, b.targets) for b in first.binding] == [(b.split, b.id, b.targets) for b in one.binding]
-    assert [layer.change for layer in first.layers] == pytest.approx([layer.change for layer in one.layers], rel=1e-3)
-    assert first.doubts == one.doubts

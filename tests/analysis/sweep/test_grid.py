@@ -7,7 +7,6 @@ import pytest
 from lightning_nrl import ConfigurationError, Grid, ParticleSwarm, Settings
 from lightning_nrl.analysis.sweep import parse_seeds, parse_settings
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.pipeline.presets import TABLE_II, paper_arguments
 from lightning_nrl.search import Fitness
 
 BASE = Settings(method=ParticleSwarm(iterations=20))
@@ -18,7 +17,7 @@ def names(settings: Any, base: Settings = BASE) -> list[str]:
 
 
 def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
-    grid = Grid(alpha=[4, 5], fitness="eq1", n_weights=[16, 32], patience=[10, 50])
+    grid = Grid(fitness="eq1", alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])
     assert names(grid) == [
         f"eq1 alpha={alpha} lw={n} pos=all p=100{patience}"
         for alpha in (4, 5)
@@ -32,31 +31,13 @@ def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
     assert repr(grid) == "Grid(fitness=['eq1'], alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])"
 
 
-def test_rows_of_the_paper_are_what_from_paper_gives() -> None:
-    settings = parse_settings(list(TABLE_II), BASE)
-    assert [setting.name for setting in settings] == list(TABLE_II)
-    for setting in settings:
-        row = paper_arguments(setting.name)
-        del row["gate"]
-        assert setting.arguments() == row
-
-
-def test_a_row_with_something_else_says_so_in_its_name() -> None:
-    (setting,) = parse_settings({"row": "EXP-C1", "particles": 20, "n_passed": None}, BASE)
-    assert setting.name == "EXP-C1 particles=20 n_passed=None"
-    assert setting.method == ParticleSwarm(particles=20, iterations=100, patience=10, start="paper")
-    assert setting.n_passed is None
-    (named,) = parse_settings([{"row": "EXP-C1", "particles": 20, "name": "few"}], BASE)
-    assert named.name == "few"
-
-
 def test_what_makes_no_difference_is_tried_once() -> None:
     grid = Grid(fitness=["lexicographic", "eq1"], alpha=[4, 6], perfect_intact=[False, True])
     assert names(grid) == [
         "lexicographic lw=auto pos=all p=100",
         *(f"eq1 alpha={alpha}{pi} lw=auto pos=all p=100" for alpha in (4, 6) for pi in ("", " pi")),
     ]
-    assert names(["EXP-C1", "EXP-C1"]) == ["EXP-C1"]
+    assert names([{"alpha": 4, "name": "a"}, {"alpha": 4, "name": "a"}]) == ["a"]
     # As the paper's 0 it does make one.
     zero = Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True])
     assert len(names(zero)) == 2
@@ -78,7 +59,9 @@ def test_whole_objects_are_taken_as_they_are() -> None:
         ({"fitness": "eq3"}, "`fitness='eq3'` is unknown"),
         ({"localizer": AllWeights(), "n_weights": 5}, "`n_weights` is no argument"),
         ({"method": "convex"}, "`method='convex'` is no ParticleSwarm"),
-        (["EXP-C9"], "`row='EXP-C9'` is not in Table II"),
+        (["EXP-C1"], "`settings='EXP-C1'` is no setting"),
+        ("EXP-C1", "`settings='EXP-C1'` is no list of settings"),
+        ({"include_bias": True}, "some search biases and others do not"),
         ([], "`settings` is empty"),
         (3, "`settings=3` is no list of settings"),
         ([3], "`settings=3` is no setting"),
@@ -96,7 +79,7 @@ def test_a_grid_without_values_and_another_method_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="`patience` has no value"):
         Grid(alpha=[4], patience=[])
     with pytest.raises(ConfigurationError, match=r"`method` is a Convex: a sweep runs the paper's search"):
-        parse_settings("EXP-C1", Settings(method="convex"))  # type: ignore[arg-type]
+        parse_settings({"alpha": 4}, Settings(method="convex"))
 
 
 def test_seeds_are_a_number_or_a_list() -> None:

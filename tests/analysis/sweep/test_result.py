@@ -2,18 +2,14 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_package import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import ConfigurationError, Gate
-from lightning_nrl._trainer.tracking.loggers import track_sweep
 from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
 from lightning_nrl.evaluation.sample_results import TargetCounts
 
@@ -76,17 +72,6 @@ def test_a_table_alone_says_that_it_has_no_weights() -> None:
     for what in (RESULT.state, RESULT.arguments):
         with pytest.raises(ConfigurationError, match=r"`run`: of 'eq1 alpha=4' with seed 0 this result does not know"):
             what(ROWS[0])
-
-
-def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(ConfigurationError, match=r"pip install \"lightning_nrl\[parquet\]\", or use `to_csv`"):
-            RESULT.to_parquet(tmp_path / "sweep.parquet")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    RESULT.to_parquet(tmp_path / "sweep.parquet")
-    rows = parquet.read_table(tmp_path / "sweep.parquet").to_pylist()
-    assert SweepResult.from_dict({**RESULT.to_dict(), "runs": rows}) == RESULT
 
 
 def seen(runs: tuple[Run, ...], role: str = "known") -> list[tuple[int, int]]:
@@ -155,41 +140,3 @@ def test_runs_of_one_setting() -> None:
     assert RESULT.of("eq1 alpha=6") == tuple(ROWS[2:4])
     with pytest.raises(ConfigurationError, match="did you mean 'eq1 alpha=6'"):
         RESULT.of("eq1 alpha=5")
-
-
-def test_rows_of_the_hparams_tab_are_means_of_settings_or_runs() -> None:
-    rows = RESULT.hparams_rows()
-    assert list(rows) == ["eq1 alpha=4", "eq1 alpha=6", "plain"]
-    asked, found = rows["eq1 alpha=4"]
-    assert asked == {
-        "setting": "eq1 alpha=4", "fitness": "eq1", "alpha": 4.0, "perfect_intact": False, "n_weights": "auto",
-        "n_passed": 30, "particles": 20,
-    }  # fmt: skip
-    assert (found["sweep/regression_free"], found["sweep/known_broken"], found["sweep/unseen_repaired"]) == (0.5, 1, 5)
-    runs = RESULT.hparams_rows("run", name="mine")
-    assert len(runs) == 5
-    assert runs["eq1 alpha=4 seed=1"][0]["seed"] == 1
-    assert runs["eq1 alpha=4 seed=1"][1]["mine/known_repaired"] == 7
-    assert len({tuple(asked) for asked, _ in runs.values()}) == 1
-
-
-def test_tensorboard_has_a_sub_run_for_each_and_other_loggers_nothing(tmp_path: Path) -> None:
-    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path, name="", version="")]
-    track_sweep(RESULT.hparams_rows(), loggers)
-    loggers[1].finalize("success")
-    folder = tmp_path / "sweep" / "eq1 alpha=4"
-    events = EventAccumulator(str(folder)).Reload()
-    assert "_hparams_/session_start_info" in events.summary_metadata
-    (value,) = events.Scalars("sweep/known_broken")
-    assert value.value == 1
-    assert len(list((tmp_path / "sweep").iterdir())) == 3
-
-
-def test_a_logger_that_raises_is_warned_of() -> None:
-    class Broken(TensorBoardLogger):
-        @property
-        def experiment(self) -> Any:
-            raise OSError("disk full")
-
-    with pytest.warns(UserWarning, match="The sweep was not logged to Broken, which raised OSError: disk full"):
-        track_sweep(RESULT.hparams_rows(), [Broken("nowhere")])

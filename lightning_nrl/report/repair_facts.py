@@ -1,0 +1,208 @@
+"""What a page says of a repair in words: one fact a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
+from lightning_nrl.report.run_records import (
+    CalibrationBounds,
+    Hashes,
+    Judge,
+    LocalizationReport,
+    PricePoint,
+    RepairRecord,
+    SearchReport,
+    WeightChange,
+)
+from lightning_nrl.report.splits import SetAside, SplitReport
+from lightning_nrl.report.stats import Bound, lower_limit, percent_up, show_confidence, upper_limit
+from lightning_nrl.report.tables import Fact, points_text
+
+USUAL_TASK = "Multiclass"
+LISTED_SAMPLES = 50
+"""Failures that were set aside, of which Markdown tells."""
+ONE_SIDED_CONFIDENCE = 0.95
+"""Of each end of an interval, so that 90 % of all intervals hold the rate."""
+UNSEEN_CONFIDENCE = 0.95
+
+
+def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
+    """What was asked for, what was searched and found, and what that says of data to come."""
+    facts = [("target", report.target), ("layer", ", ".join(report.layers)), ("gate", report.gate)]
+    # Of classes everybody knows what right is.
+    facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
+    if report.set_aside:
+        facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}"))
+    facts += [(f"leak into {split}", f"{n:,} of its samples are known too") for split, n in report.leaked.items()]
+    if report.localization is not None:
+        facts.append(("weights searched", _localization(report.localization)))
+    if report.search is not None:
+        facts.append(("search", _search(report.search, report.seconds.get("search"))))
+    taken = next((rung for rung in report.rungs if rung.taken), None)
+    if taken is not None and taken.held_out is not None:
+        unseen = report.pooled("unseen") if report.status == "repaired" else None
+        facts.append(("held-out estimate", _estimate(taken.held_out, None if unseen is None else unseen.counts)))
+    price = _price(report.price)
+    facts += [("zero broken costs", price)] if price else []
+    if report.chosen_strength not in (None, 1.0):
+        facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
+    if report.judge is not None and report.judge.within_rounding:
+        facts.append(("within rounding", _rounding(report.judge)))
+    if report.bounds is not None:
+        facts.append(("calibration", calibration_text(report.bounds)))
+    if report.change is not None:
+        facts.append(("weights changed" if report.status == "repaired" else "would change", _change(report.change)))
+    return tuple(facts)
+
+
+def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
+    """What unseen data say; nothing where there is no limit."""
+    counted, limit = _counted(report), unseen_limit(report)
+    if counted is None or limit is None:
+        return ()
+    text = (
+        f"broken {counted.broken:,} of {counted.passed:,} that were right; "
+        f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of samples like these"
+    )
+    known = sum(report.leaked.values())
+    return (("unseen data", f"{text} (too good a limit: {known:,} of them are known too)" if known else text),)
+
+
+def unseen_limit(report: RepairRecord) -> float | None:
+    """At most this share of samples like the unseen ones breaks, with `UNSEEN_CONFIDENCE`, in (0, 1].
+
+    Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
+    Pearson, and holds since nothing was chosen by unseen data. None if no weights changed, or nothing is unseen.
+    """
+    counted = _counted(report)
+    return None if counted is None else upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
+
+
+def _counted(report: RepairRecord) -> SplitReport | None:
+    update = report.pooled_update("unseen")
+    counted = report.pooled("unseen") if update is None else update.now
+    return counted if report.status == "repaired" and counted is not None and counted.passed else None
+
+
+def calibration_text(bounds: CalibrationBounds) -> str:
+    """What the calibration data say of the accepted model."""
+    rate = bounds.broken / bounds.n if bounds.n else math.nan
+    text = str(Bound(bounds.broken, bounds.n, bounds.confidence, rate, bounds.upper))
+    if bounds.allowed is not None:
+        text += f" (the limit of {bounds.allowed:,} broken, up to which each strength was accepted, the weakest first)"
+    elif bounds.states > 1:
+        text += f" (it holds for each of {bounds.states:,} sets of weights that these data might have chosen)"
+    return text
+
+
+def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
+    """Each sample that was set aside and why, the first few."""
+    facts = [
+        (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
+        for one in samples[:LISTED_SAMPLES]
+    ]
+    further = len(samples) - LISTED_SAMPLES
+    return (*facts, ("further", f"{further:,}, all in report.json")) if further > 0 else tuple(facts)
+
+
+def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
+    """SHA-256 of the weights before and after; one line where they are the same."""
+    facts = []
+    for name, before, after in (
+        ("layers", hashes.layers_before, hashes.layers_after),
+        ("whole model", hashes.model_before, hashes.model_after),
+    ):
+        if before is not None and before == after:
+            facts.append((f"sha256 of the {name}, unchanged", before))
+        elif before is not None and after is not None:
+            facts += [(f"sha256 of the {name} before", before), (f"sha256 of the {name} after", after)]
+    return tuple(facts)
+
+
+def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
+    """What the run depends on, and how long it took."""
+    task = [("task", report.task)] if report.task == USUAL_TASK else []
+    seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
+    judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
+    return (*task, ("seed", str(report.seed)), *judge, *seconds, *report.versions.items())
+
+
+def _localization(localization: LocalizationReport) -> str:
+    sizes = localization.sizes
+    text = count(sizes.get("localized", 0))
+    if "total" in sizes:
+        text += f" of {sizes['total']:,}"
+    if localization.requested is not None and localization.requested != sizes.get("localized"):
+        text += f", the nearest to the {localization.requested:,} asked for"
+    if {"failed", "passed", "both"} <= sizes.keys():
+        text += (
+            f"; {sizes['failed']:,} matter for the failed data, {sizes['passed']:,} for the passed, "
+            f"{sizes['both']:,} for both (the top {localization.n_g:,} by each impact)"
+        )
+    return text
+
+
+def _search(search: SearchReport, seconds: float | None) -> str:
+    text = plural(search.iterations, "iteration") + (f" in {seconds:,.1f} s" if seconds is not None else "")
+    if search.n_failed is not None and search.n_passed is not None:
+        text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
+    fitness = f"{number(search.original_fitness)} -> {number(search.fitness)}"
+    return f"{text}, fitness {fitness}; stopped: {search.stopped}"
+
+
+def _price(price: Sequence[PricePoint]) -> str:
+    """What it costs that no known sample may break; empty where that is not known."""
+    if not price or price[0].allowed:
+        return ""
+    none, most = price[0], max(price, key=lambda point: (point.repaired_in_target, -point.broken))
+    further = most.repaired_in_target - none.repaired_in_target
+    if further <= 0:
+        return "nothing: of all that was tried, nothing repairs more targets by breaking known samples"
+    return (
+        f"{plural(further, 'target')}: {count(most.repaired_in_target)} instead of {count(none.repaired_in_target)} "
+        f"would be repaired if {plural(most.broken, 'known sample')} might break"
+    )
+
+
+def _estimate(held_out: TargetCounts, unseen: FlipCounts | None) -> str:
+    """What held-out samples say of unseen data like them, and what came of the unseen ones.
+
+    In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little.
+    """
+    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, of_rate=_share_only)}"
+    return _shares(held_out, of_rate=_share_and_interval) + counted
+
+
+def _shares(counts: FlipCounts, of_rate: Callable[[int, int], str]) -> str:
+    failed = counts.repaired + counts.failing
+    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired{of_rate(counts.repaired, failed)}"
+    broken = f"{count(counts.broken)} of {count(counts.passed)} passed samples broken"
+    return f"{repaired}, {broken}{of_rate(counts.broken, counts.passed)}, {points_text(counts)} points"
+
+
+def _share_only(k: int, n: int) -> str:
+    return f" ({rough_percent(k / n)})" if n else ""
+
+
+def _share_and_interval(k: int, n: int) -> str:
+    if not n:
+        return ""
+    low, high = lower_limit(k, n, ONE_SIDED_CONFIDENCE), upper_limit(k, n, ONE_SIDED_CONFIDENCE)
+    return f" ({rough_percent(k / n)}; {rough_percent(low)} to {rough_percent(high)} at 90 % confidence)"
+
+
+def _change(change: WeightChange) -> str:
+    share = f" ({percent(change.relative)} of the layers' norm)" if math.isfinite(change.relative) else ""
+    return (
+        f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
+        f"norm of the change {number(change.l2)}{share}"
+    )
+
+
+def _rounding(judge: Judge) -> str:
+    n, rounding = judge.within_rounding, judge.rounding or 0.0
+    who = f"{n:,} known samples are" if n != 1 else "1 known sample is"
+    return f"{who} right by less than {rounding:.2g}, which another device or batch size may take away"

@@ -1,0 +1,184 @@
+"""One of several classes a sample, or any number of labels a sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._utils.checks import described
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl.errors import ConfigurationError, check_real, check_whole
+from lightning_nrl.tasks.task import TASKS, Task, class_divergence, masked_mean
+
+PROBABILITY_ROUNDING = 1e-2
+"""How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
+
+
+@TASKS.register("multiclass")
+class Multiclass(Task):
+    """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32.
+
+    The truth is a class number a sample, `n` or `n x 1`, whole or float; or `n x C` probabilities, one-hot or soft. Of
+    probabilities the largest says which class is right, and the loss is the cross entropy with all of them.
+    """
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Refuses counts that do not fit, and a label without a logit, which on a GPU would end the process."""
+        self.prediction(output)
+        label, classes = self.label(target), output.shape[1]
+        if len(label) != len(output):
+            raise ConfigurationError(
+                f"`task`: the model returned {len(output)} rows of logits for {len(label)} targets.",
+                "the model must give one row a sample; an `adapter` says what it is called with and what the truth is.",
+            )
+        self._check_values(target, classes)
+        if len(label) and int(label.max()) >= classes:
+            raise ConfigurationError(
+                f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
+                f"labels are whole numbers from 0 to {classes - 1}; pass an `adapter` that makes them so.",
+            )
+
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.prediction(output) == self.label(target)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        # A label below 0 is no class: an `Evaluator` refuses such samples by name, after a whole pass.
+        output = at_least_float32(output)
+        truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
+        return F.cross_entropy(output, truth, reduction="none")
+
+    def margin(self, output: Tensor, target: Tensor) -> Tensor:
+        output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
+        return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        return class_divergence(output, teacher)
+
+    def prediction(self, output: Tensor) -> Tensor:
+        if output.ndim != 2 or output.shape[1] < 2:
+            raise ConfigurationError(
+                f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
+                "return one logit for each of two or more classes, or pass a `Task` that fits as `task=`.",
+            )
+        return output.argmax(1)
+
+    def label(self, target: Tensor) -> Tensor:
+        if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
+            raise ConfigurationError(
+                f"`task`: multiclass needs whole labels [samples], found {described(target)}.",
+                "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
+            )
+        return target.float().argmax(1) if _is_soft(target) else target.flatten().long()
+
+    def _check_values(self, target: Tensor, classes: int) -> None:
+        if _is_soft(target):
+            rows = target.double()
+            fits = target.shape[1] == classes and bool((rows >= 0).all())
+            if not fits or bool(((rows.sum(1) - 1).abs() > PROBABILITY_ROUNDING).any()):
+                raise ConfigurationError(
+                    f"`task`: multiclass found {described(target)} that are no probabilities of {classes} classes.",
+                    "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
+                    "`task='multilabel'`.",
+                )
+        elif target.is_floating_point() and bool((target != target.round()).any()):
+            raise ConfigurationError(
+                "`task`: multiclass needs whole labels, and found others.",
+                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+            )
+
+
+def _is_soft(target: Tensor) -> bool:
+    return target.ndim == 2 and target.shape[1] > 1
+
+
+@TASKS.register("multilabel")
+@dataclass(frozen=True)
+class Multilabel(Task):
+    """Multi-label classification from one logit a label, `n x L`: a sample is right if all of its labels are.
+
+    A label is right if its probability, the sigmoid of the logit, is above the threshold where the label is there and
+    below it where not. Targets are `n x L`, 1 or 0 of any dtype. The loss is binary cross entropy, the mean over
+    labels.
+
+    Attributes:
+        threshold: of the probability, between 0 and 1.
+        wrong: how many labels of a sample may be wrong and it still passes.
+        ignore_index: the value of labels that are not known and do not count.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]])
+        >>> Multilabel().margin(logits, labels), Multilabel(wrong=1).margin(logits, labels)
+        (tensor([-0.5000]), tensor([1.]))
+    """
+
+    threshold: float = 0.5
+    wrong: int = 0
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        hint = "give a number between 0 and 1; 0.5 stands for a logit of 0."
+        check_real("Multilabel.threshold", self.threshold, "probability", hint, above=0, below=1)
+        check_whole("Multilabel.wrong", self.wrong, 0)
+
+    def __str__(self) -> str:
+        at = "" if self.threshold == 0.5 else f" at a threshold of {self.threshold:.4g}"
+        most = f"all labels but {self.wrong}" if self.wrong else "every label"
+        return f"Multilabel: {most} right{at}"
+
+    def check(self, output: Tensor, target: Any) -> None:
+        if output.ndim != 2 or not output.shape[1]:
+            raise ConfigurationError(
+                f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
+                "return one logit for each label, or pass a `Task` that fits as `task=`.",
+            )
+        if not isinstance(target, Tensor) or target.shape != output.shape:
+            raise ConfigurationError(
+                f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, "
+                f"found {described(target)}.",
+                "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
+            )
+        known = self._known(target)
+        other = (target != 0) & (target != 1) & known
+        if other.any():
+            raise ConfigurationError(
+                f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
+                "set `ignore_index` if that one means not known.",
+            )
+        fewest = int(known.sum(1).min()) if len(known) else output.shape[1]
+        if fewest <= self.wrong:
+            raise ConfigurationError(
+                f"`Multilabel.wrong={self.wrong}`, and a sample has {fewest} known labels, so none need be right.",
+                "leave such samples out of the data, or give a smaller number.",
+            )
+
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return self.margin(output, target) > 0
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        output, known = at_least_float32(output), self._known(target)
+        each = F.binary_cross_entropy_with_logits(output, (target == 1).to(output), reduction="none")
+        return masked_mean(each, known)
+
+    def margin(self, output: Tensor, target: Any) -> Tensor:
+        """How far logits are on the right side of the threshold, `n`: the least, the allowed wrong ones left out."""
+        output = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
+        each = torch.where(target == 1, output, -output)
+        each = torch.where(each.isnan(), -torch.inf, each)
+        each = torch.where(self._known(target), each, torch.inf)
+        return each.kthvalue(self.wrong + 1, 1).values if self.wrong else each.amin(1)
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        new, old = at_least_float32(output), at_least_float32(teacher)
+        there = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
+        absent = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))
+        divergence = (there + absent).clamp_min(0)
+        return divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
+
+    def _known(self, target: Tensor) -> Tensor:
+        # As floats, since a byte cannot be -100.
+        return target.float() != self.ignore_index

@@ -1,0 +1,79 @@
+"""Rules from text, as arguments and the command line give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_nrl._utils.checks import read_number
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.targets import target_in
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.updates.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, Rule
+
+RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
+"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+
+
+def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
+    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
+    listed = [rules] if isinstance(rules, (str, Rule)) else rules
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
+    return tuple(parse_rule(rule) for rule in listed)
+
+
+def parse_rule(rule: Any) -> Rule:
+    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
+
+    All but `protected` may end with ` in SPLIT, SPLIT`.
+
+    Example:
+        >>> parse_rule("nfr:1%:99% in test")
+        MaxNegativeFlipRate(limit=0.01, confidence=0.99, each_slice=False, splits=('test',))
+    """
+    if isinstance(rule, Rule):
+        return rule
+    text, _, named = str(rule).partition(" in ")
+    kind, *given = (part.strip() for part in text.split(":"))
+    splits = tuple(name.strip() for name in named.split(",")) if named else ()
+    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
+    if made is None:
+        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
+    return made
+
+
+@RULES.register("instance")
+@RULES.register("accuracy")
+@RULES.register("tolerance", "tolerance:1%")
+def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
+    return AtMostBroken(text.partition(" in ")[0], splits)
+
+
+@RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
+@RULES.register("slice-nfr", "slice-nfr:5%")
+def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    numbers = [_number(part, text) for part in given]
+    if len(numbers) not in (1, 2):
+        return None
+    confidence = numbers[1] if len(numbers) == 2 else 0.95
+    return MaxNegativeFlipRate(numbers[0], confidence, text.startswith("slice-"), splits)
+
+
+@RULES.register("slices", "slices", "slices:count")
+def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    if "count" in given:
+        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
+    numbers = [_number(part, text) for part in given]
+    return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
+
+
+@RULES.register("protected", "protected:ids.csv", "protected:label 3")
+def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    what = text.partition(":")[2].strip()
+    target = target_in(what)
+    return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
+
+
+def _number(text: str, rule: str) -> float:
+    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))

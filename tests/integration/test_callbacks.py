@@ -1,0 +1,114 @@
+"""What holds for each callback: an argument without a meaning is refused at once, a configuration file is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from digit_models import mlp
+from test_cli import cli
+
+from lightning_nrl import (
+    ConfigurationError,
+    OldModel,
+    PositiveCongruentTraining,
+    RegressionMetrics,
+    ReleaseGate,
+    RepairInTraining,
+    TrainingHistory,
+    WeightInterpolation,
+)
+from lightning_nrl.updates import FocalDistillation, MarginHinge
+
+UPDATES = (PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation)
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    *((kind, {"reference": None}, "`reference=None`") for kind in UPDATES),
+    *((kind, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` is not there") for kind in UPDATES),
+    *((kind, {"task": "multi-class"}, "`task='multi-class'` is unknown") for kind in UPDATES),
+    *((kind, {"task": 3}, "`task=3` is no Task") for kind in UPDATES),
+    (PositiveCongruentTraining, {"term": "distillation"}, "did you mean 'focal_distillation'"),
+    (PositiveCongruentTraining, {"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
+    (PositiveCongruentTraining, {"prefix": "/"}, "`prefix='/'` is no name"),
+    (RegressionMetrics, {"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
+    (RegressionMetrics, {"prefix": ""}, "`prefix=''` is no name"),
+    (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
+    (ReleaseGate, {"rules": "nothing"}, "is no rule"),
+    (ReleaseGate, {"slices": 3.5}, "`slices`"),
+    (ReleaseGate, {"splits": "test"}, "`splits='test'` is no list of names"),
+    (ReleaseGate, {"seed": -1}, "`seed=-1` is out of range"),
+    (WeightInterpolation, {"share": "most"}, "`share='most'` is no share"),
+    (WeightInterpolation, {"share": 1.5}, "`share=1.5` is no share"),
+    (WeightInterpolation, {"tolerance": -1}, "`tolerance=-1` is no share"),
+    (WeightInterpolation, {"calibration": "valid"}, "`calibration='valid'` is no split"),
+    (WeightInterpolation, {"calibration": None}, "`share='auto'` needs calibration data"),
+    (WeightInterpolation, {"statistics": None}, "`statistics=None` is no split"),
+    (WeightInterpolation, {"batches": 0}, "`batches=0` is out of range"),
+    (WeightInterpolation, {"prefix": ""}, "`prefix=''` is no name"),
+    (WeightInterpolation, {"seed": -1}, "`seed=-1` is out of range"),
+    (WeightInterpolation, {"reference": OldModel({}, classes={0: 1})}, "an OldModel with `classes` has other inputs"),
+    (TrainingHistory, {"splits": "validation"}, "is no split"),
+    (TrainingHistory, {"splits": []}, "names no split"),
+    (TrainingHistory, {"every_n_epochs": 0}, "every_n_epochs"),
+    (TrainingHistory, {"every_n_steps": 0.5}, "every_n_steps"),
+    (RepairInTraining, {}, "are both None"),
+    (RepairInTraining, {"every_n_epochs": 0}, "every_n_epochs"),
+    (RepairInTraining, {"monitor": ""}, "monitor"),
+    (RepairInTraining, {"monitor": "loss", "mode": "least"}, "mode"),
+    (RepairInTraining, {"monitor": "loss", "min_delta": -1}, "min_delta"),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "message"), REFUSED)
+def test_an_argument_without_a_meaning_is_refused_at_once(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    given = {"reference": mlp()} if kind in UPDATES else {}
+    with pytest.raises(ConfigurationError, match=message):
+        kind(**{**given, **arguments})
+
+
+def test_predictions_have_no_weights_to_go_back_to(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("split,id,prediction\nval,0,1\n")
+    with pytest.raises(ConfigurationError, match="it has no weights"):
+        WeightInterpolation(tmp_path / "old.csv")
+
+
+TERM = {"class_path": "lightning_nrl.updates.FocalDistillation", "init_args": {"temperature": 2.0}}
+CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
+    (
+        PositiveCongruentTraining,
+        {"term": [TERM, "margin_hinge"], "index": "digit_models:digit"},
+        lambda made: (made.terms, made.index.__name__),
+        ((FocalDistillation(temperature=2.0), MarginHinge()), "digit"),
+    ),
+    (
+        RegressionMetrics,
+        {"slices": "digit_models:digit", "prefix": "old"},
+        lambda made: (made.slices.__name__, made.prefix),
+        ("digit", "old"),
+    ),
+    (
+        ReleaseGate,
+        {"rules": ["accuracy", "nfr:5%"], "slices": "digit_models:digit"},
+        lambda made: [str(rule) for rule in made.rules],
+        ["accuracy", "nfr:5%"],
+    ),
+    (
+        WeightInterpolation,
+        {"share": 0.1, "calibration": "test", "batches": 20},
+        lambda made: (made.share, made.calibration, made.batches, made.tolerance),
+        (0.1, "test", 20, 0.005),
+    ),
+    (WeightInterpolation, {"share": "auto"}, lambda made: made.share, "auto"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
+@pytest.mark.parametrize(("kind", "written", "look", "expected"), CONFIGURED)
+def test_a_configuration_file_is_enough(
+    kind: Any, written: dict[str, Any], look: Callable[[Any], Any], expected: Any, trained_path: Path, tmp_path: Path
+) -> None:
+    words = yaml.safe_dump({"reference": str(trained_path), **written})
+    (made,) = (c for c in cli(tmp_path, words, run=False, kind=kind).trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+    assert look(made) == expected

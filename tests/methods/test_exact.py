@@ -1,0 +1,212 @@
+"""Layers that are solved: worked out by hand, exact whatever they meet, and the same on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy_problems import broken, checked, left_alone, make_problem, on_a_line, right, same, shares, together
+from toy_repairs import blobs, known, trained
+
+from lightning_nrl import ConfigurationError, TensorSource
+from lightning_nrl.methods import Convex, Linearized, Problem
+
+
+def test_what_can_be_repaired_without_a_regression_is() -> None:
+    own = on_a_line(layer="")
+    with left_alone(own.model):
+        solution = checked(own, Convex()(own))
+    # 0.7 is repaired; 0.5 cannot be without breaking 0.6.
+    assert solution.proposal is not None
+    assert solution.proposal.repaired == 1
+    assert set(solution.proposal.state) == {"weight"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_known_sample_breaks(seed: int) -> None:
+    own = make_problem(trained(seed=seed), known(seed), "2")
+    solution = checked(own, Convex()(own))
+    assert [step.name for step in solution.steps][-1] == "convex"
+    assert all(broken(own, other.state) == other.broken for other in solution.others)
+
+
+def test_two_ranks_solve_what_one_does() -> None:
+    model = trained()
+    alone = Convex()(make_problem(model, known(), "2")).proposal
+    first, second = together(model, known(), lambda own: Convex()(own).proposal, layer="2")
+    assert same(first.state, second.state)
+    assert (first.repaired, first.broken) == (second.repaired, second.broken) == (alone.repaired, alone.broken)
+
+
+def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samples_too() -> None:
+    sources = [
+        TensorSource(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), "passed", passed=True),
+        TensorSource(torch.tensor([[1.0, 0.1]]), torch.tensor([1]), "failed", failed=True),
+    ]
+
+    def refused(collective: Any) -> str:
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Softmax(1))
+        model[0].load_state_dict({"weight": torch.eye(2)})
+        own = make_problem(model, shares(sources, collective.rank, 2), collective=collective)
+        assert len(list(own.known[0])) == 1 - collective.rank
+        with pytest.raises(ConfigurationError, match="the output of `layer='0'` is not what the model returns"):
+            Convex()(own)
+        return "refused"
+
+    assert on_ranks(2, refused) == ["refused", "refused"]
+
+
+def test_solving_ends_with_its_time() -> None:
+    own = make_problem(trained(), known())
+    assert len(Convex()(own).steps) > 3
+    solution = Convex(seconds=0.0)(own)
+    # The weakest strength, and the verdict on it.
+    assert len(solution.steps) == 2
+    assert solution.proposal is None or broken(own, solution.proposal.state) == 0
+
+
+def make(model: nn.Module, sources: Sequence[Any], layer: str | list[str] = "0", **rest: Any) -> Problem:
+    return make_problem(model, sources, layer, **rest)
+
+
+def plane() -> nn.Sequential:
+    """Logits 0 and x, for points (x, y): class 1 right of the y axis."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False))
+    model[0].weight.data, model[1].weight.data = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])
+    return model
+
+
+def source(points: Sequence[Sequence[float]], labels: Sequence[int], split: str, **marks: Any) -> TensorSource:
+    return TensorSource(torch.tensor(points), torch.tensor(labels), split, **marks)
+
+
+def on_the_axis() -> list[TensorSource]:
+    """Passed points have margin 1; the target lies on the border, in a direction in which no passed point lies."""
+    return [
+        source([[1.0, 0.0], [-1.0, 0.0]], [1, 0], "train", passed=True),
+        source([[0.0, 1.0]], [1], "new", failed=True),
+    ]
+
+
+def test_a_repair_in_the_first_of_two_layers_worked_out_by_hand() -> None:
+    solution = Linearized()(make(plane(), on_the_axis()))
+    assert solution.proposal is not None
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    # A fifth of the median margin 1, all of it where it moves no passed point.
+    assert solution.proposal.state.keys() == {"0.weight"}
+    torch.testing.assert_close(solution.proposal.state["0.weight"], torch.tensor([[1.0, 0.2]]))
+    (step,) = solution.steps
+    assert (step.name, step.repaired, step.broken, step.note) == ("linearized", 1, 0, "3 gradients, the whole step")
+
+
+def test_a_target_that_a_passed_sample_contradicts_stays_and_nothing_breaks() -> None:
+    twins = [
+        source([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [1, 0, 0], "train", passed=True),
+        source([[0.0, 1.0]], [1], "new", failed=True),
+    ]
+    problem = make(plane(), twins)
+    solution = Linearized()(problem)
+    assert solution.proposal is None
+    assert solution.reason == "no step along the gradients repairs a target without a regression."
+    assert all(step.broken == step.repaired for step in solution.steps)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_moves_only_if_it_is_included(bias: bool) -> None:
+    problem = make(trained(), known(), bias=bias)
+    solution = Linearized()(problem)
+    assert solution.proposal is not None
+    assert solution.proposal.repaired > 0
+    assert ("0.bias" in solution.proposal.state) == bias
+    if bias:
+        assert not torch.equal(solution.proposal.state["0.bias"], problem.model[0].bias)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), layer=st.sampled_from(["0", "2", ("0", "2")]), shift=st.floats(0.5, 2.5))
+def test_it_never_breaks_a_known_sample(seed: int, layer: Any, shift: float) -> None:
+    sources = [
+        TensorSource(*blobs(80, seed=seed), split="train", passed=True),
+        TensorSource(*blobs(40, shift, seed + 1), split="new", failed=True),
+    ]
+    problem = make(trained(seed=seed % 7), sources, list(layer) if isinstance(layer, tuple) else layer)
+    with left_alone(problem.model):
+        solution = Linearized()(problem)
+    if solution.proposal is None:
+        assert solution.reason
+    else:
+        now = right(problem, solution.proposal.state)
+        assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+        assert solution.proposal.repaired == int((now & problem.before.targeted).sum()) > 0
+        assert [other.broken for other in solution.others] == [0] * len(solution.others)
+
+
+def test_it_repairs_most_of_what_a_hidden_layer_can() -> None:
+    problem = make(trained(), known())
+    solution = Linearized()(problem)
+    assert solution.proposal is not None
+    targets = int(problem.before.targeted.sum())
+    assert solution.proposal.repaired >= 0.6 * targets
+    repairs = [proposal.repaired for proposal in (*solution.others, solution.proposal)]
+    assert repairs == sorted(set(repairs))
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does(few: bool) -> None:
+    sources = known()
+    if few:
+        failed = (trained().eval()(sources[1].inputs).argmax(1) != sources[1].targets).nonzero()[:1, 0]
+        sources[1] = TensorSource(sources[1].inputs[failed], sources[1].targets[failed], "new", failed=True)
+    alone = Linearized()(make(trained(), sources)).proposal
+    first, second = together(trained(), sources, lambda own: Linearized()(own).proposal, layer="0")
+    assert alone is not None
+    assert same(first.state, second.state)
+    assert (first.repaired, first.broken) == (second.repaired, second.broken) == (alone.repaired, 0)
+    torch.testing.assert_close(first.state["0.weight"], alone.state["0.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_mixed_precision_is_repaired_as_deployed() -> None:
+    def mixed() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    solution = Linearized()(problem := make(trained(), known(), context=mixed))
+    assert solution.proposal is not None
+    assert (solution.proposal.broken, solution.proposal.repaired > 0) == (0, True)
+    assert problem.propose("again", solution.proposal.state).repaired == solution.proposal.repaired
+
+
+class Functional(nn.Module):
+    """Gives a layer's weights to a function, so that the layer itself is never called."""
+
+    def __init__(self, detached: bool = False) -> None:
+        super().__init__()
+        self.inner, self.detached = plane(), detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.detached:
+            with torch.no_grad():
+                return self.inner(x)
+        return self.inner[1](F.linear(x, self.inner[0].weight))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_layer_that_gradients_do_not_reach_is_refused(detached: bool) -> None:
+    with pytest.raises(ConfigurationError, match=r"`layer='inner.0'`.*\nHINT: .*`method='swarm'`"):
+        Linearized()(make(Functional(detached), on_the_axis(), "inner.0"))
+
+
+def test_a_layer_that_no_margin_depends_on_is_no_error() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2))
+    model[0].weight.data, model[1].weight.data = torch.zeros(1, 2), torch.zeros(2, 1)
+    model[1].bias.data = torch.tensor([0.0, 1.0])
+    sources = [source([[1.0, 0.0]], [1], "train", passed=True), source([[0.0, 1.0]], [0], "new", failed=True)]
+    solution = Linearized()(make(model, sources))
+    assert solution.proposal is None
+    assert solution.reason == "no margin of a target depends on the layer's weights."

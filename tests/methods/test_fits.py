@@ -1,0 +1,334 @@
+"""Fits and polishes, weights from elsewhere, and moves toward checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_problems import (
+    FakeTraining,
+    Marginless,
+    barely,
+    broken,
+    checked,
+    left_alone,
+    make_problem,
+    normed,
+    on_a_line,
+    retrained,
+    right,
+    same,
+    threshold,
+)
+from toy_repairs import known, mlp, trained
+
+from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
+from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl.methods import METHODS, Apricot, FineTunePolish, Linearized, Polish
+from lightning_nrl.methods import finetune_polish as module
+from lightning_nrl.methods._solvers import distill as fit_module
+from lightning_nrl.methods._solvers import polish as polish_module
+
+
+@pytest.fixture(autouse=True)
+def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "VISITS_PER_SAMPLE", 12)
+    monkeypatch.setattr(fit_module, "DISTILL_RATE", 0.01)
+    monkeypatch.setattr(module, "FIT_STRENGTH", 1.0)
+
+
+def test_training_goes_on_and_is_polished() -> None:
+    model = trained(normed).eval()
+    training = FakeTraining(barely(make_problem(model, known()), retrained(model)))
+    problem = make_problem(model, known(), training=training, seed=7)
+    with left_alone(model):
+        solution = checked(problem, FineTunePolish()(problem))
+    (call,) = training.calls
+    assert call == {"seconds": math.inf, "seed": 7} | dict.fromkeys(("start", "weight", "epochs", "rate"))
+    (fitted,) = solution.others
+    assert same(fitted.state, training.state)
+    assert fitted.broken > 0
+    first, second = solution.steps
+    assert (first.name, first.note, first.broken, first.repaired) == (
+        "fit",
+        "continued training",
+        fitted.broken,
+        fitted.repaired,
+    )
+    assert (second.name, second.broken, second.repaired) == ("polish", 0, solution.proposal.repaired)
+    assert second.note.partition(" ")[2] in ("round", "rounds")
+    assert solution.proposal.name == "polish"
+    assert torch.equal(solution.proposal.state["1.running_mean"], training.state["1.running_mean"])
+    assert list(problem.clock.seconds) == ["fit", "polish"]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 85.0), (0.5, 35.0)])
+def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = trained().eval(), {}
+    training = FakeTraining(barely(make_problem(model, known()), retrained(model)))
+    problem = make_problem(model, known(), training=training, clock=StageTimer(max_time=100))
+    problem.clock.seconds["collect"] = 1.0
+    polish = polish_module.polish
+
+    def listen(*args: Any, deadline: Deadline, **rest: Any) -> Any:
+        given["polish"] = deadline.seconds_left
+        return polish(*args, deadline=deadline, **rest)
+
+    monkeypatch.setattr(polish_module, "polish", listen)
+    checked(problem, FineTunePolish(share)(problem))
+    # A polish takes 12 passes of a second, and 3 are left for judging.
+    assert training.calls[0]["seconds"] == pytest.approx(expected, abs=2)
+    assert given["polish"] == pytest.approx(100 - 3, abs=4)
+
+
+@pytest.mark.parametrize(("share", "max_time"), [(1.0, 10.0), (0.1, 100.0), (0.5, 1e-9)])
+def test_without_time_the_reason_is_said(share: float, max_time: float) -> None:
+    training = FakeTraining({})
+    problem = make_problem(trained(), known(), training=training, clock=StageTimer(max_time=max_time))
+    problem.clock.seconds["collect"] = 1.0
+    solution = FineTunePolish(share)(problem)
+    assert solution.proposal is None
+    assert solution.reason.startswith("no time was left for a repair after ")
+    assert solution.reason.endswith(" s; raise `max_time`.")
+    assert training.calls == []
+    assert solution.steps == ()
+
+
+def test_weights_that_are_no_numbers_are_no_proposal() -> None:
+    model = trained().eval()
+    nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(model).items()}
+    solution = FineTunePolish()(make_problem(model, known(), training=FakeTraining(nan)))
+    assert solution.proposal is None
+    assert solution.reason == "no target was repaired without breaking what is right."
+    assert [(step.name, step.repaired) for step in solution.steps] == [("fit", 0), ("polish", 0)]
+
+
+@pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file"), Linearized()])
+def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> None:
+    training = FakeTraining(None)
+    with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
+        method(make_problem(trained(), known(), "0", task=Marginless(), training=training))
+    assert training.calls == []
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, math.nan, "half"])
+def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`FineTunePolish.share=.*` is no share"):
+        FineTunePolish(share)
+
+
+def as_state(state: State, folder: Path) -> Any:
+    return state
+
+
+def as_module(state: State, folder: Path) -> Any:
+    new = normed()
+    new.load_state_dict(state)
+    return new
+
+
+def as_checkpoint(state: State, folder: Path) -> Any:
+    path = folder / "new.ckpt"
+    torch.save({"epoch": 3, "state_dict": dict(state), "optimizer_states": [], "hyper_parameters": {"lr": 0.1}}, path)
+    return path
+
+
+@pytest.mark.parametrize("form", [as_state, as_module, as_checkpoint])
+def test_a_new_model_in_any_form_is_polished(form: Callable[[State, Path], Any], tmp_path: Path) -> None:
+    model = trained(normed).eval()
+    problem = make_problem(model, known())
+    new = barely(problem, retrained(model))
+    given = form(new, tmp_path)
+    kept = snapshot(given) if isinstance(given, nn.Module) else {}
+    with left_alone(model):
+        solution = Polish(given)(problem)
+    assert solution.proposal is not None
+    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+    now = right(problem, solution.proposal.state)
+    assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
+    first, second = solution.steps
+    assert (first.name, first.note) == ("given", "as they came")
+    assert (first.repaired, first.broken) == (problem.propose("new", new).repaired, 1)
+    assert (second.name, second.repaired, second.broken) == ("polish", solution.proposal.repaired, 0)
+    assert second.note.endswith("round") or second.note.endswith("rounds")
+    assert [other.name for other in solution.others] == ["given"]
+    assert torch.equal(solution.proposal.state["1.running_var"], new["1.running_var"])
+    assert list(problem.clock.seconds) == ["judge", "polish"]
+    if isinstance(given, nn.Module):
+        assert same(snapshot(given), kept)
+
+
+def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.7005))
+    problem = make_problem(model, on_a_line().known)
+    assert int(problem.before.targeted.sum()) == 2
+    with left_alone(problem.model):
+        solution = Polish()(problem)
+    assert solution.proposal is not None
+    now = right(problem, solution.proposal.state)
+    assert now.tolist() == [True, True, True, True, True, True, False]  # 0.7 is right, 0.5 would cost 0.6
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    assert [step.name for step in solution.steps] == ["polish"]
+
+
+@pytest.mark.parametrize("new", [0.9, 0.75, math.nan])
+def test_what_repairs_nothing_is_no_proposal(new: float) -> None:
+    solution = Polish(threshold(new))(on_a_line())
+    assert solution.proposal is None
+    assert solution.reason == "the new weights repair no target without breaking what is right."
+    assert len(solution.steps) == 2
+
+
+def without(name: str) -> State:
+    return {key: value for key, value in snapshot(mlp()).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (mlp(16), r"`Polish.new` has '0\.weight' in the shape \[16, 4\], not \[12, 4\]; 2 more tensors do not fit\."),
+        (without("2.bias"), r"`Polish.new` lacks '2\.bias'\."),
+        (normed(), r"`Polish.new` lacks '2\.weight'; 8 more"),
+        ({}, r"`Polish.new` lacks '0\.weight'; 3 more"),
+        ({"0.weight": 1.0}, r"`Polish.new` lacks '0\.weight'"),
+        ({**snapshot(mlp()), "3.weight": torch.zeros(2)}, r"`Polish.new` has '3\.weight', which is not in the model\."),
+    ],
+)
+def test_another_architecture_is_refused(new: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message + r"[\s\S]*\nHINT: give weights of the same architecture"):
+        Polish(new)(make_problem(trained(), known()))
+
+
+@pytest.mark.parametrize("new", [3, [torch.zeros(2)], nn.Linear])
+def test_what_is_no_model_is_refused_at_once(new: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`Polish.new=.*` is no model\.\nHINT: write Polish\(model\)"):
+        Polish(new)
+
+
+def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
+    problem = make_problem(trained(), known(), layer="2")
+    new = retrained(problem.model)
+    with pytest.raises(ConfigurationError, match=r"`Polish.new` differs in '0\.weight' too\.\nHINT: leave `layer`"):
+        Polish(new)(problem)
+    head = {**snapshot(problem.model), "2.weight": new["2.weight"], "2.bias": new["2.bias"]}
+    solution = Polish(head)(problem)
+    state = head if solution.proposal is None else solution.proposal.state
+    assert torch.equal(state["0.weight"], problem.model[0].weight)
+
+
+def test_a_repair_that_is_late_still_breaks_nothing() -> None:
+    problem = on_a_line(clock=StageTimer(max_time=1e-9))
+    solution = Polish(threshold(-3.0))(problem)
+    assert solution.steps[1].note == "1 round, then back to 3% of the way"
+    assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
+
+
+def test_tied_weights_are_polished_as_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x).relu()))
+
+    model = trained(Tied).eval()
+    problem = make_problem(model, known())
+    new = barely(problem, retrained(model))
+    solution = Polish(new)(problem)
+    assert solution.proposal is not None
+    assert broken(problem, solution.proposal.state) == 0
+    outcome = repair_module(model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0)))
+    assert outcome.write(model)
+    assert model.second.weight is model.first.weight
+    assert broken(problem, {}) == 0
+    assert sum(split.kept + split.repaired for split in outcome.report.splits) == int(right(problem, {}).sum())
+
+
+RIGHT, WRONG = threshold(0.65), threshold(0.9)
+"""The first gets one of the targets of `on_a_line` right, 0.7, the second none."""
+
+
+def at(solution: Any) -> float:
+    return float(solution.proposal.state["weight"][0, 1])
+
+
+def test_rounds_move_the_threshold_until_a_target_is_right() -> None:
+    problem = on_a_line()
+    with left_alone(problem.model):
+        solution = Apricot([RIGHT, WRONG], rate=0.1)(problem)
+    # 0.75 + 0.05 (0.65 - 0.75) - 0.15 (0.9 - 0.75) = 0.7225, and the same from there
+    assert at(solution) == pytest.approx(0.69225, abs=1e-6)
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    assert solution.steps[0].note == "2 checkpoints, right on 1 of the targets; 7 rounds"  # 5 of them without more
+    alone = Apricot([RIGHT, WRONG], rate=0.1, strategy="right", rounds=50, patience=20)(problem)
+    assert 0.65 < at(alone) < 0.7
+    pushed = Apricot([WRONG], rate=0.1, strategy="wrong", rounds=2)(problem)
+    assert at(pushed) == pytest.approx(0.684, abs=1e-6)  # 0.75 - 0.2 (0.9 - 0.75) = 0.72, and the same from there
+
+
+def test_one_round_goes_no_further_than_a_fifth() -> None:
+    solution = Apricot([RIGHT], strategy="right", rate=100.0, rounds=1, polish=False)(on_a_line())
+    assert solution.proposal is None  # 0.75 + 0.2 (0.65 - 0.75) = 0.73 repairs nothing
+    assert solution.reason == "no move toward the checkpoints repairs a target within the gate."
+
+
+def test_the_training_goes_on_from_there_and_what_breaks_comes_back() -> None:
+    training = FakeTraining(threshold(0.55))  # repairs 0.7 and breaks 0.6
+    solution = Apricot([RIGHT, WRONG], rate=0.1, rounds=1, epochs=3)(on_a_line(training=training))
+    (call,) = training.calls
+    assert call["epochs"] == 3
+    assert float(call["start"]["weight"][0, 1]) == pytest.approx(0.75)  # one round has repaired nothing yet
+    assert [step.name for step in solution.steps] == ["apricot", "fit", "polish"]
+    assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 1)
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    layer = on_a_line(training=training, whole=False)
+    assert [step.name for step in Apricot([RIGHT], rounds=1, polish=False)(layer).steps] == ["apricot"]
+
+
+def test_a_network_with_its_checkpoints_in_a_folder(tmp_path: Path) -> None:
+    model = trained()
+    problem = make_problem(model, known())
+    for seed in range(2):
+        torch.save({"state_dict": dict(retrained(model, seed))}, tmp_path / f"epoch={seed}.ckpt")
+    torch.save(model.state_dict(), tmp_path / "last.ckpt")  # the model itself, which says nothing
+    solution = Apricot(str(tmp_path), rate=0.02)(problem)
+    assert solution.steps[0].note.startswith("2 checkpoints, ")
+    assert solution.proposal is not None
+    assert solution.proposal.repaired > 0
+    assert solution.proposal.broken == 0
+    again = Apricot([tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"], rate=0.02)(problem)
+    assert again.proposal is not None
+    assert same(solution.proposal.state, again.proposal.state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoints": []}, "`Apricot.checkpoints` is an empty list"),
+        ({"checkpoints": 3}, "`Apricot.checkpoints=3` is no list of checkpoints"),
+        ({"strategy": "toward"}, "`Apricot.strategy='toward'`"),
+        ({"rate": 0}, "`Apricot.rate=0`"),
+        ({"rounds": 0}, "`Apricot.rounds=0`"),
+    ],
+)
+def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Apricot(**arguments)
+
+
+def test_without_checkpoints_it_says_how_to_keep_some(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there are none\.[\s\S]*save_top_k=5"):
+        METHODS.parse("method", "apricot")(on_a_line())
+    with pytest.raises(ConfigurationError, match="is no folder with checkpoints"):
+        Apricot(tmp_path)(on_a_line())
+    same_as_model = Apricot([threshold(0.75)])(on_a_line())
+    assert same_as_model.reason == "all of `Apricot.checkpoints` have the weights of the model itself."

@@ -1,0 +1,403 @@
+"""Searches of localised weights: the published methods, other parts, a warm start, and very many samples."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy_problems import StageTimer, make_problem, snapshot
+from toy_repairs import QUICK as TOY
+from toy_repairs import known, trained
+from toy_searcher import RandomLocalSearch, Walk
+
+from lightning_nrl import (
+    ConfigurationError,
+    ParticleSwarm,
+    RegressionFreeRepair,
+    SearchOptions,
+    Settings,
+    Target,
+    repair_module,
+)
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization import (
+    LOCALIZERS,
+    AllWeights,
+    Arachne,
+    ArachneV2,
+    ByGradient,
+    Localization,
+    NeuRecover,
+    NeuRecoverLite,
+    RandomWeights,
+)
+from lightning_nrl.localization.localizer import Replay
+from lightning_nrl.methods import (
+    BUNDLES,
+    METHODS,
+    Auto,
+    Convex,
+    LocalSearch,
+    Problem,
+    Proposal,
+    Solution,
+    bundle,
+    warm_started_search,
+)
+from lightning_nrl.methods.budget import FEWEST_SAMPLES
+from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
+from lightning_nrl.pipeline.presets import paper_arguments
+from lightning_nrl.search import (
+    FITNESSES,
+    SEARCHERS,
+    ArachneDEFitness,
+    ArachneFitness,
+    DifferentialEvolution,
+    Fitness,
+    NeuRecoverFitness,
+    RandomStreams,
+    SearchOrigin,
+)
+
+QUICK = ParticleSwarm(particles=12, iterations=12)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_each_is_a_method_with_the_parts_of_its_paper(name: str) -> None:
+    method = METHODS.parse("method", name)
+    assert isinstance(method, LocalSearch)
+    kinds = tuple(type(part) for part in (method.localizer, method.fitness, method.searcher))
+    expected = {
+        "neurecover": (NeuRecover, NeuRecoverFitness, ParticleSwarm),
+        "arachne": (Arachne, ArachneFitness, ParticleSwarm),
+        "arachne-de": (ArachneV2, ArachneDEFitness, DifferentialEvolution),
+    }
+    assert kinds == expected.get(name, kinds)
+
+
+def test_parts_are_replaced_by_name_or_object() -> None:
+    made = bundle("arachne", localizer="random", searcher=QUICK)
+    assert made == LocalSearch(QUICK, localizer=RandomWeights(), fitness=ArachneFitness())
+    assert LocalSearch("swarm", localizer="all", fitness="eq2") == LocalSearch(
+        ParticleSwarm(), localizer=AllWeights(), fitness=Fitness("eq2")
+    )
+    for wrong in ({"localizer": "arachnid"}, {"fitness": 3}, {"searcher": "swarmed"}):
+        with pytest.raises(ConfigurationError):
+            bundle("arachne", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="did you mean 'arachne'"):
+        bundle("arachnes")
+
+
+def test_what_the_options_say_goes_before_the_parts_of_the_method() -> None:
+    settings = Settings(method="arachne", search=SearchOptions(localizer="gradient"))  # type: ignore[arg-type]
+    assert settings.method == bundle("arachne", localizer="gradient")
+    assert (settings.localizer, settings.fitness) == (ByGradient(), ArachneFitness())
+    assert settings.plain()["localizer"]["class"] == "ByGradient"
+    assert Settings(method="neurecover").localizer == NeuRecover()  # type: ignore[arg-type]
+    assert Settings().plain()["localizer"]["class"] == "NeuRecoverLite"
+    callback = RegressionFreeRepair(method="arachne-de", search=SearchOptions(fitness="lexicographic"))
+    assert callback.settings.fitness == Fitness()
+
+
+OWN = """
+from dataclasses import dataclass
+from lightning_nrl.localization import RandomWeights
+from lightning_nrl.methods import bundle
+from lightning_nrl.search import ParticleSwarm
+
+@dataclass(frozen=True)
+class Mine(RandomWeights):
+    seed: int = 7
+
+class Small(ParticleSwarm):
+    pass
+
+def method():
+    return bundle("arachne", localizer=Mine())
+
+def fitness():
+    return lambda scores, original: scores.patched
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A distribution with entry points, as pip leaves it in site-packages."""
+    (tmp_path / "nrl_plugin.py").write_text(OWN)
+    info = tmp_path / "nrl_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nrl-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[lightning_nrl.methods]\nours = nrl_plugin:method\nauto = nrl_plugin:method\n"
+        "[lightning_nrl.localizers]\nmine = nrl_plugin:Mine\nbroken = nrl_plugin:missing\n"
+        "no-localizer = nrl_plugin:fitness\n"
+        "[lightning_nrl.searchers]\nsmall = nrl_plugin:Small\n"
+        "[lightning_nrl.fitnesses]\ncounting = nrl_plugin:fitness\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
+    for registry in registries:
+        monkeypatch.delitem(registry.__dict__, "_added", raising=False)
+    yield tmp_path  # type: ignore[misc]
+    for registry in registries:
+        registry.__dict__.pop("_added", None)
+    sys.modules.pop("nrl_plugin", None)
+
+
+@pytest.mark.usefixtures("installed")
+def test_other_distributions_add_names_by_entry_points() -> None:
+    assert {"ours", "small"} <= set(METHODS)
+    settings = Settings(method="ours", search=SearchOptions(fitness="counting"))  # type: ignore[arg-type]
+    assert isinstance(settings.method, LocalSearch)
+    assert type(settings.localizer).__name__ == "Mine"
+    assert type(METHODS.parse("method", "small")).__name__ == "Small"
+    assert type(METHODS.parse("method", "auto")).__name__ == "Auto"  # the package's own names stay its own
+    assert "mine" in LOCALIZERS.forms
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", r"entry point 'nrl_plugin:missing' of nrl-plugin cannot be loaded \(AttributeError"),
+        ("no-localizer", "gave a function, which is no Localizer"),
+        ("min", "did you mean 'mine'"),
+    ],
+)
+def test_an_entry_point_that_gives_nothing_of_use_says_whose_it_is(name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        SearchOptions(localizer=name)
+
+
+def settings_of(method: object, **more: object) -> Settings:
+    arguments = {"layer": "2", "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)), "method": method}
+    return Settings(**(arguments | more))  # type: ignore[arg-type]
+
+
+def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
+    first, again, other = (
+        repair_module(trained(), known(), settings_of(RandomLocalSearch(), seed=s)) for s in (0, 0, 1)
+    )
+    report = first.report
+    assert report.status == "repaired"
+    assert report.splits[0].broken == report.splits[1].broken == 0
+    assert report.search is not None
+    assert report.search.iterations <= 40
+    assert report.settings["method"]["class"] == "RandomLocalSearch"
+    assert torch.equal(first.parameters["2.weight"], again.parameters["2.weight"])
+    assert not torch.equal(first.parameters["2.weight"], other.parameters["2.weight"])
+
+
+def test_weights_are_localised_on_the_passed_samples_that_are_scored() -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Recorder(AllWeights):
+        def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+            asked.append((failed, passed))
+            return super().__call__(recording, evaluator, failed=failed, passed=passed)
+
+    sources, arguments = known(), paper_arguments("EXP-C1")
+    search = replace(arguments["search"], localizer=Recorder(), n_passed=30)
+    repair_module(trained(), sources, Settings(**{**arguments, "layer": "2", "search": search, "seed": 3}))
+    (failed, passed), before = asked[0], Evaluator(trained().eval()).run(sources, Target.all())
+    assert torch.equal(failed, before.targeted)
+    # Thirty of those that pass of the training data, none of the repair data.
+    assert int(passed.sum()) == int((passed & before.passed)[before.of("train")].sum()) == 30
+
+
+class Forgetful(RandomLocalSearch):
+    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Walk:
+        state = super().init(origin, streams)
+        return state._replace(candidates=state.candidates + 1)
+
+
+def test_a_searcher_that_does_not_score_the_original_weights_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"Forgetful\.init does not begin with the original weights"):
+        repair_module(trained(), known(), settings_of(Forgetful()))
+
+
+def test_nothing_better_is_no_proposal_and_the_model_is_left_alone() -> None:
+    own = make_problem(trained(), known(), "2")
+    before = snapshot(own.model)
+    solution = LocalSearch(ParticleSwarm(particles=2, iterations=0, scale_min=1e-9, scale_max=1e-9))(own)
+    assert solution.proposal is None
+    assert "nothing better than the original weights" in solution.reason
+    assert solution.localization is not None
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(own.model).items())
+
+
+def test_it_ends_when_its_seconds_are_over() -> None:
+    solution = LocalSearch(QUICK, seconds=0)(make_problem(trained(), known(), "2"))
+    assert solution.result is not None
+    assert (solution.result.iterations, solution.result.stopped) == (0, "time was over")
+
+
+ALL = Target.all()
+
+
+def warm_problem(layer: str = "2", seed: int = 0, target: Target = ALL, **changes: Any) -> Problem:
+    own = make_problem(trained(seed=seed), known(seed), layer, target=target, seed=seed)
+    return replace(own, localizer=NeuRecoverLite(n_weights=12), **changes)
+
+
+def other_layer(own: Problem) -> Proposal:
+    """A proposal that changes the first layer alone, as another method would find it."""
+    found = LocalSearch(QUICK)(warm_problem("0", own.seed)).proposal
+    assert found is not None
+    return own.propose("other", found.state)
+
+
+def total(solution: Solution) -> tuple[int, int]:
+    assert solution.proposal is not None
+    return solution.proposal.broken, solution.proposal.repaired
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_goes_on_from_a_base_that_changes_another_layer(seed: int) -> None:
+    own = warm_problem(seed=seed)
+    base, before = other_layer(own), snapshot(own.model)
+    solution = warm_started_search(own, QUICK, [base], base=base.state)
+    broken, repaired = total(solution)
+    assert (broken, -repaired) <= (base.broken, -base.repaired)
+    (step,) = solution.steps
+    gain = f"+{repaired - base.repaired} repaired" if repaired > base.repaired else "nothing"
+    assert step.note.endswith(f"iterations; {gain} over its seeds")
+    assert solution.proposal is base or torch.equal(solution.proposal.state["0.weight"], base.state["0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(own.model).items())
+
+
+def test_seeds_are_elites_and_nothing_better_gives_the_best_of_them() -> None:
+    own = warm_problem()
+    seed = LocalSearch(QUICK)(own).proposal
+    assert seed is not None
+    assert seed.repaired > 0
+    still = ParticleSwarm(particles=4, iterations=0, scale_min=1e-9, scale_max=1e-9)
+    solution = warm_started_search(own, still, [seed])
+    assert total(solution) == (seed.broken, seed.repaired)
+    assert solution.result is not None
+    assert solution.result.history.patched[0] >= seed.repaired or solution.proposal is seed
+
+
+def test_what_a_base_repairs_beside_the_target_is_kept() -> None:
+    own = warm_problem(target=Target.label(0))
+    base = other_layer(own)
+    beside = base.after.passed & ~own.before.passed & ~own.before.targeted
+    solution = warm_started_search(own, QUICK, [base], base=base.state)
+    assert solution.n_passed == int((own.before.passed | beside).sum())
+    assert solution.proposal is not None
+    assert solution.proposal.after.passed[beside].all()
+
+
+def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
+    own = warm_problem()
+    drawn = torch.zeros_like(own.passed)
+    drawn[own.passed.nonzero()[:2]] = True
+    few = warm_problem(passed=drawn)
+    seed = LocalSearch(QUICK)(few).proposal
+    assert seed is not None
+    assert seed.broken > 0
+    solution = warm_started_search(few, QUICK, [seed])
+    assert total(solution)[0] == 0
+    assert solution.n_passed == int(own.before.passed.sum())
+
+
+def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
+    own = warm_problem()
+    solution = warm_started_search(
+        own, ParticleSwarm(particles=20, iterations=40), [Proposal("", {}, own.before, 0, 0)]
+    )
+    assert solution.proposal is not None
+    assert solution.proposal.repaired > 0
+    passed = own.before.passed
+    margin = own.before.margin[passed]
+    least = (margin / 2).clamp(max=0.04 * float(margin.median()))
+    assert (solution.proposal.after.margin[passed] >= least - 1e-5).all()
+
+
+def test_where_no_target_is_left_more_margin_is_searched_for_at_the_same_counts() -> None:
+    own = warm_problem()
+    # Targets are right by a hair's breadth under the base, which is the original model with another bias.
+    after = replace(
+        own.before,
+        passed=own.before.passed | own.before.targeted,
+        margin=torch.where(own.before.targeted, 1e-4, own.before.margin),
+    )
+    seed = Proposal("all", {}, after, int(own.before.targeted.sum()), 0)
+    solution = warm_started_search(own, QUICK, [seed], base=seed.state)
+    assert solution.result is not None
+    assert solution.localization is not None
+    assert solution.proposal is not None
+    assert solution.proposal.rank >= seed.rank
+
+
+def results(margin: list[float]) -> SampleResults:
+    """Samples with these margins; those below 0 are targets."""
+    m = torch.tensor(margin)
+    index = torch.arange(len(m))
+    return SampleResults(("a",), (len(m),), index, index * 0, index * 0, -m, m > 0, m < 0, m)
+
+
+def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others() -> None:
+    before = results([0.1, -5.0, 9.0, -0.5, 8.0, 0.2, 7.0, 6.0, -0.1, 5.0])
+    choices = [choose_samples(before, before.targeted, before.passed, 6, seed) for seed in range(9)]
+    for choice in choices:
+        # Half of them may be targets: all three. Of the passed ones the nearest two, and one drawn of the others.
+        assert choice.recorded[[1, 3, 8, 0, 5]].all()
+        assert int(choice.recorded.sum()) == 6
+        assert int(choice.representative.sum()) == 1
+        assert (choice.recorded & before.passed)[choice.representative].all()
+        assert not choice.representative[[0, 5]].any()
+        assert choice.note == "searched on 6 of 10 samples"
+    assert len({int(choice.representative.int().argmax()) for choice in choices}) > 1
+    fewer = choose_samples(before, before.targeted, before.passed, 4, 0)
+    assert fewer.recorded[before.targeted].tolist() == [False, True, True]
+    assert int(fewer.recorded.sum()) == 4
+
+
+def timed(max_time: float | None, one_pass: float, **changes: object) -> Problem:
+    """A problem of which a pass is said to have taken so long."""
+    own = make_problem(trained(), known(), "2", clock=StageTimer(max_time=max_time))
+    own.clock.seconds["collect"] = one_pass
+    return replace(own, **changes)  # type: ignore[arg-type]
+
+
+def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -> None:
+    many = results([1.0] * 1_000_000)
+    for own in (timed(None, 99.0, before=many), timed(1e6, 1.0, before=many), timed(30.0, 3.0)):
+        assert n_to_score(own, own.deadline_of_method()) == 100_000
+    # Half of what is left of 100 s when three passes have been kept, at 10 passes of 1 us and 30 us each.
+    own = timed(100.0, 1.0, before=many, n_scored=2_000_000)
+    assert 0.9 * 48.5 / 40e-6 < n_to_score(own, own.deadline_of_method()) < 48.5 / 40e-6
+    assert preparation_seconds(own, 2_000_000) == pytest.approx(40.0)
+    late = timed(5.0, 1.6, before=many)
+    assert n_to_score(late, late.deadline_of_method()) == FEWEST_SAMPLES
+
+
+@pytest.mark.parametrize("method", [LocalSearch(QUICK), Convex(), Auto(QUICK)])
+def test_what_no_time_is_left_for_is_not_begun(method: object) -> None:
+    own = timed(60.0, 19.9)
+    solution = method(own)  # type: ignore[operator]
+    assert "no time" in solution.reason
+    assert not set(own.clock.seconds) & {"localize", "search", "record", "solve", "fit"}
+
+
+@pytest.mark.parametrize("method", [Auto(QUICK), QUICK])
+def test_a_search_on_some_samples_is_judged_on_all(method: object) -> None:
+    search = replace(TOY["search"], n_scored=60)
+    report = repair_module(trained(), known(), Settings(layer="2", method=method, search=search)).report
+    assert report.status == "repaired"
+    assert report.search is not None
+    assert report.search.n_passed is not None
+    assert report.search.n_passed < 60
+    assert any("searched on 60 of 1" in step.note for step in report.steps)
+    assert sum(split.counts.n for split in report.splits) == 180
+    assert [split.broken for split in report.splits] == [0, 0]

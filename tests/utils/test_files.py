@@ -1,0 +1,335 @@
+"""Files that are truncated, bit-flipped, swapped or foreign, and results of finished steps that are saved.
+
+NRL_FUZZ says how many damages are tried of each reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import nn
+from toy_problems import on_a_line, threshold
+
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.resume import ResumeStore, from_bytes, to_bytes
+from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun
+from lightning_nrl.entrypoints.commands import read_report
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.localization import TrainingRecord
+from lightning_nrl.localization.training_record import write_point
+from lightning_nrl.pipeline import Patch
+from lightning_nrl.updates.predictions import Predictions, read_ids, read_slices
+
+STATE = {"layer.weight": torch.arange(12.0).view(3, 4), "layer.bias": torch.ones(3), "n": torch.tensor(4)}
+
+
+NEW = {**STATE, "layer.bias": torch.arange(3.0)}
+
+
+RUN = Run("a", "eq1", 4.0, False, None, 30, 20, 0, "head", 2, 9, 1.5, 2, 30, True, TargetCounts(51, 0, 3, 6, 4, 2))
+
+
+PREDICTIONS = Predictions({"val": {i: (i % 3, i % 2 == 0) for i in range(6)}, "test": {0: (1, None)}}, "abc")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of file: how it is written, its name, and what a reader makes of it, as something that can be compared."""
+
+    name: str
+    write: Callable[[Path], object]
+    read: Callable[[Path], Any]
+    finds_changes: bool = False  # whether whatever is not refused or warned of must be what was written
+
+
+def write_record(path: Path) -> None:
+    problem = on_a_line()
+    for step, at in enumerate((0.45, 0.65), 1):
+        write_point(path.parent, step, 0, problem.evaluate(threshold(at)), threshold(at))
+
+
+def read_record(path: Path) -> Any:
+    record = TrainingRecord.read(path.parent)
+    return [hash_tensors(point.weights) for point in record.points], record.splits["all"].forgotten.tolist()
+
+
+def read_runs(path: Path) -> Any:
+    found = RunStore(path.parent).read(["first"])
+    return {key: (one.run, one.where.tolist(), one.values.tolist()) for key, one in found.items()}
+
+
+def write_runs(path: Path) -> None:
+    RunStore(path.parent).write({"first": StoredRun(RUN, torch.tensor([1, 3]), torch.tensor([0.5, -0.25]))})
+    next(path.parent.glob("runs-*.pt")).replace(path)
+
+
+class Net(nn.Module):
+    """What the checkpoint is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("n", torch.tensor(0))
+
+
+def read_checkpoint(path: Path) -> Any:
+    return fitting("reference", read_state("reference", path), Net())
+
+
+READERS = {
+    "patch": Reader(
+        "p.safetensors", lambda path: Patch.between(STATE, NEW).save(path), lambda p: Patch.load(p).apply(STATE), True
+    ),
+    "checkpoint": Reader("a.ckpt", lambda path: torch.save({"state_dict": STATE}, path), read_checkpoint, True),
+    "sweep": Reader("runs-0.pt", write_runs, read_runs, True),
+    "training, a point": Reader("point-00000002.pt", write_record, read_record, True),
+    "training, samples": Reader("samples.pt", write_record, read_record, True),
+    "predictions": Reader("p.csv", PREDICTIONS.save, Predictions.read),
+    "ids": Reader("ids.csv", lambda path: path.write_text("split,id\nval,3\ntest,12\n"), read_ids),
+    "slices": Reader("s.csv", lambda path: path.write_text("split,id,slice\nval,3,a\nval,4,b\n"), read_slices),
+    "report": Reader("report.json", lambda path: path.write_text('{"status": "repaired"}'), read_report),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A whole file of each kind, in a folder of its own."""
+    found = {}
+    for kind, reader in READERS.items():
+        found[kind] = tmp_path_factory.mktemp("files") / reader.name
+        reader.write(found[kind])
+    return found
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Callable[[bytes, bytes], bytes]:
+    """What makes of the bytes of a file, and those of a file of another kind, something else."""
+    how = draw(st.sampled_from(["flip", "cut", "drop", "repeat", "splice", "set", "nulls", "foreign"]))
+    a, b, bit = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.integers(0, 255))
+
+    def apply(data: bytes, other: bytes) -> bytes:
+        i, j = sorted((int(a * len(data)), int(b * len(data))))
+        k = min(i, len(data) - 1)
+        made = {
+            "flip": data[:k] + bytes([data[k] ^ (bit or 1)]) + data[k + 1 :],
+            "cut": data[:i],
+            "drop": data[:i] + data[j:],
+            "repeat": data[:j] + data[i:],
+            "splice": data[:i] + other[int(a * len(other)) :],
+            "set": data[:k] + bytes([bit]) + data[k + 1 :],
+            "nulls": data[:i] + bytes(j - i) + data[j:],
+            "foreign": other,
+        }
+        return made[how]
+
+    return apply
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@settings(
+    max_examples=int(os.environ.get("NRL_FUZZ", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(how=damage(), other=st.sampled_from(sorted(READERS)))
+def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(
+    folders: dict[str, Path], kind: str, how: Callable[[bytes, bytes], bytes], other: str
+) -> None:
+    reader, path = READERS[kind], folders[kind]
+    whole = path.read_bytes()
+    expected = None if kind == "report" else reader.read(path)
+    path.write_bytes(how(whole, folders[other].read_bytes()))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DataWarning)
+            found = reader.read(path)
+    except (ConfigurationError, DataWarning):
+        return
+    finally:
+        path.write_bytes(whole)
+    if reader.finds_changes:
+        assert same(expected, found) or found == {}
+
+
+@pytest.mark.parametrize("flag", [153, 156])
+def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(folders: dict[str, Path], flag: int) -> None:
+    """Found by fuzzing: torch reads other values then."""
+    path, data = folders["checkpoint"].with_name("flag.ckpt"), bytearray(folders["checkpoint"].read_bytes())
+    length = data.index(b"a/data/0") - 4  # of that name, in front of it
+    assert data[length] == 8
+    data[length] = flag
+    path.write_bytes(data)
+    with pytest.warns(DataWarning, match=r"is damaged, its checksum of .* does not fit"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 100_000])
+def test_a_report_of_brackets_is_refused(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "report.json"
+    for text in ("[" * depth, '{"settings":' * depth + "1" + "}" * depth):
+        path.write_text(text)
+        with pytest.raises(ConfigurationError):
+            read_report(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "3", '"a"', "null", '{"findings": 1}', '{"splits": [{"broken_ids": 3}]}', "\ufeff{}", ""]
+)
+def test_json_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError):
+        read_report(tmp_path / "report.json")
+
+
+class Death(BaseException):
+    pass
+
+
+def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) -> None:
+    data = to_bytes(torch.arange(5))
+    for at in range(0, len(data), 7):
+        damaged = bytearray(data)
+        damaged[at] ^= 4
+        with pytest.raises(ValueError):
+            from_bytes(bytes(damaged))
+    for cut in (0, 10, 40, len(data) - 1):
+        with pytest.raises(ValueError):
+            from_bytes(data[:cut])
+    with pytest.raises(ValueError, match="unexpected object"):
+        from_bytes(to_bytes(tmp_path))
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (tmp_path / "bad").touch, ()
+
+    content = pickle.dumps(Evil(), protocol=2)
+    start = data[: data.index(b"\n") + 1]
+    with pytest.raises(ValueError):
+        from_bytes(start + hashlib.sha256(content).digest() + content)
+    assert not (tmp_path / "bad").exists()
+
+
+def begun(folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any) -> ResumeStore:
+    work = ResumeStore(folder, elsewhere or [], every=rest.get("every", 0))
+    ranks, clock = rest.get("ranks", Collective()), rest.get("clock", StageTimer())
+    work.begin({"data": origin, "settings": "1"}, clock, ranks, torch.device("cpu"))
+    return work
+
+
+def counted(work: ResumeStore, made: list[int], dies_at: int = -1) -> int:
+    """Counts to 3 in three steps, in a step, and to 4."""
+
+    def step(n: int) -> Callable[[], int]:
+        def count() -> int:
+            if n == dies_at:
+                raise Death
+            made.append(n)
+            return n
+
+        return count
+
+    return work.once("all", lambda: max(work.once("a step", step(n)) for n in (1, 2, 3))) + work.once("last", step(4))
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3, 4])
+def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
+    made: list[int] = []
+    with pytest.raises(Death):
+        counted(begun(tmp_path), made, dies_at)
+    work = begun(tmp_path)
+    assert counted(work, made) == 7
+    assert made == [1, 2, 3, 4]
+    assert work.place is not None
+    assert {path.name for path in work.place.iterdir()} == {"origin.json", "1-all.finished", "2-last.finished"}
+    work.done()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool) -> None:
+    def work(ranks: Collective) -> list[int]:
+        made: list[int] = []
+        assert counted(begun(tmp_path, ranks=ranks), made) == 7
+        return made
+
+    assert on_ranks(3, work) == [[1, 2, 3, 4]] * 3
+    if not starved:
+        assert on_ranks(3, work) == [[]] * 3
+        return
+    calls: list[int] = []
+
+    def reading(data: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # one of the ranks
+            raise ValueError("MemoryError: no memory for it")
+        return from_bytes(data, *args)
+
+    monkeypatch.setattr("lightning_nrl._utils.resume.from_bytes", reading)
+    with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used, MemoryError: no memory for it"):
+        assert on_ranks(3, work) == [[1, 2, 3]] * 3
+
+
+def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning_nrl._utils.resume.replacing", full)
+    with pytest.warns(FilesWarning, match="No space left on device") as warned:
+        assert counted(begun(tmp_path), []) == 7
+    assert len(warned) == 1
+
+
+def test_short_steps_and_results_that_cannot_be_saved_leave_no_file(tmp_path: Path) -> None:
+    assert counted(begun(tmp_path, every=60), []) == 7
+    assert callable(begun(tmp_path).once("odd", lambda: lambda: 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_that_was_spent_on_finished_steps_counts(tmp_path: Path) -> None:
+    now = [100.0]
+
+    def work(clock: StageTimer, saved: ResumeStore, dies: bool) -> None:
+        def spend() -> None:
+            with clock.stage("steps"):
+                now[0] += 20
+
+        saved.once("first", spend)
+        if dies:
+            raise Death
+        saved.once("second", spend)
+
+    clock = StageTimer(max_time=100, now=lambda: now[0])
+    now[0] += 10
+    with pytest.raises(Death):
+        work(clock, begun(tmp_path, clock=clock), True)
+    now[0] += 1_000
+    again = StageTimer(max_time=100, now=lambda: now[0])
+    now[0] += 3  # the same beginning, in less time
+    work(again, begun(tmp_path, clock=again), False)
+    assert again.elapsed == pytest.approx(10 + 20 + 20)
+    assert again.left == pytest.approx(50)
+    assert again.seconds == {"steps": 40}

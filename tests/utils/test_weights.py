@@ -1,0 +1,317 @@
+"""Weights of a live model: read, replaced for a while, written, hashed, and given back as they were."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_repairs import known, quick, trained, unseen
+
+from lightning_nrl import Target, repair_module
+from lightning_nrl._utils.preserve import evaluating, preserve, random_state
+from lightning_nrl._utils.state import (
+    between,
+    changed,
+    check_saved,
+    hash_tensors,
+    holding,
+    saved_names,
+    snapshot,
+    write,
+)
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.gate import Instance
+from lightning_nrl.localization import AllWeights
+from lightning_nrl.search import Fitness
+
+
+class Shared(nn.Module):
+    """One head under two names, a batch norm, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 1, bias=False)
+        self.exit = self.head
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exit(self.norm(x))
+
+
+NEW = torch.tensor([[2.0, 3.0]])
+
+
+@pytest.mark.parametrize("name", ["head.weight", "exit.weight"])
+def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
+    model = Shared().eval()
+    own, mean = model.head.weight, model.norm.running_mean
+    held = NEW.clone().requires_grad_()
+    with holding(model, {name: held, "norm.running_mean": torch.ones(2)}):
+        # ([2, 4] - 1) @ [2, 3]
+        torch.testing.assert_close(model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0)
+        model(torch.tensor([[2.0, 4.0]])).sum().backward()
+        assert model.exit.weight is model.head.weight is held
+    assert model.exit.weight is model.head.weight is own
+    assert model.norm.running_mean is mean
+    assert own.grad is None
+    torch.testing.assert_close(held.grad, torch.tensor([[1.0, 3.0]]), rtol=1e-4, atol=0)
+
+
+WRONG = {"nowhere.weight": NEW, "cache": torch.ones(1), "head.weight": torch.zeros(2, 2), "norm.bias": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("use", [write, changed, lambda model, state: holding(model, state).__enter__()])
+def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> None:
+    model = Shared()
+    before = snapshot(model)
+    found = r"is not there" if name in ("nowhere.weight", "cache") else r"has the shape \["
+    with pytest.raises(ConfigurationError, match=rf"`model`: its tensor '{name}' {found}"):
+        use(model, {"norm.weight": torch.zeros(2), name: WRONG[name]})  # type: ignore[operator]
+    assert not changed(model, before)
+
+
+def test_what_differs_comes_under_all_its_names() -> None:
+    model = Shared()
+    own = snapshot(model)
+    assert changed(model, own) == {}
+    found = changed(model, {**own, "norm.bias": torch.ones(2)})
+    assert list(found) == ["norm.bias"]
+    found = changed(model, {"exit.weight": NEW})
+    assert list(found) == ["head.weight", "exit.weight"]
+    assert found["head.weight"] is found["exit.weight"] is NEW
+
+
+def test_half_of_the_way_is_the_mean() -> None:
+    old = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3), "other": NEW}
+    new = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
+    assert between(old, new, 0.5)["w"].tolist() == [0.5, 3.0]
+    assert between(old, new, 1.5)["w"].tolist() == [1.5, 5.0]
+    assert [int(between(old, new, t)["n"]) for t in (0, 0.4, 0.5, 1.5)] == [3, 3, 5, 5]
+    assert list(between(old, new, 0.3)) == ["w", "n"]
+
+
+def test_a_variance_stays_at_or_above_zero() -> None:
+    old, new = {"norm.running_var": torch.tensor([1.0, 1.0])}, {"norm.running_var": torch.tensor([0.1, 3.0])}
+    torch.testing.assert_close(between(old, new, 1.5)["norm.running_var"], torch.tensor([0.0, 4.0]))
+
+
+class Saves(nn.Linear):
+    """Gives its state dict in another form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__(2, 2)
+        self.form = form
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.form(super().state_dict(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        (dict, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {f"net.{name}": x for name, x in state.items()}, {"net.weight": "weight", "net.bias": "bias"}),
+        (lambda state: {"bias": state["bias"]}, {"bias": "bias"}),
+        (lambda state: {name: x.half().clone() for name, x in state.items()}, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {**state, "weight": torch.zeros(2, 2)}, {"bias": "bias"}),
+    ],
+)
+def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, str]) -> None:
+    model = Saves(form)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    assert saved_names(model) == names
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    check_saved(model, names.values())
+    if "weight" not in names.values():
+        with pytest.raises(ConfigurationError, match="does not save 'weight' as it is"):
+            check_saved(model, ["bias", "weight"])
+
+
+def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
+    x = torch.zeros(2, 2)
+    tensors = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}, {}]
+    assert len({hash_tensors(each) for each in tensors}) == len(tensors)
+
+
+def test_hash_ignores_order_strides_and_gradients() -> None:
+    x, y = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
+    other = torch.nn.Parameter(x.t().contiguous().t())
+    assert not other.is_contiguous()
+    assert hash_tensors({"x": x, "y": y}) == hash_tensors({"y": y, "x": other})
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layout) -> None:
+    dense = [
+        torch.tensor(rows) for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
+    ]
+    first, *others = (hash_tensors({"w": x.to_sparse(layout=layout)}) for x in (dense[0], *dense))
+    assert others[0] == first
+    assert len(set(others)) == 3
+
+
+class Counting(nn.Module):
+    """Counts its calls in one buffer in place, replaces another, and draws a random number, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach().sum()[None]
+        torch.rand(2)
+        return x
+
+
+def network() -> nn.Sequential:
+    """Everything that a careless look would change: norms, dropout, own counters, frozen parts, modes and gradients."""
+    model = nn.Sequential(trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2])
+    model.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(3)
+    return model
+
+
+def picture(model: nn.Module) -> list[Any]:
+    """All that a user may notice, by identity and by value."""
+    own = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, id(x), x.detach().clone()) for name, x in own],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        [module.training for module in model.modules()],
+        [(sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("layer", ["auto", "0", ["0", "5"]])
+def test_a_repair_leaves_no_trace(layer: Any) -> None:
+    model = network()
+    before = picture(model)
+    outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()), unseen=unseen())
+    assert outcome.report.search is not None
+    assert same(picture(model), before)
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise OutOfMemory
+
+
+class FailingLocalizer(AllWeights):
+    __call__ = fail
+
+
+class FailingFitness(Fitness):
+    __call__ = fail
+
+
+class FailingGate(Instance):
+    allowed = fail
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"localizer": FailingLocalizer()}, OutOfMemory),
+        ({"fitness": FailingFitness()}, OutOfMemory),
+        ({"gate": FailingGate()}, OutOfMemory),
+        ({"target": Target.where(lambda batch: batch[7])}, ValueError),
+    ],
+)
+def test_a_repair_that_raises_leaves_no_trace(part: dict[str, Any], error: type[Exception]) -> None:
+    model = network()
+    before = picture(model)
+    with pytest.raises(error):
+        repair_module(model, known(), quick(**part))
+    assert same(picture(model), before)
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(1).item(), float(np.random.rand()), random.random()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    expected = draw()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    with nullcontext() if error is None else pytest.raises(error), random_state():
+        draw()
+        torch.manual_seed(0)
+        if error is not None:
+            raise error
+    assert draw() == expected
+
+
+class Rewritten(nn.Module):
+    """Does to its weights all that a module can do in evaluation mode, and undoes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.swapped, self.lost, self.zero = (nn.Parameter(torch.zeros(2)) for _ in range(4))
+        self.zero.data.copy_(torch.tensor([-0.0, torch.nan]))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Rewritten:
+        if not mode:
+            with torch.no_grad():
+                self.written.add_(1)
+            self.swapped.data = torch.ones(3, dtype=torch.float64)
+            lost, self.merged = self._parameters.pop("lost"), True
+            self.register_parameter("other", nn.Parameter(torch.ones(1)))
+            self.register_parameter("lost", nn.Parameter(lost.detach() + 1))
+            self.zero.data.abs_()
+        return super().train(mode)
+
+
+def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_memory() -> None:
+    model = Rewritten()
+    parameters = dict(model.named_parameters())
+    memory = {name: value.data_ptr() for name, value in parameters.items()}
+    with preserve(model):
+        assert model.merged
+        assert torch.equal(model.written, torch.ones(2))
+        assert model.swapped.shape == (3,)
+    assert [name for name, _ in model.named_parameters()] == ["written", "swapped", "lost", "zero", "other"]
+    for name, value in parameters.items():
+        assert getattr(model, name) is value
+        assert value.data_ptr() == memory[name]
+        assert value.requires_grad
+    assert torch.equal(torch.stack([model.written, model.swapped, model.lost]), torch.zeros(3, 2))
+    assert model.zero.signbit()[0]
+    assert model.zero.isnan()[1]
+    assert not model.merged
+
+
+def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
+    model = nn.Embedding(3, 2, max_norm=0.1)
+    before = model.weight.detach().clone()
+    with evaluating(model), evaluating(model):
+        model(torch.arange(3))
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before)
