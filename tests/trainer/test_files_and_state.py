@@ -18,13 +18,7 @@ from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.repair_files import (
-    REPAIRED_FILES,
-    REPORT_FILES,
-    ResultBox,
-    report_files,
-    write_report,
-)
+from lightning_nrl._trainer.repair_files import REPAIRED_FILES, REPORT_FILES, ResultBox, report_files, write_report
 from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
 from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
