@@ -5,10 +5,9 @@ condition that says which failures are to be repaired.
 """
 
 from lightning_nrl.data.adapters import unpack
-from lightning_nrl.data.batch import Adapter, Batch, Source
+from lightning_nrl.data.batch import Adapter, Batch, Source, TensorSource
 from lightning_nrl.data.columns import Column, Field
 from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where, parse_target
-from lightning_nrl.data.tensor_source import TensorSource
 
 __all__ = [
     "Adapter",

@@ -9,23 +9,24 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
-
+from lightning_nrl.entrypoints.command_project import TRUST
 from lightning_nrl.entrypoints.command_project import read_project
-from lightning_nrl.entrypoints.commands import (
-    apply_patch,
-    compare_project,
-    decide_release,
-    diagnose_project,
-    inspect_file,
-    repair_project,
-    show_report,
-)
+from lightning_nrl.entrypoints.commands import apply_patch
+from lightning_nrl.entrypoints.commands import compare_project
+from lightning_nrl.entrypoints.commands import decide_release
+from lightning_nrl.entrypoints.commands import diagnose_project
+from lightning_nrl.entrypoints.commands import inspect_file
+from lightning_nrl.entrypoints.commands import repair_project
+from lightning_nrl.entrypoints.commands import show_report
 from lightning_nrl.errors import RepairError
 from lightning_nrl.report import installed_versions
 from lightning_nrl.updates.rule_parsing import RULES
+from typing import Any
+from typing import NamedTuple
 
 __all__ = ["COMMANDS", "main"]
 
@@ -45,23 +46,14 @@ PATCH: Arguments = {
     "--patch": {"required": True, "help": "the patch, such as repair.patch.safetensors"},
     "--ckpt": {"required": True, "help": "the checkpoint to read"},
     "--out": {"required": True, "help": "the checkpoint to write; it may be the same file"},
-    "--weights_only": {
-        "choices": ("true", "false"),
-        "default": "true",
-        "help": "false: you trust the checkpoint, which may hold objects and run their code",
-    },
+    "--weights_only": {"choices": ("true", "false"), "default": "true", "help": TRUST},
 }
 RELEASE: Arguments = {
     "old": {"help": "predictions of the model in use, a CSV file with split,id,prediction,passed"},
     "new": {"help": "predictions of the new model, likewise; such as predictions.csv of a ReleaseGate"},
     "--rule": {"action": "append", "help": "what must hold: " + ", ".join(RULES.forms).replace("%", "%%")},
     "--slices": {"help": "a CSV file with split,id,slice"},
-    "--allow-missing": {
-        "action": "append",
-        "default": [],
-        "metavar": "SPLIT",
-        "help": "a split of which samples may lack new predictions; how many do is in the report",
-    },
+    "--allow-missing": {"action": "append", "default": [], "metavar": "SPLIT", "help": "a split that may lack samples"},
     "--out": {"help": "folder for report.json, report.md and report.html"},
 }
 INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}

@@ -21,6 +21,8 @@ HYPER_PARAMETERS = {
     "data": "datamodule_hyper_parameters",
 }  # in a checkpoint
 
+TRUST = "false: you trust the checkpoint, which may hold objects and run their code"
+
 COMPARED: Mapping[str, tuple[Any, str]] = {
     "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
     "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
@@ -81,12 +83,7 @@ class _ProjectArguments:
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="the checkpoint of the trained model")
-        parser.add_argument(
-            "--weights_only",
-            type=bool | None,
-            default=None,
-            help="false: you trust the checkpoint, which may hold objects and run their code",
-        )
+        parser.add_argument("--weights_only", type=bool | None, default=None, help=TRUST)
         parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
         if self.compares:
             for name, (kind, purpose) in COMPARED.items():

@@ -41,9 +41,8 @@ def dry_fit(
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
-        name = type(trainer.strategy).__name__
-        problem = f"`strategy`: {name} starts processes of its own, and results stay in them."
-        raise ConfigurationError(problem, "use one device, or `strategy='ddp'`.")
+        problem = f"{type(trainer.strategy).__name__} starts processes of its own, and results stay in them."
+        raise ConfigurationError(f"`strategy`: {problem}", "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
     def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
@@ -70,12 +69,10 @@ def without_training(
     check_strategy(trainer)
     inside = _WithoutTraining(callback, work, trainer)
     with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
-        for text in (
-            "The number of training batches",
-            "`max_epochs` was not set",
-            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-        ):
-            warnings.filterwarnings("ignore", text)
+        ignored = (
+            "The number of training batches|`max_epochs` was not set|Be aware that when using `ckpt_path`, callbacks"
+        )
+        warnings.filterwarnings("ignore", ignored)
         yield
 
 

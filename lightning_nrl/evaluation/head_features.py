@@ -147,16 +147,15 @@ def neighbours(
     passed_label: Tensor,
     *,
     itself: Tensor | None = None,
-    k: int = NEIGHBOURS,
 ) -> Neighbours:
-    """Compares labels with those of the k nearest passed samples, by the cosine of centred features.
+    """Compares labels with those of the nearest passed samples, by the cosine of centred features.
 
     Features of the samples are `n x D`, of the passed ones `P x D`. `itself`, `n` int64, says which passed sample each
     one is; it is no neighbour of its own.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
-    k = min(k, len(passed) - (itself is not None))
+    k = min(NEIGHBOURS, len(passed) - (itself is not None))
     if k < 1 or not len(inputs):
         agreement = torch.full_like(label, torch.nan, dtype=torch.float32)
         return Neighbours(agreement, torch.full_like(label, -1), torch.zeros_like(agreement))

@@ -18,10 +18,8 @@ class LogitCache:
     """Logits by sample, on the device where they were computed, as long as they fit in `MAX_CACHED_BYTES`.
 
     Which samples are known is kept on the CPU, so that to ask costs no wait for the device. All logits have the shape
-    and dtype of the first ones; others, as of a batch that is padded to its longest sample, are not kept.
-
-    Args:
-        n_samples: how many there are; None: it grows with the largest index.
+    and dtype of the first ones; others, as of a batch that is padded to its longest sample, are not kept. Without a
+    number of samples it grows with the largest index.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -32,11 +30,11 @@ class LogitCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is kept, so far or for want of memory."""
+        """True if nothing is kept, so far or for want of memory."""
         return self._table is None
 
     def unknown(self, index: Tensor) -> Tensor:
-        """Those of some samples, `n` int64 on the CPU, whose logits are not known."""
+        """The samples among `n` (int64 on the CPU) whose logits are not known."""
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
@@ -54,7 +52,9 @@ class LogitCache:
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True
             return
-        rows = self._rows_for(int(index.max()) + 1)
+        least, known = int(index.max()) + 1, len(self._known)
+        # Where the number of samples is not known, the table at least doubles when it grows.
+        rows = self._n_samples or (known if least <= known else max(least, 2 * known))
         if rows * logits[0].numel() * logits.element_size() > min(self._max_bytes, MAX_CACHED_BYTES):
             return
         table = self._table
@@ -71,9 +71,3 @@ class LogitCache:
         self._known = torch.cat([self._known, self._known.new_zeros(rows - len(self._known))])
         table[index.to(table.device, non_blocking=True)] = logits.to(table.device, table.dtype)
         self._known[index] = True
-
-    def _rows_for(self, least: int) -> int:
-        """How many rows the table is to have so that `least` fit; it at least doubles where it grows."""
-        if self._n_samples is not None:
-            return self._n_samples
-        return len(self._known) if least <= len(self._known) else max(least, 2 * len(self._known))

@@ -15,9 +15,8 @@ from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import Quota, checked_quotas, normalised
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.slices import SliceRecorder, common_names
+from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas, common_names, normalised
 from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"
@@ -121,9 +120,6 @@ class SampleOptions:
 
         The arguments are those of `Evaluator.run`. Of data that are not `known` only slices and protected samples
         matter.
-
-        Raises:
-            ConfigurationError: a column or an id is not there, or has values that mean nothing.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")

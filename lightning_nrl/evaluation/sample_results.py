@@ -213,11 +213,7 @@ class Flips:
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
-        """Compares two tables of the same rows. A sample whose loss is NaN or infinite counts as wrong.
-
-        Raises:
-            EvaluationError: the tables are not about the same samples in the same order.
-        """
+        """Compares two tables of the same rows. A sample whose loss is NaN or infinite counts as wrong."""
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
                 f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
+from lightning_nrl.evaluation.slices import below
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,6 @@ class Gate(ABC):
 
         Text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
         `tolerance:0.01` (of those that passed).
-
-        Raises:
-            ConfigurationError: the text is none of these.
         """
         if isinstance(gate, Gate):
             return gate

@@ -102,14 +102,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     with the mean over samples and positions above each factor, and z a sample's outputs, of which the `MOST_OUTPUTS`
     largest count. The gradient of their sum would not do: softmax makes that direction one without any effect.
 
-    Args:
-        recording: the model on the known data of this rank.
-        evaluator: the ranks that share the data.
-        rows_mask: `N` bool, the samples to measure on, by row of the results.
-
-    Raises:
-        EvaluationError: no sample is marked on any rank.
-        ReplayError: a layer is never called, or its output is detached.
+    Arguments and errors are those of `measure`.
     """
     space = recording.space
     own: dict[str, tuple[LayerRef, int, slice]] = {}

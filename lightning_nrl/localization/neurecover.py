@@ -79,11 +79,7 @@ class NeuRecover:
         return replace(self, history=folder)
 
     def on(self, known: Known) -> OnHistory:
-        """Returns the localiser for these data: reads the history, running checkpoints once over the data.
-
-        Raises:
-            ConfigurationError: there is no history, or it cannot be read.
-        """
+        """Returns the localiser for these data: reads the history, running checkpoints once over the data."""
         history = _history_of(self.history)
         if history is None:
             raise ConfigurationError(
@@ -147,14 +143,8 @@ class OnHistory:
         return self.settings.include_bias
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures both impacts on regressions and improvements, each as much as it counts, and localises.
-
-        Raises:
-            EmptyLocalizationError: no target was right before, or no weight is left.
-        """
-        regressed, improved = self.flips.regressed.clone(), self.flips.improved.clone()
-        regressed[~failed.cpu()] = 0
-        improved[~passed.cpu()] = 0
+        """Measures impacts on regressions and improvements, each as much as it counts, and localises."""
+        regressed, improved = self.flips.regressed * failed.cpu(), self.flips.improved * passed.cpu()
         if not regressed.any():
             raise EmptyLocalizationError(
                 f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
@@ -181,13 +171,8 @@ def localize_by_history(
     Of all rates that leave any weight the one is taken whose number of weights is nearest to the request, the smallest
     if several are equally near.
 
-    Args:
-        space: the layers.
-        deg: impacts on regressions.
-        imp: impacts on improvements; None: there are none, and nothing is taken away.
-        change: `W`, how much each weight changed.
-        n_weights: as of `NeuRecover`.
-        rate: as of `NeuRecover`.
+    `deg` and `imp` are impacts on regressions and improvements (None: there are none), `change`, `W`, is how much each
+    weight changed.
 
     Raises:
         EmptyLocalizationError: no weight is left.

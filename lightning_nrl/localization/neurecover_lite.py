@@ -62,11 +62,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
     weights is nearest to the request; the smallest, if several are equally near, since its weights have the greatest
     impact on the failed data. The result says what was requested and what was reached.
 
-    Args:
-        failed: impacts on the failed samples (I_neg).
-        passed: impacts on the passed samples (I_pos).
-        n_weights: as of `NeuRecoverLite`.
-        n_g: as of `NeuRecoverLite`.
+    Of the impacts on failed (I_neg) and passed samples (I_pos); the numbers are those of `NeuRecoverLite`.
 
     Raises:
         ConfigurationError: a number below 1, both numbers at once, an N_g above the number of weights.

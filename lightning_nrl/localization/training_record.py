@@ -1,8 +1,7 @@
 """The record of a training on disk: which samples were right at which step, their losses, and weights of some layers.
 
-A folder with one file a point, named by the step (`point-00000120.pt`), and the samples of each split (`samples.pt`). A
-sample takes three bytes at each point: right or wrong, and its loss in half precision. All of it loads with
-`weights_only=True`.
+A folder with one file a point, named by the step (`point-00000120.pt`), and the samples of each split (`samples.pt`).
+All of it loads with `weights_only=True`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
 
 AnyMethod = Method | Searcher[Any]
-"""What finds new weights: a method, or a searcher of localised weights."""
+"""A method, or a searcher of localised weights."""
 
 METHODS: Registry[AnyMethod] = Registry(
     "method",

@@ -88,7 +88,7 @@ class Apricot:
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
-        """The same method with these checkpoints."""
+        """Returns this method with other checkpoints."""
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
@@ -126,7 +126,7 @@ class Apricot:
         return Solution(best if best.repaired else None, reason, tuple(steps), others)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
-        """What may change, as each checkpoint has it; those that have the model's own weights are left out."""
+        """The values of the checkpoints that may move; without checkpoints equal to the model."""
         argument, given = "Apricot.checkpoints", self.checkpoints
         if given is None:
             raise ConfigurationError("`Apricot.checkpoints`: there are none.", NO_CHECKPOINTS_HINT)
@@ -169,7 +169,7 @@ class Apricot:
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """What each of M models counts when n failed samples move the weights, `M` float64; below 0: away from it.
+    """Factors of M models when n failed samples move the weights, `M` float64; below 0: away from the model.
 
     `passed`, `M x n` bool, says which samples each model gets right, `weight`, `n`, what each sample counts.
     """

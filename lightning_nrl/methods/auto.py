@@ -139,7 +139,7 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
 
 
 Counted = tuple[TargetCounts, TargetCounts | None]
-"""What weights do to all known samples, and what the procedure they are from does to held-out ones, if known."""
+"""Counts of all known samples under some weights, and of held-out ones under the procedure, if it was tried."""
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:

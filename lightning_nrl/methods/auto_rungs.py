@@ -28,7 +28,7 @@ PATIENCE_OF_STRENGTHS = 3  # of `Convex`
 
 @dataclass(frozen=True)
 class RungResult:
-    """What a rung gave, in how many seconds with its trial, and how it went in words."""
+    """A rung's solution, its seconds with the trial, and a note on how it went."""
 
     name: str
     solution: Solution
@@ -159,7 +159,7 @@ def _tried_out(
 def _caught(
     problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
 ) -> Solution:
-    """What a search or a method gives; where there is nothing to search, or no memory for it, a line that says so."""
+    """Runs a search or a method; where there is nothing to search, or no memory, the step says so."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:

@@ -50,7 +50,7 @@ CONTINUED, DISTILLED = StepKind("continued training"), StepKind("distilled steps
 
 @dataclass(frozen=True)
 class Trial:
-    """What steps gave without the held-out samples."""
+    """Weights trained without the held-out samples, and their counts."""
 
     kind: StepKind
     state: State

@@ -71,8 +71,8 @@ RESERVED_PASSES = 3.0  # kept when rounds end: where a step back leads is counte
 MAX_STALLED_ROUNDS = 20  # since a start, a result, or since fewer samples were open than ever
 MAX_ROUNDS = 100  # in all, where fewer and fewer samples are open
 MAX_RETREATS = 4
-FIRST_INSISTING_ROUNDS = 4  # in limited time, before targets that are not right are let go; then twice as many
-INSISTING_TIME_FRACTION = 0.4  # likewise, of the time
+FIRST_ENFORCING_ROUNDS = 4  # in limited time, before targets that are not right are let go; then twice as many
+ENFORCING_TIME_FRACTION = 0.4  # likewise, of the time
 
 # Convex and linearized
 RECORDING_PASSES = 2.0  # to record the layer's inputs and compare its outputs with the model's

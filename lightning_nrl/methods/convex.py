@@ -44,8 +44,8 @@ class Convex:
     """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds.
 
     Attributes:
-        patience: the path over strengths ends after so many in a row that held-out samples speak for less than for the
-            best; None: it goes to its end. Large strengths take the longest where data contradict each other.
+        patience: the path over strengths ends after this many in a row without a better result on held-out samples;
+            None: it goes to its end. Large strengths take the longest where data contradict each other.
         seconds: how long solving may take; the weakest strength is solved at least in part.
 
     Raises:
@@ -178,7 +178,7 @@ def _solved(
 
 
 def _worth(problem: Problem, right: Tensor) -> float:
-    """What repairs weigh less what regressions do."""
+    """The weight of repairs less that of regressions."""
     before, weight = problem.before, problem.before.finite_weight
     lost = float(weight[before.passed & ~right].sum())
     return float(weight[before.targeted & right].sum()) - REGRESSION_PRICE * lost

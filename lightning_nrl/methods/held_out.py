@@ -1,4 +1,4 @@
-"""What a method does to samples that it may not use: the one estimate that the default chooses by.
+"""The effect of a method on samples that it may not use: the one estimate that the default chooses by.
 
 A third of the samples that came in with the failed ones are held out, since the model was not trained on them: what
 becomes of them is what may be expected of unseen samples like these.
@@ -41,7 +41,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """What became of the held-out samples; `before` are the results of the whole problem, where they do count."""
+    """Counts the held-out samples; `before` are the results of the whole problem."""
     return Flips.between(before, after).target_counts(before, rows)
 
 

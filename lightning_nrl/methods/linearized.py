@@ -165,7 +165,7 @@ class _TrustRegionSteps:
         return torch.cat([targets, passed]).sort().values
 
     def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
-        """What was tried until something breaks nothing, and in words how far that was."""
+        """Shorter and shorter steps until one breaks nothing, and in words how far that was."""
         tries: list[Try] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
@@ -215,7 +215,7 @@ class _LinearizedMargins:
     gradients: Tensor  # m x K
     margin: Tensor  # m, at the present weights
     required: Tensor  # m
-    targeted: Tensor  # m bool, to be repaired; the others are to be kept
+    targeted: Tensor  # m bool, targets; the others are kept
     weight: Tensor | None  # m, what the missing margin of a target costs more than that of another; None: all alike
 
     @cached_property
@@ -224,7 +224,7 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """What the median target would take for its missing margin were it the only one; 0 if nothing can help any."""
+        """Price at which the median target would be repaired if it were alone; 0 if no step helps any."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0

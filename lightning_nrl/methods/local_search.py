@@ -31,12 +31,12 @@ from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, W
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 
 Elites = Callable[[Tensor, int], Tensor]
-"""Known good values, `M x K`, of the weights at some positions (`K` int64), at most so many."""
+"""Returns known good values, `M x K`, of the weights at positions (`K` int64), M at most the second argument."""
 
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """What a search is to achieve; `N` is by row of the results."""
+    """The aim of a search; `N` is by row of the results."""
 
     failed: Tensor  # N bool, fail now: the weights that matter for them are localised
     passed: Tensor  # N bool, pass now: the weights that matter for them are left out
@@ -49,7 +49,7 @@ class SearchGoal:
 
 @dataclass(frozen=True)
 class LocalSearchResult:
-    """What localisation and search gave."""
+    """The result of localisation and search."""
 
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best candidate and the course of the search
@@ -101,7 +101,7 @@ class LocalSearch:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def with_parts(self, **parts: Any) -> LocalSearch:
-        """The same search with the parts that the user asked for; None leaves its own."""
+        """Returns this search with other parts; None leaves its own."""
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:

@@ -68,7 +68,7 @@ class Polish:
                 began = time.perf_counter()
                 start = problem.propose("given", state)
                 steps, others = (start.step(time.perf_counter() - began, "as they came"),), (start,)
-        proposal, step, _ = polished(problem, start, deadline=deadline, insist=self.new is None)
+        proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
         reason = "" if proposal.repaired else f"{whose} no target without breaking what is right."
         return Solution(proposal if proposal.repaired else None, reason, (*steps, step), others)
 

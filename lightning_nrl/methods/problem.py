@@ -1,29 +1,40 @@
-"""What a method is, and what it is given: a model, what it does on known data, and what may change."""
+"""A method, and the problem that it is given: a model, its results on known data, and what may change."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
-
 import torch
-from torch import Tensor, nn
-
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, device_of
-from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.state import device_of
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
-from lightning_nrl.data.sample_identity import Identified, is_among
+from lightning_nrl.data.sample_identity import Identified
+from lightning_nrl.data.sample_identity import is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.quotas import below, raised
-from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
-from lightning_nrl.gate.gates import Gate, Instance
+from lightning_nrl.evaluation.sample_results import Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.slices import below
+from lightning_nrl.evaluation.slices import raised
+from lightning_nrl.gate.gates import Gate
+from lightning_nrl.gate.gates import Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import JUDGING_PASSES
-from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solution import Proposal
+from lightning_nrl.methods.solution import Solution
 from lightning_nrl.search.fitness import FitnessFunction
+from torch import Tensor
+from torch import nn
+from typing import Protocol
+from typing import runtime_checkable
 
 N_SCORED = 100_000  # known samples that a search looks at, at most, by default
 LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
@@ -84,8 +95,8 @@ class Problem:
         evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
             Nothing may write to the model; all ranks run the same method in step.
         known: all data that a method may use, this rank's share of it.
-        before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
-            `before.passed` is to be kept.
+        before: the model's results on known data. `before.targeted` have to be repaired (I_neg), `before.passed` to be
+            kept.
         space: the layers whose weights are localised and searched.
         scope: names of the parameters that may be changed at all; `space` is inside.
         localizer: how weights to be searched are chosen.
@@ -98,7 +109,7 @@ class Problem:
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
-        needed: how many targets of a slice are to be repaired at least, by the name of the slice.
+        needed: targets of a slice that have to be repaired at least, by the name of the slice.
         gate: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use, to try out what it does to others; in `before` they
             are neither passed nor targeted.
@@ -134,7 +145,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return device_of(self.model)
 
     @property
@@ -157,7 +168,7 @@ class Problem:
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """What the deployed model does on all known data under a state: one forward pass over them."""
+        """Runs the deployed model on all known data under a state: one forward pass."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -177,11 +188,11 @@ class Problem:
         return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
-        """What becomes of the known samples that a method may use."""
+        """Counts the known samples that a method may use."""
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """The same problem for a method that must not use some samples, `N` bool, nor their copies in another split."""
+        """Returns the problem without some samples, `N` bool, and without their copies in another split."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -211,7 +222,7 @@ class Problem:
         return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
+        """Returns the problem where targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
 
         `after` are results on known data under the weights from which the search goes on.
         """

@@ -1,4 +1,4 @@
-"""The published methods of this family: each a localiser, a fitness and a searcher, any of which can be another one.
+"""The published methods of this family: each a localiser, a fitness and a searcher, which can be replaced.
 
 docs/methods.md has their equations, and where they differ from the published texts.
 """

@@ -6,26 +6,31 @@ Of very many samples only a bounded number, so that time and memory are bounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import torch
+from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
+from lightning_nrl.methods.budget import FEWEST_SAMPLES
+from lightning_nrl.methods.budget import PREPARATION_PASSES
+from lightning_nrl.methods.budget import PREPARATION_SECONDS
+from lightning_nrl.methods.budget import PREPARATION_TIME_SHARE
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.search import Searcher, SearchHistory
+from lightning_nrl.search import SearchHistory
+from lightning_nrl.search import Searcher
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.search._scoring.scorer import make_scorer
-from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search.fitness import needs_credit
+from lightning_nrl.search.fitness import needs_passed_loss
 from lightning_nrl.search.scores import Scorer
+from torch import Tensor
+from typing import Any
 
 MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
 FAILED_SHARE = 0.5  # of the samples of a search, at most
@@ -58,7 +63,7 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 
 
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
-    """The samples of a search, at most so many.
+    """The samples of a search, `most` of them at most.
 
     With no more than that, all passed ones: not only those that are asked for, so that a batch's share of a sum is, bit
     for bit, what it is in a sweep. Else the failed ones, of too many those nearest to the border; half of the rest are
@@ -145,7 +150,7 @@ def scorer_for(
 
 
 def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Tells the clock after each iteration what is repaired, and broken of so many passed samples."""
+    """Returns a function that tells the clock after each iteration what is repaired and broken."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])

@@ -1,4 +1,4 @@
-"""What a method gives: new weights, and what they do on known data."""
+"""The result of a method: new weights, and their results on known data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method found.
+    """The result of a method.
 
     Attributes:
         proposal: the best it has; None if it has nothing better than the original weights.

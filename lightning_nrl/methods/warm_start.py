@@ -111,7 +111,7 @@ def _sufficient(problem: Problem) -> float:
 def _elites(
     space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
-    """What proposals have at the localised weights (`where`, `K` int64), best first, none twice: `M x K`."""
+    """Values of proposals at the localised weights (`where`, `K` int64), best first, none twice: `M x K`."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]

@@ -5,10 +5,9 @@ left as it is found.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
-from lightning_nrl.pipeline.patch_file import safetensors_installed
+from lightning_nrl.pipeline.patch_file import TensorChange, safetensors_installed
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
-from lightning_nrl.pipeline.tensor_change import TensorChange
 
 __all__ = [
     "PATCH_NAME",

@@ -22,7 +22,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import refusing_batch_statistics
-from lightning_nrl.evaluation.quotas import normalised
+from lightning_nrl.evaluation.slices import normalised
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role

@@ -15,8 +15,7 @@ from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.state import hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.pipeline.patch_file import read_patch, write_patch
-from lightning_nrl.pipeline.tensor_change import TensorChange, hash_tensor
+from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_patch, write_patch
 from lightning_nrl.report import RepairReport, installed_versions
 
 PATCH_NAME = "repair.patch.safetensors"

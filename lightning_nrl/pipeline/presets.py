@@ -64,16 +64,12 @@ def paper_row(row: str) -> PaperRow:
 def paper_arguments(row: str) -> dict[str, Any]:
     """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
 
-    Weights are localised on I_neg and I_pos: `n_passed` passed samples of the data marked `passed`, by default the
-    training data. Half of the swarm starts exactly at the original weights (section II.2), and under pi a regression
-    makes the fitness 0 (section IV.B). What is found is taken as it is. The gate is `accuracy`, the paper's weaker
-    level (section III).
+    Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
+    and under pi a regression makes the fitness 0 (section IV.B). What is found is taken as it is. The gate is
+    `accuracy`, the paper's weaker level (section III).
 
     The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`; it stops after
     100 iterations, or 10 without a better fitness, as Arachne's does (Sohn et al. 2023), on which NeuRecover builds.
-
-    Raises:
-        ConfigurationError: Table II has no such row.
     """
     found = paper_row(row)
     fitness = Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero")

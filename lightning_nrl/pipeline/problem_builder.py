@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import DataWarning
@@ -27,11 +27,9 @@ def build_problem(
     *,
     clock: StageTimer | None = None,
     training: Training | None = None,
-    update: bool = False,
-    needed: Mapping[str, int] | None = None,
-    work: ResumeStore | None = None,
+    **rest: Any,
 ) -> Problem:
-    """What a method is given; `layers` as `find_scope` gives them, without a clock there is no limit of time."""
+    """What a method is given; `layers` as of `find_scope`, no limit of time without a clock, `rest` as of `Problem`."""
     space, scope = layers
     for_targets = getattr(training, "for_targets", None)
     if for_targets is not None:
@@ -51,10 +49,8 @@ def build_problem(
         n_scored=settings.search.n_scored,
         training=training,
         whole=settings.layer == "auto",
-        update=update,
-        needed={} if needed is None else needed,
         gate=settings.gate,
-        work=ResumeStore() if work is None else work,
+        **rest,
     )
 
 

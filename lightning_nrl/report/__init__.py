@@ -8,7 +8,7 @@ from importlib import import_module
 
 # TensorBoard imports this package for its tab, without torch: names are imported when they are asked for.
 # Type checkers read `__init__.pyi`.
-_PACKAGES = {
+_NAMES = {
     "_utils.state": "hash_tensors",
     "report.html": "Report",
     "report.page": "Page",
@@ -18,12 +18,12 @@ _PACKAGES = {
     " Status Step StrengthPoint WeightChange installed_versions",
     "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
 }
-_HOMES = {name: module for module, names in _PACKAGES.items() for name in names.split()}
-__all__ = sorted(_HOMES)
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"lightning_nrl.{_HOMES[name]}"), name)
+    globals()[name] = getattr(import_module(f"lightning_nrl.{_MODULE_OF[name]}"), name)
     return globals()[name]

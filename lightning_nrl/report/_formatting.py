@@ -38,7 +38,7 @@ def rough_percent(share: float) -> str:
 
 
 def rough_time(seconds: float) -> str:
-    """A time in words that do not claim more than is known."""
+    """A time in words."""
     if seconds < 1:
         return "under 1 s"
     if seconds < 100:

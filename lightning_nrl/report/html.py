@@ -19,7 +19,6 @@ from lightning_nrl.report.sample_views import SampleView
 PAGE_FILES = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 STYLE, SCRIPT = ((PAGE_FILES / name).read_text(encoding="utf-8") for name in ("report.css", "table.js"))
-"""Of the page, and of its tables that are sorted and filtered; TensorBoard's tab has the same."""
 
 
 @dataclass(frozen=True)

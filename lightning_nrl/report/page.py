@@ -18,8 +18,7 @@ Tone = Literal["", "good", "warn", "gain", "harm"]
 TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-WIDEST = 100_000
-"""Of a table that is written, not shown: it goes on below instead of being squeezed."""
+WIDEST = 100_000  # of a table that is written: it goes on below instead of being squeezed
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what the numbers are, and one cell a column.
-
-    The tone is `gain` if large is good, and `harm` if all but 0 is bad.
-    """
+    """One line of a table, with one cell a column; its tone is `gain` if large is good, `harm` if all but 0 is bad."""
 
     label: str
     cells: tuple[str, ...]
@@ -64,7 +60,6 @@ class Table:
 
     @property
     def headed(self) -> bool:
-        """True if any column has a name; notes by themselves have none."""
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
@@ -101,7 +96,6 @@ class Page:
 
     @property
     def title(self) -> str:
-        """The first heading; empty without any."""
         return next((block.text for block in self.blocks if isinstance(block, Heading)), "")
 
     def markdown(self) -> str:
@@ -122,7 +116,6 @@ class Page:
         return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """Shows the page fitted to the console's width."""
         for i, block in enumerate(self.blocks):
             if i:
                 yield ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
@@ -168,30 +168,25 @@ def _price(price: Sequence[PricePoint]) -> str:
 
 
 def _estimate(held_out: TargetCounts, unseen: FlipCounts | None) -> str:
-    """What held-out samples say of unseen data like them, and what came of the unseen ones.
-
-    In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little.
-    """
-    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, of_rate=_share_only)}"
-    return _shares(held_out, of_rate=_share_and_interval) + counted
+    """What held-out samples say of unseen data like them, and what came of the unseen ones."""
+    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, with_interval=False)}"
+    return _shares(held_out, with_interval=True) + counted
 
 
-def _shares(counts: FlipCounts, of_rate: Callable[[int, int], str]) -> str:
+def _shares(counts: FlipCounts, with_interval: bool) -> str:
+    """In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little."""
+    parts = []
     failed = counts.repaired + counts.failing
-    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired{of_rate(counts.repaired, failed)}"
-    broken = f"{count(counts.broken)} of {count(counts.passed)} passed samples broken"
-    return f"{repaired}, {broken}{of_rate(counts.broken, counts.passed)}, {points_text(counts)} points"
-
-
-def _share_only(k: int, n: int) -> str:
-    return f" ({rough_percent(k / n)})" if n else ""
-
-
-def _share_and_interval(k: int, n: int) -> str:
-    if not n:
-        return ""
-    low, high = lower_limit(k, n, ONE_SIDED_CONFIDENCE), upper_limit(k, n, ONE_SIDED_CONFIDENCE)
-    return f" ({rough_percent(k / n)}; {rough_percent(low)} to {rough_percent(high)} at 90 % confidence)"
+    for k, n, what in (
+        (counts.repaired, failed, "failures repaired"),
+        (counts.broken, counts.passed, "passed samples broken"),
+    ):
+        text = rough_percent(k / n) if n else ""
+        if n and with_interval:
+            ends = (limit(k, n, ONE_SIDED_CONFIDENCE) for limit in (lower_limit, upper_limit))
+            text += f"; {' to '.join(map(rough_percent, ends))} at 90 % confidence"
+        parts.append(f"{count(k)} of {count(n)} {what}" + (f" ({text})" if n else ""))
+    return f"{', '.join(parts)}, {points_text(counts)} points"
 
 
 def _change(change: WeightChange) -> str:

@@ -53,10 +53,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a method, such as `fit`, `polish` or `convex`, as a line of the report.
-
-    After it so many targeted samples pass (`repaired`), and so many known passed samples do not any more (`broken`).
-    """
+    """One step of a method, such as `fit`: targeted samples that pass after it, known passed ones that do not."""
 
     name: str
     repaired: int
@@ -173,7 +170,6 @@ class StrengthPoint:
 
     @property
     def calibration_cost(self) -> float:
-        """What the broken calibration samples cost; 0 without any."""
         if self.calibration_harm is not None:
             return self.calibration_harm
         return 0 if self.calibration is None else self.calibration.broken
@@ -183,8 +179,7 @@ class StrengthPoint:
 class WeightChange:
     """The difference between two versions of the same tensors: how many of all weights `changed`, and how far.
 
-    `l2` is the Euclidean norm, `relative` that over the norm of the old weights (NaN if those are all 0), `largest` the
-    largest absolute difference of a weight.
+    `l2` is the Euclidean norm, `relative` that over the norm of the old weights, `largest` the largest absolute change.
     """
 
     changed: int
@@ -224,7 +219,6 @@ def choice_text(rungs: Sequence[Rung], choice: str) -> str:
 
 
 def _against(rung: Rung, taken: Rung) -> str:
-    """Why a rung was not taken that changes more than the one that was."""
     if not rung.repaired_in_target:
         given_up = rung.held_out is not None and rung.held_out.broken > rung.held_out.repaired
         return f"held-out samples speak against `{rung.name}`" if given_up else f"`{rung.name}` repairs no target"

@@ -110,7 +110,6 @@ class SplitReport(_Counted):
 
     @property
     def repaired_ids(self) -> tuple[int, ...]:
-        """The repaired samples, targeted or not."""
         return tuple(sample.id for sample in self.flipped if sample.flip == "repaired")
 
     @property
@@ -119,10 +118,7 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The numbers of `lightning_nrl.evaluation.metrics`, by the names of its functions; undefined ones are NaN.
-
-        `repair_rate` is that of the target, repaired in I_neg / |I_neg|; all others are of the whole split.
-        """
+        """Those of `lightning_nrl.evaluation.metrics` by name, NaN where undefined; the `repair_rate` of the target."""
         repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
         return {**rates_of(self.counts), "repair_rate": repair_rate}
 

@@ -105,14 +105,15 @@ def search_many(
             on a CPU, 10 elsewhere. What is found does not depend on it.
 
     Raises:
-        ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.
+        ConfigurationError: `seeds`, `fitness` or `sizes` are not one a search.
         EvaluationError: the loss of a search's original weights is NaN or infinite.
     """
     began = time.perf_counter()
     method = SEARCHERS.parse("searcher", searcher)
-    n_searches, n_weights = original.shape
-    _check(n_searches, n_weights, seeds, fitness, sizes)
-    _check_elites(original, elites, method.n_candidates)
+    for name, given in (("seeds", seeds), ("fitness", fitness), ("sizes", sizes)):
+        if isinstance(given, Sequence) and len(given) != len(original):
+            problem = f"`{name}` has {len(given)} entries for {len(original)} searches."
+            raise ConfigurationError(problem, "give one entry a search.")
     value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
     streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
@@ -144,9 +145,18 @@ def search_many(
             report()
     if log.done % PROGRESS_EVERY or log.done == 0:
         report()
-    ended = histories(rows, method.patience)
-    found = log.best.to(original.dtype)
-    seconds = time.perf_counter() - began
+    return _results(log, rows, method, original.dtype, original_fitness, time.perf_counter() - began)
+
+
+def _results(
+    log: SearchLog,
+    rows: Tensor,
+    method: Searcher[Any],
+    dtype: torch.dtype,
+    original_fitness: Tensor,
+    seconds: float,
+) -> list[SearchResult]:
+    ended, found = histories(rows, method.patience), log.best.to(dtype)
     return [
         SearchResult(
             values=found[s, :size].clone(),
@@ -196,37 +206,6 @@ def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
     if iterations == method.iterations:
         return f"all {iterations} iterations were made"
     return TIME_WAS_OVER if stale < method.patience else f"no better fitness in {method.patience} iterations"
-
-
-def _check(
-    n_searches: int,
-    n_weights: int,
-    seeds: Sequence[int],
-    fitness: FitnessFunction | Sequence[Fitness] | None,
-    sizes: Sequence[int] | None,
-) -> None:
-    for name, given in (("seeds", seeds), ("fitness", fitness), ("sizes", sizes)):
-        if isinstance(given, Sequence) and len(given) != n_searches:
-            raise ConfigurationError(
-                f"`{name}` has {len(given)} entries for {n_searches} searches.", "give one entry a search."
-            )
-    if n_weights == 0 or (sizes is not None and not all(0 < size <= n_weights for size in sizes)):
-        found = f"`original` has {n_weights}" if sizes is None else f"`sizes` is {list(sizes)} of {n_weights}"
-        raise ConfigurationError(
-            f"{found} weights.", "give each search at least one weight, and no more than there are."
-        )
-
-
-def _check_elites(original: Tensor, elites: Tensor | None, n_candidates: int) -> None:
-    if elites is None:
-        return
-    fits = elites.ndim == 3 and elites.shape[::2] == original.shape and elites.shape[1] < n_candidates
-    if not fits or not bool(elites.isfinite().all()):
-        found = f"has the shape {list(elites.shape)}" if not fits else "is not finite"
-        raise ConfigurationError(
-            f"`elites` {found} for {list(original.shape)} weights and {n_candidates} candidates.",
-            "give finite weights of the same searches, fewer than candidates.",
-        )
 
 
 def _check_original(before: Scores) -> None:

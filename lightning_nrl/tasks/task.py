@@ -142,9 +142,6 @@ TASKS_WITH_ARGUMENTS = {
 def parse_task(task: Any) -> Task:
     """A task from its name or object; None is `Multiclass`.
 
-    Raises:
-        ConfigurationError: it is neither, or the name is not enough.
-
     Example:
         >>> parse_task("multilabel")
         Multilabel(threshold=0.5, wrong=0, ignore_index=-100)

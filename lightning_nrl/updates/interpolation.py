@@ -111,9 +111,6 @@ def interpolate(
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
-    Raises:
-        ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.
-
     Example:
         >>> old, new = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = old.load_state_dict({"weight": torch.tensor([[1.0, 0.0]])})
@@ -159,10 +156,6 @@ def choose_share(
         batches: how many of `training` the statistics are estimated from; None: all.
         seed: of their order.
         adapter: takes raw batches apart.
-
-    Raises:
-        ConfigurationError: an argument cannot be used, the architectures differ, or there is no sample.
-        EvaluationError: the data could not be read on another rank.
     """
     if tolerance is not None:
         check_share(tolerance, "tolerance")

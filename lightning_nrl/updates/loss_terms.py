@@ -50,11 +50,7 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new model's logits.
-
-        Raises:
-            ConfigurationError: the task or the replaced model does not give what the term needs.
-        """
+        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new logits."""
 
 
 TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
@@ -226,16 +222,11 @@ class ModelTeacher:
         if known is None:
             return
         self._is_checked = True
-        apart, size = (known.float() - output.float()).abs().nan_to_num().max(), output.float().abs().nan_to_num().max()
+        apart, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
         if bool(apart > OUTPUT_TOLERANCE * size):
             self.index = None
-            warnings.warn(
-                DataWarning(
-                    "`index`: samples come back changed, so what the old model said of them is not remembered.",
-                    "leave `index` out where samples are augmented.",
-                ),
-                stacklevel=2,
-            )
+            problem = "`index`: samples come back changed, so what the old model said of them is not remembered."
+            warnings.warn(DataWarning(problem, "leave `index` out where samples are augmented."), stacklevel=2)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
         if self.adapter is not None:
@@ -264,30 +255,27 @@ class PredictedTeacher:
     """Knows from a file, of one split, which samples the replaced model gets right, and nothing else."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
-        rows = predictions.splits.get(split, {})
-        if not rows:
+        self.task, self.index, self.split = task, index, split
+        self.rows = predictions.splits.get(split, {})
+        if not self.rows:
             there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
             raise ConfigurationError(
                 f"`reference`: no predictions of `{split}`; there are those of {there}.", "add them."
             )
-        self.task, self.index, self.split = task, index, split
-        ids, said = torch.tensor(list(rows)), [prediction for prediction, _ in rows.values()]
-        right = [-1 if passed is None else int(passed) for _, passed in rows.values()]
-        self.table = torch.full((int(ids.max()) + 1, 3), -1)
-        self.table[ids] = torch.tensor([said, right, [1] * len(said)]).T
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
-        rows = rows_of(self.index, raw, len(like)).to(self.table.device)
-        inside = rows < len(self.table)
-        said, right, there = self.table[rows.clamp(max=len(self.table) - 1)].unbind(1)
-        missing = rows[~inside | (there < 0)].tolist()
-        label = self.task.label(target)
-        if missing or (label is None and bool((right < 0).any())):
-            found = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
-            raise ConfigurationError(f"`reference`: {found} `{self.split}`.", "give one for each data-set position.")
-        passed = right.bool() if label is None else said == label.to(said.device)
+        ids, label = rows_of(self.index, raw, len(like)).tolist(), self.task.label(target)
+        missing = [at for at in ids if at not in self.rows]
+        found = [self.rows[at] for at in ids if at in self.rows]
+        if missing or (label is None and any(right is None for _, right in found)):
+            lacks = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
+            raise ConfigurationError(f"`reference`: {lacks} `{self.split}`.", "give one for each data-set position.")
+        if label is None:
+            passed = torch.tensor([bool(right) for _, right in found])
+        else:
+            passed = torch.tensor([said for said, _ in found]) == label.cpu()
         return OldAnswers(passed.to(like.device))
 
 

@@ -182,7 +182,7 @@ class Update:
     answers: Mapping[Role, SampleResults]
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """The new model's results, with those of its targeted failures marked that the replaced model gets right."""
+        """The new model's results; of its targeted failures those stay marked that the replaced model gets right."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:

@@ -170,11 +170,7 @@ class Predictions:
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """As a table of the same samples as another one; losses are 0 where right and 1 where wrong.
-
-        Raises:
-            ConfigurationError: samples have no prediction, or the task has no classes and the file no `passed`.
-        """
+        """As a table of the same samples as another one; losses are 0 where right and 1 where wrong."""
         said, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
             rows, start = self.splits.get(split, {}), like.start(split)

@@ -59,10 +59,6 @@ def release(
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         seeds: what the data and the models depend on, to be noted in the report.
 
-    Raises:
-        ConfigurationError: an argument cannot be used, or a rule asks for what the data do not have.
-        EvaluationError: a split's samples are not there exactly once.
-
     Example:
         >>> import torch
         >>> from lightning_nrl import TensorSource
@@ -83,15 +79,8 @@ def release(
             f"`data`: found a {type(data).__name__}, not a list of sources.",
             "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
         )
-    _, report = judge_pair(
-        Evaluator.of(new),
-        check_reference("old", old),
-        sources,
-        parse_rules(rules),
-        slices=None if slices is None else find_column("slices", slices),
-        seeds=dict(seeds or {}),
-    )
-    return report
+    found, column = check_reference("old", old), None if slices is None else find_column("slices", slices)
+    return judge_pair(Evaluator.of(new), found, sources, parse_rules(rules), slices=column, seeds=dict(seeds or {}))[1]
 
 
 def judge_pair(
@@ -239,26 +228,24 @@ class ReleaseReport(Report):
         return {"exit_status": self.exit_status}
 
     def page(self, full: bool = False) -> Page:
-        return _page(self, full)
-
-
-def _page(report: ReleaseReport, full: bool) -> Page:
-    rules = tuple((one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}") for one in report.findings)
-    blocks: list[Block] = [
-        Heading(report.status.capitalize(), 1, "good" if report.accepted else "warn"),
-        Text(_verdict(report)),
-        Heading("Rules"),
-        Facts(rules),
-        Heading("From the old model to the new one"),
-        _counts_table(report.rows, report.confidence),
-        _rates_table(report.rows),
-    ]
-    objected = tuple(
-        (f"{one.rule}: {split}", list_ids(ids, "the JSON")) for one in report.findings for split, ids in one.ids.items()
-    )
-    if objected:
-        blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
-    return Page((*blocks, Heading("Decided on"), Facts(_facts(report, str if full else from_here))))
+        rules = tuple((one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}") for one in self.findings)
+        blocks: list[Block] = [
+            Heading(self.status.capitalize(), 1, "good" if self.accepted else "warn"),
+            Text(_verdict(self)),
+            Heading("Rules"),
+            Facts(rules),
+            Heading("From the old model to the new one"),
+            _counts_table(self.rows, self.confidence),
+            _rates_table(self.rows),
+        ]
+        objected = tuple(
+            (f"{one.rule}: {split}", list_ids(ids, "the JSON"))
+            for one in self.findings
+            for split, ids in one.ids.items()
+        )
+        if objected:
+            blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
+        return Page((*blocks, Heading("Decided on"), Facts(_facts(self, str if full else from_here))))
 
 
 def _verdict(report: ReleaseReport) -> str:

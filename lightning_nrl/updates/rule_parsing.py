@@ -43,15 +43,15 @@ def parse_rule(rule: Any) -> Rule:
     return made
 
 
-@RULES.register("instance")
-@RULES.register("accuracy")
 @RULES.register("tolerance", "tolerance:1%")
+@RULES.register("accuracy")
+@RULES.register("instance")
 def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
     return AtMostBroken(text.partition(" in ")[0], splits)
 
 
-@RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
 @RULES.register("slice-nfr", "slice-nfr:5%")
+@RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
 def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
     numbers = [_number(part, text) for part in given]
     if len(numbers) not in (1, 2):

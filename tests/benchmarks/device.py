@@ -24,7 +24,7 @@ def main(names: list[str]) -> None:
         model = trained(make).to(GPU)
         with strict_cuda.watch() as seen:
             repair_module(model, sources(GPU), settings)
-        moving = sum(n for place, n in seen.waits.items() if "tensor_source" in place)
+        moving = sum(n for place, n in seen.waits.items() if "data/batch" in place)
         judging = sum(n for place, n in seen.waits.items() if "evaluation/evaluator" in place or " at tasks/" in place)
         rest = seen.n_waits - moving - judging
         print(f"| {name} | {seen.n_launches:,} | {seen.n_waits:,} | {moving:,} | {judging:,} | {rest:,} |", flush=True)

@@ -19,7 +19,7 @@ RUN = "version_0/repair"
 @pytest.mark.parametrize(
     ("place", "texts", "waits_for", "picture"),
     [
-        (HEADLINE, ["repair/known_broken", RUN], "img", "time-series"),
+        (HEADLINE, ["/Summary", RUN], "img", "time-series"),
         ("#scalars", ["repair/accepted", "repair/known_broken", "repair/unseen_broken"], "", "scalars"),
         ("#histograms", ["repair_weights/change"], ".histogram path", "histograms"),
         ("#images", ["repair/Summary", "repair_figures", "repair_samples"], "img", "images"),

@@ -19,24 +19,17 @@ from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.data.adapters import (
     INPUT_KEYS,
     TARGET_KEYS,
-    ModelAdapter,
     adapter_hint,
-    as_adapter,
     bind_adapter,
     describe,
     unpack,
 )
-from lightning_nrl.data.batch import Source, is_sliceable, run_model, unpacked
+from lightning_nrl.data.batch import is_sliceable, run_model, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "image digit")
-
-
-def test_a_source_is_known_by_what_it_has() -> None:
-    assert isinstance(TensorSource(X, Y, split="train"), Source)
-    assert not isinstance([(X, Y)], Source)
 
 
 class Encoding(UserDict):
@@ -218,13 +211,6 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
     assert taken(raw, forward)[0] == (raw,)
 
 
-def test_an_adapter_of_the_users_own_stays_as_it_is() -> None:
-    def own(batch: Any) -> Any:
-        return (batch,), {}, Y
-
-    assert bind_adapter(own, module_of(lambda self, x: 0)) is own
-
-
 @pytest.mark.parametrize(
     ("raw", "found"),
     [
@@ -299,15 +285,3 @@ def test_an_adapter_of_two_parameters_runs_the_module() -> None:
     assert torch.equal(output, model(x / 2))
     assert output.requires_grad
     assert torch.equal(run_model(other, args, kwargs), other(x / 2))
-
-
-def test_it_gives_no_inputs_without_a_module() -> None:
-    with pytest.raises(ConfigurationError, match=r"f\(module, batch\) -> \(logits, target\) cannot be used here"):
-        as_adapter(halved)((torch.ones(3, 2), torch.zeros(3)))
-
-
-@pytest.mark.parametrize(
-    ("function", "runs"), [(halved, True), (lambda batch: batch, False), (lambda batch, size=2: batch, False)]
-)
-def test_an_adapter_is_known_by_its_required_parameters(function: Any, runs: bool) -> None:
-    assert isinstance(as_adapter(function), ModelAdapter) is runs

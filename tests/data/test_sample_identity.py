@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_nrl import TensorSource
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
 from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder
 
@@ -52,13 +51,6 @@ def test_alike_to_the_bit_is_the_same_whatever_the_batch() -> None:
     assert keys(X.nextafter(X + 1))[3] != keys(X)[3]
     assert keys(X, target=torch.arange(10))[1] != keys(X)[1]
     assert keys(torch.tensor([[-0.0]])) == keys(torch.tensor([[0.0]]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64])
-def test_any_numbers_have_keys(dtype: torch.dtype) -> None:
-    x = torch.tensor([[1, 0], [0, 1], [1, 0]]).to(dtype)
-    first, second, third = keys(x)
-    assert first == third != second
 
 
 def test_inputs_do_not_change_places_and_padding_does_not_count() -> None:

@@ -43,24 +43,6 @@ def occluded(raw: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
     [
         (Target.all(), [0, 1, 2, 3, 4]),
         (Target.label(3), [0, 1, 3]),
-        (Target.confusion(3, 5), [0]),
-        (Target.where(occluded), [0, 3, 4]),
-        (Target.label(3) & Target.where(occluded), [0, 3]),
-        (Target.confusion(3, 5) | Target.label(0), [0, 4]),
-        (~Target.label(3), [2, 4]),
-        (Target.where(occluded) & ~(Target.label(0) | Target.confusion(3, 5)), [3]),
-    ],
-    ids=str,
-)
-def test_select_chooses_the_samples_that_the_words_say(target: Target, expected: list[int]) -> None:
-    assert chosen(target) == expected
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        (Target.all(), [0, 1, 2, 3, 4]),
-        (Target.label(3), [0, 1, 3]),
         (Target.where(occluded), [0, 3, 4]),
         # The class of a confusion, whatever its samples are taken for.
         (Target.confusion(3, 5), [0, 1, 3]),

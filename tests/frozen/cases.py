@@ -1073,13 +1073,13 @@ def _metrics(folder: Path) -> Any:
     right = [classes[2].clone(), classes[2].clone(), classes[2]]
     none = [torch.zeros(0, dtype=torch.long)] * 3
     core = names.metrics
-    functions = [name for name in core.__all__ if name != "flip_rates"]
+    functions = [name for name in core.__all__ if name.islower() and name != "flip_rates"]
     inputs = {"classes": classes, "logits": [*logits, classes[2]], "pixels": pixels, "right": right, "none": none}
     found = {name: {f: getattr(core, f)(*given) for f in functions} for name, given in inputs.items()}
     found["counts"] = core.flip_rates(torch.tensor([[10, 2, 5, 3], [0, 0, 0, 4], [4, 0, 0, 0]]))
     kinds = {}
     for name in names.metrics.__all__:
-        if name == "functional":
+        if name.islower():
             continue
         metric = getattr(names.metrics, name)()
         steps = [metric(*(x[rows] for x in classes)) for rows in (slice(0, 25), slice(25, 60))]

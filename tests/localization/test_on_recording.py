@@ -13,7 +13,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import measure
-from lightning_nrl.search._scoring import record
+from lightning_nrl.search._scoring.recording import record
 
 
 class Residual(nn.Module):

@@ -92,14 +92,6 @@ def test_what_is_undefined_is_nan(
     assert rate(half, right, right).item() == pytest.approx(new_all_right, nan_ok=True)
 
 
-def test_flip_rates_names_the_functions_and_takes_many_counts_at_once() -> None:
-    rates = F.flip_rates(torch.tensor([[5, 2, 3, 1], [1, 0, 0, 0]], dtype=torch.float64))
-    assert set(rates) == {name for name in F.__all__ if name.islower()} - {"flip_rates"}
-    assert rates["negative_flip_rate"].tolist() == [2 / 11, 0.0]
-    assert rates["repair_rate"][0].item() == 0.75
-    assert rates["repair_rate"][1].isnan()
-
-
 @pytest.mark.parametrize(
     ("old", "message"),
     [

@@ -318,10 +318,10 @@ def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest
     problem = crowded()
     counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
     assert counts == (60, 340)
-    found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
+    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
     assert found.repaired == 60
     monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_RATE_FACTOR", 1.0)
-    assert polish(problem, {}, after=problem.before, insist=True).repaired < 30
+    assert polish(problem, {}, after=problem.before, enforce=True).repaired < 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -329,5 +329,5 @@ def test_targets_that_contradict_what_passes_are_let_go(dtype: torch.dtype) -> N
     problem = crowded(5, dtype)
     counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
     assert counts == (60, 340)
-    found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
+    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
     assert 50 <= found.repaired <= 55

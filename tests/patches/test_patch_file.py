@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
-from lightning_nrl._utils import atomic_files as whole_files
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.pipeline import Patch, patch_file
 from lightning_nrl.pipeline.patch_file import _digest
@@ -131,19 +130,6 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     for name in ("model.ckpt", "nowhere", "."):
         with pytest.raises(ConfigurationError, match=r"(?s)cannot be read.*HINT"):
             Patch.load(tmp_path / name)
-
-
-def test_a_write_that_fails_leaves_the_file_that_was_there(path: Path) -> None:
-    before = path.read_bytes()
-
-    def fail(part: Path) -> None:
-        part.write_bytes(b"half")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        whole_files.replacing(path, fail)
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_without_safetensors_the_error_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

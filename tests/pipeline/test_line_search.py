@@ -48,21 +48,6 @@ def strengths(path: Sequence[StrengthPoint]) -> list[float]:
     return [point.strength for point in path]
 
 
-def test_beyond_the_patch_it_stops_at_the_first_that_breaks_more_than_the_gate_allows() -> None:
-    both = (1.0, 1.15, 1.3)
-    assert strengths(PatchPath(problem(WRONG, RIGHT), PATCH).count(both)) == [1.0, 1.15]
-    assert strengths(PatchPath(problem(WRONG, SAFE), PATCH).count(both)) == [1.0, 1.15, 1.3]
-    two = Gate.tolerance(3)
-    assert strengths(PatchPath(problem(WRONG, RIGHT), PATCH, gate=two).count(both)) == [1.0, 1.15, 1.3]
-
-
-@pytest.mark.parametrize(("left", "counted"), [(0.0, 1), (1e6, 7)])
-def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int) -> None:
-    clock = StageTimer(max_time=left)
-    clock.seconds["collect"] = 1.0
-    assert len(PatchPath(problem(WRONG, SAFE, clock=clock), PATCH).count()) == counted
-
-
 @pytest.mark.parametrize(
     ("known_right", "calibration", "chosen"),
     [
@@ -117,16 +102,6 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
     assert line_search(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[
         "weight"
     ].tolist() == [[0.0], [pytest.approx(1.2)]]
-
-
-def test_without_time_a_strength_that_was_counted_can_be_taken() -> None:
-    clock = StageTimer(max_time=0)
-    own = problem(WRONG, SAFE, clock=clock)
-    data = aside(own, line(2.0, label=0))
-    found = line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance())
-    assert strengths(found.path) == [1.0]
-    assert found.chosen == 1.0
-    assert torch.equal(found.state["weight"], PATCH["weight"])
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
 from lightning_nrl.pipeline.report_parts import split_report, weight_change
@@ -83,16 +81,6 @@ def test_splits_are_pooled() -> None:
     for name in set(both.rates) - {"repair_rate"}:
         rate = getattr(functional, name)(BEFORE.prediction, AFTER.prediction, LABEL)
         assert both.rates[name] == pytest.approx(rate.item())
-
-
-def test_a_split_without_samples_or_classes() -> None:
-    empty = split_report("val", "known", replace(BEFORE, sizes=(7, 0)))
-    assert math.isnan(empty.accuracy_before)
-    assert math.isnan(empty.rates["repair_rate"])
-    plain = split_report("train", "known", replace(BEFORE, label=torch.full_like(LABEL, -1)))
-    assert plain.confusion == plain.classes == ()
-    with pytest.raises(EvaluationError, match="not about the same samples"):
-        split_report("val", "known", BEFORE, replace(BEFORE, index=BEFORE.index + 1))
 
 
 def test_change_between_two_layers() -> None:

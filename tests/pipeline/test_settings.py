@@ -95,16 +95,6 @@ def test_plain_values_are_json_and_the_same_for_equal_settings(localizer: Any, f
     assert " at 0x" not in json.dumps(plain)
 
 
-def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
-    plain = Settings(search=SearchOptions(localizer=ByHand(), fitness=my_fitness)).plain()
-    assert plain["localizer"] == {"class": "ByHand", "strength": 0.5}
-    assert plain["fitness"] == f"{__name__}.my_fitness"
-    learned = Settings(search=SearchOptions(localizer=Learned())).plain()["localizer"]
-    assert learned["names"] == ["a", "b"]
-    assert learned["inner"]["class"] == "ParticleSwarm"
-    assert learned["scale"] == "tensor([0.5000])"
-
-
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -131,13 +121,6 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
 def test_a_value_without_a_meaning_is_refused_at_once(arguments: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
         Settings(**arguments)
-
-
-def test_texts_and_objects_say_the_same() -> None:
-    assert SearchOptions(fitness="eq1") == SearchOptions(fitness=Fitness("eq1"))
-    assert SearchOptions(localizer="neurecover-lite") == SearchOptions(localizer=NeuRecoverLite())
-    assert BoundOptions(limit="tolerance:1%") == BoundOptions(limit=Gate.tolerance(0.01))
-    assert SampleOptions(slices=2, quotas={"night": "50%"}) == SampleOptions(slices=2, quotas={"night": 0.5})
 
 
 def test_what_is_not_as_by_default() -> None:

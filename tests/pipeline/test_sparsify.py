@@ -79,21 +79,6 @@ def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) 
     assert step.note == f"{len(kept)} of 20 weights differ, 10 before"
 
 
-def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> None:
-    x = torch.zeros(10)
-    x[7], x[0], x[9] = 0.5001, -1.0, 1.0
-    own = problem(passed_by=x)
-    whole = own.propose("whole", patch(w3=1.0, w7=2.0, w9=0.0))
-    assert (whole.repaired, whole.broken) == (4, 0)
-    assert (
-        own.propose("w7 alone", {"head.weight": FIRST + torch.eye(10)[[7]] * torch.tensor([[0.0], [2.0]])}).broken == 1
-    )
-    found, _ = sparsify(own, whole, 0.5)
-    assert (found.repaired, found.broken) == (2, 0)
-    assert differing(found) == [7]
-    assert 1.99 < found.state["head.weight"][1, 7] < 2.0
-
-
 @dataclass(frozen=True)
 class WeightStats:
     """A method that moves every weight a little."""

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.updates import choose_share, interpolate
 from lightning_nrl.updates.interpolation import ShareChoice, batch_norms, estimate_statistics
@@ -87,12 +86,6 @@ def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told()
     assert rule in choice.render(100)
     assert "share 0.10, taken" in choice.render(100)
     assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
-
-
-def test_share_0_changes_nothing() -> None:
-    choice = chosen(tolerance=0)
-    assert (choice.share, choice.state) == (0.0, {})
-    assert not choice.write(at(0.0))
 
 
 @pytest.mark.parametrize(

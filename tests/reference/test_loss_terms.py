@@ -197,13 +197,6 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
         assert asked(teacher, 3 * X).output.tolist() == (3 * X).tolist()
 
 
-def test_inputs_and_precision_of_its_own() -> None:
-    teacher = ModelTeacher(Counted().double(), TASK, adapter=lambda batch: ((batch[0].flip(1),), {}, None))
-    found = asked(teacher)
-    assert found.output.dtype == torch.float64
-    assert found.output.tolist() == X.flip(1).tolist()
-
-
 def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
     # Old classes 0, 1, 2 are the new ones 2, none and 0; the new class 1 is unknown to the old model.
     teacher = ModelTeacher(Counted(), TASK, classes={0: 2, 2: 0})

@@ -10,7 +10,7 @@ import torch
 from sample_tables import sample_table
 from torch import Tensor, nn, tensor
 
-from lightning_nrl.data.tensor_source import TensorSource
+from lightning_nrl.data.batch import TensorSource
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -41,14 +41,6 @@ def source() -> TensorSource:
 def asked(reference: Reference, model: nn.Module | None = None, task: Task | None = None) -> SampleResults:
     evaluator = Evaluator(model or Scores().eval(), task or Multiclass())
     return reference.answers(evaluator, [source()], evaluator.run([source()]))
-
-
-def test_a_state_of_the_same_architecture_is_held_for_a_while() -> None:
-    model = Scores().eval()
-    answer = asked(OldModel(Scores(turn=1).state_dict()), model)
-    assert answer.prediction.tolist() == [1, 2, 0]
-    assert answer.passed.tolist() == [False, False, False]
-    assert torch.equal(model.weight, torch.eye(3))
 
 
 def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
@@ -111,17 +103,6 @@ def test_predictions_are_cached(tmp_path: Path) -> None:
     assert old.ran == 2
 
 
-def test_what_a_user_may_write(tmp_path: Path) -> None:
-    Predictions({"train": {0: (1, None)}}).save(tmp_path / "old.csv")
-    torch.save(Scores().state_dict(), tmp_path / "old.pt")
-    assert parse_reference(None) is None
-    assert isinstance(parse_reference(str(tmp_path / "old.csv")), Predictions)
-    assert isinstance(parse_reference(tmp_path / "old.pt"), OldModel)
-    assert isinstance(parse_reference(Scores()), OldModel)
-    own = OldModel(Scores())
-    assert parse_reference(own) is own
-
-
 @pytest.mark.parametrize("value", [3, [1], OldModel, "nowhere.ckpt"])
 def test_what_no_reference_is(value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`reference=.*\nHINT: "):
@@ -157,14 +138,6 @@ def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
     assert found.passed.tolist() == [True, False, True]
     assert found.loss.tolist() == [0.0, 1.0, 0.0]
     assert found.margin.isnan().all()
-
-
-def test_what_is_saved_is_read(tmp_path: Path) -> None:
-    weights = {"w": torch.arange(3.0)}
-    before = Predictions.of(table([1, 1, 2], [0, 1, 2]), weights)
-    before.save(tmp_path / "deep" / "old.csv")
-    assert Predictions.read(tmp_path / "deep" / "old.csv") == before
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["old.csv"]
 
 
 def test_a_cache_is_used_for_the_same_weights_samples_and_labels_alone(tmp_path: Path) -> None:

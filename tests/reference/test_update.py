@@ -167,26 +167,17 @@ def test_every_epoch_has_each_sample_as_often_as_it_says(rows: Any, oversample: 
     assert set(first.times.tolist()) <= {1, oversample}
 
 
-class Tagged(TensorDataset):
-    """Gives mappings, as text data sets do."""
-
-    def __getitem__(self, at: int) -> Any:
-        x, y = super().__getitem__(at)
-        return {"x": x, "labels": y, "more": [x]}
-
-
-@pytest.mark.parametrize("kind", [TensorDataset, Tagged])
-def test_one_pass_of_a_model_over_the_data_tells_what_is_hard(kind: Any) -> None:
+def test_one_pass_of_a_model_over_the_data_tells_what_is_hard() -> None:
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(2, 2, bias=False))
     model[1].load_state_dict({"weight": torch.eye(2)})
     x = torch.tensor([[8.0, 0.0], [0.0, 8.0], [8.0, 0.0], [2.0, 0.0], [0.0, 1.0], [math.nan, 0.0]])
-    data = kind(x, torch.tensor([0, 1, 0, 0, 0, 0]))
+    data = TensorDataset(x, torch.tensor([0, 1, 0, 0, 0, 0]))
     state, draws = torch.get_rng_state(), model.training
     sampler = Oversampler.of(model, data, oversample=2, batch_size=4)
     assert sampler.times.tolist() == [1, 1, 1, 2, 2, 2]
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training == draws
-    assert sum(len(batch["x"] if kind is Tagged else batch[0]) for batch in DataLoader(data, 2, sampler=sampler)) == 9
+    assert sum(len(batch[0]) for batch in DataLoader(data, 2, sampler=sampler)) == 9
 
 
 @pytest.mark.parametrize(

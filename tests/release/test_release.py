@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from repository import ROOT
 from toy_repairs import blobs, mlp, right, trained
 
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.report import hash_tensors
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
 
 HOW_TO = ROOT / "docs" / "release.md"
@@ -198,21 +197,6 @@ def test_files_are_judged_as_the_models_are(
     assert capsys.readouterr().out.startswith("REFUSED")
     assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
     assert decide([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--rule", "slices"], "the rule `slices` needs slices"),
-        (["--rule", "no"], "'no' is no rule"),
-        (["--slices", "nowhere.csv"], "`slices='nowhere.csv'` cannot be read"),
-    ],
-)
-def test_misuse_has_an_exit_status_of_its_own(
-    more: list[str], message: str, files: tuple[Path, ReleaseReport], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert decide([str(files[0] / "old.csv"), str(files[0] / "new.csv"), *more]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from lightning_nrl.updates import (
     Rule,
 )
 from lightning_nrl.updates.release import Identity, make_report
-from lightning_nrl.updates.rule_parsing import RULES, parse_rule, parse_rules
+from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
 from lightning_nrl.updates.rules import sign_test
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
@@ -113,13 +113,6 @@ def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
     assert NoSliceWorse(level=0.01).check(six).passed
 
 
-def test_slices_of_which_the_test_can_say_nothing_are_named() -> None:
-    found = NoSliceWorse().check(seen("x" * 9 + "yyyy", test="k" * 9 + "bbbb"))
-    assert found.passed
-    assert found.reason.endswith("of 1 with too few samples the test can say nothing (test, slice 'y').")
-    assert not NoSliceWorse("count").check(seen("x" * 9 + "yyyy", test="k" * 9 + "bbbb")).passed
-
-
 def test_protected_samples_must_stay_right() -> None:
     data = seen(suite="kbr", test="kbf")
     assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == Finding(
@@ -157,12 +150,6 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
     assert parse_rule(text) == rule
     assert parse_rule(str(rule)) == rule
     assert parse_rules([text, rule]) == (rule, rule)
-
-
-def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("ids.csv").write_text("split,id\ntest,1\n")
-    assert all(isinstance(parse_rule(kind), Rule) for kind in RULES.forms)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ from lightning_nrl.tasks import Multiclass
 
 
 class Residual(nn.Module):
-    """Two convolutions with batch norm and a shortcut; the first activation is functional, the second in place."""
-
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
@@ -39,8 +37,6 @@ class Residual(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two branches that are joined, the second one run before the first; sigmoid gates; a skip from the input."""
-
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.gate = nn.Linear(6, 4), nn.Linear(6, 3), nn.Linear(3, 7)
@@ -54,8 +50,6 @@ class Branches(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids through a transformer encoder layer; ids of 0 are padding."""
-
     def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
         self.batch_first = batch_first
@@ -71,8 +65,6 @@ class Encoder(nn.Module):
 
 
 class Convolution(nn.Module):
-    """One convolution of any dimension, then what usually follows."""
-
     def __init__(self, conv: nn.Module, dims: int, out: int = 4) -> None:
         super().__init__()
         self.conv = conv
@@ -85,8 +77,6 @@ class Convolution(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """Two inputs by keyword and a dict as output."""
-
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 5)
@@ -97,8 +87,6 @@ class TwoInputs(nn.Module):
 
 
 class Folded(nn.Module):
-    """Frames folded into the batch, with a shortcut over the folded layers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.frame, self.mix, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
@@ -111,8 +99,6 @@ class Folded(nn.Module):
 
 
 class Twice(nn.Module):
-    """A layer that is called twice, so a change of it is not a change of one output."""
-
     def __init__(self) -> None:
         super().__init__()
         self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
@@ -186,15 +172,11 @@ class Doubled(torch.autograd.Function):
 
 
 class Custom(nn.Module):
-    """Calls a function of its own."""
-
     def forward(self, x: Tensor) -> Tensor:
         return Doubled.apply(x)
 
 
 class Attention(nn.Module):
-    """Self-attention."""
-
     def __init__(self) -> None:
         super().__init__()
         self.attention, self.norm = nn.MultiheadAttention(6, 2, batch_first=True), nn.LayerNorm(6)
@@ -204,8 +186,6 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, which returns nested tuples."""
-
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(6, 6, batch_first=True)

@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search._scoring import make_layer_deltas
 from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 
 P, N, C = 3, 4, 6
 

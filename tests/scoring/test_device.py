@@ -62,8 +62,8 @@ def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
     problem = on_gpu("head")
     where, _ = problem.candidates(1, 6)
     failed = torch.arange(N) % 3 == 0
-    (group,) = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR).groups
-    assert (len(group.failed), len(group.passed)) == (1, 1)
+    scorer = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR)
+    assert ([role for role, _ in scorer.stacks], scorer.groups) == ([0, 1], ())
 
 
 def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest() -> None:

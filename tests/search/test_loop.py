@@ -51,22 +51,6 @@ def test_history_of_the_starting_swarm_by_hand():
     )
 
 
-@given(
-    seed=st.integers(0, 2**32),
-    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
-    start=st.sampled_from(["local", "half", "paper"]),
-    constants=st.sampled_from(["clerc", "arachne"]),
-)
-@settings(max_examples=25, deadline=None)
-def test_best_never_falls_and_never_lies_below_the_original(seed, kind, start, constants):
-    how = ParticleSwarm(particles=6, iterations=15, start=start, constants=constants)
-    result = search(wall, original(seed=seed)[0], WIDE, searcher=how, fitness=Fitness(kind), seed=seed)
-    assert (result.history.best.diff() >= 0).all()
-    assert result.history.best[0] >= result.original_fitness
-    if kind == "lexicographic":
-        assert (result.history.intact == N).all()
-
-
 @given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_a_swarm_among_many_finds_what_it_finds_alone(seed, sizes):
@@ -178,8 +162,6 @@ def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
         ({"seeds": [0]}, "`seeds` has 1 entries for 2 searches"),
         ({"fitness": [Fitness()] * 3}, "`fitness` has 3 entries for 2 searches"),
         ({"sizes": [1]}, "`sizes` has 1 entries for 2 searches"),
-        ({"sizes": [0, 4]}, r"`sizes` is \[0, 4\] of 4"),
-        ({"sizes": [1, 5]}, r"`sizes` is \[1, 5\] of 4"),
     ],
 )
 def test_arguments_that_do_not_fit_are_told(arguments, message):
@@ -253,21 +235,9 @@ def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
         how = ParticleSwarm(particles=6, iterations=iterations)
         result = search(wall, begin, WIDE, searcher=how, fitness=fitness, seed=seed, elites=elites)
         assert result.fitness >= worth
+        assert (result.history.best.diff() >= 0).all()
         found = fitness(wall(result.values[None, None]), before)
         assert found.item() == pytest.approx(result.fitness)
-
-
-@pytest.mark.parametrize(
-    ("elites", "message"),
-    [
-        (torch.zeros(2, 3), r"`elites` has the shape \[1, 2, 3\] for \[1, 4\] weights and 6 candidates"),
-        (torch.zeros(6, 4), r"`elites` has the shape \[1, 6, 4\]"),
-        (torch.full((1, 4), math.nan), "`elites` is not finite"),
-    ],
-)
-def test_elites_that_do_not_fit_are_told(elites, message):
-    with pytest.raises(ConfigurationError, match=message):
-        search(wall, original()[0], WIDE, searcher=ParticleSwarm(particles=6), elites=elites)
 
 
 @pytest.mark.parametrize("asked", [0, 3])

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from searches import WIDE, Quitting, first_weight, original, same, sphere, wall
 from torch import Tensor, nn
 from toy_searcher import RandomLocalSearch, Walk
@@ -345,44 +343,6 @@ def test_where_particles_start(kind, at_original, near):
 def test_local_scales_are_spread_on_a_logarithmic_scale():
     near = first_swarm(particles=5, original=torch.zeros(1, 20_000), scale_min=0.01, scale_max=10.0).position[0]
     torch.testing.assert_close(near.std(1), 2.0 * torch.tensor([0.0, 0.01, 0.1, 1.0, 10.0]), rtol=0.05, atol=0)
-
-
-def test_spread_may_differ_from_weight_to_weight_and_from_swarm_to_swarm():
-    std = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-    spread = WeightStats(mean=torch.zeros(3), std=std, lowest=0.0, highest=torch.ones(2, 1))
-    state = start(torch.ones(2, 3), spread, ParticleSwarm(particles=4), RandomStreams.seeded((0, 0)))
-    moved = (state.position[:, 1:] != 1).all(1)
-    assert moved.tolist() == [[False, True, True], [True, False, False]]
-    assert ParticleSwarm(particles=4).ask(state, RandomStreams.seeded((0, 0))).position.shape == (2, 4, 3)
-
-
-@given(
-    kind=st.sampled_from(["local", "half", "paper"]),
-    constants=st.sampled_from(["clerc", "arachne"]),
-    seed=st.integers(0, 2**40),
-    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-)
-@settings(max_examples=40, deadline=None)
-def test_elite_and_padding_never_move_and_a_swarm_does_what_it_does_alone(kind, constants, seed, sizes):
-    how = ParticleSwarm(particles=7, start=kind, constants=constants)
-    original = torch.randn(len(sizes), 5, generator=torch.Generator().manual_seed(seed))
-    seeds = [seed + s for s in range(len(sizes))]
-
-    def run(rows, sizes):
-        streams = RandomStreams.seeded([seeds[s] for s in rows], sizes)
-        state = start(original[list(rows), : max(sizes)], SPREAD, how, streams)
-        for _ in range(4):
-            state = how.ask(how.tell(state, -state.position[..., 0].square()), streams)
-        return state
-
-    together = run(range(len(sizes)), sizes)
-    for s, size in enumerate(sizes):
-        alone = run([s], [size])
-        assert torch.equal(together.position[s, :, :size], alone.position[0])
-        assert torch.equal(together.leader[s, :size], alone.leader[0])
-        assert torch.equal(together.position[s, :, size:], original[s, size : max(sizes)].expand(7, -1))
-        if kind != "paper":
-            assert torch.equal(together.position[s, 0], original[s, : max(sizes)])
 
 
 def test_elites_are_placed_then_the_lines_to_them_then_what_is_around():

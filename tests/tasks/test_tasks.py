@@ -102,21 +102,6 @@ def test_losses_by_hand(task: Task, output: Tensor, target: Tensor, loss: list[f
     torch.testing.assert_close(task.loss(output, target), torch.tensor(loss))
 
 
-def test_divergences_by_hand() -> None:
-    # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4), and nothing for the second label
-    student, teacher = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
-    torch.testing.assert_close(Multilabel().divergence(student, teacher), torch.tensor([0.071921]))
-    known = torch.tensor([[1, -100]])
-    torch.testing.assert_close(Multilabel().divergence(student, teacher, known), torch.tensor([0.143841]))
-    assert Regression(tolerance=0.5).divergence(NUMBERS, TRUE_NUMBERS).tolist() == [0.125, 8.0, 0.5]
-    relative = Regression(tolerance=0.5, relative=0.25)
-    assert relative.divergence(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([6.0])).tolist() == [1.0]
-    padded = TOKENS.clone()
-    padded[1, 2] = torch.tensor([0.0, 7.0])
-    assert Sequence().divergence(padded, TOKENS, TOKEN_LABELS).tolist() == [0.0, 0.0]
-    assert float(Sequence().divergence(padded, TOKENS)[1]) > 1
-
-
 def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
     two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
     for truth in (TRUTH, TRUTH[:, None], TRUTH.bool()):
@@ -131,15 +116,6 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
     assert Segmentation(iou=0.5, classes=(1,)).passed(logits, truth).tolist() == [True, True]
     assert Segmentation(iou=0.51, classes=[1]).passed(logits, truth).tolist() == [False, False]
     assert Segmentation(iou=0.51).passed(logits, truth).tolist() == [True, False]
-
-
-def test_a_subclass_with_a_margin_of_its_own_is_asked_for_it() -> None:
-    class Doubled(Sequence):
-        def margin(self, output: Any, target: Any) -> Tensor:
-            return 2 * super().margin(output, target)
-
-    passed, loss = Doubled().passed_and_loss(TOKENS, TOKEN_LABELS, torch.tensor([1.0, 1.0]), with_loss=False)
-    assert (passed.tolist(), loss) == ([True, False], None)
 
 
 @pytest.mark.parametrize(
@@ -394,10 +370,6 @@ def test_functions_say_what_passed_and_loss_mean() -> None:
     assert margin.tolist() == [0.25, -2.5]
     assert task.divergence(OUTPUT, TARGET).tolist() == [0.03125, 4.5]
     assert task.loss(OUTPUT.half(), TARGET.half()).dtype == torch.float32
-
-
-def test_without_a_margin_there_is_none() -> None:
-    assert Custom(near, far).margin(OUTPUT, TARGET) is None
 
 
 def test_addresses_will_do() -> None:

@@ -19,21 +19,21 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
-from lightning_nrl.methods.budget import FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION
+from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS
 from lightning_nrl.methods.problem import Problem
 
 # Margins are meant for a median margin of passed samples of `REFERENCE_MARGIN`; they grow and shrink with it.
 REFERENCE_MARGIN = 8.0
 SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
 HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed up to this, or to this part of what they had
-HINGE_OVER_REQUIRED = 1.2  # at least so many times as far as is required
+HINGE_OVER_REQUIRED = 1.2  # at least this many times as far as required
 TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would be paid for by passed samples
 REACHABLE_MARGIN = 0.3  # failing targets this close to being right are tried too
 ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # below the first samples are active, below the second followed
 MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples further away, drawn once, that hold the model where it is
 MAX_WORKING_SET = 64 * BATCH_SIZE  # followed samples, so that a round stays short however much is known
 POLISH_RATE = 5e-5  # of Adam; each step moves unmeasured samples too, so small steps are better than few
-# Faster for each broken sample, and for each open one while targets are insisted on: hundreds are out of reach of small
+# Faster for each broken sample, and for each open one while targets are enforced: hundreds are out of reach of small
 # steps, and few are not worth large ones.
 RATE_PER_BROKEN_SAMPLE, RATE_PER_OPEN_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
 MAX_OPEN_TO_MEASURE = 32  # with more open, the margins measured during the steps suffice to go on
@@ -44,18 +44,18 @@ MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of an open sample, each round; h
 class ActiveSet:
     """Margins of all known samples as last measured, NaN where the loss is not finite, and the working set.
 
-    A sample of the working set has a teacher: the given state where it is right, else the original model. `insisted`,
+    A sample of the working set has a teacher: the given state where it is right, else the original model. `enforced`,
     `N` bool, are targets that steps go on for however far from right they are; its owner may change it between rounds.
     Without `holds_repairs` no step is made for a sample that the original model fails, nor is it held where it is,
-    unless it is insisted on.
+    unless it is enforced.
     """
 
     def __init__(
-        self, problem: Problem, state: State, after: SampleResults, insisted: Tensor, *, holds_repairs: bool = True
+        self, problem: Problem, state: State, after: SampleResults, enforced: Tensor, *, holds_repairs: bool = True
     ) -> None:
         before = problem.before
         self._held = torch.full_like(before.passed, holds_repairs)
-        self.problem, self.insisted = problem, insisted
+        self.problem, self.enforced = problem, enforced
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
@@ -88,11 +88,11 @@ class ActiveSet:
 
     @property
     def open(self) -> Tensor:
-        """`N` bool: broken samples, and targets insisted on that are not right yet."""
-        return self.broken | (self.insisted & ~(self.margin >= self._required))
+        """`N` bool: broken samples, and enforced targets that are not right yet."""
+        return self.broken | (self.enforced & ~(self.margin >= self._required))
 
     @property
-    def hopeless(self) -> Tensor:
+    def infeasible(self) -> Tensor:
         """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
 
@@ -113,11 +113,11 @@ class ActiveSet:
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
         near = self.margin < self._unit * ACTIVE_MARGIN
         pursued = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
-        pursued = (pursued & self._held) | (self.insisted & near)
+        pursued = (pursued & self._held) | (self.enforced & near)
         is_active = self.working & ((before.passed & near) | pursued)
         active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
         rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
-        weight = self._weight * torch.where(before.passed | self.insisted, self.multiplier, pursued.float())
+        weight = self._weight * torch.where(before.passed | self.enforced, self.multiplier, pursued.float())
         # One transfer a round.
         table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1).to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
@@ -132,7 +132,7 @@ class ActiveSet:
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         n_open = int(self.open.sum())
-        factor = (RATE_PER_OPEN_TARGET if self.insisted.any() else RATE_PER_BROKEN_SAMPLE) * n_open
+        factor = (RATE_PER_OPEN_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE) * n_open
         rate = POLISH_RATE * min(max(1.0, factor), MAX_RATE_FACTOR)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
@@ -142,7 +142,7 @@ class ActiveSet:
         for parts in load_batches(self.problem, batches):
             descent.step(parts, loss, rate=rate)
         self.margin = merge_measurements(self.problem, self.margin, measured)
-        if not self.insisted.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
+        if not self.enforced.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
             self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
 
     def _close(self) -> Tensor:
@@ -151,7 +151,7 @@ class ActiveSet:
         close = (before.passed | repaired) & self.problem.used & (margin < self._unit * WORKING_SET_MARGIN)
         rows = close.nonzero().flatten()
         nearest = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MAX_WORKING_SET]
-        chosen = self.insisted.clone()
+        chosen = self.enforced.clone()
         chosen[rows[nearest]] = True
         return chosen
 
@@ -181,47 +181,46 @@ def _margins(after: SampleResults) -> Tensor:
 class TargetSchedule:
     """Targets that steps go on for, however far from being right they are.
 
-    `wanted`, `N` bool, are not given up for good; `insisted`, always the same tensor, are pursued at present.
+    `wanted`, `N` bool, are not given up for good; `enforced`, always the same tensor, are pursued at present.
     """
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
         self._weight = problem.before.weight
-        self.wanted, self.insisted = wanted, wanted.clone()
-        self._rounds, self._max_rounds, self._until = 0, FIRST_INSISTING_ROUNDS, Deadline()
+        self.wanted, self.enforced = wanted, wanted.clone()
+        self._rounds, self._max_rounds, self._until = 0, FIRST_ENFORCING_ROUNDS, Deadline()
 
     @property
-    def insists_on_all(self) -> bool:
-        """True if no target is let go for the time being."""
-        return torch.equal(self.insisted, self.wanted)
+    def enforces_all(self) -> bool:
+        return torch.equal(self.enforced, self.wanted)
 
     def begin(self, deadline: Deadline) -> None:
-        """Insists for some rounds or a part of the time, if that is limited."""
-        self._rounds, self._until = 0, deadline.within(INSISTING_TIME_FRACTION * deadline.seconds_left)
+        """Enforces targets for some rounds or a part of the time, if that is limited."""
+        self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
-    def insist_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Insists on all that are wanted, for twice as many rounds."""
-        self.insisted |= self.wanted
+    def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
+        """Enforces all that are wanted, for twice as many rounds."""
+        self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Lets go of what is not right for the time being, where the rounds or the time for it are over."""
+        """Drops what is not right for the time being, where the rounds or the time for it are over."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
-            self.insisted &= ~active_set.open
+            self.enforced &= ~active_set.open
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same.
+        """Drops for good the lesser half, by weight, of what is not right; all where they weigh the same.
 
         If all are right and something is broken all the same, those with the largest multiplier are in its way.
         """
         weight, multiplier = self._weight, active_set.multiplier
-        late = self.insisted & active_set.open
-        if not late.any() and self.insisted.any():
-            late = self.insisted & (multiplier >= multiplier[self.insisted].max())
+        late = self.enforced & active_set.open
+        if not late.any() and self.enforced.any():
+            late = self.enforced & (multiplier >= multiplier[self.enforced].max())
         if late.any():
             given_up = late & (weight <= weight[late].median())
-            self.insisted &= ~given_up
+            self.enforced &= ~given_up
             self.wanted &= ~given_up

@@ -118,7 +118,6 @@ class Descent:
         return True
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
-        """The same samples, as many at once as have fitted in memory so far."""
         for part in parts:
             if len(part[1]) <= self._samples_at_once:
                 yield part

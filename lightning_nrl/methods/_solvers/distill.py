@@ -114,7 +114,7 @@ class _Distillation:
         return (of_loss * task.loss(output, batch.target)).sum() + (of_divergence * divergence).sum()
 
     def _plan(self, start: int, began: float) -> None:
-        """How many samples there is time for, by the pace since then; the first rank's answer."""
+        """Plans visits by the time that is left and the pace since `start`; the first rank's answer."""
         if self.deadline.is_set and self.visits > start:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(self._most, self.visits + int(more))

@@ -5,9 +5,9 @@ what was repaired. Of all the weights on the way that break nothing, counted on 
 are worth most are the result; the original ones are the last resort. What the gate allows to break may stay broken
 ("nothing broken" below: no more than that).
 
-A polish **insists** on failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
+A polish **enforces** failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
 limited it lets those that are not right go after some rounds, so that what broke on their behalf can be mended, and
-insists on them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
+enforces them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
 that are still not right.
 """
 
@@ -38,7 +38,7 @@ NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
 HOLDING_STARTS = 3  # from later starts what was repaired may be lost, since it stands in the way
 BISECTIONS = 6  # of the way back, by what is known to be broken
-MAX_COUNTS = 6  # of all known samples on the way back, each of which may show others that are broken there
+MAX_COUNTS = 6  # of all known samples on the way back; each may show others that are broken
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,24 @@ def polish(
     deadline: Deadline | None = None,
     masks: Mapping[str, Tensor] | None = None,
     after: SampleResults | None = None,
-    insist: bool = False,
+    enforce: bool = False,
 ) -> PolishResult:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
     The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` is when it has to
     be over, save for a few forward passes over known data. `after` is what the model does under the given state, if
-    that is known. With `insist` steps go on for all failing targets, else only for those that are nearly right.
+    that is known. With `enforce` steps go on for all failing targets, else only for those that are nearly right.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
-    work = partial(_polish, problem, state, deadline or Deadline(), masks, after, insist)
+    work = partial(_polish, problem, state, deadline or Deadline(), masks, after, enforce)
     return problem.work.once("polish", work, PolishResult)
 
 
 def polished(
-    problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, insist: bool = False
+    problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, enforce: bool = False
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
     """A proposal polished as a stage of a repair; the step of the report, and all counts on the way.
 
@@ -90,7 +90,7 @@ def polished(
         began = clock.elapsed
         aim = problem.steered(start.after) if steered else problem
         end = problem.deadline_of_method() if deadline is None else deadline
-        found = polish(aim, start.state, deadline=end, after=start.after, insist=insist)
+        found = polish(aim, start.state, deadline=end, after=start.after, enforce=enforce)
     proposal = problem.counted("polish", found.state, found.after)
     return proposal, proposal.step(clock.elapsed - began, found.note), found.course
 
@@ -109,7 +109,7 @@ def _polish(*arguments: Any) -> PolishResult:
 
 
 class _Polish:
-    """A polish in progress. "Open" are broken samples, and targets insisted on that are not right.
+    """A polish in progress. "Open" are broken samples, and enforced targets that are not right.
 
     `best` breaks nothing; `state` is where the present start began or steps ended; `after` is the last count.
     """
@@ -121,7 +121,7 @@ class _Polish:
         deadline: Deadline,
         masks: Mapping[str, Tensor] | None,
         after: SampleResults | None,
-        insist: bool,
+        enforce: bool,
     ) -> None:
         self.problem, self.state, self.masks = problem, state, masks
         self.best: PolishResult | None = None
@@ -130,19 +130,19 @@ class _Polish:
         self._fewest_open = math.inf
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
-        self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())
+        self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
 
     def start(self) -> Phase | None:
         """Begins with weights that were just counted: the given ones, or those after a retreat."""
         holds = self.retreats < HOLDING_STARTS
-        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted, holds_repairs=holds)
+        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
         if self._is_settled(self.active_set.open):
             self._keep(self.state)
-            if not self._may_insist_again or self._end_of_rounds.is_over():
+            if not self._may_enforce_again or self._end_of_rounds.is_over():
                 return None
-            self.targets.insist_again(self.active_set, self._end_of_rounds)
-        if self.active_set.hopeless.any():
+            self.targets.enforce_again(self.active_set, self._end_of_rounds)
+        if self.active_set.infeasible.any():
             return self._scale_back
         self.descent = Descent(self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks)
         self._renew_rounds()
@@ -170,9 +170,9 @@ class _Polish:
         self.after = self._count(state)
         self.active_set.update(self.after)
         if self._is_settled(self.active_set.open):
-            if not self._keep(state) or not self._may_insist_again:
+            if not self._keep(state) or not self._may_enforce_again:
                 return None
-            self.targets.insist_again(self.active_set, self._end_of_rounds)
+            self.targets.enforce_again(self.active_set, self._end_of_rounds)
             self._renew_rounds()
         return self._after_round()
 
@@ -188,7 +188,7 @@ class _Polish:
     def _retreat(self) -> Phase:
         """Gives up targets and goes back a part of the way; if only these were open, the weights are a result."""
         state = self.descent.state()
-        if self.targets.insisted.any() and not (self.active_set.broken & self.active_set.working).any():
+        if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)
             self.active_set.update(self.after)
             if not self.active_set.broken.any():
@@ -238,12 +238,12 @@ class _Polish:
         return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
 
     @property
-    def _may_insist_again(self) -> bool:
+    def _may_enforce_again(self) -> bool:
         """True if targets were let go, as happens only where time is limited."""
-        return self._deadline.is_set and not self.targets.insists_on_all
+        return self._deadline.is_set and not self.targets.enforces_all
 
     def _is_settled(self, is_open: Tensor) -> bool:
-        """True if open samples, `N` bool, are no more than the gate allows, and no targets that are insisted on."""
+        """True if open samples, `N` bool, are no more than the gate allows, and no enforced targets."""
         broken = is_open & self.problem.before.passed
         if not broken.any() or (is_open & ~broken).any():
             return not is_open.any()
@@ -264,7 +264,7 @@ class _Polish:
         return is_better
 
     def _count(self, state: State) -> SampleResults:
-        """What the model does on all known data under a state; how long that took is kept."""
+        """Counts all known samples under a state, and keeps how long that took."""
         began = self._deadline.now()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))

@@ -84,7 +84,7 @@ PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
 # Proximal steps, all Newton steps, and those in a row that bring one no nearer. Programmes of 200 to 1,500 rows take 5
 # to 10 and 20 to 60; only multipliers a million times as large as others need more.
 MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
-# Hard rows contradict each other if only an x so many times as long as one row needs could fulfil them all.
+# Hard rows contradict each other if only an x this many times as long as one row needs could fulfil them all.
 CONTRADICTION_RATIO = 1e6
 
 
@@ -120,7 +120,7 @@ class _Box:
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
     def is_contradictory(self, change: Tensor) -> bool:
-        """Whether multipliers that grow without end prove hard rows contradictory (Farkas).
+        """True if multipliers that grow without end prove hard rows contradictory (Farkas).
 
         With d >= 0 on hard rows, any x that fulfils them has |A' d| |x| >= d' A x >= d' required.
         """

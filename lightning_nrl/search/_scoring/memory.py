@@ -24,6 +24,7 @@ BUDGET_DIVISOR = 4
 
 
 def default_budget(device: torch.device) -> int:
+    """Returns a share of the free memory of a device, in bytes."""
     return free_memory(device) // BUDGET_DIVISOR
 
 

@@ -32,7 +32,6 @@ class SwarmGroup:
     columns: Tensor | slice  # which of the K values are theirs; a slice if all are
     failed: list[ChunkScorer]  # samples of I_neg
     passed: list[ChunkScorer]  # samples of I_pos
-    is_stacked: bool = False  # whether a stack scores them, with those of other groups
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SwarmScorer:
     """
 
     cache: ActivationCache  # the known data of this rank
-    groups: tuple[SwarmGroup, ...]  # swarms with equal weights and samples together
+    groups: tuple[SwarmGroup, ...]  # swarms with equal weights and samples together, but for those in `stacks`
     n_failed: int | Tensor  # |I_neg| over all ranks, a number or S x 1
     n_passed: int | Tensor  # |I_pos| over all ranks, likewise
     collective: Collective  # the ranks that share the work
@@ -72,8 +71,6 @@ class SwarmScorer:
             found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
             _add_up(sums if several else sums.view(rows, 1, -1), role, stack.swarms, found, stack.total_weight)
         for group in self.groups:
-            if group.is_stacked:
-                continue
             for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, group.columns]
                 limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
@@ -215,11 +212,8 @@ def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float =
         if not fits or len(heads) < len(parts):
             groups.append(group)
             continue
-        groups.append(replace(group, is_stacked=True))
         for role, one in heads:
             roles[role].extend(one._replace(swarm=swarm) for swarm in group.swarms)
-        for _, part in parts:
-            part.head = None
     stacks = [(role, one) for role, own in enumerate(roles) for one in stack_heads(own, n_columns, block_bytes)]
     return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
 
