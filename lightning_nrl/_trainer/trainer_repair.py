@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
+from lightning_nrl._trainer.flipped_samples import class_names, sample_views
 from lightning_nrl._trainer.lightning.packages import LightningModule, ModelCheckpoint, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit, callbacks_of, validating
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.progress_bar import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
-from lightning_nrl._trainer.sample_views import class_names, sample_views
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore

@@ -9,24 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from lightning_nrl.entrypoints.command_project import TRUST
-from lightning_nrl.entrypoints.command_project import read_project
-from lightning_nrl.entrypoints.commands import apply_patch
-from lightning_nrl.entrypoints.commands import compare_project
-from lightning_nrl.entrypoints.commands import decide_release
-from lightning_nrl.entrypoints.commands import diagnose_project
-from lightning_nrl.entrypoints.commands import inspect_file
-from lightning_nrl.entrypoints.commands import repair_project
-from lightning_nrl.entrypoints.commands import show_report
+from typing import Any, NamedTuple
+
+from lightning_nrl.entrypoints.command_project import TRUST, read_project
+from lightning_nrl.entrypoints.commands import (
+    apply_patch,
+    compare_project,
+    decide_release,
+    diagnose_project,
+    inspect_file,
+    repair_project,
+    show_report,
+)
 from lightning_nrl.errors import RepairError
 from lightning_nrl.report import installed_versions
 from lightning_nrl.updates.rule_parsing import RULES
-from typing import Any
-from typing import NamedTuple
 
 __all__ = ["COMMANDS", "main"]
 

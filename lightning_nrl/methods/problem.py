@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
 import torch
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from torch import Tensor, nn
+
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State
-from lightning_nrl._utils.state import device_of
-from lightning_nrl._utils.timing import Deadline
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.state import State, device_of
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
-from lightning_nrl.data.sample_identity import Identified
-from lightning_nrl.data.sample_identity import is_among
+from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.sample_results import Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.evaluation.slices import below
-from lightning_nrl.evaluation.slices import raised
-from lightning_nrl.gate.gates import Gate
-from lightning_nrl.gate.gates import Instance
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.evaluation.slices import below, raised
+from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import JUDGING_PASSES
-from lightning_nrl.methods.solution import Proposal
-from lightning_nrl.methods.solution import Solution
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
-from torch import Tensor
-from torch import nn
-from typing import Protocol
-from typing import runtime_checkable
 
 N_SCORED = 100_000  # known samples that a search looks at, at most, by default
 LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs

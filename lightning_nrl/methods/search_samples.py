@@ -6,31 +6,26 @@ Of very many samples only a bounded number, so that time and memory are bounded 
 from __future__ import annotations
 
 import math
-import torch
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.budget import FEWEST_SAMPLES
-from lightning_nrl.methods.budget import PREPARATION_PASSES
-from lightning_nrl.methods.budget import PREPARATION_SECONDS
-from lightning_nrl.methods.budget import PREPARATION_TIME_SHARE
+from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.search import SearchHistory
-from lightning_nrl.search import Searcher
+from lightning_nrl.search import Searcher, SearchHistory
 from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.search._scoring.scorer import make_scorer
-from lightning_nrl.search.fitness import FitnessFunction
-from lightning_nrl.search.fitness import needs_credit
-from lightning_nrl.search.fitness import needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
-from torch import Tensor
-from typing import Any
 
 MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
 FAILED_SHARE = 0.5  # of the samples of a search, at most

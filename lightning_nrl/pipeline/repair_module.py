@@ -2,64 +2,42 @@
 
 from __future__ import annotations
 
-import torch
 import warnings
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
+from torch import Tensor, nn
+
 from lightning_nrl._utils.device import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import has_own_modes
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import has_own_modes, preserve
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State
-from lightning_nrl._utils.state import changed
-from lightning_nrl._utils.state import current_state
-from lightning_nrl._utils.state import holding
-from lightning_nrl._utils.state import live_tensors
-from lightning_nrl._utils.state import snapshot
-from lightning_nrl._utils.state import write
-from lightning_nrl._utils.timing import Observer
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.state import State, changed, current_state, holding, live_tensors, snapshot, write
+from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
-from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.errors import EmptyLocalizationError
-from lightning_nrl.errors import NotRepairedWarning
+from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.evaluation.slices import needed
-from lightning_nrl.gate import Gate
-from lightning_nrl.gate import check_protected
-from lightning_nrl.gate import judge
-from lightning_nrl.methods import Problem
-from lightning_nrl.methods import Proposal
-from lightning_nrl.methods import Solution
-from lightning_nrl.methods import Training
-from lightning_nrl.methods import better
-from lightning_nrl.methods import solve
+from lightning_nrl.gate import Gate, check_protected, judge
+from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import QUOTA_ROUNDS
-from lightning_nrl.pipeline.baseline import Baseline
-from lightning_nrl.pipeline.baseline import evaluate_baseline
-from lightning_nrl.pipeline.input_checks import check_limit
-from lightning_nrl.pipeline.input_checks import check_sources
-from lightning_nrl.pipeline.input_checks import given_or_default
+from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.pipeline.strength import line_search
-from lightning_nrl.report import CalibrationBounds
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.stats import limit_after
 from lightning_nrl.updates.old_model import Reference
-from torch import Tensor
-from torch import nn
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from lightning_nrl._utils.state import State
-from lightning_nrl._utils.state import current_state
-from lightning_nrl._utils.state import hash_tensors
+from typing import Any
+
+from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import in_milliseconds
-from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import needed
 from lightning_nrl.gate import Verdict
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
-from lightning_nrl.pipeline.report_parts import judge_record
-from lightning_nrl.pipeline.report_parts import margin_edges
-from lightning_nrl.pipeline.report_parts import search_report
-from lightning_nrl.pipeline.report_parts import set_aside_samples
-from lightning_nrl.pipeline.report_parts import slice_reports
-from lightning_nrl.pipeline.report_parts import split_report
-from lightning_nrl.pipeline.report_parts import update_text
-from lightning_nrl.pipeline.report_parts import weight_change
+from lightning_nrl.pipeline.report_parts import (
+    judge_record,
+    margin_edges,
+    search_report,
+    set_aside_samples,
+    slice_reports,
+    split_report,
+    update_text,
+    weight_change,
+)
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import LineSearchResult
-from lightning_nrl.report import CalibrationBounds
-from lightning_nrl.report import Hashes
-from lightning_nrl.report import LocalizationReport
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report import Role
-from lightning_nrl.report import SliceReport
-from lightning_nrl.report import SplitReport
-from lightning_nrl.report import Status
-from lightning_nrl.report import UpdateSplit
-from typing import Any
+from lightning_nrl.report import (
+    CalibrationBounds,
+    Hashes,
+    LocalizationReport,
+    RepairReport,
+    Role,
+    SliceReport,
+    SplitReport,
+    Status,
+    UpdateSplit,
+)
 
 NOTHING: Mapping[Role, SampleResults] = {}
 UNDECIDED = LineSearchResult(chosen=None)

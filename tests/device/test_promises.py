@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
 import sys
-import torch
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from contextlib import contextmanager
-from device_repairs import CASES
-from device_repairs import Conv
-from device_repairs import GPU
-from device_repairs import counted
-from device_repairs import sources
-from lightning_nrl import Grid
-from lightning_nrl import ParticleSwarm
-from lightning_nrl import repair_module
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from device_repairs import CASES, GPU, Conv, counted, sources
+from toy_problems import make_problem
+from toy_repairs import mlp, quick, trained
+
+from lightning_nrl import Grid, ParticleSwarm, repair_module
 from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.methods import local_search
 from lightning_nrl.methods._solvers.descent import Descent
 from lightning_nrl.methods._solvers.mini_batches import load_batches
 from lightning_nrl.search.search_log import SearchLog
-from toy_problems import make_problem
-from toy_repairs import mlp
-from toy_repairs import quick
-from toy_repairs import trained
-from typing import Any
 
 STRICT = sys.modules.get("strict_cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

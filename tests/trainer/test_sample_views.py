@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
+from lightning_nrl._trainer.flipped_samples import class_names, display, find_normalization, sample_views, to_pixels
 from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
-from lightning_nrl._trainer.sample_views import class_names, display, find_normalization, sample_views, to_pixels
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport

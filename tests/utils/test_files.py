@@ -8,43 +8,33 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import pytest
-import torch
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning_nrl._utils.checkpoint import fitting
-from lightning_nrl._utils.checkpoint import read_state
+from ranks import on_ranks
+from torch import nn
+from toy_problems import on_a_line, threshold
+
+from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.resume import from_bytes
-from lightning_nrl._utils.resume import to_bytes
+from lightning_nrl._utils.resume import ResumeStore, from_bytes, to_bytes
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.sweep.run_store import Run
-from lightning_nrl.analysis.sweep.run_store import RunStore
-from lightning_nrl.analysis.sweep.run_store import StoredRun
+from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun
 from lightning_nrl.entrypoints.commands import read_report
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.errors import DataWarning
-from lightning_nrl.errors import FilesWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import write_point
 from lightning_nrl.pipeline import Patch
-from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.predictions import read_ids
-from lightning_nrl.updates.predictions import read_slices
-from pathlib import Path
-from ranks import on_ranks
-from torch import nn
-from toy_problems import on_a_line
-from toy_problems import threshold
-from typing import Any
+from lightning_nrl.updates.predictions import Predictions, read_ids, read_slices
 
 STATE = {"layer.weight": torch.arange(12.0).view(3, 4), "layer.bias": torch.ones(3), "n": torch.tensor(4)}
 
