@@ -15,7 +15,7 @@ from repository import ROOT
 PACKAGE = ROOT / "lightning_nrl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._trainer.lightning")
-OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
+OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_get_file_writer", "_version"}
 """Private parts of torch, which other modules may touch."""
 
 

@@ -1,1 +1,4 @@
-"""Sources, continued training, files, loggers and a progress line from a Trainer, which stays as it is."""
+"""Inside Lightning's Trainer: its data, its state, its training and its files, for a repair.
+
+In: a trainer, a LightningModule, its data loaders. Out: sources, a continued training, files, a progress line.
+"""

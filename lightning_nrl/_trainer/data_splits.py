@@ -87,21 +87,6 @@ class DataOptions:
         check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
-    @property
-    def renderer(self) -> Callable[[Any], Any] | None:
-        """`render` as a function."""
-        return cast(Callable[[Any], Any] | None, self.render)
-
-    @property
-    def augmentation(self) -> Callable[[Any], Any] | None:
-        """`augment` as a function."""
-        return cast(Callable[[Any], Any] | None, self.augment)
-
-    @property
-    def unpack(self) -> Adapter:
-        """`adapter` as a function."""
-        return cast(Adapter, self.adapter)
-
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
@@ -167,7 +152,7 @@ class DataRequest:
         self, loaders: SplitLoaders, **how: Any
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
         """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
-        how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": self.known.unpack}
+        how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": cast(Adapter, self.known.adapter)}
         passed, failed, *held_out = self.find(loaders)
 
         def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:

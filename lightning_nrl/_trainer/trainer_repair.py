@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, cast
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
+from lightning_nrl._trainer.flipped_samples import class_names, sample_views
 from lightning_nrl._trainer.lightning.packages import LightningModule, ModelCheckpoint, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit, callbacks_of, validating
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.progress_bar import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
-from lightning_nrl._trainer.sample_display import class_names, sample_views
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
@@ -124,7 +123,7 @@ class TrainerRepair:
                     trained = trained.without(error)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
-            render = self.data.known.renderer
+            render: Any = self.data.known.render
             views = sample_views(report, trained.sources, render) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
 
@@ -144,38 +143,16 @@ class TrainerRepair:
         loaders = SplitLoaders(trainer, model)
         data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
         evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, *data)
-        training = ContinuedTraining(
-            trainer,
-            model,
-            known,
-            epochs,
-            self.left_out,
-            loaders.get("train"),
-            augment=self.data.known.augmentation,
-        )
+        trained_on, augment = loaders.get("train"), cast(Any, self.data.known.augment)
+        training = ContinuedTraining(trainer, model, known, epochs, self.left_out, trained_on, augment=augment)
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 
-@runtime_checkable
-class RecordsHistory(Protocol):
-    """A callback that records the training in a folder."""
-
-    @property
-    def folder(self) -> Path | None:
-        """Where the record is; None before training begins."""
-        ...
-
-    @property
-    def recorded(self) -> tuple[str, ...]:
-        """The recorded splits; empty before training begins."""
-        ...
-
-
-def _history_callback(settings: Settings, trainer: Trainer) -> RecordsHistory | None:
-    """The callback that records the training, if the localizer wants its record."""
+def _history_callback(settings: Settings, trainer: Trainer) -> Any:
+    """The callback that records the training, `TrainingHistory`, if the localizer wants its record."""
     if not getattr(settings.localizer, "wants_history", False):
         return None
-    return next((one for one in callbacks_of(trainer) if isinstance(one, RecordsHistory)), None)
+    return next((one for one in callbacks_of(trainer) if hasattr(one, "recorded") and hasattr(one, "folder")), None)
 
 
 def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
@@ -197,7 +174,7 @@ def _keeping_best(trainer: Trainer) -> list[ModelCheckpoint]:
     return [one for one in found if one.monitor is not None and one.save_top_k != 0]
 
 
-def _check_recorded(settings: Settings, history: RecordsHistory, known: Sequence[LoaderSource]) -> None:
+def _check_recorded(settings: Settings, history: Any, known: Sequence[LoaderSource]) -> None:
     """Refuses a record that has nothing of the failures: no regression among them would be known."""
     failing = [source.split for source in known if source.failed]
     if history.recorded and not set(failing) & set(history.recorded):

@@ -52,19 +52,19 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[An
         raise ConfigurationError(
             "`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`."
         )
-    loaders = found.loaders
+    loaders, limits, mode = found
     if not dataloader < len(loaders):
         raise ConfigurationError(
             f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
         )
-    if len(loaders) > 1 and found.mode != "sequential":
+    if len(loaders) > 1 and mode != "sequential":
         raise ConfigurationError(
-            f"`dataloader`: a CombinedLoader in the mode {found.mode!r} mixes {len(loaders)} in one batch.",
+            f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} in one batch.",
             "give the validation data loaders as a list, so that they are read one after the other.",
         )
     hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
     loader = check_loader(loaders[dataloader], "val", hint)
-    most = found.max_batches[dataloader]
+    most = limits[dataloader]
     return loader, None if most == float("inf") else int(most)
 
 

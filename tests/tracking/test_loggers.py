@@ -15,19 +15,14 @@ import numpy as np
 import pytest
 import torch
 from lightning_package import (
-    Callback,
-    CSVLogger,
     DummyLogger,
-    LightningModule,
     Logger,
     TensorBoardLogger,
-    Trainer,
     loggers,
     rank_zero_only,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl._trainer.tracking.loggers import ASKED, MEASURED, declare, track, track_release
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
@@ -219,14 +214,6 @@ def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: Repai
     assert event.histogram_value.sum == 1.0
 
 
-def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
-    logger = CSVLogger(tmp_path, name="", version="run")
-    track(RepairLog(accepted, 120, changes=CHANGES), [logger])
-    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert set(header.split(",")) == {"step", *expected_points(accepted, step=120)}
-    assert len(rows) == 3 + 1
-
-
 def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
     notes = Notes()
     track(RepairLog(accepted, 120, changes=CHANGES), [notes])
@@ -262,53 +249,6 @@ def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     track(RepairLog(replace(accepted, splits=(empty,)), 120), [notes])
     assert "repair_numbers/empty_data/n" in notes.entries[-1][1]
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
-
-
-class Tiny(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = self.layer(batch[0]).square().mean()
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Tracking(Callback):
-    """Tracks where a repair does."""
-
-    def __init__(self, report: RepairReport) -> None:
-        self.report = report
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        track(RepairLog(self.report, trainer.global_step, changes=CHANGES), trainer.loggers)
-
-
-def test_a_trainer_with_two_loggers_keeps_one_event_file_a_run(tmp_path: Path, accepted: RepairReport) -> None:
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=[board(tmp_path), CSVLogger(tmp_path, name="csv", version="run")],
-        callbacks=[Tracking(accepted)],
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
-    assert len(list((tmp_path / "run").glob("events.*"))) == 1
-    events = read(tmp_path / "run")
-    assert len(events.Scalars("train_loss")) == 4
-    (folder,) = (path for path in (tmp_path / "run").iterdir() if path.is_dir())
-    assert len(list(folder.glob("events.*"))) == 1
-    assert [event.step for event in read(folder).Scalars("repair/accepted")] == [4]
-    header, *rows = (tmp_path / "csv" / "run" / "metrics.csv").read_text().splitlines()
-    assert {"train_loss", "repair/accepted", "repair_search/broken"} <= set(header.split(","))
-    assert len(rows) == 4 + 3 + 1
 
 
 def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> None:
@@ -371,10 +311,6 @@ def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: Rep
     assert found["repair/known_broken"] == 0.0
     assert found["repair/refused_broken"] == 2.0
     assert found["repair/refused_repaired"] == 9.0
-
-
-def test_outcome_without_a_target_or_unseen_data_has_no_such_numbers(nothing: RepairReport) -> None:
-    assert outcome(nothing) == {"repair/accepted": 0.0, "repair/known_broken": 0.0, "repair/known_accuracy": 1.0}
 
 
 def on_its_way(report: RepairReport) -> RepairReport:

@@ -24,7 +24,8 @@ from lightning_package import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
@@ -140,17 +141,10 @@ def picture(trainer: Trainer, model: LightningModule) -> Any:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, (Tensor, np.ndarray)):
-        np.testing.assert_array_equal(a, b)
-    else:
-        assert a == b
+    (one, spec), (other, other_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    assert spec == other_spec
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def train_loader(data: Any = None, **arguments: Any) -> DataLoader:
@@ -409,17 +403,6 @@ def test_callbacks_that_the_model_asks_for_take_part_unless_they_save_or_stop() 
 
     assert fit(Recursive(), callback) is not None
     assert noted("counted") == [()] * 5
-
-
-BARE = TensorDataset(*blobs(9))
-
-
-@pytest.mark.parametrize(
-    "failed", [BARE, [{"x": 1}], [(torch.zeros(5), torch.tensor(0), 1)], [(torch.zeros(4), 0, 1, 2)]]
-)
-def test_samples_of_another_form_are_warned_of(failed: Any) -> None:
-    with pytest.warns(UserWarning, match="its samples and the failed ones do not make one batch"):
-        assert fit(Net(), Continue(failed=DataLoader(failed, 4))) is None
 
 
 def test_pruned_weights_and_several_loaders_are_warned_of() -> None:

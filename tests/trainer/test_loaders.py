@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_package import DistributedSamplerWrapper, LightningModule, Trainer
+from lightning_package import LightningModule, Trainer
 from torch.utils.data import (
-    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
@@ -57,12 +56,8 @@ def source(loader: Any, rank: int = 0, world_size: int = 1, **arguments: Any) ->
     return make_source(loader, "train", trainer=rank_of(rank, world_size), model=MODEL, **arguments)
 
 
-def read(source: LoaderSource) -> list[Batch]:
-    return list(source)
-
-
 def test_a_loader_is_read_in_order_with_nothing_dropped() -> None:
-    batches = read(source(DataLoader(numbers(7), batch_size=3, shuffle=True, drop_last=True)))
+    batches = list(source(DataLoader(numbers(7), batch_size=3, shuffle=True, drop_last=True)))
     assert [batch.args[0].tolist() for batch in batches] == [[0, 10, 20], [30, 40, 50], [60]]
     assert [batch.target.tolist() for batch in batches] == [[0, 1, 2], [0, 1, 2], [0]]
     assert [batch.position.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -84,18 +79,6 @@ def test_the_ranks_read_every_sample_of_a_subset_once(n: int, world_size: int, b
     assert sorted(found) == list(range(len(chosen)))
 
 
-SUBSET = SubsetRandomSampler([6, 2, 4])
-SAMPLERS = {
-    "in batches": {"batch_sampler": BatchSampler(SUBSET, 2, drop_last=True)},
-    "wrapped by Lightning": {"sampler": DistributedSamplerWrapper(SUBSET, num_replicas=2, rank=1), "batch_size": 2},
-}
-
-
-@pytest.mark.parametrize("kind", SAMPLERS)
-def test_a_subset_sampler_is_found_where_it_is_wrapped(kind: str) -> None:
-    assert source(DataLoader(numbers(9), **SAMPLERS[kind])).index.tolist() == [2, 4, 6]
-
-
 class Noisy(Dataset):
     """Six samples, with noise from each of the global generators."""
 
@@ -114,14 +97,14 @@ def rows(batches: list[Batch]) -> dict[int, list[float]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> None:
     noisy = source(DataLoader(Noisy(), 2, num_workers=workers), seed=5)
-    first = rows(read(noisy))
+    first = rows(list(noisy))
     assert len({tuple(row) for row in first.values()}) == 6
-    assert rows(read(noisy)) == first
-    assert rows(read(source(DataLoader(Noisy(), 6), seed=5))) == first
+    assert rows(list(noisy)) == first
+    assert rows(list(source(DataLoader(Noisy(), 6), seed=5))) == first
     assert rows(list(noisy.draw([torch.tensor([4, 1, 0]), torch.tensor([5, 1])]))) == {
         i: first[i] for i in (0, 1, 4, 5)
     }
-    other = rows(read(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
+    other = rows(list(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
     assert all(other[i] != first[i] for i in first)
 
 
@@ -146,7 +129,7 @@ def leave_mark(worker_id: int) -> None:
 
 
 def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
-    (batch,) = read(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
+    (batch,) = list(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
     assert batch.args[0].tolist() == [True, True]
     assert batch.target.tolist() == [7, 7]
 
@@ -191,28 +174,6 @@ def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) ->
     seed_all(0)
     SeededDataset(Drawn(draw), 3).__getitems__([0, 1])
     assert (from_torch(), from_numpy(), random.random()) == expected
-
-
-def test_later_positions_are_other_draws_of_the_same_samples() -> None:
-    data = SeededDataset(Drawn(from_torch, range(1, 8)), 3)
-    several = data.__getitems__([0, 1, 8, 9, 17])
-    assert several[0] == several[2] == 0.0
-    assert len({several[1], several[3], several[4]}) == 3
-    assert data.__getitems__([17, 1])[::-1] == [several[1], several[4]]
-
-
-def test_the_global_generators_are_as_found_after_an_error() -> None:
-    def fails() -> float:
-        torch.rand(())
-        raise RuntimeError("no such file")
-
-    data = SeededDataset(Drawn(fails), 3)
-    data.draws = True
-    torch.manual_seed(0)
-    expected = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="no such file"):
-        data[0]
-    assert torch.equal(torch.get_rng_state(), expected)
 
 
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
+from lightning_nrl._trainer.flipped_samples import class_names, display, find_normalization, sample_views, to_pixels
 from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
-from lightning_nrl._trainer.sample_display import class_names, display, find_normalization, sample_views, to_pixels
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
@@ -59,25 +59,6 @@ def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
         assert views(rows, BROKEN, render=lambda sample: 1 / 0) == ()
 
 
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (torch.full((3, 4, 5), 0.5), (4, 5, 3)),
-        (torch.full((4, 5, 3), 0.5), (4, 5, 3)),
-        (torch.full((1, 4, 5), 2.0), (4, 5, 3)),
-        (torch.zeros(4, 5, dtype=torch.bool), (4, 5, 3)),
-        (torch.full((4, 5), torch.nan), (4, 5, 3)),
-        (torch.zeros(7), None),
-        (torch.zeros(2, 4, 5), None),
-        (torch.zeros(3, 1, 5), None),
-        (torch.zeros(1, 3, 4, 5), None),
-    ],
-)
-def test_images_of_all_forms(image: Tensor, expected: tuple[int, ...] | None) -> None:
-    pixels = to_pixels(image)
-    assert (None if pixels is None else pixels.shape) == expected
-
-
 BANDS = torch.arange(5.0)[:, None, None] / 10
 ROWS = torch.tensor([[0.5, 2.0, -1.0]])
 
@@ -87,6 +68,8 @@ ROWS = torch.tensor([[0.5, 2.0, -1.0]])
     [
         (torch.full((4, 5), 0.5), [128] * 3),
         (torch.full((4, 5), 7, dtype=torch.uint8), [7] * 3),
+        (torch.full((4, 5, 3), 0.5), [128] * 3),  # channels last
+        (torch.full((4, 5), torch.nan), [0] * 3),
         (BANDS.expand(5, 4, 4), [0, 26, 51]),  # the first three channels
         (BANDS[:, None].expand(5, 3, 4, 4), [51] * 3),  # the middle of a film
         (torch.zeros(0), None),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -98,16 +98,11 @@ def given_loaders(trainer: Trainer, split: str) -> Any:
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
 
 
-class ValidationLoaders(NamedTuple):
-    """What a trainer validates on: data loaders, or whatever else was given as such."""
+def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
+    """The loaders that a trainer in `fit` or `validate` validates on, their limits of batches, and how they are mixed.
 
-    loaders: list[Any]
-    max_batches: list[int | float]  # of each; infinite: all
-    mode: str  # how several are read: `sequential`, or one that mixes them in one batch
-
-
-def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
-    """The loaders that a trainer in `fit` or `validate` validates on (`_combined_loader`), made if need be; or None."""
+    `_combined_loader` and its `_mode`; `val_dataloaders` gives the user's nesting instead. None: there are none.
+    """
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
@@ -115,7 +110,7 @@ def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
     combined = loop._combined_loader
     if combined is None:
         return None
-    return ValidationLoaders(list(combined.flattened), list(loop.max_batches), combined._mode)
+    return list(combined.flattened), list(loop.max_batches), combined._mode
 
 
 def rerun_validation(trainer: Trainer) -> None:

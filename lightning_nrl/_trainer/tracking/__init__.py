@@ -1,1 +1,4 @@
-"""A repair written to loggers: scalars, figures, pictures, text, tables, files, a row of hyperparameters."""
+"""Repairs, releases and trainings written to loggers.
+
+In: a report and the loggers of a trainer. Out: scalars, figures, pictures, text, tables, files, hyperparameters.
+"""
