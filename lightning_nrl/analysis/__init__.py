@@ -1,1 +1,4 @@
-"""Studies around a repair: a diagnosis before it, baselines beside it, a sweep over many of them."""
+"""Studies around a repair: a diagnosis before it, baselines beside it, sweeps over many.
+
+In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays as it is.
+"""

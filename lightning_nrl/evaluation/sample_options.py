@@ -26,7 +26,7 @@ Keep = Literal["both", "reference"]
 """In an update, what may not break: what either model gets right, or only what the replaced one does too."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
-WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
+OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
 BY_ID: dict[str, tuple[type, ...]] = {
     "importance": (Mapping,),
     "protected": (Mapping, list, tuple),
@@ -157,7 +157,7 @@ class SampleOptions:
         found = {}
         for name in names:
             value = getattr(self, name)
-            is_word = isinstance(value, Focal) or (isinstance(value, str) and value in WORDS.get(name, ()))
+            is_word = isinstance(value, Focal) or (isinstance(value, str) and value in OPTION_WORDS.get(name, ()))
             if value is not None and not is_word and not isinstance(value, BY_ID.get(name, ())):
                 found[name] = find_column(name, value)
         return found

@@ -24,7 +24,7 @@ from lightning_nrl.errors import ConfigurationError, RepairError
 
 WHOLE_TENSOR_SHARE = 1 / 3
 """Where more than this share of a tensor changed, all of it is kept."""
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
@@ -100,7 +100,7 @@ def _words(tensor: Tensor) -> Tensor:
     """The bits of a contiguous tensor's values as whole numbers, a view: one a value, two in a row a complex one."""
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
-    return flat.view(WORDS[flat.element_size()])
+    return flat.view(WORD_DTYPES[flat.element_size()])
 
 
 def safetensors_installed() -> bool:
