@@ -11,13 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from output import Splits
 from problems import Problem
 from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer, lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_nrl import Target
 
@@ -25,23 +26,14 @@ SPLITS = ("train", "repair", "test")
 Schedule = Callable[[Optimizer, Trainer], object]
 
 
-class Splits(LightningDataModule):
-    """Batches of `(inputs, label)`. `repair_dataloader` gives what came in after the network was trained."""
+class Small(Splits):
+    """Batches of `(inputs, label)`."""
 
     def __init__(self, inputs: Tensor, labels: Tensor, sizes: tuple[int, int, int], batch_size: int = 64) -> None:
         super().__init__()
         parts = zip(inputs.split(sizes), labels.split(sizes), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
         self.batch_size = batch_size
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], self.batch_size, shuffle=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 512)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 512)
 
 
 class Classifier(LightningModule):
@@ -85,11 +77,11 @@ def table(seed: int, n: int, features: int, classes: int, **arguments: object) -
     return torch.from_numpy(inputs).float(), torch.from_numpy(labels).long()
 
 
-def rare_classes(seed: int) -> Splits:
+def rare_classes(seed: int) -> Small:
     """A table of 20 features and 6 classes, three of them with 4 % of the samples each."""
     weights = [0.4, 0.3, 0.18, 0.04, 0.04, 0.04]
     inputs, labels = table(seed, 7_000, 20, 6, n_clusters_per_class=3, class_sep=1.6, weights=weights, flip_y=0)
-    return Splits(inputs, labels, (2_500, 900, 3_600))
+    return Small(inputs, labels, (2_500, 900, 3_600))
 
 
 def table_net() -> Classifier:
@@ -108,13 +100,13 @@ def one_cycle(optimizer: Optimizer, trainer: Trainer) -> object:
     return {"scheduler": lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps), "interval": "step"}
 
 
-def drifting_sensors(seed: int) -> Splits:
+def drifting_sensors(seed: int) -> Small:
     """A table of 16 features and 5 classes; after training four features of a third of the samples are offset."""
     inputs, labels = table(seed, 6_500, 16, 5, n_clusters_per_class=2, class_sep=2.0, flip_y=0)
     drifted = torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed)) < 0.33
     drifted[:2_500] = False
     inputs[drifted, :4] = 0.8 * inputs[drifted, :4] + 1.0
-    return Splits(inputs, labels, (2_500, 800, 3_200))
+    return Small(inputs, labels, (2_500, 800, 3_200))
 
 
 def sensor_net() -> Classifier:
@@ -123,7 +115,7 @@ def sensor_net() -> Classifier:
     return Classifier(nn.Sequential(*layers), partial(torch.optim.Adam, lr=2e-3))
 
 
-def waves(seed: int) -> Splits:
+def waves(seed: int) -> Small:
     """Series of one channel and 5 shapes of wave; after training 40 % of them are faster than any before."""
     n, length = 4_400, 40
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +131,7 @@ def waves(seed: int) -> Splits:
     shapes = torch.stack([sines, sines.sign(), ramps, -ramps, 2 * ramps.abs() - 1])
     labels = torch.randint(5, (n,), generator=generator)
     series = uniform(0.6, 1.4) * shapes[labels, torch.arange(n)] + 0.3 * torch.randn(n, length, generator=generator)
-    return Splits(series[..., None], labels, (1_400, 600, 2_400))
+    return Small(series[..., None], labels, (1_400, 600, 2_400))
 
 
 def wave_net() -> Classifier:
@@ -149,7 +141,7 @@ def wave_net() -> Classifier:
     return Classifier(network, optimizer, lambda own, trainer: lr_scheduler.CosineAnnealingLR(own, trainer.max_epochs))
 
 
-def gestures(seed: int) -> Splits:
+def gestures(seed: int) -> Small:
     """Series of three channels and 6 classes: the order in which three pulses come. Long, noisy, few."""
     n, length, orders = 4_000, 60, torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +149,7 @@ def gestures(seed: int) -> Splits:
     centres = (orders[labels] + 0.5) * length / 3 + 3.0 * torch.randn(n, 3, generator=generator)
     distances = torch.arange(length)[None, :, None] - centres[:, None]
     pulses = (-(distances**2) / 18).exp() * torch.empty(n, 1, 3).uniform_(0.6, 1.4, generator=generator)
-    return Splits(pulses + 0.9 * torch.randn(n, length, 3, generator=generator), labels, (1_200, 300, 2_500), 32)
+    return Small(pulses + 0.9 * torch.randn(n, length, 3, generator=generator), labels, (1_200, 300, 2_500), 32)
 
 
 def gesture_net() -> Classifier:
@@ -166,7 +158,7 @@ def gesture_net() -> Classifier:
     return Classifier(network, partial(torch.optim.Adam, lr=1e-3))
 
 
-def noisy_labels(seed: int) -> Splits:
+def noisy_labels(seed: int) -> Small:
     """Images of 12 x 12 pixels and 6 shapes, filled or outlined; 5 % of the known labels are those of another shape."""
     n, known, pixels = 5_000, 2_600, torch.arange(12)
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +175,7 @@ def noisy_labels(seed: int) -> Splits:
     wrong = torch.rand(n, generator=generator) < 0.05
     wrong[known:] = False
     given = torch.where(wrong, (labels + torch.randint(1, 6, (n,), generator=generator)) % 6, labels)
-    return Splits(images, given, (1_800, 800, 2_400))
+    return Small(images, given, (1_800, 800, 2_400))
 
 
 def shape_net() -> Classifier:
@@ -197,7 +189,7 @@ def shape_net() -> Classifier:
     return Classifier(nn.Sequential(*layers), optimizer, lambda own, _: lr_scheduler.MultiStepLR(own, [12, 16], 0.2))
 
 
-def rotated_digits(seed: int) -> Splits:
+def rotated_digits(seed: int) -> Small:
     """Scikit-learn's digits; after training 40 % of them are rotated by 25 to 50 degrees to either side."""
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +202,7 @@ def rotated_digits(seed: int) -> Splits:
     rows = [torch.stack([angles.cos(), -angles.sin()], 1), torch.stack([angles.sin(), angles.cos()], 1)]
     turns = F.pad(torch.stack(rows, 1), (0, 1))
     images = F.grid_sample(images, F.affine_grid(turns, list(images.shape), False), align_corners=False)
-    return Splits(images, torch.tensor(digits.target)[order], (600, 300, 897), 32)
+    return Small(images, torch.tensor(digits.target)[order], (600, 300, 897), 32)
 
 
 def rotated_digit_net() -> Classifier:

@@ -22,7 +22,6 @@ import ablation  # noqa: E402
 import congruent  # noqa: E402
 import default_problems  # noqa: E402
 import defaults  # noqa: E402
-import early_repair  # noqa: E402
 import fashion_mnist  # noqa: E402
 import problems  # noqa: E402
 import updates  # noqa: E402
@@ -47,7 +46,6 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(defaults.SMALL, name, tiny)
         monkeypatch.setitem(defaults.OWNERS, name, tiny)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
-    monkeypatch.setattr(early_repair, "EPOCHS", 10)
     monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
 
 
