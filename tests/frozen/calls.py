@@ -8,25 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nrl.analysis.comparison import compare_module
-from lightning_nrl.analysis.diagnosis import diagnose_module
-from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
-from lightning_nrl.entrypoints import compare, diagnose, repair
+from lightning_nrl.entrypoints import repair
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline import Settings, repair_module
-from lightning_nrl.pipeline.presets import paper_arguments
 from lightning_nrl.tasks import parse_task
-
-FLAT = (
-    *("target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time"),
-    *("strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside"),
-    "confidence",
-)
-"""Arguments of a repair that are frozen for the rows of the paper."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class Halfway:
         return Solution(problem.propose("half way", state))
 
 
-def _grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
+def grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with those of the option objects inside these."""
     own = dict(flat)
     for name, kind in OPTION_CLASSES.items():
@@ -51,8 +40,8 @@ def _grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _settings(flat: Mapping[str, Any]) -> Settings:
-    own = _grouped(flat)
+def settings(flat: Mapping[str, Any]) -> Settings:
+    own = grouped(flat)
     if isinstance(own.get("gate"), str):
         own["gate"] = Gate.parse(own["gate"])
     return Settings(**own)
@@ -69,48 +58,15 @@ def repair_tensors(
     **flat: Any,
 ) -> Any:
     given = {"unseen": unseen, "calibration": calibration, "reference": reference}
-    return repair_module(Evaluator(model, parse_task(task)), known, _settings(flat), **given)
+    return repair_module(Evaluator(model, parse_task(task)), known, settings(flat), **given)
 
 
 def callback(**flat: Any) -> Any:
-    return RegressionFreeRepair(**_grouped(flat))
-
-
-def callback_of_row(row: str, **flat: Any) -> Any:
-    return RegressionFreeRepair.from_paper(row, **_grouped(flat))
-
-
-def row_arguments(row: str) -> dict[str, Any]:
-    """The settings of one row of the paper's Table II, flat and plain."""
-    plain = _settings(paper_arguments(row)).plain()
-    return {name: plain[name] for name in FLAT}
+    return RegressionFreeRepair(**grouped(flat))
 
 
 def repair_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any = None, made: Any = None, **flat: Any) -> Any:
-    return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **_grouped(flat))
-
-
-def compare_tensors(
-    model: nn.Module, known: Sequence[Any], *, unseen: Sequence[Any] = (), methods: Any = None, **flat: Any
-) -> Any:
-    return compare_module(model, known, _settings(flat), unseen=unseen, methods=methods)
-
-
-def compare_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, methods: Any, **flat: Any) -> Any:
-    return compare(trainer, model, datamodule=data, ckpt_path=path, methods=methods, **_grouped(flat))
-
-
-def diagnose_tensors(model: nn.Module, known: Sequence[Any], *, task: Any = None, **flat: Any) -> Any:
-    return diagnose_module(Evaluator(model, parse_task(task)), known, _settings(flat))
-
-
-def diagnose_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, **flat: Any) -> Any:
-    return diagnose(trainer, model, datamodule=data, ckpt_path=path, **_grouped(flat))
-
-
-def sweep_tensors(model: nn.Module, known: Sequence[Any], settings: Any, *, folder: Any = None, **rest: Any) -> Any:
-    given = {name: rest.pop(name) for name in ("seeds", "unseen", "calibration")}
-    return sweep_module(model, known, settings=settings, base=_settings(rest), dirpath=folder, **given)
+    return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **grouped(flat))
 
 
 # Results without the counts that the frozen ones have not.

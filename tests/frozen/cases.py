@@ -22,17 +22,20 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
+from lightning_nrl import RegressionFreeRepair, Settings, compare, diagnose
 from lightning_nrl.analysis.baselines import FineTuning, Interpolation
-from lightning_nrl.analysis.sweep import Grid
+from lightning_nrl.analysis.comparison import compare_module
+from lightning_nrl.analysis.diagnosis import diagnose_module
+from lightning_nrl.analysis.sweep import Grid, sweep_module
 from lightning_nrl.callbacks import PositiveCongruentTraining, ReleaseGate, WeightInterpolation
 from lightning_nrl.data import Target, TensorSource
-from lightning_nrl.evaluation import Focal
-from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.evaluation import Evaluator, Focal
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Polish
 from lightning_nrl.pipeline.presets import TABLE_II
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
-from lightning_nrl.tasks import Regression, Segmentation, Sequence
+from lightning_nrl.tasks import Regression, Sequence
 from lightning_nrl.updates import FocalDistillation, MarginHinge, OldModel, ProtectedIntact, release
 
 from . import calls, data
@@ -245,21 +248,6 @@ def _fitness(folder: Path) -> Any:
     return {name: repaired(**quick(fitness=make(), gate="accuracy")) for name, make in FITNESS.items()}
 
 
-@case("localizer")
-def _localizer(folder: Path) -> Any:
-    localizers = {
-        "default": NeuRecoverLite(),
-        "weights": NeuRecoverLite(n_weights=5),
-        "sets": NeuRecoverLite(n_g=9),
-        "per sample": NeuRecoverLite(n_weights=10, aggregation="per_sample"),
-        "bias": NeuRecoverLite(n_weights=10, include_bias=True),
-        "everything": AllWeights(),
-        "everything and bias": AllWeights(include_bias=True),
-    }
-    found = {name: repaired(**quick(localizer=localizer)) for name, localizer in localizers.items()}
-    return found | {"deeper": repaired(**quick(localizer=NeuRecoverLite(n_weights=8), layer="0"))}
-
-
 @case("gate")
 def _gate(folder: Path) -> Any:
     greedy = quick(fitness=FITNESS["eq1-alpha"]())
@@ -354,21 +342,6 @@ def costs(batch: Any) -> Tensor:
     return 1 + batch[2] % 5
 
 
-@case("set-aside")
-def _set_aside(folder: Path) -> Any:
-    own = {"method": "convex", "layer": "2"}
-    x, y = blobs(60, 1.5, 1)
-    wrong = y.clone()
-    wrong[::9] = (wrong[::9] + 1) % 3
-    doubtful = [known()[0], source(x, wrong, "new", torch.arange(60), failed=True)]
-    return {
-        "ids": repaired(set_aside={"new": [0, 1, 2, 3, 4, 5]}, pages=True, **own),
-        "target": repaired(set_aside=Target.where(third), **own),
-        "bools": repaired(set_aside=third, **own),
-        "doubtful": repaired(set_aside="doubtful", sources=doubtful, pages=True, **own),
-    }
-
-
 # Other tasks.
 
 
@@ -398,17 +371,6 @@ def _regression(folder: Path) -> Any:
     return {
         "plain": _on_task(Regression(tolerance=0.5), made, **ways),
         "relative": _on_task(Regression(tolerance=0.2, relative=0.1), made, swarm=ways["swarm"]),
-    }
-
-
-@case("task-segmentation")
-def _segmentation(folder: Path) -> Any:
-    ways, made = _ways(), data.segmentation()
-    short = ParticleSwarm(particles=8, iterations=5)
-    less = {**ways, "auto": {"method": Auto(short)}, "swarm": quick(method=short)}
-    return {
-        "plain": _on_task(Segmentation(iou=0.7), made, **less),
-        "foreground": _on_task(Segmentation(iou=0.55, classes=(1,)), made, swarm=less["swarm"]),
     }
 
 
@@ -586,17 +548,16 @@ def _update_fit(folder: Path) -> Any:
 
 @case("paper")
 def _paper(folder: Path) -> Any:
-    made = calls.callback_of_row("EXP-C1", unseen="test", verbose=False)
+    made = RegressionFreeRepair.from_paper("EXP-C1", unseen="test", verbose=False)
     model = loaded()
     report = calls.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
     other = loaded()
-    ways = {"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"}
-    made = calls.callback_of_row("EXP-A1", target=Target.where(noisy), **ways)
+    ways = calls.grouped({"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"})
+    made = RegressionFreeRepair.from_paper("EXP-A1", target=Target.where(noisy), **ways)
     second = calls.repair_checkpoint(quiet_trainer(folder), other, data=Digits(), made=made)
     return {
         "EXP-A1": {**account(second), "weights": hash_of(other.state_dict())},
         "rows": TABLE_II,
-        "arguments": {row: calls.row_arguments(row) for row in TABLE_II},
         "EXP-C1": {**account(report), "weights": hash_of(model.state_dict())},
     }
 
@@ -716,13 +677,12 @@ def _diagnosis(folder: Path) -> Any:
     numbers = data.fitted(network, *parts[0], steps=40, loss=loss)
     sources = [source(*parts[0], "train", passed=True), source(*parts[1], "new", failed=True)]
     model, trainer = Classifier(), quiet_trainer(folder)
-    looked = calls.diagnose_checkpoint(
-        trainer, model, data=Digits(), path=CHECKPOINTS["flat"], target=Target.where(noisy)
-    )
+    checkpoint = {"datamodule": Digits(), "ckpt_path": CHECKPOINTS["flat"]}
+    looked = diagnose(trainer, model, **checkpoint, target=Target.where(noisy))
     return {
-        "points": _diagnosed(calls.diagnose_tensors(trained(), known())),
-        "a target": _diagnosed(calls.diagnose_tensors(trained(data.deep), known(), target=Target.label(0))),
-        "numbers": _diagnosed(calls.diagnose_tensors(numbers, sources, task=Regression(tolerance=0.5))),
+        "points": _diagnosed(diagnose_module(trained(), known())),
+        "a target": _diagnosed(diagnose_module(trained(data.deep), known(), Settings(target=Target.label(0)))),
+        "numbers": _diagnosed(diagnose_module(Evaluator(numbers, Regression(tolerance=0.5)), sources)),
         "digits": _diagnosed(looked),
     }
 
@@ -736,15 +696,17 @@ def _comparison(folder: Path) -> Any:
     tuned = FineTuning(learning_rate=1e-2, epochs=4)
     own = {"gentle": tuned, "a quarter of it": Interpolation(tuned, a=0.25)}
     methods = ["convex", "finetune-polish", "layer fine-tuning", "fine-tuning", "distillation", "interpolation"]
-    found = calls.compare_tensors(trained(), known(), unseen=unseen(), methods=methods)
+    found = compare_module(trained(), known(), unseen=unseen(), methods=methods)
     model = Classifier()
     ways = ["convex", "further training", "retraining"]
-    checkpoint = {"data": Digits(), "path": CHECKPOINTS["flat"], "methods": ways, "target": Target.where(noisy)}
+    checkpoint = {"datamodule": Digits(), "ckpt_path": CHECKPOINTS["flat"], "target": Target.where(noisy)}
     return {
         "named": _compared(found),
-        "objects": _compared(calls.compare_tensors(trained(), known(), unseen=unseen(), methods=own, seed=3)),
-        "no last layer": _compared(calls.compare_tensors(trained(), known(), methods=["convex"], layer="0")),
-        "digits": _compared(calls.compare_checkpoint(quiet_trainer(folder), model, **checkpoint)),
+        "objects": _compared(compare_module(trained(), known(), Settings(seed=3), unseen=unseen(), methods=own)),
+        "no last layer": _compared(compare_module(trained(), known(), Settings(layer="0"), methods=["convex"])),
+        "digits": _compared(
+            compare(quiet_trainer(folder), model, **checkpoint, methods=ways, target=Target.where(noisy))
+        ),
     }
 
 
@@ -764,12 +726,12 @@ def _swept(result: Any) -> dict[str, Any]:
 def _sweep(folder: Path) -> Any:
     swarm = ParticleSwarm(particles=12, iterations=10)
     grid = Grid(fitness=["eq1", "lexicographic"], alpha=[0.5, 8], n_weights=[8, 16], n_passed=[None, 40])
-    given = {"unseen": unseen(), "calibration": calibration(), "method": swarm}
+    given = {"unseen": unseen(), "calibration": calibration(), "base": Settings(method=swarm)}
     model = trained()
-    result = calls.sweep_tensors(model, known(), grid, seeds=2, folder=folder / "sweep", **given)
-    again = calls.sweep_tensors(model, known(), grid, seeds=[0, 1, 5], folder=folder / "sweep", **given)
+    result = sweep_module(model, known(), grid, seeds=2, dirpath=folder / "sweep", **given)
+    again = sweep_module(model, known(), grid, seeds=[0, 1, 5], dirpath=folder / "sweep", **given)
     listed_ways = [{"alpha": 5, "n_passed": 30, "fitness": "eq1"}, {"fitness": "eq2", "particles": 8, "name": "mine"}]
-    single = calls.sweep_tensors(model, known(), listed_ways, seeds=2, **given)
+    single = sweep_module(model, known(), listed_ways, seeds=2, **given)
     best = again.best("accuracy")
     copied = copy.deepcopy(model)
     if best is not None:

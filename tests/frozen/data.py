@@ -232,19 +232,6 @@ def _regression_net() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 1), nn.Flatten(0))
 
 
-def segmentation() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
-    """Where there is ink, from a noisy image; some pixels are not known."""
-    images, _ = digits()
-    noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    target = (images[:, 0] > 0.5).long()
-    target[::13, 0, 0] = -100
-    return _parts(images + noise, target, _dim), _segmentation_net, F.cross_entropy
-
-
-def _segmentation_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1))
-
-
 def sequence() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
     """Which digits stand in a row of three; some are not known."""
     x, y = rows_of_digits(3)
