@@ -19,8 +19,7 @@ from lightning_nrl.search._scoring.activation_cache import ActivationCache
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
 
-EVALUATOR = Evaluator(nn.Identity())
-"""For scorers: of a recording's evaluator its task and its ranks matter alone."""
+EVALUATOR = Evaluator(nn.Identity())  # for scorers, to which the task and the ranks alone matter
 
 
 class Block(nn.Module):

@@ -33,8 +33,7 @@ N, ALLOWED = 915, 9
 LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * ORDERED_LEVEL_SHARE)
 """What is said of a strength that a walk accepts: the rate of which 9 of 915 are the limit."""
 
-Rates = Callable[[float], float]
-"""The true rate of broken samples by strength; it never falls."""
+Rates = Callable[[float], float]  # the true rate of broken samples by strength; it never falls
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,7 @@ def study(
     device: str = "cpu",
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
-    """Seconds for the swarms, each with its own weights, sampled passed data, fitness and seed, in front of 32 -> 7.
-
-    The search is made inside of `around`.
-    """
+    """Seconds for swarms with weights, passed samples, fitness and seed of their own; `around` is around the search."""
     n_failed, n_passed = 150, 3000
     torch.manual_seed(0)
     model = nn.Linear(32, 7).eval()
