@@ -119,7 +119,7 @@ def main() -> None:
         torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
     if chosen.compare is not None:
         for seed in range(chosen.first, chosen.first + chosen.seeds):
-            print(compared(chosen.problem, seed, chosen.compare, chosen.max_time))
+            print(compared(chosen.problem, seed, chosen.compare, chosen.max_time).render(120))
         return
     rows = []
     for method in list(METHODS) if "all" in chosen.methods else chosen.methods:
