@@ -704,9 +704,7 @@ def _comparison(folder: Path) -> Any:
         "named": _compared(found),
         "objects": _compared(compare_module(trained(), known(), Settings(seed=3), unseen=unseen(), methods=own)),
         "no last layer": _compared(compare_module(trained(), known(), Settings(layer="0"), methods=["convex"])),
-        "digits": _compared(
-            compare(quiet_trainer(folder), model, **checkpoint, methods=ways, target=Target.where(noisy))
-        ),
+        "digits": _compared(compare(quiet_trainer(folder), model, methods=ways, **checkpoint)),
     }
 
 
