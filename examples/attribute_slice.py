@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 from digits import DigitNet
-from lightning.pytorch import LightningDataModule, seed_everything
-from output import counts_table, quiet_trainer, start
+from lightning.pytorch import seed_everything
+from output import Splits, counts_table, quiet_trainer, start
 from rich import print
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from lightning_nrl import RegressionFreeRepair, SampleOptions, Target
 
@@ -32,7 +32,7 @@ def slant(images: Tensor) -> Tensor:
     return -(ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2))
 
 
-class Hands(LightningDataModule):
+class Hands(Splits):
     """Batches of `(image, digit, slant)`: upright ones to train on, then all kinds."""
 
     def __init__(self) -> None:
@@ -43,16 +43,8 @@ class Hands(LightningDataModule):
         whole = TensorDataset(images.unsqueeze(1), torch.tensor(digits.target)[order], slant(images))
         train, later, test = torch.arange(len(order)).split([900, 400, 497])
         train = train[whole.tensors[2][train] <= LEANING]
-        self.train, self.later, self.test = (Subset(whole, rows.tolist()) for rows in (train, later, test))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, 32, shuffle=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.later, 256)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, 256)
+        rows = {"train": train, "repair": later, "test": test}
+        self.data = {split: Subset(whole, own.tolist()) for split, own in rows.items()}
 
 
 def leaning(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ now on are slashed, and the network takes many of them for another digit.
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
+from output import Splits
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,12 +19,11 @@ SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images, no im
 SLASHED = {"train": 0.0, "val": 0.0, "repair": 0.8, "test": 0.8}  # share of the zeros
 
 
-class SlashedZeros(LightningDataModule):
+class SlashedZeros(Splits):
     """Batches of `(image, digit, slashed)`. `repair_dataloader` gives what came in after the network was trained."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 32) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.batch_size = batch_size
         digits = load_digits()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(digits.images), generator=generator)
@@ -35,17 +35,8 @@ class SlashedZeros(LightningDataModule):
         parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, slashed)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], self.batch_size, shuffle=True)
-
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.data["val"], 256)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 256)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 256)
 
 
 def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all examples share: a quiet start, a quiet trainer, and a small table of what a repair did."""
+"""What all examples share: a quiet start, a quiet trainer, loaders, and a small table of what a repair did."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from rich import box
 from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_nrl import RepairReport
 from lightning_nrl.report import SliceReport, SplitReport
@@ -37,6 +38,22 @@ def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Tr
     """A trainer on the CPU that shows no progress and writes no log."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(**{"max_epochs": epochs, "accelerator": "cpu", "callbacks": list(callbacks), **quiet, **arguments})
+
+
+class Splits(LightningDataModule):
+    """Loaders of `self.data`; `repair_dataloader` gives what came in after the network was trained."""
+
+    data: dict[str, Dataset]
+    batch_size, drop_last = 32, False
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=self.drop_last)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["repair"], 256)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["test"], 256)
 
 
 def summary(**reports: RepairReport) -> Table:

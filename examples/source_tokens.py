@@ -20,12 +20,12 @@ import tokenize
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
-from output import quiet_trainer, start, summary
+from lightning.pytorch import LightningModule, seed_everything
+from output import Splits, quiet_trainer, start, summary
 from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_nrl import RegressionFreeRepair, Target
 from lightning_nrl.tasks import Sequence
@@ -74,7 +74,7 @@ def lines() -> list[str]:
     return list(found)
 
 
-class Code(LightningDataModule):
+class Code(Splits):
     """Batches of `(characters, labels, prefixed)`, lines padded to `WIDTH`; no line is in two splits."""
 
     def __init__(self, seed: int = 0, share: float = 1.0) -> None:
@@ -101,15 +101,6 @@ class Code(LightningDataModule):
             labels = torch.tensor([labels + [IGNORED] * (WIDTH - len(labels)) for _, labels in rows])
             self.data[split] = TensorDataset(characters, labels, torch.tensor(kinds))
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], 32, shuffle=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 300)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 300)
-
 
 class Colours(LightningModule):
     """An embedding of characters and two recurrent passes, one from each end; logits are `n x WIDTH x 7`."""
@@ -131,16 +122,12 @@ class Colours(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=5e-3)
 
 
-def with_prefix(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    return batch[2]
-
-
 if __name__ == "__main__":
     fast = start(__doc__).fast
     seed_everything(0, verbose=False)
     repair = RegressionFreeRepair(
         task=Sequence(ignore_index=IGNORED),
-        target=Target.where(with_prefix),
+        target=Target.where(lambda batch: batch[2], name="prefixed"),
         unseen="test",
         max_time=5 if fast else None,
         verbose=False,

@@ -21,8 +21,8 @@ import time
 import traceback
 import venv
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics import Accuracy
 
 from lightning_nrl import DataOptions, RegressionFreeRepair, RegressionMetrics, diagnose, repair
@@ -40,16 +40,16 @@ from lightning_nrl.tasks import Regression, Segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
-    "torchgeo": ("torchgeo", "requests"),
-    "torch_geometric": ("torch_geometric", "pytorch-lightning"),
-    "chemprop": ("chemprop",),
-    "pytorch_tabular": ("pytorch-tabular", "requests"),
-    "transformers": ("transformers", "pytorch-lightning"),
-    "lightly": ("lightly",),
-    "timm": ("timm", "torchvision", "pytorch-lightning"),
-    "torch_uncertainty": ("torch-uncertainty[cpu]",),
-    "braindecode": ("braindecode", "pytorch-lightning"),
-    "pytorch_forecasting": ("pytorch-forecasting",),
+    "torchgeo": "torchgeo requests",
+    "torch_geometric": "torch_geometric pytorch-lightning",
+    "chemprop": "chemprop",
+    "pytorch_tabular": "pytorch-tabular requests",
+    "transformers": "transformers pytorch-lightning",
+    "lightly": "lightly",
+    "timm": "timm torchvision pytorch-lightning",
+    "torch_uncertainty": "torch-uncertainty[cpu]",
+    "braindecode": "braindecode pytorch-lightning",
+    "pytorch_forecasting": "pytorch-forecasting",
 }
 """What is installed from the registry for each package."""
 TRAINED_SAMPLES, VALIDATED_SAMPLES = 400, 200
@@ -61,11 +61,9 @@ class Project:
     """A module of somebody else, with data.
 
     Attributes:
-        make_module: a new module, with new weights.
         make_data: a data module, or loaders of training and validation data.
         metric: what the module logs as its validation accuracy, a share of `n_validated` samples.
         epochs: how long it is trained; the old model of an update for half of them.
-        options: arguments of each repair that this module needs; `counting`: of `RegressionMetrics`.
         weights_only: False if its checkpoints hold objects.
         count: counts right validation samples where `metric` is not their share.
     """
@@ -75,34 +73,35 @@ class Project:
     metric: str = "val_accuracy"
     n_validated: int = VALIDATED_SAMPLES
     epochs: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict)
-    counting: Mapping[str, Any] = field(default_factory=dict)
+    task: Any = None
+    adapter: Callable[[Any, Any], tuple] | None = None
     weights_only: bool = True
     count: Callable[[Any, Any, Any], int] | None = None
 
 
 def digits(size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
     """Handwritten digits of scikit-learn, `n x 1 x size x size` and their classes, for `train` and `val`."""
-    data = load_digits()
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    order = order[: TRAINED_SAMPLES + VALIDATED_SAMPLES]
-    images = torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, size)
-    columns = (
-        tensor.split([TRAINED_SAMPLES, VALIDATED_SAMPLES]) for tensor in (images, torch.tensor(data.target[order]))
-    )
+    data, sizes = load_digits(), [TRAINED_SAMPLES, VALIDATED_SAMPLES]
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[: sum(sizes)]
+    images = F.interpolate(torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 16, size)
+    columns = (tensor.split(sizes) for tensor in (images, torch.tensor(data.target[order])))
     return dict(zip(("train", "val"), zip(*columns, strict=True), strict=True))
 
 
-def loaders(train: Any, val: Any, size: int = 50, **options: Any) -> tuple[Any, Any]:
+def digit_pairs(size: int = 8) -> list[list[tuple[Tensor, Tensor]]]:
+    """The same as lists of `(image, class)`, those to train on and those to validate on."""
+    return [list(zip(*pair, strict=True)) for pair in digits(size).values()]
 
+
+def loaders(train: Any, val: Any, size: int = 50, **options: Any) -> tuple[Any, Any]:
     return DataLoader(train, size, shuffle=True, **options), DataLoader(val, 50, **options)
 
 
-def classifier(base: type, network: Any, lr: float, n_classes: int = 10, smoothing: float = 0.0) -> Any:
+def classifier(network: Any, lr: float, n_classes: int = 10, smoothing: float = 0.0) -> Any:
     """A plain module around a network, as the documentation of Lightning writes it."""
+    import pytorch_lightning
 
-    class Classifier(base):
+    class Classifier(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -135,13 +134,10 @@ def torchgeo_classification() -> Project:
     """ClassificationTask, as published: a dictionary with `image` and `label`."""
     from torchgeo.trainers import ClassificationTask
 
-    data = {
-        split: [{"image": image.expand(3, -1, -1), "label": label} for image, label in zip(*pair, strict=True)]
-        for split, pair in digits(32).items()
-    }
+    data = [[{"image": x.expand(3, -1, -1), "label": y} for x, y in pairs] for pairs in digit_pairs(32)]
     return Project(
         lambda: ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=10, lr=1e-3),
-        lambda: loaders(**data, size=32),
+        lambda: loaders(*data, size=32),
         metric="val_OverallAccuracy",
     )
 
@@ -157,9 +153,8 @@ def torchgeo_segmentation() -> Project:
 
     iou, data = 0.7, {}
     for split, (images, _) in digits(32).items():
-        noise = torch.randn(images[:100].shape, generator=torch.Generator().manual_seed(0))
-        masks = (images[:100, 0] > 0.5).long()
-        pairs = zip(images[:100] + noise, masks, strict=True)
+        noisy = images[:100] + torch.randn(images[:100].shape, generator=torch.Generator().manual_seed(0))
+        pairs = zip(noisy, (images[:100, 0] > 0.5).long(), strict=True)
         data[split] = [{"image": image, "mask": mask} for image, mask in pairs]
 
     def right_images(trainer: Any, module: Any, given: dict) -> int:
@@ -173,8 +168,7 @@ def torchgeo_segmentation() -> Project:
         lambda: loaders(**data, size=20),
         n_validated=100,
         epochs=8,
-        options={"task": Segmentation(iou=iou)},
-        counting={"task": Segmentation(iou=iou)},
+        task=Segmentation(iou=iou),
         count=right_images,
     )
 
@@ -196,9 +190,7 @@ def geometric_graphs() -> Project:
             self.val_acc = Accuracy(task="multiclass", num_classes=out_channels)
 
         def forward(self, x, edge_index, batch):
-            x = self.gnn(x, edge_index)
-            x = global_add_pool(x, batch)
-            return self.classifier(x)
+            return self.classifier(global_add_pool(self.gnn(x, edge_index), batch))
 
         def training_step(self, data, batch_idx):
             return F.cross_entropy(self(data.x, data.edge_index, data.batch), data.y)
@@ -217,7 +209,7 @@ def geometric_graphs() -> Project:
         x = torch.cat([places / 7, image[0][tuple(places.T)][:, None]], 1)
         return Data(x=x, edge_index=near.nonzero().T.contiguous(), y=label.reshape(1))
 
-    train, val = ([graph(*one) for one in zip(*pair, strict=True)] for pair in digits().values())
+    train, val = ([graph(*one) for one in pairs] for pairs in digit_pairs())
     return Project(
         lambda: Model(3, 10),
         lambda: LightningDataset(train, val, batch_size=50, pin_memory=False),
@@ -261,8 +253,8 @@ def chemprop_mpnn() -> Project:
         lambda: (data.build_dataloader(train, 50), data.build_dataloader(val, 50, shuffle=False)),
         metric="val/accuracy",
         epochs=6,
-        options={"task": "multilabel", "data": DataOptions(adapter=adapter)},
-        counting={"task": "multilabel", "adapter": adapter},
+        task="multilabel",
+        adapter=adapter,
         weights_only=False,
     )
 
@@ -280,18 +272,16 @@ def tabular_embedding() -> Project:
     names = [f"part_{i}" for i in range(16)]
 
     def table(images: Tensor, labels: Tensor) -> pandas.DataFrame:
-        """The digits as a table of sixteen numbers, two categories and the digit."""
+        """The digits as a table of sixteen numbers, a category and the digit."""
         pooled = images[:, 0].reshape(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1).numpy()
         rows = pandas.DataFrame(pooled, columns=names)
-        rows["top_heavy"] = (images[:, 0, :4].sum((1, 2)) > images[:, 0, 4:].sum((1, 2))).numpy().astype(str)
-        rows["left_heavy"] = (images[:, 0, :, :4].sum((1, 2)) > images[:, 0, :, 4:].sum((1, 2))).numpy().astype(str)
+        rows["top_heavy"] = (pooled[:, :8].sum(1) > pooled[:, 8:].sum(1)).astype(str)
         rows["digit"] = labels.numpy().astype(str)
         return rows
 
     logging.getLogger("pytorch_tabular").setLevel(logging.ERROR)
-    columns = {"continuous_cols": names, "categorical_cols": ["top_heavy", "left_heavy"]}
     tabular = TabularModel(
-        data_config=DataConfig(target=["digit"], **columns),
+        data_config=DataConfig(target=["digit"], continuous_cols=names, categorical_cols=["top_heavy"]),
         model_config=CategoryEmbeddingModelConfig(task="classification", layers="64-32", learning_rate=0.01),
         optimizer_config=OptimizerConfig(),
         trainer_config=TrainerConfig(batch_size=50, accelerator="cpu", progress_bar="none"),
@@ -309,22 +299,16 @@ def tabular_embedding() -> Project:
 
 def transformers_vit() -> Project:
     """A ViT with new weights, in a module as Lightning's and Hugging Face's documentation write it."""
-    import pytorch_lightning
     from transformers import ViTConfig, ViTForImageClassification
 
     size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     config = ViTConfig(image_size=16, patch_size=4, num_channels=1, num_labels=10, **size)
-    data = {
-        split: [{"pixel_values": image, "labels": label} for image, label in zip(*pair, strict=True)]
-        for split, pair in digits(16).items()
-    }
-    base = pytorch_lightning.LightningModule
-    return Project(lambda: classifier(base, ViTForImageClassification(config), 2e-3), lambda: loaders(**data), epochs=8)
+    data = [[{"pixel_values": image, "labels": label} for image, label in pairs] for pairs in digit_pairs(16)]
+    return Project(lambda: classifier(ViTForImageClassification(config), 2e-3), lambda: loaders(*data), epochs=8)
 
 
 def transformers_bert() -> Project:
     """A BERT with new weights; batches are `BatchEncoding`s of several lengths from its own collator."""
-    import pytorch_lightning
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, DataCollatorWithPadding
 
     good, bad = ["good", "fine", "lovely", "great"], ["bad", "poor", "awful", "dull"]
@@ -348,9 +332,8 @@ def transformers_bert() -> Project:
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=encode.vocab_size, num_labels=2, **size)
     train, val, collate = reviews(400, 0), reviews(200, 1), DataCollatorWithPadding(encode)
-    base = pytorch_lightning.LightningModule
     return Project(
-        lambda: classifier(base, BertForSequenceClassification(config), 2e-3, n_classes=2),
+        lambda: classifier(BertForSequenceClassification(config), 2e-3, n_classes=2),
         lambda: loaders(train, val, collate_fn=collate),
         epochs=8,
     )
@@ -364,13 +347,11 @@ def lightly_linear() -> Project:
         backbone = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2))
         return LinearClassifier(backbone, batch_size_per_device=50, lr=0.5, feature_dim=288, num_classes=10)
 
-    data = [TensorDataset(*pair) for pair in digits().values()]
-    return Project(make_module, lambda: loaders(*data), metric="val_top1")
+    return Project(make_module, lambda: loaders(*digit_pairs()), metric="val_top1")
 
 
 def timm_augmented() -> Project:
     """A timm network in a plain module, and a data set that augments at random by torchvision's `transforms`."""
-    import pytorch_lightning
     import timm
     from torchvision.transforms import v2
 
@@ -381,14 +362,12 @@ def timm_augmented() -> Project:
             image, label = super().__getitem__(index)
             return self.augment(image), label
 
-    train, val = (list(zip(*pair, strict=True)) for pair in digits(16).values())
-    base = pytorch_lightning.LightningModule
-
-    def make_module() -> Any:
-        network = timm.create_model("resnet10t", pretrained=False, num_classes=10, in_chans=1)
-        return classifier(base, network, 1e-3, smoothing=0.1)
-
-    return Project(make_module, lambda: loaders(Augmented(train), val), epochs=8)
+    train, val = digit_pairs(16)
+    return Project(
+        lambda: classifier(timm.create_model("resnet10t", num_classes=10, in_chans=1), 1e-3, smoothing=0.1),
+        lambda: loaders(Augmented(train), val),
+        epochs=8,
+    )
 
 
 def uncertainty_routine() -> Project:
@@ -401,8 +380,7 @@ def uncertainty_routine() -> Project:
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
         return ClassificationRoutine(network, num_classes=10, loss=nn.CrossEntropyLoss(), optim_recipe=optimizer)
 
-    data = [TensorDataset(*pair) for pair in digits().values()]
-    return Project(make_module, lambda: loaders(*data), metric="val/cls/Acc")
+    return Project(make_module, lambda: loaders(*digit_pairs()), metric="val/cls/Acc")
 
 
 def braindecode_eeg() -> Project:
@@ -414,26 +392,20 @@ def braindecode_eeg() -> Project:
     n_channels, n_times, frequency = 8, 200, 100
 
     class LitModule(pytorch_lightning.LightningModule):
-        """The tutorial's module."""
+        """The tutorial's module, without its logging of losses."""
 
         def __init__(self, module):
             super().__init__()
             self.module = module
-            self.loss = torch.nn.CrossEntropyLoss()
+            self.loss = nn.CrossEntropyLoss()
 
         def training_step(self, batch, batch_idx):
             x, y, _ = batch
-            y_hat = self.module(x)
-            loss = self.loss(y_hat, y)
-            self.log("train_loss", loss)
-            return loss
+            return self.loss(self.module(x), y)
 
         def test_step(self, batch, batch_idx):
             x, y, _ = batch
-            y_hat = self.module(x)
-            loss = self.loss(y_hat, y)
-            accuracy = (y_hat.argmax(1) == y).float().mean()
-            self.log_dict({"test_acc": accuracy, "test_loss": loss})
+            self.log("test_acc", (self.module(x).argmax(1) == y).float().mean())
 
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -467,8 +439,7 @@ def braindecode_eeg() -> Project:
         lambda: loaders(train, val),
         metric="test_acc",
         epochs=6,
-        options={"data": DataOptions(adapter=adapter)},
-        counting={"adapter": adapter},
+        adapter=adapter,
     )
 
 
@@ -513,8 +484,8 @@ def forecasting_mlp() -> Project:
         lambda: DecoderMLP.from_dataset(train, hidden_size=32, learning_rate=0.01, loss=MAE()),
         lambda: (train.to_dataloader(train=True, batch_size=50), val.to_dataloader(False, batch_size=50)),
         n_validated=len(val),
-        options={"task": Regression(tolerance=tolerance), "data": DataOptions(adapter=adapter)},
-        counting={"task": Regression(tolerance=tolerance), "adapter": adapter},
+        task=Regression(tolerance=tolerance),
+        adapter=adapter,
         epochs=10,
         weights_only=False,
         count=within,
@@ -544,7 +515,7 @@ class Uses:
 
     def __init__(self, project: Project, lightning: Any, folder: Path, **options: Any) -> None:
         self.project, self.lightning, self.folder = project, lightning, folder
-        self.options = {**project.options, **options}
+        self.options = {"task": project.task, "data": DataOptions(adapter=project.adapter), **options}
         self.old, self.trained = folder / "old.ckpt", folder / "trained.ckpt"
         for path, seed, epochs in ((self.old, 1, max(1, project.epochs // 2)), (self.trained, 0, project.epochs)):
             trainer = self.trainer(path.stem, max_epochs=epochs)
@@ -597,16 +568,20 @@ class Uses:
         trainer.fit(self.module(), **self.data())
         return self.counted(callback.report, trainer.checkpoint_callback.best_model_path)
 
+    def of_checkpoint(self) -> dict[str, Any]:
+        """Arguments of a repair or a diagnosis without training."""
+        loading = {"ckpt_path": self.trained, "weights_only": self.project.weights_only}
+        return {**self.data(), **loading, **self.options}
+
     def repair(self) -> str:
         """The same of a checkpoint, without training."""
-        loading = {"ckpt_path": self.trained, "weights_only": self.project.weights_only}
-        arguments = {**self.data(), **loading, **self.options, "dirpath": self.folder / "repair"}
-        return self.counted(repair(self.trainer("repair"), self.module(), **arguments), self.trained)
+        report = repair(self.trainer("repair"), self.module(), **self.of_checkpoint(), dirpath=self.folder / "repair")
+        return self.counted(report, self.trained)
 
     def update(self) -> str:
         """A new model in the place of an old one: regressions counted while it trains, and repaired."""
         old = self.old if self.project.weights_only else self.module(path=self.old)
-        metrics = RegressionMetrics(old, **self.project.counting)
+        metrics = RegressionMetrics(old, task=self.project.task, adapter=self.project.adapter)
         callback = RegressionFreeRepair(reference=old, **self.options, dirpath=self.folder / "update" / "repair")
         trainer = self.trainer("update", [metrics, callback])
         trainer.fit(self.module(), **self.data())
@@ -619,8 +594,7 @@ class Uses:
 
     def diagnose(self) -> str:
         """What can be repaired, before any repair."""
-        loading = {"ckpt_path": self.trained, "weights_only": self.project.weights_only}
-        found = diagnose(self.trainer("diagnose"), self.module(), **self.data(), **loading, **self.options)
+        found = diagnose(self.trainer("diagnose"), self.module(), **self.of_checkpoint())
         targeted, judged = found.known["targeted"], found.count("yes") + found.count("no")
         agree = targeted == self.project.n_validated - self.right(self.trained)
         fixable = f"{found.count('yes')} of {judged} that could be judged" if judged else "cannot be judged"
@@ -642,8 +616,7 @@ def use(name: str, max_time: float, verbose: bool) -> None:
             try:
                 line = run()
             except Exception as error:  # a use that fails is a row of the table
-                if verbose:
-                    traceback.print_exc()
+                traceback.print_exc()
                 line = f"FAILS {type(error).__name__}: {error}"
             print(f"  {run.__name__:8} {line} ({time.perf_counter() - started:.0f} s)", flush=True)
 
@@ -653,7 +626,7 @@ def python_of(package: str, folder: Path) -> Path:
     python = folder / package / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         venv.create(folder / package, with_pip=True)
-        packages = [*PACKAGES[package], "scikit-learn", "-e", f"{ROOT}[patch]"]
+        packages = [*PACKAGES[package].split(), "scikit-learn", "-e", f"{ROOT}[patch]"]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 

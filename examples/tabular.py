@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
-from output import quiet_trainer, start, summary
+from lightning.pytorch import LightningModule, seed_everything
+from output import Splits, quiet_trainer, start, summary
 from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_nrl import RegressionFreeRepair, Target
 from lightning_nrl.tasks import Regression
@@ -50,8 +50,10 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([numbers, grades], 1), prices, torch.tensor([float(row["carat"]) >= LARGE for row in rows])
 
 
-class Diamonds(LightningDataModule):
+class Diamonds(Splits):
     """Batches of `(features, log price, large)`; no stone is in two splits."""
+
+    batch_size = 64
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -66,15 +68,6 @@ class Diamonds(LightningDataModule):
         known = features[rows["train"]]
         features = (features - known.mean(0)) / known.std(0)
         self.data = {name: TensorDataset(features[at], prices[at], large[at]) for name, at in rows.items()}
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], 64, shuffle=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 512)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 512)
 
 
 class PriceNet(LightningModule):
@@ -99,16 +92,12 @@ class PriceNet(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
-def is_large(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    return batch[2]
-
-
 if __name__ == "__main__":
     fast = start(__doc__).fast
     seed_everything(0, verbose=False)
     repair = RegressionFreeRepair(
         task=Regression(tolerance=math.log(1.15)),
-        target=Target.where(is_large),
+        target=Target.where(lambda batch: batch[2], name="large"),
         unseen="test",
         max_time=3 if fast else None,
         verbose=False,

@@ -16,4 +16,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
     torch.set_num_threads(1)
 
-collect_ignore = ["benchmarks/launches.py"]  # needs a stand-in for CUDA that is there before torch is
+collect_ignore = ["benchmarks/strict.py"]  # needs a stand-in for CUDA that is there before torch is

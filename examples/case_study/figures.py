@@ -131,14 +131,7 @@ def along(tables: Tables, line: Line) -> Figure | None:
 
 @dataclass(frozen=True)
 class Other:
-    """What another method repairs and breaks, to stand beside the settings of the paper.
-
-    Attributes:
-        name: of the method.
-        known: what becomes of known samples.
-        unseen: what becomes of unseen samples.
-        repair: whether it is a repair; else a baseline.
-    """
+    """What another method, a repair or a baseline, does, to stand beside the settings of the paper."""
 
     name: str
     known: FlipCounts

@@ -48,10 +48,7 @@ class Line:
 
     Attributes:
         axis: which number, by its column in the table.
-        words: what it is, for people.
-        figure: of the paper.
-        values: of the number, rising.
-        ends: those between which the paper says what happens.
+        ends: the values between which the paper says what happens.
         rows: for each experiment the row of Table II that all others are like.
         shown: the experiments that the paper shows.
     """

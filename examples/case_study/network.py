@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from digits_in_place import draw
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from vehicles import CLASSES, PAK, SPLITS, make
 
 from lightning_nrl import Target
+
+sys.path.append(str(Path(__file__).parents[1]))
+from output import Splits
 
 EPOCHS = 40
 FRONT, BACK = 0, 1
@@ -36,16 +40,10 @@ TARGETS = {
 }
 
 
-class Scenes(LightningDataModule):
-    """Batches of `(image, class, view, occluded)`. `repair_dataloader` gives what came in after training.
+class Scenes(Splits):
+    """Batches of `(image, class, view, occluded)` of an experiment of the paper; `folder` keeps what was drawn once."""
 
-    Args:
-        experiment: `A`, `B` or `C` of the paper.
-        seed: of the scenes.
-        total: how many there are.
-        folder: where scenes that were drawn once are kept.
-    """
-
+    batch_size, drop_last = 128, True
     name: str
     total: int
     draw: Callable[[str, int, int], dict[str, np.ndarray]]
@@ -66,17 +64,8 @@ class Scenes(LightningDataModule):
         """A new network for these images."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], 128, shuffle=True, drop_last=True)
-
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["val"], 512)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 512)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 512)
+        return DataLoader(self.data["val"], self.batch_size)
 
 
 class Vehicles(Scenes):

@@ -46,14 +46,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Answer:
-    """One claim of the paper beside what the table says.
-
-    Attributes:
-        question: which of the three.
-        paper: the claim.
-        found: what the table says, in words and numbers.
-        agrees: True, False, or None where the table does not settle it.
-    """
+    """A claim of the paper beside what the table says; `agrees` is None where that does not settle it."""
 
     question: str
     paper: str
@@ -101,11 +94,7 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
     """How much more of a count, such as `known.broken`, there is at `high` than at `low`, all else equal, in the mean.
 
-    Pairs have the same seed and the same setting but for `axis`. The differences are averaged within each seed, so that
-    each seed is one observation.
-
-    Returns:
-        None if there is no such pair.
+    The differences are averaged within each seed, so that each seed is one observation. None if there is no pair.
     """
     values: dict[tuple, dict[float, float]] = {}
     for run in runs:
@@ -172,7 +161,7 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
 def drift(tables: Tables) -> list[Answer]:
     """RQ2: whether a smaller share of the known targets is repaired with drift.
 
-    By one setting of both, that which breaks the fewest samples of B, and by each experiment's own rows of Table II.
+    By one setting, which breaks the fewest samples of B, and by each experiment's own rows of Table II.
     """
     if not {"B", "C"} <= set(tables):
         return []
@@ -252,7 +241,7 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answe
 
 
 def _spared(run: Run) -> bool:
-    """Whether a run suppresses regression at the level of instances: of the unseen samples of the target."""
+    """True if a run suppresses regression at the level of instances: of the unseen samples of the target."""
     counts = run.counts("unseen")
     return counts.broken_in_target == 0 and counts.repaired_in_target > 0
 

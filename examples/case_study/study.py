@@ -30,35 +30,11 @@ from rich.markdown import Markdown
 from vehicles import PAK
 
 from lightning_nrl import sweep
-from lightning_nrl.analysis.sweep import SweepResult
 from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
 from lightning_nrl.search.fitness import LOSS_TERMS, Fitness
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}
 QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
-
-
-def swept(
-    data: Scenes,
-    experiment: str,
-    checkpoint: Path,
-    settings: Sequence[dict],
-    seeds: int,
-    folder: Path,
-    layer: str = "auto",
-) -> SweepResult:
-    """Runs settings on a layer of a trained network, its last one; what is in the folder is not run again."""
-    return sweep(
-        Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False),
-        data.network(),
-        datamodule=data,
-        ckpt_path=checkpoint,
-        target=TARGETS[experiment],
-        layer=layer,
-        settings=settings,
-        seeds=seeds,
-        dirpath=folder,
-    )
 
 
 def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta) -> dict[str, object]:
@@ -91,7 +67,10 @@ def study(
         data = DATA[name](experiment, seed, total)
         of = f"{name}_{experiment}_{seed}" + (f"_{total}" if total else "")
         checkpoint = trained(data, Path("runs") / f"{of}.ckpt", seed, epochs)
-        print(swept(data, experiment, checkpoint, settings, seeds, folder / experiment, layer))
+        trainer = Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
+        given = {"datamodule": data, "ckpt_path": checkpoint, "target": TARGETS[experiment], "layer": layer}
+        where = {"settings": settings, "seeds": seeds, "dirpath": folder / experiment}
+        print(sweep(trainer, data.network(), **given, **where))  # what is in the folder is not run again
     tables = tables_of(folder)
     answered = page(answers(tables))
     (folder / "answers.md").write_text(answered)

@@ -205,14 +205,13 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
         if p_front_back is not None and (view == 2) != (rng.random() >= p_front_back):
             continue
         image, covered = compose(rng, design, design.headings[heading], grounds, trees, rng.random() < p_occluded)
-        rows.append((image, design.label, view, covered > 0, covered))
-    x, y, view, occluded, covered = zip(*rows, strict=True)
+        rows.append((image, design.label, view, covered > 0))
+    x, y, view, occluded = zip(*rows, strict=True)
     return {
         "x": np.stack(x),
         "y": np.array(y, np.int64),
         "view": np.array(view, np.int8),
         "occluded": np.array(occluded),
-        "covered": np.array(covered, np.float32),
     }
 
 
@@ -229,10 +228,7 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
 
     Returns:
         For each split `s`: `s_x` uint8 `N x 32 x 32 x 3`, `s_y` the kind of vehicle, `s_view` (0 front, 1 back, 2
-        side), `s_occluded`, and `s_covered`, the share of the vehicle that is hidden.
-
-    Raises:
-        SystemExit: the sprites are not there, with what to do about it.
+        side), and `s_occluded`.
     """
     pak = (
         load_designs(pak_dir),

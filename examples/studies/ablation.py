@@ -27,13 +27,11 @@ from lightning_nrl.localization import (
     Arachne,
     ArachneV2,
     ByGradient,
-    HistoryPoint,
     Localizer,
     NeuRecover,
     NeuRecoverLite,
     RandomWeights,
 )
-from lightning_nrl.localization.history import Known
 
 FITNESSES = {"eq1": "the paper's equation (1), alpha 6", "lexicographic": "fewer broken first"}
 N_WEIGHTS = 64
@@ -47,23 +45,7 @@ A candidate takes hundreds of times as long to score in deeper layers.
 """
 
 
-class CheckpointRuns:
-    """Earlier weights of a training as a history for NeuRecover: each is run once, whatever layers are asked for."""
-
-    def __init__(self, states: Sequence[State]) -> None:
-        self.states = states
-        self._passed: list[torch.Tensor] = []
-
-    def points(self, known: Known) -> list[HistoryPoint]:
-        """The points of the training, for the layers of `known`."""
-        if not self._passed:
-            found = (known.evaluator.run_with(state, known.sources).passed for state in self.states)
-            self._passed = [passed.to(torch.int8) for passed in found]
-        weights = [torch.cat([state[name].flatten() for name in known.space.parameters]) for state in self.states]
-        return [HistoryPoint(*point) for point in zip(self._passed, weights, strict=True)]
-
-
-def localizers(history: CheckpointRuns, draws: int) -> Iterator[tuple[str, Localizer]]:
+def localizers(history: list[State], draws: int) -> Iterator[tuple[str, Localizer]]:
     """All but `all` with `N_WEIGHTS` weights, or as near to that as they get."""
     n = N_WEIGHTS
     yield "neurecover-lite", NeuRecoverLite(n)
@@ -87,7 +69,7 @@ def searched(name: str, layer: str, seed: int) -> tuple[Run, ...]:
         swarm, n_passed, draws = LAST_LAYER if layer == problem.layers[0] else DEEPER
         settings = [
             {"name": f"{fitness}/{of}", "fitness": fitness, "localizer": localizer, "n_passed": n_passed}
-            for fitness, (of, localizer) in itertools.product(FITNESSES, localizers(CheckpointRuns(states), draws))
+            for fitness, (of, localizer) in itertools.product(FITNESSES, localizers(states, draws))
         ]
         data = problem.data(seed).data
 
@@ -137,7 +119,6 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
     "known net": lambda run: run.known.repaired_in_target - run.known.broken,
     "unseen net": lambda run: run.unseen.repaired - run.unseen.broken,
 }
-
 
 HEADS = ("runs", "weights", "repaired", "known broken", "unseen repaired : broken")
 

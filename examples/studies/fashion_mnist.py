@@ -9,10 +9,11 @@ import gzip
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
+from output import Splits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # images, no image in two splits
@@ -20,11 +21,7 @@ UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share 
 
 
 def load_images() -> tuple[Tensor, Tensor]:
-    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package.
-
-    Raises:
-        SystemExit: it is not there, with what to do about it.
-    """
+    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package."""
     if not DEBIAN.is_dir():
         raise SystemExit("Fashion-MNIST is not here.\nHINT: apt install dataset-fashion-mnist")
     parts = ("train", "t10k")
@@ -33,12 +30,13 @@ def load_images() -> tuple[Tensor, Tensor]:
     return images.view(-1, 1, 28, 28), labels.long()
 
 
-class DriftingFashion(LightningDataModule):
+class DriftingFashion(Splits):
     """Batches of `(image, garment, upside_down)`. `repair_dataloader` gives what came in after training."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 128) -> None:
+    batch_size, drop_last = 128, True
+
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.batch_size = batch_size
         images, labels = load_images()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(images), generator=generator)[: sum(SPLITS.values())]
@@ -48,15 +46,6 @@ class DriftingFashion(LightningDataModule):
         images[upside_down] = images[upside_down].flip(2, 3)
         parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 500)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 500)
 
 
 class FashionNet(LightningModule):

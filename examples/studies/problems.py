@@ -40,14 +40,9 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network to be trained and repaired, of any seed.
+    """A network to be trained and repaired, of any seed; data are in splits `train`, `repair` and `test`.
 
-    Attributes:
-        data: of a seed, in splits `train`, `repair` and `test`.
-        network: makes a new one.
-        epochs: of its training.
-        target: what is to be repaired.
-        layers: the last layer, the one before it that has weights, and a deeper one.
+    `layers`: the last layer, the one before it that has weights, and a deeper one.
     """
 
     data: Callable[[int], LightningDataModule]

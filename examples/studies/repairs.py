@@ -5,10 +5,11 @@
     python examples/studies/repairs.py vehicles-C --max-time 80                    # seconds for each repair
     python examples/studies/repairs.py toolkit --seeds 10 --methods default swarm arachne merged
     python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # the published methods too
+    python examples/studies/repairs.py vehicles-C --seeds 1 --max-time 80 --compare fine-tuning retraining
 
 Data, training and repair have the seed. The problems are those of `problems.py`. What the published methods find in the
-last layer is counted as it is, whatever it breaks; all others may break no known sample. What was run before is read
-from `runs/`.
+last layer is counted as it is, whatever it breaks; all others may break no known sample. `--compare` has methods and
+baselines beside each other, with a table and a picture for each seed. What was run before is read from `runs/`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from problems import PROBLEMS, RUNS, State, interval, markdown, quiet_trainer, start, trained
 
-from lightning_nrl import BoundOptions, RepairReport, SearchOptions, repair
+from lightning_nrl import BoundOptions, RepairReport, SearchOptions, compare, repair
+from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, Method, bundle
 
@@ -68,6 +70,20 @@ def repaired(name: str, seed: int, method: str, max_time: float | None = None) -
     return RepairReport.from_json((folder / "report.json").read_text())
 
 
+def compared(name: str, seed: int, methods: Sequence[str], max_time: float | None) -> Comparison:
+    """Methods and baselines beside each other; read if they were run before, whatever they were run with."""
+    folder = RUNS / f"comparison_{name.replace('-', '_')}_{seed}"
+    path = folder / "comparison.json"
+    if path.exists():
+        return Comparison.from_json(path.read_text())
+    problem, (checkpoint, _) = PROBLEMS[name], trained(name, seed)
+    given = {"datamodule": problem.data(seed), "ckpt_path": checkpoint, "target": problem.target, "seed": seed}
+    comparison = compare(quiet_trainer(), problem.network(), **given, methods=methods or None, max_time=max_time)
+    comparison.save(folder)
+    comparison.plot(folder / "comparison.png")
+    return comparison
+
+
 NUMBERS: dict[str, tuple[Callable[[RepairReport], float], str]] = {
     "known: targeted": (lambda report: report.pooled("known").targeted, ".1f"),
     "repaired": (lambda report: report.pooled("known").repaired_in_target, ".1f"),
@@ -95,11 +111,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["default"])
-    parser.add_argument("--max-time", type=float, help="seconds for each repair")
+    parser.add_argument("--compare", nargs="*", help="methods and baselines, all if none is named")
+    parser.add_argument("--max-time", type=float, help="seconds for each repair, and each baseline but retraining")
     chosen = parser.parse_args()
     start()
     if not chosen.problem.startswith(("vehicles", "fashion")):
         torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+    if chosen.compare is not None:
+        for seed in range(chosen.first, chosen.first + chosen.seeds):
+            print(compared(chosen.problem, seed, chosen.compare, chosen.max_time).render(120))
+        return
     rows = []
     for method in list(METHODS) if "all" in chosen.methods else chosen.methods:
         reports = []

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
+from output import Splits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 WEAK = 8
 SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
@@ -27,8 +28,10 @@ def all_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255, torch.from_numpy(digits).long()
 
 
-class WeakDigit(LightningDataModule):
+class WeakDigit(Splits):
     """Batches of `(image, digit)`. `repair_dataloader` gives what came in after training, with all of its eights."""
+
+    batch_size, drop_last = 64, True
 
     def __init__(self, seed: int = 0, splits: Mapping[str, float] = SPLITS) -> None:
         super().__init__()
@@ -40,15 +43,6 @@ class WeakDigit(LightningDataModule):
         few = weak & (weak.cumsum(0) <= weak.sum() // 10)
         parts["train"] = parts["train"][~weak | few]
         self.data = {split: TensorDataset(images[rows], labels[rows]) for split, rows in parts.items()}
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], 64, shuffle=True, drop_last=True)
-
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["repair"], 500)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["test"], 500)
 
 
 class DigitCNN(LightningModule):

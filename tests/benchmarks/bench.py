@@ -1,138 +1,42 @@
-"""What the benchmarks share: a network like the paper's, timing that compares fairly, a table."""
+"""Runs one benchmark on one thread: `python tests/benchmarks/bench.py NAME [ARGUMENT ...]`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import platform
-import statistics
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch
-from lightning_package import pl
-from torch import Tensor, nn
-from torch.nn import functional as F
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "device")]
 
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
-
-RUNS = 7
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut."""
-
-    def __init__(self, inside: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.shortcut = nn.Identity()
-        if inside != out or stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(h + self.shortcut(x))
+CASES = {
+    "head": ("scoring", "last layer against the leanest torch code"),
+    "sequences": ("scoring", "tokens in front of a last layer, the same"),
+    "layers": ("scoring", "convolutions against a plain forward pass, and against `functional_call`"),
+    "search": ("scoring", "a whole search with and without giving up"),
+    "memory": ("scoring", "peak memory of scoring"),
+    "repair": ("repairs", "time and memory of whole repairs [share of the images]"),
+    "samples": ("repairs", "repairs of very many samples [method samples seconds]"),
+    "many_swarms": ("swarms", "the paper's study as one search; long [iterations]"),
+    "sweep": ("swarms", "the paper's study by `sweep_module`; long [iterations]"),
+    "launches": ("strict", "launches and waits of an iteration; needs g++, minutes [swarms ...]"),
+    "device": ("strict", "launches and waits of repairs, by place; needs g++ [repair ...]"),
+    "history": ("history", "what `TrainingHistory` adds to an epoch"),
+    "bounds": ("bounds", "how often each bound is missed"),
+    "strengths": ("strengths", "how often the limit of a chosen strength is missed"),
+}
+"""The module that holds each, and what it measures."""
 
 
-class ResNet27(nn.Module):
-    """27 convolutions in three stages of four blocks, 32 x 32 pixels, 7 classes."""
-
-    def __init__(self, width: int = 12) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        widths = (width, 2 * width, 4 * width)
-        self.stages = nn.ModuleList()
-        inside = width
-        for i, out in enumerate(widths):
-            blocks = [Block(inside if j == 0 else out, out, 2 if i and j == 0 else 1) for j in range(4)]
-            self.stages.append(nn.Sequential(*blocks))
-            inside = out
-        self.head = nn.Linear(inside, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x.mean((2, 3)))
+def main() -> None:
+    name, *given = sys.argv[1:] or ["--help"]
+    if name not in CASES:
+        raise SystemExit("\n".join([__doc__ or "", "", *(f"{n:12} {words}" for n, (_, words) in CASES.items())]))
+    if CASES[name][0] == "strict":
+        import_module("strict_cuda")  # before torch
+    import_module("torch").set_num_threads(1)
+    module = import_module(CASES[name][0])
+    getattr(module, name)(*given)
 
 
-class Validated(pl.LightningModule):
-    """The least validation step there is, around a network; training does nothing."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        return None
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        logits = self(batch[0])
-        self.log("loss", F.cross_entropy(logits, batch[1]))
-        self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def quiet_trainer(**arguments: Any) -> pl.Trainer:
-    """A trainer on one thread that shows and writes nothing."""
-    torch.set_num_threads(1)
-    for package in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return pl.Trainer(accelerator="cpu", **quiet, **arguments)
-
-
-def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> ActivationCache:
-    """All samples recorded, in batches of 100."""
-    rows = torch.arange(len(x)).split(100)
-    batches = [(Batch((x[r],), y[r], r), r) for r in rows]
-    return record(Evaluator(model), batches, space, torch.ones(len(x), dtype=torch.bool))
-
-
-def compare(runs: Sequence[Callable[[], object]], times: int = RUNS) -> list[list[float]]:
-    """Processor seconds of each function, run in turn so that a busy machine slows all alike; one warm-up each."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for i in range(times + 1):
-        for function, found in zip(runs, seconds, strict=True):
-            began = time.process_time()
-            function()
-            if i:
-                found.append(time.process_time() - began)
-    return seconds
-
-
-def ratio(ours: Sequence[float], other: Sequence[float]) -> float:
-    """The median of the ratios of neighbouring runs."""
-    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
-
-
-def milliseconds(seconds: Sequence[float]) -> str:
-    return f"{1000 * statistics.median(seconds):.1f} ms"
-
-
-def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table in markdown."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"\n{title}")
-    print(f"{cores} {platform.machine()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,4 @@
-"""How often each bound is missed: the true rate lies above it, in 1,000 draws of calibration data from a known world.
-
-Run with `python tests/benchmarks/bounds.py`.
-"""
+"""How often each bound is missed: the true rate lies above it, in 1,000 draws from a known world."""
 
 from __future__ import annotations
 
@@ -29,15 +26,7 @@ CANDIDATES = tuple(np.r_[np.linspace(0.001, 0.003, 5), np.linspace(0.0101, 0.012
 
 @dataclass(frozen=True)
 class Trial:
-    """How often a bound is missed.
-
-    Attributes:
-        bound: what is claimed.
-        data: of which data.
-        promised: whether it is claimed rightly: then a share 1 - CONFIDENCE of the draws may miss.
-        missed: the draws in which it is wrong.
-        draws: all draws.
-    """
+    """How often a bound is missed; where it is promised, a share 1 - CONFIDENCE of the draws may miss it."""
 
     bound: str
     data: str
@@ -95,7 +84,7 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     ]
 
 
-def main() -> None:
+def bounds() -> None:
     found = trials()
     print(f"| bound at {100 * CONFIDENCE:g} % | data | missed in {DRAWS:,} draws | may miss |")
     print("|---|---|---|---|")
@@ -105,7 +94,3 @@ def main() -> None:
     print(
         f"\nA bound that fails as often as it may is missed at most {found[0].allowed} times in 999 of 1,000 studies."
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,4 @@
-"""What `TrainingHistory` adds to an epoch: processor time of a record and of the rest of the epoch.
-
-Both are taken in one epoch, so that a busy machine slows them alike.
-Run with `python tests/benchmarks/history.py`.
-"""
+"""What `TrainingHistory` costs beside the training's own work, in processor time."""
 
 from __future__ import annotations
 
@@ -15,50 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import ResNet27, milliseconds, show
 from lightning_package import CSVLogger, pl
+from measure import ResNet27, milliseconds, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl.callbacks import TrainingHistory
 
-EPOCHS = 5
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 10),
-    )
-
-
-NETWORKS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
-    "27 convolutions, 512 images of 32 x 32, batches of 64": (ResNet27, (3, 32, 32), 512, 64),
-    "2 convolutions, 4,096 images of 16 x 16, batches of 64": (cnn, (1, 16, 16), 4096, 64),
-    "64 - 32 - 10, 4,096 images of 8 x 8, batches of 64": (mlp, (1, 8, 8), 4096, 64),
-}
-
 
 class Classifier(pl.LightningModule):
     """The least module there is, with a loss that it logs."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
+        return self.net(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
@@ -72,12 +42,19 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-class Timed(TrainingHistory):
-    """Takes the processor time of each epoch, and of the record at its end."""
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.spent: list[tuple[float, float]] = []
+
+def cnn() -> nn.Module:
+    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+
+
+class Timed(TrainingHistory):
+    """Times each epoch, and the record at its end."""
+
+    spent: list[tuple[float, float]]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.began = time.thread_time()
@@ -89,46 +66,37 @@ class Timed(TrainingHistory):
         self.spent.append((ended - before, ended - self.began))
 
 
-def measured(name: str, splits: list[str]) -> list[str]:
-    make, shape, n, size = NETWORKS[name]
+NETWORKS = {
+    "27 convolutions, 512 images of 32 x 32": (ResNet27, (3, 32, 32), 512),
+    "2 convolutions, 4,096 images of 16 x 16": (cnn, (1, 16, 16), 4096),
+    "64 - 32 - 10, 4,096 images of 8 x 8": (mlp, (1, 8, 8), 4096),
+}
+
+
+def history() -> None:
+    """An epoch of training and validation in batches of 64, and what a record adds to it; both in one epoch."""
+    warnings.simplefilter("ignore")
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    rows = [added(name, splits) for name in NETWORKS for splits in (["train"], ["train", "val"])]
+    header = ["network", "splits", "epoch without", "TrainingHistory", "more", "a point on disk"]
+    show("An epoch of training and validation, medians of 5 epochs", header, rows)
+
+
+def added(name: str, splits: list[str]) -> list[str]:
+    make, shape, n = NETWORKS[name]
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(n, *shape), torch.randint(0, 7, (n,)))
     few = TensorDataset(*data[: n // 4])
     with tempfile.TemporaryDirectory() as folder:
-        history = Timed(splits=splits, dirpath=Path(folder) / "history")
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=EPOCHS + 1,
-            logger=CSVLogger(folder, flush_logs_every_n_steps=10**6),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[history],
-        )
-        trainer.fit(Classifier(make()), DataLoader(data, size, shuffle=True), DataLoader(few, size))
-        points = list((Path(folder) / "history").glob("point-*.pt"))
-        on_disk = sum(file.stat().st_size for file in points) / len(points)
-    spent = history.spent[1:]  # one warm-up
-    share = statistics.median(own / (epoch - own) for own, epoch in spent)
-    return [
-        name,
-        " and ".join(splits),
-        milliseconds([epoch - own for own, epoch in spent]),
-        milliseconds([own for own, _ in spent]),
-        f"{100 * share:.1f} %",
-        f"{on_disk / 1024:.0f} KiB",
-    ]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for package in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    header = ["network", "splits", "epoch without", "TrainingHistory", "more", "a point on disk"]
-    rows = (measured(name, splits) for name in NETWORKS for splits in (["train"], ["train", "val"]))
-    show(f"An epoch of training and validation, medians of {EPOCHS} epochs", header, rows)  # row by row
-
-
-if __name__ == "__main__":
-    main()
+        timed = Timed(splits=splits, dirpath=Path(folder) / "history")
+        timed.spent = []
+        logger = CSVLogger(folder, flush_logs_every_n_steps=10**6)
+        quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=6, logger=logger, callbacks=[timed], **quiet)
+        trainer.fit(Classifier(make()), DataLoader(data, 64, shuffle=True), DataLoader(few, 64))
+        sizes = [file.stat().st_size for file in (Path(folder) / "history").glob("point-*.pt")]
+    own, rest = zip(*((own, epoch - own) for own, epoch in timed.spent[1:]), strict=True)  # one warm-up
+    more = statistics.median(a / b for a, b in zip(own, rest, strict=True))
+    times = milliseconds(rest), milliseconds(own), f"{100 * more:.1f} %"
+    return [name, " and ".join(splits), *times, f"{sum(sizes) / len(sizes) / 1024:.0f} KiB"]

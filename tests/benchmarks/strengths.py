@@ -1,7 +1,7 @@
 """How often the limit printed after a choice of strength is wrong: the true rate lies above it, in 1,000 draws.
 
 The strength is chosen by `line_search`, and the limit is that of the report. What breaks at each strength is drawn
-from a world where the true rates are known. Run with `python tests/benchmarks/strengths.py`.
+from a world where the true rates are known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleRes
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import HeldOut
-from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, LineSearchResult, PatchPath, line_search
+from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, PatchPath, line_search
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.report.stats import ORDERED_LEVEL_SHARE, binomial_cdf, limit_after, limit_at_level, upper_limit
 from lightning_nrl.search import Fitness
@@ -33,21 +33,14 @@ N, ALLOWED = 915, 9
 LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * ORDERED_LEVEL_SHARE)
 """What is said of a strength that a walk accepts: the rate of which 9 of 915 are the limit."""
 
-Rates = Callable[[float], float]
-"""The true rate of broken samples by strength; it never falls."""
+Rates = Callable[[float], float]  # the true rate of broken samples by strength; it never falls
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How often a limit is missed.
+    """In how many draws the printed limit (`missed`) or that of the chosen strength alone (`naive`) is too low.
 
-    Attributes:
-        chosen: how the strength is chosen.
-        world: what breaks at which strength.
-        missed: draws in which the limit that the report prints lies below the true rate.
-        naive: draws in which the limit of Clopper and Pearson of the chosen strength alone does.
-        taken: draws in which any strength was taken.
-        strength: the mean strength that was taken.
+    `taken`: draws in which any strength was taken; `strength`: its mean.
     """
 
     chosen: str
@@ -66,9 +59,8 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     brink: Rates = lambda t: above  # noqa: E731
     stair: Rates = lambda t: 0.003 if t <= 0.6 else above  # noqa: E731
     limit = {"limit": Gate.tolerance(ALLOWED)}
-    half = {"fixed": 0.6}
     cases: list[tuple[str, str, Rates, dict]] = [
-        ("given: `strength=0.6`", "rising with the strength", rising, half),
+        ("given: `strength=0.6`", "rising with the strength", rising, {"fixed": 0.6}),
         ("a step beyond if it is free", "rising with the strength", rising, {}),
         ("a step beyond if it is free", "the same at each strength", lambda t: 0.006, {}),
         ("under a limit", "rising with the strength", rising, limit),
@@ -82,8 +74,10 @@ def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generat
     missed = naive = 0
     strengths = []
     for _ in range(draws):
-        broken = _draw(rates, generator)
-        found = _chosen(broken, how)
+        luck = generator.random(N)  # samples that break at one strength break at all stronger ones
+        broken = {t: int((luck < rates(t)).sum()) for t in LIMIT_STRENGTHS}
+        with _counting(broken):
+            found = line_search(PROBLEM, PATCH, Gate.instance(), calibration=CALIBRATION, **how)
         if found.chosen is None:
             continue
         strengths.append(found.chosen)
@@ -91,17 +85,6 @@ def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generat
         missed += limit_after(k, N, found.selection, CONFIDENCE) < rate
         naive += upper_limit(k, N, CONFIDENCE) < rate
     return Trial(chosen, world, missed, naive, len(strengths), float(np.mean(strengths)) if strengths else 0.0)
-
-
-def _draw(rates: Rates, generator: np.random.Generator) -> dict[float, int]:
-    """Samples that break at each strength: those that break at one break at all stronger ones."""
-    luck = generator.random(N)
-    return {t: int((luck < rates(t)).sum()) for t in LIMIT_STRENGTHS}
-
-
-def _chosen(broken: dict[float, int], how: dict) -> LineSearchResult:
-    with _counting(broken):
-        return line_search(PROBLEM, PATCH, Gate.instance(), calibration=CALIBRATION, **how)
 
 
 @contextmanager
@@ -146,7 +129,7 @@ PATCH: State = {"weight": torch.ones(1)}
 PROBLEM, CALIBRATION = _problem()
 
 
-def main() -> None:
+def strengths() -> None:
     may = round((1 - CONFIDENCE) * DRAWS)
     print(f"| the strength is | what breaks | taken | mean strength | missed of {DRAWS:,} | its own limit missed |")
     print("|---|---|---|---|---|---|")
@@ -154,7 +137,3 @@ def main() -> None:
         print(f"| {t.chosen} | {t.world} | {t.taken:,} | {t.strength:.2f} | {t.missed} | {t.naive} |")
     most = next(k for k in range(DRAWS) if binomial_cdf(k, DRAWS, 1 - CONFIDENCE) >= 0.999)
     print(f"\nMay be missed: {may}. What fails as often as it may stays within {most} in 999 of 1,000 studies.")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,10 +16,9 @@ from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_mod
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.analysis.sweep import sweep_module
-from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.metrics import NegativeFlipRate
 from lightning_nrl.search._scoring import scorer
-from lightning_nrl.updates import Predictions, release
+from lightning_nrl.updates import release
 
 STRICT = "strict_cuda" in sys.modules
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,10 +51,7 @@ def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
     assert sum(split.broken for split in there.report.splits) == 0
 
 
-GATES = ["instance", "instance-in-target", "accuracy", "tolerance:0.05"]
-
-
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["instance", "instance-in-target", "accuracy", "tolerance:0.05"])
 def test_each_gate(gate: str) -> None:
     settings = quick(gate=Gate.parse(gate), target=Target.label(0), slices=lambda batch: batch[1])
     settings = replace(
@@ -84,25 +80,14 @@ def two() -> tuple[Any, Any]:
     return trained(seed=1).to(GPU), trained(seed=2).to(GPU)
 
 
-def data(**changes: Any) -> TensorSource:
-    return TensorSource(*blobs(200, 0.5, seed=7), split="test", batch_size=64, device=GPU, **changes)
-
-
-def test_an_update_is_repaired_released_and_served() -> None:
+def test_an_update_is_repaired_and_released() -> None:
     old, new = two()
     for reference in (OldModel(old), OldModel(trained(seed=1))):
         report = repair_module(new, sources(GPU), quick(), reference=reference).report
         assert sum(split.broken for split in report.splits) == 0
-    released = release(new, old, data(), ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1])
+    data = TensorSource(*blobs(200, 0.5, seed=7), split="test", batch_size=64, device=GPU)
+    released = release(new, old, data, ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1])
     assert released.rows[0].counts.n == 200
-
-
-def test_predictions_go_to_a_file_and_stand_in_for_the_model(tmp_path: Any) -> None:
-    old, new = two()
-    Predictions.of(Evaluator(old.eval()).run(sources(GPU))).save(tmp_path / "old.pt")
-    kept = Predictions.read(tmp_path / "old.pt")
-    by_file, by_model = (repair_module(new, sources(GPU), quick(), reference=r) for r in (kept, OldModel(old)))
-    assert counted(by_file) == counted(by_model)
 
 
 def test_metrics_of_an_update() -> None:

@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-import pytorch_lightning
 from repository import ROOT
 from torch import nn
 
@@ -29,14 +28,11 @@ def test_each_module_has_an_environment():
 
 
 def small() -> strangers.Project:
-    train, val = (list(zip(*pair, strict=True)) for pair in strangers.digits().values())
-    base = pytorch_lightning.LightningModule
-
     def make_module():
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-        return strangers.classifier(base, network, 1e-2)
+        return strangers.classifier(network, 1e-2)
 
-    return strangers.Project(make_module, lambda: strangers.loaders(train, val))
+    return strangers.Project(make_module, lambda: strangers.loaders(*strangers.digit_pairs()))
 
 
 def test_four_uses_agree_with_the_modules_own_counts(monkeypatch: pytest.MonkeyPatch, capsys):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from repository import ROOT
 from torch.utils.data import TensorDataset
 
@@ -19,7 +20,8 @@ sys.path.insert(0, str(STUDIES))
 
 import ablation  # noqa: E402
 import congruent  # noqa: E402
-import early_repair  # noqa: E402
+import default_problems  # noqa: E402
+import defaults  # noqa: E402
 import fashion_mnist  # noqa: E402
 import problems  # noqa: E402
 import updates  # noqa: E402
@@ -41,8 +43,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
     for name in ("slashed-zeros", "fashion"):
         monkeypatch.setitem(problems.PROBLEMS, name, tiny)
+        monkeypatch.setitem(defaults.SMALL, name, tiny)
+        monkeypatch.setitem(defaults.OWNERS, name, tiny)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
-    monkeypatch.setattr(early_repair, "EPOCHS", 10)
     monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
 
 
@@ -65,6 +68,7 @@ COMMANDS = {
         ["", ", repaired", ", interpolated 0.1", ", interpolated 0.2", ", interpolated 0.3"],
     ),
     "congruent.py": ("--start old --terms plain --interpolate --seeds 1", ["plain", "plain, interpolated"]),
+    "defaults.py": ("--problems fashion --seeds 1", ["fine-tuning", "retraining", "default"]),
     "ablation.py": ("--problems fashion --seeds 1", ["neurecover-lite", "neurecover", "neurecover, last two"]),
 }
 
@@ -79,6 +83,24 @@ def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) 
         assert row[0].endswith(name)
     monkeypatch.setattr(problems.Trainer, "fit", None)
     assert printed(script, line, monkeypatch, capsys) == rows
+
+
+@pytest.mark.parametrize("name", default_problems.SMALL)
+def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(name):
+    problem = default_problems.SMALL[name]
+    first, again, other = (problem.data(seed).data for seed in (1, 1, 2))
+    for split in default_problems.SPLITS:
+        inputs, labels = first[split].tensors
+        assert torch.equal(inputs, again[split].tensors[0])
+        assert not torch.equal(inputs, other[split].tensors[0])
+        assert labels.unique().tolist() == list(range(problem.network().eval()(inputs[:2]).shape[1]))
+
+
+def test_held_out_estimates_are_beside_what_happened():
+    close = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (12, 20, 2, 20))
+    far = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (2, 20, 4, 20))
+    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates([close, far])
+    assert close.points == 25
 
 
 def run(localizer: str = "gradient", seed: int = 0, layer: str = "last", repaired: int = 5) -> Run:

@@ -8,10 +8,9 @@ Each case of `cases.py` makes repairs or other calls with fixed seeds and keeps 
 samples broke or were repaired, and a hash of the weights, to the bit. Times, versions and paths are left out. Both runs
 have to be on the same machine, with `OMP_NUM_THREADS=1`.
 
-`names.py` is the only file that imports the package. After names or signatures have changed, edit that file and no
-other. What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings of a report,
-old to new, and keys that were added, with the value that says nothing. A comparison prints every other difference and
-exits with 1 if there is any.
+What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings of a report, old to
+new, and keys that were added, with the value that says nothing. A comparison prints every other difference and exits
+with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 from pytorch_lightning import seed_everything
 
-from .plain import clean, differences, renamed, without, written
+from .plain import clean, differences, renamed, without
 
 RENAMES = Path(__file__).parent / "renames.json"
 
@@ -98,7 +97,7 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     results, failed = run(given.only, not given.quiet)
-    given.out.write_text(written(results) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

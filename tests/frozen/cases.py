@@ -1,7 +1,7 @@
 """What is frozen: each case makes calls with fixed seeds and returns what came of them.
 
 A case is called in an empty folder of its own, with the random states seeded. What it returns is written by
-`plain.clean`. Everything of the package comes from `names.py`.
+`plain.clean`. `calls.py` calls the package.
 """
 
 from __future__ import annotations
@@ -18,16 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
-from . import data, names
+from lightning_nrl import RegressionFreeRepair, Settings, compare, diagnose
+from lightning_nrl.analysis.baselines import FineTuning, Interpolation
+from lightning_nrl.analysis.comparison import compare_module
+from lightning_nrl.analysis.diagnosis import diagnose_module
+from lightning_nrl.analysis.sweep import Grid, sweep_module
+from lightning_nrl.callbacks import PositiveCongruentTraining, ReleaseGate, WeightInterpolation
+from lightning_nrl.data import Target, TensorSource
+from lightning_nrl.evaluation import Evaluator, Focal
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto, Polish
+from lightning_nrl.pipeline.presets import TABLE_II
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import Fitness, ParticleSwarm
+from lightning_nrl.tasks import Regression, Sequence
+from lightning_nrl.updates import FocalDistillation, MarginHinge, OldModel, ProtectedIntact, release
+
+from . import calls, data
 from .data import Classifier, Digits, blobs, quiet_trainer, trained
 from .plain import clean, hash_of
 
@@ -58,13 +69,13 @@ def case(name: str) -> Callable[[Case], Case]:
 
 def quick(**more: Any) -> dict[str, Any]:
     """A swarm that takes no time."""
-    swarm = names.ParticleSwarm(particles=12, iterations=12)
-    return {"method": swarm, "localizer": names.NeuRecoverLite(n_weights=12), **more}
+    swarm = ParticleSwarm(particles=12, iterations=12)
+    return {"method": swarm, "localizer": NeuRecoverLite(n_weights=12), **more}
 
 
 def short_auto(**more: Any) -> dict[str, Any]:
     """The default method with a short swarm."""
-    return {"method": names.Auto(names.ParticleSwarm(particles=16, iterations=20)), **more}
+    return {"method": Auto(ParticleSwarm(particles=16, iterations=20)), **more}
 
 
 # What is kept of a repair.
@@ -72,14 +83,14 @@ def short_auto(**more: Any) -> dict[str, Any]:
 
 def account(report: Any, pages: bool = False) -> dict[str, Any]:
     """A report as plain values; with the page that it is shown as if asked for."""
-    again = names.read_report(report.to_json())
+    again = RepairReport.from_json(report.to_json())
     found = {
-        "report": names.report_dict(report),
-        "settings": names.settings_of(report),
+        "report": calls.report_dict(report),
+        "settings": dict(report.settings),
         "files": {kind: Path(path).name for kind, path in report.files.items()},
-        "read again": clean(names.report_dict(again)) == clean(names.report_dict(report)),
+        "read again": clean(calls.report_dict(again)) == clean(calls.report_dict(report)),
     }
-    return {**found, "page": names.page(report)} if pages else found
+    return {**found, "page": calls.page(report)} if pages else found
 
 
 def outcome(found: Any, model: nn.Module, pages: bool = False) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def outcome(found: Any, model: nn.Module, pages: bool = False) -> dict[str, Any]
 
 
 def source(x: Tensor, y: Tensor, split: str, *extras: Tensor, **more: Any) -> Any:
-    return names.TensorSource(x, y, split=split, extras=extras, **{"batch_size": 32, **more})
+    return TensorSource(x, y, split=split, extras=extras, **{"batch_size": 32, **more})
 
 
 def known(seed: int = 0, n: int = 120, shift: float = 1.5) -> list[Any]:
@@ -125,7 +136,7 @@ def repaired(
     """A repair of a small network on points, with unseen data."""
     model = trained() if model is None else model
     given = {"unseen": unseen(), **more}
-    return outcome(names.repair_tensors(model, known() if sources is None else sources, **given), model, pages)
+    return outcome(calls.repair_tensors(model, known() if sources is None else sources, **given), model, pages)
 
 
 # The README.
@@ -139,7 +150,7 @@ def _quickstart(folder: Path) -> Any:
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     written = folder / "lightning_logs" / "version_0" / "repair"
-    report = names.read_report((written / "report.json").read_text(encoding="utf-8"))
+    report = RepairReport.from_json((written / "report.json").read_text(encoding="utf-8"))
     saved = torch.load(written / "repaired.ckpt", map_location="cpu", weights_only=False)
     return {
         **account(report, pages=True),
@@ -161,12 +172,12 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "linearized": lambda: {"method": "linearized", "layer": "0"},
     "linearized-last": lambda: {"method": "linearized", "layer": "2"},
     "swarm": lambda: {"method": "swarm"},
-    "swarm-paper": lambda: quick(method=names.ParticleSwarm(particles=20, iterations=20, start="paper", patience=10)),
-    "swarm-half": lambda: quick(method=names.ParticleSwarm(particles=20, iterations=20, start="half")),
-    "swarm-arachne": lambda: quick(method=names.ParticleSwarm(particles=20, iterations=20, constants="arachne")),
-    "polish": lambda: {"method": names.Polish(data.retrained().state_dict())},
-    "polish-module": lambda: {"method": names.Polish(data.retrained())},
-    "own": lambda: {"method": names.Halfway(data.retrained().state_dict())},
+    "swarm-paper": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, start="paper", patience=10)),
+    "swarm-half": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, start="half")),
+    "swarm-arachne": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, constants="arachne")),
+    "polish": lambda: {"method": Polish(data.retrained().state_dict())},
+    "polish-module": lambda: {"method": Polish(data.retrained())},
+    "own": lambda: {"method": calls.Halfway(data.retrained().state_dict())},
 }
 
 
@@ -195,7 +206,7 @@ def _batch_norm(folder: Path) -> Any:
     model = trained(data.normed)
     return {
         "finetune-polish": repaired(model, method="finetune-polish"),
-        "polish": repaired(model, method=names.Polish(data.retrained(data.normed))),
+        "polish": repaired(model, method=Polish(data.retrained(data.normed))),
         "swarm": repaired(model, **quick()),
     }
 
@@ -210,10 +221,10 @@ def _convolution(folder: Path) -> Any:
         source(x[300:450] + noise[:150], y[300:450], "new", failed=True),
     ]
     later = [source(x[450:600] + noise[150:300], y[450:600], "later")]
-    swarm = names.ParticleSwarm(particles=12, iterations=10)
+    swarm = ParticleSwarm(particles=12, iterations=10)
     given = {"sources": sources, "unseen": later}
     return {
-        "swarm": repaired(model, **given, layer="3", method=swarm, localizer=names.NeuRecoverLite(n_weights=20)),
+        "swarm": repaired(model, **given, layer="3", method=swarm, localizer=NeuRecoverLite(n_weights=20)),
         "linearized": repaired(model, **given, layer="3", method="linearized"),
         "convex": repaired(model, **given, layer="7", method="convex"),
     }
@@ -225,31 +236,16 @@ FITNESS: dict[str, Callable[[], Any]] = {
     "lexicographic": lambda: "lexicographic",
     "eq1": lambda: "eq1",
     "eq2": lambda: "eq2",
-    "eq1-alpha": lambda: names.Fitness("eq1", alpha=0.5, loss_term="inverse_ratio"),
-    "eq2-printed": lambda: names.Fitness("eq2", alpha=8, beta=1.0, delta=0.01, loss_term="as_printed"),
-    "eq2-intact": lambda: names.Fitness("eq2", alpha=8, perfect_intact=True),
-    "eq1-intact-zero": lambda: names.Fitness("eq1", alpha=6, perfect_intact=True, infeasible="zero"),
+    "eq1-alpha": lambda: Fitness("eq1", alpha=0.5, loss_term="inverse_ratio"),
+    "eq2-printed": lambda: Fitness("eq2", alpha=8, beta=1.0, delta=0.01, loss_term="as_printed"),
+    "eq2-intact": lambda: Fitness("eq2", alpha=8, perfect_intact=True),
+    "eq1-intact-zero": lambda: Fitness("eq1", alpha=6, perfect_intact=True, infeasible="zero"),
 }
 
 
 @case("fitness")
 def _fitness(folder: Path) -> Any:
     return {name: repaired(**quick(fitness=make(), gate="accuracy")) for name, make in FITNESS.items()}
-
-
-@case("localizer")
-def _localizer(folder: Path) -> Any:
-    localizers = {
-        "default": names.NeuRecoverLite(),
-        "weights": names.NeuRecoverLite(n_weights=5),
-        "sets": names.NeuRecoverLite(n_g=9),
-        "per sample": names.NeuRecoverLite(n_weights=10, aggregation="per_sample"),
-        "bias": names.NeuRecoverLite(n_weights=10, include_bias=True),
-        "everything": names.AllWeights(),
-        "everything and bias": names.AllWeights(include_bias=True),
-    }
-    found = {name: repaired(**quick(localizer=localizer)) for name, localizer in localizers.items()}
-    return found | {"deeper": repaired(**quick(localizer=names.NeuRecoverLite(n_weights=8), layer="0"))}
 
 
 @case("gate")
@@ -307,7 +303,7 @@ def third(batch: Any) -> Tensor:
 
 @case("importance")
 def _importance(folder: Path) -> Any:
-    focal = names.Focal(gamma=5)
+    focal = Focal(gamma=5)
     ways: dict[str, Any] = {"function": worth, "focal": "focal", "focal, 5": focal, "ids": {"new": {1: 5.0, 4: 3.0}}}
     column = [source(*blobs(60, 1.5, 1), "new", torch.arange(60) + 1.0, failed=True, passed=True)]
     found = {name: repaired(method="convex", layer="2", importance=way) for name, way in ways.items()}
@@ -323,7 +319,7 @@ def _slices(folder: Path) -> Any:
     own = {"method": "convex", "layer": "2"}
     return {
         "function": repaired(slices=camera, pages=True, **own),
-        "target": repaired(slices=names.Target.label(0), **own),
+        "target": repaired(slices=Target.label(0), **own),
         "met": repaired(slices=camera, quotas={"night": 1, "day": "10%"}, pages=True, **own),
         "not met": repaired(**quick(slices=camera, quotas={"night": "100%", "day": "100%"}), pages=True),
         "not there": repaired(slices=camera, quotas={"dusk": 1}, **own),
@@ -332,9 +328,9 @@ def _slices(folder: Path) -> Any:
 
 @case("protected")
 def _protected(folder: Path) -> Any:
-    greedy = quick(fitness=names.Fitness("eq1", alpha=0.1), gate="tolerance:100%", strength=1.0)
+    greedy = quick(fitness=Fitness("eq1", alpha=0.1), gate="tolerance:100%", strength=1.0)
     return {
-        "target": repaired(protected=names.Target.label(1), **greedy),
+        "target": repaired(protected=Target.label(1), **greedy),
         "bools": repaired(protected=third, **greedy),
         "ids": repaired(protected={"train": [1, 2, 3], "new": [5]}, **greedy),
         "costs": repaired(protected=costs, **greedy),
@@ -346,82 +342,7 @@ def costs(batch: Any) -> Tensor:
     return 1 + batch[2] % 5
 
 
-@case("set-aside")
-def _set_aside(folder: Path) -> Any:
-    own = {"method": "convex", "layer": "2"}
-    x, y = blobs(60, 1.5, 1)
-    wrong = y.clone()
-    wrong[::9] = (wrong[::9] + 1) % 3
-    doubtful = [known()[0], source(x, wrong, "new", torch.arange(60), failed=True)]
-    return {
-        "ids": repaired(set_aside={"new": [0, 1, 2, 3, 4, 5]}, pages=True, **own),
-        "target": repaired(set_aside=names.Target.where(third), **own),
-        "bools": repaired(set_aside=third, **own),
-        "doubtful": repaired(set_aside="doubtful", sources=doubtful, pages=True, **own),
-    }
-
-
-@case("targets")
-def _targets(folder: Path) -> Any:
-    target = names.Target
-    where = target.where(third, name="each third")
-    chosen = {
-        "label": target.label(0),
-        "confusion": target.confusion(0, 1),
-        "where": where,
-        "and": where & target.label(0),
-        "or": where | target.label(2),
-        "not": ~where,
-        "all": target.all(),
-        "nothing": target.label(0) & target.label(1),
-        "address": target.where("tests.frozen.cases:third"),
-    }
-    return {name: repaired(target=one, method="convex", layer="2") for name, one in chosen.items()}
-
-
-@case("samples-and-seeds")
-def _samples(folder: Path) -> Any:
-    return {
-        "passed samples": repaired(**quick(n_passed=30)),
-        "seed": repaired(**quick(n_passed=30, seed=7)),
-        "seed of a fit": repaired(method="finetune-polish", seed=7),
-        "budget": repaired(**quick(budget=200_000)),
-        "one source": repaired(sources=[source(*blobs(90, 1.0, 4), "all", passed=True, failed=True)], **quick()),
-        "three sources": repaired(sources=[*known(), source(*blobs(50, 1.2, 9), "more", failed=True)], **quick()),
-        "nothing to repair": repaired(pages=True, sources=[_right()], unseen=[]),
-    }
-
-
-def _right() -> Any:
-    """A source of which the network gets all right."""
-    model, (x, _) = trained(), blobs(120)
-    with torch.no_grad():
-        return source(x, model(x).argmax(1), "easy", passed=True, failed=True)
-
-
 # Other tasks.
-
-
-def near(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).abs() < 0.5
-
-
-def squared(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square()
-
-
-def spare(output: Tensor, target: Tensor) -> Tensor:
-    return 0.5 - (output - target).abs()
-
-
-class Within(names.Task):  # type: ignore[misc, name-defined]
-    """A task of one's own, without margins."""
-
-    def passed(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output - target).abs() < 0.4
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output - target).square()
 
 
 def _on_task(task: Any, made: Any, **ways: dict[str, Any]) -> dict[str, Any]:
@@ -444,33 +365,12 @@ def _ways() -> dict[str, dict[str, Any]]:
     }
 
 
-@case("task-multilabel")
-def _multilabel(folder: Path) -> Any:
-    ways, made = _ways(), data.multilabel()
-    return {
-        "by name": _on_task("multilabel", made, swarm=ways["swarm"]),
-        "plain": _on_task(names.Multilabel(), made, **ways),
-        "one wrong": _on_task(names.Multilabel(threshold=0.4, wrong=1), made, swarm=ways["swarm"]),
-    }
-
-
 @case("task-regression")
 def _regression(folder: Path) -> Any:
     ways, made = _ways(), data.regression()
     return {
-        "plain": _on_task(names.Regression(tolerance=0.5), made, **ways),
-        "relative": _on_task(names.Regression(tolerance=0.2, relative=0.1), made, swarm=ways["swarm"]),
-    }
-
-
-@case("task-segmentation")
-def _segmentation(folder: Path) -> Any:
-    ways, made = _ways(), data.segmentation()
-    short = names.ParticleSwarm(particles=8, iterations=5)
-    less = {**ways, "auto": {"method": names.Auto(short)}, "swarm": quick(method=short)}
-    return {
-        "plain": _on_task(names.Segmentation(iou=0.7), made, **less),
-        "foreground": _on_task(names.Segmentation(iou=0.55, classes=(1,)), made, swarm=less["swarm"]),
+        "plain": _on_task(Regression(tolerance=0.5), made, **ways),
+        "relative": _on_task(Regression(tolerance=0.2, relative=0.1), made, swarm=ways["swarm"]),
     }
 
 
@@ -479,21 +379,7 @@ def _sequence(folder: Path) -> Any:
     ways = _ways()
     return {
         "by name": _on_task("sequence", data.sequence(), swarm=ways["swarm"]),
-        "plain": _on_task(names.SequenceTask(), data.sequence(), **ways),
-        "turned": _on_task(names.SequenceTask(share=0.9, class_dim=1), data.sequence(turned=True), swarm=ways["swarm"]),
-    }
-
-
-@case("task-custom")
-def _custom(folder: Path) -> Any:
-    ways, made = _ways(), data.regression()
-    return {
-        "without margin": _on_task(names.Custom(near, squared), made, auto=ways["auto"], swarm=ways["swarm"]),
-        "with margin": _on_task(names.Custom(near, squared, spare), made, **ways),
-        "addresses": _on_task(
-            names.Custom("tests.frozen.cases:near", "tests.frozen.cases:squared"), made, swarm=ways["swarm"]
-        ),
-        "own class": _on_task(Within(), made, swarm=ways["swarm"]),
+        "plain": _on_task(Sequence(), data.sequence(), **ways),
     }
 
 
@@ -508,30 +394,17 @@ def _other() -> nn.Module:
 def _update(folder: Path) -> Any:
     new, old = trained(n=60, seed=3), _other()
     found = {
-        "both": repaired(new, reference=names.OldModel(old), **short_auto(), pages=True),
-        "reference": repaired(new, reference=names.OldModel(old), keep="reference", **short_auto(), pages=True),
-        "polish": repaired(new, reference=names.OldModel(old), method=names.Polish()),
-        "swarm": repaired(new, reference=names.OldModel(old), **quick()),
-        "in a target": repaired(new, reference=names.OldModel(old), target=names.Target.label(0), **short_auto()),
-        "calibrated": repaired(new, reference=names.OldModel(old), calibration=calibration(), **short_auto()),
+        "both": repaired(new, reference=OldModel(old), **short_auto(), pages=True),
+        "reference": repaired(new, reference=OldModel(old), keep="reference", **short_auto(), pages=True),
+        "polish": repaired(new, reference=OldModel(old), method=Polish()),
+        "swarm": repaired(new, reference=OldModel(old), **quick()),
+        "in a target": repaired(new, reference=OldModel(old), target=Target.label(0), **short_auto()),
+        "calibrated": repaired(new, reference=OldModel(old), calibration=calibration(), **short_auto()),
     }
     for _ in range(2):  # written, then read
-        cached = names.OldModel(old, cache=folder / "old.csv")
-        found["cached"] = repaired(new, reference=cached, method=names.Polish())
-    table = (folder / "old.csv").read_text(encoding="utf-8").splitlines()
-    found["table"] = [*table[:6], f"{len(table)} lines"]
-    read = names.Predictions.read(folder / "old.csv")
-    found["predictions"] = repaired(new, reference=read, method=names.Polish())
-    wide = data.fitted(lambda: data.mlp(14, 5), *blobs(100, 0.5, seed=6), seed=6)
-    turned = names.OldModel(old, classes={0: 0, 1: 1, 2: 2})
-    found["more classes"] = repaired(wide, reference=turned, method=names.Polish())
-    adapted = names.OldModel(nn.Sequential(nn.Linear(3, 3)), adapter=first_three)
-    found["other inputs"] = repaired(new, reference=adapted, method=names.Polish())
+        cached = OldModel(old, cache=folder / "old.csv")
+        found["cached"] = repaired(new, reference=cached, method=Polish())
     return found
-
-
-def first_three(batch: Any) -> Any:
-    return (batch[0][:, :3],), {}, batch[1]
 
 
 # With a Trainer.
@@ -565,7 +438,7 @@ def measured(values: Any) -> dict[str, Any]:
 
 @case("fit")
 def _fit(folder: Path) -> Any:
-    repair = names.callback(target=names.Target.where(noisy), unseen="test", **quick(method="auto"))
+    repair = calls.callback(target=Target.where(noisy), unseen="test", **quick(method="auto"))
     logger = CSVLogger(folder, name="csv")
     trainer = quiet_trainer(folder, repair, logger=logger, enable_checkpointing=True)
     model = Classifier()
@@ -594,7 +467,7 @@ def _fit(folder: Path) -> Any:
 @case("fit-ways")
 def _fit_ways(folder: Path) -> Any:
     def one(name: str, module: Any = None, loaders: Any = None, trainer: dict[str, Any] | None = None, **flat: Any):
-        repair = names.callback(dirpath=folder / name, verbose=False, **{**quick(), **flat})
+        repair = calls.callback(dirpath=folder / name, verbose=False, **{**quick(), **flat})
         saves = ModelCheckpoint(folder / f"{name}-best", monitor="val_loss")
         more = {"max_epochs": 2, **(trainer or {})}
         made = quiet_trainer(folder, saves, repair, enable_checkpointing=True, **more)
@@ -627,11 +500,11 @@ def _checkpoint(folder: Path) -> Any:
     def one(name: str, network: str = "flat", **flat: Any) -> dict[str, Any]:
         model, trainer = Classifier(network), quiet_trainer(folder)
         given = {"unseen": "test", "verbose": False, "dirpath": folder / name, **flat}
-        report = names.repair_checkpoint(trainer, model, data=Digits(), path=CHECKPOINTS[network], **given)
+        report = calls.repair_checkpoint(trainer, model, data=Digits(), path=CHECKPOINTS[network], **given)
         return {**account(report), "weights": hash_of(model.state_dict()), "files": listed(folder / name)}
 
-    where, swarm = names.Target.where(noisy), names.ParticleSwarm(particles=16, iterations=15)
-    slices = {"slices": digit, "quotas": {"3": 1}, "protected": names.Target.label(1), "set_aside": [17, 40]}
+    where, swarm = Target.where(noisy), ParticleSwarm(particles=16, iterations=15)
+    slices = {"slices": digit, "quotas": {"3": 1}, "protected": Target.label(1), "set_aside": [17, 40]}
     return {
         "auto": one("auto", target=where),
         "convex": one("convex", method="convex", layer="network.3", calibration="val", limit="tolerance:2%"),
@@ -648,15 +521,15 @@ def _checkpoint(folder: Path) -> Any:
 
 def _from_memory(folder: Path) -> dict[str, Any]:
     model = loaded()
-    made = names.callback(**quick(verbose=False))
-    report = names.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
+    made = calls.callback(**quick(verbose=False))
+    report = calls.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
     return {**account(report), "weights": hash_of(model.state_dict()), "files": listed(folder / "repair")}
 
 
 @case("update-fit")
 def _update_fit(folder: Path) -> Any:
     def one(name: str, **flat: Any) -> dict[str, Any]:
-        repair = names.callback(unseen="test", verbose=False, dirpath=folder / name, **{**short_auto(), **flat})
+        repair = calls.callback(unseen="test", verbose=False, dirpath=folder / name, **{**short_auto(), **flat})
         model = Classifier(seed=1)
         trainer = quiet_trainer(folder, repair)
         trainer.fit(model, datamodule=Digits())
@@ -669,111 +542,27 @@ def _update_fit(folder: Path) -> Any:
     return {
         "path": one("path", reference=CHECKPOINTS["flat"]),
         "module": one("module", reference=loaded("conv"), keep="reference"),
-        "polish": one("polish", reference=str(CHECKPOINTS["flat"]), method=names.Polish(), calibration="val"),
+        "polish": one("polish", reference=str(CHECKPOINTS["flat"]), method=Polish(), calibration="val"),
     }
 
 
 @case("paper")
 def _paper(folder: Path) -> Any:
-    made = names.callback_of_row("EXP-C1", unseen="test", verbose=False)
+    made = RegressionFreeRepair.from_paper("EXP-C1", unseen="test", verbose=False)
     model = loaded()
-    report = names.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
+    report = calls.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
     other = loaded()
-    ways = {"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"}
-    made = names.callback_of_row("EXP-A1", target=names.Target.where(noisy), **ways)
-    second = names.repair_checkpoint(quiet_trainer(folder), other, data=Digits(), made=made)
+    ways = calls.grouped({"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"})
+    made = RegressionFreeRepair.from_paper("EXP-A1", target=Target.where(noisy), **ways)
+    second = calls.repair_checkpoint(quiet_trainer(folder), other, data=Digits(), made=made)
     return {
         "EXP-A1": {**account(second), "weights": hash_of(other.state_dict())},
-        "rows": names.TABLE_II,
-        "arguments": {row: names.row_arguments(row) for row in names.TABLE_II},
-        "callback": names.arguments_of(names.callback_of_row("EXP-A1", gate="instance", n_passed=20)),
+        "rows": TABLE_II,
         "EXP-C1": {**account(report), "weights": hash_of(model.state_dict())},
     }
 
 
-@case("command-line")
-def _command_line(folder: Path) -> Any:
-    flat = {"layer": "network.3", "gate": "tolerance:1%", "method": "convex", "fitness": "eq1", "n_passed": 30}
-    more = {"strength": 0.8, "sparse": 0.1, "seed": 4, "slices": "tests.frozen.cases:digit", "quotas": {"3": 1}}
-    bounded = {"calibration": "val", "limit": "tolerance:2%", "confidence": 0.9}
-    found = {}
-    for name, given in {"defaults": {}, "flat": {**flat, **more}, "bounded": bounded}.items():
-        config = {
-            "model": {"class_path": "tests.frozen.data.Classifier"},
-            "data": {"class_path": "tests.frozen.data.Digits"},
-            "trainer": {"callbacks": [names.configured(**given)], "accelerator": "cpu", "logger": False},
-        }
-        (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
-        arguments = ["--config", str(folder / f"{name}.json")]
-        made = LightningCLI(save_config_callback=None, run=False, args=arguments, seed_everything_default=0)
-        (callback,) = (one for one in made.trainer.callbacks if names.is_repair(one))
-        found[name] = names.arguments_of(callback)
-    return found
-
-
-@case("tensorboard")
-def _tensorboard(folder: Path) -> Any:
-    logger = TensorBoardLogger(folder, name="board", version="run")
-    own = {"slices": digit, "calibration": "val", "limit": "tolerance:5%"}
-    repair = names.callback(unseen="test", verbose=False, **quick(**own))
-    quiet_trainer(folder, repair, logger=logger, max_epochs=2).fit(Classifier(), datamodule=Digits())
-    return {"files": listed(folder), "boards": _boards(folder), "report": account(repair.report)}
-
-
-def _boards(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    sizes = {"scalars": 0, "tensors": 0, "histograms": 0}
-    for place in sorted({path.parent for path in folder.rglob("*.tfevents.*")}):
-        for path in sorted(place.glob("*.tfevents.*")):
-            events = EventAccumulator(str(path), size_guidance=sizes).Reload()
-            tags = events.Tags()
-            own = found.setdefault(place.relative_to(folder).as_posix(), {})
-            for tag in tags["scalars"]:
-                own[tag] = [[event.step, float(event.value)] for event in events.Scalars(tag)]
-            for tag in tags["histograms"]:
-                own[tag] = [[e.step, e.histogram_value.num, e.histogram_value.sum] for e in events.Histograms(tag)]
-            for tag in tags["tensors"]:
-                own[tag] = [event.step for event in events.Tensors(tag)]
-    return found
-
-
 # While a new model trains.
-
-
-class Notes(Callback):
-    """What is logged at the end of each validation."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seen.append(measured(trainer.callback_metrics))
-
-
-@case("metrics-while-training")
-def _monitoring(folder: Path) -> Any:
-    found = {}
-    old = loaded()
-    for name, given in {
-        "path": {"reference": CHECKPOINTS["conv"]},
-        "slices": {"reference": old, "slices": digit, "prefix": "old"},
-        "one slice": {"reference": names.OldModel(old), "slices": names.Target.where(noisy)},
-    }.items():
-        notes, model = Notes(), Classifier("conv", seed=1)
-        metrics = names.RegressionMetrics(**given)
-        trainer = quiet_trainer(folder, metrics, notes, max_epochs=2)
-        trainer.fit(model, datamodule=Digits())
-        (validated,) = quiet_trainer(folder, names.RegressionMetrics(**given)).validate(
-            model, datamodule=Digits(), verbose=False
-        )
-        found[name] = {"epochs": notes.seen, "validated": validated, "weights": hash_of(model.state_dict())}
-    return found
-
-
-class OneLine(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self(batch[0])
-        return F.cross_entropy(logits, batch[1]) + names.regression_loss(self, batch, logits)
 
 
 @case("congruent-training")
@@ -784,25 +573,20 @@ def _congruent(folder: Path) -> Any:
         "both": {"term": ["focal_distillation", "margin_hinge"], "prefix": "old"},
         "objects": {
             "term": [
-                names.FocalDistillation(weight=2, base=1, focus=5, temperature=3),
-                names.MarginHinge(weight=0.5, share=0.7, most=2.0),
+                FocalDistillation(weight=2, base=1, focus=5, temperature=3),
+                MarginHinge(weight=0.5, share=0.7, most=2.0),
             ]
         },
         "remembered": {"index": position},
-        "wider": {"reference": names.OldModel(loaded("conv"))},
+        "wider": {"reference": OldModel(loaded("conv"))},
     }
     found = {}
     for name, given in terms.items():
         model = Classifier(seed=1)
-        congruent = names.PositiveCongruentTraining(**{"reference": CHECKPOINTS["flat"], **given})
+        congruent = PositiveCongruentTraining(**{"reference": CHECKPOINTS["flat"], **given})
         trainer = quiet_trainer(folder, congruent, max_epochs=2)
         trainer.fit(model, datamodule=data.Numbered())
         found[name] = {"weights": hash_of(model.state_dict()), "logged": measured(trainer.callback_metrics)}
-    torch.manual_seed(0)
-    model = OneLine(seed=1)
-    trainer = quiet_trainer(folder, names.PositiveCongruentTraining(CHECKPOINTS["flat"]), max_epochs=2)
-    trainer.fit(model, datamodule=data.Numbered())
-    found["one line"] = {"weights": hash_of(model.state_dict()), "logged": measured(trainer.callback_metrics)}
     return found
 
 
@@ -815,8 +599,8 @@ def _interpolation(folder: Path) -> Any:
         ("share", "flat", {"share": 0.25, "calibration": None}),
     ):
         model = loaded(network)
-        interpolation = names.WeightInterpolation(CHECKPOINTS[network], verbose=False, **given)
-        repair = names.callback(reference=CHECKPOINTS[network], verbose=False, **quick(dirpath=folder / name))
+        interpolation = WeightInterpolation(CHECKPOINTS[network], verbose=False, **given)
+        repair = calls.callback(reference=CHECKPOINTS[network], verbose=False, **quick(dirpath=folder / name))
         trainer = quiet_trainer(folder, interpolation, repair, max_epochs=2)
         trainer.fit(model, datamodule=Digits())
         choice = interpolation.choice
@@ -827,26 +611,7 @@ def _interpolation(folder: Path) -> Any:
             "logged": measured(trainer.callback_metrics),
             "repair": account(repair.report),
         }
-    for name, make in (("points", data.mlp), ("normed points", data.normed)):
-        old, new = trained(make), data.retrained(make)
-        training = DataLoader(TensorDataset(*blobs(64, seed=8)), 16)
-        choice = names.choose_share(old, new, calibration()[0], training, tolerance=0.1, shares=[0.2, 0.5, 0.8, 1.0])
-        mixed = names.interpolate(old, new, 0.3, training)
-        written = copy.deepcopy(new)
-        choice.write(written)
-        states = {"mixed": hash_of(mixed), "written": hash_of(written.state_dict())}
-        found[name] = {"choice": choice, "page": choice.render(100).splitlines(), **states}
     return found
-
-
-@case("oversampling")
-def _oversampling(folder: Path) -> Any:
-    whole = TensorDataset(*blobs(90, 1.0, seed=2))
-    sampler = names.Oversampler.of(trained(), whole, oversample=3, seed=4)
-    plain = names.Oversampler(torch.tensor([True, False, True, True]), torch.tensor([0.1, -1.0, 5.0, 4.0]), 2)
-    epochs = [list(sampler), list(sampler)]
-    sampler.set_epoch(0)
-    return {"times": sampler.times.tolist(), "epochs": epochs, "again": list(sampler), "plain": plain.times.tolist()}
 
 
 # Two models in service, and the release of a new one.
@@ -866,64 +631,29 @@ def _released(report: Any) -> dict[str, Any]:
 def _release(folder: Path) -> Any:
     old, new = trained(n=60, seed=3), data.retrained()
     sources = [source(*blobs(150, seed=31), "suite"), source(*blobs(200, 0.8, seed=32), "test")]
-    protected = names.ProtectedIntact({"suite": [3, 17, 40]})
-    objects = [
-        names.AtMostBroken("tolerance:5"),
-        names.MaxNegativeFlipRate(0.05, 0.99),
-        names.MaxNegativeFlipRate(0.9, each_slice=True),
-        names.NoSliceWorse("count"),
-        names.NoSliceWorse("test", 0.01),
-        protected,
-        names.ProtectedIntact(where=names.Target.label(1)),
-    ]
     (folder / "ids.csv").write_text("split,id\nsuite,1\nsuite,5\n", encoding="utf-8")
     file = f"protected:{folder / 'ids.csv'}"
     return {
-        "default": _released(names.release(new, old, sources)),
-        "text": _released(names.release(new, old, sources, [*RULES, "instance in suite", file], slices=digit)),
-        "objects": _released(names.release(new, old, sources, objects, slices=digit, seeds={"data": 3})),
-        "itself": _released(names.release(new, new, sources[0], "instance")),
-        "other task": _released(_release_of_numbers()),
+        "default": _released(release(new, old, sources)),
+        "text": _released(release(new, old, sources, [*RULES, "instance in suite", file], slices=digit)),
+        "itself": _released(release(new, new, sources[0], "instance")),
     }
-
-
-def _release_of_numbers() -> Any:
-    parts, network, loss = data.regression()
-    old, new = (data.fitted(network, *parts[0], seed=seed, steps=30, loss=loss) for seed in (0, 1))
-    judged = names.Evaluator(new, names.Regression(tolerance=0.5))
-    return names.release(judged, old, [source(*parts[1], "test")], "tolerance:20%")
 
 
 @case("release-gate")
 def _release_gate(folder: Path) -> Any:
     logger = CSVLogger(folder, name="csv")
-    rules = ["accuracy", "nfr:30%", names.ProtectedIntact(where=noisy)]
-    gate = names.ReleaseGate(loaded(), rules=rules, slices=digit, dirpath=folder / "release")
+    rules = ["accuracy", "nfr:30%", ProtectedIntact(where=noisy)]
+    gate = ReleaseGate(loaded(), rules=rules, slices=digit, dirpath=folder / "release")
     trainer = quiet_trainer(folder, gate, logger=logger)
     (tested,) = trainer.test(loaded("conv"), datamodule=Digits(), verbose=False)
-    second = names.ReleaseGate(folder / "release" / "predictions.csv", verbose=False, dirpath=folder / "second")
+    second = ReleaseGate(folder / "release" / "predictions.csv", verbose=False, dirpath=folder / "second")
     quiet_trainer(folder, second).test(loaded("conv"), datamodule=Digits(), verbose=False)
-    table = (folder / "release" / "predictions.csv").read_text(encoding="utf-8").splitlines()
-    (folder / "slices.csv").write_text(
-        "\n".join(["split,id,slice", *(f"test,{at},{'ab'[at % 2]}" for at in range(300))]) + "\n", encoding="utf-8"
-    )
-    old = names.ReleaseGate(CHECKPOINTS["flat"], verbose=False, dirpath=folder / "old")
-    quiet_trainer(folder, old).test(loaded(), datamodule=Digits(), verbose=False)
-    command = [str(folder / name / "predictions.csv") for name in ("old", "release")]
-    more = ["--rule", "accuracy", "--rule", "nfr:30% in test", "--slices", str(folder / "slices.csv")]
-    status = names.release_command([*command, *more, "--out", str(folder / "out")])
-    written = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
-    called = [
-        names.release_command([*command, "--rule", "instance"]),
-        names.release_command([command[1], command[1]]),
-    ]
     return {
         "first": _released(gate.report),
         "tested": tested,
         "files": listed(folder),
         "second": _released(second.report),
-        "table": [*table[:5], f"{len(table)} lines"],
-        "command": {"status": status, "report": {k: v for k, v in written.items() if k != "files"}, "others": called},
     }
 
 
@@ -933,7 +663,7 @@ def _release_gate(folder: Path) -> Any:
 def _diagnosed(diagnosis: Any) -> dict[str, Any]:
     """A diagnosis without what it says of time."""
     own = {key: value for key, value in diagnosis.to_dict().items() if key not in ("costs", "advice")}
-    told = {"advice": _timeless(diagnosis.advice), "page": [_timeless(x) for x in names.diagnosis_page(diagnosis)]}
+    told = {"advice": _timeless(diagnosis.advice), "page": [_timeless(x) for x in calls.diagnosis_page(diagnosis)]}
     return {**own, **told, "methods": sorted(cost.method for cost in diagnosis.costs)}
 
 
@@ -947,39 +677,34 @@ def _diagnosis(folder: Path) -> Any:
     numbers = data.fitted(network, *parts[0], steps=40, loss=loss)
     sources = [source(*parts[0], "train", passed=True), source(*parts[1], "new", failed=True)]
     model, trainer = Classifier(), quiet_trainer(folder)
-    looked = names.diagnose_checkpoint(
-        trainer, model, data=Digits(), path=CHECKPOINTS["flat"], target=names.Target.where(noisy)
-    )
+    checkpoint = {"datamodule": Digits(), "ckpt_path": CHECKPOINTS["flat"]}
+    looked = diagnose(trainer, model, **checkpoint, target=Target.where(noisy))
     return {
-        "points": _diagnosed(names.diagnose_tensors(trained(), known())),
-        "a target": _diagnosed(names.diagnose_tensors(trained(data.deep), known(), target=names.Target.label(0))),
-        "numbers": _diagnosed(names.diagnose_tensors(numbers, sources, task=names.Regression(tolerance=0.5))),
+        "points": _diagnosed(diagnose_module(trained(), known())),
+        "a target": _diagnosed(diagnose_module(trained(data.deep), known(), Settings(target=Target.label(0)))),
+        "numbers": _diagnosed(diagnose_module(Evaluator(numbers, Regression(tolerance=0.5)), sources)),
         "digits": _diagnosed(looked),
     }
 
 
 def _compared(comparison: Any) -> dict[str, Any]:
-    return {**comparison.to_dict(), "page": names.comparison_page(comparison)}
+    return {**comparison.to_dict(), "page": calls.comparison_page(comparison)}
 
 
 @case("comparison")
 def _comparison(folder: Path) -> Any:
-    tuned = names.FineTuning(learning_rate=1e-2, epochs=4)
-    own = {"gentle": tuned, "a quarter of it": names.Interpolation(tuned, a=0.25)}
+    tuned = FineTuning(learning_rate=1e-2, epochs=4)
+    own = {"gentle": tuned, "a quarter of it": Interpolation(tuned, a=0.25)}
     methods = ["convex", "finetune-polish", "layer fine-tuning", "fine-tuning", "distillation", "interpolation"]
-    found = names.compare_tensors(trained(), known(), unseen=unseen(), methods=methods)
-    found.save(folder / "saved")
+    found = compare_module(trained(), known(), unseen=unseen(), methods=methods)
     model = Classifier()
     ways = ["convex", "further training", "retraining"]
-    checkpoint = {"data": Digits(), "path": CHECKPOINTS["flat"], "methods": ways, "target": names.Target.where(noisy)}
+    checkpoint = {"datamodule": Digits(), "ckpt_path": CHECKPOINTS["flat"], "target": Target.where(noisy)}
     return {
         "named": _compared(found),
-        "objects": _compared(names.compare_tensors(trained(), known(), unseen=unseen(), methods=own, seed=3)),
-        "no last layer": _compared(names.compare_tensors(trained(), known(), methods=["convex"], layer="0")),
-        "digits": _compared(names.compare_checkpoint(quiet_trainer(folder), model, **checkpoint)),
-        "files": listed(folder / "saved"),
-        "columns": (folder / "saved" / "comparison.csv").read_text(encoding="utf-8").splitlines()[0],
-        "picture": [[axes.get_title(), axes.get_xlabel(), axes.get_ylabel()] for axes in found.plot().axes],
+        "objects": _compared(compare_module(trained(), known(), Settings(seed=3), unseen=unseen(), methods=own)),
+        "no last layer": _compared(compare_module(trained(), known(), Settings(layer="0"), methods=["convex"])),
+        "digits": _compared(compare(quiet_trainer(folder), model, methods=ways, **checkpoint)),
     }
 
 
@@ -987,172 +712,37 @@ def _swept(result: Any) -> dict[str, Any]:
     best = result.best("accuracy")
     names_of = [[run.setting, run.seed] for run in result.pareto("known")]
     return {
-        "runs": names.runs_of(result),
+        "runs": calls.runs_of(result),
         "weights": {f"{run.setting}, {run.seed}": hash_of(result.state(run)) for run in result.runs if run.changed},
         "best": None if best is None else [best.setting, best.seed],
         "front": names_of,
-        "columns": names.sweep_columns(result),
-        "page": names.sweep_page(result),
+        "page": calls.sweep_page(result),
     }
 
 
 @case("sweep")
 def _sweep(folder: Path) -> Any:
-    swarm = names.ParticleSwarm(particles=12, iterations=10)
-    grid = names.Grid(fitness=["eq1", "lexicographic"], alpha=[0.5, 8], n_weights=[8, 16], n_passed=[None, 40])
-    given = {"unseen": unseen(), "calibration": calibration(), "method": swarm}
+    swarm = ParticleSwarm(particles=12, iterations=10)
+    grid = Grid(fitness=["eq1", "lexicographic"], alpha=[0.5, 8], n_weights=[8, 16], n_passed=[None, 40])
+    given = {"unseen": unseen(), "calibration": calibration(), "base": Settings(method=swarm)}
     model = trained()
-    result = names.sweep_tensors(model, known(), grid, seeds=2, folder=folder / "sweep", **given)
-    again = names.sweep_tensors(model, known(), grid, seeds=[0, 1, 5], folder=folder / "sweep", **given)
+    result = sweep_module(model, known(), grid, seeds=2, dirpath=folder / "sweep", **given)
+    again = sweep_module(model, known(), grid, seeds=[0, 1, 5], dirpath=folder / "sweep", **given)
     listed_ways = [{"alpha": 5, "n_passed": 30, "fitness": "eq1"}, {"fitness": "eq2", "particles": 8, "name": "mine"}]
-    single = names.sweep_tensors(model, known(), listed_ways, seeds=2, **given)
+    single = sweep_module(model, known(), listed_ways, seeds=2, **given)
     best = again.best("accuracy")
     copied = copy.deepcopy(model)
     if best is not None:
         again.write(copied, best)
-    read = names.SweepResult.from_csv(folder / "sweep" / "sweep.csv")
     return {
         "first": _swept(result),
         "again": _swept(again),
         "one by one": _swept(single),
         "written": hash_of(copied.state_dict()),
-        "read": [[run.setting, run.seed, run.known.repaired, run.known.broken] for run in read.runs],
-        "file": sorted(path.name for path in (folder / "sweep").glob("*.csv")),
-    }
-
-
-@case("sweep-checkpoint")
-def _sweep_checkpoint(folder: Path) -> Any:
-    way = {"row": "EXP-C4", "particles": 12, "iterations": 10, "n_passed": 100}
-    settings = [way, {**way, "row": "EXP-A4"}]
-    where = names.Target.where(noisy)
-    checkpoint = {"data": Digits(), "path": CHECKPOINTS["flat"]}
-    trainer, model = quiet_trainer(folder), Classifier()
-    result = names.sweep_checkpoint(trainer, model, settings, seeds=2, target=where, calibration="val", **checkpoint)
-    made = names.swept_callback(result, result.runs[1], target=where, gate="tolerance:100%", verbose=False)
-    repaired = Classifier()
-    report = names.repair_checkpoint(quiet_trainer(folder), repaired, made=made, **checkpoint)
-    return {
-        **_swept(result),
-        "the same by itself": {**account(report), "weights": hash_of(repaired.state_dict())},
-        "settings": names.arguments_of(made),
     }
 
 
 # Numbers.
 
 
-@case("bounds")
-def _bounds(folder: Path) -> Any:
-    own = names.bounds
-    counts = [(0, 10), (0, 908), (4, 908), (10, 10), (500, 1000), (3, 110)]
-    return {
-        "upper": [[own.upper_limit(k, n, c) for c in (0.5, 0.9, 0.95, 0.999)] for k, n in counts],
-        "lower": [[own.lower_limit(k, n, c) for c in (0.5, 0.9, 0.95, 0.999)] for k, n in counts],
-        "distribution": [
-            own.binomial_cdf(k, 50, p) for k in (0, 3, 25, 49, 50) for p in (0.001, 0.01, 0.3, 0.9, 0.999)
-        ],
-        "bound": [[own.Bound.of(k, n), str(own.Bound.of(k, n)), str(own.Bound.of(k, n, 0.99))] for k, n in counts],
-        "chosen": [
-            [choice, str(choice)]
-            for choice in (
-                own.choose([0, 1, 3, 9, 14], n=908, limit=0.01),
-                own.choose([0, 1, 3, 9, 14], n=908, limit=0.01, ordered=False),
-                own.choose([5, 1], n=20, limit=0.01),
-            )
-        ],
-    }
-
-
-@case("metrics")
-def _metrics(folder: Path) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    classes = [torch.randint(0, 4, (60,), generator=generator) for _ in range(3)]
-    logits = [torch.randn(60, 4, generator=generator) for _ in range(2)]
-    pixels = [torch.randint(0, 3, (5, 4, 4), generator=generator) for _ in range(3)]
-    right = [classes[2].clone(), classes[2].clone(), classes[2]]
-    none = [torch.zeros(0, dtype=torch.long)] * 3
-    core = names.metrics
-    functions = [name for name in core.__all__ if name.islower() and name != "flip_rates"]
-    inputs = {"classes": classes, "logits": [*logits, classes[2]], "pixels": pixels, "right": right, "none": none}
-    found = {name: {f: getattr(core, f)(*given) for f in functions} for name, given in inputs.items()}
-    found["counts"] = core.flip_rates(torch.tensor([[10, 2, 5, 3], [0, 0, 0, 4], [4, 0, 0, 0]]))
-    kinds = {}
-    for name in names.metrics.__all__:
-        if name.islower():
-            continue
-        metric = getattr(names.metrics, name)()
-        steps = [metric(*(x[rows] for x in classes)) for rows in (slice(0, 25), slice(25, 60))]
-        kinds[name] = [*steps, metric.compute(), metric.higher_is_better, sorted(metric.metric_state)]
-    return {"functions": found, "classes": kinds}
-
-
 # What is refused.
-
-
-@case("refusals")
-def _refusals(folder: Path) -> Any:
-    model = trained()
-    x, y = blobs(20)
-
-    def twice() -> Any:
-        return quiet_trainer(folder, names.callback(), names.callback())
-
-    calls: dict[str, Callable[[], Any]] = {
-        "gate": lambda: repaired(gate="intance"),
-        "tolerance": lambda: repaired(gate="tolerance:-1"),
-        "method": lambda: repaired(method="convx"),
-        "fitness": lambda: repaired(fitness="eq3"),
-        "strength": lambda: repaired(strength=3.0),
-        "strength and limit": lambda: repaired(strength=0.5, limit="instance", calibration=calibration()),
-        "limit without data": lambda: repaired(limit="tolerance:1%"),
-        "layer": lambda: repaired(layer="3"),
-        "layer without weights": lambda: repaired(layer="1"),
-        "convex elsewhere": lambda: repaired(method="convex", layer="0"),
-        "task": lambda: repaired(task="multiklass"),
-        "margins": lambda: _on_task(names.Custom(near, squared), data.regression(), x={"method": "finetune-polish"}),
-        "n_passed": lambda: repaired(n_passed=0),
-        "seed": lambda: repaired(seed=-1),
-        "confidence": lambda: repaired(confidence=1.5),
-        "sparse": lambda: repaired(sparse=1.0),
-        "quotas": lambda: repaired(quotas={"a": 1}),
-        "quota": lambda: repaired(slices=camera, quotas={"night": "150%"}),
-        "importance": lambda: repaired(importance={"new": dict.fromkeys(range(60), -1.0)}),
-        "ids": lambda: repaired(protected={"new": [1000]}),
-        "max_time": lambda: repaired(max_time=0),
-        "keep": lambda: repaired(keep="new"),
-        "no source": lambda: repaired(sources=[]),
-        "nothing marked": lambda: repaired(sources=[source(x, y, "all")]),
-        "labels": lambda: repaired(sources=[source(x, y + 3, "all", passed=True, failed=True)]),
-        "not finite": lambda: repaired(sources=[source(x * float("nan"), y, "all", passed=True, failed=True)]),
-        "polish of another": lambda: repaired(method=names.Polish(data.mlp(5))),
-        "localizer": lambda: names.NeuRecoverLite(n_weights=3, n_g=3),
-        "swarm": lambda: names.ParticleSwarm(particles=1),
-        "row": lambda: names.callback_of_row("EXP-C9"),
-        "reference": lambda: names.RegressionMetrics(None),
-        "no such file": lambda: (
-            names.callback(reference="no-such.ckpt") and repaired(reference=names.OldModel("no.ckpt"))
-        ),
-        "two repairs": lambda: twice().fit(Classifier(), datamodule=Digits()),
-        "limit in a fit": lambda: names.callback(limit="tolerance:1%"),
-        "start": lambda: names.callback(start_from="first"),
-        "no such data": lambda: quiet_trainer(folder, names.callback(unseen="predict")).fit(
-            Classifier(), datamodule=Digits()
-        ),
-        "rule": lambda: names.release(model, model, unseen(), "nfr"),
-        "rule of slices": lambda: names.release(model, model, unseen(), "slices"),
-        "rule of a split": lambda: names.release(model, model, unseen(), "instance in nowhere"),
-        "grid": lambda: names.sweep_tensors(model, known(), names.Grid(alfa=[1, 2]), seeds=1),
-        "share": lambda: names.WeightInterpolation(CHECKPOINTS["flat"], share=2.0),
-        "term": lambda: names.PositiveCongruentTraining(CHECKPOINTS["flat"], term="focal"),
-        "iou": lambda: names.Segmentation(iou=2.0),
-    }
-    found = {}
-    for name, call in calls.items():
-        try:
-            value = call()
-        except Exception as error:
-            found[name] = {"class": type(error).__name__, "message": str(error).splitlines()}
-        else:
-            found[name] = {"given": clean(value, str(folder)) if isinstance(value, dict) else type(value).__name__}
-    return found

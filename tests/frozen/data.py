@@ -196,17 +196,6 @@ class Tokens(nn.Module):
         return self.head(F.relu(self.mix(tokens)))
 
 
-class Turned(nn.Module):
-    """The same with the classes in front of the tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = Tokens()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tokens(x).transpose(1, 2)
-
-
 def rows_of_digits(length: int) -> Pair:
     """`n x 8 x 8 length` images and `n x length` labels."""
     images, labels = digits()
@@ -233,22 +222,6 @@ def _without(x: Tensor) -> Tensor:
     return x.index_fill(1, torch.tensor([2]), 0.0)
 
 
-def multilabel() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
-    """Which of the digits 0 to 4 are among two."""
-    strips, labels = rows_of_digits(2)
-    present = torch.stack([(labels == digit).any(1) for digit in range(5)], 1).float()
-    present[::17, 2] = -100
-    return _parts(strips, present, _dim), _multilabel_net, _known_entropy
-
-
-def _multilabel_net() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 5))
-
-
-def _known_entropy(output: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(output, target.clamp(min=0), weight=(target >= 0).float())
-
-
 def regression() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
     """How diabetes went on in a year, in hundreds; later on one measurement is missing."""
     x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
@@ -259,25 +232,12 @@ def _regression_net() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 1), nn.Flatten(0))
 
 
-def segmentation() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
-    """Where there is ink, from a noisy image; some pixels are not known."""
-    images, _ = digits()
-    noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    target = (images[:, 0] > 0.5).long()
-    target[::13, 0, 0] = -100
-    return _parts(images + noise, target, _dim), _segmentation_net, F.cross_entropy
-
-
-def _segmentation_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1))
-
-
-def sequence(turned: bool = False) -> tuple[list[Pair], Callable[[], nn.Module], Any]:
+def sequence() -> tuple[list[Pair], Callable[[], nn.Module], Any]:
     """Which digits stand in a row of three; some are not known."""
     x, y = rows_of_digits(3)
     y = y.clone()
     y[::19, 2] = -100
-    return _parts(x, y, _dim), Turned if turned else Tokens, F.cross_entropy if turned else _token_loss
+    return _parts(x, y, _dim), Tokens, _token_loss
 
 
 def _token_loss(output: Tensor, target: Tensor) -> Tensor:

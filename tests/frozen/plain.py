@@ -63,19 +63,6 @@ def clean(value: Any, folder: str = "") -> Any:
     return str(value)
 
 
-def written(value: Any, margin: str = "") -> str:
-    """JSON with sorted keys, indented; lists of plain values are one line."""
-    deeper = margin + "  "
-    if isinstance(value, dict) and value:
-        rows = [f"{deeper}{json.dumps(key)}: {written(value[key], deeper)}" for key in sorted(value)]
-        return "{\n" + ",\n".join(rows) + f"\n{margin}}}"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        return "[\n" + ",\n".join(deeper + written(item, deeper) for item in value) + f"\n{margin}]"
-    if isinstance(value, list) and any(isinstance(item, str) and len(item) > LONG for item in value):
-        return "[\n" + ",\n".join(deeper + json.dumps(item) for item in value) + f"\n{margin}]"
-    return json.dumps(value)
-
-
 def renamed(value: Any, renames: Mapping[str, str]) -> Any:
     """A value with whole words replaced, in keys and in text."""
     if not renames:

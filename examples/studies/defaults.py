@@ -1,0 +1,238 @@
+"""The default repair beside fine-tuning and retraining, in shares of the fit's time, or after other fits.
+
+    python examples/studies/defaults.py --seeds 5             # six small problems, 25 minutes on one core
+    python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits, drift"
+    python examples/studies/defaults.py --seeds 3 --fits      # the quickstart and the weak digit
+
+The repair is a callback of the training, and all failures of the repair data are the target; fine-tuning goes on from
+the trained weights and retraining begins from scratch, both on all known data with as many epochs as the training. With
+`--fits` something else than the owner's whole training comes before the repair (`FITS`). All counts are made by a plain
+loop. What was run before is read from `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from default_problems import SMALL, SPLITS
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from problems import PROBLEMS, RUNS, Problem, State, markdown, quiet_trainer, start
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
+from lightning_nrl.report.stats import lower_limit, upper_limit
+
+OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
+"""The networks of `--fits`."""
+FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
+"""Fits that go on from the trained weights: a constant rate and the epochs, of the training where None."""
+PLAIN = "plain PyTorch"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one method did: counts on repair data (targets), known data and unseen ones; seconds of the processor.
+
+    `held_out`: repaired, failures, broken and passed among the samples that the chosen rung did not see.
+    """
+
+    targeted: int
+    repaired: int
+    known_broken: int
+    unseen_repaired: int
+    unseen_broken: int
+    unseen_right: int
+    unseen: int
+    seconds: float
+    fit: float
+    held_out: tuple[int, int, int, int] | None = None
+
+    @property
+    def points(self) -> float:
+        """By how much the accuracy on test data grew, in percentage points."""
+        return 100 * (self.unseen_repaired - self.unseen_broken) / self.unseen
+
+
+class TrainingEnd(Callback):
+    """Notes weights and time when training ends; what comes after it in the same `fit` is the repair."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state, self.ended = deepcopy(pl_module.state_dict()), time.process_time()
+
+
+class Study:
+    """The methods on one trained network."""
+
+    def __init__(self, problem: Problem, seed: int, folder: Path) -> None:
+        self.problem, self.seed, self.folder = problem, seed, folder
+        self.data = problem.data(seed)
+        model, wall, began = self.new(), time.perf_counter(), time.process_time()
+        quiet_trainer(problem.epochs, accelerator="cpu").fit(model, datamodule=self.data)
+        self.wall, self.fit = time.perf_counter() - wall, time.process_time() - began
+        self.state = deepcopy(model.state_dict())
+
+    def new(self, state: State | None = None) -> LightningModule:
+        seed_everything(self.seed, verbose=False)
+        model = self.problem.network()
+        model.load_state_dict(model.state_dict() if state is None else state)
+        return model
+
+    def run(self, method: str) -> Run:
+        """Run fine-tuning, retraining, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
+        if method in ("fine-tuning", "retraining"):
+            model = self.new(self.state if method == "fine-tuning" else None)
+            loader = self.data.train_dataloader()
+            known = ConcatDataset([loader.dataset, self.data.data["repair"]])
+            batches = DataLoader(known, loader.batch_size, shuffle=True, drop_last=loader.drop_last)
+            began = time.process_time()
+            quiet_trainer(self.problem.epochs, accelerator="cpu").fit(model, batches)
+            return self.counted(self.state, model, time.process_time() - began)
+        if method == PLAIN:
+            return self.repaired_plain()
+        limit = None if method == "default" else self.wall * (1.0 if method in FITS else float(method.rstrip(" x")))
+        rate, epochs = FITS.get(method, (None, None))
+        model = self.new(self.state if method in FITS else None)
+        if rate is not None:
+            fix_rate(model, rate)
+        end, files = TrainingEnd(), self.folder / method.replace(" ", "_")
+        repair = RegressionFreeRepair(unseen="test", max_time=limit, seed=self.seed, dirpath=files, verbose=False)
+        trainer = quiet_trainer(epochs or self.problem.epochs, end, repair, accelerator="cpu")
+        trainer.fit(model, datamodule=self.data)
+        return self.counted(end.state, model, time.process_time() - end.ended, repair.report)
+
+    def repaired_plain(self) -> Run:
+        """Repair from tensors, without a Trainer."""
+        train, repair, test = (self.data.data[split].tensors[:2] for split in SPLITS)
+        known = [TensorSource(*train, split="train", passed=True), TensorSource(*repair, split="repair", failed=True)]
+        model, began = self.new(self.state).eval(), time.process_time()
+        settings = Settings(max_time=self.wall, seed=self.seed)
+        outcome = repair_module(model, known, settings, unseen=[TensorSource(*test, split="test")])
+        outcome.write(model)
+        return self.counted(self.state, model, time.process_time() - began, outcome.report)
+
+    def counted(self, before: State, model: LightningModule, seconds: float, report: RepairReport | None = None) -> Run:
+        """Count what changed from weights before to a model as it is now."""
+        models = self.new(before), model
+        was, now = ({split: right(one, self.data.data[split]) for split in SPLITS} for one in models)
+        broken = {split: int((was[split] & ~now[split]).sum()) for split in SPLITS}
+        return Run(
+            targeted=int((~was["repair"]).sum()),
+            repaired=int((~was["repair"] & now["repair"]).sum()),
+            known_broken=broken["train"] + broken["repair"],
+            unseen_repaired=int((~was["test"] & now["test"]).sum()),
+            unseen_broken=broken["test"],
+            unseen_right=int(was["test"].sum()),
+            unseen=len(was["test"]),
+            seconds=seconds,
+            fit=self.fit,
+            held_out=None if report is None else held_out_of(report),
+        )
+
+
+def fix_rate(model: LightningModule, rate: float) -> None:
+    """Replaces the schedule of a module by a constant rate."""
+    configure = model.configure_optimizers
+
+    def constant() -> torch.optim.Optimizer:
+        chosen = configure()
+        optimizer = chosen["optimizer"] if isinstance(chosen, dict) else chosen
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return optimizer
+
+    model.configure_optimizers = constant
+
+
+def held_out_of(report: RepairReport) -> tuple[int, int, int, int] | None:
+    counts = next((rung.held_out for rung in report.rungs if rung.taken), None)
+    return counts and (counts.repaired, counts.repaired + counts.failing, counts.broken, counts.passed)
+
+
+@torch.no_grad()
+def right(model: LightningModule, data: Dataset) -> Tensor:
+    """Samples that a model gets right, in the order of the data."""
+    model.eval()
+    return torch.cat([model(inputs).argmax(1) == labels for inputs, labels, *_ in DataLoader(data, 500)])
+
+
+def runs_of(name: str, problem: Problem, seed: int, methods: Sequence[str], out: Path) -> dict[str, Run]:
+    """A run of each method; read if they were run before."""
+    folder = out / name.replace(",", "").replace(" ", "_") / f"seed_{seed}"
+    path = folder / f"{'_'.join(methods).replace(' ', '')}.json"
+    if not path.exists():
+        study = Study(problem, seed, folder)
+        found = {method: asdict(study.run(method)) for method in methods}
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return {method: Run(**values) for method, values in json.loads(path.read_text()).items()}
+
+
+HEADS = ("targets repaired", "known broken, worst", "unseen repaired : broken", "points (worst)", "x the fit's time")
+
+
+def row(name: str, runs: Sequence[Run]) -> list[str]:
+    gained, lost = sum(run.unseen_repaired for run in runs), sum(run.unseen_broken for run in runs)
+    return [
+        name,
+        f"{sum(run.repaired for run in runs):,} of {sum(run.targeted for run in runs):,}",
+        f"{max(run.known_broken for run in runs)}",
+        f"{gained:,} : {lost:,}",
+        f"{fmean(run.points for run in runs):+.2f} ({min(run.points for run in runs):+.2f})",
+        f"{sum(run.seconds for run in runs) / sum(run.fit for run in runs):.1f}",
+    ]
+
+
+def estimates(runs: Sequence[Run]) -> str:
+    """In how many runs the unseen rates are within the 90 % intervals of the estimates from held-out samples."""
+    covered, tried = [0, 0], [run for run in runs if run.held_out is not None]
+    for run in tried:
+        happened = (run.unseen_repaired, run.unseen - run.unseen_right), (run.unseen_broken, run.unseen_right)
+        for i, (k, n) in enumerate(happened):
+            counts = run.held_out[2 * i : 2 * i + 2]
+            covered[i] += lower_limit(*counts) <= k / max(n, 1) <= upper_limit(*counts)
+    return (
+        f"The unseen rate is within the 90 % interval of the held-out estimate for repaired samples in {covered[0]}, "
+        f"for broken ones in {covered[1]} of {len(tried)} runs."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from seed --first")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="all that the study has by default")
+    parser.add_argument("--max-times", nargs="+", type=float, help="shares of the fit's seconds for the repair")
+    parser.add_argument("--fits", action="store_true", help="other fits before the repair, in the training's seconds")
+    parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="where runs are kept")
+    chosen = parser.parse_args()
+    start()
+    torch.set_num_threads(1)
+    methods = ["fine-tuning", "retraining", "default"]
+    if chosen.fits:
+        methods = ["fine-tuning", "1 x", *FITS, PLAIN]
+    elif chosen.max_times:
+        methods = [f"{share:g} x" for share in chosen.max_times]
+    found: dict[str, list[Run]] = {method: [] for method in methods}
+    rows = []
+    for name in chosen.problems or (OWNERS if chosen.fits else SMALL):
+        seeds = range(chosen.first, chosen.first + chosen.seeds)
+        runs = [runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds]
+        for method in methods:
+            own = [one[method] for one in runs]
+            found[method] += own
+            rows.append(row(f"{name}, {method}", own))
+    rows += [row(f"**all**, {method}", runs) for method, runs in found.items()]
+    print(f"{markdown(HEADS, rows)}\n\n{estimates([run for runs in found.values() for run in runs])}")
+
+
+if __name__ == "__main__":
+    main()
