@@ -50,7 +50,7 @@ def device(*names: str) -> None:
         model = trained(make).to(GPU)
         with strict_cuda.watch() as seen:
             repair_module(model, sources(GPU), settings)
-        moving = sum(n for place, n in seen.waits.items() if "tensor_source" in place)
+        moving = sum(n for place, n in seen.waits.items() if "data/batch" in place)
         judging = sum(n for place, n in seen.waits.items() if "evaluation/evaluator" in place or " at tasks/" in place)
         counts = (seen.n_launches, seen.n_waits, moving, judging, seen.n_waits - moving - judging)
         rows.append([name, *(f"{n:,}" for n in counts)])

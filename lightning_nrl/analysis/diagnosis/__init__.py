@@ -1,4 +1,7 @@
-"""What can be known before a repair: what can be fixed, what stands in the way, which layer has room, what it costs."""
+"""What can be repaired, what stands in the way, which layer has room, and what it costs.
+
+In: a model and its known data. Out: a `Diagnosis`; the model stays as it is.
+"""
 
 from lightning_nrl.analysis.diagnosis.diagnose import diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
