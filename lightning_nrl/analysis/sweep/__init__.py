@@ -1,4 +1,7 @@
-"""The paper's study as one call: many settings and seeds on one problem, one table."""
+"""The paper's study as one call: many settings and seeds on one problem, one table.
+
+In: a model, its known data, settings and seeds. Out: a `SweepResult`, the table of all runs and their weights.
+"""
 
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, Sweepable, parse_settings
 from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run
