@@ -2,29 +2,217 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from typing_extensions import override
 
-from lightning_nrl._trainer import validation_flips
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.loaders import parse_adapter
+from lightning_nrl._trainer.lightning.private_parts import sampler_of, validating, validation_loaders
+from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source, parse_adapter
+from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import parse_prefix
-from lightning_nrl._trainer.step_outputs import OutputCapture, logits_of
+from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State
+from lightning_nrl.callbacks import regression_metrics as validation_flips
 from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import PerformanceWarning, check_whole
+from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
+from lightning_nrl.evaluation.rates import UPDATE_RATES
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.release import check_reference
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceResults:
+    """Results of the replaced model on the `n` samples that this rank validates, in their order. On the CPU."""
+
+    loader: DataLoader[Any]
+    order: list[list[int]]  # data-set positions, batch by batch
+    starts: tuple[int, ...]  # the place of each batch's first sample, and last of all `n`
+    passed: Tensor  # `n` bool, whether the replaced model gets them right
+    label: Tensor  # `n` int64, true classes; -1 where the task has none
+    once: Tensor  # `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks
+    group: Tensor  # `n` int64, the number of each sample's slice; -1: in none
+    names: tuple[str, ...]  # the slices, the same on every rank
+    parts: tuple[str, ...]  # the part of the new model that returns what the model does (`Probe`)
+    adapter: Adapter  # with which batches are run as the new model is deployed
+
+
+def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+    """The data loader that a trainer validates on, and how many of its batches; None: all."""
+    found = validation_loaders(trainer)
+    if found is None:
+        raise ConfigurationError(
+            "`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`."
+        )
+    loaders, limits, mode = found
+    if not dataloader < len(loaders):
+        raise ConfigurationError(
+            f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
+        )
+    if len(loaders) > 1 and mode != "sequential":
+        raise ConfigurationError(
+            f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} in one batch.",
+            "give the validation data loaders as a list, so that they are read one after the other.",
+        )
+    hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
+    loader = check_loader(loaders[dataloader], "val", hint)
+    most = limits[dataloader]
+    return loader, None if most == float("inf") else int(most)
+
+
+def evaluate_reference(
+    reference: Reference,
+    trainer: Trainer,
+    model: LightningModule,
+    *,
+    dataloader: int = 0,
+    slices: Slices | None = None,
+    task: Task,
+    adapter: Adapter,
+) -> ReferenceResults:
+    """Evaluates the replaced model on the validation data, with one pass of each model. All are left as found."""
+    collective = Collective.current(model.device)
+    loader, most = _validation_loader(trainer, dataloader)
+    with random_state(), validating(trainer):
+        batches = _batches_in_order(loader, most)
+        mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
+        everyone = collective.gather(mine)
+        which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
+        again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
+        source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
+        evaluator, ((source,),) = open_sources(trainer, model, task, [source])
+        recorder = SliceRecorder(source, slices, task)
+        probe = Probe(model)
+        with preserve(model):
+            new = evaluator.run([recorder], forward=probe)
+        answers = reference.answers(evaluator, [source], new)
+    names, group = recorder.named(collective)
+    rows = torch.searchsorted(source.index, mine)
+    return ReferenceResults(
+        loader,
+        batches,
+        (0, *accumulate(map(len, batches))),
+        answers.passed[rows],
+        new.label[rows],
+        _first_occurrences(everyone)[collective.rank],
+        group[rows],
+        names,
+        probe.parts or (),
+        source.adapter,
+    )
+
+
+def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
+    """True if the validation data are still those that the replaced model was asked about."""
+    loader, most = _validation_loader(trainer, dataloader)
+    if loader is known.loader:
+        return True
+    with random_state():
+        return loader.dataset is known.loader.dataset and _batches_in_order(loader, most) == known.order
+
+
+def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
+    """Data-set positions of this rank's samples, batch by batch."""
+    sampler, inside = sampler_of(loader)
+    shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    if not shuffles:
+        found, again = ([list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2))
+        if found == again:
+            return found
+    raise ConfigurationError(
+        f"`val` data: {type(inside).__name__} gives the samples in another order each time.",
+        "validate without shuffling, so that each sample can be matched with what the replaced model does on it.",
+    )
+
+
+def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
+    """Rank by rank, which samples come for the first time, as ranks validate side by side."""
+    when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
+    order = when.argsort()
+    _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
+    once = torch.zeros(len(when), dtype=torch.bool)
+    once[order[torch.from_numpy(first)]] = True
+    return list(once.split([len(mine) for mine in everyone]))
+
+
+class FlipCounter:
+    """The counts of one validation so far, on the device; nothing waits for it before the end."""
+
+    def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
+        self.reference = reference
+        n = len(reference.passed)
+        self.new = torch.zeros(n, dtype=torch.bool, device=device)
+        self.counted = torch.zeros(n, dtype=torch.bool, device=device)
+        self.label = reference.label.to(device)
+        self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
+
+    def size(self, batch_idx: int) -> int:
+        """How many samples a batch should have; 0 if there should be no such batch."""
+        starts = self.reference.starts
+        return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
+
+    def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
+        """One batch: `m` bool, whether the new model is right, and `m` int64, the true classes."""
+        expected = self.size(batch_idx)
+        if right.shape != (expected,):
+            raise ConfigurationError(
+                f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}.",
+                "validate the same samples each time; a collate function must neither drop nor add any.",
+            )
+        rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
+        self.new[rows] = right.to(self.new.device)
+        self.counted[rows] = True
+        if label is not None:
+            self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
+
+    def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
+        """The names of the slices, and `1 + S x 4`, kept, broken, repaired and failing, of all and of each slice."""
+        known, new = self.reference, self.new.cpu()
+        old, counted = known.passed, known.once & self.counted.cpu()
+        masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
+        flips = torch.zeros(len(known.names) + 1, 4, dtype=torch.int64)
+        # Samples in no slice go into the first row, which is then that of all.
+        flips.index_add_(0, known.group + 1, masks.long())
+        flips[0] = masks.sum(0)
+        total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
+        if total[-1]:
+            raise ConfigurationError(
+                f"`val` data: {int(total[-1])} samples have another label than when training began.",
+                "validate the same samples in the same order each time.",
+            )
+        return known.names, total[:-1].view(-1, 4)
+
+
+def metrics_of(flips: Tensor) -> list[dict[str, float]]:
+    """All metrics of each row of `S x 4` counts; what is undefined is NaN."""
+    wide = flips.double()
+    n = wide.sum(1)
+    columns = {
+        **{rate.short: rate(wide) for rate in UPDATE_RATES},
+        "broken": wide[:, 1],
+        "repaired": wide[:, 2],
+        "accuracy": (wide[:, 0] + wide[:, 2]) / n,
+        "reference_accuracy": (wide[:, 0] + wide[:, 1]) / n,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 class RegressionMetrics(CallbackBase):

@@ -6,11 +6,17 @@ In: the model on known data, and which samples fail and pass. Out: a `Localizati
 
 from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front
 from lightning_nrl.localization.history import CheckpointHistory, DataLocalizer, History, HistoryPoint, Known, on_data
-from lightning_nrl.localization.impact import Aggregation, Impact, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Localizer
+from lightning_nrl.localization.impact import Aggregation, ByGradient, Impact, measure
+from lightning_nrl.localization.localizer import (
+    LOCALIZERS,
+    AllWeights,
+    Localization,
+    Localizer,
+    RandomWeights,
+    default_n_weights,
+)
 from lightning_nrl.localization.neurecover import NeuRecover, TrainingFlips, localize_by_history
-from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n_weights, localize, set_sizes
-from lightning_nrl.localization.simple_localizers import AllWeights, ByGradient, RandomWeights
+from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, localize, set_sizes
 from lightning_nrl.localization.training_record import RecordedSplit, TrainingRecord
 
 __all__ = [

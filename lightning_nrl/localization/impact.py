@@ -25,7 +25,14 @@ from lightning_nrl.evaluation.layer_gradients import (
     weight_gradient,
 )
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
-from lightning_nrl.localization.localizer import Replay
+from lightning_nrl.localization.localizer import (
+    LOCALIZERS,
+    Localization,
+    Replay,
+    check_numbers,
+    default_n_weights,
+    localized,
+)
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -233,3 +240,28 @@ def _mean(
             "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
         )
     return Impact(backward, forward, int(samples))
+
+
+@LOCALIZERS.register("gradient")
+@dataclass(frozen=True)
+class ByGradient:
+    """Localises the weights with the largest mean loss gradient on the failed samples, whatever the passed ones say.
+
+    Attributes:
+        n_weights: how many; None: as many as `default_n_weights` says.
+        include_bias: whether biases may be localised too.
+    """
+
+    n_weights: int | None = None
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights)
+
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+        """Takes the largest gradients, of equal ones the first; weights without any are left out."""
+        gradient = measure(recording, evaluator, failed).backward
+        wanted = self.n_weights or default_n_weights(len(gradient))
+        top = gradient.argsort(descending=True, stable=True)[:wanted]
+        weights = top[gradient[top] > 0].sort().values
+        return localized(weights, len(weights), wanted, len(gradient))

@@ -85,3 +85,58 @@ def check_numbers(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None:
             check_whole(name, number, 1)
+
+
+def default_n_weights(total: int) -> int:
+    """Returns how many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
+
+    The limits are those of the three runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
+
+    Example:
+        >>> [default_n_weights(total) for total in (224, 640, 589_824)]
+        [32, 64, 309]
+    """
+    return min(max(total // 10, 32), 309)
+
+
+@LOCALIZERS.register("all")
+@dataclass(frozen=True)
+class AllWeights:
+    """Takes every weight of the layer, whatever the data; biases too if `include_bias` says so."""
+
+    include_bias: bool = False
+
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+        """Takes all weights."""
+        total = recording.space.size
+        weights = torch.arange(total, device=recording.space.device)
+        sizes = {"failed": total, "passed": 0, "both": 0, "localized": total, "total": total}
+        return Localization(weights, total, None, sizes)
+
+
+@LOCALIZERS.register("random")
+@dataclass(frozen=True)
+class RandomWeights:
+    """Draws weights without looking at the data, each with the same probability.
+
+    Attributes:
+        n_weights: how many; None: as many as `default_n_weights` says. All, if the layer has no more.
+        seed: of the draw, from 0 to 2^32 - 1. That of the repair does not matter: several repairs search the same
+            weights.
+        include_bias: whether biases may be drawn too.
+    """
+
+    n_weights: int | None = None
+    seed: int = 0
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+        """Draws on the CPU, so that every device and every rank has the same weights."""
+        total = recording.space.size
+        wanted = self.n_weights or default_n_weights(total)
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
+        return localized(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)

@@ -19,8 +19,8 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, Known
 from lightning_nrl.localization.impact import Impact, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
-from lightning_nrl.localization.neurecover_lite import default_n_weights, nearest, places, sizes_at
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, default_n_weights
+from lightning_nrl.localization.neurecover_lite import nearest, places, sizes_at
 from lightning_nrl.localization.training_record import FolderHistory
 
 

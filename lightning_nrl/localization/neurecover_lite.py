@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, default_n_weights
 
 
 @LOCALIZERS.register("neurecover-lite")
@@ -87,18 +87,6 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
         raise _empty(sizes["localized"], chosen, at)
     weights = ((enter <= chosen) & (leave > chosen)).nonzero().squeeze(1)
     return Localization(weights, chosen, n_weights, at)
-
-
-def default_n_weights(total: int) -> int:
-    """Returns how many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
-
-    The limits are those of the three runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
-
-    Example:
-        >>> [default_n_weights(total) for total in (224, 640, 589_824)]
-        [32, 64, 309]
-    """
-    return min(max(total // 10, 32), 309)
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_nrl._utils.state import current_state, hash_file, hash_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.methods import Problem, Training
-from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.baseline import Baseline
+from lightning_nrl.pipeline.settings import Settings, plain_value
+from lightning_nrl.report import installed_versions
 
 
 def build_problem(
@@ -72,3 +80,65 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     drawn = torch.zeros_like(pool)
     drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
     return drawn
+
+
+FREE = ("save_every",)
+"""Settings that the result does not depend on."""
+
+
+def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
+    """Hashes by what messages call them.
+
+    Data are hashed by what the model does on them, sample by sample: who changes an input changes a loss.
+    """
+    model, training = problem.model, problem.training
+    versions = installed_versions()
+    plain = {name: value for name, value in settings.plain().items() if name not in FREE}
+    calibration = baseline.held_out.get("calibration")
+    surroundings = {
+        "task": plain_value(problem.evaluator.task),
+        "device": problem.device.type,
+        "ranks": problem.collective.world_size,
+        "scope": list(problem.scope),
+        "training": None if training is None else (training.epochs, training.visits),
+        "update": problem.update,
+        "tensors of the method": _tensors_of((settings.method, settings.localizer)),
+    }
+    return {
+        "weights": hash_tensors(current_state(model)),
+        "data": _text_hash([_table(problem.before), None if calibration is None else _table(calibration.before)]),
+        "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
+        "training": _text_hash(getattr(training, "origin", None)),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("lightning_nrl", "torch")),
+    }
+
+
+def _text_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _table(results: SampleResults) -> list[Any]:
+    columns = {f.name: getattr(results, f.name) for f in fields(results)}
+    rest = {name: value for name, value in columns.items() if not isinstance(value, Tensor)}
+    return [hash_tensors(columns), rest]
+
+
+def _tensors_of(value: Any) -> Any:
+    """Hashes of models, states, files and folders that a method was given, which its plain form does not tell apart."""
+    if isinstance(value, nn.Module):
+        return hash_tensors(value.state_dict())
+    if isinstance(value, Mapping):
+        own = {str(key): item for key, item in value.items()}
+        return [hash_tensors(own), {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)}]
+    if isinstance(value, (list, tuple)):
+        return [_tensors_of(item) for item in value]
+    if isinstance(value, (str, Path)):
+        with suppress(OSError, ValueError):
+            path = Path(value)
+            if path.is_file():
+                return hash_file(path)
+            if str(value) and path.is_dir():
+                return sorted((file.name, hash_file(file)) for file in path.iterdir() if file.is_file())
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _tensors_of(getattr(value, f.name)) for f in fields(value)}
+    return None

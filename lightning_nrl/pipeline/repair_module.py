@@ -26,9 +26,8 @@ from lightning_nrl.methods import Problem, Proposal, Solution, Training, better,
 from lightning_nrl.methods.budget import QUOTA_ROUNDS
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
-from lightning_nrl.pipeline.problem_builder import build_problem
+from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
-from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.pipeline.strength import line_search

@@ -4,9 +4,8 @@ In: what the model gives, and the truth. Out: passed, loss and margin of each sa
 """
 
 from lightning_nrl.tasks.classification import Multiclass, Multilabel
-from lightning_nrl.tasks.custom import Custom
+from lightning_nrl.tasks.custom import Custom, NamedHead
 from lightning_nrl.tasks.elements import Segmentation, Sequence
-from lightning_nrl.tasks.named_head import NamedHead
 from lightning_nrl.tasks.regression import Regression
 from lightning_nrl.tasks.task import Task, parse_task
 

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.data.adapters import (
-    INPUT_KEYS,
-    TARGET_KEYS,
-    adapter_hint,
-    bind_adapter,
-    describe,
-    unpack,
-)
+from lightning_nrl.data.adapters import INPUT_KEYS, TARGET_KEYS, adapter_hint, bind_adapter, describe, unpack
 from lightning_nrl.data.batch import is_sliceable, run_model, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator

@@ -9,7 +9,7 @@ import torch
 
 from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
-from lightning_nrl.pipeline.report_parts import split_report, weight_change
+from lightning_nrl.pipeline.report_builder import split_report, weight_change
 from lightning_nrl.report import WeightChange, pool
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 

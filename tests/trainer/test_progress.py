@@ -12,7 +12,7 @@ from lightning_package import Callback, LightningModule, ProgressBar, RichProgre
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from lightning_nrl._trainer.progress_bar import RepairProgress
+from lightning_nrl._trainer.trainer_repair import RepairProgress
 
 BARS = pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 

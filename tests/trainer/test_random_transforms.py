@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
-from lightning_nrl._trainer.random_transforms import (
-    check_stability,
-    report_stability,
-    with_validation_view,
-)
+from lightning_nrl._trainer.random_transforms import check_stability, report_stability, with_validation_view
 from lightning_nrl.errors import DataWarning
 
 

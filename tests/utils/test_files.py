@@ -28,7 +28,7 @@ from lightning_nrl._utils.resume import ResumeStore, from_bytes, to_bytes
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun
-from lightning_nrl.entrypoints.commands import read_report
+from lightning_nrl.entrypoints.command_line import read_report
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
