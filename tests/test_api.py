@@ -22,7 +22,6 @@ MODULES = (
     "lightning_nrl.entrypoints.command_line",
     "lightning_nrl.errors",
     "lightning_nrl.evaluation.metrics",
-    "lightning_nrl.pipeline.presets",
     "lightning_nrl.report.stats",
 )
 """Public modules that are no packages."""

@@ -27,7 +27,7 @@ from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.pipeline.presets import TABLE_II
+from lightning_nrl.pipeline import TABLE_II
 from lightning_nrl.report import RepairReport
 
 BLUE, VERMILLION, GREEN, FAINT, INK = "#0072B2", "#D55E00", "#009E73", "#b8bcc2", "#333a42"

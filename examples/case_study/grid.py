@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline import TABLE_II, PaperRow
 
 ALPHAS = (1, 4, 5, 6)
 WEIGHTS = (16, 32, 53, 76)

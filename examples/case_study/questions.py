@@ -18,7 +18,7 @@ from grid import LINES, Line
 from scipy.stats import t
 
 from lightning_nrl.analysis.sweep import Run
-from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline import TABLE_II, PaperRow
 from lightning_nrl.report.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]

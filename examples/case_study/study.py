@@ -30,7 +30,7 @@ from rich.markdown import Markdown
 from vehicles import PAK
 
 from lightning_nrl import sweep
-from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline import TABLE_II, PaperRow
 from lightning_nrl.search.fitness import LOSS_TERMS, Fitness
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}

@@ -30,8 +30,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
-from lightning_nrl.pipeline.presets import with_paper_row
-from lightning_nrl.pipeline.settings import AnyGate, parse_gate
+from lightning_nrl.pipeline.settings import AnyGate, parse_gate, with_paper_row
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference, parse_reference

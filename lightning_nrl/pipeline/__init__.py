@@ -7,16 +7,28 @@ left as it is found.
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
 from lightning_nrl.pipeline.patch_file import TensorChange, safetensors_installed
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
+from lightning_nrl.pipeline.settings import (
+    TABLE_II,
+    BoundOptions,
+    PaperRow,
+    SearchOptions,
+    Settings,
+    paper_arguments,
+    paper_row,
+)
 
 __all__ = [
     "PATCH_NAME",
+    "TABLE_II",
     "BoundOptions",
     "Outcome",
+    "PaperRow",
     "Patch",
     "SearchOptions",
     "Settings",
     "TensorChange",
+    "paper_arguments",
+    "paper_row",
     "patch_checkpoint",
     "repair_module",
     "safetensors_installed",

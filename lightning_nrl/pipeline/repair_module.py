@@ -29,8 +29,7 @@ from lightning_nrl.pipeline.input_checks import check_limit, check_sources, give
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.pipeline.sparsify import sparsify
-from lightning_nrl.pipeline.strength import line_search
+from lightning_nrl.pipeline.strength import line_search, sparsify
 from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView

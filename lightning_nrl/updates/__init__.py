@@ -5,10 +5,9 @@ between two models, and a `ReleaseReport` with a verdict for each rule.
 """
 
 from lightning_nrl.updates.interpolation import choose_share, interpolate
-from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge
+from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
-from lightning_nrl.updates.oversampling import Oversampler
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules

@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"
 sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]

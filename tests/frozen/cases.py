@@ -32,7 +32,7 @@ from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Polish
-from lightning_nrl.pipeline.presets import TABLE_II
+from lightning_nrl.pipeline import TABLE_II
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
 from lightning_nrl.tasks import Regression, Sequence

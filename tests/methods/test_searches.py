@@ -52,7 +52,7 @@ from lightning_nrl.methods import (
 )
 from lightning_nrl.methods.budget import FEWEST_SAMPLES
 from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
-from lightning_nrl.pipeline.presets import paper_arguments
+from lightning_nrl.pipeline import paper_arguments
 from lightning_nrl.search import (
     FITNESSES,
     SEARCHERS,
