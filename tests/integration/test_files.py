@@ -307,8 +307,9 @@ def killed_while_it_saves(folder: Path, seconds: float, draws: bool) -> None:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=save_for_ever, args=(folder, sender, draws))
     process.start()
+    sender.close()  # so that the pipe ends with the process
     try:
-        assert receiver.poll(300)
+        assert receiver.recv() == "saved"
         time.sleep(seconds)
     finally:
         process.kill()
