@@ -1,4 +1,4 @@
-"""Counts of a new model against the model that it is to replace, in every validation."""
+"""The callback `RegressionMetrics`, which counts regressions against the replaced model in every validation."""
 
 from __future__ import annotations
 
