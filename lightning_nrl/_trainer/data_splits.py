@@ -1,4 +1,4 @@
-"""Which of the trainer's data are known, and which stay unseen."""
+"""`DataOptions`, and the loaders of the known, unseen and calibration data that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's data, read again for a repair: in order, once per sample, as validation reads it."""
+"""Reads the user's data loaders for a repair: in order, each sample once, as validation reads it."""
 
 from __future__ import annotations
 

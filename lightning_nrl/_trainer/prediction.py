@@ -1,4 +1,4 @@
-"""What a deployed module predicts: its own `predict_step` where it has one, else its `forward`."""
+"""Reads logits from a module as it is deployed, and checks its layers and its own step against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that draw at random: noticed, read with the validation transform where that fits, and reported."""
+"""Detects data sets that draw at random, and reads them with the validation transform where that fits."""
 
 from __future__ import annotations
 

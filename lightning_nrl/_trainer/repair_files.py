@@ -1,4 +1,4 @@
-"""The files of a repair, written together; one that cannot be written costs a warning, never the repair."""
+"""Writes the files of a repair together, prints its report, and finds its folders."""
 
 from __future__ import annotations
 

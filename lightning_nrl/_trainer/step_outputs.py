@@ -1,4 +1,4 @@
-"""Outputs of a module's own steps, recorded by hooks; something added to a loss, or run after a hook."""
+"""Hooks on a module's own steps: record logits, add to the loss, follow a hook."""
 
 from __future__ import annotations
 

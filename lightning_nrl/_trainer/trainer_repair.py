@@ -1,4 +1,4 @@
-"""A repair inside a fit: a trainer's module and data, given to the core."""
+"""Runs a repair inside a fit: hands the trainer's module and data to the core, and shows its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer and its model for a repair; everything is as found when they are given back."""
+"""Borrows a trainer and its model for a repair, and restores both; starting weights, epochs and the time of the fit."""
 
 from __future__ import annotations
 

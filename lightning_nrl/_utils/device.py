@@ -1,4 +1,4 @@
-"""Devices: memory that runs out, precision, repeatable gradients."""
+"""Out-of-memory errors, precision and repeatable gradients of a device."""
 
 from __future__ import annotations
 

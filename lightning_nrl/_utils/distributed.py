@@ -1,4 +1,4 @@
-"""Sums and tables over ranks."""
+"""`Collective`: sums, gathers, broadcasts and errors over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while work is done on a live model.
+"""Handles Ctrl-C and SIGTERM while work is done on a live model.
 
 A signal is noted, and raised where the work calls `poll`, so that whoever holds other weights for a while restores
 them. Work that does not ask for `OVERDUE_SECONDS` is interrupted where it is, but never inside `uninterrupted`.

@@ -1,4 +1,4 @@
-"""Dataclasses as plain values and strict JSON, read again by their type hints."""
+"""Encodes dataclasses as strict JSON, and decodes it by their type hints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use of a live model that leaves no trace: weights, flags, attributes and random states are restored."""
+"""Restores weights, flags, attributes and random states of a live model after use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects by name, for arguments, YAML and command lines, and functions by address."""
+"""`Registry`: objects by name, for arguments, YAML and command lines; and import of functions by address."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights as whole tensors by name: read, mixed, hashed, put into the model for a while or for good."""
+"""A model's state by name, as whole tensors: read, interpolate, hash, write for a while or for good."""
 
 from __future__ import annotations
 

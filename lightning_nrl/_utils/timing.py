@@ -1,4 +1,4 @@
-"""Time of a repair: spent in each stage, left, and deadlines."""
+"""The clock of a repair: time by stage, deadlines, progress."""
 
 from __future__ import annotations
 
@@ -138,6 +138,6 @@ class StageTimer:
             self.observer.announce(text)
 
 
-def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of stages for a report, rounded to three decimals."""
     return {name: round(spent, 3) for name, spent in seconds.items()}

@@ -1,4 +1,4 @@
-"""Methods and baselines beside each other on one problem: what each repairs and breaks, as data, page and figure."""
+"""Compares methods and baselines on one problem: counts, page and figure."""
 
 from __future__ import annotations
 

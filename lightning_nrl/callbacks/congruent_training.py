@@ -1,4 +1,4 @@
-"""A term of the training loss that holds the new model to what the replaced one gets right."""
+"""The callback `PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of a new model against the model that it is to replace, in every validation."""
+"""The callback `RegressionMetrics`, which counts regressions against the replaced model in every validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.callbacks import regression_metrics as validation_flips
 from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
@@ -258,8 +257,8 @@ class RegressionMetrics(CallbackBase):
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
         self._outputs = OutputCapture()
-        self._reference_results: validation_flips.ReferenceResults | None = None
-        self._counter: validation_flips.FlipCounter | None = None
+        self._reference_results: ReferenceResults | None = None
+        self._counter: FlipCounter | None = None
         self._warned = False
 
     @override
@@ -289,9 +288,9 @@ class RegressionMetrics(CallbackBase):
             return
         known = self._reference_results
         # Data loaders may be made anew while training.
-        if known is None or not validation_flips.is_same_validation(known, trainer, self.dataloader):
+        if known is None or not is_same_validation(known, trainer, self.dataloader):
             known = self._evaluate_reference(trainer, pl_module)
-        self._counter = validation_flips.FlipCounter(known, pl_module.device)
+        self._counter = FlipCounter(known, pl_module.device)
 
     @override
     def on_validation_batch_start(
@@ -336,14 +335,14 @@ class RegressionMetrics(CallbackBase):
         names, counts = self._counter.counts(Collective.current(pl_module.device))
         self._counter = None
         tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
-        rows = zip(tags, validation_flips.metrics_of(counts), strict=True)
+        rows = zip(tags, metrics_of(counts), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> validation_flips.ReferenceResults:
+    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
         how = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._reference_results = validation_flips.evaluate_reference(self.reference, trainer, pl_module, **how)
+        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **how)
         self._outputs.attach(pl_module, known.parts)
         return known
 

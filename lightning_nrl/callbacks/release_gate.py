@@ -1,4 +1,4 @@
-"""The release gate in the test of a trainer."""
+"""The callback `ReleaseGate`, which runs the release gate in `trainer.test()` or a validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repairing a trained checkpoint, without training."""
+"""`repair`, `diagnose`, `compare` and `sweep` for a trained model and its Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In what a model is computed where it is judged, and how far that moves a margin."""
+"""The precision that a model is deployed in, and how far its rounding moves a margin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with all that is needed to say what it does on data, sample by sample."""
+"""`Evaluator`: a model with its task, precision and ranks, which evaluates data sample by sample."""
 
 from __future__ import annotations
 

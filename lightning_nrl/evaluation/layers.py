@@ -1,4 +1,4 @@
-"""Layers to be repaired, seen as one flat vector of weights; and layers that no repair can vouch for."""
+"""Finds the layers to be repaired, and their weights as one flat vector; refuses layers that depend on the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each sample counts: options, and the columns that they make of results."""
+"""`SampleOptions`: what each sample counts, and the columns of results that say so."""
 
 from __future__ import annotations
 

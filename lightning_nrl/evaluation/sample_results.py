@@ -1,4 +1,4 @@
-"""What a model did on data, one row a sample, and what became of each sample between two models."""
+"""`SampleResults` of a model, one row a sample, and the flips between two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slice of the data each sample is in, and how many failures of a slice have to be repaired."""
+"""The slice of each sample, and quotas of repairs by slice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training was like at earlier points: the weights then, and which known samples were right."""
+"""Earlier points of a training: their weights, and which known samples were right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each weight matters for some data: backward and forward impacts (paper, section II.1, step i)."""
+"""Backward and forward impacts of weights (paper, section II.1, step i), and the localizer `ByGradient`."""
 
 from __future__ import annotations
 

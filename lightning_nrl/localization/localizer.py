@@ -1,4 +1,4 @@
-"""What all ways of localising take and give, and their names."""
+"""The protocol of a localizer, its result, the registry, and the two simplest: all weights, random weights."""
 
 from __future__ import annotations
 

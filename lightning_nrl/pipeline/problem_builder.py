@@ -1,4 +1,4 @@
-"""The one place that turns evaluated data and settings into a `Problem`."""
+"""Builds the `Problem` of a repair from evaluated data and settings, and the hashes that saved work is known by."""
 
 from __future__ import annotations
 

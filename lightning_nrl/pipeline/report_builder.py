@@ -1,4 +1,4 @@
-"""Makes the report of a repair from what its stages gave."""
+"""Fills the report of a repair from the results of its stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.state import State, current_state, hash_tensors
-from lightning_nrl._utils.timing import in_milliseconds
+from lightning_nrl._utils.timing import rounded_seconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision, rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
@@ -299,7 +299,7 @@ class ReportBuilder:
             leaked=self.baseline.leaked,
             judge=judge_record(self.evaluator.precision, known, after.get("known", known)),
             seed=self.settings.seed,
-            seconds=in_milliseconds(self.seconds),
+            seconds=rounded_seconds(self.seconds),
             settings=self.settings.plain(),
             **rest,
         )

@@ -1,4 +1,4 @@
-"""What to repair and how: the one value that the shells hand to the core, and its options."""
+"""Settings of a repair and its options, and the twelve settings of the paper's Table II."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far to go: the strength at which a patch is taken, by counts on known and calibration data along its path.
+"""The line search along a patch, which chooses its strength, and the search for a sparse patch.
 
 The path leads from the original weights (t = 0) to the patch (t = 1) and a little beyond.
 """

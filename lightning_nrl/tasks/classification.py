@@ -1,4 +1,4 @@
-"""One of several classes a sample, or any number of labels a sample."""
+"""`Multiclass`, one class a sample, and `Multilabel`, any number of labels a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task made of functions."""
+"""`Custom`, a task made of functions, and `NamedHead`, one head of a model with several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks with a class for each of a sample's elements: tokens of a sequence, pixels of an image."""
+"""`Sequence` and `Segmentation`, tasks with a class for each token or pixel of a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that must come close."""
+"""`Regression`, a task whose numbers are right within a tolerance."""
 
 from __future__ import annotations
 

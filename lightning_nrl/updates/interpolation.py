@@ -1,4 +1,4 @@
-"""Weights between a new model and the one that it replaces, and batch norm statistics that fit them."""
+"""Interpolates between new and replaced weights, chooses the share, and estimates batch norm statistics."""
 
 from __future__ import annotations
 

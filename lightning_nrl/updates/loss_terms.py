@@ -1,4 +1,4 @@
-"""Terms of a training loss that hold a new model to what the replaced one gets right, and the teachers behind them.
+"""Terms of a training loss against regressions, the teachers behind them, and the `Oversampler`.
 
 The mean of a term over the samples of a batch is added to the loss of the training.
 """

@@ -1,4 +1,4 @@
-"""What two models do on the same data, sample by sample: what the rules of a release look at."""
+"""`ModelPair`: the results of two models on the same samples, which release rules read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that an update replaces: of it only which samples it gets right matters."""
+"""`OldModel` and `Reference`: the replaced model, and the samples that it gets right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model predicted, sample by sample, as a file: all that is needed of a model that may no longer exist."""
+"""`Predictions`: a model's predictions as a CSV file, for a model that may no longer exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The release gate: may the new model replace the old one? And the report that says so, with every number."""
+"""`release` judges whether a new model may replace the old one; `ReleaseReport` says why."""
 
 from __future__ import annotations
 

@@ -21,13 +21,17 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl.methods import Auto, FineTunePolish
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
+    "convex": Convex(),
     "finetune-polish": FineTunePolish(),
+    "linearized": Linearized(),
+    "polish": Polish(),
     "swarm": ParticleSwarm(particles=12, iterations=12),
+    "cma-es": "cma-es",
 }
 
 
@@ -102,6 +106,18 @@ def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str
     assert_same(whole(method), found)
     work.done()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("NRL_DEATHS" not in os.environ, reason="it takes minutes")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
+    observer = repaired(None, method=method)[1]
+    for life in range(observer.told):
+        with pytest.raises(Death):
+            repaired(tmp_path, life, method)
+        found, _, work = repaired(tmp_path, method=method)
+        assert_same(whole(method), found)
+        work.done()
 
 
 def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Path) -> None:

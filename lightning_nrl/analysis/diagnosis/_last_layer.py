@@ -1,4 +1,4 @@
-"""What the last layer can repair, at what price, and among which neighbours its inputs put the targets.
+"""Which targets the last layer can repair, at what cost, and which neighbours its inputs give them.
 
 Each failure is repaired alone, while every known passed sample stays right. With features h before the layer and a
 change D of its weights, sample p keeps its margin over class c if (z_y - z_c) + (D_y - D_c) h >= required, which is

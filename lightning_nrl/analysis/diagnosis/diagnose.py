@@ -1,4 +1,4 @@
-"""The diagnosis itself: one pass over known data, small programmes on what was seen, and the advice."""
+"""Runs a diagnosis: one pass over known data, small programmes on its results, room by layer, costs, advice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
+from lightning_nrl._utils.timing import Observer, StageTimer, rounded_seconds
 from lightning_nrl.analysis.diagnosis._last_layer import (
     REQUIRED_MARGIN,
     LastLayer,
@@ -185,7 +185,7 @@ def diagnose_module(
             layers=layers,
             costs=costs(*_measured(seen, layer, last, evaluator.collective), epochs),
             notes=_notes(results, seen, last, layers),
-            seconds=in_milliseconds(clock.seconds),
+            seconds=rounded_seconds(clock.seconds),
         )
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last

@@ -1,4 +1,4 @@
-"""Many searches on one recording, and exact counts of what they find."""
+"""Runs many searches on one recording, and counts their results exactly."""
 
 from __future__ import annotations
 

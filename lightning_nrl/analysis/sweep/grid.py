@@ -1,4 +1,4 @@
-"""Settings of the paper's search that a sweep tries, by axis or one by one."""
+"""The settings of a sweep: `Grid`, and how settings are read from what a user gives."""
 
 from __future__ import annotations
 

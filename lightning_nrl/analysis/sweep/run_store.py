@@ -1,4 +1,4 @@
-"""One run of a sweep: a row of its table, and the files that keep rows with their weights."""
+"""`Run`, a row of a sweep's table, and the store of its rows and weights on disk."""
 
 from __future__ import annotations
 

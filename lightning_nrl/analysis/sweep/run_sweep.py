@@ -1,4 +1,4 @@
-"""Many settings and seeds of the paper's search on one problem. Knows nothing of Lightning."""
+"""Runs many settings and seeds of the paper's search on one problem, without Lightning."""
 
 from __future__ import annotations
 

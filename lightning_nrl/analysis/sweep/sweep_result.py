@@ -1,4 +1,4 @@
-"""The result of a sweep: its table of runs, their weights, and what can be read off them."""
+"""`SweepResult`: the table of a sweep's runs, their weights, means, and its page."""
 
 from __future__ import annotations
 
