@@ -215,7 +215,7 @@ REPORT: Arguments = {
     "--out": {"help": "the file to write, HTML if its name ends so; by default it is printed"},
 }
 COMMANDS: Mapping[str, Command] = {
-    "repair": Command(repair_project, "repair the model of a project: 0 if repaired or nothing is to be, else 1"),
+    "repair": Command(repair_project, "repair the model of a project: 0 if repaired or nothing to repair, else 1"),
     "diagnose": Command(diagnose_project, "say what can be repaired, what stands in the way, and what it costs"),
     "compare": Command(compare_project, "count what repairs, baselines or a new checkpoint fix and break"),
     "release": Command(decide_release, "decide from predictions: 0 if the new model is accepted, else 1", RELEASE),

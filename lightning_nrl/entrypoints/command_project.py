@@ -48,7 +48,7 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], compares:
     before it.
     """
     if find_spec("jsonargparse") is None:
-        hint = 'python -m pip install "jsonargparse[signatures]>=4.34.1"'
+        hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with jsonargparse, which is not installed.", hint)
     sketch = _sketch(arguments)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"compares": compares})

@@ -5,6 +5,7 @@ accepted or not, with the reason.
 """
 
 from lightning_nrl.gate.gates import (
+    GATES,
     Accuracy,
     Gate,
     Instance,
@@ -15,4 +16,14 @@ from lightning_nrl.gate.gates import (
     judge,
 )
 
-__all__ = ["Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "Verdict", "check_protected", "judge"]
+__all__ = [
+    "GATES",
+    "Accuracy",
+    "Gate",
+    "Instance",
+    "InstanceInTarget",
+    "Tolerance",
+    "Verdict",
+    "check_protected",
+    "judge",
+]

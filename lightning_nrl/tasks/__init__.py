@@ -7,9 +7,10 @@ from lightning_nrl.tasks.classification import Multiclass, Multilabel
 from lightning_nrl.tasks.custom import Custom, NamedHead
 from lightning_nrl.tasks.elements import Segmentation, Sequence
 from lightning_nrl.tasks.regression import Regression
-from lightning_nrl.tasks.task import Task, parse_task
+from lightning_nrl.tasks.task import TASKS, Task, parse_task
 
 __all__ = [
+    "TASKS",
     "Custom",
     "Multiclass",
     "Multilabel",

@@ -163,7 +163,7 @@ def test_without_jsonargparse_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(project_module, "find_spec", lambda name: None)
     assert main(["repair"]) == 2
-    assert "jsonargparse[signatures]" in capsys.readouterr().err
+    assert "lightning_nrl[cli]" in capsys.readouterr().err
 
 
 def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder: Path) -> None:
