@@ -89,7 +89,7 @@ REPAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "task": {"own_task": {"task": Custom(passed=among_two, loss=loss, margin=margin), "max_time": 10}},
     "fitness": {"default": SWARM, "balance": {**SWARM, "search": SearchOptions(fitness=balance)}},
     "method": {
-        "raised_bias": {"method": RaiseBias(label=0), "target": SLASHED},
+        "bias": {"method": RaiseBias(label=0), "target": SLASHED},
         "swarm": {"method": "swarm", "target": SLASHED},
     },
 }
