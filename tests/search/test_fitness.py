@@ -151,7 +151,7 @@ def test_each_swarm_by_its_own_fitness():
     [
         ({"kind": "lexicografic"}, "`fitness.kind='lexicografic'`", "did you mean 'lexicographic'"),
         ({"kind": "eq3"}, "`fitness.kind='eq3'`", "did you mean 'eq"),
-        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'eq1', 'eq2', 'lexicographic'"),
+        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'lexicographic', 'eq1', 'eq2'"),
         ({"loss_term": "bound"}, "`fitness.loss_term='bound'`", "'bounded'"),
         ({"infeasible": None}, "`fitness.infeasible=None`", "'ranked', 'zero'"),
         ({"alpha": "6"}, "`fitness.alpha='6'`", "at least 0"),
