@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_nrl._trainer import repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import logged_hparams
+from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, heeding_signals, starting_weights
@@ -44,7 +44,7 @@ class RepairCallback(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
+        return state_key_of(self, layer=self.settings.layer, target=str(self.settings.target))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -54,6 +54,11 @@ def overfit_batches(trainer: Trainer) -> int | float:
     return cast(float, _untyped(trainer).overfit_batches)
 
 
+def state_key_of(callback: Callback, **what: Any) -> str:
+    """Returns the key of a callback's state in a checkpoint, told apart by `what`."""
+    return callback._generate_state_key(**what)
+
+
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:
     """The hyperparameters of the module and the data module that a fit logs by itself (`_log_hyperparams`)."""
     holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
