@@ -7,18 +7,22 @@ optimizer and perhaps a schedule; a training takes 2 to 8 s on one core.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from output import Splits
-from problems import Problem
 from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import TensorDataset
+
+sys.path.append(str(Path(__file__).parents[1]))
+from output import Splits
+from problems import Problem
 
 from lightning_nrl import Target
 

@@ -1,4 +1,4 @@
-"""The callback `ReleaseGate`, which runs the release gate in `trainer.test()` or a validation."""
+"""The callback `ReleaseGate`, which runs the release gate in `trainer.test` or `trainer.validate`."""
 
 from __future__ import annotations
 

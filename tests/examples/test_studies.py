@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,3 +131,8 @@ def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
         fashion_mnist.DriftingFashion(0)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_study_starts(script: str) -> None:
+    subprocess.run([sys.executable, str(STUDIES / script), "--help"], check=True, capture_output=True, timeout=120)
