@@ -1,6 +1,6 @@
 """The gate: whether a repair may be kept, by what became of all known samples.
 
-In: what the model does before and after, and a `Gate`, which says how many samples may break. Out: a `Verdict`,
+In: what the model does before and after, and a `Gate`, which says how many samples may break. Out: a `GateDecision`,
 accepted or not, with the reason.
 """
 
@@ -8,10 +8,10 @@ from lightning_nrl.gate.gates import (
     GATES,
     Accuracy,
     Gate,
+    GateDecision,
     Instance,
     InstanceInTarget,
     Tolerance,
-    Verdict,
     check_protected,
     judge,
 )
@@ -20,10 +20,10 @@ __all__ = [
     "GATES",
     "Accuracy",
     "Gate",
+    "GateDecision",
     "Instance",
     "InstanceInTarget",
     "Tolerance",
-    "Verdict",
     "check_protected",
     "judge",
 ]

@@ -1,4 +1,4 @@
-"""How many known samples a repair may break: the gates, how they are read from text, and the verdict on a candidate."""
+"""How many known samples a repair may break: the gates, how they are read from text, and the decision."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ Status = Literal["repaired", "refused", "not repaired"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateDecision:
     """Whether a candidate may replace the original weights, and why.
 
     Attributes:
@@ -241,12 +241,12 @@ class Verdict:
 
 def judge(
     before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
-) -> Verdict:
+) -> GateDecision:
     """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
 
     A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
-    made for, and every change of weights is a risk on unseen data. The verdict is the same on every rank if the tables
-    are.
+    made for, and every change of weights is a risk on unseen data. The decision is the same on every rank if the
+    tables are.
 
     Args:
         before: the original model on all known data; its `targeted` marks what was to be repaired.
@@ -271,7 +271,7 @@ def judge(
     if infinite:
         plural = "s" if infinite != 1 else ""
         reason += f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
-    return Verdict(
+    return GateDecision(
         status=status,
         reason=reason,
         gate=str(gate),
@@ -282,10 +282,10 @@ def judge(
     )
 
 
-def check_protected(verdict: Verdict, before: SampleResults, after: SampleResults) -> Verdict:
-    """The verdict on a candidate that was accepted, refused if it breaks a protected calibration sample."""
+def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
+    """The decision on an accepted candidate, refused if it breaks a protected calibration sample."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
-    return replace(verdict, status="refused", reason=f"{verdict.reason}{words}") if words else verdict
+    return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:

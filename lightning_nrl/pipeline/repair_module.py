@@ -221,28 +221,28 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 
 
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
-    """The verdict on the deployed model with the patch in it, counted once more on all data, and the report."""
+    """The decision on the deployed model with the patch in it, counted once more on all data, and the report."""
     settings, baseline = builder.settings, builder.baseline
     with problem.clock.stage("judge"), holding(problem.model, patch):
         after = problem.evaluator.run(problem.known)
-        verdict = judge(problem.before, after, settings.gate, problem.needed)
-        if verdict.accepted and baseline.known is not problem.before:
+        decision = judge(problem.before, after, settings.gate, problem.needed)
+        if decision.accepted and baseline.known is not problem.before:
             # What only the new model gets right may break, but not for fewer regressions repaired.
             rest = judge(baseline.known, after, Gate.accuracy())
-            verdict = verdict if rest.accepted else rest
-        held_out = baseline.held_out.items() if verdict.accepted else ()
+            decision = decision if rest.accepted else rest
+        held_out = baseline.held_out.items() if decision.accepted else ()
         later = {role: problem.evaluator.run(data.sources) for role, data in held_out}
     bounds = None
     if "calibration" in later:
         calibration = baseline.held_out["calibration"].before, later["calibration"]
-        verdict = check_protected(verdict, *calibration)
-        if verdict.accepted:
+        decision = check_protected(decision, *calibration)
+        if decision.accepted:
             selection, confidence = builder.line_search.selection, settings.bounds.confidence
             counts = Flips.between(*calibration).counts()
             upper = limit_after(counts.broken, counts.passed, selection, confidence)
             said = confidence, upper, selection.states, selection.allowed
             bounds = CalibrationBounds(counts.broken, counts.passed, *said)
-    return builder.with_candidate(verdict, patch, after, later, bounds)
+    return builder.with_candidate(decision, patch, after, later, bounds)
 
 
 def _changes(old: State, new: State) -> State:

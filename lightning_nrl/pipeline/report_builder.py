@@ -18,7 +18,7 @@ from lightning_nrl.evaluation.deployed_precision import DeployedPrecision, round
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.evaluation.slices import needed
-from lightning_nrl.gate import Verdict
+from lightning_nrl.gate import GateDecision
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings
@@ -239,7 +239,7 @@ class ReportBuilder:
 
     def with_candidate(
         self,
-        verdict: Verdict,
+        decision: GateDecision,
         new: State,
         after: SampleResults,
         held_out: Mapping[Role, SampleResults] = NOTHING,
@@ -248,13 +248,13 @@ class ReportBuilder:
         """The report of a candidate with the whole tensors `new`; `held_out` and `bounds` if it was accepted."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
-        now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
-        results: Mapping[Role, SampleResults] = {"known": after, **(held_out if verdict.accepted else NOTHING)}
-        refused = [] if verdict.accepted else [split for split in self._splits(results) if split.role == "known"]
+        now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before
+        results: Mapping[Role, SampleResults] = {"known": after, **(held_out if decision.accepted else NOTHING)}
+        refused = [] if decision.accepted else [split for split in self._splits(results) if split.role == "known"]
         return self._report(
-            verdict.status,
-            verdict.reason,
-            results if verdict.accepted else NOTHING,
+            decision.status,
+            decision.reason,
+            results if decision.accepted else NOTHING,
             slices=self._slices(results),
             layers=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in new)),
             candidate=tuple(refused),

@@ -168,9 +168,9 @@ def test_a_quota_that_is_not_met_is_a_reason() -> None:
         [True, True, True, False, False, False], names=("night",), group=torch.tensor([-1, 0, 0, 0, 0, -1])
     )
     assert judge(before, flipped(before, 3, 4), Gate.instance(), {"night": 2}).accepted
-    verdict = judge(before, flipped(before, 3, 5), Gate.instance(), {"night": 2})
-    assert verdict.status == "refused"
-    assert "Of the slice 'night' 1 is repaired; its quota is 2." in verdict.reason
+    decision = judge(before, flipped(before, 3, 5), Gate.instance(), {"night": 2})
+    assert decision.status == "refused"
+    assert "Of the slice 'night' 1 is repaired; its quota is 2." in decision.reason
 
 
 def either_or(copies: int = 1) -> list[TensorSource]:

@@ -1,4 +1,4 @@
-"""Gates from text, how many samples they let break, and the verdict."""
+"""Gates from text, how many samples they let break, and the decision."""
 
 from __future__ import annotations
 
@@ -95,24 +95,24 @@ BEFORE = evidence(PASSED, TARGETED)
 
 
 def test_accepted_without_a_regression() -> None:
-    verdict = judge(BEFORE, after(3, 5), Instance())
-    assert verdict.accepted
-    assert verdict.counts == FlipCounts(kept=5, broken=0, repaired=2, failing=1)
-    assert verdict.target == FlipCounts(kept=0, broken=0, repaired=1, failing=1)
-    assert verdict.repaired == {"train": [103], "repair": [105]}
-    assert verdict.broken == {"train": [], "repair": []}
-    assert verdict.reason == (
+    decision = judge(BEFORE, after(3, 5), Instance())
+    assert decision.accepted
+    assert decision.counts == FlipCounts(kept=5, broken=0, repaired=2, failing=1)
+    assert decision.target == FlipCounts(kept=0, broken=0, repaired=1, failing=1)
+    assert decision.repaired == {"train": [103], "repair": [105]}
+    assert decision.broken == {"train": [], "repair": []}
+    assert decision.reason == (
         "1 of 2 targeted failures pass now. Of 5 known samples that passed before, none broke; the gate allows none."
     )
 
 
 def test_refused_for_one_regression_of_any_known_split() -> None:
     for broken, split in ((0, "train"), (7, "repair")):
-        verdict = judge(BEFORE, after(5, 6, broken), Gate.instance())
-        assert verdict.status == "refused"
-        assert not verdict.accepted
-        assert verdict.broken == {"train": [], "repair": []} | {split: [100 + broken]}
-        assert verdict.reason == (
+        decision = judge(BEFORE, after(5, 6, broken), Gate.instance())
+        assert decision.status == "refused"
+        assert not decision.accepted
+        assert decision.broken == {"train": [], "repair": []} | {split: [100 + broken]}
+        assert decision.reason == (
             f"Of 5 known samples that passed before, 1 would break (1 in {split}); the gate allows none. "
             "2 of 2 targeted failures would pass."
         )
@@ -136,18 +136,18 @@ def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protecte
 
 @pytest.mark.parametrize("gate", ["instance", "accuracy", "tolerance:100%"])
 def test_nothing_targeted_repaired_is_never_accepted(gate: str) -> None:
-    verdict = judge(BEFORE, after(3), Gate.parse(gate))
-    assert (verdict.status, verdict.counts.repaired) == ("not repaired", 1)
-    assert verdict.reason == (
+    decision = judge(BEFORE, after(3), Gate.parse(gate))
+    assert (decision.status, decision.counts.repaired) == ("not repaired", 1)
+    assert decision.reason == (
         "None of 2 targeted failures would pass. Of 5 known samples that passed before, none would break."
     )
 
 
 def test_a_loss_that_is_not_finite_is_a_failure() -> None:
-    verdict = judge(BEFORE, after(5, 6, nan=(0, 6)), Gate.instance())
-    assert verdict.counts == FlipCounts(kept=4, broken=1, repaired=1, failing=2)
-    assert verdict.broken["train"] == [100]
-    assert verdict.reason.endswith(" The loss is not finite on 2 known samples; they count as wrong.")
+    decision = judge(BEFORE, after(5, 6, nan=(0, 6)), Gate.instance())
+    assert decision.counts == FlipCounts(kept=4, broken=1, repaired=1, failing=2)
+    assert decision.broken["train"] == [100]
+    assert decision.reason.endswith(" The loss is not finite on 2 known samples; they count as wrong.")
 
 
 def test_tables_of_other_samples_are_not_compared() -> None:
@@ -201,8 +201,8 @@ def test_accepted_means_what_it_says(rows: list[tuple[bool, bool, bool]], text: 
     new = [row[1] for row in rows]
     targeted = [row[2] and not row[0] for row in rows]
     gate = Gate.parse(text)
-    verdict = judge(evidence(old, targeted), evidence(new), gate)
+    decision = judge(evidence(old, targeted), evidence(new), gate)
     broken = sum(o and not n for o, n in zip(old, new, strict=True))
     repaired = sum(t and n for t, n in zip(targeted, new, strict=True))
-    assert verdict.accepted is (repaired > 0 and broken <= gate.allowed(verdict.counts))
-    assert sum(map(len, verdict.broken.values())) == broken
+    assert decision.accepted is (repaired > 0 and broken <= gate.allowed(decision.counts))
+    assert sum(map(len, decision.broken.values())) == broken
