@@ -17,6 +17,7 @@ _NAMES = {
     "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint RepairRecord Rung SearchReport"
     " Status Step StrengthPoint WeightChange installed_versions",
     "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
+    "report.verdicts": "Verdict",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

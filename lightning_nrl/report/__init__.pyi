@@ -19,6 +19,7 @@ from lightning_nrl.report.run_records import (
     installed_versions,
 )
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.verdicts import Verdict
 
 __all__ = [
     "CalibrationBounds",
@@ -40,6 +41,7 @@ __all__ = [
     "Step",
     "StrengthPoint",
     "UpdateSplit",
+    "Verdict",
     "WeightChange",
     "draw_repair",
     "hash_tensors",

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
 from lightning_nrl.report.run_records import (
     CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
-    PricePoint,
     RepairRecord,
     SearchReport,
     WeightChange,
 )
 from lightning_nrl.report.splits import SetAside, SplitReport
 from lightning_nrl.report.stats import Bound, lower_limit, percent_up, show_confidence, upper_limit
-from lightning_nrl.report.tables import Fact, points_text
+from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
 LISTED_SAMPLES = 50
@@ -41,12 +40,8 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
         facts.append(("weights searched", _localization(report.localization)))
     if report.search is not None:
         facts.append(("search", _search(report.search, report.seconds.get("search"))))
-    taken = next((rung for rung in report.rungs if rung.taken), None)
-    if taken is not None and taken.held_out is not None:
-        unseen = report.pooled("unseen") if report.status == "repaired" else None
-        facts.append(("held-out estimate", _estimate(taken.held_out, None if unseen is None else unseen.counts)))
-    price = _price(report.price)
-    facts += [("zero broken costs", price)] if price else []
+    if report.status == "repaired" and report.held_out is not None:
+        facts.append(("held-out estimate", _estimate(report.held_out)))
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.judge is not None and report.judge.within_rounding:
@@ -63,10 +58,8 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     counted, limit = _counted(report), unseen_limit(report)
     if counted is None or limit is None:
         return ()
-    text = (
-        f"broken {counted.broken:,} of {counted.passed:,} that were right; "
-        f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of samples like these"
-    )
+    confidence = show_confidence(UNSEEN_CONFIDENCE)
+    text = f"with {confidence} confidence at most {percent_up(limit)} of others like these break"
     known = sum(report.leaked.values())
     return (("unseen data", f"{text} (too good a limit: {known:,} of them are known too)" if known else text),)
 
@@ -153,40 +146,18 @@ def _search(search: SearchReport, seconds: float | None) -> str:
     return f"{text}, fitness {fitness}; stopped: {search.stopped}"
 
 
-def _price(price: Sequence[PricePoint]) -> str:
-    """What it costs that no known sample may break; empty where that is not known."""
-    if not price or price[0].allowed:
-        return ""
-    none, most = price[0], max(price, key=lambda point: (point.repaired_in_target, -point.broken))
-    further = most.repaired_in_target - none.repaired_in_target
-    if further <= 0:
-        return "nothing: of all that was tried, nothing repairs more targets by breaking known samples"
-    return (
-        f"{plural(further, 'target')}: {count(most.repaired_in_target)} instead of {count(none.repaired_in_target)} "
-        f"would be repaired if {plural(most.broken, 'known sample')} might break"
-    )
-
-
-def _estimate(held_out: TargetCounts, unseen: FlipCounts | None) -> str:
-    """What held-out samples say of unseen data like them, and what came of the unseen ones."""
-    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, with_interval=False)}"
-    return _shares(held_out, with_interval=True) + counted
-
-
-def _shares(counts: FlipCounts, with_interval: bool) -> str:
-    """In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little."""
+def _estimate(counts: TargetCounts) -> str:
+    """The rates of held-out samples; in brackets the interval of Clopper and Pearson in which a rate is expected."""
     parts = []
     failed = counts.repaired + counts.failing
     for k, n, what in (
         (counts.repaired, failed, "failures repaired"),
         (counts.broken, counts.passed, "passed samples broken"),
     ):
-        text = rough_percent(k / n) if n else ""
-        if n and with_interval:
-            ends = (limit(k, n, ONE_SIDED_CONFIDENCE) for limit in (lower_limit, upper_limit))
-            text += f"; {' to '.join(map(rough_percent, ends))} at 90 % confidence"
-        parts.append(f"{count(k)} of {count(n)} {what}" + (f" ({text})" if n else ""))
-    return f"{', '.join(parts)}, {points_text(counts)} points"
+        low, high = (rough_percent(limit(k, n, ONE_SIDED_CONFIDENCE)) for limit in (lower_limit, upper_limit))
+        share = f" ({rough_percent(k / n)}; {low} to {high} at 90 % confidence)" if n else ""
+        parts.append(f"{count(k)} of {count(n)} {what}{share}")
+    return f"{', '.join(parts)}, {points_of(counts):+.1f} points"
 
 
 def _change(change: WeightChange) -> str:

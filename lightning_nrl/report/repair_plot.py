@@ -33,6 +33,7 @@ from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, S
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, Role, SplitReport, by_role, pool
 from lightning_nrl.report.tables import confusion_changes
+from lightning_nrl.report.verdicts import verdict_on
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
@@ -55,8 +56,8 @@ PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
 """Of the cells that a picture can show; of larger tensors a cell is the largest change of several weights."""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
-HEAD_ROWS, TARGET_CHARACTERS = 2.6, 46
-HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["warn"], "#CCCCCC", "#666666"
+HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
+HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
 
 Draw = Callable[[Any], None]
 """Draws one panel on matplotlib axes."""
@@ -111,7 +112,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
 def draw_repair(report: RepairRecord) -> Any:
     """All panels in one figure, two a row."""
     figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
-    figure.suptitle(literal(f"{report.status.capitalize()}: {report.target}"), color=INK, fontsize=12)
+    figure.suptitle(literal(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12)
     return figure
 
 
@@ -325,10 +326,13 @@ def summary_figure(report: RepairRecord) -> Any:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(n_lines, 0))
-    verdict = report.status.capitalize() + (" (what it would do)" if report.candidate else "")
-    axes.text(0.03, 0.95, verdict, color=TONE_COLOURS[report.tone], fontsize=15, weight="bold", va="center")
-    about = shorten(f"{report.target}; gate {report.gate}", TARGET_CHARACTERS, placeholder=" ...")
-    axes.text(0.03, 1.95, literal(about), color=MUTED_COLOUR, fontsize=9, va="center")
+    verdict = verdict_on(report)
+    colour, (status, _, answers) = TONE_COLOURS[verdict.tone], verdict.headline.partition(": ")
+    status += " (what it would do)" if report.candidate else ""
+    axes.text(0.03, 0.95, status, color=colour, fontsize=15, weight="bold", va="center")
+    for y, line, own in ((1.85, answers, colour), (2.6, f"{report.target}; gate {report.gate}", MUTED_COLOUR)):
+        line = shorten(line, TARGET_CHARACTERS, placeholder=" ...")
+        axes.text(0.03, y, literal(line), color=own, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
     for role, x in zip(roles, ends, strict=True):
         axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report._formatting import from_here, number, sentence, setting
 from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Text
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
 from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
 from lightning_nrl.report.run_records import RepairRecord
@@ -31,6 +31,7 @@ from lightning_nrl.report.tables import (
     unchanged_table,
     update_table,
 )
+from lightning_nrl.report.verdicts import Verdict, verdict_on
 
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
@@ -41,15 +42,24 @@ class RepairReport(RepairRecord, Report, Plotted):
     Its data are the attributes of :class:`RepairRecord`.
     """
 
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the promise was kept on known data, and whether the model is better on other data."""
+        return verdict_on(self)
+
+    @property
+    def tone(self) -> Tone:
+        return self.verdict.tone
+
     def page(self, full: bool = False) -> Page:
-        changed = "" if self.status == "repaired" else " The model's weights are unchanged."
-        verdict = Heading(self.status.capitalize(), 1, self.tone), Text(sentence(self.reason) + changed)
+        verdict = self.verdict
+        first = Heading(verdict.headline, 1, verdict.tone), Facts(verdict.facts), Text(sentence(self.reason))
         if full:
             unseen = [Text(sentence(f"{name}: {text}")) for name, text in unseen_facts(self)]
-            return Page((*verdict, *unseen, *_tables(self), *sample_blocks(self), *_details(self)))
+            return Page((*first, *unseen, *_tables(self), *sample_blocks(self), *_details(self)))
         course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
         facts = Facts((*repair_facts(self), *unseen_facts(self), *_files(self, from_here)))
-        return Page((*verdict, *_tables(self), *course, facts))
+        return Page((*first, *_tables(self), *course, facts))
 
     def figure(self) -> Any:
         return draw_repair(self)

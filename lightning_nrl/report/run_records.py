@@ -14,7 +14,6 @@ from lightning_nrl._utils.json_records import Record, to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report.page import Tone
 from lightning_nrl.report.splits import (
     Role,
     SetAside,
@@ -329,8 +328,9 @@ class RepairRecord(Record):
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
 
     @property
-    def tone(self) -> Tone:
-        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
+    def held_out(self) -> TargetCounts | None:
+        """What the taken rung does to held-out samples; None if that was not tried."""
+        return next((rung.held_out for rung in self.rungs if rung.taken), None)
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

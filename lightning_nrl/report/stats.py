@@ -1,6 +1,7 @@
-"""Confidence limits: what calibration samples that nothing else has looked at say of unseen data.
+"""Confidence limits and tests: what samples that nothing else has looked at say of unseen data.
 
-In: counts of broken samples. Out: upper limits on their rate, alone or after the data have chosen among candidates.
+In: counts of broken samples. Out: upper limits on their rate, alone or after the data have chosen among candidates;
+of repaired and broken ones, whether the model is better.
 """
 
 from __future__ import annotations
@@ -11,11 +12,28 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
 from operator import index
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 from lightning_nrl.errors import ConfigurationError, check_real
 
-__all__ = ["Bound", "Choice", "Selection", "binomial_cdf", "choose", "limit_after", "lower_limit", "upper_limit"]
+__all__ = [
+    "Bound",
+    "Choice",
+    "Evidence",
+    "Selection",
+    "binomial_cdf",
+    "choose",
+    "evidence_of",
+    "limit_after",
+    "lower_limit",
+    "sign_test",
+    "upper_limit",
+]
+
+Evidence = Literal["better", "no difference shown", "worse"]
+"""What repaired and broken samples say of a model beside the one before it."""
+EVIDENCE_LEVEL = 0.05
+"""A p-value of the sign test up to which a difference counts as shown."""
 
 NEGLIGIBLE = 1e-17
 """A term of a falling series below this share of the sum no longer changes it in double precision."""
@@ -94,6 +112,28 @@ def _falling(top: int, bottom: int, factor: float) -> float:
         total += term
         top, bottom = top - 1, bottom + 1
     return total
+
+
+def sign_test(repaired: int, broken: int) -> float:
+    """The exact two-sided p-value of "a sample that flips is as likely repaired as broken"; 1 if none flips.
+
+    Example:
+        >>> round(sign_test(3, 20), 4)
+        0.0005
+    """
+    return min(1.0, 2 * binomial_cdf(min(repaired, broken), repaired + broken, 0.5))
+
+
+def evidence_of(repaired: int, broken: int) -> Evidence:
+    """Compares repaired with broken samples by `sign_test`, at a level of 5 %.
+
+    Example:
+        >>> evidence_of(14, 16), evidence_of(3, 20)
+        ('no difference shown', 'worse')
+    """
+    if sign_test(repaired, broken) > EVIDENCE_LEVEL:
+        return "no difference shown"
+    return "better" if repaired > broken else "worse"
 
 
 @dataclass(frozen=True)

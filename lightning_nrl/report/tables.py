@@ -98,10 +98,10 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
         ("accuracy now", "now.accuracy_after", "", True),
         ("regressions (was right, now wrong) of the new one", "trained.broken"),
         ("regressions now", "now.broken", "harm"),
-        ("negative flip rate of the new one", "trained.negative_flip_rate"),
-        ("negative flip rate now", "now.negative_flip_rate", "", True),
         ("improved (was wrong, now right) by the new one", "trained.repaired"),
-        ("improved now", "now.repaired"),
+        ("improved now", "now.repaired", "", True),
+        ("negative flip rate of the new one", "trained.negative_flip_rate"),
+        ("negative flip rate now", "now.negative_flip_rate"),
     ]
     return _table(_with_totals(splits, pool_updates), rows)
 
@@ -186,12 +186,12 @@ def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
         return "-", "-", "-"
     failed = counts.repaired + counts.failing
     shares = f"{count(counts.repaired)} of {count(failed)}", f"{count(counts.broken)} of {count(counts.passed)}"
-    return *shares, points_text(counts)
+    return *shares, f"{points_of(counts):+.1f}"
 
 
-def points_text(counts: FlipCounts) -> str:
-    """The change of accuracy in percentage points, signed."""
-    return f"{100 * (counts.accuracy_after - counts.accuracy_before):+.1f}"
+def points_of(counts: FlipCounts) -> float:
+    """The change of accuracy in percentage points."""
+    return 100 * (counts.accuracy_after - counts.accuracy_before)
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:

@@ -45,8 +45,8 @@ MEASURED = tuple(
     f"repair/{name}"
     for name in (
         *("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken"),
-        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_break_rate", "unseen_nfr"),
-        *("unseen_accuracy", "known_regressions", "unseen_regressions"),
+        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_nfr"),
+        *("evidence", "unseen_accuracy", "known_regressions", "unseen_regressions"),
     )
 )
 """Columns of what came of it; the tab shows the first five."""

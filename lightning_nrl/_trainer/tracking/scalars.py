@@ -25,6 +25,7 @@ SEARCH_CURVES = {
     "diversity": "diversity",
 }
 """Tags by the names of `SearchHistory`. Its `intact` is logged as `broken`, the number that ought to be 0."""
+EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
@@ -34,6 +35,8 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
     `..._regressions` and `..._nfr` are against the replaced model. `refused_...` are of refused weights.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
+    if report.verdict.source != "none":
+        found["evidence"] = EVIDENCE_VALUES[report.verdict.evidence]
     for role in ("known", "unseen"):
         split, update = report.pooled(role), report.pooled_update(role)
         if split is not None:
@@ -52,7 +55,7 @@ def _headline(split: SplitReport) -> Scalars:
     rates = split.rates
     found: Scalars = {"broken": split.broken}
     if split.role != "known":
-        found |= {"repaired": split.repaired, "repair_rate": rates["repair_rate"], "break_rate": rates["break_rate"]}
+        found |= {"repaired": split.repaired, "repair_rate": rates["repair_rate"]}
         return {**found, "nfr": rates["negative_flip_rate"], "accuracy": split.accuracy_after}
     if split.targeted:
         found["repaired_in_target"] = split.repaired_in_target

@@ -33,12 +33,13 @@ class LoadedRepair:
     @cached_property
     def summary(self) -> Plain:
         report = self.report
-        splits, limit = by_role(flipped_splits(report)), unseen_limit(report)
+        splits, limit, verdict = by_role(flipped_splits(report)), unseen_limit(report), report.verdict
         return {
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
             "status": report.status,
-            "tone": report.tone,
+            "verdict": verdict.headline,
+            "tone": verdict.tone,
             "target": report.target,
             "layers": ", ".join(report.layers),
             "gate": report.gate,
@@ -53,11 +54,12 @@ class LoadedRepair:
     def details(self) -> Plain:
         report = self.report
         splits = flipped_splits(report)
-        _, reason, *blocks = report.page(full=True).blocks
+        _, _, reason, *blocks = report.page(full=True).blocks
         first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
         return {
             **self.summary,
             "reason": getattr(reason, "text", report.reason),
+            "answers": [list(fact) for fact in report.verdict.facts],
             "bounds": self._bounds(),
             "against": "the model that it replaces" if report.update else "the model as it was trained",
             "accepted": report.status == "repaired",

@@ -23,11 +23,11 @@ export function repairsTable(repairs, found, shown, show) {
   return [h("h2", { id: "repairs-title" }, `Repairs in this log${more}`), h("div", { class: "wide" }, table)];
 }
 
-function cells({ status, tone, target, known, unseen, at_most, weights_changed, seconds }) {
+function cells({ verdict, tone, target, known, unseen, at_most, weights_changed, seconds }) {
   const of = (part, whole) => `${count(part)} of ${count(whole)}`;
   const broken = data => h("td", { class: data?.broken ? "warn" : "" }, data ? count(data.broken) : "-");
   return [
-    h("td", { class: `words ${tone}` }, status),
+    h("td", { class: `words ${tone}` }, verdict),
     h("td", { class: "words" }, target),
     h("td", {}, known ? of(known.repaired_in_target, known.targeted) : "-"),
     broken(known),

@@ -5,12 +5,11 @@ import { count, fromReport, h } from "./dom.js";
 /** Elements from the verdict to the table of splits. */
 export function verdict(repair) {
   return [
-    h("h1", { class: repair.tone }, repair.status[0].toUpperCase() + repair.status.slice(1)),
+    h("h1", { class: repair.tone }, repair.verdict),
+    facts("answers", repair.answers),
     h("p", { class: "reason" }, repair.reason),
     h("ul", { class: "tiles" }, tiles(repair)),
-    repair.bounds.length
-      ? h("dl", { class: "bounds" }, repair.bounds.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]))
-      : null,
+    repair.bounds.length ? facts("bounds", repair.bounds) : null,
     h("dl", { class: "asked" }, Object.entries({
       "repair": repair.name,
       "target": repair.target,
@@ -21,6 +20,9 @@ export function verdict(repair) {
     h("details", { class: "more" }, h("summary", {}, "Split by split"), fromReport(repair.outcome)),
   ].filter(Boolean);
 }
+
+const facts = (kind, items) =>
+  h("dl", { class: kind }, items.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]));
 
 function tiles({ known, unseen, accepted, changes, at_most, bounds }) {
   if (!changes) {
@@ -38,11 +40,9 @@ function tiles({ known, unseen, accepted, changes, at_most, bounds }) {
     found.push(tile(`${what} ${would}repaired`, count(part), `of ${count(whole)}`, part ? "good" : "warn"));
   }
   if (unseen) {
-    found.push(tile("unseen samples broken", count(unseen.broken),
-      `of ${count(unseen.right)} that were right`, unseen.broken ? "warn" : "good"));
+    found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`, ""));
+    found.push(tile("unseen samples broken", count(unseen.broken), `of ${count(unseen.right)} that were right`, ""));
     if (at_most) found.push(tile("others like these broken", `≤ ${at_most}`, "with 95 % confidence", ""));
-    found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`,
-      unseen.repaired > unseen.broken ? "good" : ""));
     found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));
   } else if (accepted) {
     const text = bounds.length ? "calibration data stand in, see below" : "nothing is known; give unseen= next time";

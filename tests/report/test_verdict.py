@@ -1,0 +1,152 @@
+"""The verdict on a repair: the promise, the evidence by a sign test, and the advice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import comb
+from typing import Any
+
+import pytest
+
+from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.report import PricePoint, RepairReport, Rung, SplitReport, UpdateSplit
+from lightning_nrl.report.page import TONE_STYLES
+from lightning_nrl.report.stats import sign_test
+
+KNOWN = SplitReport("train", "known", TargetCounts(1038, 0, 5, 15, 20, 5))
+REPORT = RepairReport("repaired", "5 pass now.", ("head",), "all", "instance", "Multiclass", (KNOWN,))
+FILES = {"patch": "logs/my repair/repair.patch.safetensors", "checkpoint": "logs/my repair/repaired.ckpt"}
+
+
+def unseen(repaired: int, broken: int, name: str = "test") -> SplitReport:
+    return SplitReport(name, "unseen", TargetCounts(300 - broken, broken, repaired, 100 - repaired))
+
+
+def held_out(repaired: int, broken: int, taken: bool = True) -> Rung:
+    counts = TargetCounts(100 - broken, broken, repaired, 100 - repaired)
+    return Rung("search", 5, 5, 0, 64, 1.0, held_out=counts, taken=taken)
+
+
+def judged(*splits: SplitReport, **changes: Any) -> RepairReport:
+    return replace(REPORT, splits=(KNOWN, *splits), **changes)
+
+
+@pytest.mark.parametrize(("repaired", "broken"), [(0, 0), (3, 3), (6, 0), (0, 6), (5, 0), (14, 16), (3, 20), (120, 14)])
+def test_the_p_value_is_twice_the_smaller_tail_of_a_fair_coin(repaired: int, broken: int) -> None:
+    n = repaired + broken
+    tail = sum(comb(n, k) for k in range(min(repaired, broken) + 1)) / 2**n
+    assert sign_test(repaired, broken) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("flips", "evidence", "tone"),
+    [
+        ((6, 0), "better", "good"),  # p = 2 / 64
+        ((5, 0), "no difference shown", "warn"),  # p = 2 / 32
+        ((14, 16), "no difference shown", "warn"),
+        ((3, 20), "worse", "bad"),
+    ],
+)
+def test_unseen_data_decide_and_harm_is_never_green(flips: tuple[int, int], evidence: str, tone: str) -> None:
+    report = judged(unseen(*flips), rungs=(held_out(60, 0),))
+    verdict = report.verdict
+    assert (verdict.evidence, verdict.tone, report.tone, verdict.source) == (evidence, tone, tone, "unseen")
+    assert (verdict.repaired, verdict.broken, verdict.n) == (*flips, 400)
+    assert (verdict.kept, verdict.promise) == (True, "kept: none of 1,038 known samples that were right broke")
+    assert verdict.headline == f"Repaired: promise kept, {evidence} on unseen data"
+    assert report.render().startswith(verdict.headline.upper())
+    assert report.to_markdown().startswith(f"# {verdict.headline}\n")
+    assert f'<h1 class="{tone}">{verdict.headline}</h1>' in report.to_html()
+    assert tone in TONE_STYLES
+
+
+def test_unseen_splits_are_counted_together() -> None:
+    verdict = judged(unseen(4, 0), unseen(4, 0, "night")).verdict
+    assert (verdict.evidence, verdict.repaired, verdict.n) == ("better", 8, 800)
+    assert verdict.p_value == pytest.approx(2 / 2**8)
+
+
+def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
+    verdict = judged(unseen(14, 2), leaked={"test": 12}).verdict
+    assert (verdict.evidence, verdict.p_value, verdict.repaired) == ("no difference shown", 1.0, 14)
+    assert "known too" in verdict.advice
+    assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"  # 12 to 2 without them
+
+
+def test_without_unseen_data_the_held_out_samples_of_the_taken_rung_are_the_evidence() -> None:
+    verdict = judged(rungs=(held_out(0, 50, taken=False), held_out(12, 1))).verdict
+    assert (verdict.source, verdict.evidence, verdict.tone) == ("held-out", "better", "good")
+    assert 'unseen="test"' in verdict.advice
+    verdict = judged().verdict
+    assert (verdict.source, verdict.evidence, verdict.n, verdict.tone) == ("none", "no difference shown", 0, "warn")
+    assert 'unseen="test"' in verdict.advice
+    assert "no unseen data were given" in dict(verdict.facts)["evidence"]
+
+
+def test_an_update_is_compared_with_the_model_that_it_replaces() -> None:
+    update = UpdateSplit(unseen(50, 20), unseen(3, 20))
+    verdict = judged(unseen(30, 0), update=(update,), rungs=(held_out(30, 0),)).verdict
+    assert (verdict.evidence, verdict.repaired, verdict.broken) == ("worse", 3, 20)
+    assert verdict.headline.endswith("worse on unseen data than the replaced model")
+    assert verdict.advice == "do not ship the new model; keep the one that it would replace"
+    nothing = judged(unseen(0, 0), update=(update,), status="nothing to repair").verdict
+    assert (nothing.evidence, nothing.tone) == ("worse", "bad")
+    known = UpdateSplit(KNOWN, KNOWN)
+    assert judged(update=(known,), rungs=(held_out(30, 0),)).verdict.source == "none"
+
+
+@pytest.mark.parametrize(
+    ("status", "tone"), [("nothing to repair", "good"), ("not repaired", "warn"), ("refused", "warn")]
+)
+def test_unchanged_weights_are_no_repair_and_no_evidence(status: Any, tone: str) -> None:
+    verdict = judged(unseen(0, 0), status=status).verdict
+    assert (verdict.kept, verdict.source, verdict.tone) == (False, "none", tone)
+    assert verdict.headline == f"{status.capitalize()}: the weights are unchanged"
+
+
+def test_a_refusal_names_the_gate_that_would_have_allowed_it() -> None:
+    candidate = (replace(KNOWN, counts=TargetCounts(1035, 3, 5, 15, 20, 5)),)
+    verdict = judged(status="refused", candidate=candidate).verdict
+    assert "would break 3 of 1,038 known samples" in verdict.promise
+    assert '`gate="tolerance:3"`' in verdict.advice
+
+
+def test_a_looser_gate_says_what_broke_within_it() -> None:
+    known = replace(KNOWN, counts=TargetCounts(1028, 10, 5, 15, 20, 5))
+    verdict = replace(REPORT, splits=(known, unseen(9, 0)), gate="tolerance:1%").verdict
+    assert verdict.promise == "kept: 10 of 1,038 known samples that were right broke, within the gate `tolerance:1%`"
+    assert verdict.tone == "good"
+
+
+@pytest.mark.parametrize(
+    ("point", "named"),
+    [
+        (PricePoint(0.01, 9, 10, 10, held_out(30, 10).held_out), True),  # twice as many targets, as many points
+        (PricePoint(0.01, 9, 9, 9, held_out(30, 10).held_out), False),
+        (PricePoint(0.01, 9, 10, 10, held_out(29, 10).held_out), False),  # fewer points
+        (PricePoint(0.01, 9, 6, 6, held_out(34, 10).held_out), True),  # 24 net of 200 for 20: two points more
+        (PricePoint(0.01, 9, 6, 6, held_out(33, 10).held_out), False),
+        (PricePoint(0.01, 0, 20, 20, held_out(90, 0).held_out), False),  # within the gate
+        (PricePoint(0.01, 9, 20, 20), False),
+    ],
+)
+def test_a_dear_promise_names_the_gate_that_repairs_more(point: PricePoint, named: bool) -> None:
+    rung = held_out(30, 10)
+    report = judged(unseen(9, 0), rungs=(rung,), price=(PricePoint(0.0, 0, 5, 5, rung.held_out), point))
+    assert ('`gate="tolerance:1%"`' in report.verdict.advice) is named
+    unlimited = judged(unseen(9, 0), rungs=(rung,), price=(replace(point, allowed=1.0),))
+    assert ('`gate="tolerance:9"`' in unlimited.verdict.advice) is named
+    assert "looser" not in judged(unseen(3, 20), rungs=(rung,), price=(point,)).verdict.advice
+
+
+def test_a_difference_that_more_data_would_show_says_how_many() -> None:
+    # 12 to 4 is not enough (p = 0.08), 24 to 8 is (p = 0.007).
+    assert "2 times as many" in judged(unseen(12, 4)).verdict.advice
+    assert "hardly" in judged(unseen(7, 7)).verdict.advice
+
+
+def test_harm_says_how_to_go_back() -> None:
+    revert = "--patch 'logs/my repair/repair.patch.safetensors' --ckpt 'logs/my repair/repaired.ckpt'"
+    advice = judged(unseen(3, 20), files=FILES).verdict.advice
+    assert f"`lightning-nrl revert {revert} --out original.ckpt`" in advice
+    assert "checkpoint from before the repair" in judged(unseen(3, 20)).verdict.advice
