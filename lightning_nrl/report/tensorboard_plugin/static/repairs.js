@@ -23,10 +23,10 @@ export function repairsTable(repairs, found, shown, show) {
   return [h("h2", { id: "repairs-title" }, `Repairs in this log${more}`), h("div", { class: "wide" }, table)];
 }
 
-function cells({ verdict, tone, target, known, unseen, at_most, weights_changed, seconds }) {
+function cells({ status, evidence, tone, target, known, unseen, at_most, weights_changed, seconds }) {
   const of = (part, whole) => `${count(part)} of ${count(whole)}`;
   return [
-    h("td", { class: `words ${tone}` }, verdict),
+    h("td", { class: `words ${tone}` }, status + (evidence ? `, ${evidence}` : "")),
     h("td", { class: "words" }, target),
     h("td", {}, known ? of(known.repaired_in_target, known.targeted) : "-"),
     h("td", { class: known?.broken ? "warn" : "" }, count(known?.broken)),

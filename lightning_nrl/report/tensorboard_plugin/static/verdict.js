@@ -7,8 +7,8 @@ export function verdict(repair) {
   return [
     h("h1", { class: repair.tone }, repair.verdict),
     facts("answers", repair.answers),
-    h("p", { class: "reason" }, repair.reason),
     h("ul", { class: "tiles" }, tiles(repair)),
+    h("p", { class: "reason" }, repair.reason),
     repair.bounds.length ? facts("bounds", repair.bounds) : null,
     h("dl", { class: "asked" }, Object.entries({
       "repair": repair.name,
