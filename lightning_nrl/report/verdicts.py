@@ -155,6 +155,7 @@ def _looser_gate(report: RepairRecord) -> str:
         if doubled or (gained is not None and more >= LARGE_GAIN):
             limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
             targets = f"{plural(point.repaired_in_target, 'target')} instead of {count(known.repaired_in_target)}"
-            broken = f"{plural(point.broken, 'known sample')}, with {more:+.1f} points on held-out ones"
-            return f'. A looser gate would have repaired {targets} and broken {broken}: `gate="tolerance:{limit}"`'
+            price = f"broken {plural(point.broken, 'known sample')}"
+            gain = f"gained {more:.1f} points more on held-out samples"
+            return f'. A looser gate would have repaired {targets}, {price} and {gain}: `gate="tolerance:{limit}"`'
     return ""
