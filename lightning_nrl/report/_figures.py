@@ -14,7 +14,7 @@ INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
 """Okabe and Ito's colours, for colour-blind readers too, with a darker yellow, and Tol's wine."""
-TONE_COLOURS = {"good": "#00795C", "warn": "#8A6100", "bad": "#B3003B"}
+TONE_COLOURS = {"good": "#00795C", "warn": "#8C6700", "bad": "#991400"}
 DOTS_PER_INCH = 150
 
 

@@ -15,10 +15,7 @@ from rich.table import Table as Grid
 from rich.text import Text as Line
 
 Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
-TONE_STYLES: dict[Tone, str] = {
-    **{"": "", "good": "green", "warn": "yellow", "bad": "red"},
-    **{"gain": "bold green", "harm": "bold red"},
-}
+TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 WIDEST = 100_000  # of a table that is written: it goes on below instead of being squeezed

@@ -16,7 +16,7 @@ from lightning_nrl.report.run_records import (
     SearchReport,
     WeightChange,
 )
-from lightning_nrl.report.splits import SetAside, SplitReport
+from lightning_nrl.report.splits import SetAside
 from lightning_nrl.report.stats import Bound, lower_limit, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import Fact, points_of
 
@@ -40,7 +40,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
         facts.append(("weights searched", _localization(report.localization)))
     if report.search is not None:
         facts.append(("search", _search(report.search, report.seconds.get("search"))))
-    if report.status == "repaired" and report.held_out is not None:
+    if report.held_out is not None:
         facts.append(("held-out estimate", _estimate(report.held_out)))
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
@@ -55,8 +55,8 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     """What unseen data say; nothing where there is no limit."""
-    counted, limit = _counted(report), unseen_limit(report)
-    if counted is None or limit is None:
+    limit = unseen_limit(report)
+    if limit is None:
         return ()
     confidence = show_confidence(UNSEEN_CONFIDENCE)
     text = f"with {confidence} confidence at most {percent_up(limit)} of others like these break"
@@ -70,14 +70,10 @@ def unseen_limit(report: RepairRecord) -> float | None:
     Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
     Pearson, and holds since nothing was chosen by unseen data. None if no weights changed, or nothing is unseen.
     """
-    counted = _counted(report)
-    return None if counted is None else upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
-
-
-def _counted(report: RepairRecord) -> SplitReport | None:
-    update = report.pooled_update("unseen")
-    counted = report.pooled("unseen") if update is None else update.now
-    return counted if report.status == "repaired" and counted is not None and counted.passed else None
+    counted = report.unseen
+    if counted is None or not counted.passed:
+        return None
+    return upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
 
 
 def calibration_text(bounds: CalibrationBounds) -> str:

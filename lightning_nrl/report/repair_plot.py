@@ -327,12 +327,14 @@ def summary_figure(report: RepairRecord) -> Any:
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(n_lines, 0))
     verdict = verdict_on(report)
-    colour, (status, _, answers) = TONE_COLOURS[verdict.tone], verdict.headline.partition(": ")
+    status, _, answers = verdict.headline.partition(": ")
     status += " (what it would do)" if report.candidate else ""
+    about = f"{report.target}; gate {report.gate}"
+    colour = TONE_COLOURS[verdict.tone]
     axes.text(0.03, 0.95, status, color=colour, fontsize=15, weight="bold", va="center")
-    for y, line, own in ((1.85, answers, colour), (2.6, f"{report.target}; gate {report.gate}", MUTED_COLOUR)):
-        line = shorten(line, TARGET_CHARACTERS, placeholder=" ...")
-        axes.text(0.03, y, literal(line), color=own, fontsize=9, va="center")
+    for y, line, own in ((1.85, answers, colour), (2.6, about, MUTED_COLOUR)):
+        shown = literal(shorten(line, TARGET_CHARACTERS, placeholder=" ..."))
+        axes.text(0.03, y, shown, color=own, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
     for role, x in zip(roles, ends, strict=True):
         axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")

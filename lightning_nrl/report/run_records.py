@@ -328,9 +328,17 @@ class RepairRecord(Record):
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
 
     @property
+    def unseen(self) -> SplitReport | None:
+        """Unseen data, in an update against the replaced model; None without any, or where there is no change."""
+        if self.update:
+            update = self.pooled_update("unseen")
+            return None if update is None else update.now
+        return self.pooled("unseen") if self.status == "repaired" else None
+
+    @property
     def held_out(self) -> TargetCounts | None:
-        """What the taken rung does to held-out samples; None if that was not tried."""
-        return next((rung.held_out for rung in self.rungs if rung.taken), None)
+        """What the taken rung does to held-out samples; None if that was not tried, or nothing was repaired."""
+        return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Tone
 from lightning_nrl.report.run_records import RepairRecord
@@ -16,10 +16,9 @@ from lightning_nrl.report.tables import Fact, points_of
 
 EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
-MOST_TIMES_MORE = 50
-"""As many times more samples as are asked for to show a difference."""
-LARGE_GAIN = 2.0
-"""Percentage points on held-out samples for which a looser gate is named."""
+NOT_COUNTED = TargetCounts(0, 0, 0, 0)
+MOST_TIMES_MORE = 10  # as much unseen data are asked for
+LARGE_GAIN = 2.0  # percentage points on held-out samples, for which a looser gate is named
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
 
@@ -65,91 +64,75 @@ class Verdict:
 
 def verdict_on(report: RepairRecord) -> Verdict:
     """The verdict on a repair, from the counts of its report."""
-    kept = report.status == "repaired"
-    source, counts = _counted(report)
-    repaired, broken, n = (0, 0, 0) if counts is None else (counts.repaired, counts.broken, counts.n)
+    kept, unseen, held_out = report.status == "repaired", report.unseen, None if report.update else report.held_out
+    found = held_out if unseen is None else unseen.counts
+    source: EvidenceSource = "none" if found is None else "held-out" if unseen is None else "unseen"
+    counts = found or NOT_COUNTED
     leaked = sum(report.leaked.values()) if source == "unseen" else 0
-    sure = max(repaired - leaked, min(repaired, broken))
-    evidence = evidence_of(sure, broken)
+    flips = max(counts.repaired - leaked, min(counts.repaired, counts.broken)), counts.broken
+    evidence = evidence_of(*flips)
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
-        where = "unseen data" if source == "unseen" else "held-out samples"
-        beside = (
-            f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model" if report.update else ""
-        )
-        answers += f", {evidence} on {where}{beside}"
+        answers += f", {evidence} on {'unseen data' if source == 'unseen' else 'held-out samples'}"
+        if report.update:
+            answers += f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model"
     elif kept:
         answers += ", not counted on unseen data"
     tone = EVIDENCE_TONES[evidence]
     if not kept and tone != "bad":
         tone = "good" if report.status == "nothing to repair" else "warn"
-    advice = _advice(report, evidence, source, (sure, broken))
-    if evidence != "worse" and (looser := _looser_gate(report)):
-        advice += f". {looser}"
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
         kept=kept,
         promise=_promise(report),
         evidence=evidence,
         source=source,
-        repaired=repaired,
-        broken=broken,
-        n=n,
-        p_value=sign_test(sure, broken),
-        advice=advice,
+        repaired=counts.repaired,
+        broken=counts.broken,
+        n=counts.n,
+        p_value=sign_test(*flips),
+        advice=_advice(report, evidence, source, flips),
         tone=tone,
     )
 
 
-def _counted(report: RepairRecord) -> tuple[EvidenceSource, FlipCounts | None]:
-    update = report.pooled_update("unseen")
-    unseen = update.now if update is not None else None if report.update else report.pooled("unseen")
-    if unseen is not None and unseen.n and (report.update or report.status == "repaired"):
-        return "unseen", unseen.counts
-    held_out = None if report.update or report.status != "repaired" else report.held_out
-    return ("none", None) if held_out is None else ("held-out", held_out)
+def _known(report: RepairRecord) -> TargetCounts:
+    known = report.pooled("known")
+    return NOT_COUNTED if known is None else known.counts
 
 
 def _promise(report: RepairRecord) -> str:
-    known = pool(report.candidate) if report.candidate else report.pooled("known")
-    if report.status == "nothing to repair" or known is None:
-        return "kept" if report.status == "repaired" else "none was needed: the weights are unchanged"
-    broken = f"{count(known.broken) if known.broken else 'none'} of {count(known.passed)} known samples that were right"
+    if report.status == "nothing to repair":
+        return "none was needed: the weights are unchanged"
+    counts = pool(report.candidate).counts if report.candidate else _known(report)
+    n_broken = count(counts.broken) if counts.broken else "none"
+    broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
-        return f"kept: {broken} broke" + (f", within the gate `{report.gate}`" if known.broken else "")
+        return f"kept: {broken} broke" + (f", within the gate `{report.gate}`" if counts.broken else "")
     found = f"the change that was found would break {broken}" if report.candidate else "no repair was found"
     return f"not kept: {found}; the weights are unchanged, so nothing broke"
 
 
 def _advice(report: RepairRecord, evidence: Evidence, source: EvidenceSource, flips: tuple[int, int]) -> str:
-    if report.update and evidence == "worse":
-        return "do not ship the new model; keep the one that it would replace"
-    if report.status != "repaired":
-        return _advice_without_repair(report)
-    if evidence == "better":
-        more = "" if source == "unseen" else f"; first {GIVE_UNSEEN}"
-        return f"the model may ship, as far as these data go{more}"
     if evidence == "worse":
+        if report.update:
+            return "do not ship the new model; keep the one that it would replace"
         return f"do not ship it; {_way_back(report)}"
-    if source != "unseen":
-        return GIVE_UNSEEN
-    if report.leaked:
-        return "take the samples that are known too out of the unseen data, and count again"
-    times = next(
-        (k for k in range(2, MOST_TIMES_MORE + 1) if evidence_of(k * flips[0], k * flips[1]) != evidence), None
-    )
-    if times is None:
-        return "look at the unseen samples that broke; more of them will hardly show a difference"
-    return f"give more unseen data: {times} times as many would show a difference of this size"
-
-
-def _advice_without_repair(report: RepairRecord) -> str:
+    looser = _looser_gate(report)
     if report.status == "nothing to repair":
         return "keep the model as it is"
-    broken = sum(split.broken for split in report.candidate)
-    if broken:
-        return f'keep the model as it is, or allow what would break: `gate="tolerance:{broken}"`'
-    return "keep the model as it is; `diagnose` says which failures can be repaired"
+    if report.status != "repaired":
+        return f"keep the model as it is; `diagnose` says which failures can be repaired{looser}"
+    if evidence == "better":
+        return f"it may ship, as far as these data go{'' if source == 'unseen' else f'; first {GIVE_UNSEEN}'}{looser}"
+    if source != "unseen":
+        return GIVE_UNSEEN + looser
+    if report.leaked:
+        return f"take the samples that are known too out of the unseen data, and count again{looser}"
+    for times in range(2, MOST_TIMES_MORE + 1):
+        if evidence_of(*(times * n for n in flips)) != evidence:
+            return f"give more unseen data: {times} times as many would show a difference of this size{looser}"
+    return f"look at the unseen samples that broke; more data will hardly show a difference{looser}"
 
 
 def _way_back(report: RepairRecord) -> str:
@@ -162,20 +145,16 @@ def _way_back(report: RepairRecord) -> str:
 
 def _looser_gate(report: RepairRecord) -> str:
     """Names the gate that would have repaired twice as many targets, or gained more on held-out samples."""
-    known = report.pooled("known")
-    if known is None:
-        return ""
-    gained = 0.0 if report.held_out is None else points_of(report.held_out)
+    known = _known(report)
+    gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:
         if point.held_out is None or point.broken <= known.broken:
             continue
-        more = points_of(point.held_out) - gained
+        more = points_of(point.held_out) - (gained or 0.0)
         doubled = point.repaired_in_target >= max(1, 2 * known.repaired_in_target) and more >= 0
-        if doubled or (report.held_out is not None and more >= LARGE_GAIN):
+        if doubled or (gained is not None and more >= LARGE_GAIN):
             limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
             targets = f"{plural(point.repaired_in_target, 'target')} instead of {count(known.repaired_in_target)}"
-            return (
-                f"A looser gate would have repaired {targets} and broken {plural(point.broken, 'known sample')}, with "
-                f'{more:+.1f} points on held-out samples: `gate="tolerance:{limit}"`'
-            )
+            broken = f"{plural(point.broken, 'known sample')}, with {more:+.1f} points on held-out ones"
+            return f'. A looser gate would have repaired {targets} and broken {broken}: `gate="tolerance:{limit}"`'
     return ""

@@ -153,7 +153,7 @@ class ReleaseRow(Derives):
         counts: from the old model to the new one.
         upper: upper limit on the negative flip rate, in (0, 1], at the report's confidence; those of the slices of one
             split hold together.
-        p_worse: the probability that chance alone breaks so many of the samples that changed (`p_worse`).
+        p_worse: the probability that chance alone breaks so many of the samples that changed (one-sided sign test).
     """
 
     split: str

@@ -75,11 +75,13 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert known is not None
     assert unseen is not None
     # The verdict and the bound stand at the top.
-    assert browser.elements("h1")[0].text == "Repaired"
+    assert browser.elements("h1")[0].text == report.verdict.headline
+    assert f"{unseen.repaired} repaired, {unseen.broken} broken" in browser.elements(".answers")[0].text
     tiles = [" ".join(tile.text.split()) for tile in browser.elements(".tiles li")]
     assert tiles[0] == f"known samples broken 0 of {known.passed:,} that were right"
     assert tiles[1] == f"targets repaired {known.repaired_in_target} of {known.targeted}"
-    assert tiles[2] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
+    assert tiles[2] == f"unseen failures repaired {unseen.repaired} of {unseen.repaired + unseen.failing}"
+    assert tiles[3] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
     assert "with 95 % confidence at most" in browser.elements(".bounds")[0].text
     names = [button.text for button in browser.elements("#repairs tbody button")]
     assert {"copy", HOSTILE_NAME, "version_0/repair"} <= set(names)

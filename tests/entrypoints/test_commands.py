@@ -77,7 +77,7 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
     assert not torch.equal(old["network.3.weight"], patched["network.3.weight"])
     assert "network.3.weight" in shown[lines[8]]
     assert "REPAIRED" in shown[lines[9]]
-    assert (folder / "report.md").read_text().startswith("# Repaired: ")
+    assert (folder / "report.md").read_text().startswith("# Repaired: promise kept, ")
     assert "<title>Repaired: " in (folder / "report.html").read_text()
 
 

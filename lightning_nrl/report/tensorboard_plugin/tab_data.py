@@ -38,7 +38,7 @@ class LoadedRepair:
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
             "status": report.status,
-            "verdict": verdict.headline,
+            "evidence": "" if verdict.source == "none" else verdict.evidence,
             "tone": verdict.tone,
             "target": report.target,
             "layers": ", ".join(report.layers),
@@ -59,6 +59,7 @@ class LoadedRepair:
         return {
             **self.summary,
             "reason": getattr(reason, "text", report.reason),
+            "verdict": report.verdict.headline,
             "answers": [list(fact) for fact in report.verdict.facts],
             "bounds": self._bounds(),
             "against": "the model that it replaces" if report.update else "the model as it was trained",

@@ -23,16 +23,15 @@ export function repairsTable(repairs, found, shown, show) {
   return [h("h2", { id: "repairs-title" }, `Repairs in this log${more}`), h("div", { class: "wide" }, table)];
 }
 
-function cells({ verdict, tone, target, known, unseen, at_most, weights_changed, seconds }) {
+function cells({ status, evidence, tone, target, known, unseen, at_most, weights_changed, seconds }) {
   const of = (part, whole) => `${count(part)} of ${count(whole)}`;
-  const broken = data => h("td", { class: data?.broken ? "warn" : "" }, data ? count(data.broken) : "-");
   return [
-    h("td", { class: `words ${tone}` }, verdict),
+    h("td", { class: `words ${tone}` }, status + (evidence ? `, ${evidence}` : "")),
     h("td", { class: "words" }, target),
     h("td", {}, known ? of(known.repaired_in_target, known.targeted) : "-"),
-    broken(known),
+    h("td", { class: known?.broken ? "warn" : "" }, count(known?.broken)),
     h("td", {}, unseen ? of(unseen.repaired, unseen.wrong) : "-"),
-    broken(unseen),
+    h("td", {}, count(unseen?.broken)),
     h("td", {}, at_most ? `≤ ${at_most}` : "-"),
     h("td", {}, unseen ? `${unseen.accuracy_after}, was ${unseen.accuracy_before}` : "-"),
     h("td", {}, count(weights_changed)),

@@ -7,8 +7,8 @@ export function verdict(repair) {
   return [
     h("h1", { class: repair.tone }, repair.verdict),
     facts("answers", repair.answers),
-    h("p", { class: "reason" }, repair.reason),
     h("ul", { class: "tiles" }, tiles(repair)),
+    h("p", { class: "reason" }, repair.reason),
     repair.bounds.length ? facts("bounds", repair.bounds) : null,
     h("dl", { class: "asked" }, Object.entries({
       "repair": repair.name,
@@ -24,7 +24,7 @@ export function verdict(repair) {
 const facts = (kind, items) =>
   h("dl", { class: kind }, items.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]));
 
-function tiles({ known, unseen, accepted, changes, at_most, bounds }) {
+function tiles({ known, unseen, accepted, changes, tone, at_most, bounds }) {
   if (!changes) {
     // No weights were found that could be counted: what is left is the model as it is.
     return Object.entries({ known, unseen }).filter(([, data]) => data).map(([name, data]) =>
@@ -40,8 +40,9 @@ function tiles({ known, unseen, accepted, changes, at_most, bounds }) {
     found.push(tile(`${what} ${would}repaired`, count(part), `of ${count(whole)}`, part ? "good" : "warn"));
   }
   if (unseen) {
-    found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`, ""));
-    found.push(tile("unseen samples broken", count(unseen.broken), `of ${count(unseen.right)} that were right`, ""));
+    const judged = accepted ? tone : "";
+    found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`, judged));
+    found.push(tile("unseen samples broken", count(unseen.broken), `of ${count(unseen.right)} that were right`, judged));
     if (at_most) found.push(tile("others like these broken", `≤ ${at_most}`, "with 95 % confidence", ""));
     found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));
   } else if (accepted) {
