@@ -172,7 +172,7 @@ def repair_project(project: Project) -> int:
     counts = f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,} unseen samples"
     problem = f"not accepted: `--require {require}` is not met: {counts} (sign test, p = {verdict.p_value:.2g})."
     old = "the model that it replaces" if report.update else project.source["ckpt_path"] or "the old weights"
-    hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}, unchanged."
+    hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}."
     print(explain(problem, hint), file=sys.stderr)
     return 1
 

@@ -168,7 +168,7 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(folder: Path, capsys:
     counts = f"{verdict.repaired} repaired, {verdict.broken} broken of 1,097 unseen samples"
     assert f"not accepted: `--require not-worse` is not met: {counts}" in said["not-worse"]
     assert f"not accepted: `--require better` is not met: {counts}" in said["better"]
-    assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt, unchanged." in said["better"]
+    assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in said["better"]
 
 
 def test_what_is_required_needs_unseen_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
