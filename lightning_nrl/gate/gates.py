@@ -219,20 +219,12 @@ class GateDecision:
     Attributes:
         status: `repaired`, `refused` by the gate, or `not repaired` since no targeted sample was.
         reason: why, in a sentence or two, with figures.
-        gate: the gate, as text.
         counts: what became of all known samples.
-        target: what became of the targeted ones (I_neg); its `kept` and `broken` are 0.
-        repaired: data-set positions of the repaired samples, by split.
-        broken: data-set positions of the broken samples, by split.
     """
 
     status: Status
     reason: str
-    gate: str
-    counts: FlipCounts
-    target: FlipCounts
-    repaired: dict[str, list[int]]
-    broken: dict[str, list[int]]
+    counts: TargetCounts
 
     @property
     def accepted(self) -> bool:
@@ -255,15 +247,14 @@ def judge(
         needed: how many targets of a slice must be repaired, by its name.
     """
     flips = Flips.between(before, after)
-    counts, target = flips.counts(), flips.counts(before.targeted)
-    lacking = below(before, flips.repaired, needed) if target.repaired else {}
+    counts = flips.target_counts(before)
+    lacking = below(before, flips.repaired, needed) if counts.repaired_in_target else {}
     status: Status = "repaired"
-    if target.repaired == 0:
+    if counts.repaired_in_target == 0:
         status = "not repaired"
     elif lacking or gate.excess_of(counts, gate.harm(before, flips.broken)):
         status = "refused"
-    broken = before.ids(flips.broken)
-    reason = _reason(status, gate, flips.target_counts(before), target, broken) + _unequal_counts(before, flips)
+    reason = _reason(status, gate, counts, before.ids(flips.broken)) + _unequal_counts(before, flips)
     for name, (got, need) in lacking.items():
         verb = "is" if got == 1 else "are"
         reason += f" Of the slice {name!r} {_count(got)} {verb} repaired; its quota is {need:,}."
@@ -271,15 +262,7 @@ def judge(
     if infinite:
         plural = "s" if infinite != 1 else ""
         reason += f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
-    return GateDecision(
-        status=status,
-        reason=reason,
-        gate=str(gate),
-        counts=counts,
-        target=target,
-        repaired=before.ids(flips.repaired),
-        broken=broken,
-    )
+    return GateDecision(status, reason, counts)
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
@@ -297,13 +280,12 @@ def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only
     return "" if harm == n or only_protected else f" Those that break count for {harm:,.0f}."
 
 
-def _reason(
-    status: Status, gate: Gate, counts: TargetCounts, target: FlipCounts, broken: Mapping[str, list[int]]
-) -> str:
-    if target.n == 0:
+def _reason(status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]) -> str:
+    n = counts.targeted
+    if n == 0:
         return "No failed sample was targeted, so no change of weights is called for."
     now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
-    gain = f"{_count(target.repaired)} of {target.n:,} targeted failure{'s' if target.n != 1 else ''} {now}"
+    gain = f"{_count(counts.repaired_in_target)} of {n:,} targeted failure{'s' if n != 1 else ''} {now}"
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({_by_split(broken)})" if counts.broken else ""
     limit = allowance(gate, counts)

@@ -53,12 +53,12 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     def page(self, full: bool = False) -> Page:
         verdict = self.verdict
-        first = Heading(verdict.headline, 1, verdict.tone), Facts(verdict.facts), Text(sentence(self.reason))
+        answers = Facts((*verdict.facts, *unseen_facts(self)))
+        first = Heading(verdict.headline, 1, verdict.tone), answers, Text(sentence(self.reason))
         if full:
-            unseen = [Text(sentence(f"{name}: {text}")) for name, text in unseen_facts(self)]
-            return Page((*first, *unseen, *_tables(self), *sample_blocks(self), *_details(self)))
+            return Page((*first, *_tables(self), *sample_blocks(self), *_details(self)))
         course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
-        facts = Facts((*repair_facts(self), *unseen_facts(self), *_files(self, from_here)))
+        facts = Facts((*repair_facts(self), *_files(self, from_here)))
         return Page((*first, *_tables(self), *course, facts))
 
     def figure(self) -> Any:

@@ -82,7 +82,7 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert tiles[1] == f"targets repaired {known.repaired_in_target} of {known.targeted}"
     assert tiles[2] == f"unseen failures repaired {unseen.repaired} of {unseen.repaired + unseen.failing}"
     assert tiles[3] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
-    assert "with 95 % confidence at most" in browser.elements(".bounds")[0].text
+    assert "with 95 % confidence at most" in browser.elements(".answers")[0].text
     names = [button.text for button in browser.elements("#repairs tbody button")]
     assert {"copy", HOSTILE_NAME, "version_0/repair"} <= set(names)
 

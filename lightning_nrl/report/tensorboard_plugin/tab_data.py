@@ -53,15 +53,16 @@ class LoadedRepair:
     @cached_property
     def details(self) -> Plain:
         report = self.report
-        splits = flipped_splits(report)
+        splits, verdict = flipped_splits(report), report.verdict
+        limits = [] if report.bounds is None else [("calibration", calibration_text(report.bounds))]
         _, _, reason, *blocks = report.page(full=True).blocks
         first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
         return {
             **self.summary,
             "reason": getattr(reason, "text", report.reason),
-            "verdict": report.verdict.headline,
-            "answers": [list(fact) for fact in report.verdict.facts],
-            "bounds": self._bounds(),
+            "verdict": verdict.headline,
+            "answers": [list(fact) for fact in (*verdict.facts, *limits, *unseen_facts(report))],
+            "calibrated": bool(limits),
             "against": "the model that it replaces" if report.update else "the model as it was trained",
             "accepted": report.status == "repaired",
             "changes": report.status == "repaired" or bool(report.candidate),
@@ -86,11 +87,6 @@ class LoadedRepair:
     @cached_property
     def _positions(self) -> set[tuple[str, int]]:
         return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
-
-    def _bounds(self) -> list[list[str]]:
-        bounds = self.report.bounds
-        calibration = [] if bounds is None else [("calibration", calibration_text(bounds))]
-        return [list(fact) for fact in (*calibration, *unseen_facts(self.report))]
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
         """Flipped samples as rows of values, the most telling first, and the names of their slices."""

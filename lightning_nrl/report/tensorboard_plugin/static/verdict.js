@@ -6,10 +6,9 @@ import { count, fromReport, h } from "./dom.js";
 export function verdict(repair) {
   return [
     h("h1", { class: repair.tone }, repair.verdict),
-    facts("answers", repair.answers),
+    h("dl", { class: "answers" }, repair.answers.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)])),
     h("ul", { class: "tiles" }, tiles(repair)),
     h("p", { class: "reason" }, repair.reason),
-    repair.bounds.length ? facts("bounds", repair.bounds) : null,
     h("dl", { class: "asked" }, Object.entries({
       "repair": repair.name,
       "target": repair.target,
@@ -18,13 +17,10 @@ export function verdict(repair) {
       "compared with": repair.against,
     }).map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
     h("details", { class: "more" }, h("summary", {}, "Split by split"), fromReport(repair.outcome)),
-  ].filter(Boolean);
+  ];
 }
 
-const facts = (kind, items) =>
-  h("dl", { class: kind }, items.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]));
-
-function tiles({ known, unseen, accepted, changes, tone, at_most, bounds }) {
+function tiles({ known, unseen, accepted, changes, tone, at_most, calibrated }) {
   if (!changes) {
     // No weights were found that could be counted: what is left is the model as it is.
     return Object.entries({ known, unseen }).filter(([, data]) => data).map(([name, data]) =>
@@ -46,8 +42,8 @@ function tiles({ known, unseen, accepted, changes, tone, at_most, bounds }) {
     if (at_most) found.push(tile("others like these broken", `≤ ${at_most}`, "with 95 % confidence", ""));
     found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));
   } else if (accepted) {
-    const text = bounds.length ? "calibration data stand in, see below" : "nothing is known; give unseen= next time";
-    found.push(tile("unseen data", "none", text, bounds.length ? "" : "warn"));
+    const text = calibrated ? "calibration data stand in, see above" : "nothing is known; give unseen= next time";
+    found.push(tile("unseen data", "none", text, calibrated ? "" : "warn"));
   }
   return found;
 }
