@@ -50,7 +50,6 @@ if __name__ == "__main__":
         reference=old,
         rules=[
             "instance in known",  # nothing that has been seen to work may break
-            "accuracy in later",
             "nfr:2% in later",  # with 95 % confidence, of data like these
             "slices in later",  # no digit is worse
             ProtectedIntact(where=is_zero),

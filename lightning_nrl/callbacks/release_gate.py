@@ -31,6 +31,7 @@ from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
+from lightning_nrl.updates.rule_parsing import Require
 
 
 class ReleaseGate(CallbackBase):
@@ -43,6 +44,8 @@ class ReleaseGate(CallbackBase):
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
         rules: what must hold, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
+        require: what each split must satisfy beside the rules: `not-worse`, no net loss; `better`, a gain that the sign
+            test shows at 5 %; or `any`.
         slices: as of `RegressionMetrics`.
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
@@ -57,7 +60,7 @@ class ReleaseGate(CallbackBase):
 
     Example::
 
-        gate = ReleaseGate(reference="old.ckpt", rules=["accuracy", "nfr:1%"])
+        gate = ReleaseGate(reference="old.ckpt", rules=["nfr:1%"])
         Trainer(callbacks=[gate]).test(model, ckpt_path="new.ckpt", datamodule=dm)
         sys.exit(gate.report.exit_status)
     """
@@ -66,6 +69,7 @@ class ReleaseGate(CallbackBase):
         self,
         reference: nn.Module | str | Path | State | Reference,
         rules: str | Rule | list[str | Rule] = "instance",
+        require: Require = "not-worse",
         slices: str | int | Callable[[Any], Any] | Target | None = None,
         splits: list[str] | None = None,
         task: str | Task | None = None,
@@ -76,7 +80,7 @@ class ReleaseGate(CallbackBase):
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
-        self.rules = parse_rules(rules)
+        self.rules = parse_rules(rules, require)
         self.slices = None if slices is None else find_column("slices", slices)
         named = splits is None or (isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits))
         check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")

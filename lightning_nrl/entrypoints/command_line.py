@@ -25,16 +25,16 @@ from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.entrypoints.arguments import heeded
-from lightning_nrl.entrypoints.command_project import TRUST, Project, read_project
+from lightning_nrl.entrypoints.command_project import OWN_ARGUMENTS, REQUIRE, TRUST, Project, read_project
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.report import RepairReport, Report, installed_versions
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rule_parsing import RULES, parse_rules
+from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require, parse_rules
 
 __all__ = ["COMMANDS", "main"]
 
@@ -123,10 +123,16 @@ def _page_of_checkpoint(path: Path) -> Page:
 
 
 def decide_release(
-    old: str, new: str, rule: list[str] | None, slices: str | None, allow_missing: list[str], out: str | None
+    old: str,
+    new: str,
+    rule: list[str] | None,
+    require: Require,
+    slices: str | None,
+    allow_missing: list[str],
+    out: str | None,
 ) -> int:
     """Judges two files of predictions; the exit status is 1 for a refusal and for nothing else."""
-    rules, sliced = parse_rules(rule or ["instance"]), None if slices is None else read_slices(slices)
+    rules, sliced = parse_rules(rule or ["instance"], require), None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for one in rules:
         one.check_data(tuple(after.splits), sliced is not None)
@@ -151,9 +157,24 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project."""
+    """Repairs the model of a project; says so if it is not what `require` asks for."""
+    require = project.own["require"] or "any"
+    if require != "any" and "unseen" not in project.options:
+        problem = f"`require={require}` judges data that the repair never looks at, and `unseen` names none."
+        raise ConfigurationError(problem, "add --repair.unseen test.")
     report = repair(**project.source, **project.options)
-    return 0 if report.status in ("repaired", "nothing to repair") else 1
+    if report.status not in ("repaired", "nothing to repair"):
+        return 1
+    verdict = report.verdict
+    met = verdict.evidence == "better" if require == "better" else verdict.repaired >= verdict.broken
+    if require == "any" or met or (report.status == "nothing to repair" and verdict.source == "none"):
+        return 0
+    counts = f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,} unseen samples"
+    problem = f"not accepted: `--require {require}` is not met: {counts} (sign test, p = {verdict.p_value:.2g})."
+    old = "the model that it replaces" if report.update else project.source["ckpt_path"] or "the old weights"
+    hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}."
+    print(explain(problem, hint), file=sys.stderr)
+    return 1
 
 
 def diagnose_project(project: Project) -> int:
@@ -167,17 +188,17 @@ def compare_project(project: Project) -> int:
 
     With an old and a new checkpoint it is the test with a `ReleaseGate` that compares them.
     """
-    methods, old, new, rules = (project.compared[name] for name in ("methods", "old", "new", "rules"))
-    if old is None and new is None:
+    methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
+    if old is None and new is None and not rules and not require:
         options = {name: value for name, value in project.options.items() if heeded("compare", name)}
         show(compare(**project.source, methods=methods, **options))
         return 0
     if old is None or new is None or methods:
-        problem = "`old` and `new` are two checkpoints to be compared, without `methods`."
+        problem = "`old` and `new` are two checkpoints, compared by `rules` and `require`, without `methods`."
         raise ConfigurationError(problem, "give both, such as --old best.ckpt --new new.ckpt.")
     trainer, module, data = (project.source[name] for name in ("trainer", "model", "datamodule"))
     options = {name: value for name, value in project.options.items() if name in ("task", "dirpath")}
-    gate = ReleaseGate(old, rules or ["instance"], **options)
+    gate = ReleaseGate(old, rules or ["instance"], require or "not-worse", **options)
     set_callbacks(trainer, [*callbacks_of(trainer), gate])
     with reading_checkpoints(trainer, "new", weights_only=project.source["weights_only"]):
         trainer.test(module, datamodule=data, ckpt_path=new)
@@ -205,6 +226,7 @@ RELEASE: Arguments = {
     "old": {"help": "predictions of the model in use, a CSV file with split,id,prediction,passed"},
     "new": {"help": "predictions of the new model, likewise; such as predictions.csv of a ReleaseGate"},
     "--rule": {"action": "append", "help": "what must hold: " + ", ".join(RULES.forms).replace("%", "%%")},
+    "--require": {"choices": list(REQUIRED), "default": "not-worse", "help": REQUIRE},
     "--slices": {"help": "a CSV file with split,id,slice"},
     "--allow-missing": {"action": "append", "default": [], "metavar": "SPLIT", "help": "a split that may lack samples"},
     "--out": {"help": "folder for report.json, report.md and report.html"},
@@ -259,10 +281,10 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="version", version=versions)
     parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
     name = parser.parse_args(given[:1]).command
-    command, program = COMMANDS[name], f"lightning-nrl {name}"
+    command = COMMANDS[name]
     if command.arguments is None:
-        return command.run(read_project(program, command.purpose, given[1:], compares=name == "compare"))
-    parser = argparse.ArgumentParser(program, description=command.purpose)
+        return command.run(read_project(name, command.purpose, given[1:]))
+    parser = argparse.ArgumentParser(f"lightning-nrl {name}", description=command.purpose)
     for argument, how in command.arguments.items():
         parser.add_argument(argument, **how)
     return command.run(**vars(parser.parse_args(given[1:])))

@@ -15,6 +15,7 @@ from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.updates.rule_parsing import Require
 
 HYPER_PARAMETERS = {
     "model": "hyper_parameters",
@@ -23,13 +24,21 @@ HYPER_PARAMETERS = {
 
 TRUST = "false: you trust the checkpoint, which may hold objects and run their code"
 
-COMPARED: Mapping[str, tuple[Any, str]] = {
-    "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
-    "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
-    "new": (str, "the checkpoint of the model that is to replace it"),
-    "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
+REQUIRE = "beside the rules, in each split: not-worse (accuracy has not fallen; the default), better (sign test), any"
+
+OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "repair": {
+        "require": (Require, "of the unseen samples: better (sign test), not-worse (no net loss); any is the default")
+    },
+    "compare": {
+        "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
+        "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
+        "new": (str, "the checkpoint of the model that is to replace it"),
+        "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
+        "require": (Require, REQUIRE),
+    },
 }
-"""Arguments of a comparison, with their types and help."""
+"""Arguments that one command has beside those of every project, with their types and help."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,21 @@ class Project:
 
     source: dict[str, Any]  # trainer, model, data module and checkpoint, by argument
     options: dict[str, Any]  # arguments of `RegressionFreeRepair` that are not as by default
-    compared: dict[str, Any]  # see `COMPARED`
+    own: dict[str, Any]  # see `OWN_ARGUMENTS`
 
 
-def read_project(program: str, purpose: str, arguments: Sequence[str], compares: bool = False) -> Project:
-    """Reads arguments of LightningCLI without a subcommand, with `ckpt_path`, `weights_only` and `repair`.
+def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
+    """Reads arguments of LightningCLI without a subcommand, with `ckpt_path`, `weights_only`, `repair` and its own.
 
     The `RegressionFreeRepair` among the trainer's callbacks, if there is one, says how to repair, and `repair` goes
     before it.
     """
+    program, own = f"lightning-nrl {command}", OWN_ARGUMENTS.get(command, {})
     if find_spec("jsonargparse") is None:
         hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with jsonargparse, which is not installed.", hint)
     sketch = _sketch(arguments)
-    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"compares": compares})
+    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
     cli = kind(
         save_config_callback=None,
         run=False,
@@ -67,13 +77,13 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], compares:
         "ckpt_path": config.ckpt_path,
         "weights_only": config.weights_only is not False,
     }
-    return Project(source, cli.options(), {name: config[name] for name in COMPARED} if compares else {})
+    return Project(source, cli.options(), {name: config[name] for name in own})
 
 
 class _ProjectArguments:
     """Hooks of LightningCLI that add arguments."""
 
-    compares = False
+    own: Mapping[str, tuple[Any, str]]
     config: Any
     config_init: Any
 
@@ -85,9 +95,8 @@ class _ProjectArguments:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="the checkpoint of the trained model")
         parser.add_argument("--weights_only", type=bool | None, default=None, help=TRUST)
         parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
-        if self.compares:
-            for name, (kind, purpose) in COMPARED.items():
-                parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
+        for name, (kind, purpose) in self.own.items():
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
         """Moves arguments of the trainer's `RegressionFreeRepair` to `repair`, unless given there."""

@@ -26,6 +26,7 @@ __all__ = [
     "evidence_of",
     "limit_after",
     "lower_limit",
+    "p_worse",
     "sign_test",
     "upper_limit",
 ]
@@ -114,6 +115,18 @@ def _falling(top: int, bottom: int, factor: float) -> float:
     return total
 
 
+def p_worse(broken: int, repaired: int) -> float:
+    """P(Bin(broken + repaired, 1/2) >= broken): how likely chance alone breaks so many of the samples that changed.
+
+    The one-sided sign test, in (0, 1]; 1 if none changed.
+
+    Example:
+        >>> p_worse(5, 0)
+        0.03125
+    """
+    return binomial_cdf(repaired, broken + repaired, 0.5)
+
+
 def sign_test(repaired: int, broken: int) -> float:
     """The exact two-sided p-value of "a sample that flips is as likely repaired as broken"; 1 if none flips.
 
@@ -121,7 +134,7 @@ def sign_test(repaired: int, broken: int) -> float:
         >>> round(sign_test(3, 20), 4)
         0.0005
     """
-    return min(1.0, 2 * binomial_cdf(min(repaired, broken), repaired + broken, 0.5))
+    return min(1.0, 2 * p_worse(max(repaired, broken), min(repaired, broken)))
 
 
 def evidence_of(repaired: int, broken: int) -> Evidence:

@@ -11,13 +11,22 @@ from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules
-from lightning_nrl.updates.rules import AtMostBroken, Finding, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, Rule
+from lightning_nrl.updates.rules import (
+    AtMostBroken,
+    Finding,
+    IsBetter,
+    MaxNegativeFlipRate,
+    NoSliceWorse,
+    ProtectedIntact,
+    Rule,
+)
 
 __all__ = [
     "AtMostBroken",
     "Finding",
     "FocalDistillation",
     "Identity",
+    "IsBetter",
     "MarginHinge",
     "MaxNegativeFlipRate",
     "ModelPair",

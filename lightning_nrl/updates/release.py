@@ -24,12 +24,12 @@ from lightning_nrl.report._formatting import from_here, list_ids, percent
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.run_records import installed_versions
-from lightning_nrl.report.stats import Bound, percent_up, show_confidence
+from lightning_nrl.report.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.rule_parsing import parse_rules
-from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
+from lightning_nrl.updates.rule_parsing import Require, parse_rules
+from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule
 
 
 def release(
@@ -38,6 +38,7 @@ def release(
     data: Source | Sequence[Source],
     rules: str | Rule | Sequence[str | Rule] = "instance",
     *,
+    require: Require = "not-worse",
     slices: str | int | Slices | None = None,
     seeds: Mapping[str, int] | None = None,
 ) -> ReleaseReport:
@@ -55,6 +56,8 @@ def release(
         rules: what must hold, one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`,
             `slices`, `slices:count`, `protected:ids.csv`, with ` in SPLIT` behind it if it is for one split; or objects
             of `lightning_nrl.updates`.
+        require: what each split must satisfy beside the rules: `not-worse`, no net loss; `better`, a gain that the sign
+            test shows at 5 %; or `any`.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         seeds: what the data and the models depend on, to be noted in the report.
@@ -67,8 +70,8 @@ def release(
         ...     _ = model.load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, bias])})
         >>> data = TensorSource(torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([0, 1, 1]), split="test")
         >>> report = release(new, old, data, "instance")
-        >>> report.reasons
-        ('instance: test: 1 of 3 that were right broke; the gate allows none (accuracy 100.00 %, now 66.67 %).',)
+        >>> report.reasons[0]
+        'instance: test: 1 of 3 that were right broke; the gate allows none (accuracy 100.00 %, now 66.67 %).'
         >>> report.exit_status, report.broken_ids
         (1, {'test': [1]})
     """
@@ -80,7 +83,8 @@ def release(
             "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
         )
     found, column = check_reference("old", old), None if slices is None else find_column("slices", slices)
-    return judge_pair(Evaluator.of(new), found, sources, parse_rules(rules), slices=column, seeds=dict(seeds or {}))[1]
+    parsed = parse_rules(rules, require)
+    return judge_pair(Evaluator.of(new), found, sources, parsed, slices=column, seeds=dict(seeds or {}))[1]
 
 
 def judge_pair(
@@ -149,7 +153,7 @@ class ReleaseRow(Derives):
         counts: from the old model to the new one.
         upper: upper limit on the negative flip rate, in (0, 1], at the report's confidence; those of the slices of one
             split hold together.
-        p_worse: the probability that chance alone breaks so many of the samples that changed (`sign_test`).
+        p_worse: the probability that chance alone breaks so many of the samples that changed (one-sided sign test).
     """
 
     split: str
@@ -302,7 +306,7 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
 
     def row(name: str, counts: FlipCounts, level: float) -> ReleaseRow:
         upper = Bound.at_level(counts.broken, counts.n, level).upper
-        return ReleaseRow(split, name, counts, upper, sign_test(counts.broken, counts.repaired))
+        return ReleaseRow(split, name, counts, upper, p_worse(counts.broken, counts.repaired))
 
     # The limits of the slices hold together (Bonferroni); an empty one has the limit 1 and needs no part of the level.
     level = 1 - confidence

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from lightning_nrl._utils.checks import read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.targets import target_in
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.updates.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, Rule
+from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.updates.rules import AtMostBroken, IsBetter, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, Rule
+
+Require = Literal["not-worse", "better", "any"]
+REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "better": IsBetter(), "any": None}
+"""The rule that a release gate adds to those of the user, on every split."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
 """What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
 
 
-def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
-    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
+def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
+    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read.
+
+    `require` adds a rule of `REQUIRED`, unless it is among them.
+    """
+    check_choice("require", require, tuple(REQUIRED))
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
     if not isinstance(listed, (list, tuple)) or not listed:
         raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
-    return tuple(parse_rule(rule) for rule in listed)
+    parsed = tuple(parse_rule(rule) for rule in listed)
+    added = REQUIRED[require]
+    return parsed if added is None or added in parsed else (*parsed, added)
 
 
 def parse_rule(rule: Any) -> Rule:
@@ -48,6 +58,11 @@ def parse_rule(rule: Any) -> Rule:
 @RULES.register("instance")
 def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
     return AtMostBroken(text.partition(" in ")[0], splits)
+
+
+@RULES.register("better")
+def _is_better(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    return None if given else IsBetter(splits)
 
 
 @RULES.register("slice-nfr", "slice-nfr:5%")

@@ -18,7 +18,7 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.stats import Bound, binomial_cdf, check_confidence, percent_up, show_confidence
+from lightning_nrl.report.stats import Bound, check_confidence, evidence_of, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import read_ids
 
@@ -163,13 +163,30 @@ class AtMostBroken(SplitRule):
 
 
 @dataclass(frozen=True)
+class IsBetter(SplitRule):
+    """In each split so many more samples were repaired than broke that the sign test shows it at 5 %."""
+
+    splits: tuple[str, ...] = ()
+    text = "better"
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return evidence_of(counts.repaired, counts.broken) != "better"
+
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        return [
+            f"{part.name}: {part.counts.repaired:,} repaired, {part.counts.broken:,} broken, "
+            f"{evidence_of(part.counts.repaired, part.counts.broken)} ({_accuracies(part.counts)})"
+            for part in parts
+        ]
+
+
+@dataclass(frozen=True)
 class MaxNegativeFlipRate(SplitRule):
     """In each split the negative flip rate, broken of all, is below a limit with a confidence.
 
     What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to come only if
-    the split is a sample of them that nothing has looked at: no training, no choice of a model. Several splits, or
-    slices, are each held to the confidence by itself: since a wrong model must pass where it is wrong, it passes all
-    with a probability of 1 - confidence at most.
+    no training and no choice of a model has looked at the split. Several splits, or slices, need no correction: a wrong
+    model must pass where it is wrong, and passes all with a probability of 1 - confidence at most.
 
     Attributes:
         limit: on the rate, in (0, 1).
@@ -230,14 +247,12 @@ class MaxNegativeFlipRate(SplitRule):
 class NoSliceWorse(SplitRule):
     """No slice is worse than before.
 
-    By *test*, for data that are a sample: a slice is worse if so many more of its samples broke than were repaired that
-    chance alone makes it so with a probability below `level` (the exact sign test, one-sided, which is McNemar's; the
-    level is divided by the number of slices, so that an update that makes none worse fails in at most that share of
-    cases). That it passes is no proof: of small slices the test can say little, and the finding names those of which it
-    can say nothing. What proves something of a slice is `MaxNegativeFlipRate(each_slice=True)`.
+    By *test*, for a sample of data to come: a slice is worse if chance alone breaks so many of its changed samples with
+    a probability below `level` (exact sign test, one-sided). The level is divided by the number of slices, so that an
+    update that makes none worse fails in at most that share of cases. Passing proves nothing of a small slice, and the
+    finding names those too small for the test; `MaxNegativeFlipRate(each_slice=True)` proves something.
 
-    By *count*, for data that are the whole matter, such as a suite of cases: a slice is worse if fewer of its samples
-    are right than before. On a sample, chance makes some slice of most updates worse by count.
+    By *count*, for a suite of cases: a slice is worse if fewer of its samples are right than before.
 
     Attributes:
         by: `test` or `count`.
@@ -264,20 +279,20 @@ class NoSliceWorse(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         if self.by == "count":
             return counts.broken > counts.repaired
-        return sign_test(counts.broken, counts.repaired) < self.level / n_parts
+        return p_worse(counts.broken, counts.repaired) < self.level / n_parts
 
     def words(self, parts: Sequence[Part]) -> list[str]:
         n = len(parts)
         words = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
         words = words or [f"none of {n:,} slices is worse by {self.by}"]
-        mute = [part.name for part in parts if sign_test(part.counts.passed, 0) >= self.level / n]
+        mute = [part.name for part in parts if p_worse(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
             words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
         return words
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
-        p = sign_test(counts.broken, counts.repaired)
+        p = p_worse(counts.broken, counts.repaired)
         test = f"; p = {p:.2g}, below {self.level / n_parts:.2g}" if self.by == "test" else ""
         return f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired ({_accuracies(counts)}{test})"
 
@@ -371,19 +386,6 @@ class ProtectedIntact(Rule):
         listed = f"{n:,} sample{'s' if n != 1 else ''}" if n else ""
         listed = str(self.ids) if isinstance(self.ids, (str, Path)) else listed
         return "protected:" + " and ".join(filter(None, (listed, *map(str, self.targets))))
-
-
-def sign_test(broken: int, repaired: int) -> float:
-    """P(Bin(broken + repaired, 1/2) >= broken): how likely chance alone breaks so many of the samples that changed.
-
-    In (0, 1]; 1 if none changed.
-
-    Example:
-        >>> sign_test(5, 0)
-        0.03125
-    """
-    changed = broken + repaired
-    return binomial_cdf(repaired, changed, 0.5) if changed else 1.0
 
 
 def _broken(pair: ModelPair, rows: Tensor) -> Ids:

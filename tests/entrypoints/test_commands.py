@@ -54,16 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 11
+    assert len(lines) == 12
     shown = {}
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "lightning-nrl"
-        assert main(arguments) == 0, line
-        shown[line] = capsys.readouterr().out
+        status, (out, err) = main(arguments), capsys.readouterr()
+        assert status == ("REFUSED" in out or "not accepted: " in err), line
+        shown[line] = out
     assert "target  " in shown[lines[0]]
     assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[0]].split())
-    assert "ACCEPTED" in shown[lines[4]]
+    assert "accuracy  " in shown[lines[4]]
     report = RepairReport.from_json((folder / "three" / "report.json").read_text())
     assert (report.target, report.layers, report.settings["seed"]) == ("label 3", ("network.3",), 0)
     assert [split.split for split in report.splits if split.role == "unseen"] == ["test"]
@@ -74,8 +75,8 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
     assert all(torch.equal(old[name], reverted[name]) for name in old)
     assert all(torch.equal(patched[name], repaired[name]) for name in old)
     assert not torch.equal(old["network.3.weight"], patched["network.3.weight"])
-    assert "network.3.weight" in shown[lines[7]]
-    assert "REPAIRED" in shown[lines[8]]
+    assert "network.3.weight" in shown[lines[8]]
+    assert "REPAIRED" in shown[lines[9]]
     assert (folder / "report.md").read_text().startswith("# Repaired: promise kept, ")
     assert "<title>Repaired: " in (folder / "report.html").read_text()
 
@@ -132,6 +133,49 @@ def test_a_refusal_ends_with_1(folder: Path) -> None:
     tiny = ["--repair.method.particles", "2", "--repair.verbose", "false", "--repair.bounds.strength", "0.000001"]
     assert main(["repair", *arguments, *quick, *tiny]) == 1
     assert RepairReport.from_json((folder / "refused" / "report.json").read_text()).status != "repaired"
+
+
+LOADED = """
+from dataclasses import dataclass
+import torch
+from lightning_nrl.methods import Problem, Solution
+
+@dataclass(frozen=True)
+class Loaded:
+    path: str
+
+    def __call__(self, problem: Problem) -> Solution:
+        state = torch.load(self.path, weights_only=True)
+        return Solution(problem.propose(self.path, {f"network.3.{name}": state[name] for name in state}))
+"""
+
+
+def test_a_repair_that_is_not_what_is_required_ends_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "loaded.py").write_text(LOADED)
+    last = torch.load("best.ckpt", weights_only=True)["state_dict"]
+    last = {name: last[f"network.3.{name}"] for name in ("weight", "bias")}
+    torch.save(last | {"bias": last["bias"] + 3 * torch.eye(10)[3]}, "harm.pt")  # all that is doubtful is a 3
+    project = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.target", "label 3"]
+    loaded = ["--repair.method", "loaded.Loaded", "--repair.method.path", "harm.pt", "--repair.gate", "tolerance:100%"]
+    said = {}
+    for require in ("any", "not-worse", "better"):
+        status = main(["repair", *project, *loaded, "--repair.dirpath", require, "--require", require])
+        assert status == (require != "any"), require
+        said[require] = capsys.readouterr().err
+    assert "not accepted" not in said["any"]
+    verdict = RepairReport.from_json((folder / "better" / "report.json").read_text()).verdict
+    assert (verdict.evidence, verdict.source) == ("worse", "unseen")
+    counts = f"{verdict.repaired} repaired, {verdict.broken} broken of 1,097 unseen samples"
+    assert f"not accepted: `--require not-worse` is not met: {counts}" in said["not-worse"]
+    assert f"not accepted: `--require better` is not met: {counts}" in said["better"]
+    assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in said["better"]
+
+
+def test_what_is_required_needs_unseen_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "seen.yaml").write_text(blocks("yaml")[0].replace("        unseen: test\n", ""))
+    arguments = ["repair", "--config", "seen.yaml", "--ckpt_path", "best.ckpt", "--require", "better"]
+    assert main(arguments) == 2
+    assert "`require=better`" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(

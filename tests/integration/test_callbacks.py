@@ -36,6 +36,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RegressionMetrics, {"prefix": ""}, "`prefix=''` is no name"),
     (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
     (ReleaseGate, {"rules": "nothing"}, "is no rule"),
+    (ReleaseGate, {"require": "net"}, "`require='net'` is unknown"),
     (ReleaseGate, {"slices": 3.5}, "`slices`"),
     (ReleaseGate, {"splits": "test"}, "`splits='test'` is no list of names"),
     (ReleaseGate, {"seed": -1}, "`seed=-1` is out of range"),
@@ -90,9 +91,9 @@ CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     ),
     (
         ReleaseGate,
-        {"rules": ["accuracy", "nfr:5%"], "slices": "digit_models:digit"},
+        {"rules": ["accuracy", "nfr:5%"], "require": "better", "slices": "digit_models:digit"},
         lambda made: [str(rule) for rule in made.rules],
-        ["accuracy", "nfr:5%"],
+        ["accuracy", "nfr:5%", "better"],
     ),
     (
         WeightInterpolation,

@@ -207,13 +207,32 @@ def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys:
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
     command = [sys.executable, "-m", "lightning_nrl", "release", files[0] / "old.csv", files[0] / "new.csv"]
-    done = subprocess.run([*command, "--rule", "nfr:90%"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "--rule", "nfr:90%", "--require", "any"], capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
 
 
 def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,passed") -> str:
     path.write_text("\n".join([header, *(f"test,{at},{row}" for at, row in rows.items())]))
     return str(path)
+
+
+def test_a_net_loss_is_refused_whatever_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss = ["1,1"] * 200 + ["1,0"] * 14 + ["1,1"] * 16, ["1,1"] * 200 + ["1,1"] * 14 + ["1,0"] * 16
+    old, new = (
+        write(tmp_path / f"{name}.csv", dict(enumerate(rows))) for name, rows in zip(("old", "new"), loss, strict=True)
+    )
+    assert decide([old, new, "--rule", "nfr:50%"]) == 1
+    assert (
+        "accuracy  NOT satisfied: test: 16 of 216 that were right broke; the gate allows as many as are repaired"
+        in capsys.readouterr().out
+    )
+    assert decide([old, new, "--rule", "nfr:50%", "--require", "any"]) == 0
+    assert decide([new, old, "--rule", "nfr:50%"]) == 0  # 16 repaired, 14 broken
+    assert decide([new, old, "--rule", "nfr:50%", "--require", "better"]) == 1
+    model = trained()
+    assert [one.rule for one in release(model, model, data(), "nfr:50%").findings] == ["nfr:50%", "accuracy"]
 
 
 def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +323,6 @@ def test_every_rule_in_the_how_to_can_be_read(tmp_path: Path, monkeypatch: pytes
     assert table is not None
     rows = [line.split("|")[1] for line in table[0].strip().splitlines()[2:]]
     texts = [text for row in rows for text in re.findall("`(.*?)`", row)]
-    assert len(texts) == 12
+    assert len(texts) == 13
     rules = [parse_rules(text)[0] for text in texts]
     assert [str(parse_rules(str(rule))[0]) for rule in rules] == [str(rule) for rule in rules]

@@ -15,10 +15,11 @@ from sample_tables import sample_table
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.report.stats import upper_limit
+from lightning_nrl.report.stats import p_worse, upper_limit
 from lightning_nrl.updates import (
     AtMostBroken,
     Finding,
+    IsBetter,
     MaxNegativeFlipRate,
     ModelPair,
     NoSliceWorse,
@@ -27,7 +28,6 @@ from lightning_nrl.updates import (
 )
 from lightning_nrl.updates.release import Identity, make_report
 from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
-from lightning_nrl.updates.rules import sign_test
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
 
@@ -89,9 +89,9 @@ def test_the_sign_test_is_that_of_scipy(broken: int, repaired: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     if broken + repaired:
         expected = stats.binomtest(broken, broken + repaired, 0.5, alternative="greater").pvalue
-        assert sign_test(broken, repaired) == pytest.approx(expected, abs=1e-9)
+        assert p_worse(broken, repaired) == pytest.approx(expected, abs=1e-9)
     else:
-        assert sign_test(0, 0) == 1.0
+        assert p_worse(0, 0) == 1.0
 
 
 def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
@@ -111,6 +111,23 @@ def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
     assert "test, slice 'y' is worse: 6 broke, 0 repaired" in found.reason
     assert "p = 0.016, below 0.025" in found.reason
     assert NoSliceWorse(level=0.01).check(six).passed
+
+
+def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
+    assert IsBetter().check(seen(test="r" * 6)).passed  # p = 2 / 2^6
+    five = IsBetter().check(seen(test="r" * 5))  # p = 2 / 2^5
+    assert five == Finding(
+        "better", False, "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %)."
+    )
+    assert IsBetter().check(seen(suite="k", test="b" * 6)).ids == {"test": [100, 101, 102, 103, 104, 105]}
+    assert not IsBetter().check(seen(suite="k", test="r" * 6)).passed
+    assert IsBetter(splits=("test",)).check(seen(suite="k", test="r" * 6)).passed
+
+
+def test_a_requirement_is_one_more_rule() -> None:
+    assert parse_rules("instance", "not-worse") == (AtMostBroken(), AtMostBroken("accuracy"))
+    assert parse_rules(["better", "accuracy"], "better") == (IsBetter(), AtMostBroken("accuracy"))
+    assert parse_rules("accuracy", "not-worse") == (AtMostBroken("accuracy"),)
 
 
 def test_protected_samples_must_stay_right() -> None:
@@ -141,6 +158,7 @@ def test_protected_samples_by_what_they_are() -> None:
         ("nfr:1%", MaxNegativeFlipRate(0.01)),
         ("nfr:0.5%:99% in test", MaxNegativeFlipRate(0.005, 0.99, splits=("test",))),
         ("slice-nfr:5%", MaxNegativeFlipRate(0.05, each_slice=True)),
+        ("better in later, suite", IsBetter(("later", "suite"))),
         ("slices", NoSliceWorse()),
         ("slices:1%", NoSliceWorse(level=0.01)),
         ("slices:count in suite", NoSliceWorse("count", splits=("suite",))),
@@ -157,6 +175,8 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
     [
         (lambda: parse_rules([]), r"`rules=\[\]` are no rules"),
         (lambda: parse_rules(None), "`rules=None` are no rules"),
+        (lambda: parse_rules("instance", "bettr"), r"`require='bettr'` is unknown.\nHINT: did you mean 'better'"),
+        (lambda: parse_rule("better:1%"), "'better:1%' is no rule"),
         (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
         (lambda: parse_rule("nfr"), "'nfr' is no rule"),
         (lambda: parse_rule("nfr:few"), "`rules='nfr:few'`: 'few' is no number"),
