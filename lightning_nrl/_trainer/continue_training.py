@@ -28,15 +28,14 @@ from lightning_nrl._trainer.inner_trainer import (
 )
 from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
-from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
+from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.preserve import evaluating, random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, TrainingWarning
-from lightning_nrl.methods.budget import FEWEST_EPOCHS
+from lightning_nrl.methods.problem import Renew, Trained
 
 Augment = Callable[[Any], Any]
 """Takes a batch of targets as the data loader gives it, and gives another one."""
@@ -52,10 +51,8 @@ class ContinuedTraining:
     epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
     trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
-    fit_seconds: float | None = None  # how long the training took
     augment: Augment | None = None  # changes a batch of targets
     targeted: Tensor | None = None  # N bool by row of the results, which samples are targets; None: none is known
-    work: ResumeStore = field(default_factory=ResumeStore, repr=False)  # saves the result
     modes: tuple[bool, ...] = field(default=(), repr=False)  # the training flag of each part; (): as it is now
 
     def __post_init__(self) -> None:
@@ -71,11 +68,6 @@ class ContinuedTraining:
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
         """The same training, told which samples, `N` bool by row of the results, are targets."""
         return replace(self, targeted=targeted)
-
-    @property
-    def visits(self) -> int:
-        """How many samples the training went through, each counted at each visit."""
-        return self.epochs * len(sample_index(self._like()))
 
     @property
     def obstacle(self) -> str:
@@ -102,34 +94,32 @@ class ContinuedTraining:
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-    ) -> State | None:
+        renew: Renew | None = None,
+    ) -> Trained | None:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
-        seed gives the same weights. None if the weights are not finite or training cannot go on.
+        seed gives the same weights. None if `renew` ends it, the weights are not finite or training cannot go on.
         """
-        end, course = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate)
+        end, course = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate, renew)
         epochs = self.epochs if epochs is None else epochs
-        return self.work.once("training", partial(self._continued, end, clock, epochs, course))
-
-    def _continued(self, end: float, clock: StageTimer, epochs: int, course: _Course) -> State | None:
         if (course.rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                state = self._trained(end, clock, epochs, course, folder)
+                trained = self._trained(end, clock, epochs, course, folder)
         except CannotTrainError as error:
             self._warn(_first_line(error))
             return None
         before = {**current_state(self.model), **course.start}
-        if state is not None and all(torch.equal(value, state[name]) for name, value in before.items()):
+        if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
             rank_zero_warn(
                 TrainingWarning(
                     f"the training of {type(self.model).__name__} went on for a repair and changed nothing.",
                     "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method.",
                 )
             )
-        return state
+        return trained
 
     def warn(self) -> bool:
         """Warns if training cannot go on; true if it did."""
@@ -146,23 +136,29 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
+    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
         # What a module does with its own optimizers, such as reading their second group, need not work with another.
         optional = course.rate is not None
         if math.isfinite(end):
             pace = TrainingTrial(end, collective, optional=optional)
-            self._fit(pace, epochs, course, folder)
+            self._fit(pace, epochs, replace(course, renew=None), folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
-        if epochs < min(FEWEST_EPOCHS, planned):
+        if epochs < 1:
             return None
+        # One epoch has no half: it becomes two of half the visits.
+        parts = 2 if epochs == 1 and course.renew is not None else 1
         budget = TimeBudget(end, collective, clock, optional=optional)
-        state = self._fit(budget, epochs, course, folder)
+        state = self._fit(budget, epochs, course, folder, parts)
+        if budget.has_ended:
+            return None
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
-        return state if all(bool(value.isfinite().all()) for value in state.values()) else None
+        if not all(bool(value.isfinite().all()) for value in state.values()):
+            return None
+        return Trained(state, budget.epochs_done / parts, planned)
 
-    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
+    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str, parts: int = 1) -> State:
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
@@ -171,8 +167,8 @@ class ContinuedTraining:
             how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": course.rate}
             try:
                 model = copied_module(self.model, {**live, **course.start}, self.modes, **how)
-                loader = self._loader(seed, course.weight)
-                trainer = inner_trainer(outer, budget, epochs=epochs, batches=len(loader), folder=folder)
+                loader = self._loader(seed, course.weight, parts)
+                trainer = inner_trainer(outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder)
             except Exception as error:
                 why = f"it or its trainer cannot be copied ({type(error).__name__}: {error})"
                 raise CannotTrainError(why) from error
@@ -187,19 +183,21 @@ class ContinuedTraining:
             given: dict[str, Any] = {"train_dataloaders": loader}
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
+            if course.renew is not None:
+                budget.halfway = partial(_renewed, course.renew, loader.sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
         state = snapshot(model.eval())  # adapters are merged then, as they are in the model that is repaired
         del model, trainer, loader, given
         gc.collect()  # they refer to each other, and may be large
         return state
 
-    def _loader(self, seed: int, weight: Tensor | None = None) -> DataLoader[Any]:
-        """All training data, read as the outer trainer reads its own."""
+    def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> DataLoader[Any]:
+        """All training data, read as the outer trainer reads its own; an epoch is one of `n_parts` of the visits."""
         like, parts = self._like(), self._parts()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         size = batch_size_of(like)
         share = self.trainer.global_rank, self.trainer.world_size
-        sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
+        sampler = Shuffled(len(data), seed, *share, weight=weight, parts=n_parts)  # type: ignore[arg-type]
         how: dict[str, Any] = {}
         if self.augment is not None and self.targeted is not None:
             data = MarkedSamples(data, self.targeted)
@@ -243,6 +241,19 @@ class _Course:
     start: State
     weight: Tensor | None
     rate: float | None
+    renew: Renew | None
+
+
+def _renewed(renew: Renew, sampler: Any, model: LightningModule) -> bool:
+    """Sets how often samples are visited from now on, by the weights of the copy in training; false if it ends here."""
+    with random_state():
+        with evaluating(model):
+            state = snapshot(model)
+        weight = renew(state)
+    if weight is None:
+        return False
+    sampler.weight = weight
+    return True
 
 
 class MarkedSamples(Dataset[tuple[Any, bool]]):
@@ -306,29 +317,30 @@ def _joined(one: Any, other: Any) -> Any:
 
 
 class Shuffled(Sampler[int]):
-    """Samples in random order, shared among ranks: each once an epoch, or on average as often as its `weight` (`n`)."""
+    """`n / parts` samples in random order, shared among ranks, each drawn in proportion to its `weight`, `n`."""
 
-    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
-        self._rank, self._world_size, self._weight = rank, world_size, weight
-        self._all, self._n = n, n if weight is None else int((weight > 0).sum())
+    def __init__(
+        self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None, parts: int = 1
+    ) -> None:
+        self._rank, self._world_size, self.weight = rank, world_size, weight
+        self._all, self._n = n, max(1, n // parts)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self._all, generator=self.generator)
-        if self._weight is not None:
-            order = self._drawn(order)
-        yield from order[self._rank :: self._world_size][: len(self)].tolist()
+        if self.weight is not None and bool((self.weight != self.weight[0]).any()):
+            order = self._drawn(order, self.weight)
+        yield from order[: self._n][self._rank :: self._world_size][: len(self)].tolist()
 
-    def _drawn(self, order: Tensor) -> Tensor:
-        """Samples in random order, each as often as it weighs: the broken part of a weight by chance."""
-        assert self._weight is not None
-        weight = self._weight[order]
+    def _drawn(self, order: Tensor, weight: Tensor) -> Tensor:
+        """Samples in random order, each as often as it weighs: the fraction of a weight by chance."""
+        allowed = order[weight[order] > 0]
+        weight = (weight / weight.mean())[order]
         chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
         drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
         if len(drawn) < self._n:
             # What is too few is made up for by the first ones, once more.
-            allowed = order[weight > 0]
             drawn = torch.cat([drawn, allowed.repeat(-(-self._n // max(1, len(allowed))))])
         return drawn[: self._n]
 

@@ -266,8 +266,15 @@ class TimeBudget(CallbackBase):
         self, end: float, collective: Collective, clock: StageTimer | None = None, *, optional: bool = False
     ) -> None:
         self._end, self._collective, self._clock, self._optional = end, collective, clock, optional
-        self._done = 0
+        self._done = self._per_epoch = 0
         self._has_met_failure = False
+        self.halfway: Callable[[LightningModule], bool] | None = None  # false ends the training
+        self.has_ended = False
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs that were trained."""
+        return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
         """Runs a part of the training, which all ranks end or none does; a lack of memory is a `CannotTrainError`."""
@@ -307,13 +314,20 @@ class TimeBudget(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         poll()
-        self._done += 1
-        total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
+        self._done, self._per_epoch = self._done + 1, int(trainer.num_training_batches)
+        total = self._per_epoch * int(trainer.max_epochs or 1)
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
             self._clock.tell(self._done, total)
         is_over = math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device))
         if is_over:
             trainer.should_stop = True
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        half = max(1, int(trainer.max_epochs or 1) // 2)
+        if self.halfway is not None and trainer.current_epoch + 1 == half and not trainer.should_stop:
+            self.has_ended = not self.halfway(pl_module)
+            trainer.should_stop = self.has_ended
 
     def meet(self, is_over: bool = False) -> bool:
         try:

@@ -235,10 +235,9 @@ class TrainerRepair:
         trainer: Trainer,
         model: LightningModule,
         epochs: int,
-        fit_seconds: float | None = None,
         work: ResumeStore | None = None,
     ) -> Outcome:
-        """Searches a repair after a training of `epochs` and `fit_seconds`; all is left as found, see `opened`."""
+        """Searches a repair after a training of `epochs`; all is left as found, see `opened`."""
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(PASSES_THAT_LEAVE_OUT, -1, -1):
@@ -249,7 +248,7 @@ class TrainerRepair:
                         settings,
                         unseen=trained.unseen,
                         calibration=trained.calibration,
-                        training=replace(trained.training, fit_seconds=fit_seconds, work=work),
+                        training=trained.training,
                         reference=self.reference,
                         observer=trained.observer,
                         work=work,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -167,24 +166,6 @@ def epochs_of(trainer: Trainer) -> int:
         with suppress(TypeError):  # there are data without a length
             epochs = min(epochs, round(_batches_of(trainer) / len(loader)))
     return max(1, epochs)
-
-
-@dataclass(frozen=True)
-class FitTimer:
-    """How long a training took; of one that was resumed, by the pace of the part that ran since."""
-
-    began: float
-    batches: int  # that were trained on before
-
-    @classmethod
-    def start(cls, trainer: Trainer) -> FitTimer:
-        """Begins now."""
-        return cls(time.perf_counter(), _batches_of(trainer))
-
-    def seconds(self, trainer: Trainer) -> float:
-        """Seconds of all batches until now."""
-        batches = _batches_of(trainer)
-        return (time.perf_counter() - self.began) * batches / max(1, batches - self.batches)
 
 
 def _batches_of(trainer: Trainer) -> int:

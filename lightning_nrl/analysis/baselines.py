@@ -185,10 +185,10 @@ def _trained(problem: Problem, name: str, seconds: float, start: Callable[[], St
         return Solution(None, "only some layers may change, and its training changes all.")
     clock, began = problem.clock, problem.clock.elapsed
     with clock.stage(name):
-        state = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
-    if state is None:
+        trained = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
+    if trained is None:
         return Solution(None, "training did not come to an end.")
-    return _judged(problem, name, state, began)
+    return _judged(problem, name, trained.state, began)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, heeding_signals, starting_weights
+from lightning_nrl._trainer.trainer_state import StartingWeights, epochs_of, heeding_signals, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
@@ -153,7 +152,6 @@ class RegressionFreeRepair(RepairCallback):
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
-        self._fit_timer: FitTimer | None = None
         self._work, self._name = ResumeStore(), "repair"
 
     @classmethod
@@ -198,7 +196,6 @@ class RegressionFreeRepair(RepairCallback):
         self.report = self._parameters = None
         repair_files.base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
-        self._fit_timer = FitTimer.start(trainer)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,14 +250,12 @@ class RegressionFreeRepair(RepairCallback):
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
         """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
-        began, self._name = time.perf_counter(), name
+        self._name = name
         self.report = self._parameters = None
         with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
             logged = self.save(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
-        if self._fit_timer is not None:  # what a repair takes is no part of the training
-            self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
         return outcome
 
     def training_went_on(self, pl_module: LightningModule) -> None:
@@ -271,11 +266,7 @@ class RegressionFreeRepair(RepairCallback):
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._work = repair_files.saved_work(self._folder, trainer, self.settings.search.save_every, self._name)
-        seconds = None
-        if epochs is None:
-            epochs = epochs_of(trainer)
-            seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
-        return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
+        return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
     def save(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None

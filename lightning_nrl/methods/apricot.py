@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,7 +16,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import combined, current_state
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
 from lightning_nrl.methods._solvers.polish import polished
-from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 
@@ -157,9 +158,10 @@ class Apricot:
                 start = {**current_state(problem.model), **moved.state}
                 seconds = problem.deadline_of_method().agreed_seconds_left()
                 how: dict[str, Any] = {"seed": problem.seed, "clock": clock, "epochs": self.epochs, "start": start}
-                state = training(seconds=seconds, **how) if seconds > 0 else None
-                if state is not None:
-                    found.append(problem.propose("fit", state))
+                work = partial(training, seconds=seconds, **how)
+                trained = problem.work.once("training", work, Trained) if seconds > 0 else None
+                if trained is not None:
+                    found.append(problem.propose("fit", trained.state))
                     steps.append(found[-1].step(time.perf_counter() - began, "continued training"))
         if self.polish and found[-1].excess and bool(problem.before.margin.isfinite().all()):
             proposal, step, _ = polished(problem, found[-1])

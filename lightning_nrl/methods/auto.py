@@ -1,4 +1,4 @@
-"""The default: a ladder of rungs, from the least change to the most; held-out data say which is taken."""
+"""The default: a ladder of rungs, from the least change to the most; held-out samples say which is taken."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from lightning_nrl.errors import check_kind
+import lightning_nrl.methods.budget as budget
+from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl._utils.state import changed
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.methods.auto_rungs import RungResult, exact_rung, is_one_layer, search_or_keep, search_rung
-from lightning_nrl.methods.auto_training import training_rung
-from lightning_nrl.methods.budget import UPDATE_TIME_SHARE
-from lightning_nrl.methods.held_out import best_index, held_out_rows
+from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.finetune_polish import fine_tune_and_polish, least_seconds
+from lightning_nrl.methods.held_out import estimate, held_out_rows, is_ahead, net_rate
+from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.solution import Solution
-from lightning_nrl.report.run_records import PricePoint, Step, choice_text
+from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.warm_start import warm_started_search
+from lightning_nrl.report.run_records import PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
-from lightning_nrl.search.loop import TIME_WAS_OVER
+
+PATIENCE_OF_STRENGTHS = 3  # of `Convex`
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passed samples that might break
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,11 @@ class Auto:
        from the original weights on, every known passed sample a constraint.
     2. `exact`: the layer's programmes are solved (`Convex`, or `Linearized` where one inner layer alone may change),
        and the swarm searches again from there.
-    3. `training`, where more than one layer may change: the training goes on and is polished, then what is left is
-       localised and searched. In an update the new model is polished until what it broke is right again (`Polish`).
+    3. `training`, where more than one layer may change: the training goes on and is polished (`FineTunePolish`). In an
+       update the new model is polished until what it broke is right again (`Polish`), then searched.
 
-    Each rung is also tried on samples that it may not use; the last rung that nothing speaks against is taken, these
-    samples or a cheaper rung that repairs more. A task without margins has the first rung alone.
+    Each rung is also tried on samples that it may not use. Of those that do no harm there, the one that repairs most
+    targets is taken; of equals the one that does best there. A task without margins has the first rung alone.
 
     Attributes:
         swarm: what searches, a swarm or another searcher.
@@ -55,87 +62,181 @@ class Auto:
         """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = list(_rungs(problem, self.swarm))
+        results = list(_Ladder(problem, self.swarm).climbed())
         number, why = chosen_rung(results)
-        steps = [step for result in results for step in result.solution.steps]
-        if number is not None:
-            results[number], more = _searched_on(problem, self.swarm, results[number])
-            steps.extend(more)
-        taken = Solution(None, why) if number is None else results[number].solution
         solutions = [result.solution for result in results]
+        taken = Solution(None, why) if number is None else solutions[number]
         shown = next((one for one in (taken, *reversed(solutions)) if one.result is not None), taken)
-        rungs = tuple(result.record(problem, number == i) for i, result in enumerate(results))
         return Solution(
             taken.proposal,
             why if number is None else "",
-            tuple(steps),
+            tuple(step for solution in solutions for step in solution.steps),
             localization=shown.localization,
             result=shown.result,
             n_passed=shown.n_passed,
             held_out=taken.held_out,
-            rungs=rungs,
-            choice="" if number is None else choice_text(rungs, why),
+            rungs=tuple(result.record(problem, number == i) for i, result in enumerate(results)),
+            choice="" if number is None else why,
             price=price_points(both for solution in solutions for both in _counted(problem, solution)),
         )
 
 
-def _rungs(problem: Problem, searcher: Searcher[Any]) -> Iterator[RungResult]:
-    """Rung by rung; those that were climbed before the process was killed are not climbed again."""
-    one_layer = is_one_layer(problem)
-    held_out = None if problem.update else held_out_rows(problem)
-    rungs: dict[str, Callable[[], RungResult | None]] = {"search": partial(search_rung, problem, searcher, held_out)}
-    if problem.update:
-        rungs["polish"] = partial(_update_rung, problem, searcher)
-    elif problem.whole or one_layer:
-        rungs["exact"] = partial(exact_rung, problem, searcher, held_out)
-    if not problem.update and not one_layer:
-        rungs["training"] = partial(training_rung, problem, searcher, held_out)
-    for name, climb in rungs.items():
-        result = problem.work.once(name, climb, RungResult)
-        if result is not None:
-            yield result
+@dataclass(frozen=True)
+class RungResult:
+    """A rung's solution, its seconds with the trial, and a note on how it went."""
+
+    name: str
+    solution: Solution
+    seconds: float
+    note: str = ""
+
+    @property
+    def usable(self) -> Proposal | None:
+        """The proposal, if it repairs a target and keeps within the gate."""
+        proposal = self.solution.proposal
+        return proposal if proposal is not None and proposal.repaired and not proposal.excess else None
+
+    def record(self, problem: Problem, taken: bool) -> Rung:
+        """The rung as the report has it."""
+        proposal, counts = self.solution.proposal, (0, 0, 0, 0)
+        if proposal is not None:
+            found, live = problem.target_counts(proposal.after), dict(problem.model.named_parameters())
+            new = {name: value for name, value in changed(problem.model, proposal.state).items() if name in live}
+            n_changed = sum(int((live[k].detach() != v.to(live[k].device)).sum()) for k, v in new.items())
+            counts = proposal.repaired, found.repaired, found.broken, n_changed
+        return Rung(self.name, *counts, round(self.seconds, 3), self.solution.held_out, taken, self.note)
 
 
-def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
-    """The new model's regressions come back by a polish; no trial, since few samples are like them."""
-    began = problem.clock.elapsed
-    solution = Polish(share=UPDATE_TIME_SHARE)(problem)
-    if solution.proposal is not None:
-        solution = search_or_keep(problem, searcher, solution.proposal, steps=solution.steps)
-    return RungResult("polish", solution, problem.clock.elapsed - began)
+class _Ladder:
+    """The rungs of a problem, each climbed once; under `max_time` those before the training share a part of it."""
 
+    def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
+        self.problem, self.searcher = problem, searcher
+        self.is_one_layer = _is_one_layer(problem)
+        self.held_out = None if problem.update else held_out_rows(problem)
+        self.trains = not problem.update and not self.is_one_layer
+        whole = problem.deadline_of_method()
+        share = budget.SEARCH_TIME_SHARE if self.trains and whole.leaves(least_seconds(problem)) else 1.0
+        self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
-def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) -> tuple[RungResult, tuple[Step, ...]]:
-    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps."""
-    base, start = result.solution, result.solution.proposal
-    cut_short = base.result is not None and base.result.stopped == TIME_WAS_OVER
-    if start is None or result.name not in ("search", "exact") or not cut_short or math.isinf(problem.deadline.end):
-        return result, ()
-    began = problem.clock.elapsed
-    last = problem.work.once("search on", lambda: search_or_keep(problem, searcher, start, seconds=math.inf), Solution)
-    if last.result is None:
-        return result, ()
-    solution = replace(last, held_out=base.held_out, others=(*base.others, start), tried=base.tried)
-    return replace(result, solution=solution, seconds=result.seconds + problem.clock.elapsed - began), last.steps
+    def climbed(self) -> Iterator[RungResult]:
+        """Climbs rung by rung; those that were climbed before the process was killed are not climbed again."""
+        problem = self.problem
+        rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
+        if problem.update:
+            rungs = {"search": self._search, "polish": self._polish}
+        elif problem.whole or self.is_one_layer:
+            rungs["exact"] = self._exact
+        if self.trains:
+            rungs["training"] = self._training
+        for name, climb in rungs.items():
+            result = problem.work.once(name, partial(self._timed, name, climb), RungResult)
+            if result is not None:
+                yield result
+
+    def _timed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
+        began = self.problem.clock.elapsed
+        solution = climb()
+        if solution is None:
+            return None
+        note = solution.steps[-1].note if solution.steps else solution.reason
+        return RungResult(name, solution, self.problem.clock.elapsed - began, note)
+
+    def _search(self) -> Solution:
+        """Localises in the chosen layer and searches from the original weights; no known passed sample may break."""
+
+        def search(problem: Problem) -> Solution:
+            return _caught(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
+
+        solution = search(self.problem)
+        return self._tried_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
+
+    def _exact(self) -> Solution | None:
+        """Solves the chosen layer, and searches from there; None where the layer or the model does not suit.
+
+        What comes of held-out samples is known of the solved weights, from which the search goes on.
+        """
+        seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
+        convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
+        for method in (convex, Linearized()) if self.is_one_layer else (convex,):
+            solve = partial(_solved, method=method)
+            try:
+                solution = self._tried_out(solve(self.problem), solve)
+            except ConfigurationError:
+                continue
+            if solution.proposal is not None:
+                last = self._searched_from(solution.proposal, self.end)
+                solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
+            return solution
+        return None
+
+    def _training(self) -> Solution:
+        _announce(self.problem)
+        return fine_tune_and_polish(self.problem, self.held_out)
+
+    def _polish(self) -> Solution:
+        """Brings back the new model's regressions; nothing is held out, since few samples are like them."""
+        solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
+        if solution.proposal is None:
+            return solution
+        last = self._searched_from(solution.proposal, self.problem.deadline_of_method())
+        return replace(last, steps=(*solution.steps, *last.steps))
+
+    def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
+        """A search from a proposal on, which is kept as it is where nothing can be searched."""
+        search = partial(warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end)
+        solution = _caught(self.problem, search, base)
+        return replace(solution, proposal=solution.proposal or base)
+
+    def _tried_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
+        """Adds what a trial without the held-out samples does to them, unless that is known."""
+        if self.held_out is None or solution.held_out is not None or solution.proposal is None:
+            return solution
+        trial = solve(self.problem.without(self.held_out)).proposal
+        if trial is None:
+            return solution
+        return replace(solution, held_out=estimate(self.problem.before, trial.after, self.held_out))
+
+    def _within(self, share: float) -> Deadline:
+        return self.end.within(share * self.end.agreed_seconds_left()) if self.end.is_set else self.end
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     """The rung to take and why, in a sentence; without one, why there is none.
 
-    Rungs that give slices less of what they need than others are out of the question.
+    Rungs that give slices less of what they need than others are out of the question, and so are those that break more
+    held-out samples than they repair, unless there is no other.
     """
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         reasons = dict.fromkeys(r.solution.reason for r in results if r.solution.reason)
         return None, " ".join(reasons) or "no rung repairs a target within the gate."
     fewest = min(one.missing for one in usable.values())
-    usable = {i: one for i, one in usable.items() if one.missing == fewest}
-    estimates = [results[i].solution.held_out for i in usable]
-    if any(counts is None for counts in estimates):
-        best = max(usable, key=lambda i: (*usable[i].rank, i))
-        return best, f"`{results[best].name}` repairs most."
-    best = list(usable)[best_index(estimates, [one.gain for one in usable.values()])]
-    return best, f"`{results[best].name}` is taken: held-out samples do not speak against it."
+    counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
+    harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
+    best = harmless[0]
+    for i in harmless[1:]:
+        if is_ahead(usable[i].gain, counts[i], usable[best].gain, counts[best]):
+            best = i
+    return best, _choice(results, best)
+
+
+def _choice(results: Sequence[RungResult], best: int) -> str:
+    """Why a rung is taken, and what the next one would have gained."""
+    taken = results[best]
+    text = f"`{taken.name}` is taken: {_repairs(taken)}."
+    for other in results[best + 1 :]:
+        text += f" `{other.name}` {_repairs(other) if other.usable else 'repairs no target within the gate'}."
+    return text
+
+
+def _repairs(result: RungResult) -> str:
+    proposal, counts = result.solution.proposal, result.solution.held_out
+    n = 0 if proposal is None else proposal.repaired
+    text = f"repairs {n:,} target{'s' * (n != 1)}"
+    if counts is None:
+        return text
+    return f"{text}, and of held-out samples {counts.repaired:,} are repaired and {counts.broken:,} break"
 
 
 Counted = tuple[TargetCounts, TargetCounts | None]
@@ -150,9 +251,6 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
         yield counts, solution.held_out
 
 
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passed samples that might break
-
-
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
     """A point for each level; levels within which nothing was counted are left out."""
     counted, points = list(counted), []
@@ -164,3 +262,48 @@ def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
             )
             points.append(PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out))
     return tuple(points)
+
+
+def _is_one_layer(problem: Problem) -> bool:
+    """True if one layer alone may change, its bias included."""
+    if len(problem.space.sites) != 1:
+        return False
+    site = problem.space.sites[0]
+    prefix = f"{site.name}." if site.name else ""
+    return set(problem.scope) <= {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
+
+
+def _solved(problem: Problem, method: Method) -> Solution:
+    name = type(method).__name__.lower()
+    return problem.work.once(name, partial(_caught, problem, partial(method, problem), name=name), Solution)
+
+
+def _caught(
+    problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
+) -> Solution:
+    """Runs a search or a method; where there is nothing to search, or no memory, the step says so."""
+    try:
+        return search()
+    except (EmptyLocalizationError, ReplayError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+    except (RuntimeError, MemoryError) as error:
+        # Of several ranks the others would wait for this one for ever.
+        if problem.collective.world_size > 1 or not is_out_of_memory(error):
+            raise
+        reason = "out of memory"
+    repaired, broken = (0, 0) if base is None else (base.repaired, base.broken)
+    return Solution(None, f"{reason}.", (Step(name, repaired, broken, 0.0, f"not run: {reason}"),))
+
+
+def _announce(problem: Problem) -> None:
+    """Says what comes next where it takes more than a few seconds."""
+    clock, n = problem.clock, len(problem.before)
+    seconds = problem.visits / max(1, n) * clock.one_pass
+    ends = ""
+    if seconds > clock.left:
+        seconds, ends = clock.left, ", as `max_time` says"
+    if seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
+        clock.announce(
+            f"Repair: {clock.elapsed:,.0f} s so far. Next {problem.epochs:,} epochs of training on {n:,} known "
+            f"samples, then what broke is polished away: about {seconds:,.0f} s{ends}. For less, give `max_time`."
+        )

@@ -1,42 +1,35 @@
-"""How `max_time` is shared out: all shares, passes and rounds in one place.
+"""The budget of a repair: all shares, visits, passes and rounds in one place.
 
-A pass is one forward pass over all known data; the clock measures it while the data are counted. "Left" is what is left
-of `max_time`. The default's stages, in order:
+Without `max_time` everything is counted, in visits and rounds, so that a busy machine changes nothing. A visit is one
+sample through the network forward; a step on it counts `FORWARD_BACKWARD`. A pass is one visit of all known samples.
 
-| stage | may take | ends |
+| stage of the default | may take | of `max_time` |
 |---|---|---|
-| search of the layer, each | `SEARCH_TIME_SHARE` of what is left; half of it prepares | between two iterations |
-| exact solution | `EXACT_TIME_SHARE` of what is left; `EXACT_ALONE_TIME_SHARE` if no training fits | after a round |
-| trials of the training, each | `TRIAL_SHARE_OF_TIME` of what is left | between two batches |
-| training on all known data | what is left but `POLISH_PASSES` | between two batches |
-| polish | what is left but `JUDGING_PASSES` | `RESERVED_PASSES` before that, to go back |
-| strength without calibration data | `CURVE_TIME_SHARE` of what the repair took | between two points |
+| search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE`; all if no training fits |
+| training | the visits of the fit: its epochs over all known data | all but the polish's reserve |
+| polish | `POLISH_SHARE` of these visits | what is left but `JUDGING_PASSES` |
+| curve over strength | `CURVE_SHARE` of these visits | what is left |
 | verdict | `JUDGING_PASSES` | |
 
-An update polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take `TIME_SHARE_OF_PARTS` for
-the parts. Without `max_time`, a search takes `FIT_SHARE_OF_SEARCH` of the fit's time, and training as long as the
-fit did.
+The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of what is left. An update polishes for
+`UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take `TIME_SHARE_OF_PARTS` for the parts.
 """
 
 from __future__ import annotations
 
 # All methods
+FORWARD_BACKWARD = 3.0  # visits of a training step on a sample
 JUDGING_PASSES = 3  # after a method: its result is judged, unseen data are counted
 QUOTA_ROUNDS = 2  # runs of a method for slices that lack repairs, each with more weight on these
-PASSES_PER_VISIT = 3.0  # a training step on a sample: one forward and a backward pass
 POLISH_PASSES = 12.0  # a whole polish; this much time is kept for it
+POLISH_TIME_SHARE = 1 / 3  # of the time left, the most that is kept for the polish
 UPDATE_TIME_SHARE = 0.9  # the polish of an update; the rest is the search's
 TIME_SHARE_OF_PARTS = 0.7  # merged repairs: the parts; the rest is for the search of the coefficients
 
 # Searches and the exact solution in the default
-SEARCH_TIME_SHARE = 0.05
-EXACT_TIME_SHARE = 0.2
-EXACT_ALONE_TIME_SHARE = 0.8
-EPOCHS_WORTH_TIME = 5.0  # training is left time for if this many epochs fit in
-MIN_SEARCH_SECONDS = 5.0  # without a limit of time
-FIT_SHARE_OF_SEARCH = 0.25
-UNKNOWN_FIT_SECONDS = 60.0
-SOLVING_FACTOR = 3.0  # the exact solution beside one search, without a limit: contradictory data make large programmes
+SEARCH_TIME_SHARE = 0.1
+EXACT_TIME_SHARE = 0.8  # of that time: the exact solution
+MAX_PAIRS = 1_500  # a strength that needs more rows is left out, but for the first
 
 # Samples that a search looks at
 PREPARATION_TIME_SHARE = 0.5  # of the search's time: recording, localising, the scorer
@@ -45,28 +38,18 @@ PREPARATION_SECONDS = 3e-5  # to prepare a sample, however small the network is
 FEWEST_SAMPLES = 10_000  # however short the time is
 
 # Training that goes on
-FEWEST_EPOCHS = 3  # a schedule squeezed further leaves the model worse, unless the fit had fewer
-FEWEST_TRIAL_EPOCHS = 2
-FEWEST_LIMITED_EPOCHS = 5  # a trial in limited time is not made for less
-TRIAL_SHARE = 0.2  # of the visits that the fit made: each trial
-FINAL_SHARE = 0.8  # of these visits: what goes on from the best trial
-TRIAL_SHARE_OF_TIME = 0.3
-MAX_TRIALS = 2  # another one follows only if all of them do harm
-SMALL_BUDGET = 60_000  # visits that are seconds' work for a small network
-SMALL_FIT_FACTOR = 2  # after a fit below that, training may make this many times its visits
-LIMITED_EPOCHS = 40  # limited time is filled with no more epochs, unless the fit had more
+LEAST_EPOCHS = 16  # after fits of fewer epochs, if that is no more than `SMALL_BUDGET`; all where there was no fit
+SMALL_BUDGET = 60_000  # samples trained on that are seconds' work for a small network
 MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
-POLISH_FACTOR = 1.2  # training with its polish, beside training
 WARM_UP_BATCHES = 3  # before the pace is even
 TIMED_BATCHES = 10
 PACE_TIME_SHARE = 0.1  # measuring the pace
 RESERVED_TIME_SHARE = 0.1  # kept for a pace slower than measured
-
-# Distilled steps
-VISITS_PER_SAMPLE = 16  # on average, if time allows; it still pays up to here
-PACE_STEPS = 4  # timed, after a first one, to find how many there is time for
+PACE_STEPS = 4  # distilled steps timed, after a first one, to find how many there is time for
 
 # Polish
+POLISH_SHARE = 2.0  # of the training's visits, the whole polish
+STALLED_POLISH_SHARE = 1 / 3  # of them, without fewer open samples than ever: then the best so far is the result
 RESERVED_PASSES = 3.0  # kept when rounds end: where a step back leads is counted
 MAX_STALLED_ROUNDS = 20  # since a start, a result, or since fewer samples were open than ever
 MAX_ROUNDS = 100  # in all, where fewer and fewer samples are open
@@ -81,8 +64,8 @@ FIRST_ROUND_PASSES = 5.0  # the first linearization
 MAX_LINEARIZATIONS = 10  # 3 to 6 were enough where all could be repaired
 
 # After the method
-CURVE_TIME_SHARE = 0.1  # points that decide nothing, of what the repair took before them
-FULL_CURVE_SAMPLES = 4096  # up to here all points are counted, however long that takes: reports are the same each time
+CURVE_SHARE = 0.1  # of the training's visits: points of the curve over strength, which decide nothing
+FULL_CURVE_SAMPLES = 4096  # up to here all points are counted
 MAX_POLISHES = 3  # of strengths under a limit: each may break calibration samples that were intact
 MAX_POLISHED_SIZES = 4  # of a sparse patch, each half of or twice the one before
 

@@ -46,7 +46,8 @@ class Convex:
     Attributes:
         patience: the path over strengths ends after this many in a row without a better result on held-out samples;
             None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long solving may take; the weakest strength is solved at least in part.
+        seconds: how long it may take; the weakest strength is solved at least in part.
+        max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
 
     Raises:
         ConfigurationError: on construction, for a patience below 1; when called, if there are several layers, the
@@ -56,10 +57,12 @@ class Convex:
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
     patience: int | None = None
     seconds: float = math.inf
+    max_pairs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.patience is not None:
-            check_whole("Convex.patience", self.patience, 1)
+        for name in ("patience", "max_pairs"):
+            if getattr(self, name) is not None:
+                check_whole(f"Convex.{name}", getattr(self, name), 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
         """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
@@ -72,14 +75,14 @@ class Convex:
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
-        if not problem.deadline_of_method().leaves(RECORDING_PASSES * problem.clock.one_pass):
+        end = problem.deadline_of_method().within(self.seconds)
+        if not end.leaves(RECORDING_PASSES * problem.clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with problem.clock.stage("record"):
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
             # What is chosen is counted once more by the model that is deployed.
-            end = problem.deadline_of_method().earlier(problem.clock.one_pass).within(self.seconds)
-            changes, held_out = _path(problem, known, self.patience, end)
+            changes, held_out = _path(problem, known, self, end.earlier(problem.clock.one_pass))
             if not changes:
                 return Solution(None, NO_TIME_TO_SOLVE)
             points = [
@@ -127,24 +130,20 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
 
 
 @torch.no_grad()
-def _path(
-    problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
-) -> tuple[list[Tensor], list[Tensor]]:
+def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> tuple[list[Tensor], list[Tensor]]:
     """The change at each strength, `C x d`, and what is right of held-out samples; one rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
     right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, held_out) in enumerate(_solved(problem, known, patience, end)):
+        for i, (change, held_out) in enumerate(_solved(problem, known, method, end)):
             changes[i], right[i] = change, held_out
             made += 1
     changes, right, made = (collective.agreed(x) for x in (changes, right, made))
     return list(changes[: int(made)]), list(right[: int(made)].bool())
 
 
-def _solved(
-    problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
     """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
 
     A strength that time cuts short is left out, but for the first.
@@ -157,14 +156,15 @@ def _solved(
     fold = _folds(problem)
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
     used = [None, *(rows.to(known.head.label.device) for rows in kept)]
-    paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over) for rows in used]
+    paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs) for rows in used]
     worth: list[float] = []
     for _ in SLACK_COSTS:
         made = []
         for path in paths:
-            if worth and is_over():
+            change = None if worth and is_over() else next(path, None)
+            if change is None:
                 return
-            made.append(next(path))
+            made.append(change)
         if worth and is_over():
             return
         right = problem.before.passed.clone()
@@ -172,7 +172,7 @@ def _solved(
             right = torch.where(fold == number, known.right(change), right)
         yield made[0], right
         worth.append(_worth(problem, right))
-        is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
+        is_past = method.patience is not None and len(worth) - 1 - worth.index(max(worth)) >= method.patience
         if is_over() or is_past:
             return
 

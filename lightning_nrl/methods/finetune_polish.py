@@ -1,28 +1,66 @@
-"""Fit, then polish: repair as many as possible first, then bring back all that broke on the way."""
+"""Fine-tune, then polish: repair as many samples as possible, then bring back what broke on the way."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State, between, current_state
+import lightning_nrl.methods.budget as budget
+from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods._solvers.distill import distill
 from lightning_nrl.methods._solvers.polish import polished
-from lightning_nrl.methods.budget import POLISH_PASSES
-from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.solution import Solution
+from lightning_nrl.methods.held_out import MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods.problem import Problem, Trained
+from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.report.run_records import Step
 
-# How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many.
-FIT_STRENGTH = 0.9
+OWN_RATE = 1e-3  # of AdamW through the owner's `training_step`, where the owner's optimizers hardly repair anything
+HEALTHY_REPAIRS = 1 / 5  # of the targets: training that has repaired this part halfway goes on
+# In the second half of the training, passed samples with the lowest losses are visited less often than all others.
+EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
+# Failures outside the target likewise, unless held-out samples gain by more than chance: their labels may be wrong.
+DOUBTED_VISITS = 1 / 5
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """Where training steps come from: the owner's optimizers, AdamW at a rate, or distilled steps."""
+
+    name: str
+    rate: float | None = None
+    distilled: bool = False
+
+
+CONTINUED, DISTILLED = StepKind("continued training"), StepKind("distilled steps", distilled=True)
+OWN_STEPS = StepKind(f"own steps through training_step, rate {OWN_RATE:g}", OWN_RATE)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """Weights after training, and the counts of held-out samples halfway, before any of them was trained on.
+
+    `is_done` is false if the training ended halfway because it did not do well.
+    """
+
+    proposal: Proposal
+    step: Step
+    held_out: TargetCounts | None
+    is_done: bool
+
+    @property
+    def is_harmful(self) -> bool:
+        """True if more held-out samples break than are repaired, by more than chance."""
+        return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
 
 
 @dataclass(frozen=True)
@@ -31,12 +69,12 @@ class FineTunePolish:
 
     Where the whole network may change and it is known how it was trained, the training goes on from the old weights
     with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
-    Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
-    (`_solvers/distill.py`). Nine tenths of the change are made. A polish (`_solvers/polish.py`) then brings back every
-    known passed sample that broke.
+    Else, for a layer or a block, it makes distilled steps of its own (`_solvers/distill.py`). Halfway, the losses of
+    all known samples are measured again, and easy samples are visited less often from then on. A polish
+    (`_solvers/polish.py`) then brings back every known passed sample that broke.
 
     Attributes:
-        share: of the time that is left, what fit and polish are planned to take; the rest is for what comes after them.
+        share: of the time that is left, what training and polish may take.
 
     Raises:
         ConfigurationError: on construction, for a share that is not above 0 and at most 1.
@@ -51,42 +89,136 @@ class FineTunePolish:
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Fits and polishes; a `ConfigurationError` if the task has no margins."""
+        """Trains and polishes; a `ConfigurationError` if the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
-        clock = problem.clock
-        fit_deadline = problem.deadline_of_method(self.share).earlier(POLISH_PASSES * clock.one_pass)
-        began = time.perf_counter()
-        with clock.stage("fit"):
-            found = _fitted(problem, fit_deadline)
-            if found is None:
-                reason = f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`."
-                return Solution(None, reason)
-            state, how = between(current_state(problem.model), found[0], FIT_STRENGTH), found[1]
-            fitted = problem.propose("fit", state)
-        steps = [fitted.step(time.perf_counter() - began, how)]
-        # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
-        proposal, step, _ = polished(problem, fitted, steered=True)
-        steps.append(step)
-        if not proposal.repaired:
-            reason = "no target was repaired without breaking what is right."
-            return Solution(None, reason, tuple(steps), (fitted,))
-        return Solution(proposal, steps=tuple(steps), others=(fitted,))
+        return fine_tune_and_polish(problem, share=self.share)
 
 
-def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
-    seconds = deadline.agreed_seconds_left()
-    if seconds > 0 and problem.whole and problem.training is not None:
-        weight = visits_per_epoch(problem)
-        train = problem.training if weight is None else partial(problem.training, weight=weight)
-        state = train(seconds=seconds, seed=problem.seed, clock=problem.clock)
-        if state is not None:
-            return state, "continued training"
-        seconds = deadline.agreed_seconds_left()
-    return (distill(problem, deadline=deadline), "distilled steps") if seconds > 0 else None
+def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
+    """Trains and polishes; rows that are held out, `N` bool, are trained on in the second half only.
+
+    The `held_out` counts of the solution are those halfway. Without a proposal, its reason says why.
+    """
+    clock, deadline = problem.clock, problem.deadline_of_method(share)
+    reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * clock.left)
+    found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
+    if found is None:
+        needed = clock.elapsed + least_seconds(problem)
+        return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
+    if found.is_harmful:
+        reason = "training that goes on breaks more held-out samples than it repairs."
+        return Solution(None, reason, steps, held_out=found.held_out)
+    proposal, step, course = polished(problem, found.proposal, steered=True, deadline=deadline)
+    reason = "" if proposal.repaired else "no target was repaired without breaking what is right."
+    others = (found.proposal, proposal)
+    taken = proposal if proposal.repaired else None
+    return Solution(taken, reason, (*steps, step), others, course, held_out=found.held_out)
 
 
-def visits_per_epoch(problem: Problem) -> Tensor | None:
-    """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
-    before = problem.before
-    weight = torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).where(problem.used, 0.0)
-    return weight if bool((weight != 1).any()) else None
+def least_seconds(problem: Problem) -> float:
+    """Seconds of the shortest training, an epoch and its pass halfway, with the verdict after it."""
+    passes = budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES + budget.JUDGING_PASSES
+    return passes * problem.clock.one_pass
+
+
+def _fine_tuned(
+    problem: Problem, held_out: Tensor | None, deadline: Deadline
+) -> tuple[FineTuned | None, tuple[Step, ...]]:
+    """Trains by the first kind of steps that does well halfway, else by the last; what did not is a step, too."""
+    kinds = (CONTINUED, OWN_STEPS, DISTILLED) if problem.whole and problem.training is not None else (DISTILLED,)
+    steps: list[Step] = []
+    for kind in kinds:
+        with problem.clock.stage("fit"):
+            halfway = Halfway(problem, held_out, is_last=kind is kinds[-1])
+            work = partial(_fine_tuned_by, problem, held_out, kind, halfway, deadline)
+            found = problem.work.once("fit", work, FineTuned)
+        if found is not None:
+            steps.append(found.step)
+            if found.is_done:
+                return found, tuple(steps)
+    return None, tuple(steps)
+
+
+def _fine_tuned_by(
+    problem: Problem, held_out: Tensor | None, kind: StepKind, halfway: Halfway, deadline: Deadline
+) -> FineTuned | None:
+    began = problem.clock.elapsed
+    trained = _trained(problem, kind, halfway, deadline)
+    if trained is not None:
+        proposal, counts = problem.propose("fit", trained.state), halfway.held_out
+        if halfway.stays_held_out and held_out is not None:
+            counts = estimate(problem.before, proposal.after, held_out)
+        step = proposal.step(problem.clock.elapsed - began, f"{kind.name}, {trained.note}")
+        return FineTuned(proposal, step, counts, is_done=True)
+    if halfway.proposal is None:
+        return None
+    step = halfway.proposal.step(problem.clock.elapsed - began, f"{kind.name}, ended halfway")
+    return FineTuned(halfway.proposal, replace(step, name="trial"), halfway.held_out, is_done=False)
+
+
+def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadline) -> Trained | None:
+    if not deadline.leaves(0.0):
+        return None
+    if kind.distilled:
+        return distill(problem, deadline=deadline, weight=halfway.first_weight, renew=halfway)
+    assert problem.training is not None
+    return problem.training(
+        seconds=deadline.agreed_seconds_left() - problem.clock.one_pass,
+        seed=problem.seed,
+        clock=problem.clock,
+        weight=halfway.first_weight,
+        epochs=problem.epochs,
+        rate=kind.rate,
+        renew=halfway,
+    )
+
+
+class Halfway:
+    """Looks at the weights halfway through a training: returns how often samples are visited from then on, or None.
+
+    None ends a training that has hardly repaired anything, or is harmful, unless it `is_last`.
+    """
+
+    def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
+        self.problem, self._rows, self._is_last = problem, held_out, is_last
+        self.goes_on, self.stays_held_out = True, False
+        self.held_out: TargetCounts | None = None
+        self.proposal: Proposal | None = None
+        used = problem.used if held_out is None else problem.without(held_out).used
+        self.first_weight = sample_weight(problem.before).where(used, 0.0)
+
+    def __call__(self, state: State) -> Tensor | None:
+        problem, before, rows = self.problem, self.problem.before, self._rows
+        self.proposal = problem.propose("fit", state)
+        after = self.proposal.after
+        if rows is not None:
+            self.held_out = estimate(before, after, rows)
+        self.goes_on = self._is_last or self._does_well()
+        if not self.goes_on:
+            return None
+        gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
+        self.stays_held_out = self.held_out is not None and gain <= 1
+        loss = after.loss.double().where(before.passed & after.passed, torch.inf)
+        easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
+        weight = sample_weight(before)
+        weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
+        if self.stays_held_out:
+            weight[~before.passed & ~before.targeted] *= DOUBTED_VISITS if gain >= 0 else 0.0
+        return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
+
+    def _does_well(self) -> bool:
+        """True if held-out samples gain by more than chance, or many targets are repaired."""
+        assert self.proposal is not None
+        n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
+        gains = self.held_out is not None and _standard_errors(self.held_out) > 1
+        return gains or self.proposal.repaired >= HEALTHY_REPAIRS * n_used
+
+
+def sample_weight(before: SampleResults) -> Tensor:
+    """How often each sample is visited before anything is known of its loss, `N` float64: targets by their weight."""
+    return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
+
+
+def _standard_errors(counts: TargetCounts) -> float:
+    """Net repairs in standard errors, of a Poisson process; 0 without flips."""
+    return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))

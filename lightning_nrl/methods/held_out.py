@@ -7,7 +7,6 @@ becomes of them is what may be expected of unseen samples like these.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,24 +44,26 @@ def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> Targe
     return Flips.between(before, after).target_counts(before, rows)
 
 
-def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> int:
-    """The last of the procedures, in order of what they change, that nothing speaks against.
+def net_rate(counts: TargetCounts | None) -> float:
+    """Repaired less broken held-out samples, for each passed one; 0 without an estimate."""
+    return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
-    Held-out samples do where its net rate (0 without an estimate) is below the best one by more than
-    `MAX_STANDARD_ERRORS` of the difference. What changes more repairs more, and its trial had less time and data than
-    the repair. So does an earlier one that is ahead of it in net rate and in the worth of known repairs (`gains`), or
-    that repairs far more: a trial may have gone well, and the repair may have had no time left.
+
+def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
+    """True if a rung goes before a smaller one: its repairs are worth more, and held-out samples do not say otherwise.
+
+    They do where its net rate is below the other's by more than `MAX_STANDARD_ERRORS` of the difference. With as much
+    repaired only a higher net rate counts, with less only one that is higher by more than that.
     """
-    nothing = TargetCounts(1, 0, 0, 0, 0, 0)
-    known = [nothing if counts is None else counts for counts in found]
-    rates = [(one.repaired - one.broken) / max(1, one.passed) for one in known]
+    ahead = net_rate(counts) - net_rate(other)
+    error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
+    if gain > other_gain:
+        return ahead >= -error
+    if gain == other_gain:
+        return ahead > 0
+    return ahead > error and gain >= FEWEST_REPAIRS_SHARE * other_gain
+
+
+def _variance(counts: TargetCounts | None) -> float:
     # Flips come about as by a Poisson process.
-    variances = [(one.repaired + one.broken) / max(1, one.passed) ** 2 for one in known]
-    top = max(range(len(rates)), key=lambda i: rates[i])
-    errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
-    close = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
-
-    def is_behind(i: int, j: int) -> bool:
-        return gains[i] < FEWEST_REPAIRS_SHARE * gains[j] or (gains[i] < gains[j] and rates[i] < rates[j])
-
-    return max(i for i in close if not any(is_behind(i, j) for j in close if j < i))
+    return 0.0 if counts is None else (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

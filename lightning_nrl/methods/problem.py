@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -21,12 +21,32 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.evaluation.slices import below, raised
 from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
-from lightning_nrl.methods.budget import JUDGING_PASSES
+from lightning_nrl.methods.budget import FORWARD_BACKWARD, JUDGING_PASSES, LEAST_EPOCHS, SMALL_BUDGET
 from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.report.run_records import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
 N_SCORED = 100_000  # known samples that a search looks at, at most, by default
 LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All parameters and persistent buffers after training, and its length in epochs of the known data."""
+
+    state: State
+    epochs: float
+    planned: float
+
+    @property
+    def note(self) -> str:
+        """For a line of the report."""
+        whole = f"{self.epochs:,.4g} epoch{'s' * (self.epochs != 1)}"
+        return whole if self.epochs >= self.planned else f"{whole} of {self.planned:,.4g}, {CUT}"
+
+
+Renew = Callable[[State], Tensor | None]
+"""Returns how often each sample is visited from now on, `N`, by the weights so far; None ends the training."""
 
 
 class Training(Protocol):
@@ -41,16 +61,6 @@ class Training(Protocol):
         """Epochs that the model was trained for."""
         ...
 
-    @property
-    def visits(self) -> int:
-        """Samples that this training went through, each counted at each visit."""
-        ...
-
-    @property
-    def fit_seconds(self) -> float | None:
-        """Seconds that this training took; None where that is not known."""
-        ...
-
     def __call__(
         self,
         *,
@@ -61,17 +71,20 @@ class Training(Protocol):
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-    ) -> State | None:
-        """Trains a copy; returns all parameters and persistent buffers on the model's device, None without time.
+        renew: Renew | None = None,
+    ) -> Trained | None:
+        """Trains a copy; returns its weights on the model's device, None without time, or if `renew` ends it.
 
         Args:
             seconds: how long that may take; infinite: as long as the epochs take.
             seed: of the order of the samples and of all else that is random.
             clock: is notified of progress.
             start: weights to begin with, such as fresh ones; None: the model's own.
-            weight: `N` by row of the results, how often a sample is trained on in an epoch, on average; None: once.
+            weight: `N` by row of the results, how often a sample is visited, beside others; None: all alike. An epoch
+                has as many visits as there are known samples.
             epochs: over all known data; None: as many as the model was trained for.
             rate: of AdamW through the module's `training_step`; None: the module's own optimizers and schedules.
+            renew: is called halfway.
         """
         ...
 
@@ -146,6 +159,17 @@ class Problem:
     def used(self) -> Tensor:
         """`N` bool, the known samples that a method may use: all that are not held out."""
         return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
+
+    @property
+    def epochs(self) -> int:
+        """Epochs over all known data that training may take: those of the fit, more where that is seconds' work."""
+        least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
+        return max(1 if self.training is None else self.training.epochs, least)
+
+    @property
+    def visits(self) -> float:
+        """The budget of a training: each sample that runs forward is a visit, a step on it is `FORWARD_BACKWARD`."""
+        return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property
     def deadline(self) -> Deadline:

@@ -6,7 +6,6 @@ a margin of its own to keep: near misses on known data are misses on unseen data
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips
@@ -40,7 +40,7 @@ def warm_started_search(
     proposals: Sequence[Proposal],
     *,
     base: State = ORIGINAL_WEIGHTS,
-    seconds: float = math.inf,
+    end: Deadline | None = None,
 ) -> Solution:
     """Localises weights of the chosen layers under the base and searches new values for them.
 
@@ -54,7 +54,8 @@ def warm_started_search(
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
         start = problem.original("base")
-    if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
+    end = problem.deadline_of_method() if end is None else end
+    if not end.leaves(preparation_seconds(problem)):
         best = better([start, *proposals])
         step = Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH) if best is None else _step(best, 0.0, NO_TIME_FOR_SEARCH)
         return Solution(best, "there was no time left for a search.", (step,))
@@ -74,7 +75,6 @@ def warm_started_search(
     if narrow is not None and reserve is not None:
         failed, kept = narrow, (kept | before.targeted) & ~narrow
         reserve = reserve.where(~narrow, _sufficient(problem))
-    end = problem.deadline_of_method().within(seconds)
     fitness = _constrained(problem, start)
     goal = SearchGoal(failed, passes & problem.used & ~failed, kept, fitness, reserve, end, narrow)
     original = problem.space.parameters

@@ -100,7 +100,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
         "device": problem.device.type,
         "ranks": problem.collective.world_size,
         "scope": list(problem.scope),
-        "training": None if training is None else (training.epochs, training.visits),
+        "training": None if training is None else training.epochs,
         "update": problem.update,
         "tensors of the method": _tensors_of((settings.method, settings.localizer)),
     }

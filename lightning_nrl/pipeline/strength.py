@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.state import State, between, changed, current_state, live_tensors
-from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import Problem, Proposal
 from lightning_nrl.methods._solvers.polish import polish
-from lightning_nrl.methods.budget import CURVE_TIME_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHED_SIZES, MAX_POLISHES
+from lightning_nrl.methods.budget import CURVE_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHED_SIZES, MAX_POLISHES
 from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.report.run_records import Step
@@ -62,7 +61,6 @@ class PatchPath:
         strengths: Iterable[float] = PATH_STRENGTHS,
         *,
         after: SampleResults | None = None,
-        deadline: Deadline | None = None,
     ) -> tuple[StrengthPoint, ...]:
         """Counts the patch at several strengths, the most telling first, each by one forward pass.
 
@@ -71,7 +69,7 @@ class PatchPath:
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
-            if number and (not self.leaves_time_for(took) or (deadline is not None and deadline.is_over())):
+            if number and not self.leaves_time_for(took):
                 break
             if strength > strongest:
                 continue
@@ -176,15 +174,15 @@ def line_search(
     known data under the patch, if that is known already.
     """
     path = PatchPath(problem, patch, gate, calibration)
-    strengths, deadline = PATH_STRENGTHS, None
+    strengths = PATH_STRENGTHS
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)
     if calibration is None:
         # Nothing is decided: what the patch does on the way to it comes first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
         if len(problem.before) > FULL_CURVE_SAMPLES:
-            deadline = problem.deadline.within(CURVE_TIME_SHARE * problem.clock.elapsed)
-    points = path.count(strengths, after=after, deadline=deadline)
+            strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
+    points = path.count(strengths, after=after)
     if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
         # Anything may break but what is protected.
         limit = Gate.tolerance(1.0)

@@ -205,29 +205,8 @@ class CalibrationBounds:
     allowed: int | None = None
 
 
-def choice_text(rungs: Sequence[Rung], choice: str) -> str:
-    """Why a rung was taken, in a sentence; `choice` is what the method says, for where there are no estimates."""
-    number = next((i for i, rung in enumerate(rungs) if rung.taken), None)
-    if number is None or rungs[number].held_out is None:
-        return choice
-    name = f"`{rungs[number].name}`"
-    later = rungs[number + 1 :]
-    if not later:
-        return f"{name} is taken: of the rungs that held-out samples do not speak against, it changes the most."
-    return f"{name} is taken: {', '.join(_against(rung, rungs[number]) for rung in later)}."
-
-
-def _against(rung: Rung, taken: Rung) -> str:
-    if not rung.repaired_in_target:
-        given_up = rung.held_out is not None and rung.held_out.broken > rung.held_out.repaired
-        return f"held-out samples speak against `{rung.name}`" if given_up else f"`{rung.name}` repairs no target"
-    if rung.held_out is None:
-        return f"`{rung.name}` breaks more than the gate allows"
-    if rung.repaired_in_target < taken.repaired_in_target:
-        return f"`{rung.name}` repairs fewer targets"
-    return f"held-out samples speak against `{rung.name}`"
-
-
+CUT = "cut by `max_time`"
+"""What the note of a step says that had no time to finish."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
 SCHEMA = 1

@@ -271,8 +271,8 @@ def costs(
     else:
         found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "exact programmes for the last Linear"))
         found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "some steps of one layer"))
-        fit = ((epochs or budget.VISITS_PER_SAMPLE) * budget.PASSES_PER_VISIT + budget.POLISH_PASSES) * one_pass
-        how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.VISITS_PER_SAMPLE} epochs"
+        fit = ((epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES) * one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.LEAST_EPOCHS} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         parts = (budget.LADDER_SEARCHES * search, budget.CONVEX_SOLVES * alone)
         layer = sum(part for part in parts if not math.isnan(part))

@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
-from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS
+from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS, FORWARD_BACKWARD
 from lightning_nrl.methods.problem import Problem
 
 # Margins are meant for a median margin of passed samples of `REFERENCE_MARGIN`; they grow and shrink with it.
@@ -106,8 +106,8 @@ class ActiveSet:
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
-    def round(self, descent: Descent) -> None:
-        """Steps on the active samples and as many rehearsed ones, then their margins again."""
+    def round(self, descent: Descent) -> float:
+        """Steps on the active samples and as many rehearsed ones, then their margins again; returns the visits."""
         before = self.problem.before
         self.multiplier[self.open] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -139,11 +139,14 @@ class ActiveSet:
         batches = shuffled_batches(rows, self._generator)
         while 0 < len(batches) < MIN_STEPS_PER_ROUND:
             batches += shuffled_batches(rows, self._generator)
+        visits = FORWARD_BACKWARD * sum(map(len, batches))
         for parts in load_batches(self.problem, batches):
             descent.step(parts, loss, rate=rate)
         self.margin = merge_measurements(self.problem, self.margin, measured)
         if not self.enforced.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
             self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
+            visits += len(active)
+        return visits
 
     def _close(self) -> Tensor:
         before, margin = self.problem.before, self.margin

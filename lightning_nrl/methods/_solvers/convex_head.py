@@ -141,21 +141,29 @@ def regularization_path(
     strengths: Sequence[float],
     used: Tensor | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    max_pairs: int | None = None,
 ) -> Iterator[Tensor]:
     """The best change at each strength, weakest first, each solved from the one before.
 
     Each is `C x d` and leaves right every passed sample that counts (`used`, `N` bool), with what the scaling left of
     the margin required. A strength is the price of a target's missing margin, in units of what the median target would
-    take if it were the only one. Once time `is_over` no step is made and no pair added, and the scaling loses more.
+    take if it were the only one. Once time `is_over` no step is made and no pair added, and the scaling loses more. The
+    path ends with the first programme of more than `max_pairs`.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
     unit = float((missing / (2 * head.white(used & head.targeted).square().sum(1))).median())
     programme = _PairProgramme(head, used, is_over)
+
+    def is_at_end() -> bool:
+        return programme.has_more_than(max_pairs) or is_over()
+
     for strength in strengths:
         programme.begin(strength * unit)
-        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, is_over)
+        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, is_at_end)
         yield _scale_back(head, programme.change @ head.root, used)
+        if programme.has_more_than(max_pairs):
+            return
 
 
 class _PairProgramme:
@@ -172,6 +180,9 @@ class _PairProgramme:
         """Goes on at another price of a target's missing margin, with the pairs that bind."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
+
+    def has_more_than(self, pairs: int | None) -> bool:
+        return pairs is not None and len(self._code) > pairs
 
     def solve(self) -> None:
         head, n_classes = self.head, self.head.logits.shape[1]

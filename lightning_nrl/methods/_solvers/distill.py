@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
@@ -21,8 +20,8 @@ from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
-from lightning_nrl.methods.budget import PACE_STEPS, VISITS_PER_SAMPLE
-from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.budget import PACE_STEPS
+from lightning_nrl.methods.problem import Problem, Renew, Trained
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
 TARGET_EMPHASIS = 3.0  # how much more the loss of a target counts than that of another sample
@@ -30,39 +29,44 @@ EASY_FRACTION = 0.25  # of the easy samples, what an epoch trains on
 
 
 def distill(
-    problem: Problem, *, deadline: Deadline | None = None, start: State | None = None, visits: int | None = None
-) -> State:
-    """Steps on known data from `start`, by default the original weights, of the parameters in the problem's scope.
+    problem: Problem,
+    *,
+    deadline: Deadline | None = None,
+    weight: Tensor | None = None,
+    renew: Renew | None = None,
+) -> Trained | None:
+    """Steps on known data from the original weights, of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
-    The time of the first steps says how many there are before a deadline, the same on every rank; the schedule ends
-    with them. Where a single sample does not fit in memory, the last step that fitted is the last one, with a warning.
+    Samples whose `weight`, `N`, is 0 are left out. The time of the first steps says how many there are before a
+    deadline, the same on every rank; the schedule ends with them. Where a single sample does not fit in memory, the
+    last step that fitted is the last one, with a warning. None if `renew`, which is called halfway, ends it.
     """
-
-    def work() -> State:
-        rows = problem.used.nonzero().flatten()
-        planned = VISITS_PER_SAMPLE * len(rows) if visits is None else visits
-        run = _Distillation(problem, deadline or Deadline(), start or {}, planned)
-        try:
-            while run.epoch(rows):
-                rows = run.hard_and_some_easy()
-        except DeviceMemoryError as error:
-            message = f"the fit ended after {run.visits:,} samples: {error}"
-            warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
-        return run.descent.state()
-
-    return problem.work.once("distil", work)
+    run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
+    rows, has_renewed = run.used.nonzero().flatten(), renew is None
+    try:
+        while run.epoch(rows):
+            if not has_renewed and renew is not None and run.visits >= run.planned / 2:
+                has_renewed, weight = True, renew(run.descent.state())
+                if weight is None:
+                    return None
+                run.used = weight > 0
+            rows = run.hard_and_some_easy()
+    except DeviceMemoryError as error:
+        message = f"the fit ended after {run.visits:,} samples: {error}"
+        warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
+    return Trained(run.descent.state(), run.visits / len(problem.before), run.most / len(problem.before))
 
 
 class _Distillation:
     """A fit in progress: margins as last measured, and how many visits of samples were made and are planned."""
 
-    def __init__(self, problem: Problem, deadline: Deadline, start: State, planned: int) -> None:
+    def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
         before = problem.before
-        self.problem, self.deadline = problem, deadline
-        self.descent = Descent(problem, start, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
+        self.problem, self.deadline, self.used = problem, deadline, used
+        self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
         self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
@@ -71,7 +75,8 @@ class _Distillation:
         self._weights = torch.stack(weights, 1).to(problem.device)
         self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
         self.margin = before.margin.clone()
-        self.visits, self.planned, self._most = 0, planned, planned
+        self.visits = 0
+        self.planned = self.most = problem.epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
         """Steps on these rows in random order; whether there is time for another epoch."""
@@ -101,7 +106,7 @@ class _Distillation:
         """Rows for the next epoch: all but the easy ones, and a random part of these."""
         easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
         is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
-        return (is_drawn & self.problem.used).nonzero().flatten()
+        return (is_drawn & self.used).nonzero().flatten()
 
     def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
         task = self.problem.evaluator.task
@@ -117,5 +122,5 @@ class _Distillation:
         """Plans visits by the time that is left and the pace since `start`; the first rank's answer."""
         if self.deadline.is_set and self.visits > start:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
-            planned = min(self._most, self.visits + int(more))
+            planned = min(self.most, self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))

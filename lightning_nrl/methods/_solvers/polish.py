@@ -29,10 +29,17 @@ from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.methods._solvers.active_set import POLISH_RATE, ActiveSet, TargetSchedule
 from lightning_nrl.methods._solvers.descent import Descent
-from lightning_nrl.methods.budget import MAX_RETREATS, MAX_ROUNDS, MAX_STALLED_ROUNDS, RESERVED_PASSES
+from lightning_nrl.methods.budget import (
+    MAX_RETREATS,
+    MAX_ROUNDS,
+    MAX_STALLED_ROUNDS,
+    POLISH_SHARE,
+    RESERVED_PASSES,
+    STALLED_POLISH_SHARE,
+)
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
@@ -48,11 +55,13 @@ class PolishResult(Proposal):
     rounds: int = 0
     strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
     course: tuple[TargetCounts, ...] = ()  # what became of the known samples, each time that all were counted
+    stopped: str = ""  # why the rounds ended before nothing was broken; empty if they did not
 
     @property
     def note(self) -> str:
-        back = f", then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
-        return f"{self.rounds} round{'' if self.rounds == 1 else 's'}{back}"
+        back = f"then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
+        rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
+        return ", ".join(part for part in (rounds, self.stopped, back) if part)
 
 
 def polish(
@@ -105,7 +114,7 @@ def _polish(*arguments: Any) -> PolishResult:
     while phase is not None:
         phase = phase()
     assert run.best is not None
-    return replace(run.best, course=tuple(run.course))
+    return replace(run.best, course=tuple(run.course), stopped=run.stopped)
 
 
 class _Polish:
@@ -127,7 +136,9 @@ class _Polish:
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
         self.rounds = self.retreats = self._rounds_left = 0
-        self._fewest_open = math.inf
+        self._fewest_open = self._fewest_ever = math.inf
+        self._visits = self._visits_at_low = 0.0
+        self.stopped = ""
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
@@ -152,13 +163,15 @@ class _Polish:
         """One round of steps on the active samples."""
         self.targets.before_round(self.active_set)
         try:
-            self.active_set.round(self.descent)
+            self._visits += self.active_set.round(self.descent) / self.problem.visits
         except DeviceMemoryError:
             return self._stop_steps()
         self.rounds += 1
         self._rounds_left -= 1
         is_open = self.active_set.open
         n_open = int(is_open.sum())
+        if n_open < self._fewest_ever:
+            self._fewest_ever, self._visits_at_low = n_open, self._visits
         if n_open < self._fewest_open:
             most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
             self._rounds_left, self._fewest_open = min(MAX_STALLED_ROUNDS, most), n_open
@@ -177,7 +190,11 @@ class _Polish:
         return self._after_round()
 
     def _after_round(self) -> Phase:
-        if self._end_of_rounds.is_over():
+        if self._end_of_rounds.is_over() or self._visits > POLISH_SHARE:
+            self.stopped = CUT if self._end_of_rounds.is_over() else "stopped at its share of the budget"
+            return self._stop_steps()
+        if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
+            self.stopped = "stopped without a new low"
             return self._stop_steps()
         return self._step if self._rounds_left else self._retreat
 
