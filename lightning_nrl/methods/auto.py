@@ -209,7 +209,8 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     """
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
-        reasons = dict.fromkeys(r.solution.reason for r in results if r.solution.reason)
+        given = (result.solution.reason for result in results if result.solution.reason)
+        reasons = dict.fromkeys(f"{reason[0].upper()}{reason[1:]}" for reason in given)
         return None, " ".join(reasons) or "no rung repairs a target within the gate."
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}

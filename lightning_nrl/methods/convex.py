@@ -36,7 +36,7 @@ REGRESSION_PRICE = 1
 # Tried on the deployed model, whose rounding may differ from that of the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
-NO_TIME_TO_SOLVE = "there was no time left to solve anything."
+NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 
 @dataclass(frozen=True)

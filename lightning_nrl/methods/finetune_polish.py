@@ -103,7 +103,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * clock.left)
     found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
     if found is None:
-        needed = clock.elapsed + least_seconds(problem)
+        needed = clock.elapsed + least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass
         return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
     if found.is_harmful:
         reason = "training that goes on breaks more held-out samples than it repairs."
@@ -116,9 +116,8 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem) -> float:
-    """Seconds of the shortest training, an epoch and its pass halfway, with the verdict after it."""
-    passes = budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES + budget.JUDGING_PASSES
-    return passes * problem.clock.one_pass
+    """Seconds of the shortest training: an epoch, its pass halfway, and what the polish keeps for its way back."""
+    return (budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES) * problem.clock.one_pass
 
 
 def _fine_tuned(

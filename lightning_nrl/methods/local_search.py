@@ -26,9 +26,10 @@ from lightning_nrl.methods.search_samples import (
     scorer_for,
 )
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.loop import TIME_WAS_OVER
 
 Elites = Callable[[Tensor, int], Tensor]
 """Returns known good values, `M x K`, of the weights at positions (`K` int64), M at most the second argument."""
@@ -61,7 +62,8 @@ class LocalSearchResult:
     def note(self) -> str:
         """For a line of the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        return "; ".join(part for part in (made, *self.notes) if part)
+        cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
+        return "; ".join(part for part in (made, cut, *self.notes) if part)
 
     def solution(self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()) -> Solution:
         """A solution that says which weights were searched, and how."""

@@ -24,12 +24,12 @@ from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import preparation_seconds
 from lightning_nrl.methods.solution import Proposal, Solution, better
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
-NO_TIME_FOR_SEARCH = "not run: no time was left"
+NO_TIME_FOR_SEARCH = f"not run: {CUT}"
 KEPT_MARGIN_SHARE = 0.5  # of its margin, what a sample must keep
 SUFFICIENT_MARGIN = 0.04  # suffices, in parts of the median margin of passed samples; a polish brings samples there
 
@@ -58,7 +58,7 @@ def warm_started_search(
     if not end.leaves(preparation_seconds(problem)):
         best = better([start, *proposals])
         step = Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH) if best is None else _step(best, 0.0, NO_TIME_FOR_SEARCH)
-        return Solution(best, "there was no time left for a search.", (step,))
+        return Solution(best, "no time was left for a search.", (step,))
     if start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
 from lightning_nrl.report.run_records import (
+    CUT,
     CalibrationBounds,
     Hashes,
     Judge,
@@ -17,14 +18,12 @@ from lightning_nrl.report.run_records import (
     WeightChange,
 )
 from lightning_nrl.report.splits import SetAside
-from lightning_nrl.report.stats import Bound, lower_limit, percent_up, show_confidence, upper_limit
+from lightning_nrl.report.stats import Bound, interval, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
 LISTED_SAMPLES = 50
 """Failures that were set aside, of which Markdown tells."""
-ONE_SIDED_CONFIDENCE = 0.95
-"""Of each end of an interval, so that 90 % of all intervals hold the rate."""
 UNSEEN_CONFIDENCE = 0.95
 
 
@@ -41,7 +40,9 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.search is not None:
         facts.append(("search", _search(report.search, report.seconds.get("search"))))
     if report.held_out is not None:
-        facts.append(("held-out estimate", _estimate(report.held_out)))
+        facts.append(("held-out estimate", _estimate(report.held_out, report.n_estimates)))
+    cut = dict.fromkeys(step.name.partition(" ")[0] for step in report.steps if CUT in step.note)
+    facts += [(CUT, ", ".join(cut))] if cut else []
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.judge is not None and report.judge.within_rounding:
@@ -142,15 +143,15 @@ def _search(search: SearchReport, seconds: float | None) -> str:
     return f"{text}, fitness {fitness}; stopped: {search.stopped}"
 
 
-def _estimate(counts: TargetCounts) -> str:
-    """The rates of held-out samples; in brackets the interval of Clopper and Pearson in which a rate is expected."""
+def _estimate(counts: TargetCounts, choices: int) -> str:
+    """The rates of held-out samples; in brackets the interval in which a rate is expected."""
     parts = []
     failed = counts.repaired + counts.failing
     for k, n, what in (
         (counts.repaired, failed, "failures repaired"),
         (counts.broken, counts.passed, "passed samples broken"),
     ):
-        low, high = (rough_percent(limit(k, n, ONE_SIDED_CONFIDENCE)) for limit in (lower_limit, upper_limit))
+        low, high = map(rough_percent, interval(k, n, choices))
         share = f" ({rough_percent(k / n)}; {low} to {high} at 90 % confidence)" if n else ""
         parts.append(f"{count(k)} of {count(n)} {what}{share}")
     return f"{', '.join(parts)}, {points_of(counts):+.1f} points"

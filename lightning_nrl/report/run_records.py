@@ -315,6 +315,11 @@ class RepairRecord(Record):
         return self.pooled("unseen") if self.status == "repaired" else None
 
     @property
+    def n_estimates(self) -> int:
+        """Rungs that held-out samples chose among."""
+        return sum(rung.held_out is not None for rung in self.rungs)
+
+    @property
     def held_out(self) -> TargetCounts | None:
         """What the taken rung does to held-out samples; None if that was not tried, or nothing was repaired."""
         return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)

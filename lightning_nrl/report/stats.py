@@ -73,6 +73,15 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
 
 
+def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
+    """The interval of Clopper and Pearson that holds the rate in 90 % of all draws of `n` samples, `k` of which count.
+
+    It still does if these samples chose among that many `choices` (Bonferroni).
+    """
+    confidence = 1 - 0.05 / max(1, choices)
+    return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
+
+
 @lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
     """`upper_limit`, as good for levels so small that 1 - level is 1; halves until no number lies between the ends."""
@@ -127,24 +136,24 @@ def p_worse(broken: int, repaired: int) -> float:
     return binomial_cdf(repaired, broken + repaired, 0.5)
 
 
-def sign_test(repaired: int, broken: int) -> float:
+def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
     """The exact two-sided p-value of "a sample that flips is as likely repaired as broken"; 1 if none flips.
 
     Example:
         >>> round(sign_test(3, 20), 4)
         0.0005
     """
-    return min(1.0, 2 * p_worse(max(repaired, broken), min(repaired, broken)))
+    return min(1.0, 2 * max(1, choices) * p_worse(max(repaired, broken), min(repaired, broken)))
 
 
-def evidence_of(repaired: int, broken: int) -> Evidence:
+def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
     """Compares repaired with broken samples by `sign_test`, at a level of 5 %.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
         ('no difference shown', 'worse')
     """
-    if sign_test(repaired, broken) > EVIDENCE_LEVEL:
+    if sign_test(repaired, broken, choices) > EVIDENCE_LEVEL:
         return "no difference shown"
     return "better" if repaired > broken else "worse"
 

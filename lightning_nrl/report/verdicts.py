@@ -34,7 +34,7 @@ class Verdict:
             samples, at a level of 5 %. In an update it compares the new model with the one that it replaces.
         source: `unseen` data, `held-out` samples of the taken rung where there are none, or `none`.
         repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted.
-        p_value: of the sign test. Unseen samples that are known too count as repaired only as far as others broke.
+        p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too count as repaired only as far as others broke.
         advice: what to do.
         tone: `good`, `warn` for no difference, no evidence or no repair, `bad` for worse.
     """
@@ -70,7 +70,8 @@ def verdict_on(report: RepairRecord) -> Verdict:
     counts = found or NOT_COUNTED
     leaked = sum(report.leaked.values()) if source == "unseen" else 0
     flips = max(counts.repaired - leaked, min(counts.repaired, counts.broken)), counts.broken
-    evidence = evidence_of(*flips)
+    choices = report.n_estimates if source == "held-out" else 1
+    evidence = evidence_of(*flips, choices)
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
         answers += f", {evidence} on {'unseen data' if source == 'unseen' else 'held-out samples'}"
@@ -90,7 +91,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
         repaired=counts.repaired,
         broken=counts.broken,
         n=counts.n,
-        p_value=sign_test(*flips),
+        p_value=sign_test(*flips, choices),
         advice=_advice(report, evidence, source, flips),
         tone=tone,
     )
