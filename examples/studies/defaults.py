@@ -1,13 +1,13 @@
-"""The default repair beside fine-tuning and retraining, in shares of the fit's time, or after other fits.
+"""The default repair beside fine-tuning with as many visits, in shares of the fit's time, or after other fits.
 
-    python examples/studies/defaults.py --seeds 5             # six small problems, 25 minutes on one core
+    python examples/studies/defaults.py --seeds 10            # six small problems, 10 minutes on one core
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits      # the quickstart and the weak digit
 
-The repair is a callback of the training, and all failures of the repair data are the target; fine-tuning goes on from
-the trained weights and retraining begins from scratch, both on all known data with as many epochs as the training. With
-`--fits` something else than the owner's whole training comes before the repair (`FITS`). All counts are made by a plain
-loop. What was run before is read from `--out`.
+The repair is a callback of the training, and all failures of the repair data are the target. Fine-tuning goes on from
+the trained weights, on all known data, with as many epochs as the training. With `--fits` something else than the
+owner's whole training comes before the repair (`FITS`). All counts are made by a plain loop. What was run before is
+read from `--out`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
-from lightning_nrl.report.stats import lower_limit, upper_limit
+from lightning_nrl.report.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
 """The networks of `--fits`."""
@@ -42,7 +42,8 @@ PLAIN = "plain PyTorch"
 class Run:
     """What one method did: counts on repair data (targets), known data and unseen ones; seconds of the processor.
 
-    `held_out`: repaired, failures, broken and passed among the samples that the chosen rung did not see.
+    `held_out`: repaired, failures, broken and passed among the samples that the chosen rung did not see, and how many
+    rungs they chose among.
     """
 
     targeted: int
@@ -54,7 +55,7 @@ class Run:
     unseen: int
     seconds: float
     fit: float
-    held_out: tuple[int, int, int, int] | None = None
+    held_out: tuple[int, int, int, int, int] | None = None
 
     @property
     def points(self) -> float:
@@ -87,9 +88,9 @@ class Study:
         return model
 
     def run(self, method: str) -> Run:
-        """Run fine-tuning, retraining, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
-        if method in ("fine-tuning", "retraining"):
-            model = self.new(self.state if method == "fine-tuning" else None)
+        """Run fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
+        if method == "fine-tuning":
+            model = self.new(self.state)
             loader = self.data.train_dataloader()
             known = ConcatDataset([loader.dataset, self.data.data["repair"]])
             batches = DataLoader(known, loader.batch_size, shuffle=True, drop_last=loader.drop_last)
@@ -152,9 +153,9 @@ def fix_rate(model: LightningModule, rate: float) -> None:
     model.configure_optimizers = constant
 
 
-def held_out_of(report: RepairReport) -> tuple[int, int, int, int] | None:
-    counts = next((rung.held_out for rung in report.rungs if rung.taken), None)
-    return counts and (counts.repaired, counts.repaired + counts.failing, counts.broken, counts.passed)
+def held_out_of(report: RepairReport) -> tuple[int, int, int, int, int] | None:
+    counts, choices = report.held_out, report.n_estimates
+    return counts and (counts.repaired, counts.repaired + counts.failing, counts.broken, counts.passed, choices)
 
 
 @torch.no_grad()
@@ -197,8 +198,8 @@ def estimates(runs: Sequence[Run]) -> str:
     for run in tried:
         happened = (run.unseen_repaired, run.unseen - run.unseen_right), (run.unseen_broken, run.unseen_right)
         for i, (k, n) in enumerate(happened):
-            counts = run.held_out[2 * i : 2 * i + 2]
-            covered[i] += lower_limit(*counts) <= k / max(n, 1) <= upper_limit(*counts)
+            low, high = interval(*run.held_out[2 * i : 2 * i + 2], run.held_out[-1])
+            covered[i] += low <= k / max(n, 1) <= high
     return (
         f"The unseen rate is within the 90 % interval of the held-out estimate for repaired samples in {covered[0]}, "
         f"for broken ones in {covered[1]} of {len(tried)} runs."
@@ -216,7 +217,7 @@ def main() -> None:
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)
-    methods = ["fine-tuning", "retraining", "default"]
+    methods = ["fine-tuning", "default"]
     if chosen.fits:
         methods = ["fine-tuning", "1 x", *FITS, PLAIN]
     elif chosen.max_times:

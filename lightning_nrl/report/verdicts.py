@@ -34,7 +34,8 @@ class Verdict:
             samples, at a level of 5 %. In an update it compares the new model with the one that it replaces.
         source: `unseen` data, `held-out` samples of the taken rung where there are none, or `none`.
         repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted.
-        p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too count as repaired only as far as others broke.
+        p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too
+            count as repaired only as far as others broke.
         advice: what to do.
         tone: `good`, `warn` for no difference, no evidence or no repair, `bad` for worse.
     """
