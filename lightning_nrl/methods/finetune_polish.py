@@ -196,13 +196,13 @@ class Halfway:
         if not self.goes_on:
             return None
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
-        self.stays_held_out = self.held_out is not None and gain <= 1
+        self.stays_held_out = gain < 0
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)
         weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
-        if self.stays_held_out:
-            weight[~before.passed & ~before.targeted] *= DOUBTED_VISITS if gain >= 0 else 0.0
+        if self.held_out is not None and gain <= 1:
+            weight[~before.passed & ~before.targeted] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:
