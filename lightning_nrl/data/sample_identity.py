@@ -16,8 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
-COLUMNS_AT_ONCE = 2**14
-"""Numbers of a sample that are made integers at once, eight bytes each."""
+COLUMNS_AT_ONCE = 2**14  # numbers of a sample that are made integers at once, eight bytes each
 
 
 @runtime_checkable

@@ -20,8 +20,7 @@ from lightning_nrl.localization.impact import check_called, flat_part, measure, 
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
 from lightning_nrl.localization.neurecover_lite import places
 
-TOP_PER_FAILURE = 20
-"""Weights that Arachne looks at for each failed sample."""
+TOP_PER_FAILURE = 20  # weights that Arachne looks at for each failed sample
 
 
 @LOCALIZERS.register("arachne")

@@ -55,7 +55,8 @@ def svg_of(figure: Any) -> str:
     text = StringIO()
     with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
         # `savefig` draws a figure with a layout twice.
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Date": None})
     found = text.getvalue()
     return found[found.index("<svg") :]
 

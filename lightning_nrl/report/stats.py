@@ -30,11 +30,8 @@ __all__ = [
 
 Evidence = Literal["better", "no difference shown", "worse"]
 """What repaired and broken samples say of a model beside the one before it."""
-EVIDENCE_LEVEL = 0.05
-"""A p-value of the sign test up to which a difference counts as shown."""
-
-NEGLIGIBLE = 1e-17
-"""A term of a falling series below this share of the sum no longer changes it in double precision."""
+EVIDENCE_LEVEL = 0.05  # a p-value of the sign test up to which a difference counts as shown
+NEGLIGIBLE = 1e-17  # a term of a falling series below this share of the sum no longer changes it in double precision
 ORDERED_LEVEL_SHARE = 0.8
 """The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
 
@@ -150,8 +147,8 @@ def evidence_of(repaired: int, broken: int) -> Evidence:
 class Bound:
     """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
 
-    `broken` of the `n` that were right before broke, `rate` is their share (NaN without any), and `upper` the limit on
-    the true rate, in (0, 1], which holds with `confidence`.
+    `broken` of the `n` that were right before broke, and `upper` is the limit on the true rate, in (0, 1], which holds
+    with `confidence`.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -161,8 +158,12 @@ class Bound:
     broken: int
     n: int
     confidence: float
-    rate: float
     upper: float
+
+    @property
+    def rate(self) -> float:
+        """The share that broke; NaN without samples."""
+        return self.broken / self.n if self.n else math.nan
 
     @classmethod
     def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
@@ -173,7 +174,7 @@ class Bound:
     def at_level(cls, broken: int, n: int, level: float) -> Bound:
         """The bound that may fail in a share `level` of all draws, in (0, 1)."""
         broken, n = _checked_counts(broken, n)
-        return cls(broken, n, 1 - level, broken / n if n else math.nan, limit_at_level(broken, n, level))
+        return cls(broken, n, 1 - level, limit_at_level(broken, n, level))
 
     def __str__(self) -> str:
         if self.n == 0:

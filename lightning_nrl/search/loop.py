@@ -30,8 +30,7 @@ from lightning_nrl.search.searcher import (
     search_dtype,
 )
 
-TIME_WAS_OVER = "time was over"
-"""Why a search ended that a deadline cut short."""
+TIME_WAS_OVER = "time was over"  # why a search ended that a deadline cut short
 
 PROGRESS_EVERY = 10
 """Iterations between two reports, and between two looks at the stop rule where looking makes a device wait."""
@@ -145,18 +144,7 @@ def search_many(
             report()
     if log.done % PROGRESS_EVERY or log.done == 0:
         report()
-    return _results(log, rows, method, original.dtype, original_fitness, time.perf_counter() - began)
-
-
-def _results(
-    log: SearchLog,
-    rows: Tensor,
-    method: Searcher[Any],
-    dtype: torch.dtype,
-    original_fitness: Tensor,
-    seconds: float,
-) -> list[SearchResult]:
-    ended, found = histories(rows, method.patience), log.best.to(dtype)
+    seconds, found = time.perf_counter() - began, log.best.to(original.dtype)
     return [
         SearchResult(
             values=found[s, :size].clone(),
@@ -167,7 +155,7 @@ def _results(
             history=history,
             seconds=seconds,
         )
-        for s, (history, size) in enumerate(zip(ended, log.sizes.tolist(), strict=True))
+        for s, (history, size) in enumerate(zip(histories(rows, method.patience), log.sizes.tolist(), strict=True))
     ]
 
 

@@ -52,8 +52,7 @@ MEASURED = tuple(
 """Columns of what came of it; the tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
 LONGEST_TEXT = 60  # characters
-MOST_ROWS = 10_000
-"""W&B shows no more of a table."""
+MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
 """What was asked for, and what came of it."""
