@@ -144,7 +144,6 @@ class LoaderSource:
             yield Batch(args, target, position, kwargs, raw)
 
     def _taken_apart(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
-        """Arguments, keyword arguments, truth, and the number of samples."""
         try:
             args, kwargs, target = self.adapter(raw)
             return args, kwargs, target, length_of(target)
@@ -163,7 +162,6 @@ class LoaderSource:
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
 
     def without(self, left_out: Sequence[int]) -> LoaderSource:
-        """The same split without the samples at some data-set positions."""
         kept = ~torch.isin(self.index, torch.tensor(left_out, dtype=torch.int64))
         place = kept.cumsum(0) - 1
         return replace(self, index=self.index[kept], positions=place[self.positions[kept[self.positions]]])

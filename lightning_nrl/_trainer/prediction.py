@@ -164,7 +164,6 @@ def _are_probabilities(x: Tensor) -> bool:
 
 
 def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
-    """True if an output holds the predicted classes, as whole numbers or as floating-point ones."""
     found = [x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape]
     return any(torch.equal(x.to(prediction), prediction) for x in found if prediction is not None)
 

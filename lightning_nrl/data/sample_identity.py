@@ -26,7 +26,6 @@ class Identified(Protocol):
     @property
     def identity(self) -> Tensor:
         """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
-        ...
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:

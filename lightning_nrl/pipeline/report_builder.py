@@ -213,7 +213,6 @@ class ReportBuilder:
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
-        """The report of a repair that ended without a candidate: the weights stay."""
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)

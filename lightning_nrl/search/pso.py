@@ -40,7 +40,6 @@ class Swarm(NamedTuple):
 
     @property
     def candidates(self) -> Tensor:
-        """`S x P x K`."""
         return self.position
 
     @property
@@ -107,7 +106,6 @@ class ParticleSwarm:
 
     @property
     def n_candidates(self) -> int:
-        """As many as particles."""
         return self.particles
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:

@@ -27,7 +27,6 @@ class Learning:
 
     @classmethod
     def of(cls, record: RecordedSplit) -> Learning:
-        """After the last record."""
         return cls(record.label, record.passed[-1], record.passed.any(0))
 
     @property
@@ -46,7 +45,6 @@ class Learning:
         return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
 
     def by_class(self, mask: Tensor) -> list[int]:
-        """How many samples of each class a mask has."""
         counts = torch.bincount(self.label[mask], minlength=int(self.label.max()) + 1).tolist()
         return [counts[one] for one in self.classes]
 
