@@ -144,7 +144,18 @@ def search_many(
             report()
     if log.done % PROGRESS_EVERY or log.done == 0:
         report()
-    seconds, found = time.perf_counter() - began, log.best.to(original.dtype)
+    return _results(log, rows, method, original.dtype, original_fitness, time.perf_counter() - began)
+
+
+def _results(
+    log: SearchLog,
+    rows: Tensor,
+    method: Searcher[Any],
+    dtype: torch.dtype,
+    original_fitness: Tensor,
+    seconds: float,
+) -> list[SearchResult]:
+    ended, found = histories(rows, method.patience), log.best.to(dtype)
     return [
         SearchResult(
             values=found[s, :size].clone(),
@@ -155,7 +166,7 @@ def search_many(
             history=history,
             seconds=seconds,
         )
-        for s, (history, size) in enumerate(zip(histories(rows, method.patience), log.sizes.tolist(), strict=True))
+        for s, (history, size) in enumerate(zip(ended, log.sizes.tolist(), strict=True))
     ]
 
 
