@@ -60,11 +60,6 @@ class DeployedPrecision:
         found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
         return max([*found, *([TF32_EPS] if self.tf32 else [])], default=torch.finfo(torch.float32).eps)
 
-    @property
-    def is_coarse(self) -> bool:
-        """True if numbers are rounded further than to float32."""
-        return self.eps > torch.finfo(torch.float32).eps
-
     def __str__(self) -> str:
         notes = {
             f"autocast to {self.autocast}": self.autocast,
@@ -84,7 +79,7 @@ def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> floa
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
     """The same where numbers are rounded further than to float32, else 0."""
-    return (rounding_margin(precision, before) or 0.0) if precision.is_coarse else 0.0
+    return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Tensor | None:
