@@ -179,7 +179,6 @@ class RepairInTraining(RepairCallback):
         self.reports.append(self.repair.report)
 
     def _measured(self, trainer: Trainer) -> float | None:
-        """Returns the metric of a repaired model; None if it is unknown."""
         if self.monitor is None or not trainer.enable_validation:
             return None
         # All ranks validate or none does, whatever each of them logs.
