@@ -36,7 +36,7 @@ class RepairInTraining(RepairCallback):
     optimizers and schedules stay as they are. Files go to `<log_dir>/repair-step-<step>/`, and logs have that name; the
     repair at the end is called `repair`.
 
-    A repair takes as long as one at the end would, by default about as long as the training took so far: give a
+    A repair takes as long as one at the end would, by default as many epochs as the training had so far: give a
     `max_time`, or a method that takes seconds (`convex`, `swarm`).
 
     Args:

@@ -67,8 +67,8 @@ class Rung:
     """One rung of the default's ladder, from the least change to the most; `taken` if the repair is this one.
 
     It is the `search` of localised weights of the chosen layer, its `exact` programmes, or `training` that goes on.
-    `repaired` and `broken` are of all known samples; `held_out` is what the same procedure does to known samples that
-    it may not use, None where that was not tried.
+    `repaired` and `broken` are of all known samples; `held_out` counts known samples that it had not used by then,
+    None where there are none.
     """
 
     name: str
