@@ -46,7 +46,7 @@ class Convex:
     Attributes:
         patience: the path over strengths ends after this many in a row without a better result on held-out samples;
             None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long it may take; the weakest strength is solved at least in part.
+        seconds: how long it may take; once recorded, the weakest strength is solved at least in part.
         max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
 
     Raises:
