@@ -116,7 +116,10 @@ class _Ladder:
         self.held_out = None if problem.update else held_out_rows(problem)
         self.trains = not problem.update and not self.is_one_layer
         whole = problem.deadline_of_method()
-        share = budget.SEARCH_TIME_SHARE if self.trains and whole.leaves(least_seconds(problem)) else 1.0
+        share = 1.0
+        if self.trains and whole.leaves(least_seconds(problem)):
+            hurries = not whole.leaves(least_seconds(problem, budget.FEW_EPOCHS))
+            share = budget.HURRIED_SEARCH_TIME_SHARE if hurries else budget.SEARCH_TIME_SHARE
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def climbed(self) -> list[RungResult]:

@@ -116,9 +116,9 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     return Solution(taken, reason, (*steps, step), others, course, held_out=found.held_out)
 
 
-def least_seconds(problem: Problem) -> float:
-    """Seconds of the shortest training: its start, an epoch, its pass halfway, and the way back of the polish."""
-    passes = budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
+def least_seconds(problem: Problem, epochs: int = 1) -> float:
+    """Seconds of a short training: its start, its epochs and pass halfway, and the way back of the polish."""
+    passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
 
