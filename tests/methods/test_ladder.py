@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -271,6 +272,41 @@ def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
     # Ten passes: an epoch is three.
     assert "No time was left for training: it needs about 20 s of `max_time`." in solution.reason
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+
+
+class Listener:
+    """Writes down what is announced."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def search(self, *counts: Any) -> None:
+        pass
+
+    def announce(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("max_time", "said"),
+    [
+        # 16 epochs of three passes of a second.
+        (None, "about 48 s. For less, give `max_time`."),
+        (30.0, "about 30 s. For more or less, change `max_time`."),
+        (9.0, None),
+    ],
+)
+def test_what_is_announced_is_what_comes(max_time: float | None, said: str | None) -> None:
+    listener = Listener()
+    clock = StageTimer(listener, max_time, now=lambda: 0.0)
+    clock.seconds["collect"] = 1.0
+    own = problem(clock=clock)
+    AUTO(replace(own, training=FakeTraining(retrained(own.model))))
+    text = "Repair: 0 s so far. Next 16 epochs of training on 180 known samples, then what broke is polished away: "
+    assert listener.said == ([] if said is None else [text + said])
 
 
 @pytest.mark.parametrize(
