@@ -156,7 +156,9 @@ class ContinuedTraining:
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
-        return Trained(state, budget.epochs_done / parts, planned)
+        done = budget.epochs_done / parts
+        # Without a limit, only the module itself has ended it early.
+        return Trained(state, done, planned if math.isfinite(end) else done)
 
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str, parts: int = 1) -> State:
         outer, seed = self.trainer, course.seed

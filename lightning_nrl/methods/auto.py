@@ -62,7 +62,7 @@ class Auto:
         """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = list(_Ladder(problem, self.swarm).climbed())
+        results = _Ladder(problem, self.swarm).climbed()
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
@@ -119,20 +119,28 @@ class _Ladder:
         share = budget.SEARCH_TIME_SHARE if self.trains and whole.leaves(least_seconds(problem)) else 1.0
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
-    def climbed(self) -> Iterator[RungResult]:
-        """Climbs rung by rung; those that were climbed before the process was killed are not climbed again."""
+    def climbed(self) -> list[RungResult]:
+        """Climbs rung by rung, and those before the training again in what is left if it had no time."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
-            rungs = {"search": self._search, "polish": self._polish}
+            rungs["polish"] = self._polish
         elif problem.whole or self.is_one_layer:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
-        for name, climb in rungs.items():
-            result = problem.work.once(name, partial(self._timed, name, climb), RungResult)
-            if result is not None:
-                yield result
+        found = {name: self._climbed(name, climb) for name, climb in rungs.items()}
+        trained, whole = found.get("training"), problem.deadline_of_method()
+        if trained is not None and not trained.solution.steps and self.end.end < whole.end:
+            self.end = whole
+            for name in [name for name in rungs if name != "training"]:
+                again = self._climbed(name, rungs[name])
+                found[name] = again if again is not None and again.usable else found[name]
+        return [result for result in found.values() if result is not None]
+
+    def _climbed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
+        """Climbs a rung, unless that was done before the process was killed."""
+        return self.problem.work.once(name, partial(self._timed, name, climb), RungResult)
 
     def _timed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed

@@ -100,7 +100,8 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     The `held_out` counts of the solution are those halfway. Without a proposal, its reason says why.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
-    reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
+    polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
+    reserve = min(polish, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
     found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
     if found is None:
         needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
@@ -116,8 +117,9 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem) -> float:
-    """Seconds of the shortest training: an epoch, its pass halfway, and what the polish keeps for its way back."""
-    return (budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES) * problem.clock.one_pass
+    """Seconds of the shortest training: its start, an epoch, its pass halfway, and the way back of the polish."""
+    passes = budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
+    return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
 
 def _fine_tuned(
@@ -196,13 +198,13 @@ class Halfway:
         if not self.goes_on:
             return None
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
-        self.stays_held_out = self.held_out is not None and gain <= 1
+        self.stays_held_out = gain < 0
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)
         weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
-        if self.stays_held_out:
-            weight[~before.passed & ~before.targeted] *= DOUBTED_VISITS if gain >= 0 else 0.0
+        if self.held_out is not None and gain <= 1:
+            weight[~before.passed & ~before.targeted] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:

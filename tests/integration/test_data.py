@@ -602,10 +602,11 @@ def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -
     repair = quick_repair(method="finetune-polish", target=Target.label(3), data=DataOptions(augment=darker))
     torch.manual_seed(0)
     quiet_trainer(tmp_path, repair, max_epochs=2).fit(Paired(), datamodule=NamedDigits())
-    assert repair.report.steps[0].note == "continued training"
+    assert repair.report.steps[0].note == "continued training, 16 epochs"
     targets = repair.report.pooled("known").counts.targeted
     assert torch.cat(seen).unique().tolist() == [3]
-    assert targets < len(torch.cat(seen)) <= 2 * targets  # each once in both epochs, but for what a last batch drops
+    # Each once in eight epochs, but for what a last batch drops, and at most twice in the other eight.
+    assert 15 * targets < len(torch.cat(seen)) < 24 * targets
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
-from distributed_fit import Continued
 from lightning_package import loggers
 from options import with_options
 from test_faults import assert_same
@@ -23,15 +22,15 @@ class Death(BaseException):
     pass
 
 
-def dies_before_the_strength(timer: StageTimer, name: str) -> Any:
-    if name == "strength":
+def dies_before_the_polish(timer: StageTimer, name: str) -> Any:
+    if name == "polish":
         raise Death
     return stage(timer, name)
 
 
 def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
     model = Classifier.load_from_checkpoint(trained_path)
-    given = {**QUICK, "method": Continued(), "gate": "accuracy", "save_every": 0}
+    given = {**QUICK, "method": "finetune-polish", "save_every": 0}
     trainer = quiet_trainer(folder, logger=loggers.CSVLogger(folder))
     return model, repair(trainer, model, datamodule=Digits(), **with_options(given))
 
@@ -39,17 +38,17 @@ def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
 def test_a_finished_training_is_not_repeated(
     tmp_path: Path, trained_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], ContinuedTraining._continued
+    trained, train = [], ContinuedTraining.__call__
 
-    def training(*args: Any) -> Any:
+    def training(*args: Any, **given: Any) -> Any:
         trained.append(1)
-        return train(*args)
+        return train(*args, **given)
 
-    monkeypatch.setattr(ContinuedTraining, "_continued", training)
+    monkeypatch.setattr(ContinuedTraining, "__call__", training)
     whole, report = repaired(tmp_path / "whole", trained_path)
     assert report.status == "repaired"
     with monkeypatch.context() as patch:
-        patch.setattr(StageTimer, "stage", dies_before_the_strength)
+        patch.setattr(StageTimer, "stage", dies_before_the_polish)
         with pytest.raises(Death):
             repaired(tmp_path / "killed", trained_path)
     (left,) = tmp_path.glob("killed/lightning_logs/version_0/repair/.resume-*")

@@ -18,6 +18,7 @@ from lightning_nrl.report import Judge, repair_report
 from lightning_nrl.report.repair_facts import unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.run_records import (
+    CUT,
     Hashes,
     LocalizationReport,
     PricePoint,
@@ -26,7 +27,6 @@ from lightning_nrl.report.run_records import (
     Step,
     StrengthPoint,
     WeightChange,
-    choice_text,
 )
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
@@ -57,9 +57,13 @@ REPAIRED = RepairReport(
     leaked={"test": 12},
     localization=LocalizationReport(32, 210, {"failed": 80, "passed": 90, "both": 49, "localized": 31, "total": 640}),
     search=SearchReport(62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460),
-    steps=(Step("fit", 20, 9, 12.34, "8 epochs"), Step("polish", 19, 0, 3.0), Step("swarm", 21, 0, 2.0, "+2")),
+    steps=(
+        Step("fit", 20, 9, 12.34, "8 epochs"),
+        Step("polish", 19, 0, 3.0, f"4 rounds, {CUT}"),
+        Step("swarm", 21, 0, 2.0, "+2"),
+    ),
     rungs=(SEARCH, TRAINING),
-    choice=choice_text((SEARCH, TRAINING), ""),
+    choice="`search` is taken: repairs 5 targets.",
     price=(PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 9, 20, 28, HELD_OUT)),
     strength=(
         StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),

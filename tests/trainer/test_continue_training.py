@@ -31,14 +31,14 @@ from toy_repairs import blobs
 
 from lightning_nrl._trainer import continue_training as continuing_module
 from lightning_nrl._trainer import inner_trainer as course_module
-from lightning_nrl._trainer.continue_training import ContinuedTraining
+from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 
-TRAIN, FAILED = 50, 21
+TRAIN, FAILED, MORE = 50, 21, ("rate", "renew", "weight")
 pytestmark = pytest.mark.filterwarnings(f"ignore::UserWarning:{NAME}", "ignore::FutureWarning")
 
 
@@ -88,6 +88,7 @@ class Continue(Callback):
         self.failed = failed if failed is not None else DataLoader(Points(FAILED, 100, 1.5), 64)
         self.passed, self.seconds, self.given = passed, seconds, given
         self.states: list[Any] = []
+        self.found: list[Any] = []
         self.told: list[Any] = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,21 +99,16 @@ class Continue(Callback):
                 make_source(passed, "train", trainer=trainer, model=pl_module, passed=True),
                 make_source(self.failed, "repair", trainer=trainer, model=pl_module, failed=True),
             ]
-            start, seeds = self.given.get("start"), self.given.get("seeds", (0,))
+            seeds, more = self.given.get("seeds", (0,)), {k: v for k, v in self.given.items() if k in MORE}
             training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), left_out=(Continue,))
             before = picture(trainer, pl_module)
             with preserve(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.
                 training = training.for_targets(torch.zeros(sum(len(one.index) for one in known), dtype=torch.bool))
                 for seed in seeds:
-                    state = training(
-                        seconds=self.seconds,
-                        seed=seed,
-                        clock=StageTimer(self),
-                        start=start,
-                        rate=self.given.get("rate"),
-                    )
-                    self.states.append(state)
+                    found = training(seconds=self.seconds, seed=seed, clock=StageTimer(self), **more)
+                    self.states.append(found and found.state)
+                    self.found.append(found)
             assert_same(before, picture(trainer, pl_module))
 
     def stage(self, name: str) -> Any:
@@ -465,12 +461,81 @@ class Slow(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("seconds", "most"), [(1e-6, 0), (0.1, 0), (1.5, 30), (30.0, 5)])
-def test_as_many_epochs_are_trained_as_there_is_time_for(seconds: float, most: int, clock: FakeTime) -> None:
+@pytest.mark.parametrize(("seconds", "least", "most"), [(1e-6, 0, 0), (0.1, 1, 1), (1.5, 3, 30), (30.0, 5, 5)])
+def test_as_many_epochs_are_trained_as_there_is_time_for(
+    seconds: float, least: int, most: int, clock: FakeTime
+) -> None:
     """An epoch takes 50 ms; no more are trained than the model had."""
-    state = fit(Slow(), Continue(seconds=seconds, epochs=5 if seconds == 30 else 100))
-    assert (state is None) == (most == 0)
+    callback = Continue(seconds=seconds, epochs=5 if seconds == 30 else 100)
+    assert (fit(Slow(), callback) is None) == (most == 0)
     if most:
-        epochs = 1 + max(epoch for epoch, *_ in noted("batch"))
-        assert 3 <= epochs <= most
+        (trained,) = callback.found
+        assert least <= trained.epochs == 1 + max(epoch for epoch, *_ in noted("batch")) <= most
+        assert trained.note.endswith(", cut by `max_time`") == (seconds < 30)
         assert clock.now - 0.04 <= min(seconds, 3)  # the fit before took four batches
+
+
+class Looks:
+    """Is called halfway: notes the weights, draws at random, and says how often samples are visited from then on."""
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self.weight, self.seen = weight, list[Any]()
+
+    def __call__(self, state: Any) -> Tensor | None:
+        torch.rand(1), np.random.rand(), random.random()
+        self.seen.append(state)
+        return self.weight
+
+
+EVEN, PASSED = torch.ones(TRAIN + FAILED), (torch.arange(TRAIN + FAILED) < TRAIN).double()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_look_halfway_leaves_modes_statistics_and_random_numbers_as_they_were(frozen: bool) -> None:
+    def net() -> Net:
+        model = Net()
+        model.body[1].train(not frozen)
+        return model
+
+    looks = Looks(EVEN)
+    looked = fit(net(), Continue(epochs=4, renew=looks))
+    assert_same(looked, fit(net(), Continue(epochs=4)))
+    assert_same(looks.seen, [fit(net(), Continue(epochs=2))])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_from_halfway_on_samples_are_visited_by_their_new_weights(epochs: int) -> None:
+    """One epoch becomes two of half the visits."""
+    looks = Looks(PASSED)
+    callback = Continue(epochs=epochs, renew=looks)
+    fit(Net(), callback)
+    assert (len(looks.seen), callback.found[0].note) == (1, f"{epochs} epoch{'s' * (epochs > 1)}")
+    visits = [(i, batch[0]) for batch in noted("batch") for i in batch[1:]]
+    assert len(visits) == epochs * (TRAIN + FAILED) - (epochs == 1)
+    half = max(1, epochs // 2)
+    first, second = ([i for i, epoch in visits if (epoch < half) == is_first] for is_first in (True, False))
+    assert max(first) >= 100 > TRAIN > max(second)
+    assert max(map(second.count, second)) > 1
+    ended = Continue(epochs=epochs, renew=Looks(None))
+    assert fit(Net(), ended) is None
+    assert {epoch for epoch, *_ in noted("batch")} == {*range(half)}
+
+
+def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_them() -> None:
+    weight = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 3.0])
+    drawn = Shuffled(6, 0, weight=weight)
+    visits = torch.tensor([[*drawn] for _ in range(500)])
+    torch.testing.assert_close(visits.flatten().bincount(minlength=6) / 500, weight, atol=0.1, rtol=0)
+    ranks = [Shuffled(6, 0, rank, 2, weight=weight) for rank in (0, 1)]
+    assert torch.tensor([[[*rank] for rank in ranks] for _ in range(500)]).mT.flatten(1).equal(visits)
+    assert [len([*Shuffled(7, 0, rank, ranks, parts=2)]) for rank, ranks in ((0, 1), (0, 2), (1, 2))] == [3, 1, 1]
+
+
+def test_a_module_that_ends_an_epoch_early_is_not_said_to_be_cut_by_the_time() -> None:
+    class Early(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+    callback = Continue(epochs=2)
+    assert fit(Early(), callback) is not None
+    assert callback.found[0].note == "0.8 epochs"

@@ -19,7 +19,7 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
 from lightning_nrl._trainer.repair_files import REPAIRED_FILES, REPORT_FILES, ResultBox, report_files, write_report
-from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
+from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
 
@@ -170,13 +170,3 @@ def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epo
     four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
     trainer.fit(BoringModel(), four_batches)
     assert epochs_of(trainer) == epochs
-
-
-def test_a_resumed_training_took_as_long_as_all_its_batches_at_the_pace_of_the_last() -> None:
-    progress = SimpleNamespace(total=SimpleNamespace(ready=90))
-    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)))
-    timer = FitTimer.start(trainer)
-    timer = replace(timer, began=timer.began - 6.0)
-    progress.total.ready = 100
-    assert timer.seconds(trainer) == pytest.approx(60.0, rel=0.1)
-    assert replace(timer, batches=0).seconds(trainer) == pytest.approx(6.0, rel=0.1)

@@ -57,7 +57,8 @@ def distill(
     except DeviceMemoryError as error:
         message = f"the fit ended after {run.visits:,} samples: {error}"
         warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
-    return Trained(run.descent.state(), run.visits / len(problem.before), run.most / len(problem.before))
+    n, planned = len(problem.before), run.most if run.deadline.is_set else run.visits
+    return Trained(run.descent.state(), run.visits / n, planned / n)
 
 
 class _Distillation:
