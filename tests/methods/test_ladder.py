@@ -269,8 +269,8 @@ def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
     clock.seconds["collect"] = 2.0
     solution = AUTO(problem(clock=clock, training=FakeTraining({})))
     assert solution.proposal is None
-    # Ten passes: an epoch is three.
-    assert "No time was left for training: it needs about 20 s of `max_time`." in solution.reason
+    # A second to begin, and ten passes.
+    assert "No time was left for training: it needs about 21 s of `max_time`." in solution.reason
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
 
 
@@ -309,20 +309,25 @@ def test_what_is_announced_is_what_comes(max_time: float | None, said: str | Non
     assert listener.said == ([] if said is None else [text + said])
 
 
+def seconds_of_searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that each search is given from now on."""
+    seconds, search = list[float](), auto_module.warm_started_search
+
+    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
+        seconds.append(end.seconds_left)
+        return search(*args, end=end, **rest)
+
+    monkeypatch.setattr(auto_module, "warm_started_search", listen)
+    return seconds
+
+
 @pytest.mark.parametrize(
     ("max_time", "searching", "training"), [(100.0, 9.7, 97 - 12 - 1), (11.0, 0.8, 8 * 2 / 3 - 1), (9.0, 6.0, 3.0)]
 )
 def test_searches_have_a_tenth_of_the_time_and_all_where_no_training_fits(
     max_time: float, searching: float, training: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends: list[float] = []
-    search = auto_module.warm_started_search
-
-    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
-        ends.append(end.seconds_left)
-        return search(*args, end=end, **rest)
-
-    monkeypatch.setattr(auto_module, "warm_started_search", listen)
+    ends = seconds_of_searches(monkeypatch)
     clock = StageTimer(max_time=max_time, now=lambda: 0.0)
     clock.seconds["collect"] = 1.0
     own = problem(clock=clock)
@@ -333,6 +338,22 @@ def test_searches_have_a_tenth_of_the_time_and_all_where_no_training_fits(
     # All of it for the one from the exact solution, where there is one.
     assert ends[-1] == pytest.approx(searching / 4 if max_time == 11 else searching)
     assert given.calls[0]["seconds"] == pytest.approx(training)
+
+
+def test_what_training_had_no_time_for_goes_to_the_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ends = [0.0], seconds_of_searches(monkeypatch)
+
+    def fails_late(**call: Any) -> None:
+        now[0] = 98.45
+
+    clock = StageTimer(max_time=100.0, now=lambda: now[0])
+    clock.seconds["collect"] = 0.1
+    solution = AUTO(problem(clock=clock, training=FakeTraining(gives=fails_late)))
+    # A tenth of 99.7 s first. Training had to end after 98.5 s, and a pass more does not fit: 1.25 s are left.
+    assert ends[0] == pytest.approx(9.97 / 4)
+    assert ends[-1] == pytest.approx(1.25)
+    assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+    assert solution.proposal is not None
 
 
 def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:
