@@ -310,12 +310,12 @@ def _caught(
 def _announce(problem: Problem) -> None:
     """Says what comes next where it takes more than a few seconds."""
     clock, n = problem.clock, len(problem.before)
-    seconds = problem.visits / max(1, n) * clock.one_pass
-    ends = ""
+    seconds, how = problem.visits / max(1, n) * clock.one_pass, "For less, give `max_time`."
     if seconds > clock.left:
-        seconds, ends = clock.left, ", as `max_time` says"
-    if seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
+        seconds, how = clock.left, "For more or less, change `max_time`."
+    fits = problem.deadline_of_method().leaves(least_seconds(problem))
+    if fits and seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
         clock.announce(
             f"Repair: {clock.elapsed:,.0f} s so far. Next {problem.epochs:,} epochs of training on {n:,} known "
-            f"samples, then what broke is polished away: about {seconds:,.0f} s{ends}. For less, give `max_time`."
+            f"samples, then what broke is polished away: about {seconds:,.0f} s. {how}"
         )

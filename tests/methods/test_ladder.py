@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -268,9 +269,56 @@ def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
     clock.seconds["collect"] = 2.0
     solution = AUTO(problem(clock=clock, training=FakeTraining({})))
     assert solution.proposal is None
-    # Ten passes: an epoch is three.
-    assert "No time was left for training: it needs about 20 s of `max_time`." in solution.reason
+    # A second to begin, and ten passes.
+    assert "No time was left for training: it needs about 21 s of `max_time`." in solution.reason
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+
+
+class Listener:
+    """Writes down what is announced."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def search(self, *counts: Any) -> None:
+        pass
+
+    def announce(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("max_time", "said"),
+    [
+        # 16 epochs of three passes of a second.
+        (None, "about 48 s. For less, give `max_time`."),
+        (30.0, "about 30 s. For more or less, change `max_time`."),
+        (9.0, None),
+    ],
+)
+def test_what_is_announced_is_what_comes(max_time: float | None, said: str | None) -> None:
+    listener = Listener()
+    clock = StageTimer(listener, max_time, now=lambda: 0.0)
+    clock.seconds["collect"] = 1.0
+    own = problem(clock=clock)
+    AUTO(replace(own, training=FakeTraining(retrained(own.model))))
+    text = "Repair: 0 s so far. Next 16 epochs of training on 180 known samples, then what broke is polished away: "
+    assert listener.said == ([] if said is None else [text + said])
+
+
+def seconds_of_searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that each search is given from now on."""
+    seconds, search = list[float](), auto_module.warm_started_search
+
+    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
+        seconds.append(end.seconds_left)
+        return search(*args, end=end, **rest)
+
+    monkeypatch.setattr(auto_module, "warm_started_search", listen)
+    return seconds
 
 
 @pytest.mark.parametrize(
@@ -279,14 +327,7 @@ def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
 def test_searches_have_a_tenth_of_the_time_and_all_where_no_training_fits(
     max_time: float, searching: float, training: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends: list[float] = []
-    search = auto_module.warm_started_search
-
-    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
-        ends.append(end.seconds_left)
-        return search(*args, end=end, **rest)
-
-    monkeypatch.setattr(auto_module, "warm_started_search", listen)
+    ends = seconds_of_searches(monkeypatch)
     clock = StageTimer(max_time=max_time, now=lambda: 0.0)
     clock.seconds["collect"] = 1.0
     own = problem(clock=clock)
@@ -297,6 +338,22 @@ def test_searches_have_a_tenth_of_the_time_and_all_where_no_training_fits(
     # All of it for the one from the exact solution, where there is one.
     assert ends[-1] == pytest.approx(searching / 4 if max_time == 11 else searching)
     assert given.calls[0]["seconds"] == pytest.approx(training)
+
+
+def test_what_training_had_no_time_for_goes_to_the_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ends = [0.0], seconds_of_searches(monkeypatch)
+
+    def fails_late(**call: Any) -> None:
+        now[0] = 98.45
+
+    clock = StageTimer(max_time=100.0, now=lambda: now[0])
+    clock.seconds["collect"] = 0.1
+    solution = AUTO(problem(clock=clock, training=FakeTraining(gives=fails_late)))
+    # A tenth of 99.7 s first. Training had to end after 98.5 s, and a pass more does not fit: 1.25 s are left.
+    assert ends[0] == pytest.approx(9.97 / 4)
+    assert ends[-1] == pytest.approx(1.25)
+    assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+    assert solution.proposal is not None
 
 
 def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:
