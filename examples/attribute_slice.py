@@ -64,7 +64,7 @@ if __name__ == "__main__":
         target=Target.where(leaning),
         samples=SampleOptions(slices=hand),
         unseen="test",
-        max_time=3 if fast else 10,
+        max_time=3 if fast else None,
         verbose=False,
     )
     quiet_trainer(6 if fast else 15, repair).fit(DigitNet(), datamodule=Hands())

@@ -66,8 +66,8 @@ def one_repair(seed: int) -> None:
         "\nrepaired: wrong before, right now. broken: right before, wrong now.\n"
         'swarm: the search of the paper in the last layer, method="swarm".\n'
         "default: rungs of a ladder, from the least change to the most. `search` is that swarm, and every known sample "
-        "that was right keeps a margin. Each rung is tried on known samples that it may not use (held out); the last "
-        "one that these do not speak against is taken.\n"
+        "that was right keeps a margin. Each rung is judged by known samples that it has not used (held out). Of "
+        "those that do no harm there, the one that repairs most is taken.\n"
     )
     print(f"The report          {default.files['html']}")
     print(f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}")

@@ -61,7 +61,7 @@ if __name__ == "__main__":
         val_dataloaders=loaders["suite"],
         reference=old,  # what it gets right and the new one wrong is to be repaired
         unseen=loaders["later"],
-        max_time=3 if fast else 10,
+        max_time=3 if fast else None,
         verbose=False,
     )
     verdicts["repaired"] = judged(new, old, loaders)

@@ -25,6 +25,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods.problem import Renew, Trained
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -74,14 +75,17 @@ def make_problem(
 
 @dataclass
 class FakeTraining:
-    """A training that gives the same weights whatever it is asked for, or what `gives` says; it writes calls down."""
+    """A training that gives the same weights whatever it is asked for, or what `gives` says; it writes calls down.
+
+    Halfway it is at `halfway`, or where it ends; `renewed` are the answers to that.
+    """
 
     state: State | None = None
     gives: Callable[..., State | None] | None = None
+    halfway: State | None = None
     epochs: int = 10
-    visits: int = 1_000
-    fit_seconds: float | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
+    renewed: list[Tensor | None] = field(default_factory=list)
 
     def __call__(
         self,
@@ -93,10 +97,19 @@ class FakeTraining:
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-    ) -> State | None:
+        renew: Renew | None = None,
+    ) -> Trained | None:
         call = {"seconds": seconds, "seed": seed, "start": start, "weight": weight, "epochs": epochs, "rate": rate}
         self.calls.append(call)
-        return self.state if self.gives is None else self.gives(**call)
+        state = self.state if self.gives is None else self.gives(**call)
+        if state is None:
+            return None
+        if renew is not None:
+            self.renewed.append(renew(state if self.halfway is None else self.halfway))
+            if self.renewed[-1] is None:
+                return None
+        done = float(self.epochs if epochs is None else epochs)
+        return Trained(state, done, done)
 
 
 def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:

@@ -26,10 +26,8 @@ Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Means and standard deviations of channels, by which a data set has normalised its images."""
 
-FEWEST_PIXELS = 4
-"""A side of less is no picture."""
-TABLE_VALUES, TOKENS = 24, 120
-"""More are not listed."""
+FEWEST_PIXELS = 4  # a side of less is no picture
+TABLE_VALUES, TOKENS = 24, 120  # more are not listed
 ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
 DEEPEST, MOST_VISITED = 12, 200
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
@@ -106,11 +104,10 @@ def _parts(dataset: object) -> Iterator[object]:
         if depth < DEEPEST:
             inside = one if isinstance(one, (list, tuple)) else list(getattr(one, "__dict__", {}).values())
             few = inside if len(inside) <= MOST_VISITED else ()  # samples, no transforms
-            waiting += [(part, depth + 1) for part in few if isinstance(part, (list, tuple)) or _may_hold(part)]
-
-
-def _may_hold(part: object) -> bool:
-    return not isinstance(part, (Tensor, type, str)) and hasattr(part, "__dict__")
+            parts = (part for part in few if not isinstance(part, (Tensor, type, str)))
+            waiting += [
+                (part, depth + 1) for part in parts if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
+            ]
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

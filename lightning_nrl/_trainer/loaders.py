@@ -52,26 +52,21 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, index: Sequence[int]) -> list[Any]:
         """Torch's data loaders read batches by this."""
-        found = CpuRandomState.current()
+        found, n, samples = CpuRandomState.current(), len(self), list[Any]()
         if not self.draws:
-            samples = self._unseeded(list(index))
+            places = [i % n for i in index]
+            whole: Callable[[list[int]], list[Any]] | None = getattr(self.dataset, "__getitems__", None)
+            samples = [self.dataset[i] for i in places] if whole is None else whole(places)
             if found.is_current():
                 return samples
-            self.draws = True
+            self.draws, samples = True, []
         try:
-            return [self._seeded(i) for i in index]
+            for i in index:
+                seed_cpu(mixed_seed(self.seed, i))
+                samples.append(self.dataset[i % n])
+            return samples
         finally:
             found.restore()
-
-    def _unseeded(self, index: list[int]) -> list[Any]:
-        dataset, n = self.dataset, len(self)
-        index = [i % n for i in index]
-        whole: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
-        return [dataset[i] for i in index] if whole is None else whole(index)
-
-    def _seeded(self, i: int) -> Any:
-        seed_cpu(mixed_seed(self.seed, i))
-        return self.dataset[i % len(self)]
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
@@ -149,7 +144,6 @@ class LoaderSource:
             yield Batch(args, target, position, kwargs, raw)
 
     def _taken_apart(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
-        """Arguments, keyword arguments, truth, and the number of samples."""
         try:
             args, kwargs, target = self.adapter(raw)
             return args, kwargs, target, length_of(target)
@@ -168,7 +162,6 @@ class LoaderSource:
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
 
     def without(self, left_out: Sequence[int]) -> LoaderSource:
-        """The same split without the samples at some data-set positions."""
         kept = ~torch.isin(self.index, torch.tensor(left_out, dtype=torch.int64))
         place = kept.cumsum(0) - 1
         return replace(self, index=self.index[kept], positions=place[self.positions[kept[self.positions]]])

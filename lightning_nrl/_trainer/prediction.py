@@ -28,16 +28,11 @@ from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task
 
-SAME_OUTPUT_TOLERANCE = 1e-3
-"""Share of the largest value by which two ways to the same outputs may differ."""
-LAYER_TOLERANCE = 1e-3
-"""Relative distance by which a layer's inputs or outputs may differ between two ways to the same."""
-SEEDS_OF_AUGMENTATION = 4
-"""How often a step that augments at random is run, to see how far its inputs spread."""
-SPREAD_FACTOR = 3.0
-"""How much farther than from each other its inputs may lie from ours, on average."""
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
-"""Our loss is suspicious above so many times the module's own, and so much."""
+SAME_OUTPUT_TOLERANCE = 1e-3  # share of the largest value by which two ways to the same outputs may differ
+LAYER_TOLERANCE = 1e-3  # relative distance by which a layer's inputs or outputs may differ between two ways to the same
+SEEDS_OF_AUGMENTATION = 4  # how often a step that augments at random is run, to see how far its inputs spread
+SPREAD_FACTOR = 3.0  # how much farther than from each other its inputs may lie from ours, on average
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above so many times the module's own, and so much
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
 """Changes of a layer's output that show whether logits depend on it: those of other samples, smaller ones. A model
 knows their kind; a NaN that becomes an index would end the work of a GPU."""
@@ -169,7 +164,6 @@ def _are_probabilities(x: Tensor) -> bool:
 
 
 def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
-    """True if an output holds the predicted classes, as whole numbers or as floating-point ones."""
     found = [x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape]
     return any(torch.equal(x.to(prediction), prediction) for x in found if prediction is not None)
 
@@ -238,11 +232,11 @@ def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
-            last = left[-1]
-            if all(_equals(run(linear[last], change), logits) for change in OUTPUT_CHANGES):
+            found = [run(linear[left[-1]], change) for change in OUTPUT_CHANGES]
+            if all(x is not None and x.shape == logits.shape and torch.allclose(x, logits) for x in found):
                 idle.add(left.pop())
             else:
-                needed.add(last)
+                needed.add(left[-1])
     return idle
 
 
@@ -260,10 +254,6 @@ def _logits_with(
             return run().clone()  # a model may write the next ones into the same memory
         except Exception:
             return None
-
-
-def _equals(logits: Tensor | None, others: Tensor) -> bool:
-    return logits is not None and logits.shape == others.shape and torch.allclose(logits, others)
 
 
 def _check_own_step(

@@ -58,7 +58,6 @@ def reference_module(
 
 
 def _copy(trainer: Trainer, module: LightningModule, given: State | str | Path) -> LightningModule:
-    """A module of the same architecture with other weights."""
     state = fitting("reference", read_state("reference", given), module)
     data = find_loader("train", trainer, module)
     dataset = data.dataset if isinstance(data, DataLoader) else None

@@ -75,7 +75,6 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             self._stage.__exit__(kind, error, traceback)
 
     def write(self, kind: str, write: Callable[[Path], object]) -> None:
-        """Writes one file, if a file of this kind is wanted."""
         if self._stage is not None and kind in self._files:
             with self._noting(kind):
                 self._stage.write(self._files[kind].name, write)
@@ -172,7 +171,6 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 def _check_checkpoint(
     writer: CheckpointWriter, report: RepairReport, model: nn.Module, parameters: State, path: Path | None
 ) -> None:
-    """Raises if a checkpoint could not be written, or is not what was judged."""
     if writer.error is not None:
         raise writer.error
     if path is not None and not path.exists():

@@ -12,8 +12,7 @@ from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 """How the names of strategies begin under which no process holds whole layers."""
-ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")
-"""Of those whose devices are none of torch's own."""
+ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")  # of those whose devices are none of torch's own
 SPREAD = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
 """Classes of parameters and modules of which each rank has a part, whatever the strategy is called."""
 OVERWRITING = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")

@@ -94,7 +94,8 @@ class Collective:
             error = caught
         if not self.any(error is not None):
             return result
-        kind = None if error is None else _package_error(error)
+        # The nearest class of this package; None for any other error, and for none.
+        kind = next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)
         elsewhere = OtherRankError(failed, "look at that rank's own error.")
         if self.any(error is not None and kind is None):
             raise elsewhere if error is None or kind is not None else error
@@ -118,8 +119,3 @@ def _answered() -> Iterator[None]:
             raise
         hint = "look at that rank's own error; the weights here are those of before."
         raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error
-
-
-def _package_error(error: Exception) -> type[RepairError] | None:
-    """Returns the nearest class of this package; None for any other error."""
-    return next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)

@@ -138,7 +138,6 @@ def parse_json(text: str) -> Any:
 
 
 def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
-    """Reads a value of a type from plain values at a place of the file."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or kind is object:
         return value
@@ -248,7 +247,6 @@ def _written_fields(kind: Any) -> list[Field[Any]]:
 
 
 def _flat_kind(kind: Any, f: Field[Any]) -> Any:
-    """Returns the dataclass of a flat field, which may be optional."""
     hint = hints_of(kind)[f.name]
     return next((one for one in get_args(hint) if is_dataclass(one)), hint)
 

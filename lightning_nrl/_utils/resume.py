@@ -142,7 +142,6 @@ class ResumeStore:
         self._folder, self._made, self._is_active = None, [], False
 
     def _write(self, folder: Path, result: Any) -> None:
-        """Writes the result of a step in place of those inside it, or warns."""
         try:
             data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
         except Exception:  # what a user's own method returns need not be savable

@@ -68,7 +68,6 @@ class Deadline:
         return self.is_set and self.collective.any(self.seconds_left <= 0)
 
     def earlier(self, seconds: float) -> Deadline:
-        """A deadline so many seconds before this one."""
         return replace(self, end=self.end - seconds)
 
     def within(self, seconds: float) -> Deadline:
@@ -128,7 +127,6 @@ class StageTimer:
             self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 
     def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Tells the observer the progress of a stage, see `Observer.search`."""
         poll()
         if self.observer:
             self.observer.search(done, total, repaired, broken)

@@ -232,10 +232,29 @@ class Comparison(Report, Plotted):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
-        return _page(self)
+        shown = [entry for entry in self.entries if entry.curve]
+        blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
+        if shown:
+            blocks.append(_table(self, shown))
+            if any(entry.scaled is not None and entry.scaled.strength < 1 for entry in shown):
+                blocks.append(Text(SCALED_NOTE))
+        left_out = tuple((entry.method, entry.note) for entry in self.entries if not entry.curve)
+        if left_out:
+            blocks += [Heading("Left out"), Facts(left_out)]
+        facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))
+        return Page((*blocks, Facts(facts)))
 
     def figure(self) -> Any:
-        return _figure(self)
+        shown = [entry for entry in self.entries if entry.curve]
+        figure = new_figure(11, 5)
+        roles = ("known", "unseen") if _has_unseen(shown) else ("known",)
+        figure.suptitle(f"{self.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
+        panels = figure.subplots(1, len(roles), squeeze=False)[0]
+        for axes, role in zip(panels, roles, strict=True):
+            _panel(axes, role, shown)
+        if shown:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        return figure
 
     def __getitem__(self, method: str) -> Entry:
         """The entry of a method; a `ConfigurationError` names the nearest one if it is not there."""
@@ -269,20 +288,6 @@ class Comparison(Report, Plotted):
 
 
 SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
-
-
-def _page(comparison: Comparison) -> Page:
-    shown = [entry for entry in comparison.entries if entry.curve]
-    blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison, shown))]
-    if shown:
-        blocks.append(_table(comparison, shown))
-        if any(entry.scaled is not None and entry.scaled.strength < 1 for entry in shown):
-            blocks.append(Text(SCALED_NOTE))
-    left_out = tuple((entry.method, entry.note) for entry in comparison.entries if not entry.curve)
-    if left_out:
-        blocks += [Heading("Left out"), Facts(left_out)]
-    facts = (("target", comparison.target), ("layer", comparison.layer), ("seed", str(comparison.seed)))
-    return Page((*blocks, Facts(facts)))
 
 
 def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
@@ -326,19 +331,6 @@ LEGEND = (
     "Dot: as the method gave it; ring: scaled back to none known broken; dashed: a baseline; "
     "thin line: as many broken as repaired"
 )
-
-
-def _figure(comparison: Comparison) -> Any:
-    shown = [entry for entry in comparison.entries if entry.curve]
-    figure = new_figure(11, 5)
-    roles = ("known", "unseen") if _has_unseen(shown) else ("known",)
-    figure.suptitle(f"{comparison.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
-    panels = figure.subplots(1, len(roles), squeeze=False)[0]
-    for axes, role in zip(panels, roles, strict=True):
-        _panel(axes, role, shown)
-    if shown:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    return figure
 
 
 def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:

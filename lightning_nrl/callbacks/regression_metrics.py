@@ -54,7 +54,6 @@ class ReferenceResults:
 
 
 def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
-    """The data loader that a trainer validates on, and how many of its batches; None: all."""
     found = validation_loaders(trainer)
     if found is None:
         raise ConfigurationError(
@@ -128,7 +127,6 @@ def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: in
 
 
 def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
-    """Data-set positions of this rank's samples, batch by batch."""
     sampler, inside = sampler_of(loader)
     shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
     if not shuffles:

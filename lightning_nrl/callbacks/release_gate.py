@@ -159,7 +159,6 @@ class ReleaseGate(CallbackBase):
 
 
 def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the data loaders by their splits; refuses other numbers of names, and one that has no index."""
     if isinstance(given, Mapping):
         own, loaders = list(map(str, given)), list(given.values())
     else:
@@ -176,6 +175,5 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
 
 
 def _global_seed() -> dict[str, int]:
-    """Returns the seed of `seed_everything`, if it was called."""
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return {"seed_everything": int(seed)} if seed.lstrip("-").isdigit() else {}

@@ -86,7 +86,7 @@ class RegressionFreeRepair(RepairCallback):
         samples: what each sample counts, slices, and samples that may not break: `SampleOptions`.
         search: how candidates are ranked and searched: `SearchOptions`.
         bounds: how much of the change is made, and what is said of other samples: `BoundOptions`.
-        max_time: seconds that the repair may take; None: about as long as the fit took, or as its method needs.
+        max_time: seconds that the repair may take; None: no limit, its work is counted by the epochs of the fit.
         seed: the same seed gives the same repair.
         dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
         verbose: whether the report is printed at the end.

@@ -36,7 +36,7 @@ class RepairInTraining(RepairCallback):
     optimizers and schedules stay as they are. Files go to `<log_dir>/repair-step-<step>/`, and logs have that name; the
     repair at the end is called `repair`.
 
-    A repair takes as long as one at the end would, by default about as long as the training took so far: give a
+    A repair takes as long as one at the end would, by default as many epochs as the training had so far: give a
     `max_time`, or a method that takes seconds (`convex`, `swarm`).
 
     Args:
@@ -179,7 +179,6 @@ class RepairInTraining(RepairCallback):
         self.reports.append(self.repair.report)
 
     def _measured(self, trainer: Trainer) -> float | None:
-        """Returns the metric of a repaired model; None if it is unknown."""
         if self.monitor is None or not trainer.enable_validation:
             return None
         # All ranks validate or none does, whatever each of them logs.

@@ -72,11 +72,9 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's share, in evaluation order."""
-        ...
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Chosen samples of this rank's share, one batch for each tensor of places (`Batch.position`)."""
-        ...
 
 
 class RecordingSource:

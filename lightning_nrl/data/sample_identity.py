@@ -16,8 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
-COLUMNS_AT_ONCE = 2**14
-"""Numbers of a sample that are made integers at once, eight bytes each."""
+COLUMNS_AT_ONCE = 2**14  # numbers of a sample that are made integers at once, eight bytes each
 
 
 @runtime_checkable
@@ -27,7 +26,6 @@ class Identified(Protocol):
     @property
     def identity(self) -> Tensor:
         """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
-        ...
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ ROUNDING_FACTOR = 2.0
 """How far rounding moves a margin, in `eps` of the deployed precision times the median margin of passed samples.
 Networks of three and four layers that learned digits, bfloat16 and float16 against float32: at most 2.0, and 1.4 for
 99 % of the samples; one of ten layers without normalisation: 10.0 and 5.7."""
-TF32_EPS = 2.0**-10
-"""TensorFloat-32 has the mantissa of float16."""
-KEPT_SHARE = 0.5
-"""A sample that is closer to the border than rounding moves it keeps this part of its margin."""
+TF32_EPS = 2.0**-10  # TensorFloat-32 has the mantissa of float16
+KEPT_SHARE = 0.5  # a sample that is closer to the border than rounding moves it keeps this part of its margin
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,6 @@ class DeployedPrecision:
         found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
         return max([*found, *([TF32_EPS] if self.tf32 else [])], default=torch.finfo(torch.float32).eps)
 
-    @property
-    def is_coarse(self) -> bool:
-        """True if numbers are rounded further than to float32."""
-        return self.eps > torch.finfo(torch.float32).eps
-
     def __str__(self) -> str:
         notes = {
             f"autocast to {self.autocast}": self.autocast,
@@ -86,7 +79,7 @@ def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> floa
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
     """The same where numbers are rounded further than to float32, else 0."""
-    return (rounding_margin(precision, before) or 0.0) if precision.is_coarse else 0.0
+    return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Tensor | None:

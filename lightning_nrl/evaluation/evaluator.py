@@ -40,8 +40,7 @@ DTYPES = {
     "targeted": torch.bool,
     "in_target": torch.bool,
 }
-NO_CLASS = -100
-"""The label of a sample whose task has classes and that has none."""
+NO_CLASS = -100  # the label of a sample whose task has classes and that has none
 
 
 @dataclass(frozen=True)

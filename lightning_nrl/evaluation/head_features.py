@@ -121,14 +121,9 @@ def _matter(results: SampleResults) -> Tensor:
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
-NEIGHBOURS = 10
-"""Passed samples that a sample is compared with."""
-
-MAX_SIMILARITIES = 2**24
-"""Most similarities that are held at once."""
-
-AGREEMENT_SHARE = 0.9
-"""Share of the neighbours that must have the predicted class before a label is doubted."""
+NEIGHBOURS = 10  # passed samples that a sample is compared with
+MAX_SIMILARITIES = 2**24  # most similarities that are held at once
+AGREEMENT_SHARE = 0.9  # share of the neighbours that must have the predicted class before a label is doubted
 
 
 class Neighbours(NamedTuple):

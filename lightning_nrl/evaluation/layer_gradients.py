@@ -86,8 +86,7 @@ def pad_input(layer: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode=mode)
 
 
-MAX_GRADIENT_ENTRIES = 2**24
-"""Most entries (samples x weights) of gradients that are held at once."""
+MAX_GRADIENT_ENTRIES = 2**24  # most entries (samples x weights) of gradients that are held at once
 
 
 class LayerCall(NamedTuple):

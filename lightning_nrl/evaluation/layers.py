@@ -281,7 +281,6 @@ def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
 
 
 def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Suggests layers that can be repaired: the nearest to a name, else the last ones."""
     names = [other for other, module in modules.items() if isinstance(module, Layer)]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-5:]
 

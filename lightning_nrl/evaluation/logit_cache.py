@@ -7,11 +7,8 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = 3 / 8
-"""Samples with a margin above this part of the median of passed ones are easy."""
-
-MAX_CACHED_BYTES = 2**28
-"""Of logits that a cache keeps; where they are more the teacher runs again each time."""
+EASY_MARGIN = 3 / 8  # samples with a margin above this part of the median of passed ones are easy
+MAX_CACHED_BYTES = 2**28  # of logits that a cache keeps; where they are more the teacher runs again each time
 
 
 class LogitCache:

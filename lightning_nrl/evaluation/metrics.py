@@ -51,7 +51,6 @@ def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
 
 
 def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """Counts the flips of one batch on the target's device, `4` int64: kept, broken, repaired, failing."""
     masks = flip_masks(_is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target))
     return torch.stack([mask.sum() for mask in masks])
 

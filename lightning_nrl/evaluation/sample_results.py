@@ -13,8 +13,7 @@ from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
 """Stands for a column that is not given."""
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
-"""Columns that are always given."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # columns that are always given
 
 
 @dataclass(frozen=True)

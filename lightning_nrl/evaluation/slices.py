@@ -25,8 +25,7 @@ from lightning_nrl.tasks import Task
 
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
-MAX_SLICES = 200
-"""Slices, each with its own curves: more are most likely ids."""
+MAX_SLICES = 200  # slices, each with its own curves: more are most likely ids
 
 
 class SliceRecorder(RecordingSource):

@@ -118,12 +118,10 @@ GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstan
 class Instance(Gate):
     """Not one known sample may break."""
 
+    rule = "none"
+
     def allowed(self, counts: FlipCounts) -> int:
         return 0
-
-    @property
-    def rule(self) -> str:
-        return "none"
 
     def __str__(self) -> str:
         return "instance"
@@ -138,13 +136,10 @@ class InstanceInTarget(Gate):
     """
 
     needs_target: ClassVar[bool] = True
+    rule = "none in the target"
 
     def allowed(self, counts: FlipCounts) -> int:
         return 0
-
-    @property
-    def rule(self) -> str:
-        return "none in the target"
 
     def __str__(self) -> str:
         return "instance-in-target"
@@ -155,12 +150,10 @@ class InstanceInTarget(Gate):
 class Accuracy(Gate):
     """No more known samples may break than are repaired."""
 
+    rule = "as many as are repaired"
+
     def allowed(self, counts: FlipCounts) -> int:
         return counts.repaired
-
-    @property
-    def rule(self) -> str:
-        return "as many as are repaired"
 
     def __str__(self) -> str:
         return "accuracy"

@@ -20,8 +20,7 @@ from lightning_nrl.localization.impact import check_called, flat_part, measure, 
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
 from lightning_nrl.localization.neurecover_lite import places
 
-TOP_PER_FAILURE = 20
-"""Weights that Arachne looks at for each failed sample."""
+TOP_PER_FAILURE = 20  # weights that Arachne looks at for each failed sample
 
 
 @LOCALIZERS.register("arachne")
@@ -47,7 +46,6 @@ class Arachne:
         check_numbers(n_weights=self.n_weights, n_g=self.n_g)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures both impacts on the failed samples and takes the front."""
         impact = measure(recording, evaluator, failed)
         total = len(impact.backward)
         n_g = self.n_g or max(TOP_PER_FAILURE * int(failed.sum()), self.n_weights or 0)
@@ -79,7 +77,6 @@ class ArachneV2:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures both costs on failed and passed samples and takes the front."""
         n_failed = int(failed.sum())
         costs = []
         for rows in (failed, passed):

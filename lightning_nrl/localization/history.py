@@ -41,7 +41,6 @@ class History(Protocol):
 
     def points(self, known: Known) -> list[HistoryPoint]:
         """What is known of each point; every rank has the same."""
-        ...
 
 
 @runtime_checkable
@@ -54,11 +53,9 @@ class DataLocalizer(Protocol):
     @property
     def include_bias(self) -> bool:
         """As that of a `Localizer`."""
-        ...
 
     def on(self, known: Known) -> Localizer:
         """Returns the localiser for these data."""
-        ...
 
 
 def on_data(localizer: Localizer, known: Known) -> Localizer:

@@ -195,7 +195,6 @@ def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) ->
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
-    """Sums the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.

@@ -35,15 +35,12 @@ class Replay(Protocol):
     @property
     def space(self) -> ParameterSpace:
         """The layers to be repaired."""
-        ...
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
         """Yields samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
-        ...
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
         """Returns the logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
-        ...
 
 
 @runtime_checkable
@@ -53,7 +50,6 @@ class Localizer(Protocol):
     @property
     def include_bias(self) -> bool:
         """True if biases may be chosen too: the weight space is made accordingly."""
-        ...
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Localises from a recording of this rank's data, or raises an `EmptyLocalizationError`.
@@ -61,7 +57,6 @@ class Localizer(Protocol):
         `evaluator` has the task and the ranks; `failed` and `passed` are `N` bool by row of the results, the samples to
         be repaired (I_neg) and to be kept (I_pos).
         """
-        ...
 
 
 LOCALIZERS: Registry[Localizer] = Registry(
@@ -107,7 +102,6 @@ class AllWeights:
     include_bias: bool = False
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Takes all weights."""
         total = recording.space.size
         weights = torch.arange(total, device=recording.space.device)
         sizes = {"failed": total, "passed": 0, "both": 0, "localized": total, "total": total}

@@ -75,7 +75,6 @@ class NeuRecover:
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
-        """Returns the same localiser with this record."""
         return replace(self, history=folder)
 
     def on(self, known: Known) -> OnHistory:
@@ -139,11 +138,9 @@ class OnHistory:
 
     @property
     def include_bias(self) -> bool:
-        """As of the settings."""
         return self.settings.include_bias
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures impacts on regressions and improvements, each as much as it counts, and localises."""
         regressed, improved = self.flips.regressed * failed.cpu(), self.flips.improved * passed.cpu()
         if not regressed.any():
             raise EmptyLocalizationError(

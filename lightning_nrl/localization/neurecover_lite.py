@@ -47,7 +47,6 @@ class NeuRecoverLite:
         check_choice("aggregation", self.aggregation, get_args(Aggregation))
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Measures both impacts and localises."""
         of_failed, of_passed = (
             measure(recording, evaluator, rows, aggregation=self.aggregation) for rows in (failed, passed)
         )

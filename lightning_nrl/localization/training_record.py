@@ -146,7 +146,6 @@ class FolderHistory:
     folder: Path
 
     def points(self, known: Known) -> list[HistoryPoint]:
-        """As of `TrainingRecord.history`."""
         return TrainingRecord.read(self.folder).history(known)
 
 
@@ -190,7 +189,6 @@ def _point_files(folder: Path) -> dict[int, Path]:
 
 
 def _replace(value: Mapping[str, Any], file: Path) -> None:
-    """Writes a file whole or not at all."""
     held = BytesIO()
     torch.save(value, held)  # to a file, a full disk is a RuntimeError
     replacing(file, lambda path: path.write_bytes(held.getvalue()))

@@ -16,7 +16,7 @@ from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.methods.problem import Method, Problem, Training
+from lightning_nrl.methods.problem import Method, Problem, Trained, Training
 from lightning_nrl.methods.published_methods import BUNDLES, bundle
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
@@ -71,6 +71,7 @@ __all__ = [
     "Problem",
     "Proposal",
     "Solution",
+    "Trained",
     "Training",
     "better",
     "bundle",

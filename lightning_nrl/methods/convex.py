@@ -23,7 +23,7 @@ from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
@@ -46,7 +46,7 @@ class Convex:
     Attributes:
         patience: the path over strengths ends after this many in a row without a better result on held-out samples;
             None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long it may take; the weakest strength is solved at least in part.
+        seconds: how long it may take; once recorded, the weakest strength is solved at least in part.
         max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
 
     Raises:
@@ -82,7 +82,9 @@ class Convex:
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
             # What is chosen is counted once more by the model that is deployed.
-            changes, held_out = _path(problem, known, self, end.earlier(problem.clock.one_pass))
+            end = end.earlier(problem.clock.one_pass)
+            changes, held_out = _path(problem, known, self, end)
+            is_cut = problem.deadline.is_set and len(changes) < len(SLACK_COSTS) and end.is_over()
             if not changes:
                 return Solution(None, NO_TIME_TO_SOLVE)
             points = [
@@ -105,6 +107,7 @@ class Convex:
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
             note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
+            note += f"; the path was {CUT}" if is_cut else ""
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
         none = "no change of the layer that held-out samples speak for repairs a target without a regression."
         reason = "" if proposal else none

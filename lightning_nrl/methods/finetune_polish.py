@@ -100,10 +100,10 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     The `held_out` counts of the solution are those halfway. Without a proposal, its reason says why.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
-    reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * clock.left)
+    reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
     found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
     if found is None:
-        needed = clock.elapsed + least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass
+        needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
         return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
     if found.is_harmful:
         reason = "training that goes on breaks more held-out samples than it repairs."
@@ -156,7 +156,7 @@ def _fine_tuned_by(
 
 
 def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadline) -> Trained | None:
-    if not deadline.leaves(0.0):
+    if not deadline.leaves(problem.clock.one_pass):
         return None
     if kind.distilled:
         return distill(problem, deadline=deadline, weight=halfway.first_weight, renew=halfway)
@@ -196,13 +196,13 @@ class Halfway:
         if not self.goes_on:
             return None
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
-        self.stays_held_out = self.held_out is not None and gain <= 1
+        self.stays_held_out = gain < 0
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)
         weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
-        if self.stays_held_out:
-            weight[~before.passed & ~before.targeted] *= DOUBTED_VISITS if gain >= 0 else 0.0
+        if self.held_out is not None and gain <= 1:
+            weight[~before.passed & ~before.targeted] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:

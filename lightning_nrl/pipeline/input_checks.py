@@ -38,8 +38,7 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
-"""torch puts them into one tensor with no other dtype."""
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch puts them into one tensor with no other dtype
 
 
 def given_or_default(settings: Settings | None) -> Settings:

@@ -22,8 +22,7 @@ from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-WHOLE_TENSOR_SHARE = 1 / 3
-"""Where more than this share of a tensor changed, all of it is kept."""
+WHOLE_TENSOR_SHARE = 1 / 3  # where more than this share of a tensor changed, all of it is kept
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 PATCH_FORMAT = "lightning_nrl.patch.1"

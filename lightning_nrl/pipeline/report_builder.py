@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import rounded_seconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
-from lightning_nrl.evaluation.deployed_precision import DeployedPrecision, rounding_margin
+from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.evaluation.slices import needed
@@ -45,11 +45,10 @@ def split_report(
     split: str,
     role: Role,
     before: SampleResults,
-    after: SampleResults | None = None,
+    now: SampleResults,
     margin_edges: tuple[float, ...] = (),
 ) -> SplitReport:
-    """Counts what became of the samples of one split; without `after` the weights are unchanged."""
-    now = before if after is None else after
+    """Counts what became of the samples of one split."""
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
@@ -72,15 +71,6 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
     before, after, passed = both.trained.broken, both.now.broken, both.now.passed
     first = f"Of {passed:,} known samples that the replaced model gets right, the new one got {before:,} wrong"
     return f"{first}." if both.now == both.trained else f"{first} and gets {after:,} wrong now."
-
-
-def slice_reports(
-    role: Role, before: SampleResults, after: SampleResults | None, quotas: Mapping[str, int]
-) -> list[SliceReport]:
-    """Counts what became of the samples of each slice; samples in no slice are left out."""
-    flips = Flips.between(before, before if after is None else after)
-    groups = [(name, before.group == number) for number, name in enumerate(before.names)]
-    return [SliceReport(name, role, flips.target_counts(before, rows), quotas.get(name)) for name, rows in groups]
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
@@ -106,13 +96,6 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
     )
 
 
-def judge_record(precision: DeployedPrecision, before: SampleResults, now: SampleResults) -> Judge:
-    """In what known samples were counted, and how many the model of now gets right by less than rounding."""
-    rounding = rounding_margin(precision, before)
-    within = 0 if rounding is None else int((now.passed & (now.margin < rounding)).sum())
-    return Judge(precision, rounding, within)
-
-
 def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
     """Everything but the candidate itself."""
     return SearchReport(
@@ -128,8 +111,7 @@ def search_report(result: SearchResult, n_failed: int | None = None, n_passed: i
 
 REPORTED_MARGIN_BINS = 40
 OUTER_MARGIN_SHARE = 0.01  # of all margins lie below the first edge, and as many above the last one
-MARGIN_GROWTH = 1.5
-"""Margins after a repair may be larger by so much and have a bin of their own."""
+MARGIN_GROWTH = 1.5  # margins after a repair may be larger by so much and have a bin of their own
 
 
 def flipped_samples(
@@ -231,7 +213,6 @@ class ReportBuilder:
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
-        """The report of a repair that ended without a candidate: the weights stay."""
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)
@@ -275,6 +256,8 @@ class ReportBuilder:
         found, update = self.solution or Solution(None), self._updates(after)
         known, localization = self.baseline.known, found.localization
         n_failed, where = int(known.targeted.sum()), None
+        now, rounding = after.get("known", known), rounding_margin(self.evaluator.precision, known)
+        within = 0 if rounding is None else int((now.passed & (now.margin < rounding)).sum())
         if localization is not None:
             where = LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))
         why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
@@ -297,7 +280,7 @@ class ReportBuilder:
             chosen_strength=self.line_search.chosen,
             set_aside=set_aside_samples(known, self.baseline.set_aside, why),
             leaked=self.baseline.leaked,
-            judge=judge_record(self.evaluator.precision, known, after.get("known", known)),
+            judge=Judge(self.evaluator.precision, rounding, within),
             seed=self.settings.seed,
             seconds=rounded_seconds(self.seconds),
             settings=self.settings.plain(),
@@ -314,18 +297,19 @@ class ReportBuilder:
 
     def _splits(self, after: Mapping[Role, SampleResults]) -> tuple[SplitReport, ...]:
         return tuple(
-            split_report(split, role, before, after.get(role), self._margin_edges)
+            split_report(split, role, before, after.get(role, before), self._margin_edges)
             for role, before in self._before.items()
             for split in before.splits
         )
 
     def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
-        quotas = needed(self.baseline.known, self.settings.samples.quotas or {})[0]
-        return tuple(
-            report
-            for role, before in self._before.items()
-            for report in slice_reports(role, before, after.get(role), quotas if role == "known" else {})
-        )
+        quotas, found = needed(self.baseline.known, self.settings.samples.quotas or {})[0], []
+        for role, before in self._before.items():
+            flips = Flips.between(before, after.get(role, before))
+            for number, name in enumerate(before.names):
+                quota = quotas.get(name) if role == "known" else None
+                found.append(SliceReport(name, role, flips.target_counts(before, before.group == number), quota))
+        return tuple(found)
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
         answers = {} if self.baseline.update is None else self.baseline.update.answers

@@ -145,7 +145,7 @@ class Settings:
             inside may change.
         gate: what a repair must satisfy to be accepted.
         method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
-        max_time: seconds that the repair may take; None: about as long as the fit took, or as its method needs.
+        max_time: seconds that the repair may take; None: no limit, its work is counted by the epochs of the fit.
         seed: of the samples that are drawn and of the search, from 0 to 2^32 - 1.
         search: how candidates are ranked and searched.
         bounds: how much of the change is made, and which limits are given for data to come.

@@ -280,8 +280,7 @@ def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
     return allowed if allowed == limit.allowed(worst) and allowed < now.kept else None
 
 
-SIZE_TOLERANCE = 1.1
-"""The size is bisected until it is known up to this factor."""
+SIZE_TOLERANCE = 1.1  # the size is bisected until it is known up to this factor
 GAIN_ROUNDING = 1e-9  # of sums of sample weights
 
 

@@ -50,10 +50,13 @@ def html_blocks(blocks: Iterable[Block]) -> str:
 def svg_of(figure: Any) -> str:
     """A matplotlib figure as an `<svg>` element, the same for the same figure."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = StringIO()
     with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        # `savefig` draws a figure with a layout twice.
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Date": None})
     found = text.getvalue()
     return found[found.index("<svg") :]
 

@@ -9,21 +9,18 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
 from lightning_nrl.report.run_records import (
     CUT,
-    CalibrationBounds,
     Hashes,
-    Judge,
     LocalizationReport,
     RepairRecord,
     SearchReport,
     WeightChange,
 )
 from lightning_nrl.report.splits import SetAside
-from lightning_nrl.report.stats import Bound, interval, percent_up, show_confidence, upper_limit
+from lightning_nrl.report.stats import interval, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
-LISTED_SAMPLES = 50
-"""Failures that were set aside, of which Markdown tells."""
+LISTED_SAMPLES = 50  # failures that were set aside, of which Markdown tells
 UNSEEN_CONFIDENCE = 0.95
 
 
@@ -46,9 +43,11 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.judge is not None and report.judge.within_rounding:
-        facts.append(("within rounding", _rounding(report.judge)))
+        n, rounding = report.judge.within_rounding, report.judge.rounding or 0.0
+        right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
+        facts.append(("within rounding", f"{right}, which another device or batch size may take away"))
     if report.bounds is not None:
-        facts.append(("calibration", calibration_text(report.bounds)))
+        facts.append(("calibration", str(report.bounds)))
     if report.change is not None:
         facts.append(("weights changed" if report.status == "repaired" else "would change", _change(report.change)))
     return tuple(facts)
@@ -75,17 +74,6 @@ def unseen_limit(report: RepairRecord) -> float | None:
     if counted is None or not counted.passed:
         return None
     return upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
-
-
-def calibration_text(bounds: CalibrationBounds) -> str:
-    """What the calibration data say of the accepted model."""
-    rate = bounds.broken / bounds.n if bounds.n else math.nan
-    text = str(Bound(bounds.broken, bounds.n, bounds.confidence, rate, bounds.upper))
-    if bounds.allowed is not None:
-        text += f" (the limit of {bounds.allowed:,} broken, up to which each strength was accepted, the weakest first)"
-    elif bounds.states > 1:
-        text += f" (it holds for each of {bounds.states:,} sets of weights that these data might have chosen)"
-    return text
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
@@ -163,9 +151,3 @@ def _change(change: WeightChange) -> str:
         f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
         f"norm of the change {number(change.l2)}{share}"
     )
-
-
-def _rounding(judge: Judge) -> str:
-    n, rounding = judge.within_rounding, judge.rounding or 0.0
-    who = f"{n:,} known samples are" if n != 1 else "1 known sample is"
-    return f"{who} right by less than {rounding:.2g}, which another device or batch size may take away"

@@ -41,7 +41,8 @@ MATRIX_CLASSES = 16  # a matrix of more is not legible
 CHANGE_COLOURS = "BrBG"  # brown for the worse, teal for the better, for colour-blind readers too
 DARK = 0.7  # share of the deepest shade from which on text is white
 GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
-CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
+PICTURE_SHARE = 0.93  # of the width of a cell
+CAPTION_WIDTH, CAPTION_LINE, CAPTION_GAP = 24, 0.15, 0.08  # characters, inches, inches
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 SEARCH_WIDTH, SEARCH_ROW = 8.4, 2.7  # inches
 COUNTS_PANEL = "best so far: samples"
@@ -94,18 +95,21 @@ def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
 def _gallery(views: Sequence[SampleView]) -> Any:
     captions = [wrap(view.caption, CAPTION_WIDTH) for view in views]
     caption_height = CAPTION_LINE * (max(map(len, captions)) + 0.5)
-    n_columns = min(len(views), GALLERY_COLUMNS)
-    n_rows = -(-len(views) // n_columns)
-    height = (GALLERY_CELL + caption_height) * n_rows
-    figure = new_figure(GALLERY_CELL * n_columns, height, layout=None)
-    places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - caption_height / height}
-    gaps = {"wspace": 0.1, "hspace": caption_height / GALLERY_CELL}
-    axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=places | gaps).flatten()
-    for own in axes:
-        own.set_axis_off()
-    for own, view, caption in zip(axes, views, captions, strict=False):
-        own.imshow(view.pixels, interpolation="nearest")
-        own.set_title(literal("\n".join(caption)), color=INK, fontsize=8)
+    n_columns, cell_height = min(len(views), GALLERY_COLUMNS), GALLERY_CELL + caption_height
+    width, height = GALLERY_CELL * n_columns, cell_height * -(-len(views) // n_columns)
+    figure = new_figure(width, height, layout=None)
+    # One pair of axes for all, in inches from the top left: a pair for each picture takes many times as long.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
+        row, column = divmod(i, n_columns)
+        x, y = GALLERY_CELL * (column + 0.5), cell_height * (row + 1) - GALLERY_CELL / 2
+        pixels = np.asarray(view.pixels)
+        up, across = PICTURE_SHARE * GALLERY_CELL / 2 * np.array(pixels.shape[:2]) / max(pixels.shape[:2])
+        axes.imshow(pixels, interpolation="nearest", extent=(x - across, x + across, y + up, y - up))
+        text = literal("\n".join(caption))
+        axes.text(x, y - up - CAPTION_GAP, text, color=INK, fontsize=8, ha="center", va="bottom")
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
 
 

@@ -24,6 +24,7 @@ from lightning_nrl.report.splits import (
     pool,
     pool_updates,
 )
+from lightning_nrl.report.stats import Bound
 
 
 def installed_versions() -> dict[str, str]:
@@ -66,8 +67,8 @@ class Rung:
     """One rung of the default's ladder, from the least change to the most; `taken` if the repair is this one.
 
     It is the `search` of localised weights of the chosen layer, its `exact` programmes, or `training` that goes on.
-    `repaired` and `broken` are of all known samples; `held_out` is what the same procedure does to known samples that
-    it may not use, None where that was not tried.
+    `repaired` and `broken` are of all known samples; `held_out` counts known samples that it had not used by then,
+    None where there are none.
     """
 
     name: str
@@ -189,28 +190,32 @@ class WeightChange:
 
 
 @dataclass(frozen=True)
-class CalibrationBounds:
+class CalibrationBounds(Bound):
     """How many calibration samples broke, and at most how many others like them do.
 
-    Of `n` that were right before; `upper` is the limit on the rate, in (0, 1], which holds with `confidence`. The data
-    might have chosen one of `states` sets of weights, 1 if they had no say. If strengths were accepted from weak to
-    strong while at most `allowed` samples broke, the limit is that of this count.
+    The data might have chosen one of `states` sets of weights, 1 if they had no say. If strengths were accepted from
+    weak to strong while at most `allowed` samples broke, the limit is that of this count.
     """
 
-    broken: int
-    n: int
-    confidence: float
-    upper: float
     states: int = 1
     allowed: int | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.allowed is not None:
+            text += (
+                f" (the limit of {self.allowed:,} broken, up to which each strength was accepted, the weakest first)"
+            )
+        elif self.states > 1:
+            text += f" (it holds for each of {self.states:,} sets of weights that these data might have chosen)"
+        return text
 
 
 CUT = "cut by `max_time`"
 """What the note of a step says that had no time to finish."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
-SCHEMA = 1
-"""The version of the form in which reports are written; docs/report_schema.md describes it."""
+SCHEMA = 1  # the version of the form in which reports are written; docs/report_schema.md describes it
 
 
 @dataclass(frozen=True, repr=False)

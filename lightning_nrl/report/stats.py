@@ -7,7 +7,6 @@ of repaired and broken ones, whether the model is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
@@ -18,11 +17,9 @@ from lightning_nrl.errors import ConfigurationError, check_real
 
 __all__ = [
     "Bound",
-    "Choice",
     "Evidence",
     "Selection",
     "binomial_cdf",
-    "choose",
     "evidence_of",
     "limit_after",
     "lower_limit",
@@ -33,11 +30,8 @@ __all__ = [
 
 Evidence = Literal["better", "no difference shown", "worse"]
 """What repaired and broken samples say of a model beside the one before it."""
-EVIDENCE_LEVEL = 0.05
-"""A p-value of the sign test up to which a difference counts as shown."""
-
-NEGLIGIBLE = 1e-17
-"""A term of a falling series below this share of the sum no longer changes it in double precision."""
+EVIDENCE_LEVEL = 0.05  # a p-value of the sign test up to which a difference counts as shown
+NEGLIGIBLE = 1e-17  # a term of a falling series below this share of the sum no longer changes it in double precision
 ORDERED_LEVEL_SHARE = 0.8
 """The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
 
@@ -162,8 +156,8 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
 class Bound:
     """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
 
-    `broken` of the `n` that were right before broke, `rate` is their share (NaN without any), and `upper` the limit on
-    the true rate, in (0, 1], which holds with `confidence`.
+    `broken` of the `n` that were right before broke, and `upper` is the limit on the true rate, in (0, 1], which holds
+    with `confidence`.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -173,8 +167,12 @@ class Bound:
     broken: int
     n: int
     confidence: float
-    rate: float
     upper: float
+
+    @property
+    def rate(self) -> float:
+        """The share that broke; NaN without samples."""
+        return self.broken / self.n if self.n else math.nan
 
     @classmethod
     def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
@@ -185,7 +183,7 @@ class Bound:
     def at_level(cls, broken: int, n: int, level: float) -> Bound:
         """The bound that may fail in a share `level` of all draws, in (0, 1)."""
         broken, n = _checked_counts(broken, n)
-        return cls(broken, n, 1 - level, broken / n if n else math.nan, limit_at_level(broken, n, level))
+        return cls(broken, n, 1 - level, limit_at_level(broken, n, level))
 
     def __str__(self) -> str:
         if self.n == 0:
@@ -246,76 +244,12 @@ class Selection:
     allowed: int | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which candidates may be taken, and which one is.
-
-    Attributes:
-        limit: on the rate of broken samples, in (0, 1).
-        confidence: with which the rates of all accepted candidates are within the limit, in (0, 1).
-        p_values: of "this candidate breaks more than the limit", one a candidate.
-        accepted: positions of the candidates whose rate is within the limit.
-        index: the last accepted one; None if there is none.
-    """
-
-    limit: float
-    confidence: float
-    p_values: tuple[float, ...]
-    accepted: tuple[int, ...]
-    index: int | None
-
-    def __str__(self) -> str:
-        if self.index is None:
-            return f"none of {len(self.p_values)} candidates can be said to break at most {percent_up(self.limit)}"
-        return (
-            f"candidate {self.index + 1} of {len(self.p_values)}; with {show_confidence(self.confidence)} confidence "
-            f"it breaks at most {percent_up(self.limit)} of such samples"
-        )
-
-
-def choose(
-    broken_counts: Sequence[int], n: int, limit: float, confidence: float = 0.95, ordered: bool = True
-) -> Choice:
-    """The boldest candidate that can be said to break at most a share `limit`.
-
-    Learn then Test (Angelopoulos et al. 2021). A candidate's p-value is P(Bin(n, limit) <= broken), which is
-    1 - confidence or less exactly if its Clopper-Pearson limit is within `limit`. *Ordered*: candidates are tested one
-    after another, and the first one that fails ends it (fixed-sequence testing). *Unordered*: every one of C candidates
-    is tested at (1 - confidence) / C (Bonferroni). Nothing is assumed of how their counts depend on each other.
-
-    What holds of the chosen one is the `limit`, not its own smaller limit, since it was chosen for its count.
-
-    Args:
-        broken_counts: `C` counts, one a candidate, each of the same `n` samples. From the safest to the boldest, in an
-            order fixed before anything was counted; if not `ordered`, from the least wanted to the most wanted.
-        n: the calibration samples that were right before, from 1 for anything to be accepted.
-        limit: on the rate of broken samples, in (0, 1); fixed before anything was counted.
-        confidence: in (0, 1).
-        ordered: whether the order is one from safe to bold.
-
-    Raises:
-        ConfigurationError: an argument is out of its range.
-
-    Example:
-        >>> choose([0, 1, 2, 9], n=900, limit=0.01).index
-        2
-    """
-    level = 1 - check_confidence(confidence)
-    check_confidence(limit, "limit")
-    counts = [_checked_counts(broken, n) for broken in broken_counts]
-    p_values = tuple(binomial_cdf(k, size, limit) for k, size in counts)
-    passes = [p <= (level if ordered else level / len(counts)) for p in p_values]
-    end = passes.index(False) if ordered and False in passes else len(passes)
-    accepted = tuple(i for i in range(end) if passes[i])
-    return Choice(limit, confidence, p_values, accepted, accepted[-1] if accepted else None)
-
-
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
     """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
 
     `broken` of the `n` samples that were right before break. Let a = 1 - confidence be what may fail. Where the data
     had no say, the limit is that of Clopper and Pearson at the level a; of C sets of weights each is given a / C
-    (Bonferroni). Where k may break, strengths accepted from weak to strong, one after the other (see `choose`), have
+    (Bonferroni). Where k may break, strengths accepted from weak to strong, one after the other (Learn then Test), have
     four fifths of a together; all else that might have been taken, such as polished weights, shares the last fifth.
     """
     level = 1 - confidence

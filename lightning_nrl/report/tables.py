@@ -151,7 +151,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """A column for each rung, the taken one marked; of held-out samples what the same procedure did without them."""
+    """A column for each rung, the taken one marked, with its counts of held-out samples."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),

@@ -71,7 +71,6 @@ class CmaEs:
 
     @property
     def n_candidates(self) -> int:
-        """As many as the population has."""
         return self.population
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Evolution:
@@ -88,7 +87,6 @@ class CmaEs:
         return Evolution(candidates, original, flat_step, seeds, None, sizes)
 
     def ask(self, state: Evolution, streams: RandomStreams) -> Evolution:
-        """Draws the next generation."""
         candidates = state.original[:, None].repeat(1, self.population, 1)
         for s, strategy in enumerate(state.strategies or ()):
             own = slice(state.sizes[s])

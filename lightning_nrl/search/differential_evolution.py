@@ -81,7 +81,6 @@ class DifferentialEvolution:
 
     @property
     def n_candidates(self) -> int:
-        """As many as members."""
         return self.population
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Population:
@@ -98,7 +97,6 @@ class DifferentialEvolution:
         )
 
     def ask(self, state: Population, streams: RandomStreams) -> Population:
-        """Makes a trial for each member."""
         x = state.members
         _, n, n_weights = x.shape
         a, b, c = three_others(streams.uniform(x, 3, n, 1)[..., 0])

@@ -69,7 +69,6 @@ def check_start(how: Any, **least: int) -> None:
 
 
 def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
-    """Places candidates at the elites, `S x M x K`, on the lines to them, and around them."""
     m = elites.shape[1]
     change = elites - original
     lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[:, : max(0, half - 1 - m) // 2]

@@ -186,7 +186,6 @@ class ArachneFitness:
     """
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """As of `Fitness`."""
         patched, intact, failed, passed = scores.columns()
         return scores.finite((patched + 1) / (failed + 1) + (intact + 1) / (passed + 1))
 
@@ -208,7 +207,6 @@ class NeuRecoverFitness:
         check_real("fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """As of `Fitness`."""
         patched, intact, failed, passed = scores.columns()
         repaired = (patched / scores.n_failed + 1) / (failed + 1)
         kept = (intact / scores.n_passed + 1) / (passed + 1)

@@ -30,8 +30,7 @@ from lightning_nrl.search.searcher import (
     search_dtype,
 )
 
-TIME_WAS_OVER = "time was over"
-"""Why a search ended that a deadline cut short."""
+TIME_WAS_OVER = "time was over"  # why a search ended that a deadline cut short
 
 PROGRESS_EVERY = 10
 """Iterations between two reports, and between two looks at the stop rule where looking makes a device wait."""

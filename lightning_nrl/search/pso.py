@@ -17,8 +17,7 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_real
 from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
-CHI = 0.7298
-"""2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
+CHI = 0.7298  # 2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)
 
 COEFFICIENTS = {
     "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
@@ -41,7 +40,6 @@ class Swarm(NamedTuple):
 
     @property
     def candidates(self) -> Tensor:
-        """`S x P x K`."""
         return self.position
 
     @property
@@ -108,7 +106,6 @@ class ParticleSwarm:
 
     @property
     def n_candidates(self) -> int:
-        """As many as particles."""
         return self.particles
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:

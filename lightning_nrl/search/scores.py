@@ -50,4 +50,3 @@ class Scorer(Protocol):
 
     def __call__(self, values: Tensor) -> Scores:
         """Scores candidates, `S x P x K`: values of the K localised weights."""
-        ...

@@ -60,7 +60,6 @@ class RandomStreams:
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
-        """Begins a stream from each seed."""
         own = None if sizes is None else tuple(sizes)
         return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
@@ -116,7 +115,6 @@ class SearchState(Protocol):
     @property
     def candidates(self) -> Tensor:
         """`S x P x K`, to be scored."""
-        ...
 
     @property
     def threshold(self) -> Tensor | None:
@@ -124,7 +122,6 @@ class SearchState(Protocol):
 
         Never above the best fitness so far. None: every candidate's fitness matters, however low.
         """
-        ...
 
 
 State = TypeVar("State", bound=SearchState)
@@ -141,32 +138,26 @@ class Searcher(Protocol[State]):
     @property
     def n_candidates(self) -> int:
         """P, how many candidates are scored in each iteration; there may be fewer elites than that."""
-        ...
 
     @property
     def iterations(self) -> int:
         """Steps at most; with 0 only the first candidates are scored."""
-        ...
 
     @property
     def patience(self) -> int:
         """Steps without a better fitness after which the search stops, at least 1."""
-        ...
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> State:
         """The first candidates, of which the first ones are `origin.first_candidates`, bit for bit."""
-        ...
 
     def ask(self, state: State, streams: RandomStreams) -> State:
         """The next candidates."""
-        ...
 
     def tell(self, state: State, fitness: Tensor) -> State:
         """Learns from the fitness of the state's candidates: `S x P`, larger is better, minus infinity for the worst.
 
         Once a search is over, all of its candidates are worth minus infinity.
         """
-        ...
 
 
 SEARCHERS: Registry[Searcher[Any]] = Registry(

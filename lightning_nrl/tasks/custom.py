@@ -20,8 +20,7 @@ from lightning_nrl.tasks.task import Task
 Judge = Callable[[Tensor, Any], Tensor]
 """From an output and a target, first dimension `n`, one value a sample, `n`."""
 
-MARGIN_ROUNDING = 1e-4
-"""Margins this small beside the largest of a batch may have the wrong sign."""
+MARGIN_ROUNDING = 1e-4  # margins this small beside the largest of a batch may have the wrong sign
 
 
 class Custom(Task):

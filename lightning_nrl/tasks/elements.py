@@ -217,11 +217,8 @@ class Sequence(ElementsTask):
         return super()._shapes_hint(output, label)
 
 
-IOU_ROUNDING = 1e-6
-"""An IoU this much below the threshold reaches it, so that 3 of 5 are 0.6."""
-
-WINDOW = 0.02
-"""The part of an image's pixels, by rank around the deciding one, whose mean gives the margin's gradient."""
+IOU_ROUNDING = 1e-6  # an IoU this much below the threshold reaches it, so that 3 of 5 are 0.6
+WINDOW = 0.02  # the part of an image's pixels, by rank around the deciding one, whose mean gives the margin's gradient
 
 
 @TASKS.register("segmentation")

@@ -28,8 +28,7 @@ from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
-ACCURACY_TOLERANCE = 0.005
-"""The accuracy that fewer regressions may cost: half a point."""
+ACCURACY_TOLERANCE = 0.005  # the accuracy that fewer regressions may cost: half a point
 
 Data = Source | Iterable[Any]
 """A source, or batches as a data loader gives them, which can be read again and again."""
@@ -243,8 +242,7 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
-DEFAULT_BATCH_SIZE = 256
-"""Samples at once from a source that does not say how many."""
+DEFAULT_BATCH_SIZE = 256  # samples at once from a source that does not say how many
 FEWEST_SAMPLES_AT_ONCE = 4
 """Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
 

@@ -37,7 +37,6 @@ class Reference(Protocol):
 
         The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
         """
-        ...
 
 
 @dataclass(frozen=True, eq=False)

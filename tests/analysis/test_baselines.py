@@ -29,6 +29,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods.problem import Trained
 from lightning_nrl.report import hash_tensors
 from lightning_nrl.search import Fitness
 
@@ -183,7 +184,7 @@ def test_interpolation_lies_between_the_old_weights_and_the_new(
 def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> None:
     def training(**arguments: Any) -> Any:
         given.update(arguments)
-        return {"weight": threshold(0.65).weight.detach()}
+        return Trained({"weight": threshold(0.65).weight.detach()}, 1.0, 1.0)
 
     given, model, clock = dict[str, Any](), threshold(0.75), StageTimer(max_time=50.0)
     clock.seconds["collect"] = 8.0

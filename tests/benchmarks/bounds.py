@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
-from lightning_nrl.report.stats import binomial_cdf, choose, upper_limit
+from lightning_nrl.report.stats import binomial_cdf, upper_limit
 
 DRAWS = 1000
 CONFIDENCE = 0.95
@@ -56,12 +57,15 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     classes = generator.binomial(EACH, RATE, (draws, CLASSES))
     candidates = generator.binomial(N, CANDIDATES, (draws, len(CANDIDATES)))
 
-    def choice(ordered: bool) -> Callable[[list[int]], bool]:
-        def wrong(row: list[int]) -> bool:
-            index = choose(row, N, LIMIT, CONFIDENCE, ordered).index
-            return index is not None and CANDIDATES[index] > LIMIT
+    def in_order(row: list[int]) -> bool:
+        """A walk from the first candidate, until the limit cannot be said of one, ends at a wrong one."""
+        passing = list(takewhile(lambda i: binomial_cdf(row[i], N, LIMIT) <= 1 - CONFIDENCE, range(len(row))))
+        return bool(passing) and CANDIDATES[passing[-1]] > LIMIT
 
-        return wrong
+    def without_order(row: list[int]) -> bool:
+        level = (1 - CONFIDENCE) / len(row)
+        passing = [i for i, k in enumerate(row) if binomial_cdf(k, N, LIMIT) <= level]
+        return bool(passing) and CANDIDATES[passing[-1]] > LIMIT
 
     def any_class(confidence: float) -> Callable[[list[int]], bool]:
         return lambda row: any(upper_limit(k, EACH, confidence) < RATE for k in row)
@@ -79,8 +83,8 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
         trial("each class's own, all at once", ten, False, classes, any_class(CONFIDENCE)),
         trial("simultaneous", ten, True, classes, any_class(1 - (1 - CONFIDENCE) / CLASSES)),
         trial("the boldest whose own limit is low enough", twenty, False, candidates, rashly),
-        trial("chosen in order", twenty, True, candidates, choice(True)),
-        trial("chosen without an order", twenty, True, candidates, choice(False)),
+        trial("chosen in order", twenty, True, candidates, in_order),
+        trial("chosen without an order", twenty, True, candidates, without_order),
     ]
 
 

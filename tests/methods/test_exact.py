@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_problems import broken, checked, left_alone, make_problem, on_a_line, right, same, shares, together
+from toy_problems import StageTimer, broken, checked, left_alone, make_problem, on_a_line, right, same, shares, together
 from toy_repairs import blobs, known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
@@ -64,12 +64,23 @@ def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samp
 
 
 def test_solving_ends_with_its_time() -> None:
-    own = make_problem(trained(), known())
+    own = make_problem(trained(), known(), clock=StageTimer(now=lambda: 0.0))
     assert len(Convex()(own).steps) > 3
     solution = Convex(seconds=0.0)(own)
     # The weakest strength, and the verdict on it.
     assert len(solution.steps) == 2
     assert solution.proposal is None or broken(own, solution.proposal.state) == 0
+    assert Convex(seconds=-1.0)(own).reason == "no time was left to solve anything."
+
+
+def test_the_path_ends_after_a_strength_with_too_many_rows() -> None:
+    own = make_problem(trained(), known())
+    whole, short = Convex()(own), Convex(max_pairs=1)(own)
+    assert len(short.steps) == 2 < len(whole.steps)
+    assert short.proposal is None or broken(own, short.proposal.state) == 0
+    assert Convex(max_pairs=100_000)(own).steps[-1].note == whole.steps[-1].note
+    with pytest.raises(ConfigurationError, match=r"`Convex\.max_pairs=0`"):
+        Convex(max_pairs=0)
 
 
 def make(model: nn.Module, sources: Sequence[Any], layer: str | list[str] = "0", **rest: Any) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from toy_problems import (
+    Deadline,
     FakeTraining,
     Marginless,
     StageTimer,
-    State,
     barely,
     broken,
     checked,
@@ -21,6 +22,7 @@ from toy_problems import (
     make_problem,
     retrained,
     right,
+    same,
     snapshot,
 )
 from toy_repairs import blobs, known, trained
@@ -30,11 +32,10 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Convex, Linearized, Problem, Proposal, Solution
-from lightning_nrl.methods import auto_rungs as rungs_module
-from lightning_nrl.methods.auto import chosen_rung
-from lightning_nrl.methods.auto_rungs import RungResult
-from lightning_nrl.methods.auto_training import training_rung
-from lightning_nrl.methods.held_out import best_index, estimate, held_out_rows
+from lightning_nrl.methods import auto as auto_module
+from lightning_nrl.methods.auto import RungResult, chosen_rung
+from lightning_nrl.methods.held_out import estimate, held_out_rows
+from lightning_nrl.report.run_records import CUT, Rung
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 
@@ -55,8 +56,8 @@ def test_where_everything_may_change_all_rungs_are_climbed_and_one_is_taken() ->
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
     assert [rung.taken for rung in solution.rungs].count(True) == 1
     assert names(solution)[0] == "swarm"
-    assert names(solution)[-4:] == ["trial", "fit", "polish", "swarm"]
-    assert "continued training" in solution.steps[-4].note
+    assert names(solution)[-2:] == ["fit", "polish"]
+    assert solution.steps[-2].note == "continued training, 16 epochs"
     assert solution.localization is not None
     assert solution.result is not None
 
@@ -84,7 +85,7 @@ def test_a_rung_that_gives_slices_what_they_need_goes_before_one_that_does_not()
     enough = Solution(Proposal("polish", {}, after, 9, 0, excess=0.0), held_out=bad)
     rungs = [RungResult(name, one, 1.0) for name, one in (("search", lacking), ("training", enough))]
     assert chosen_rung(rungs)[0] == 1
-    assert chosen_rung([rungs[0], replace(rungs[0], name="exact")])[0] == 1
+    assert chosen_rung([rungs[0], replace(rungs[0], name="exact")])[0] == 0
     assert chosen_rung(rungs[:1])[0] == 0
 
 
@@ -144,7 +145,7 @@ def test_a_block_changes_inside_alone() -> None:
     own = make_problem(model, known(), ["0", "1"])
     solution = checked(own, AUTO(replace(own, localizer=NeuRecoverLite(n_weights=12))))
     assert [rung.name for rung in solution.rungs] == ["search", "training"]
-    assert names(solution)[1:4] == ["trial", "fit", "polish"]
+    assert names(solution)[1:] == ["fit", "polish"]
 
 
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
@@ -172,10 +173,12 @@ def test_what_is_left_of_the_time_goes_to_the_search_where_nothing_trains() -> N
     own = problem("2", clock=StageTimer(max_time=2.0, now=lambda: 0.005 * next(ticks)))
     solution = checked(own, AUTO(own))
     assert [rung.name for rung in solution.rungs] == ["search", "exact"]
-    cut_short, last = (step for step in solution.steps[1:] if step.name == "swarm")
-    assert "12 iterations" not in cut_short.note
+    first, *strengths, chosen, last = solution.steps
+    assert 0 < len(strengths) < 10
+    assert chosen.note.endswith(f"is chosen; the path was {CUT}")
     assert "12 iterations" in last.note
-    assert last.repaired >= cut_short.repaired
+    assert last.repaired >= first.repaired
+    assert 0.8 * 2 < own.clock.elapsed < 2
     assert solution.result is not None
     assert solution.result.iterations == 12
     assert next(rung for rung in solution.rungs if rung.taken).repaired_in_target == last.repaired
@@ -191,7 +194,7 @@ def test_where_the_layer_cannot_be_solved_for_want_of_memory_the_search_is_still
         def __call__(self, problem: Problem) -> Solution:
             raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(rungs_module, "Convex", Full)
+    monkeypatch.setattr(auto_module, "Convex", Full)
     own = problem("2")
     solution = checked(own, AUTO(own))
     assert [(rung.name, rung.taken) for rung in solution.rungs] == [("search", True), ("exact", False)]
@@ -199,97 +202,101 @@ def test_where_the_layer_cannot_be_solved_for_want_of_memory_the_search_is_still
     assert step.note == "not run: out of memory"
 
 
-QUICK = ParticleSwarm(particles=8, iterations=4)
-
-
-def run_rung(own: Problem) -> RungResult:
+def fitted(own: Problem) -> Rung:
+    """The rung of the training."""
     with left_alone(own.model):
-        result = training_rung(own, QUICK, held_out_rows(own))
-    assert result is not None
-    return result
+        solution = AUTO(own)
+    assert solution.proposal is not None
+    assert broken(own, solution.proposal.state) == solution.proposal.broken
+    return solution.rungs[-1]
 
 
-def run(own: Problem) -> RungResult:
-    result = run_rung(own)
-    proposal = result.solution.proposal
-    assert proposal is not None
-    assert broken(own, proposal.state) == proposal.broken == 0
-    assert torch.equal(right(own, proposal.state), proposal.after.passed)
-    return result
-
-
-def test_the_owners_steps_are_tried_first_and_go_on_from_the_trial() -> None:
-    own = problem()
-    new = retrained(own.model)
-    training = FakeTraining(new, visits=10 * len(own.before))
-    result = run(replace(own, training=training))
-    trial, final = training.calls
-    # Twice the small fit's visits: two tenths over what is not held out, eight tenths over all.
-    n, used = len(own.before), len(own.before) - int(held_out_rows(own).sum())
-    assert (trial["rate"], trial["epochs"], trial["start"]) == (None, round(4 * n / used), None)
-    assert (final["rate"], final["epochs"]) == (None, 16)
-    assert torch.equal(final["start"]["0.weight"], new["0.weight"])
-    assert result.note == "continued training"
-    assert [step.name for step in result.solution.steps] == ["trial", "fit", "polish", "swarm"]
-
-
-def test_a_trial_never_trains_on_what_is_held_out() -> None:
-    own = problem()
-    training = FakeTraining(retrained(own.model))
-    rows = held_out_rows(own)
+def test_training_begins_without_what_is_held_out_and_ends_with_it() -> None:
+    own, rows = problem(), held_out_rows(problem())
     assert rows is not None
-    run(replace(own, training=training))
-    trial, final = training.calls
-    assert torch.equal(trial["weight"] == 0, rows)
-    assert final["weight"] is None
+    training = FakeTraining(retrained(own.model))
+    rung = fitted(replace(own, training=training))
+    (call,), (renewed,) = training.calls, training.renewed
+    assert torch.equal(call["weight"] == 0, rows)
+    assert renewed is not None
+    assert bool((renewed > 0).all())
+    assert (call["rate"], call["epochs"], call["start"]) == (None, 16, None)
+    assert rung.held_out == estimate(own.before, own.evaluate(retrained(own.model)), rows)
 
 
-def test_where_the_owners_steps_move_nothing_own_ones_through_the_training_step_are_tried() -> None:
+def test_training_that_does_harm_is_given_up_halfway() -> None:
     own = problem()
-    new = retrained(own.model)
-
-    def gives(rate: float | None, **rest: Any) -> State:
-        return snapshot(own.model) if rate is None else new
-
-    training = FakeTraining(gives=gives)
-    result = run(replace(own, training=training))
-    assert [call["rate"] for call in training.calls] == [None, 1e-3, 1e-3]
-    assert result.note == "own steps through training_step, rate 0.001"
-
-
-def test_training_that_does_harm_is_given_up_after_its_trials() -> None:
-    own = problem()
-    bad = {name: -value for name, value in snapshot(own.model).items()}
-    training = FakeTraining(bad)
-    result = run_rung(replace(own, training=training))
-    kinds = [step.note.partition(",")[0] for step in result.solution.steps if step.name == "trial"]
-    assert kinds[:3] == ["continued training"] + ["own steps through training_step"] * 2
+    training = FakeTraining({name: -value for name, value in snapshot(own.model).items()})
+    solution = AUTO(replace(own, training=training))
+    kinds = [step.note.partition(",")[0] for step in solution.steps if step.name in ("trial", "fit")]
     # The distilled steps that are tried last do well.
-    assert kinds[3] == "distilled steps"
-    assert result.note == "distilled steps"
+    assert kinds == ["continued training", "own steps through training_step", "distilled steps"]
+    assert training.renewed == [None, None]
 
 
 def test_a_looser_gate_buys_repairs() -> None:
     own = problem()
-    new = barely(own, retrained(own.model))
+    new = retrained(own.model)
     found = {}
     for gate in ("instance", "tolerance:100%"):
-        given = replace(own, training=FakeTraining(new), gate=Gate.parse(gate))
-        result = training_rung(given, QUICK, held_out_rows(own))
-        assert result is not None
-        found[gate] = result.solution.proposal
+        training = FakeTraining(barely(own, new), halfway=new)
+        found[gate] = fitted(replace(own, training=training, gate=Gate.parse(gate)))
     strict, loose = found.values()
-    assert strict is not None
-    assert loose is not None
     assert strict.broken == 0 < loose.broken
-    assert loose.excess == 0
-    assert loose.repaired >= strict.repaired
+    assert loose.repaired_in_target >= strict.repaired_in_target
+
+
+@pytest.mark.parametrize("gate", ["instance", "tolerance:100%"])
+def test_how_busy_the_machine_is_changes_nothing(gate: str) -> None:
+    found = []
+    for speed in (1, 1000):
+        clock = StageTimer(now=lambda speed=speed: speed * time.perf_counter())
+        solution = AUTO(problem(clock=clock, gate=Gate.parse(gate)))
+        assert solution.proposal is not None
+        rungs = [replace(rung, seconds=0.0) for rung in solution.rungs]
+        steps = [replace(step, seconds=0.0) for step in solution.steps]
+        found.append((solution.proposal.state, (rungs, steps, solution.choice, solution.held_out, solution.price)))
+    (weights, told), (weights_under_load, told_under_load) = found
+    assert told == told_under_load
+    assert same(weights, weights_under_load)
+    assert not any(CUT in step.note for step in told[1])
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-6])
-def test_without_time_there_is_no_rung(seconds: float) -> None:
-    own = problem(clock=StageTimer(max_time=seconds))
-    assert training_rung(own, QUICK, held_out_rows(own)) is None
+def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
+    clock = StageTimer(max_time=seconds, now=lambda: 0.0)
+    clock.seconds["collect"] = 2.0
+    solution = AUTO(problem(clock=clock, training=FakeTraining({})))
+    assert solution.proposal is None
+    # Ten passes: an epoch is three.
+    assert "No time was left for training: it needs about 20 s of `max_time`." in solution.reason
+    assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+
+
+@pytest.mark.parametrize(
+    ("max_time", "searching", "training"), [(100.0, 9.7, 97 - 12 - 1), (11.0, 0.8, 8 * 2 / 3 - 1), (9.0, 6.0, 3.0)]
+)
+def test_searches_have_a_tenth_of_the_time_and_all_where_no_training_fits(
+    max_time: float, searching: float, training: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[float] = []
+    search = auto_module.warm_started_search
+
+    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
+        ends.append(end.seconds_left)
+        return search(*args, end=end, **rest)
+
+    monkeypatch.setattr(auto_module, "warm_started_search", listen)
+    clock = StageTimer(max_time=max_time, now=lambda: 0.0)
+    clock.seconds["collect"] = 1.0
+    own = problem(clock=clock)
+    given = FakeTraining(retrained(own.model))
+    AUTO(replace(own, training=given))
+    # A quarter for the first search, and as much for its trial; no time passes.
+    assert ends[0] == pytest.approx(searching / 4)
+    # All of it for the one from the exact solution, where there is one.
+    assert ends[-1] == pytest.approx(searching / 4 if max_time == 11 else searching)
+    assert given.calls[0]["seconds"] == pytest.approx(training)
 
 
 def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:
@@ -365,20 +372,56 @@ def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out(
     assert (found.repaired, found.broken) == (int((rows & ~own.before.passed).sum()), 0)
 
 
-def test_what_changes_more_is_taken_unless_held_out_samples_speak_against_it() -> None:
-    # 0.08 and 0.07 differ by less than chance would.
-    assert best_index([counts(9, 1), counts(8, 1)], [5, 9]) == best_index([counts(9, 1), counts(8, 1)], [9, 9]) == 1
-    # 0.19 and -0.02 do not: their difference has a standard error of 0.056.
-    assert best_index([counts(19, 0), counts(5, 7)], [5, 9]) == 0
-    assert best_index([None, counts(3, 5)], [5, 9]) == 1
-    assert best_index([None, counts(0, 9)], [5, 9]) == 0
+EMPTY = problem().before
 
 
-def test_what_repairs_less_than_a_cheaper_one_is_taken_only_if_held_out_samples_are_for_it() -> None:
-    alike = [counts(9, 1), counts(8, 1)]
-    assert best_index(alike, [20, 20]) == 1
-    # Behind in both.
-    assert best_index(alike, [20, 19]) == 0
-    # Behind on known targets alone, and far behind.
-    assert best_index(alike[::-1], [20, 19]) == 1
-    assert best_index(alike[::-1], [20, 9]) == 0
+def rung(repaired: int, held_out: TargetCounts | None = None, name: str = "search", **rest: Any) -> RungResult:
+    proposal = Proposal("polish", {}, EMPTY, repaired, 0, **rest)
+    return RungResult(name, Solution(proposal, "nothing is repaired.", held_out=held_out), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "taken"),
+    [
+        # More repairs win: 0.08 and 0.07 differ by less than chance would.
+        ([rung(5, counts(9, 1)), rung(9, counts(8, 1))], 1),
+        ([rung(5), rung(9)], 1),
+        # 0.19 and 0.03 do not: twice the standard error of their difference is 0.11.
+        ([rung(5, counts(19, 0)), rung(9, counts(7, 4))], 0),
+        # All are repaired by both: the smaller one, unless the other's net rate is higher.
+        ([rung(9), rung(9)], 0),
+        ([rung(9, counts(8, 1)), rung(9, counts(8, 1))], 0),
+        ([rung(9, counts(8, 0)), rung(9, counts(9, 1))], 0),
+        ([rung(9, counts(9, 1)), rung(9, counts(8, 1))], 0),
+        ([rung(9, counts(8, 1)), rung(9, counts(9, 1))], 1),
+        # Less is repaired: only where held-out samples say so by more than chance, and at least half.
+        ([rung(20, counts(8, 1)), rung(19, counts(9, 1))], 0),
+        ([rung(20, counts(2, 1)), rung(19, counts(19, 0))], 1),
+        ([rung(20, counts(2, 1)), rung(9, counts(19, 0))], 0),
+        # Never by harm, however much is repaired, unless nothing else repairs.
+        ([rung(5, counts(0, 0)), rung(99, counts(1, 2))], 0),
+        ([rung(5), rung(99, counts(1, 2))], 0),
+        ([rung(5, counts(1, 2)), rung(9, counts(3, 3))], 1),
+        ([rung(99, counts(1, 2)), rung(5, counts(1, 1))], 1),
+        ([rung(5, counts(1, 2))], 0),
+        ([rung(0, counts(9, 0)), rung(5, counts(1, 2))], 1),
+        ([rung(5, counts(1, 2)), rung(9, counts(9, 0), excess=1.0)], 0),
+        # The best of three.
+        ([rung(5, counts(5, 0)), rung(7, counts(6, 0)), rung(9, counts(1, 2))], 1),
+        ([rung(0), rung(0)], None),
+    ],
+)
+def test_the_rung_that_is_taken(rungs: list[RungResult], taken: int | None) -> None:
+    assert chosen_rung(rungs)[0] == taken
+
+
+def test_the_choice_says_what_later_rungs_would_have_gained() -> None:
+    narrow, wide = rung(9, counts(8, 1), "exact"), rung(9, counts(7, 1), "training")
+    assert chosen_rung([rung(1), narrow, wide])[1] == (
+        "`exact` is taken: repairs 9 targets, and of held-out samples 8 are repaired and 1 break. "
+        "`training` repairs 9 targets, and of held-out samples 7 are repaired and 1 break."
+    )
+    assert chosen_rung([rung(1), rung(9, name="training", excess=1.0)])[1] == (
+        "`search` is taken: repairs 1 target. `training` repairs no target within the gate."
+    )
+    assert chosen_rung([rung(0), rung(0)]) == (None, "Nothing is repaired.")

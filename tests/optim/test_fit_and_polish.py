@@ -36,7 +36,9 @@ from lightning_nrl import Target, TensorSource
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.methods import Problem
+from lightning_nrl.methods import problem as problem_module
 from lightning_nrl.methods._solvers import distill as module
+from lightning_nrl.methods._solvers import polish as polish_module
 from lightning_nrl.methods._solvers.descent import Descent
 from lightning_nrl.methods._solvers.distill import distill
 from lightning_nrl.methods._solvers.polish import PolishResult, polish
@@ -44,7 +46,7 @@ from lightning_nrl.methods._solvers.polish import PolishResult, polish
 
 @pytest.fixture(autouse=True)
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VISITS_PER_SAMPLE", 6)
+    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 6)
 
 
 def by_hand(model: nn.Module, names: list[str], target: Target, visits: int = 6, rate: float = 1e-3) -> State:
@@ -81,7 +83,7 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
     model = trained(normed).eval()
     problem = make_problem(model, known(n=40), layer, target=target)
     with left_alone(model):
-        state = distill(problem)
+        state = distill(problem).state
     expected = by_hand(model, list(problem.scope), target)
     assert state.keys() == expected.keys() == set(problem.scope)
     for name, value in expected.items():
@@ -90,10 +92,10 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_fitted_in_their_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VISITS_PER_SAMPLE", 60)
+    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 60)
     problem = make_problem(trained().to(dtype), cast(known(), dtype))
     with left_alone(problem.model):
-        state = distill(problem)
+        state = distill(problem).state
     assert {value.dtype for value in state.values()} == {dtype}
     assert problem.propose("fit", state).repaired > 0
 
@@ -122,7 +124,7 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
-        return distill(problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05))
+        return distill(problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)).state
 
     first, second = together(trained(), known(), work)
     assert same(first, second)
@@ -276,7 +278,8 @@ def test_it_is_the_deployed_precision_that_counts(dtype: torch.dtype) -> None:
     assert found.repaired > 0
 
 
-def test_its_time_is_kept() -> None:
+def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 1000)
     problem = on_a_line()
     now, forwards = [0.0], 1.0
 
@@ -291,6 +294,19 @@ def test_its_time_is_kept() -> None:
         took[seconds] = found.rounds
     assert took[0] == 1
     assert took[0] < took[30] < took[100] <= took[1000]
+
+
+@pytest.mark.parametrize(("epochs", "rounds"), [(1, 1), (6, 3), (16, 6)])
+def test_it_stops_at_twice_the_visits_of_the_training(
+    epochs: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", epochs)
+    problem = on_a_line()
+    found = checked(problem, polish(problem, threshold(-3.0)))
+    # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3 * 7 visits an epoch.
+    assert (found.rounds, found.stopped) == (rounds, "stopped at its share of the budget")
+    assert found.note.startswith(f"{rounds} round")
+    assert found.repaired == 1
 
 
 def crowded(contradicting: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
@@ -331,3 +347,13 @@ def test_targets_that_contradict_what_passes_are_let_go(dtype: torch.dtype) -> N
     assert counts == (60, 340)
     found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
     assert 50 <= found.repaired <= 55
+
+
+def test_without_a_new_low_it_stops_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = crowded(5)
+    to_the_end = polish(problem, {}, after=problem.before, enforce=True)
+    monkeypatch.setattr(polish_module, "STALLED_POLISH_SHARE", 0.02)
+    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
+    assert (to_the_end.stopped, found.stopped) == ("", "stopped without a new low")
+    assert same(found.state, to_the_end.state)
+    assert len(found.course) < len(to_the_end.course)

@@ -266,7 +266,7 @@ def results(problem: Problem) -> dict[str, Any]:
     moved = Apricot([retrained(problem.model, seed) for seed in range(2)], rate=0.005)(problem)
     assert moved.proposal is not None
     return {
-        "fit": distill(problem),
+        "fit": distill(problem).state,
         "polish": dict(polished.state),
         "counts": (polished.repaired, polished.broken, polished.rounds, polished.strength),
         "apricot": dict(moved.proposal.state),

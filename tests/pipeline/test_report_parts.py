@@ -66,7 +66,7 @@ def test_a_split_by_hand() -> None:
     assert (val.repaired_ids, val.broken_ids, val.targeted_ids) == ((0,), (), (0,))
     # One margin after is NaN.
     assert val.margins == MarginHistogram(EDGES, (1, 0, 1), (0, 1, 0))
-    unchanged = split_report("val", "unseen", BEFORE)
+    unchanged = split_report("val", "unseen", BEFORE, BEFORE)
     assert unchanged.accuracy_after == unchanged.accuracy_before == 0.5
     assert unchanged.margins is None
 

@@ -76,9 +76,12 @@ def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
     views = [SampleView("val", i, "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8)) for i in range(7)]
     figures = gallery_figures([*views, SampleView("val", 9, "repaired", "", text="words")])
     assert list(figures) == ["broken in val"]
-    shown = [axes for axes in figures["broken in val"].axes if axes.images]
-    assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == list(range(7))
-    assert shown[3].get_title() == "3"
+    (axes,) = figures["broken in val"].axes
+    assert [int(image.get_array()[0, 0, 0]) for image in axes.images] == list(range(7))
+    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(7)]
+    left, right, bottom, top = axes.images[3].get_extent()  # the first of the second row, 4 pixels high and 5 wide
+    assert (right - left) / (bottom - top) == pytest.approx(5 / 4)
+    assert [np.allclose(axes.images[i].get_extent()[:2], (left, right)) for i in (0, 1, 6)] == [True, False, True]
 
 
 def test_the_summary_has_what_a_reviewer_decides_on() -> None:

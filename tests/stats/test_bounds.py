@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.report.stats import Bound, binomial_cdf, choose, interval, lower_limit, upper_limit
+from lightning_nrl.report.stats import Bound, binomial_cdf, lower_limit, upper_limit
 
 HOW_TO = ROOT / "docs" / "bounds.md"
 CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)
@@ -45,8 +45,6 @@ def test_limits_where_there_is_nothing_to_say() -> None:
     assert (upper_limit(7, 7), lower_limit(0, 7)) == (1.0, 0.0)
     assert upper_limit(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-15)
     assert lower_limit(100, 100) == pytest.approx(0.05 ** (1 / 100), abs=1e-15)
-    # Each of two choices may miss at each end half as often.
-    assert interval(0, 100, 2) == (0.0, pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-15))
 
 
 def test_p_values_are_those_of_the_binomial_distribution() -> None:
@@ -138,53 +136,6 @@ def test_what_is_no_count_or_confidence_is_refused(arguments: tuple[Any, ...], m
 
 def test_numbers_of_numpy_and_torch_are_counts() -> None:
     assert upper_limit(np.int64(4), torch.tensor(908)) == upper_limit(4, 908)  # type: ignore[arg-type]
-
-
-def test_candidates_are_walked_from_the_safest_until_one_fails() -> None:
-    found = choose([0, 1, 9, 1, 2], n=900, limit=0.01)
-    assert (found.accepted, found.index) == ((0, 1), 1)
-    assert found.p_values == tuple(binomial_cdf(k, 900, 0.01) for k in (0, 1, 9, 1, 2))
-    assert str(found) == "candidate 2 of 5; with 95 % confidence it breaks at most 1.00 % of such samples"
-    none = choose([9, 0], n=900, limit=0.01)
-    assert (none.accepted, none.index) == ((), None)
-    assert str(none) == "none of 2 candidates can be said to break at most 1.00 %"
-
-
-def test_candidates_in_no_order_share_the_level() -> None:
-    found = choose([0, 1, 9, 3, 2], n=900, limit=0.01, ordered=False)
-    assert found.p_values[1] <= 0.01 < found.p_values[3] <= 0.05
-    assert (found.accepted, found.index) == ((0, 1, 4), 4)
-
-
-def test_without_candidates_or_samples_nothing_is_chosen() -> None:
-    for ordered in (True, False):
-        assert choose([], n=900, limit=0.01, ordered=ordered).index is None
-        assert choose([0, 0], n=0, limit=0.01, ordered=ordered).index is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([0, 5], 4, 0.01), "`broken=5` is more than `n=4`"),
-        (([0], 4, 0.0), r"`limit=0\.0` is no share"),
-        (([0], 4, 0.01, 2), "`confidence=2` is no share"),
-    ],
-)
-def test_a_choice_without_sense_is_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"{message}.*\nHINT: "):
-        choose(*arguments)
-
-
-@quick
-@given(st.lists(st.integers(0, 30), max_size=8), st.floats(0.01, 0.5), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
-def test_what_is_accepted_has_a_limit_of_its_own_within_the_limit(
-    broken: list[int], limit: float, confidence: float
-) -> None:
-    ordered, alone = (choose(broken, 60, limit, confidence, ordered=way) for way in (True, False))
-    passing = [upper_limit(k, 60, confidence) <= limit for k in broken]
-    assert list(ordered.accepted) == list(range(([*passing, False]).index(False)))
-    assert all(passing[i] for i in alone.accepted)
-    assert ordered.index == (ordered.accepted[-1] if ordered.accepted else None)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import RecordedSplit
 from lightning_nrl.report._figures import INK, dress, new_figure
 
-MOST_CLASSES = 20
-"""Classes up to which curves are logged for each."""
+MOST_CLASSES = 20  # classes up to which curves are logged for each
 HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 
@@ -28,7 +27,6 @@ class Learning:
 
     @classmethod
     def of(cls, record: RecordedSplit) -> Learning:
-        """After the last record."""
         return cls(record.label, record.passed[-1], record.passed.any(0))
 
     @property
@@ -47,7 +45,6 @@ class Learning:
         return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
 
     def by_class(self, mask: Tensor) -> list[int]:
-        """How many samples of each class a mask has."""
         counts = torch.bincount(self.label[mask], minlength=int(self.label.max()) + 1).tolist()
         return [counts[one] for one in self.classes]
 

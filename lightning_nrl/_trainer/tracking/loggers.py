@@ -52,8 +52,7 @@ MEASURED = tuple(
 """Columns of what came of it; the tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
 LONGEST_TEXT = 60  # characters
-MOST_ROWS = 10_000
-"""W&B shows no more of a table."""
+MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
 """What was asked for, and what came of it."""
@@ -182,7 +181,6 @@ def _write_row(writer: SummaryWriter, report: RepairReport, trained: Mapping[str
 
 
 def _asked(report: RepairReport) -> dict[str, Plain]:
-    """What a repair was asked for, as far as it is known."""
     settings = report.settings
     layer = settings.get("layer", list(report.layers))
     found: dict[str, Any] = {
@@ -269,7 +267,6 @@ class WandbRun:
     logger: WandbLogger
 
     def write(self, log: RepairLog) -> None:
-        """Writes figures, pictures, texts and the table of flipped samples."""
         logger, name, step = self.logger, log.name, log.step
         if log.drawn:
             logger.log_image(f"{name}/summary", [image_of(log.summary)], step=step)
@@ -303,7 +300,6 @@ class WandbRun:
 
 
 def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
-    """The table of flipped samples; those with a picture come first."""
     import wandb
 
     shown = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
@@ -322,7 +318,6 @@ class MlflowRun:
     logger: MLFlowLogger
 
     def write(self, log: RepairLog) -> None:
-        """Writes figures, pictures, texts and the table of flipped samples."""
         client, run_id, name = self.logger.experiment, self.logger.run_id, log.name
         figures = {"summary": log.summary, **log.figures} if log.drawn else {}
         for folder, drawn in (("figures", figures), ("samples", log.galleries)):
@@ -336,6 +331,5 @@ class MlflowRun:
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
-        """Uploads all files."""
         for path in files.values():
             self.logger.experiment.log_artifact(self.logger.run_id, str(path), name)

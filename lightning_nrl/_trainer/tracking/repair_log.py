@@ -42,12 +42,10 @@ class RepairLog:
 
     @cached_property
     def drawn(self) -> bool:
-        """True if figures can be drawn."""
         return find_spec("matplotlib") is not None
 
     @cached_property
     def summary(self) -> Any:
-        """The headline as a figure; None without matplotlib."""
         return summary_figure(self.report) if self.drawn else None
 
     @cached_property
@@ -66,12 +64,10 @@ class RepairLog:
 
     @cached_property
     def pictures(self) -> dict[str, list[SampleView]]:
-        """Views that are pictures, by flip and split."""
         return _grouped([view for view in self.views if view.pixels is not None])
 
     @cached_property
     def texts(self) -> dict[str, list[SampleView]]:
-        """Views that are text, by flip and split."""
         return _grouped([view for view in self.views if view.pixels is None])
 
     @cached_property
@@ -80,7 +76,6 @@ class RepairLog:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The files of the report that were written, by kind."""
         return written(self.report.files)
 
 

@@ -58,10 +58,50 @@ class Diagnosis(Report, figures.Plotted):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
-        return _page(self, full)
+        most = 10**9 if full else LISTED_ROWS
+        blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), Facts(_facts(self))]
+        if any(target.fixable != "not tried" for target in self.targets):
+            text = (
+                f"Whether a change of the last layer ({self.head}) can fix it, if it is the only one to be fixed, "
+                "with no known regression. Change: of the logits, by their size on passed samples."
+            )
+            blocks += [Heading("Each target alone"), Text(text), _alone(self, most)]
+            blocks += [Heading("Passed samples that stand in the way"), *_binding(self.binding, most)]
+        if self.doubts:
+            text = (
+                "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, "
+                "and so does a new kind of input."
+            )
+            rows = [
+                Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
+                for d in self.doubts
+            ]
+            columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
+            blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _first(rows, most))]
+        if self.layers:
+            text = (
+                "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
+                "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
+                "sample near the border may lose any. Both to first order."
+            )
+            blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
+        if self.costs:
+            costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in self.costs)
+            text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
+            blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
+        if self.notes:
+            blocks += [Heading("What was not looked at"), *(Text(note) for note in self.notes)]
+        return Page(tuple(blocks))
 
     def figure(self) -> Any:
-        return _figure(self)
+        figure = figures.new_figure(13, max(4.6, 1.6 + 0.2 * min(len(self.layers), PLOTTED_LAYERS)))
+        title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
+        figure.suptitle(title.format(**self.known), color=figures.INK, fontsize=12)
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+        _margins(panels[0], self)
+        _mixing(panels[1], self.mixing)
+        _room(panels[2], self)
+        return figure
 
     def count(self, fixable: Fixable) -> int:
         """How many targets have this verdict."""
@@ -78,44 +118,6 @@ class Diagnosis(Report, figures.Plotted):
 
 
 LISTED_ROWS = 8  # samples, classes and layers that are shown; the JSON has all
-
-
-def _page(diagnosis: Diagnosis, full: bool) -> Page:
-    """The advice, then what it rests on; in full with all samples, classes and layers, not the first few."""
-    most = 10**9 if full else LISTED_ROWS
-    blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
-    if any(target.fixable != "not tried" for target in diagnosis.targets):
-        text = (
-            f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
-            "with no known regression. Change: of the logits, by their size on passed samples."
-        )
-        blocks += [Heading("Each target alone"), Text(text), _alone(diagnosis, most)]
-        blocks += [Heading("Passed samples that stand in the way"), *_binding(diagnosis.binding, most)]
-    if diagnosis.doubts:
-        text = (
-            "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
-            "does a new kind of input."
-        )
-        rows = [
-            Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
-            for d in diagnosis.doubts
-        ]
-        columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
-        blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _first(rows, most))]
-    if diagnosis.layers:
-        text = (
-            "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
-            "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
-            "sample near the border may lose any. Both to first order."
-        )
-        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, most)]
-    if diagnosis.costs:
-        costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
-        text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
-        blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
-    if diagnosis.notes:
-        blocks += [Heading("What was not looked at"), *(Text(note) for note in diagnosis.notes)]
-    return Page(tuple(blocks))
 
 
 def _first(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
@@ -212,17 +214,6 @@ VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
 }
 PLOTTED_LAYERS = 40
 LAYERS_TITLE = "Room: the layer that must change least"
-
-
-def _figure(diagnosis: Diagnosis) -> Any:
-    figure = figures.new_figure(13, max(4.6, 1.6 + 0.2 * min(len(diagnosis.layers), PLOTTED_LAYERS)))
-    title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
-    figure.suptitle(title.format(**diagnosis.known), color=figures.INK, fontsize=12)
-    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    _margins(panels[0], diagnosis)
-    _mixing(panels[1], diagnosis.mixing)
-    _room(panels[2], diagnosis)
-    return figure
 
 
 def _margins(axes: Any, diagnosis: Diagnosis) -> None:

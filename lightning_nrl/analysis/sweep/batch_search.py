@@ -80,7 +80,6 @@ class BatchSearch:
         return localized
 
     def passed(self, request: RunRequest) -> Tensor:
-        """Returns the passed samples that a request scores, `N` bool."""
         which = request.setting.n_passed, request.seed if request.setting.n_passed else 0
         if which not in self._passed:
             search = replace(self.base.search, n_passed=request.setting.n_passed)

@@ -163,7 +163,6 @@ def _whole(argument: str, value: Any, made: Setting) -> Any:
 
 
 def _owner(argument: str, made: Setting) -> str:
-    """The part of a setting that has an argument."""
     parts = {part: getattr(made, part) for part in SETTING_PARTS}
     known = {f.name: part for part, value in parts.items() if is_dataclass(value) for f in fields(value)}
     if argument not in known:

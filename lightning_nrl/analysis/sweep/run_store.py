@@ -69,7 +69,6 @@ class Run(Derives):
         return self.known.broken == 0 and self.known.repaired > 0
 
     def has(self, role: Role) -> bool:
-        """True if there were data of this role."""
         return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:

@@ -50,7 +50,10 @@ class SweepResult(Report):
     original: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
 
     def page(self, full: bool = False) -> Page:
-        return _page(self)
+        blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(self))]
+        blocks += [_table(self), Text(SWEEP_NOTE)] if self.runs else []
+        facts = tuple((name, value) for name, value in (("target", self.target), ("layer", self.layer)) if value)
+        return Page((*blocks, Facts(facts)) if facts else tuple(blocks))
 
     def of(self, setting: str) -> tuple[Run, ...]:
         """The runs of one setting; a `ConfigurationError` names the nearest one if it is not there."""
@@ -155,13 +158,6 @@ SWEEP_NOTE = (
     "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs that repair something "
     "known and break nothing known. No gate judged."
 )
-
-
-def _page(result: SweepResult) -> Page:
-    blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
-    blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []
-    facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
-    return Page((*blocks, Facts(facts)) if facts else tuple(blocks))
 
 
 def _summary(result: SweepResult) -> str:

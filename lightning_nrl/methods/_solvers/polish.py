@@ -30,11 +30,13 @@ from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.methods._solvers.active_set import POLISH_RATE, ActiveSet, TargetSchedule
 from lightning_nrl.methods._solvers.descent import Descent
 from lightning_nrl.methods.budget import (
+    FORWARD_BACKWARD,
     MAX_RETREATS,
     MAX_ROUNDS,
     MAX_STALLED_ROUNDS,
     POLISH_SHARE,
     RESERVED_PASSES,
+    SMALL_BUDGET,
     STALLED_POLISH_SHARE,
 )
 from lightning_nrl.methods.problem import Problem
@@ -138,6 +140,8 @@ class _Polish:
         self.rounds = self.retreats = self._rounds_left = 0
         self._fewest_open = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
+        # Targets are enforced where no training went before.
+        self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
         self.stopped = ""
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
@@ -163,7 +167,7 @@ class _Polish:
         """One round of steps on the active samples."""
         self.targets.before_round(self.active_set)
         try:
-            self._visits += self.active_set.round(self.descent) / self.problem.visits
+            self._visits += self.active_set.round(self.descent) / self._budget
         except DeviceMemoryError:
             return self._stop_steps()
         self.rounds += 1

@@ -50,7 +50,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return bool(self._folders())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """A tab that reads its data anew by itself."""
         return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="Repair", disable_reload=True)
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:

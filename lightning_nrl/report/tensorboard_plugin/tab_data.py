@@ -11,7 +11,7 @@ from typing import Any
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_facts import calibration_text, unseen_facts, unseen_limit
+from lightning_nrl.report.repair_facts import unseen_facts, unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.run_records import StrengthPoint
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
@@ -54,7 +54,7 @@ class LoadedRepair:
     def details(self) -> Plain:
         report = self.report
         splits, verdict = flipped_splits(report), report.verdict
-        limits = [] if report.bounds is None else [("calibration", calibration_text(report.bounds))]
+        limits = [] if report.bounds is None else [("calibration", str(report.bounds))]
         _, _, reason, *blocks = report.page(full=True).blocks
         first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
         return {

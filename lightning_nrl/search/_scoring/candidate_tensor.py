@@ -76,7 +76,6 @@ class CandidateTensor(Tensor):
 
     @property
     def identical(self) -> bool:
-        """True if the candidates do not differ at all."""
         return self.units.numel() == 0
 
     @property

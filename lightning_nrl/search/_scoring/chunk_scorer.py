@@ -114,10 +114,8 @@ CPU_CACHE_BYTES = 1 << 20
 stay in its cache."""
 CPU_BLOCK_BYTES = 16 << 20
 """Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
-GPU_BLOCK_BYTES = 256 << 20
-"""The same on a GPU, enough to keep it busy."""
-MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384
-"""Samples a chunk at most: a GPU is only busy with many of them a launch."""
+GPU_BLOCK_BYTES = 256 << 20  # the same on a GPU, enough to keep it busy
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples a chunk at most: a GPU is only busy with many of them a launch
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ from lightning_nrl.search._scoring.memory import in_blocks
 from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task
 
-MAX_UNDECIDED_SHARE = 0.75
-"""Decided samples are only left out if at most this share of all is undecided."""
+MAX_UNDECIDED_SHARE = 0.75  # decided samples are only left out if at most this share of all is undecided
 
 
 def is_plain_multiclass(task: Task) -> bool:
@@ -204,8 +203,7 @@ UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
 """Numbers are rounded up to one of so many between a power of two and the next, so that few shapes are left. Padding of
 weights costs least, since they are few beside the candidates."""
 
-OF_UNITS = ("rivals", "is_before")
-"""Tables of changed classes."""
+OF_UNITS = ("rivals", "is_before")  # tables of changed classes
 FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
 """What tables have for samples and classes that are padding: they pass with a loss of 0. What is not named: 0."""
 

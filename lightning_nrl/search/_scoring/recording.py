@@ -203,7 +203,10 @@ def _place(
     can_recompute: bool,
 ) -> ReplayGroup:
     """Returns the group for passes like these that are kept in the same place, made where there is none."""
-    same = _first_equal(stored)
+    # For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get.
+    same = tuple(
+        next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored
+    )
     nbytes = sum(stored[i].nbytes for i in set(same))
     fitting = next((device for device, left in memory.items() if nbytes <= left), None)
     device, recomputed = fitting or list(memory)[-1], fitting is None and can_recompute
@@ -219,13 +222,6 @@ def _place(
             return other
     cache.groups.append(group.empty_like(device, recomputed, same))
     return cache.groups[-1]
-
-
-def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
-    """For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get."""
-    return tuple(
-        next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored
-    )
 
 
 @torch.no_grad()

@@ -20,8 +20,7 @@ from lightning_nrl.search._scoring.memory import default_budget
 from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.search.scores import Scores
 
-N_MOST_FRAGILE = 128
-"""How many of the most fragile samples of I_pos are scored before the others."""
+N_MOST_FRAGILE = 128  # how many of the most fragile samples of I_pos are scored before the others
 
 
 @dataclass(frozen=True)
