@@ -76,6 +76,7 @@ def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
 def test_without_unseen_data_the_held_out_samples_of_the_taken_rung_are_the_evidence() -> None:
     verdict = judged(rungs=(held_out(0, 50, taken=False), held_out(12, 1))).verdict
     assert (verdict.source, verdict.evidence, verdict.tone) == ("held-out", "better", "good")
+    assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # of two rungs that they chose among
     assert 'unseen="test"' in verdict.advice
     verdict = judged().verdict
     assert (verdict.source, verdict.evidence, verdict.n, verdict.tone) == ("none", "no difference shown", 0, "warn")
