@@ -23,7 +23,7 @@ from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.report.run_records import PricePoint, Rung, Step
+from lightning_nrl.report.run_records import CUT, PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 PATIENCE_OF_STRENGTHS = 3  # of `Convex`
@@ -96,6 +96,12 @@ class RungResult:
         proposal = self.solution.proposal
         return proposal if proposal is not None and proposal.repaired and not proposal.excess else None
 
+    @property
+    def was_cut(self) -> bool:
+        """True if the time was over before its end, or before it began."""
+        steps = self.solution.steps
+        return not steps or any(CUT in step.note for step in steps)
+
     def record(self, problem: Problem, taken: bool) -> Rung:
         """The rung as the report has it."""
         proposal, counts = self.solution.proposal, (0, 0, 0, 0)
@@ -120,10 +126,11 @@ class _Ladder:
         if self.trains and whole.leaves(least_seconds(problem)):
             hurries = not whole.leaves(least_seconds(problem, budget.FEW_EPOCHS))
             share = budget.HURRIED_SEARCH_TIME_SHARE if hurries else budget.SEARCH_TIME_SHARE
+        self.shares_time = whole.is_set and share < 1
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def climbed(self) -> list[RungResult]:
-        """Climbs rung by rung, and those before the training again in what is left if it had no time."""
+        """Climbs rung by rung; those that `max_time` cut are climbed again in what the training left."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -133,13 +140,14 @@ class _Ladder:
         if self.trains:
             rungs["training"] = self._training
         found = {name: self._climbed(name, climb) for name, climb in rungs.items()}
-        trained, whole = found.get("training"), problem.deadline_of_method()
-        if trained is not None and not trained.solution.steps and self.end.end < whole.end:
-            self.end = whole
-            for name in [name for name in rungs if name != "training"]:
-                again = self._climbed(name, rungs[name])
-                found[name] = again if again is not None and again.usable else found[name]
-        return [result for result in found.values() if result is not None]
+        results = {name: result for name, result in found.items() if result is not None}
+        if self.shares_time:
+            self.end = problem.deadline_of_method()
+            for name in [name for name, result in results.items() if name != "training" and result.was_cut]:
+                again, best = self._climbed(name, rungs[name]), results[name].usable
+                if again is not None and again.usable and (best is None or again.usable.rank > best.rank):
+                    results[name] = again
+        return list(results.values())
 
     def _climbed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
         """Climbs a rung, unless that was done before the process was killed."""
