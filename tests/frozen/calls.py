@@ -69,30 +69,17 @@ def repair_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any = None, 
     return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **grouped(flat))
 
 
-# Results without the counts that the frozen ones have not.
-
-
 def report_dict(report: Any) -> dict[str, Any]:
     """Everything that a report says; settings and files are kept apart."""
-    found = {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
-    if not found["leaked"]:
-        del found["leaked"]
-    slices = [{key: value for key, value in one.items() if key not in ("kept", "failing")} for one in found["slices"]]
-    return {**found, "slices": slices}
-
-
-def runs_of(result: Any) -> list[dict[str, Any]]:
-    """The rows of a sweep's table."""
-    rows = result.to_dict()["runs"]
-    return [{key: value for key, value in row.items() if not key.endswith(("_kept", "_failing"))} for row in rows]
+    return {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
 
 
 # Pages as lines, without times, versions, files and settings.
 
 
 def page(report: Any) -> list[str]:
-    steps = tuple(replace(step, seconds=0.0) for step in report.steps)
-    bare = replace(report, seconds={}, versions={}, files={}, settings={}, steps=steps)
+    steps, rungs = (tuple(replace(one, seconds=0.0) for one in part) for part in (report.steps, report.rungs))
+    bare = replace(report, seconds={}, versions={}, files={}, settings={}, steps=steps, rungs=rungs)
     return bare.to_markdown().splitlines() + bare.render(120).splitlines()
 
 

@@ -712,7 +712,7 @@ def _swept(result: Any) -> dict[str, Any]:
     best = result.best("accuracy")
     names_of = [[run.setting, run.seed] for run in result.pareto("known")]
     return {
-        "runs": calls.runs_of(result),
+        "runs": result.to_dict()["runs"],
         "weights": {f"{run.setting}, {run.seed}": hash_of(result.state(run)) for run in result.runs if run.changed},
         "best": None if best is None else [best.setting, best.seed],
         "front": names_of,

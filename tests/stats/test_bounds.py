@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.report.stats import Bound, binomial_cdf, lower_limit, upper_limit
+from lightning_nrl.report.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
 
 HOW_TO = ROOT / "docs" / "bounds.md"
 CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)
@@ -45,6 +45,10 @@ def test_limits_where_there_is_nothing_to_say() -> None:
     assert (upper_limit(7, 7), lower_limit(0, 7)) == (1.0, 0.0)
     assert upper_limit(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-15)
     assert lower_limit(100, 100) == pytest.approx(0.05 ** (1 / 100), abs=1e-15)
+    assert interval(0, 100, 2) == (
+        0.0,
+        pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-15),
+    )  # half the level for each of two
 
 
 def test_p_values_are_those_of_the_binomial_distribution() -> None:
