@@ -11,9 +11,10 @@ sample through the network forward; a step on it counts `FORWARD_BACKWARD`. A pa
 | curve over strength | `CURVE_SHARE` of these visits | what is left |
 | verdict | `JUDGING_PASSES` | |
 
-The searches have `HURRIED_SEARCH_TIME_SHARE` where fewer than `FEW_EPOCHS` fit in; what was cut is done again in what the
-training leaves. The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of what is left. An update
-polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take `TIME_SHARE_OF_PARTS` for the parts.
+The searches have `HURRIED_SEARCH_TIME_SHARE` where fewer than `FEW_EPOCHS` fit in; what that cuts is done again in what
+the training leaves. The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of what is left. An
+update polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take `TIME_SHARE_OF_PARTS` for
+the parts.
 """
 
 from __future__ import annotations
