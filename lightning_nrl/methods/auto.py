@@ -62,7 +62,7 @@ class Auto:
         """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = list(_Ladder(problem, self.swarm).climbed())
+        results = _Ladder(problem, self.swarm).climbed()
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
@@ -116,23 +116,34 @@ class _Ladder:
         self.held_out = None if problem.update else held_out_rows(problem)
         self.trains = not problem.update and not self.is_one_layer
         whole = problem.deadline_of_method()
-        share = budget.SEARCH_TIME_SHARE if self.trains and whole.leaves(least_seconds(problem)) else 1.0
+        share = 1.0
+        if self.trains and whole.leaves(least_seconds(problem)):
+            hurries = not whole.leaves(least_seconds(problem, budget.FEW_EPOCHS))
+            share = budget.HURRIED_SEARCH_TIME_SHARE if hurries else budget.SEARCH_TIME_SHARE
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
-    def climbed(self) -> Iterator[RungResult]:
-        """Climbs rung by rung; those that were climbed before the process was killed are not climbed again."""
+    def climbed(self) -> list[RungResult]:
+        """Climbs rung by rung, and those before the training again in what is left if it had no time."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
-            rungs = {"search": self._search, "polish": self._polish}
+            rungs["polish"] = self._polish
         elif problem.whole or self.is_one_layer:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
-        for name, climb in rungs.items():
-            result = problem.work.once(name, partial(self._timed, name, climb), RungResult)
-            if result is not None:
-                yield result
+        found = {name: self._climbed(name, climb) for name, climb in rungs.items()}
+        trained, whole = found.get("training"), problem.deadline_of_method()
+        if trained is not None and not trained.solution.steps and self.end.end < whole.end:
+            self.end = whole
+            for name in [name for name in rungs if name != "training"]:
+                again = self._climbed(name, rungs[name])
+                found[name] = again if again is not None and again.usable else found[name]
+        return [result for result in found.values() if result is not None]
+
+    def _climbed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
+        """Climbs a rung, unless that was done before the process was killed."""
+        return self.problem.work.once(name, partial(self._timed, name, climb), RungResult)
 
     def _timed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
@@ -299,12 +310,12 @@ def _caught(
 def _announce(problem: Problem) -> None:
     """Says what comes next where it takes more than a few seconds."""
     clock, n = problem.clock, len(problem.before)
-    seconds = problem.visits / max(1, n) * clock.one_pass
-    ends = ""
+    seconds, how = problem.visits / max(1, n) * clock.one_pass, "For less, give `max_time`."
     if seconds > clock.left:
-        seconds, ends = clock.left, ", as `max_time` says"
-    if seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
+        seconds, how = clock.left, "For more or less, change `max_time`."
+    fits = problem.deadline_of_method().leaves(least_seconds(problem))
+    if fits and seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
         clock.announce(
             f"Repair: {clock.elapsed:,.0f} s so far. Next {problem.epochs:,} epochs of training on {n:,} known "
-            f"samples, then what broke is polished away: about {seconds:,.0f} s{ends}. For less, give `max_time`."
+            f"samples, then what broke is polished away: about {seconds:,.0f} s. {how}"
         )

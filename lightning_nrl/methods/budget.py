@@ -22,12 +22,15 @@ FORWARD_BACKWARD = 3.0  # visits of a training step on a sample
 JUDGING_PASSES = 3  # after a method: its result is judged, unseen data are counted
 QUOTA_ROUNDS = 2  # runs of a method for slices that lack repairs, each with more weight on these
 POLISH_PASSES = 12.0  # a whole polish; this much time is kept for it
+LEAST_POLISH_SECONDS = 0.5  # however short a pass is
 POLISH_TIME_SHARE = 1 / 3  # of the time left, the most that is kept for the polish
 UPDATE_TIME_SHARE = 0.9  # the polish of an update; the rest is the search's
 TIME_SHARE_OF_PARTS = 0.7  # merged repairs: the parts; the rest is for the search of the coefficients
 
 # Searches and the exact solution in the default
 SEARCH_TIME_SHARE = 0.1
+HURRIED_SEARCH_TIME_SHARE = 0.5  # where no more than `FEW_EPOCHS` of training fit in
+FEW_EPOCHS = 8  # a tenth of the time of fewer holds neither the passes of a recording nor a count
 EXACT_TIME_SHARE = 0.8  # of that time: the exact solution
 MAX_PAIRS = 1_500  # a strength that needs more rows is left out, but for the first
 
@@ -41,6 +44,7 @@ FEWEST_SAMPLES = 10_000  # however short the time is
 LEAST_EPOCHS = 16  # after fits of fewer epochs, if that is no more than `SMALL_BUDGET`; all where there was no fit
 SMALL_BUDGET = 60_000  # samples trained on that are seconds' work for a small network
 MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
+STARTING_SECONDS = 1.0  # of the trainers that measure the pace and train, before their first steps
 WARM_UP_BATCHES = 3  # before the pace is even
 TIMED_BATCHES = 10
 PACE_TIME_SHARE = 0.1  # measuring the pace

@@ -100,7 +100,8 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     The `held_out` counts of the solution are those halfway. Without a proposal, its reason says why.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
-    reserve = min(budget.POLISH_PASSES * clock.one_pass, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
+    polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
+    reserve = min(polish, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
     found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
     if found is None:
         needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
@@ -115,9 +116,10 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
     return Solution(taken, reason, (*steps, step), others, course, held_out=found.held_out)
 
 
-def least_seconds(problem: Problem) -> float:
-    """Seconds of the shortest training: an epoch, its pass halfway, and what the polish keeps for its way back."""
-    return (budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES) * problem.clock.one_pass
+def least_seconds(problem: Problem, epochs: int = 1) -> float:
+    """Seconds of a short training: its start, its epochs and pass halfway, and the way back of the polish."""
+    passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
+    return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
 
 def _fine_tuned(

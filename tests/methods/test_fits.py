@@ -87,20 +87,20 @@ def test_it_takes_its_share_of_the_time(
     assert given["polish"] == pytest.approx(share * max_time - 3, abs=3)
 
 
-@pytest.mark.parametrize(("share", "max_time", "needed"), [(1.0, 3.0, 10), (0.1, 20.0, 100), (0.5, 1e-9, 20)])
+@pytest.mark.parametrize(("share", "max_time", "needed"), [(1.0, 3.0, 11), (0.1, 20.0, 110), (0.5, 1e-9, 22)])
 def test_without_time_the_reason_says_how_much_it_needs(share: float, max_time: float, needed: int) -> None:
     model = trained()
     training = FakeTraining(retrained(model))
     own = make_problem(model, known(), training=training, clock=StageTimer(max_time=max_time, now=lambda: 0.0))
     own.clock.seconds["collect"] = 1.0
     solution = FineTunePolish(share)(own)
-    # An epoch counts three passes; one is halfway, three are for the way back of the polish, three for judging.
+    # A second to begin, and ten passes: three are an epoch, one is halfway, three each for the polish and for judging.
     assert solution == Solution(None, f"no time was left for training: it needs about {needed} s of `max_time`.")
     assert training.calls == []
     enough = StageTimer(max_time=needed, now=lambda: 0.0)
     enough.seconds["collect"] = 1.0
     FineTunePolish(share)(replace(own, clock=enough))
-    assert training.calls[0]["seconds"] == pytest.approx(7 * 2 / 3 - 1)
+    assert training.calls[0]["seconds"] == pytest.approx(8 * 2 / 3 - 1)
 
 
 def test_weights_that_are_no_numbers_are_no_proposal() -> None:
@@ -147,11 +147,10 @@ def trained_on_a_line(halfway: State, final: State, rows: Sequence[int] | None) 
         (threshold(-1.5), None, [0.5, 1, 0.5, 0.5, 1, 1, 1, 1, 1], None),
         # Two repairs for none broken are more than chance: held-out samples join, and the counts are those halfway.
         (threshold(0.65), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], (2, 0)),
-        # None says nothing: they stay out, 0.8 is visited a fifth as often, and they are counted again at the end.
-        (threshold(0.715), [0, 5, 6], [0, 0.5, 0.5, 0.5, 1, 0, 0, 1, 0.2], (1, 0)),
-        # One repair is no more than chance.
-        (threshold(0.705), [0, 6], [0, 0.5, 0.5, 0.5, 1, 1, 0, 1, 0.2], (1, 0)),
-        # Two that break and none repaired: failures outside the target are not visited at all.
+        # None and one are not: 0.8, which fails outside the target, is visited a fifth as often.
+        (threshold(0.715), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (0, 0)),
+        (threshold(0.705), [0, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (1, 0)),
+        # Two that break and none repaired: they stay out and are counted at the end, and 0.8 is not visited at all.
         (threshold(-3.0), [0, 1], [0, 0, 0.5, 0.5, 1, 1, 1, 1, 0], (0, 0)),
     ],
 )
@@ -182,13 +181,13 @@ def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> Non
 
 def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
     # Five broken and none repaired are 2.2 standard errors.
-    solution, _ = trained_on_a_line(threshold(0.65), REVERSED, range(5))
+    solution, _ = trained_on_a_line(threshold(-3.0), REVERSED, range(5))
     assert solution.proposal is None
     assert solution.reason == "training that goes on breaks more held-out samples than it repairs."
     assert solution.held_out is not None
     assert (solution.held_out.repaired, solution.held_out.broken) == (0, 5)
     # Four are 2.
-    assert trained_on_a_line(threshold(0.65), REVERSED, range(1, 5))[0].reason != solution.reason
+    assert trained_on_a_line(threshold(-3.0), REVERSED, range(1, 5))[0].reason != solution.reason
 
 
 @pytest.mark.parametrize(("halfway", "kinds"), [(0.9, 2), (0.725, 2), (0.719, 1)])

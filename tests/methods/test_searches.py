@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_problems import StageTimer, make_problem, snapshot
+from toy_problems import FakeTraining, StageTimer, make_problem, snapshot
 from toy_repairs import QUICK as TOY
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
@@ -380,6 +380,17 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -
     assert preparation_seconds(own, 2_000_000) == pytest.approx(40.0)
     late = timed(5.0, 1.6, before=many)
     assert n_to_score(late, late.deadline_of_method()) == FEWEST_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("n", "fitted", "epochs"), [(180, 10, 16), (180, 30, 30), (5_000, 3, 12), (100_000, 3, 3), (100_000, None, 1)]
+)
+def test_the_budget_is_the_epochs_of_the_fit_or_more_where_known_samples_are_few(
+    n: int, fitted: int | None, epochs: int
+) -> None:
+    training = None if fitted is None else FakeTraining(epochs=fitted)
+    own = timed(None, 1.0, before=results([1.0] * n), training=training)
+    assert (own.epochs, own.visits) == (epochs, 3 * epochs * n)
 
 
 @pytest.mark.parametrize("method", [LocalSearch(QUICK), Convex(), Auto(QUICK)])

@@ -122,6 +122,33 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
     assert rates[-1] < 1e-4 or seconds == 8
 
 
+def test_halfway_it_is_asked_which_samples_to_train_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
+    sizes, step = list[int](), Descent.step
+
+    def noted(self: Descent, parts: Any, loss: Any, *, rate: float) -> None:
+        parts = list(parts)
+        sizes.append(sum(len(rows) for _, rows in parts))
+        step(self, parts, loss, rate=rate)
+
+    monkeypatch.setattr(Descent, "step", noted)
+    problem, asked = make_problem(trained(), known(n=40)), list[State]()
+    first = (torch.arange(60) >= 10).float()
+
+    def renew(state: State) -> Tensor:
+        asked.append(state)
+        return torch.ones(60)
+
+    found = distill(problem, weight=first, renew=renew)
+    assert found is not None
+    # The half of 360 visits is over after the fourth epoch of 50; then all 60 are trained on.
+    assert sizes == [50] * 4 + [60] * 3
+    assert len(asked) == 1
+    assert (found.epochs, found.planned) == (380 / 60, 6)
+    assert not same(asked[0], found.state)
+    assert distill(problem, weight=first, renew=lambda state: None) is None
+
+
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
         return distill(problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)).state
