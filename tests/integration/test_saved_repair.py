@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
@@ -13,19 +14,11 @@ from test_faults import assert_same
 
 from lightning_nrl import repair
 from lightning_nrl._trainer.continue_training import ContinuedTraining
-from lightning_nrl._utils.timing import StageTimer
-
-stage = StageTimer.stage
+from lightning_nrl.methods import finetune_polish
 
 
 class Death(BaseException):
     pass
-
-
-def dies_before_the_polish(timer: StageTimer, name: str) -> Any:
-    if name == "polish":
-        raise Death
-    return stage(timer, name)
 
 
 def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
@@ -38,24 +31,19 @@ def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
 def test_a_finished_training_is_not_repeated(
     tmp_path: Path, trained_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], ContinuedTraining.__call__
-
-    def training(*args: Any, **given: Any) -> Any:
-        trained.append(1)
-        return train(*args, **given)
-
+    training = create_autospec(ContinuedTraining.__call__, side_effect=ContinuedTraining.__call__)
     monkeypatch.setattr(ContinuedTraining, "__call__", training)
     whole, report = repaired(tmp_path / "whole", trained_path)
     assert report.status == "repaired"
     with monkeypatch.context() as patch:
-        patch.setattr(StageTimer, "stage", dies_before_the_polish)
+        patch.setattr(finetune_polish, "polished", create_autospec(finetune_polish.polished, side_effect=Death))
         with pytest.raises(Death):
             repaired(tmp_path / "killed", trained_path)
     (left,) = tmp_path.glob("killed/lightning_logs/version_0/repair/.resume-*")
     assert list(left.glob("*.finished"))
-    n_before = len(trained)
+    assert training.call_count == 2
     again, report = repaired(tmp_path / "killed", trained_path)
-    assert len(trained) == n_before == 2
+    assert training.call_count == 2
     assert "version_1" in report.files["checkpoint"]
     assert_same(dict(whole.state_dict()), dict(again.state_dict()))
     assert not list(tmp_path.rglob(".resume-*"))

@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from digit_models import Classifier, Digits, Remember, nobody, quick_repair, quiet_trainer, right, same
-from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
-from lightning_nrl.errors import EmptyLocalizationError
-from lightning_nrl.localization import NeuRecoverLite
 
 
-def fit(path: Path, repair: RegressionFreeRepair, model: Classifier | None = None, data: Any = None) -> Classifier:
-    model, data, remember = model or Classifier(), data or Digits(), Remember()
-    quiet_trainer(path, remember, repair, max_epochs=1).fit(model, datamodule=data)
+def fit(path: Path, repair: RegressionFreeRepair) -> None:
+    model, remember = Classifier(), Remember()
+    quiet_trainer(path, remember, repair, max_epochs=1).fit(model, datamodule=Digits())
     assert same(model, remember.state)
     assert repair.repaired_model_path == ""
     assert not (path / "repair" / "repaired.ckpt").exists()
     assert (path / "repair" / "report.json").exists()
-    return model
 
 
 def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path: Path) -> None:
@@ -31,42 +26,6 @@ def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_pat
     assert repair.report.status == "nothing to repair"
     assert repair.report.reason.startswith("no failed sample of repair is in the target (where purple digits)")
     assert all(split.targeted == split.broken == split.repaired == 0 for split in repair.report.splits)
-
-
-class AllWrong(Digits):
-    """Every digit is called a nine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for part in (self.train, self.repair):
-            part.tensors = (part.tensors[0], torch.full_like(part.tensors[1], 9))
-
-
-class NeverNine(Classifier):
-    """Cannot learn to say nine."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) - 1e4 * torch.eye(10)[9]
-
-
-def test_without_passed_samples_there_is_a_warning_and_no_repair(tmp_path: Path) -> None:
-    repair = quick_repair()
-    with pytest.warns(UserWarning, match="not repaired: no known sample passes"):
-        fit(tmp_path, repair, NeverNine(), AllWrong())
-    assert repair.report.status == "not repaired"
-
-
-class Nowhere(NeuRecoverLite):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise EmptyLocalizationError("no weight matters for the failures alone.")
-
-
-def test_an_empty_localisation_is_a_warning_and_a_report(tmp_path: Path) -> None:
-    repair = quick_repair(localizer=Nowhere())
-    with pytest.warns(UserWarning, match="not repaired: no weight matters"):
-        fit(tmp_path, repair)
-    assert repair.report.status == "not repaired"
-    assert repair.report.reason == "no weight matters for the failures alone."
 
 
 def test_a_search_without_a_step_repairs_nothing(tmp_path: Path) -> None:

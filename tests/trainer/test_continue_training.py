@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -475,19 +476,11 @@ def test_as_many_epochs_are_trained_as_there_is_time_for(
         assert clock.now - 0.04 <= min(seconds, 3)  # the fit before took four batches
 
 
-class Looks:
-    """Is called halfway: notes the weights, draws at random, and says how often samples are visited from then on."""
-
-    def __init__(self, weight: Tensor | None) -> None:
-        self.weight, self.seen = weight, list[Any]()
-
-    def __call__(self, state: Any) -> Tensor | None:
-        torch.rand(1), np.random.rand(), random.random()
-        self.seen.append(state)
-        return self.weight
-
-
-EVEN, PASSED = torch.ones(TRAIN + FAILED), (torch.arange(TRAIN + FAILED) < TRAIN).double()
+def look(seen: list[Any], weight: Tensor | None, state: Any) -> Tensor | None:
+    """Halfway: notes the weights, draws at random, and says how often samples are visited from then on."""
+    seen.append(state)
+    torch.rand(1), np.random.rand(), random.random()
+    return weight
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -497,27 +490,26 @@ def test_a_look_halfway_leaves_modes_statistics_and_random_numbers_as_they_were(
         model.body[1].train(not frozen)
         return model
 
-    looks = Looks(EVEN)
-    looked = fit(net(), Continue(epochs=4, renew=looks))
+    seen: list[Any] = []
+    looked = fit(net(), Continue(epochs=4, renew=partial(look, seen, torch.ones(TRAIN + FAILED))))
     assert_same(looked, fit(net(), Continue(epochs=4)))
-    assert_same(looks.seen, [fit(net(), Continue(epochs=2))])
+    assert_same(seen, [fit(net(), Continue(epochs=2))])
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_from_halfway_on_samples_are_visited_by_their_new_weights(epochs: int) -> None:
     """One epoch becomes two of half the visits."""
-    looks = Looks(PASSED)
-    callback = Continue(epochs=epochs, renew=looks)
+    seen: list[Any] = []
+    callback = Continue(epochs=epochs, renew=partial(look, seen, (torch.arange(TRAIN + FAILED) < TRAIN).double()))
     fit(Net(), callback)
-    assert (len(looks.seen), callback.found[0].note) == (1, f"{epochs} epoch{'s' * (epochs > 1)}")
+    assert (len(seen), callback.found[0].epochs, callback.found[0].planned) == (1, epochs, epochs)
     visits = [(i, batch[0]) for batch in noted("batch") for i in batch[1:]]
     assert len(visits) == epochs * (TRAIN + FAILED) - (epochs == 1)
     half = max(1, epochs // 2)
     first, second = ([i for i, epoch in visits if (epoch < half) == is_first] for is_first in (True, False))
     assert max(first) >= 100 > TRAIN > max(second)
     assert max(map(second.count, second)) > 1
-    ended = Continue(epochs=epochs, renew=Looks(None))
-    assert fit(Net(), ended) is None
+    assert fit(Net(), Continue(epochs=epochs, renew=partial(look, seen, None))) is None
     assert {epoch for epoch, *_ in noted("batch")} == {*range(half)}
 
 
@@ -536,6 +528,5 @@ def test_a_module_that_ends_an_epoch_early_is_not_said_to_be_cut_by_the_time() -
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             return -1 if batch_idx == 2 else None
 
-    callback = Continue(epochs=2)
-    assert fit(Early(), callback) is not None
+    fit(Early(), callback := Continue(epochs=2))
     assert callback.found[0].note == "0.8 epochs"
