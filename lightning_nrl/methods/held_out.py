@@ -1,6 +1,6 @@
 """The effect of a method on samples that it may not use: the one estimate that the default chooses by.
 
-A third of the samples that came in with the failed ones are held out, since the model was not trained on them: what
+Half of the samples that came in with the failed ones are held out, since the model was not trained on them: what
 becomes of them is what may be expected of unseen samples like these.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.methods.problem import Problem
 
-HELD_OUT_FRACTION = 1 / 3  # of each kind of sample: targets, other failures, passed ones
+HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
 # Of all known passed samples, and as large a part of each other kind, or repairs would count for more than what breaks:
 # where failed and passed data are one data set.
 MAX_HELD_OUT_PASSED = 1 / 5

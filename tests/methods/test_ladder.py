@@ -72,7 +72,7 @@ def test_each_rung_says_what_it_does_to_samples_that_it_may_not_use() -> None:
     assert training is not None
     assert exact.n == came
     assert search.n == training.n
-    assert came // 4 < search.n <= came // 3
+    assert came // 3 < search.n <= came // 2
     taken = next(rung for rung in solution.rungs if rung.taken)
     assert taken.held_out == solution.held_out
     assert f"`{taken.name}` is taken" in solution.choice
@@ -347,7 +347,7 @@ def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> 
     return TargetCounts(passed - broken, broken, repaired, failing - repaired, failing, repaired)
 
 
-def test_a_third_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind() -> None:
+def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind() -> None:
     own = make_problem(trained(), known())
     before, rows = own.before, held_out_rows(own)
     assert rows is not None
@@ -355,7 +355,7 @@ def test_a_third_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kin
     came[before.of("new")] = True
     assert not (rows & ~came).any()
     for kind in (before.targeted, before.passed):
-        assert int((rows & kind).sum()) == int((came & kind).sum()) // 3
+        assert int((rows & kind).sum()) == int((came & kind).sum()) // 2
     again = held_out_rows(own)
     assert again is not None
     assert torch.equal(rows, again)
