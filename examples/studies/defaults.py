@@ -36,6 +36,8 @@ OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-
 FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
 """Fits that go on from the trained weights: a constant rate and the epochs, of the training where None."""
 PLAIN = "plain PyTorch"
+SHIFTED = "images, noisy labels"
+"""Its unseen labels are right where known ones are wrong, so that held-out samples are not like unseen ones."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def row(name: str, runs: Sequence[Run]) -> list[str]:
 
 
 def estimates(runs: Sequence[Run]) -> str:
-    """In how many runs the unseen rates are within the 90 % intervals of the estimates from held-out samples."""
+    """Count the runs whose unseen rates are within the 90 % intervals of their held-out estimates."""
     covered, tried = [0, 0], [run for run in runs if run.held_out is not None]
     for run in tried:
         happened = (run.unseen_repaired, run.unseen - run.unseen_right), (run.unseen_broken, run.unseen_right)
@@ -202,7 +204,7 @@ def estimates(runs: Sequence[Run]) -> str:
             covered[i] += low <= k / max(n, 1) <= high
     return (
         f"The unseen rate is within the 90 % interval of the held-out estimate for repaired samples in {covered[0]}, "
-        f"for broken ones in {covered[1]} of {len(tried)} runs."
+        f"for broken ones in {covered[1]} of {len(tried)} runs (all problems but {SHIFTED!r})."
     )
 
 
@@ -223,16 +225,17 @@ def main() -> None:
     elif chosen.max_times:
         methods = [f"{share:g} x" for share in chosen.max_times]
     found: dict[str, list[Run]] = {method: [] for method in methods}
-    rows = []
+    rows, alike = [], []
     for name in chosen.problems or (OWNERS if chosen.fits else SMALL):
         seeds = range(chosen.first, chosen.first + chosen.seeds)
         runs = [runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds]
         for method in methods:
             own = [one[method] for one in runs]
             found[method] += own
+            alike += own if name != SHIFTED else []
             rows.append(row(f"{name}, {method}", own))
     rows += [row(f"**all**, {method}", runs) for method, runs in found.items()]
-    print(f"{markdown(HEADS, rows)}\n\n{estimates([run for runs in found.values() for run in runs])}")
+    print(f"{markdown(HEADS, rows)}\n\n{estimates(alike)}")
 
 
 if __name__ == "__main__":
