@@ -81,8 +81,10 @@ def verdict_on(report: RepairRecord) -> Verdict:
     elif kept:
         answers += ", not counted on unseen data"
     tone = EVIDENCE_TONES[evidence]
-    if not kept and tone != "bad":
-        tone = "good" if report.status == "nothing to repair" else "warn"
+    if report.status == "nothing to repair":
+        tone = "good" if source == "none" else tone
+    elif not kept and tone != "bad":
+        tone = "warn"
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
         kept=kept,
