@@ -52,15 +52,13 @@ def net_rate(counts: TargetCounts | None) -> float:
 def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
     """True if a rung goes before a smaller one: its repairs are worth more, and held-out samples do not say otherwise.
 
-    They do where its net rate is below the other's by more than `MAX_STANDARD_ERRORS` of the difference. With as much
-    repaired only a higher net rate counts, with less only one that is higher by more than that.
+    They do if its net rate is lower than the other's by more than chance, `MAX_STANDARD_ERRORS` of the difference. A
+    rung with fewer repairs goes before the other only if its net rate is higher by more than chance.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
     if gain > other_gain:
         return ahead >= -error
-    if gain == other_gain:
-        return ahead > 0
     return ahead > error and gain >= FEWEST_REPAIRS_SHARE * other_gain
 
 
