@@ -130,7 +130,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def climbed(self) -> list[RungResult]:
-        """Climbs rung by rung; those that `max_time` cut are climbed again in what the training left."""
+        """Climbs rung by rung; a rung that `max_time` cut is climbed again in the time that training left."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -176,7 +176,7 @@ class _Ladder:
     def _exact(self) -> Solution | None:
         """Solves the chosen layer, and searches from there; None where the layer or the model does not suit.
 
-        What comes of held-out samples is known of the solved weights, from which the search goes on.
+        The held-out counts are those of the solved weights, before the search.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)

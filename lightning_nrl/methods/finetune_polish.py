@@ -125,7 +125,7 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Trains by the first kind of steps that does well halfway, else by the last; what did not is a step, too.
+    """Trains with the first kind of steps that does well halfway, or with the last kind; each training is a step.
 
     If no time is left for the next kind, the weights halfway that repair most are the result.
     """
