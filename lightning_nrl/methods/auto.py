@@ -130,7 +130,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def climbed(self) -> list[RungResult]:
-        """Climbs rung by rung; those that `max_time` cut are climbed again in what the training left."""
+        """Climbs rung by rung; a rung that `max_time` cut is climbed again in the time that training left."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -145,7 +145,10 @@ class _Ladder:
             self.end = problem.deadline_of_method()
             for name in [name for name, result in results.items() if name != "training" and result.was_cut]:
                 again, best = self._climbed(name, rungs[name]), results[name].usable
-                if again is not None and again.usable and (best is None or again.usable.rank > best.rank):
+                if again is None:
+                    continue
+                is_better = again.usable is not None and (best is None or again.usable.rank > best.rank)
+                if is_better or (best is None and not again.was_cut):
                     results[name] = again
         return list(results.values())
 
@@ -173,7 +176,7 @@ class _Ladder:
     def _exact(self) -> Solution | None:
         """Solves the chosen layer, and searches from there; None where the layer or the model does not suit.
 
-        What comes of held-out samples is known of the solved weights, from which the search goes on.
+        The held-out counts are those of the solved weights, before the search.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
@@ -211,10 +214,11 @@ class _Ladder:
         """Adds what a trial without the held-out samples does to them, unless that is known."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
-        trial = solve(self.problem.without(self.held_out)).proposal
-        if trial is None:
+        trial = solve(self.problem.without(self.held_out))
+        # A trial that had no time proposes the original weights, and says so.
+        if trial.proposal is None or trial.reason:
             return solution
-        return replace(solution, held_out=estimate(self.problem.before, trial.after, self.held_out))
+        return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
 
     def _within(self, share: float) -> Deadline:
         return self.end.within(share * self.end.agreed_seconds_left()) if self.end.is_set else self.end
@@ -234,19 +238,25 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best = harmless[0]
-    for i in harmless[1:]:
+    best_of_gain: dict[float, int] = {}  # of rungs that repair as much, the one with the best net rate, or the first
+    for i in harmless:
+        other = best_of_gain.get(usable[i].gain)
+        if other is None or net_rate(counts[i]) > net_rate(counts[other]):
+            best_of_gain[usable[i].gain] = i
+    best, *larger = sorted(best_of_gain.values())
+    for i in larger:
         if is_ahead(usable[i].gain, counts[i], usable[best].gain, counts[best]):
             best = i
     return best, _choice(results, best)
 
 
 def _choice(results: Sequence[RungResult], best: int) -> str:
-    """Why a rung is taken, and what the next one would have gained."""
+    """Why a rung is taken, and what the later ones would have gained."""
     taken = results[best]
-    text = f"`{taken.name}` is taken: {_repairs(taken)}."
+    text = f"`{taken.name}` is taken: it {_repairs(taken)}."
     for other in results[best + 1 :]:
-        text += f" `{other.name}` {_repairs(other) if other.usable else 'repairs no target within the gate'}."
+        none = f"has no result: {other.solution.reason or 'it repairs no target within the gate.'}"
+        text += f" `{other.name}` {f'{_repairs(other)}.' if other.usable else none}"
     return text
 
 
@@ -256,7 +266,7 @@ def _repairs(result: RungResult) -> str:
     text = f"repairs {n:,} target{'s' * (n != 1)}"
     if counts is None:
         return text
-    return f"{text}, and of held-out samples {counts.repaired:,} are repaired and {counts.broken:,} break"
+    return f"{text}; of the held-out samples it repairs {counts.repaired:,} and breaks {counts.broken:,}"
 
 
 Counted = tuple[TargetCounts, TargetCounts | None]
@@ -318,12 +328,12 @@ def _caught(
 def _announce(problem: Problem) -> None:
     """Says what comes next where it takes more than a few seconds."""
     clock, n = problem.clock, len(problem.before)
-    seconds, how = problem.visits / max(1, n) * clock.one_pass, "For less, give `max_time`."
+    seconds, how, most = problem.visits / max(1, n) * clock.one_pass, "For less, give `max_time`.", ""
     if seconds > clock.left:
-        seconds, how = clock.left, "For more or less, change `max_time`."
+        seconds, how, most = clock.left, "For more or less, change `max_time`.", "at most "
     fits = problem.deadline_of_method().leaves(least_seconds(problem))
     if fits and seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
         clock.announce(
-            f"Repair: {clock.elapsed:,.0f} s so far. Next {problem.epochs:,} epochs of training on {n:,} known "
+            f"Repair: {clock.elapsed:,.0f} s so far. Next {most}{problem.epochs:,} epochs of training on {n:,} known "
             f"samples, then what broke is polished away: about {seconds:,.0f} s. {how}"
         )

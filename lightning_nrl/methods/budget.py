@@ -11,10 +11,10 @@ sample through the network forward; a step on it counts `FORWARD_BACKWARD`. A pa
 | curve over strength | `CURVE_SHARE` of these visits | what is left |
 | verdict | `JUDGING_PASSES` | |
 
-The searches have `HURRIED_SEARCH_TIME_SHARE` where fewer than `FEW_EPOCHS` fit in; what that cuts is done again in what
-the training leaves. The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of what is left. An
-update polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take `TIME_SHARE_OF_PARTS` for
-the parts.
+If fewer than `FEW_EPOCHS` of training fit in, the searches have `HURRIED_SEARCH_TIME_SHARE`. A search that was cut runs
+again in the time that training leaves. The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of
+what is left. An update polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take
+`TIME_SHARE_OF_PARTS` for the parts.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TIME_SHARE_OF_PARTS = 0.7  # merged repairs: the parts; the rest is for the sear
 
 # Searches and the exact solution in the default
 SEARCH_TIME_SHARE = 0.1
-HURRIED_SEARCH_TIME_SHARE = 0.5  # where no more than `FEW_EPOCHS` of training fit in
-FEW_EPOCHS = 8  # a tenth of the time of fewer holds neither the passes of a recording nor a count
-EXACT_TIME_SHARE = 0.8  # of that time: the exact solution
+HURRIED_SEARCH_TIME_SHARE = 0.5  # if fewer than `FEW_EPOCHS` of training fit in
+FEW_EPOCHS = 8  # in a tenth of the time of fewer, nothing can be recorded and counted
+EXACT_TIME_SHARE = 0.8  # of what the first search leaves of that time
 MAX_PAIRS = 1_500  # a strength that needs more rows is left out, but for the first
 
 # Samples that a search looks at
@@ -43,8 +43,8 @@ PREPARATION_SECONDS = 3e-5  # to prepare a sample, however small the network is
 FEWEST_SAMPLES = 10_000  # however short the time is
 
 # Training that goes on
-LEAST_EPOCHS = 16  # after fits of fewer epochs, if that is no more than `SMALL_BUDGET`; all where there was no fit
-SMALL_BUDGET = 60_000  # samples trained on that are seconds' work for a small network
+LEAST_EPOCHS = 16  # after a shorter fit or none, as far as they train on no more than `SMALL_BUDGET` samples
+SMALL_BUDGET = 60_000  # samples trained on, which takes a small network seconds
 MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
 STARTING_SECONDS = 1.0  # of the trainers that measure the pace and train, before their first steps
 WARM_UP_BATCHES = 3  # before the pace is even
@@ -55,7 +55,7 @@ PACE_STEPS = 4  # distilled steps timed, after a first one, to find how many the
 
 # Polish
 POLISH_SHARE = 2.0  # of the training's visits, the whole polish
-STALLED_POLISH_SHARE = 1 / 3  # of them, without fewer open samples than ever: then the best so far is the result
+STALLED_POLISH_SHARE = 1 / 3  # of these visits without a new low of open samples: then the best so far is the result
 RESERVED_PASSES = 3.0  # kept when rounds end: where a step back leads is counted
 MAX_STALLED_ROUNDS = 20  # since a start, a result, or since fewer samples were open than ever
 MAX_ROUNDS = 100  # in all, where fewer and fewer samples are open

@@ -47,7 +47,7 @@ OWN_STEPS = StepKind(f"own steps through training_step, rate {OWN_RATE:g}", OWN_
 
 @dataclass(frozen=True)
 class FineTuned:
-    """Weights after training, and the counts of held-out samples halfway, before any of them was trained on.
+    """Weights after training, and the counts of held-out samples when they were last left out of it.
 
     `is_done` is false if the training ended halfway because it did not do well.
     """
@@ -125,19 +125,23 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Trains by the first kind of steps that does well halfway, else by the last; what did not is a step, too."""
+    """Trains with the first kind of steps that does well halfway, or with the last kind; each training is a step.
+
+    If no time is left for the next kind, the weights halfway that repair most are the result.
+    """
     kinds = (CONTINUED, OWN_STEPS, DISTILLED) if problem.whole and problem.training is not None else (DISTILLED,)
-    steps: list[Step] = []
+    found: list[FineTuned] = []
     for kind in kinds:
         with problem.clock.stage("fit"):
             halfway = Halfway(problem, held_out, is_last=kind is kinds[-1])
             work = partial(_fine_tuned_by, problem, held_out, kind, halfway, deadline)
-            found = problem.work.once("fit", work, FineTuned)
-        if found is not None:
-            steps.append(found.step)
-            if found.is_done:
-                return found, tuple(steps)
-    return None, tuple(steps)
+            trained = problem.work.once("fit", work, FineTuned)
+        if trained is not None:
+            found.append(trained)
+            if trained.is_done:
+                break
+    best = max(found, key=lambda one: (one.is_done, one.proposal.repaired), default=None)
+    return best, tuple(one.step for one in found)
 
 
 def _fine_tuned_by(
@@ -147,8 +151,8 @@ def _fine_tuned_by(
     trained = _trained(problem, kind, halfway, deadline)
     if trained is not None:
         proposal, counts = problem.propose("fit", trained.state), halfway.held_out
-        if halfway.stays_held_out and held_out is not None:
-            counts = estimate(problem.before, proposal.after, held_out)
+        if halfway.stays_held_out:
+            counts = None if held_out is None else estimate(problem.before, proposal.after, held_out)
         step = proposal.step(problem.clock.elapsed - began, f"{kind.name}, {trained.note}")
         return FineTuned(proposal, step, counts, is_done=True)
     if halfway.proposal is None:
@@ -182,7 +186,7 @@ class Halfway:
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
-        self.goes_on, self.stays_held_out = True, False
+        self.stays_held_out = True  # until the look halfway, which a training that ends early never takes
         self.held_out: TargetCounts | None = None
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used
@@ -194,8 +198,7 @@ class Halfway:
         after = self.proposal.after
         if rows is not None:
             self.held_out = estimate(before, after, rows)
-        self.goes_on = self._is_last or self._does_well()
-        if not self.goes_on:
+        if not (self._is_last or self._does_well()):
             return None
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
         self.stays_held_out = gain < 0

@@ -15,8 +15,8 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
-# Of all known passed samples, and as large a part of each other kind, or repairs would count for more than what breaks:
-# where failed and passed data are one data set.
+# Of all known passed samples, where failed and passed data are one data set. Other kinds are cut by as much, or repairs
+# would count for more than breaks.
 MAX_HELD_OUT_PASSED = 1 / 5
 MIN_HELD_OUT_FAILURES = 2  # with fewer nothing can be said
 MAX_STANDARD_ERRORS = 2.0  # where net rates differ by less, chance may have done it
@@ -28,7 +28,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
-    # What may not break at all is not to be left out.
+    # Protected samples always stay in.
     kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
     most = MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum()))
     for kind in kinds:
@@ -52,15 +52,13 @@ def net_rate(counts: TargetCounts | None) -> float:
 def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
     """True if a rung goes before a smaller one: its repairs are worth more, and held-out samples do not say otherwise.
 
-    They do where its net rate is below the other's by more than `MAX_STANDARD_ERRORS` of the difference. With as much
-    repaired only a higher net rate counts, with less only one that is higher by more than that.
+    They do if its net rate is lower than the other's by more than chance, `MAX_STANDARD_ERRORS` of the difference. A
+    rung with fewer repairs goes before the other only if its net rate is higher by more than chance.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
     if gain > other_gain:
         return ahead >= -error
-    if gain == other_gain:
-        return ahead > 0
     return ahead > error and gain >= FEWEST_REPAIRS_SHARE * other_gain
 
 

@@ -14,7 +14,7 @@ programming).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ from lightning_nrl.methods._solvers.whitening import Whitening, fit_whitening, m
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import CUT, Step
 
 # What a passed sample keeps at most, and a target gets, in units of the median margin of passed data. More than for a
 # last layer, since gradients err.
@@ -76,6 +76,8 @@ class Linearized:
             if not run.round():
                 return Solution(None, "no margin of a target depends on the layer's weights.")
             took = time.perf_counter() - began
+        if run.steps and not run.is_done:
+            run.steps[-1] = replace(run.steps[-1], note=f"{run.steps[-1].note}; {CUT}")
         if not run.found:
             reason = "no step along the gradients repairs a target without a regression."
             return Solution(None, reason, tuple(run.steps))

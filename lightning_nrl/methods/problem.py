@@ -168,7 +168,7 @@ class Problem:
 
     @property
     def visits(self) -> float:
-        """The budget of a training: each sample that runs forward is a visit, a step on it is `FORWARD_BACKWARD`."""
+        """The budget of a training: a sample run forward is one visit, a training step on it `FORWARD_BACKWARD`."""
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property

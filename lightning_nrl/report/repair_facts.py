@@ -68,7 +68,7 @@ def unseen_limit(report: RepairRecord) -> float | None:
     """At most this share of samples like the unseen ones breaks, with `UNSEEN_CONFIDENCE`, in (0, 1].
 
     Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
-    Pearson, and holds since nothing was chosen by unseen data. None if no weights changed, or nothing is unseen.
+    Pearson, and holds since nothing was chosen by unseen data. None without unseen data, or if nothing changed.
     """
     counted = report.unseen
     if counted is None or not counted.passed:

@@ -17,7 +17,7 @@ from lightning_nrl.report.tables import Fact, points_of
 EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
 NOT_COUNTED = TargetCounts(0, 0, 0, 0)
-MOST_TIMES_MORE = 10  # as much unseen data are asked for
+MOST_TIMES_MORE = 10  # the advice asks for at most this many times the unseen data
 LARGE_GAIN = 2.0  # percentage points on held-out samples, for which a looser gate is named
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
@@ -35,7 +35,7 @@ class Verdict:
         source: `unseen` data, `held-out` samples of the taken rung where there are none, or `none`.
         repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted.
         p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too
-            count as repaired only as far as others broke.
+            are taken off the repaired ones, but these never fall below the broken ones for that.
         advice: what to do.
         tone: `good`, `warn` for no difference, no evidence or no repair, `bad` for worse.
     """
@@ -81,8 +81,10 @@ def verdict_on(report: RepairRecord) -> Verdict:
     elif kept:
         answers += ", not counted on unseen data"
     tone = EVIDENCE_TONES[evidence]
-    if not kept and tone != "bad":
-        tone = "good" if report.status == "nothing to repair" else "warn"
+    if report.status == "nothing to repair":
+        tone = "good" if source == "none" else tone
+    elif not kept and tone != "bad":
+        tone = "warn"
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
         kept=kept,

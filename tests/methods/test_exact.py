@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from toy_repairs import blobs, known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.methods import Convex, Linearized, Problem
+from lightning_nrl.report.run_records import CUT
 
 
 def test_what_can_be_repaired_without_a_regression_is() -> None:
@@ -127,6 +129,11 @@ def test_a_target_that_a_passed_sample_contradicts_stays_and_nothing_breaks() ->
     assert solution.proposal is None
     assert solution.reason == "no step along the gradients repairs a target without a regression."
     assert all(step.broken == step.repaired for step in solution.steps)
+    assert not any(CUT in step.note for step in solution.steps)
+    ticks = itertools.count()
+    clock = StageTimer(max_time=0.1, now=lambda: 0.01 * next(ticks))
+    (step,) = Linearized()(make(plane(), twins, clock=clock)).steps
+    assert step.note.endswith(f"; {CUT}")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -179,6 +179,31 @@ def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> Non
     assert training.renewed[0].tolist() == [0.5, 0.5, 0.5, 0.5, 1, 3, 10, 1, 1]
 
 
+def test_training_that_ends_before_the_look_halfway_is_counted_at_its_end() -> None:
+    class Short(FakeTraining):
+        def __call__(self, **given: Any) -> Any:
+            return super().__call__(**{**given, "renew": None})
+
+    held_out = torch.tensor([1, 0, 0, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    own = replace(on_a_line_with_doubts(), training=Short(threshold(0.705)))
+    found = fine_tune_and_polish(own, held_out).held_out
+    assert found is not None
+    assert (found.repaired, found.broken, found.n) == (1, 0, 3)
+
+
+def test_steps_that_do_badly_halfway_are_polished_if_no_time_is_left_for_others() -> None:
+    now = [0.0]
+
+    def gives(**call: Any) -> State:
+        now[0] += call["seconds"] + 1
+        return threshold(0.725)
+
+    own = replace(on_a_line_with_doubts(), clock=StageTimer(max_time=100.0, now=lambda: now[0]))
+    own.clock.seconds["collect"] = 1.0
+    solution = FineTunePolish()(replace(own, training=FakeTraining(gives=gives)))
+    assert [step.name for step in solution.steps] == ["trial", "polish"]
+
+
 def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
     # Five broken and none repaired are 2.2 standard errors.
     solution, _ = trained_on_a_line(threshold(-3.0), REVERSED, range(5))

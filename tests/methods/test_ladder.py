@@ -109,6 +109,20 @@ def test_a_layer_within_is_linearized() -> None:
     assert not {"fit", "convex"} & set(names(solution))
 
 
+def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = auto_module.warm_started_search
+
+    def short(problem: Problem, *args: Any, **rest: Any) -> Solution:
+        if problem.held_out is None:
+            return search(problem, *args, **rest)
+        return Solution(problem.original("base"), "no time was left for a search.")
+
+    monkeypatch.setattr(auto_module, "warm_started_search", short)
+    first, *_ = AUTO(problem("2")).rungs
+    assert first.repaired_in_target > 0
+    assert first.held_out is None
+
+
 class TimeFirst(torch.nn.Module):
     """Its inner layer sees time first and samples second: no gradient can be told apart by sample."""
 
@@ -276,7 +290,8 @@ def test_what_is_announced_is_what_comes(max_time: float | None, said: str | Non
     clock.seconds["collect"] = 1.0
     own = problem(clock=clock)
     AUTO(replace(own, training=FakeTraining(retrained(own.model))))
-    text = "Repair: 0 s so far. Next 16 epochs of training on 180 known samples, then what broke is polished away: "
+    epochs = "16 epochs" if max_time is None else "at most 16 epochs"
+    text = f"Repair: 0 s so far. Next {epochs} of training on 180 known samples, then what broke is polished away: "
     assert listener.said == ([] if said is None else [text + said])
 
 
@@ -421,7 +436,7 @@ EMPTY = problem().before
 
 def rung(repaired: int, held_out: TargetCounts | None = None, name: str = "search", **rest: Any) -> RungResult:
     proposal = Proposal("polish", {}, EMPTY, repaired, 0, **rest)
-    return RungResult(name, Solution(proposal, "nothing is repaired.", held_out=held_out), 1.0)
+    return RungResult(name, Solution(proposal, "" if repaired else "nothing is repaired.", held_out=held_out), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +468,8 @@ def rung(repaired: int, held_out: TargetCounts | None = None, name: str = "searc
         # What slices need comes first.
         ([rung(9, counts(20, 0), missing=1), rung(9, counts(1, 10))], 1),
         ([rung(9, counts(20, 0), missing=1), rung(9, counts(20, 0), missing=1)], 0),
+        # Of as many repairs the best, though a third rung came between them.
+        ([rung(12, counts(1, 0)), rung(10, counts(20, 0)), rung(12, counts(50, 50))], 1),
         # The best of three.
         ([rung(5, counts(5, 0)), rung(7, counts(6, 0)), rung(9, counts(1, 2))], 1),
         ([rung(0), rung(0)], None),
@@ -465,10 +482,12 @@ def test_the_rung_that_is_taken(rungs: list[RungResult], taken: int | None) -> N
 def test_the_choice_says_what_later_rungs_would_have_gained() -> None:
     narrow, wide = rung(9, counts(8, 1), "exact"), rung(9, counts(7, 1), "training")
     assert chosen_rung([rung(1), narrow, wide])[1] == (
-        "`exact` is taken: repairs 9 targets, and of held-out samples 8 are repaired and 1 break. "
-        "`training` repairs 9 targets, and of held-out samples 7 are repaired and 1 break."
+        "`exact` is taken: it repairs 9 targets; of the held-out samples it repairs 8 and breaks 1. "
+        "`training` repairs 9 targets; of the held-out samples it repairs 7 and breaks 1."
     )
     assert chosen_rung([rung(1), rung(9, name="training", excess=1.0)])[1] == (
-        "`search` is taken: repairs 1 target. `training` repairs no target within the gate."
+        "`search` is taken: it repairs 1 target. `training` has no result: it repairs no target within the gate."
     )
+    cut = RungResult("training", Solution(None, "no time was left."), 1.0)
+    assert chosen_rung([rung(1), cut])[1].endswith("`training` has no result: no time was left.")
     assert chosen_rung([rung(0), rung(0)]) == (None, "Nothing is repaired.")

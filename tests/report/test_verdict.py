@@ -92,6 +92,8 @@ def test_an_update_is_compared_with_the_model_that_it_replaces() -> None:
     assert verdict.advice == "do not ship the new model; keep the one that it would replace"
     nothing = judged(unseen(0, 0), update=(update,), status="nothing to repair").verdict
     assert (nothing.evidence, nothing.tone) == ("worse", "bad")
+    same = UpdateSplit(unseen(3, 3), unseen(3, 3))
+    assert judged(unseen(0, 0), update=(same,), status="nothing to repair").verdict.tone == "warn"
     known = UpdateSplit(KNOWN, KNOWN)
     assert judged(update=(known,), rungs=(held_out(30, 0),)).verdict.source == "none"
 

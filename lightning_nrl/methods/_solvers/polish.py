@@ -57,7 +57,7 @@ class PolishResult(Proposal):
     rounds: int = 0
     strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
     course: tuple[TargetCounts, ...] = ()  # what became of the known samples, each time that all were counted
-    stopped: str = ""  # why the rounds ended before nothing was broken; empty if they did not
+    stopped: str = ""  # why the rounds ended early; empty if they did not
 
     @property
     def note(self) -> str:
