@@ -101,7 +101,7 @@ class Study:
             return self.counted(self.state, model, time.process_time() - began)
         if method == PLAIN:
             return self.repaired_plain()
-        limit = None if method == "default" else self.wall * (1.0 if method in FITS else float(method.rstrip(" x")))
+        limit = None if method == "default" or method in FITS else self.wall * float(method.rstrip(" x"))
         rate, epochs = FITS.get(method, (None, None))
         model = self.new(self.state if method in FITS else None)
         if rate is not None:
@@ -117,8 +117,7 @@ class Study:
         train, repair, test = (self.data.data[split].tensors[:2] for split in SPLITS)
         known = [TensorSource(*train, split="train", passed=True), TensorSource(*repair, split="repair", failed=True)]
         model, began = self.new(self.state).eval(), time.process_time()
-        settings = Settings(max_time=self.wall, seed=self.seed)
-        outcome = repair_module(model, known, settings, unseen=[TensorSource(*test, split="test")])
+        outcome = repair_module(model, known, Settings(seed=self.seed), unseen=[TensorSource(*test, split="test")])
         outcome.write(model)
         return self.counted(self.state, model, time.process_time() - began, outcome.report)
 
@@ -214,14 +213,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="all that the study has by default")
     parser.add_argument("--max-times", nargs="+", type=float, help="shares of the fit's seconds for the repair")
-    parser.add_argument("--fits", action="store_true", help="other fits before the repair, in the training's seconds")
+    parser.add_argument("--fits", action="store_true", help="other fits before the repair")
     parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="where runs are kept")
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)
     methods = ["fine-tuning", "default"]
     if chosen.fits:
-        methods = ["fine-tuning", "1 x", *FITS, PLAIN]
+        methods = ["fine-tuning", "default", *FITS, PLAIN]
     elif chosen.max_times:
         methods = [f"{share:g} x" for share in chosen.max_times]
     found: dict[str, list[Run]] = {method: [] for method in methods}
