@@ -312,17 +312,24 @@ class RepairRecord(Record):
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
 
     @property
-    def unseen(self) -> SplitReport | None:
-        """Unseen data, in an update against the replaced model; None without any, or where there is no change."""
+    def unseen_splits(self) -> tuple[SplitReport, ...]:
+        """Splits of unseen data, in an update against the replaced model; empty where there is no change."""
         if self.update:
-            update = self.pooled_update("unseen")
-            return None if update is None else update.now
-        return self.pooled("unseen") if self.status == "repaired" else None
+            return tuple(split.now for split in by_role(self.update).get("unseen", ()))
+        return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
+
+    @property
+    def unseen(self) -> SplitReport | None:
+        """All unseen data taken together; None without any."""
+        return pool(self.unseen_splits) if self.unseen_splits else None
 
     @property
     def n_estimates(self) -> int:
-        """Rungs that held-out samples chose among."""
-        return sum(rung.held_out is not None for rung in self.rungs)
+        """Results that held-out samples chose among: rungs, and strengths of the exact solution if that is taken."""
+        rungs = [rung for rung in self.rungs if rung.held_out is not None]
+        is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
+        strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0
+        return len(rungs) + max(0, strengths - 1)
 
     @property
     def held_out(self) -> TargetCounts | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Tone
 from lightning_nrl.report.run_records import RepairRecord
-from lightning_nrl.report.splits import pool
+from lightning_nrl.report.splits import SplitReport, pool
 from lightning_nrl.report.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.report.tables import Fact, points_of
 
@@ -31,9 +32,11 @@ class Verdict:
         kept: whether the gate's promise was kept by weights that changed.
         promise: the same in words, with figures.
         evidence: `better`, `no difference shown` or `worse`: an exact two-sided sign test of repaired against broken
-            samples, at a level of 5 %. In an update it compares the new model with the one that it replaces.
+            samples, at a level of 5 %. It is worse if one of several unseen splits is. In an update it compares the new
+            model with the one that it replaces.
         source: `unseen` data, `held-out` samples of the taken rung where there are none, or `none`.
-        repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted.
+        repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted, or of the
+            split that alone is worse.
         p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too
             are taken off the repaired ones, but these never fall below the broken ones for that.
         advice: what to do.
@@ -72,10 +75,15 @@ def verdict_on(report: RepairRecord) -> Verdict:
     leaked = sum(report.leaked.values()) if source == "unseen" else 0
     flips = max(counts.repaired - leaked, min(counts.repaired, counts.broken)), counts.broken
     choices = report.n_estimates if source == "held-out" else 1
-    evidence = evidence_of(*flips, choices)
+    evidence: Evidence = evidence_of(*flips, choices)
+    worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
+    if worst is not None and evidence != "worse" and evidence_of(*_flips(worst), n_splits) == "worse":
+        # The other splits hide it.
+        evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
-        answers += f", {evidence} on {'unseen data' if source == 'unseen' else 'held-out samples'}"
+        where = f"unseen data ({worst.split})" if worst is not None and counts is worst.counts else "unseen data"
+        answers += f", {evidence} on {where if source == 'unseen' else 'held-out samples'}"
         if report.update:
             answers += f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model"
     elif kept:
@@ -98,6 +106,16 @@ def verdict_on(report: RepairRecord) -> Verdict:
         advice=_advice(report, evidence, source, flips),
         tone=tone,
     )
+
+
+def _flips(split: SplitReport) -> tuple[int, int]:
+    return split.counts.repaired, split.counts.broken
+
+
+def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
+    """The split of several that is worse by the least p-value, if any breaks more than is repaired in it."""
+    losing = [split for split in splits if split.counts.broken > split.counts.repaired]
+    return min(losing, key=lambda split: sign_test(*_flips(split)), default=None) if len(splits) > 1 else None
 
 
 def _known(report: RepairRecord) -> TargetCounts:

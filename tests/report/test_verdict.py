@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.report import PricePoint, RepairReport, Rung, SplitReport, UpdateSplit
+from lightning_nrl.report import PricePoint, RepairReport, Rung, SplitReport, Step, UpdateSplit
 from lightning_nrl.report.page import TONE_STYLES
 from lightning_nrl.report.stats import sign_test
 
@@ -64,6 +64,22 @@ def test_unseen_splits_are_counted_together() -> None:
     verdict = judged(unseen(4, 0), unseen(4, 0, "night")).verdict
     assert (verdict.evidence, verdict.repaired, verdict.n) == ("better", 8, 800)
     assert verdict.p_value == pytest.approx(2 / 2**8)
+
+
+def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
+    verdict = judged(unseen(40, 2), unseen(1, 12, "night")).verdict
+    assert (verdict.evidence, verdict.tone, verdict.repaired, verdict.broken) == ("worse", "bad", 1, 12)
+    assert verdict.headline == "Repaired: promise kept, worse on unseen data (night)"
+    assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # of two splits
+    assert judged(unseen(40, 2), unseen(2, 3, "night")).verdict.evidence == "better"
+
+
+def test_strengths_of_the_exact_solution_count_as_choices() -> None:
+    steps = tuple(Step(f"convex {strength:g}", 1, 0, 0.1) for strength in (0.5, 1, 2))
+    report = judged(rungs=(held_out(3, 0, taken=False), replace(held_out(9, 0), name="exact")), steps=steps)
+    assert report.n_estimates == 4
+    assert report.verdict.p_value == pytest.approx(4 * 2 / 2**9)
+    assert replace(report, rungs=(report.rungs[0], replace(report.rungs[1], name="training"))).n_estimates == 2
 
 
 def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
