@@ -335,5 +335,5 @@ def _announce(problem: Problem) -> None:
     if fits and seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
         clock.announce(
             f"Repair: {clock.elapsed:,.0f} s so far. Next {most}{problem.epochs:,} epochs of training on {n:,} known "
-            f"samples, then what broke is polished away: about {seconds:,.0f} s. {how}"
+            f"samples, about {seconds:,.0f} s, then a polish of what broke. {how}"
         )
