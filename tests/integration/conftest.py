@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, m
     if request.node.get_closest_marker("figures") is None:
         for module in (repair_report, repair_log):
             monkeypatch.setattr(module, "find_spec", lambda name: None)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_is_forgotten() -> None:
+    """Torch compiles a method a limited number of times in a process, whatever the test, then runs it as it is."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture(scope="session")
