@@ -19,6 +19,7 @@ HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, pa
 # would count for more than breaks.
 MAX_HELD_OUT_PASSED = 1 / 5
 MIN_HELD_OUT_FAILURES = 2  # with fewer nothing can be said
+MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; the others are trained on from the beginning
 MAX_STANDARD_ERRORS = 2.0  # where net rates differ by less, chance may have done it
 FEWEST_REPAIRS_SHARE = 0.5  # what repairs less than this part of what a cheaper procedure does is not taken
 
@@ -30,7 +31,10 @@ def held_out_rows(problem: Problem) -> Tensor | None:
     generator = torch.Generator().manual_seed(problem.seed)
     # Protected samples always stay in.
     kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
-    most = MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum()))
+    most = min(
+        MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum())),
+        MAX_HELD_OUT_FAILURES / max(1, int((came & ~before.passed).sum())),
+    )
     for kind in kinds:
         rows = (came & kind).nonzero().flatten()
         n = int(min(HELD_OUT_FRACTION, most) * len(rows))

@@ -33,6 +33,7 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Convex, Linearized, Problem, Proposal, Solution
 from lightning_nrl.methods import auto as auto_module
+from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.auto import RungResult, chosen_rung
 from lightning_nrl.methods.held_out import estimate, held_out_rows
 from lightning_nrl.report.run_records import CUT, Rung
@@ -374,6 +375,17 @@ def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind()
     again = held_out_rows(own)
     assert again is not None
     assert torch.equal(rows, again)
+
+
+def test_no_more_failures_are_held_out_than_an_estimate_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = make_problem(trained(), known())
+    before, n_failures = own.before, int((~own.before.passed[own.before.of("new")]).sum())
+    monkeypatch.setattr(held_out_module, "MAX_HELD_OUT_FAILURES", n_failures // 4)
+    rows = held_out_rows(own)
+    assert rows is not None
+    assert 0 < int((rows & ~before.passed).sum()) <= n_failures // 4
+    came = int(before.passed[before.of("new")].sum())
+    assert int((rows & before.passed).sum()) == (n_failures // 4) * came // n_failures
 
 
 class Placed(TensorSource):
