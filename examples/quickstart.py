@@ -69,6 +69,7 @@ def one_repair(seed: int) -> None:
         "that was right keeps a margin. Each rung is judged by known samples that it has not used (held out). Of "
         "those that do no harm there, the one that repairs most is taken.\n"
     )
+    print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")
     print(f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}")
     print(f"Curves and charts   tensorboard --logdir {trainer.log_dir}")

@@ -95,9 +95,10 @@ class FineTunePolish:
 
 
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
-    """Trains and polishes; rows that are held out, `N` bool, are trained on in the second half only.
+    """Trains and polishes; rows that are held out, `N` bool, are left out of the first half of the training.
 
-    The `held_out` counts of the solution are those halfway. Without a proposal, its reason says why.
+    If they lose there, they are left out to its end. The solution has their counts from when they were last left out.
+    Without a proposal, its reason says why.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
