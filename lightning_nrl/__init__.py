@@ -1,7 +1,7 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback.
 
 What most people need stands here; the rest in its package, such as `lightning_nrl.methods.Convex` or
-`lightning_nrl.tasks.Segmentation` (docs/api.md lists all of it). Packages that begin with an underscore are not
+`lightning_nrl.tasks.Segmentation` (docs/reference lists all of it). Packages that begin with an underscore are not
 for users.
 """
 

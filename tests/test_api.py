@@ -1,4 +1,4 @@
-"""docs/api.md lists what is public, docs/reference/ has its docstrings. `python tests/test_api.py` writes both anew."""
+"""docs/reference/ lists the public names. `python tests/test_api.py` writes it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import importlib
 import inspect
 import itertools
 import pkgutil
-import re
 import types
 from pathlib import Path
 from types import ModuleType
 
 import lightning_nrl
 
-PAGE = Path(__file__).parent.parent / "docs" / "api.md"
-REFERENCE = PAGE.parent / "reference"
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 MODULES = (
     "lightning_nrl.analysis.baselines",
     "lightning_nrl.analysis.comparison",
@@ -25,12 +23,6 @@ MODULES = (
     "lightning_nrl.report.stats",
 )
 """Public modules that are no packages."""
-INTRO = """# What is public
-
-Names by the package that they are imported from; `import lightning_nrl` has what most people need. Packages and modules
-that begin with an underscore, and names that are not listed, may change at any time. The title of a table leads to the
-docstrings.
-"""
 
 
 def public_modules() -> list[ModuleType]:
@@ -62,19 +54,6 @@ def summary(module: ModuleType, name: str) -> str:
             if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 return " ".join(str(after.value.value).strip().split("\n\n")[0].split())
     return ""
-
-
-def page() -> str:
-    """What docs/api.md says."""
-    parts = [INTRO]
-    for module in public_modules():
-        rows = [f"| `{name}` | {summary(module, name)} |" for name in sorted(module.__all__, key=str.lower)]
-        first = (module.__doc__ or "").strip().splitlines()[0]
-        table = ["| name | what it is |", "|---|---|", *rows]
-        parts.append(
-            "\n".join([f"## [`{module.__name__}`](reference/{module.__name__}.md)\n", f"{first}\n", *table]) + "\n"
-        )
-    return "\n".join(parts)
 
 
 def homes() -> dict[str, list[str]]:
@@ -114,16 +93,6 @@ def reference() -> dict[str, str]:
     return pages
 
 
-def test_the_page_lists_what_is_public() -> None:
-    _, *sections = re.split(r"^## \[`([\w.]+)`\].*$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    listed = {
-        name: sorted(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
-        for name, text in zip(sections[::2], sections[1::2], strict=True)
-    }
-    public = {module.__name__: sorted(module.__all__) for module in public_modules()}
-    assert listed == public, "run `python tests/test_api.py`"
-
-
 def test_the_reference_has_each_public_name() -> None:
     there = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
     assert there == reference(), "run `python tests/test_api.py`"
@@ -151,7 +120,6 @@ def test_the_face_can_be_held() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
     REFERENCE.mkdir(exist_ok=True)
     for old in REFERENCE.glob("*.md"):
         old.unlink()
