@@ -41,7 +41,7 @@ class Derives:
 
     @property
     def derived(self) -> Mapping[str, object]:
-        """What follows from the fields; it is written beside them and not read."""
+        """Values computed from the fields; they are written with them and not read."""
         return {}
 
 

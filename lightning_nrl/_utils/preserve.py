@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for comparisons bit by bit
-PRESERVED: set[int] = set()  # identities of the parameters of which a copy is held
+PRESERVED: set[int] = set()  # identities of the parameters whose copies are held
 MAX_ITEMS_KEPT = 10_000  # lists and dicts with more are data, no state of a step
 
 

@@ -97,7 +97,7 @@ class Registry(Generic[T]):
         def made(*args: Any, **kwargs: Any) -> Any:
             value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
-                hint = "it is to be a class or a function that makes one without arguments."
+                hint = "give a class, or a function that makes one without arguments."
                 raise ConfigurationError(f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint)
             return value
 

@@ -132,7 +132,7 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Maps names in the state dict to those of the live tensors of which they save the values.
+    """Maps names in the state dict to those of the live tensors whose values they save.
 
     A `state_dict` of the user's own may leave tensors out, rename them, or save others, such as a moving average.
     """

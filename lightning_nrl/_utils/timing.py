@@ -58,7 +58,7 @@ class Deadline:
         return float(self.collective.agreed(torch.tensor(self.seconds_left, dtype=torch.float64)))
 
     def leaves(self, seconds: float) -> bool:
-        """True if so many seconds are left on every rank."""
+        """True if at least `seconds` are left on every rank."""
         poll()
         return not (self.is_set and self.collective.any(self.seconds_left < seconds))
 
@@ -71,7 +71,7 @@ class Deadline:
         return replace(self, end=self.end - seconds)
 
     def within(self, seconds: float) -> Deadline:
-        """A deadline in so many seconds from now, but no later than this one."""
+        """A deadline `seconds` from now, but no later than this one."""
         return replace(self, end=min(self.end, self.now() + seconds))
 
 

@@ -50,7 +50,7 @@ NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
 ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
 COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm", *BASELINES)
-"""What a comparison runs where no methods are named."""
+"""Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
 """Names of methods and baselines, or objects, under names of their own if they are a mapping."""

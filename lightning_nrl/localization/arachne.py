@@ -31,7 +31,7 @@ class Arachne:
     Of all weights the `n_g` with the largest gradient come into question; passed samples are not looked at.
 
     Attributes:
-        n_weights: how many weights to localise: further fronts follow the first one until there are so many. None: the
+        n_weights: how many weights to localise: further fronts are added until that number is reached. None: the
             first front, as published.
         n_g: how many weights of largest gradient come into question; None: 20 for each failed sample, as published, and
             no fewer than `n_weights`.
@@ -65,7 +65,7 @@ class ArachneV2:
     many: the same on average, and nothing is drawn.
 
     Attributes:
-        n_weights: how many weights to localise: further fronts follow the first one until there are so many. None: the
+        n_weights: how many weights to localise: further fronts are added until that number is reached. None: the
             first front, as published.
         include_bias: whether biases may be localised too.
     """
@@ -88,7 +88,7 @@ class ArachneV2:
 
 
 MOST_OUTPUTS = 32
-"""How many outputs of a sample, the largest ones, a neuron's influence is measured on: each takes a backward pass."""
+"""Number of largest outputs that a neuron's influence is measured on; each takes a backward pass."""
 
 
 def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
 
-    with the mean over samples and positions above each factor, and z a sample's outputs, of which the `MOST_OUTPUTS`
-    largest count. The gradient of their sum would not do: softmax makes that direction one without any effect.
+    with the mean over samples and positions above each factor, and z the `MOST_OUTPUTS`
+    largest outputs of a sample. The gradient of their sum does not work: softmax ignores that direction.
 
     Arguments and errors are those of `measure`.
     """

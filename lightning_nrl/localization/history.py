@@ -25,7 +25,7 @@ class Known:
     evaluator: Evaluator
     sources: Sequence[Any]  # this rank's share of the known data, a `Source` each
     before: SampleResults  # what the model does on all of them
-    space: ParameterSpace  # the layers whose weights are to be localised
+    space: ParameterSpace  # the layers whose weights are localised
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class History(Protocol):
     """Earlier points of a training, the oldest first."""
 
     def points(self, known: Known) -> list[HistoryPoint]:
-        """What is known of each point; every rank has the same."""
+        """Returns the data of each point, the same on every rank."""
 
 
 @runtime_checkable
@@ -65,7 +65,7 @@ def on_data(localizer: Localizer, known: Known) -> Localizer:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """Checkpoints of one training, the oldest first, each of which is run once over the known data.
+    """Checkpoints of one training, the oldest first; each is run once over the known data.
 
     Attributes:
         checkpoints: paths of Lightning checkpoints or of saved state dicts, modules, or state dicts.

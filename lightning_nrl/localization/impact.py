@@ -35,7 +35,7 @@ from lightning_nrl.localization.localizer import (
 )
 
 Aggregation = Literal["mean_gradient", "per_sample"]
-"""How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
+"""How gradients are combined to a backward impact: |their mean|, or the mean of each sample's |gradient|."""
 
 SAMPLES_PER_PASS = 64
 """Most samples that run forward and backward at once, as few as in a small training step; halved where memory ends."""

@@ -30,7 +30,7 @@ class Localization:
 
 
 class Replay(Protocol):
-    """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
+    """A recording: known data in chunks, and the model run on them with layers' outputs replaced."""
 
     @property
     def space(self) -> ParameterSpace:

@@ -101,14 +101,14 @@ class NeuRecover:
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Refuses: `on(known)` returns the localiser to be called."""
         raise ConfigurationError(
-            "`localizer`: NeuRecover is to be told the known data first.",
+            "`localizer`: NeuRecover does not have the known data.",
             "call `NeuRecover.on(known)`, then what it gives.",
         )
 
 
 @dataclass(frozen=True)
 class TrainingFlips:
-    """What changed in a training, the later the more it counts."""
+    """Flips during a training; later ones count more."""
 
     regressed: Tensor  # N, 0 where a sample never turned from right to wrong
     improved: Tensor  # N, 0 where it never turned from wrong to right

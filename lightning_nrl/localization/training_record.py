@@ -71,7 +71,7 @@ class RecordedPoint:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What `TrainingHistory` has written: its points, and the samples of its splits.
+    """A record written by `TrainingHistory`: its points, and the samples of its splits.
 
     Attributes:
         points: the oldest first.
@@ -100,7 +100,7 @@ class TrainingRecord:
             raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
 
     def history(self, known: Known) -> list[HistoryPoint]:
-        """Returns the points as NeuRecover takes them; a sample of which there is no record is not known.
+        """Returns the points as NeuRecover takes them; a sample without a record is unknown.
 
         A `ConfigurationError` if the weights of a layer to be repaired were not kept, or nothing of the targets' data.
         """

@@ -34,7 +34,7 @@ DOUBTED_VISITS = 1 / 5
 
 @dataclass(frozen=True)
 class StepKind:
-    """Where training steps come from: the owner's optimizers, AdamW at a rate, or distilled steps."""
+    """Source of the training steps: the owner's optimizers, AdamW at a rate, or distilled steps."""
 
     name: str
     rate: float | None = None

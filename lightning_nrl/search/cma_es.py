@@ -106,7 +106,7 @@ class CmaEs:
                 continue  # over, or nothing to learn from
             own = slice(state.sizes[s])
             points = self._units(state, s, state.candidates[s, :, own]).numpy()
-            # The library takes finite numbers, of which smaller ones are better.
+            # The library minimises, and takes finite numbers only.
             costs = (-worth[s]).clamp(max=torch.finfo(torch.float64).max).tolist()
             strategy.tell(list(zip(points, costs, strict=True)))
         return state

@@ -51,7 +51,7 @@ class DifferentialEvolution:
         crossover: CR, from 0 to 1.
         factor_min: F is drawn evenly from here, at least 0.
         factor_max: to here.
-        reach: weights are clipped to so many times the lowest and the highest of the layer, at least 1.
+        reach: weights are clipped to this multiple of the layer's lowest and highest, at least 1.
     """
 
     label: ClassVar[str] = "differential evolution"

@@ -1,4 +1,4 @@
-"""Where the candidates of a population begin: around the original weights, drawn from the layer's, or half and half."""
+"""First candidates of a population: around the original weights, drawn from the layer's, or half and half."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Start = Literal["local", "half", "paper", "normal"]
 """Kinds of start, from all around the original weights to all but one drawn from N(mean, std) of the layer's."""
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""Where candidates start on the way from the original weights (0) through each elite (1) and beyond it."""
+"""First candidates on the line from the original weights (0) through each elite (1) and beyond."""
 
 
 def first_positions(

@@ -35,12 +35,12 @@ FEASIBLE_FLOOR = -(2.0**20)
 """Under perfect intact, feasible candidates are never ranked below this and infeasible ones never above it."""
 
 SMALLEST_UNCHANGED = 2.0**-10
-"""Where infeasible candidates are worth 0, feasible ones worth less than this are given a smaller positive fitness."""
+"""If infeasible candidates are worth 0, feasible ones worth less than this are given a smaller positive fitness."""
 
 
 @dataclass(frozen=True)
 class Fitness:
-    r"""What a search maximises.
+    r"""The function that a search maximises.
 
     With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
     loss terms :math:`l` (see `loss_term`), the kinds are
@@ -241,7 +241,7 @@ class ArachneDEFitness:
 
 
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
-    """How many regressions `eq1` and `eq2` accept for one repair, losses apart: |I_pos| / (alpha * |I_neg|).
+    """Returns the regressions that `eq1` and `eq2` accept for one repair, losses apart: |I_pos| / (alpha * |I_neg|).
 
     One repair earns 1/|I_neg|, one regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
     regressions: only perfect intact and the lexicographic kind do.

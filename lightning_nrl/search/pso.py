@@ -23,7 +23,7 @@ COEFFICIENTS = {
     "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
     "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
 }
-"""What the sets of constants say; speeds are in ranges of the layer's weights."""
+"""The sets of constants; speeds are in ranges of the layer's weights."""
 
 
 class Swarm(NamedTuple):

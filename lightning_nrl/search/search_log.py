@@ -1,4 +1,4 @@
-"""What a search found, and what is kept of S searches while they go on: an iteration is a row of numbers.
+"""Results of a search, and a log of S searches with a row of numbers per iteration.
 
 Everything stays on the device until `SearchLog.read`.
 """

@@ -1,4 +1,4 @@
-"""What a search algorithm is: frozen settings, and three functions from state to state; and what it gets.
+"""A search algorithm: frozen settings and three functions from state to state; and its inputs.
 
 The loop (`lightning_nrl.search.loop`) owns the rest: history, patience, time, early giving up, the best candidate.
 """
@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.layers import ParameterSpace
 
 @dataclass(frozen=True)
 class WeightStats:
-    """How the weights of a layer are distributed: numbers, or tensors that broadcast to `S x K`."""
+    """Statistics of a layer's weights: numbers, or tensors that broadcast to `S x K`."""
 
     mean: float | Tensor
     std: float | Tensor
@@ -92,7 +92,7 @@ class RandomStreams:
 
 @dataclass(frozen=True)
 class SearchOrigin:
-    """Where S searches begin, in the dtype in which they search: float32 or float64."""
+    """Start of S searches, in the dtype in which they search: float32 or float64."""
 
     original: Tensor  # S x K, the weights before the repair, padded with finite values
     stats: WeightStats  # the distribution of the layer's weights; its tensors broadcast to S x K
@@ -148,7 +148,7 @@ class Searcher(Protocol[State]):
         """Steps without a better fitness after which the search stops, at least 1."""
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> State:
-        """The first candidates, of which the first ones are `origin.first_candidates`, bit for bit."""
+        """Returns the first candidates; they begin with `origin.first_candidates`, bit for bit."""
 
     def ask(self, state: State, streams: RandomStreams) -> State:
         """The next candidates."""

@@ -1,4 +1,4 @@
-"""What can be repaired, what stands in the way, which layer has room, and what it costs.
+"""Diagnosis: failures that can be repaired, obstacles, layers with room, and costs.
 
 In: a model and its known data. Out: a `Diagnosis`; the model stays as it is.
 """

@@ -156,7 +156,7 @@ def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
-    """Places of at most so many of n things, ascending."""
+    """Draws at most `most` of n indices, ascending."""
     return torch.arange(n) if n <= most else torch.randperm(n, generator=generator)[:most].sort().values
 
 
@@ -195,7 +195,7 @@ def _right(change: Tensor, samples: LayerSamples) -> Tensor:
 
 
 class Fixability(NamedTuple):
-    """What can be said of each target. Undecided are those neither `fixable` nor `unfixable`."""
+    """Verdict on each target. Undecided are those neither `fixable` nor `unfixable`."""
 
     fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
     unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
@@ -206,7 +206,7 @@ class Fixability(NamedTuple):
 
 
 class LayerSamples(NamedTuple):
-    """What the layer does on some samples."""
+    """Inputs and outputs of the layer on some samples."""
 
     features: Tensor  # n x D, its inputs; with a last column of ones if its bias may change
     logits: Tensor  # n x C, its outputs

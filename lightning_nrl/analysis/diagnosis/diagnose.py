@@ -217,7 +217,7 @@ def _notes(
 
 
 def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """What the training says of the targets; what is mislabelled is learnt last (Toneva et al. 2019)."""
+    """Notes on how the training learnt the targets; mislabelled samples are learnt last (Toneva et al. 2019)."""
     seen, lost, never = 0, 0, set[tuple[str, int]]()
     for split in (split for split in results.splits if split in record.splits):
         found, rows = record.splits[split], results.of(split)

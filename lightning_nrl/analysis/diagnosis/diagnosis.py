@@ -27,11 +27,11 @@ from lightning_nrl.report.page import Block, Facts, Heading, Row, Table, Text
 
 @dataclass(frozen=True)
 class Diagnosis(Report, figures.Plotted):
-    """What can be known before a repair. `rich.print(diagnosis)` shows it as tables.
+    """A diagnosis before a repair. `rich.print(diagnosis)` shows it as tables.
 
     Attributes:
         advice: what to do, with the reason in figures.
-        target: which failures are to be repaired, in words; `task` says what right and wrong mean.
+        target: the failures to repair, in words; `task` says what right and wrong mean.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
         head: dotted name of the last Linear; None where none gives the logits.
         binding: passed samples that stand in the way, most often first.
@@ -104,7 +104,7 @@ class Diagnosis(Report, figures.Plotted):
         return figure
 
     def count(self, fixable: Fixable) -> int:
-        """How many targets have this verdict."""
+        """Returns the number of targets with this verdict."""
         return sum(target.fixable == fixable for target in self.targets)
 
     @property
@@ -180,9 +180,7 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = (
-        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
-    )
+    text = "Each limits or forbids the fix of that many targets: without it, their smallest fix would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))

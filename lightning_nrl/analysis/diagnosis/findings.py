@@ -22,7 +22,7 @@ class FoundSample:
 
 @dataclass(frozen=True)
 class TargetFinding(FoundSample):
-    """One failure that is to be repaired.
+    """One targeted failure.
 
     Attributes:
         margin: how far it is from being right, at most 0; NaN where the task has no margin.

@@ -15,7 +15,7 @@ from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
-"""What a setting may give as a whole; every field of the first three may be given by itself."""
+"""Parts that a setting may give whole; fields of the first three may be given alone."""
 
 
 class Grid:
@@ -76,7 +76,7 @@ class Setting:
         return {name: said[name] for name in SETTING_PARTS}
 
     def columns(self) -> dict[str, Any]:
-        """What the paper's table says of a setting, as fields of `Run`."""
+        """Returns the columns of the paper's table, as fields of `Run`."""
         fitness: Any = self.fitness
         kind = str(getattr(fitness, "kind", None) or getattr(fitness, "__name__", type(fitness).__name__))
         alpha = None if kind == "lexicographic" else getattr(fitness, "alpha", None)

@@ -72,7 +72,7 @@ class Run(Derives):
         return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:
-        """What became of the samples of a role; all 0 where there are none."""
+        """Returns the counts of a role; all 0 if it has no samples."""
         counts: TargetCounts | None = getattr(self, role)
         return counts or NO_COUNTS
 
@@ -162,7 +162,7 @@ def digest(value: Any) -> str:
 
 
 def results_digest(results: SampleResults) -> str:
-    """SHA-256 of which samples there are and what the model does on them, to three digits of the loss."""
+    """Returns SHA-256 of the samples and of the model's results on them, with three digits of the loss."""
     found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
     for name in DIGESTED_RESULTS:
         found.update(getattr(results, name).numpy().tobytes())

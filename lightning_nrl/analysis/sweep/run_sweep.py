@@ -38,11 +38,11 @@ class SweepObserver(Observer, Protocol):
     """Is told how a sweep goes on."""
 
     def show(self, done: int, total: int, note: str) -> None:
-        """How many runs of how many are done, and what is to be said of the rest."""
+        """Shows that `done` of `total` runs are finished, with a note on the rest."""
 
 
 Seeds = int | Sequence[int]
-"""How many seeds, from 0 on, or which."""
+"""A number of seeds, from 0 on, or a list of seeds."""
 
 
 def sweep_module(

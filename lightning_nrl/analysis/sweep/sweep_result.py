@@ -91,7 +91,7 @@ class SweepResult(Report):
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """What was asked for and what came of it: rows of an HParams tab, one a `setting`, by means, or one a `run`."""
+        """Returns rows of an HParams tab, settings and results: one per `setting`, of means, or one per `run`."""
         check_choice("each", each, ("setting", "run"))
         if each == "run":
             return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}

@@ -136,7 +136,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if samples that are run as a whole, of which `stored` is kept, belong to this group too."""
+        """True if samples that are run whole, with `stored` kept, belong to this group too."""
         return (
             self.plan is None
             and self.spec == other.spec

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""What to do instead of a function; filled by `candidate_ops`."""
+"""Handlers that replace functions; filled by `candidate_ops`."""
 
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
+    """A difference not yet computed: a sum of products whose factors an affine operation can still be put into.
 
     `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own; each
     channel's sum is first multiplied by a factor, `U`, unless that is None.

@@ -131,7 +131,7 @@ def make_chunk_scorers(
     reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
     weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
 ) -> list[ChunkScorer]:
-    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
+    """Cuts samples into chunks. If memory runs out, chunks are smaller and nothing is kept between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 

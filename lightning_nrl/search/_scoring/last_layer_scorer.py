@@ -32,7 +32,7 @@ def is_plain_multiclass(task: Task) -> bool:
 
 
 class Sums(NamedTuple):
-    """What `p` candidates do on all samples of a chunk, `p` each."""
+    """Results of `p` candidates on all samples of a chunk, `p` each."""
 
     passed: Tensor  # how many pass
     weight: Tensor | None  # what these weigh; None: all alike
@@ -58,7 +58,7 @@ def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """What is known of `n` samples in front of a last layer whose output is the model's, `U` of its classes changing.
+    """Tables of `n` samples in front of a last layer whose output is the model's, `U` of its classes changing.
 
     Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
     exponentials, and the largest logit before and after the true class, since arg max takes the first of equals. The
@@ -157,7 +157,7 @@ class HeadScorer(HeadTables):
         return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """How many samples each candidate, `P x K`, passes, and what these weigh; decided ones are not computed."""
+        """Counts samples that each candidate, `P x K`, passes, and their weight; decided ones are not computed."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -200,12 +200,12 @@ def make_head_scorer(
 
 
 UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
-"""Numbers are rounded up to one of so many between a power of two and the next, so that few shapes are left. Padding of
+"""Sizes are rounded up to one of this many between a power of two and the next, so that few shapes are left. Padding of
 weights costs least, since they are few beside the candidates."""
 
 OF_UNITS = ("rivals", "is_before")  # tables of changed classes
 FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
-"""What tables have for samples and classes that are padding: they pass with a loss of 0. What is not named: 0."""
+"""Values of padded samples and classes, which pass with a loss of 0; 0 for tables not listed."""
 
 
 class SwarmHead(NamedTuple):
@@ -277,7 +277,7 @@ class HeadStack:
 
 
 def rounded_up(n: int, steps: int) -> int:
-    """Rounds up to one of so many numbers, a power of two, between a power of two and the next."""
+    """Rounds up to one of `steps` numbers, a power of two, between a power of two and the next."""
     step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
     return -(-n // step) * step
 

@@ -19,7 +19,7 @@ from lightning_nrl._utils.device import none_if_out_of_memory
 
 T = TypeVar("T")
 
-BUDGET_DIVISOR = 4  # one part in so many of the free memory is the default budget
+BUDGET_DIVISOR = 4  # the default budget is the free memory divided by this
 
 
 def default_budget(device: torch.device) -> int:

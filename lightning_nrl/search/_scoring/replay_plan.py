@@ -116,7 +116,7 @@ class ReplayPlan:
         """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
 
         `edit` is called at every site with samples in the first dimension: at the first one with the recorded input and
-        output of `n` samples, of which it returns `copies`, at later ones with those of `copies * n`.
+        output of `n` samples, of each of which it returns `copies`, at later ones with those of `copies * n`.
         """
         if self.is_last_layer:
             x, y = (t.to(model.space.device) for t in stored[-2:])

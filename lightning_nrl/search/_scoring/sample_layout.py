@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """Where the samples are in a tensor; `m` is above 1 where the model folds, say, frames into the batch."""
+    """Positions of samples in a tensor; `m` is above 1 where the model folds, say, frames into the batch."""
 
     dim: int  # the dimension that counts samples
     m: int = 1  # entries a sample, one after the other
@@ -41,7 +41,7 @@ class SampleLayout:
 
 
 def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
-    """Where the samples are, from shapes for two numbers of samples; None if the shape does not depend on them.
+    """Infers sample positions from shapes for two numbers of samples; None if the shape does not depend on them.
 
     A `ValueError` if it depends on them in a way that no layout describes.
     """

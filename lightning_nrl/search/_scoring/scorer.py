@@ -57,8 +57,8 @@ class SwarmScorer:
         """Scores candidates, `S x P x K`, on all ranks' samples.
 
         `most_broken`, `S x P`, is how many samples of I_pos a candidate may break; None for any number. One that breaks
-        more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which all may
-        break fewer than none is not scored.
+        more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm whose limits are
+        all negative is not scored.
         """
         device = self.cache.space.device
         values = values.to(device)

@@ -26,7 +26,7 @@ from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, Lazy
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
-"""With more candidates than so many times the weights of a unit, a CPU copies its inputs rather than its outputs."""
+"""With more candidates than this times the weights of a unit, a CPU copies its inputs, not its outputs."""
 MIN_SHARE_OF_ALL_UNITS = 0.9
 """Beyond this share of changed units all units are treated as changed: that saves putting them together."""
 
@@ -73,7 +73,7 @@ class UnitBucket:
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """What the change of a layer needs of some samples; `B` is 1 if all candidates have one input, else `P`."""
+    """Inputs that the change of a layer needs; `B` is 1 if all candidates have one input, else `P`."""
 
     x: tuple[Tensor, ...]  # a bucket: u x B x m x R, what changed weights meet at R output positions of all samples
     base: Tensor  # B x n x U x ..., the units' old outputs, float32 in half precisions

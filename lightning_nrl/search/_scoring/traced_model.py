@@ -26,7 +26,7 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eage
 from lightning_nrl.evaluation.recurrent import opened, patched_forward
 
 Inputs = tuple[tuple[object, ...], Mapping[str, object]]
-"""What a model is called with: positional and keyword arguments."""
+"""Positional and keyword arguments of a model."""
 LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
 """Takes a site, the layer's input and its output, and gives the output to go on with."""
 
@@ -38,7 +38,7 @@ class _Clonable(Protocol):
 
 @dataclass
 class ForwardTrace:
-    """What a forward pass had done when it first called a repaired layer, and what that layer then gave."""
+    """State of a forward pass when it first called a repaired layer, and that layer's output."""
 
     calls: list[str] = field(default_factory=list)  # the frontier in order, a name once a call
     outputs: list[Any] = field(default_factory=list)  # what each of them returned
