@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
@@ -31,6 +32,9 @@ __all__ = [
     "check_whole",
     "explain",
 ]
+
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, marks that turn the direction of writing, surrogates."""
 
 
 class RepairError(Exception):
@@ -113,7 +117,12 @@ class LoggingWarning(RepairWarning):
 
 def explain(problem: str, hint: str) -> str:
     """Joins what was found with what to do about it, in the one form that all messages have."""
-    return f"{problem}\nHINT: {hint}"
+    return visible(f"{problem}\nHINT: {hint}")
+
+
+def visible(text: str) -> str:
+    """Returns text in which what a terminal would obey, and a lone surrogate, is written out, such as ESC."""
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(error: object) -> str:

@@ -20,6 +20,7 @@ from lightning_nrl._trainer.loaders import check_loader, loader_like, make_sourc
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import parse_prefix
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
+from lightning_nrl._trainer.tracking.scalars import update_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
@@ -28,8 +29,8 @@ from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
-from lightning_nrl.evaluation.rates import UPDATE_RATES
-from lightning_nrl.evaluation.slices import SliceRecorder, Slices
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, slice_tags
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.release import check_reference
@@ -197,21 +198,6 @@ class FlipCounter:
         return known.names, total[:-1].view(-1, 4)
 
 
-def metrics_of(flips: Tensor) -> list[dict[str, float]]:
-    """All metrics of each row of `S x 4` counts; what is undefined is NaN."""
-    wide = flips.double()
-    n = wide.sum(1)
-    columns = {
-        **{rate.short: rate(wide) for rate in UPDATE_RATES},
-        "broken": wide[:, 1],
-        "repaired": wide[:, 2],
-        "accuracy": (wide[:, 0] + wide[:, 2]) / n,
-        "reference_accuracy": (wide[:, 0] + wide[:, 1]) / n,
-    }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
 class RegressionMetrics(CallbackBase):
     """Logs in every validation what the new model breaks and repairs of what the replaced one does.
 
@@ -332,8 +318,8 @@ class RegressionMetrics(CallbackBase):
             return
         names, counts = self._counter.counts(Collective.current(pl_module.device))
         self._counter = None
-        tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
-        rows = zip(tags, metrics_of(counts), strict=True)
+        tags = (self.prefix, *(f"{self.prefix}/{tag}" for tag in map(slice_tags(names).get, names)))
+        rows = zip(tags, (update_numbers(FlipCounts(*row)) for row in counts.tolist()), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)

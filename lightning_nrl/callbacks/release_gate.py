@@ -139,7 +139,7 @@ class ReleaseGate(CallbackBase):
         files, name = report_files(self.dirpath, trainer, "release", written)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
-            predictions = Predictions.of(pair.after, model.state_dict(), self.task)
+            predictions = Predictions.of(pair.after, model.state_dict())
             self.report = write_report(self.report, others={"predictions": predictions.save})
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
             if self.verbose:

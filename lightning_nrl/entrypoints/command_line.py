@@ -138,7 +138,7 @@ def decide_release(
         one.check_data(tuple(after.splits), sliced is not None)
     missing = check_missing(before, after, allow_missing)
     report = make_report(
-        pair_from_files(before, after, sliced),
+        pair_from_files(before, after, sliced, [target for one in rules for target in one.targets]),
         rules,
         new=Identity(new, after.weights or ""),
         old=Identity(old, before.weights or ""),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class SliceRecorder(RecordingSource):
                 "return one name, whole number or bool for each sample.",
             )
         own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
-        return [_tag(own, value) for value in values]
+        return [_slice_name(own, value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
@@ -83,13 +84,21 @@ def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple
     return names, torch.cat([_renumbered(own, group, names) for own, group in parts])
 
 
-def _tag(own: str, value: Any) -> str | None:
-    """The slice of one sample, fit for the name of a curve; bools choose the samples of one slice."""
-    is_mark = isinstance(value, (bool, np.bool_))
-    if value is None or (is_mark and not value):
-        return None
-    name = own if is_mark else str(value)
-    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen"
+def _slice_name(own: str, value: Any) -> str | None:
+    """Returns the slice of one sample; bools choose the samples of one slice, and an empty text is no slice."""
+    if isinstance(value, (bool, np.bool_)):
+        return own if value else None
+    return None if value is None or not str(value).strip() else str(value)
+
+
+def slice_tags(names: Collection[str]) -> dict[str, str]:
+    """Returns a tag for each slice, of characters that all loggers take; no two are alike."""
+    plain = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen" for name in names}
+    tags: dict[str, str] = {}
+    for name in sorted(plain, key=lambda name: (plain[name] != name, name)):
+        numbered = (f"{plain[name]}_{n}" for n in count(2))
+        tags[name] = next(tag for tag in chain([plain[name]], numbered) if tag not in tags.values())
+    return tags
 
 
 Quota = int | float | str
@@ -105,6 +114,8 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
     for name, quota in quotas.items():
         given = read_number(f"`quotas[{name!r}]`", quota.strip(), hint) if isinstance(quota, str) else quota
         number = count_or_share(given)
+        if str(name) in found:
+            raise ConfigurationError(f"`quotas` names the slice {str(name)!r} twice.", "give each slice one quota.")
         if not number:
             raise ConfigurationError(f"`quotas`: {quota!r} for {name!r} is no quota.", hint)
         found[str(name)] = number

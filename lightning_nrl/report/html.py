@@ -11,8 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
+from typing_extensions import Self
 
-from lightning_nrl._utils.json_records import Record
+from lightning_nrl._utils.json_records import PLAIN_HINT, Record
+from lightning_nrl.errors import ConfigurationError, first_line
 from lightning_nrl.report.page import Block, Page, Shown
 from lightning_nrl.report.sample_views import SampleView
 
@@ -67,6 +69,17 @@ def _macro(name: str, *arguments: Any) -> str:
 
 class Report(Record, Shown):
     """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` returns, as `Record.from_dict` does, and refuses what cannot be shown."""
+        found = super().from_dict(data)
+        try:
+            found.page(full=True)
+        except Exception as error:
+            problem = f"the report cannot be shown ({type(error).__name__}: {first_line(error)})."
+            raise ConfigurationError(problem, PLAIN_HINT) from error
+        return found
 
     @abstractmethod
     def page(self, full: bool = False) -> Page:

@@ -12,7 +12,9 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table as Grid
-from rich.text import Text as Line
+from rich.text import Text as RichText
+
+from lightning_nrl.errors import visible
 
 Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
@@ -64,9 +66,8 @@ class Table:
 
     def within(self, width: int) -> Iterator[Table]:
         """Yields pieces of some columns each, none wider than `width` characters unless one column is."""
-        label = max(len(row.label) for row in self.rows)
-        cells = zip(*(row.cells for row in self.rows), strict=True)
-        widths = [max(map(len, (*head, *column))) for head, column in zip(self.columns, cells, strict=True)]
+        label = max((len(row.label) for row in self.rows), default=0)
+        widths = [max(map(len, (*head, *(row.cells[i] for row in self.rows)))) for i, head in enumerate(self.columns)]
         start = 0
         while start < len(widths):
             stop, used = start + 1, label + COLUMN_GAP + widths[start]
@@ -165,24 +166,28 @@ def _escaped(text: str) -> str:
         text = text.replace(sign, f"\\{sign}")
     text = text.replace("<", "&lt;")  # TensorBoard's Markdown takes no backslash before it
     text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
+
+
+def _line(text: str, style: str = "") -> RichText:
+    return RichText(visible(text), style)
 
 
 def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
     if isinstance(block, Heading):
         style = f"bold {TONE_STYLES[block.tone]}".strip()
-        yield Line(block.text.upper() if block.level == 1 else block.text, style=style)
+        yield _line(block.text.upper() if block.level == 1 else block.text, style=style)
         if plain and block.level > 1:
-            yield Line("-" * min(len(block.text), width))
+            yield _line("-" * min(len(block.text), width))
     elif isinstance(block, Text):
-        yield Line(" ".join(block.text.split()))
+        yield _line(" ".join(block.text.split()))
     elif isinstance(block, Facts):
-        names = max(len(name) for name, _ in block.items)
+        names = max((len(name) for name, _ in block.items), default=0)
         for name, value in block.items:
             grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
             grid.add_column(style="dim", no_wrap=True, width=names)
             grid.add_column(overflow="fold")
-            grid.add_row(Line(name), Line(" ".join(value.split())))
+            grid.add_row(_line(name), _line(" ".join(value.split())))
             yield grid
     else:
         for i, piece in enumerate(block.within(width)):
@@ -195,13 +200,13 @@ def _rich_table(table: Table, box: Box) -> Grid:
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
-        below = ("\n", (kind, "not bold dim")) if kinds else ()
+        head = RichText.assemble((visible(name), "bold"), *(("\n", (visible(kind), "not bold dim")) if kinds else ()))
         words = table.notes and i == len(table.columns) - 1
-        grid.add_column(Line.assemble((name, "bold"), *below), justify="left" if words else "right", no_wrap=not words)
+        grid.add_column(head, justify="left" if words else "right", no_wrap=not words)
     for row in table.rows:
         harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
-        cells = [Line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone]) for cell in row.cells]
-        grid.add_row(Line(row.label, style="bold" if row.tone else ""), *cells)
+        cells = [_line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone]) for cell in row.cells]
+        grid.add_row(_line(row.label, style="bold" if row.tone else ""), *cells)
         if row.ends_group and row is not table.rows[-1]:
             grid.add_row()
     return grid

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 from lightning_nrl._utils.json_records import Derives, flat
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
@@ -88,6 +89,10 @@ class MarginHistogram:
     edges: tuple[float, ...]
     before: tuple[int, ...]
     after: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.before) == len(self.after) == len(self.edges) - 1:
+            raise ConfigurationError("`margins`: edges and counts do not fit.", "give one more edge than counts.")
 
 
 @dataclass(frozen=True)

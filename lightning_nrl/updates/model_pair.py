@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
@@ -88,15 +88,42 @@ def evaluate_pair(
 
 
 def pair_from_files(
-    old: Predictions, new: Predictions, slices: Mapping[tuple[str, int], str] | None = None
+    old: Predictions,
+    new: Predictions,
+    slices: Mapping[tuple[str, int], str] | None = None,
+    targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """What two models did on the samples that the new one has predictions for; those in no slice have none."""
+    """What two models did on the samples that the new one has predictions for; an empty slice is none."""
+    given = slices or {}
+    for split in sorted({split for split, _ in given}):
+        own = {at for name, at in given if name == split}
+        if apart := sorted(own ^ old.splits.get(split, {}).keys()):
+            raise ConfigurationError(
+                f"`slices`: {len(apart):,} samples of `{split}` are in only one of the files `slices` and `old` "
+                f"({', '.join(map(str, apart[:5]))}).",
+                "give a line for each sample that `old` predicts; leave `slice` empty where it is in none.",
+            )
     after = new.alone()
+    before = old.results(after)
     samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
-    names = tuple(sorted(set((slices or {}).values())))
+    names = tuple(sorted({name for name in given.values() if name.strip()}))
     number = {name: i for i, name in enumerate(names)}
-    group = torch.tensor([number[slices[sample]] if slices and sample in slices else -1 for sample in samples])
-    return ModelPair(old.results(after), after, names, group.long())
+    group = torch.tensor([number.get(given.get(sample, ""), -1) for sample in samples])
+    marked = {target: _marked(target, before, after) for target in targets}
+    return ModelPair(before, after, names, group.long(), marked)
+
+
+def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
+    """The samples that a target chooses, by the classes that right predictions tell; none where both are wrong."""
+    label = torch.where(before.passed, before.prediction, torch.where(after.passed, after.prediction, -1))
+    told = None if bool((before.passed & (label < 0)).any()) else label
+    try:
+        return target.select(Batch((), None, torch.arange(len(after))), told, None)
+    except TargetError as error:
+        raise ConfigurationError(
+            f"the rule `protected:{target}`: the files do not say which samples these are.",
+            "classes are told by the column `prediction`; choose others by a file of ids, `protected:ids.csv`.",
+        ) from error
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:

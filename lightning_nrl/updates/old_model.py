@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, device_of
+from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind
@@ -50,8 +50,9 @@ class OldModel:
         adapter: takes a batch of the data loader apart for it, where it needs other inputs than the new model.
         classes: where its outputs are not those of the new model: `{old class: new class}`, or the names of both. A
             class that the new model does not have is never right.
-        cache: a file for its predictions. They are read from there if it holds them for the same weights and samples,
-            else computed and written there.
+        cache: a file for its predictions. They are read from there if none was edited and weights, samples, labels,
+            classes, task and precision are the same, else computed and written there. Inputs are not compared: delete
+            the file when they change.
 
     Example::
 
@@ -77,16 +78,22 @@ class OldModel:
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """Runs it over the data, unless its predictions are in the cache."""
         weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
-        known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
+        table, known, key = table_of(self.classes, task), None, ""
+        if self.cache is not None:
+            adapter = getattr(self.adapter, "__qualname__", type(self.adapter).__name__)
+            how = task, evaluator.precision, table, adapter, like.splits, like.sizes
+            samples = {"samples.index": like.index, "samples.label": like.label}
+            key = f"{hash_tensors({**weights, **samples})} {how!r}"
+            known = Predictions.read(self.cache) if Path(self.cache).is_file() else None
+            known = None if known is None or known != known.sealed(key) else known
         if not collective.any(known is None):
             assert known is not None
             return known.results(like)
-        table = table_of(self.classes, task)
         mapped = task if table is None else _MappedMulticlass(table)
         found = self._run(replace(evaluator, task=mapped), weights, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
         if self.cache is not None and collective.rank == 0:
-            Predictions.of(answer, weights, task).save(self.cache)
+            Predictions.of(answer, weights).sealed(key).save(self.cache)
         return answer
 
     def weights(self, model: nn.Module) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.tasks import Task
 
 WEIGHTS = "# weights "
 LARGEST_INT64 = 2**63 - 1
@@ -97,6 +97,7 @@ class Predictions:
     Attributes:
         splits: by the names of the splits.
         weights: which weights they are of, as a hash; None where that is not known.
+        seal: SHA-256 of a cache's rows and of what they depend on; empty for other files.
 
     Example::
 
@@ -105,6 +106,7 @@ class Predictions:
 
     splits: Mapping[str, Rows]
     weights: str | None = None
+    seal: str = ""
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
@@ -120,50 +122,38 @@ class Predictions:
             rows[at] = line.whole_number("prediction") if named else -1, line.flag("passed") if judged else None
         with Path(path).open(encoding="utf-8-sig") as file:
             first = file.readline()
-        return cls(splits, first.removeprefix(WEIGHTS).strip() if first.startswith(WEIGHTS) else None)
+        if not first.startswith(WEIGHTS):
+            return cls(splits)
+        weights, _, seal = first.removeprefix(WEIGHTS).strip().partition(" ")
+        return cls(splits, weights, seal)
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `read` reads; it is there as a whole or not at all."""
+        first = "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replacing(path, lambda part: part.write_bytes((first + self._table()).encode()))
+
+    def _table(self) -> str:
         file = io.StringIO()
-        if self.weights is not None:
-            file.write(f"{WEIGHTS}{self.weights}\n")
         writer = csv.writer(file)
         writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
             for at, (said, passed) in rows.items():
                 writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replacing(path, lambda part: part.write_bytes(file.getvalue().encode()))
+        return file.getvalue()
+
+    def sealed(self, key: str) -> Predictions:
+        """Returns the same predictions with the seal of a key, which says what they depend on."""
+        return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
 
     @classmethod
-    def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
-        """Those of a model whose results are known, by a task."""
+    def of(cls, results: SampleResults, weights: State) -> Predictions:
+        """Those of a model whose results are known."""
         rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
         splits = {
             split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
         }
-        return cls(splits, None if weights is None else _key(weights, results, task))
-
-    @classmethod
-    def cached(
-        cls, path: str | Path, weights: State, like: SampleResults, task: Task | None = None
-    ) -> Predictions | None:
-        """Those in a file, if they are of these weights and of all these samples, with these labels.
-
-        Where the task has no classes what passed hangs on the task, so that it must be the same one.
-        """
-        if not Path(path).is_file():
-            return None
-        found = cls.read(path)
-        if found.weights != _key(weights, like, task):
-            return None
-        for split in like.splits:
-            rows = found.splits.get(split, {})
-            for at, label in zip(like.index[like.of(split)].tolist(), like.label[like.of(split)].tolist(), strict=True):
-                said, passed = rows.get(at, (-1, None))
-                if at not in rows or (label >= 0 and passed is not None and passed != (said == label)):
-                    return None
-        return found
+        return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """What the model did on the samples of `like`; no model is run (see `Reference`)."""
@@ -238,8 +228,3 @@ def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
             raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
         found[sample] = line.values["slice"]
     return found
-
-
-def _key(weights: State, results: SampleResults, task: Task | None) -> str:
-    told = "" if task is None or bool((results.label >= 0).all()) else f" {task!r}"
-    return hash_tensors(weights) + told

@@ -109,14 +109,25 @@ class SplitRule(Rule):
         bad = torch.zeros(len(pair.after), dtype=torch.bool)
         for part in worse:
             bad |= part.rows
-        return Finding(str(self), not worse, f"{'. '.join(self.words(parts))}.", _broken(pair, bad))
+        words, splits = self.words(parts), {part.split for part in parts}
+        outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(part.counts.n for part in parts)
+        if outside > 0:
+            words.append(f"{outside:,} samples are in no slice and were not looked at")
+        return Finding(str(self), not worse, f"{'. '.join(words)}.", _broken(pair, bad))
 
     def _parts(self, pair: ModelPair) -> list[Part]:
         found = []
         for split in check_splits(str(self), self.splits, pair.splits):
+            slices = pair.slices_of(split) if self.each_slice else {"": pair.rows(split)}
+            if not any(rows.any() for rows in slices.values()):
+                what = "sample in a slice" if self.each_slice else "sample"
+                raise ConfigurationError(
+                    f"the rule `{self}` has nothing to look at: `{split}` has no {what}.",
+                    f"leave the rule out, or name the splits that it is for: `{self.text} in SPLIT`.",
+                )
             named = {split: pair.rows(split)} if self.whole_splits else {}
             if self.each_slice:
-                named |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
+                named |= {f"{split}, slice {name!r}": rows for name, rows in slices.items()}
             found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
         return found
 
@@ -322,10 +333,6 @@ class ProtectedIntact(Rule):
     _ids: Ids = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.ids is None and self.where is None:
-            raise ConfigurationError(
-                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
-            )
         where = target_in(self.where) if isinstance(self.where, str) else None
         if where is None and self.where is not None:
             where = self.where if isinstance(self.where, Target) else Target.where(self.where)
@@ -334,6 +341,10 @@ class ProtectedIntact(Rule):
         ids = ids if isinstance(ids, Mapping) else {"": ids}
         lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in ids.values())
         check_kind("ids", ids, lists, "list of samples", "ids={'test': [3, 17]}")
+        if where is None and not any(ids.values()):
+            raise ConfigurationError(
+                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
+            )
         object.__setattr__(self, "_ids", ids)
 
     @property

@@ -98,13 +98,23 @@ def test_slices_by_a_column_a_function_or_a_target() -> None:
         assert found.names == ("0", "1", "2")
         assert found.group.tolist() == codes.tolist()
     one, _ = counted(SampleOptions(slices=Target.label(0)))
-    assert one.names == ("label_0",)
+    assert one.names == ("label 0",)
     assert one.group.tolist() == [0, -1] * 3
+
+
+def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
+    names = ["<30", ">30", "a b", "a/b", "", None]
+    found, _ = counted(
+        SampleOptions(slices=lambda batch: [names[i] for i in batch[2]], quotas={">30": 1}), (torch.arange(6),)
+    )
+    assert found.names == ("<30", ">30", "a b", "a/b")
+    assert found.group.tolist() == [0, 1, 2, 3, -1, -1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"slices": 2, "quotas": {1: 5, "1": 3}}, "`quotas` names the slice '1' twice"),
         ({"importance": 1.5}, "`importance`: a value of type float is no column"),
         ({"importance": "no.such:function"}, "`importance='no.such:function'`"),
         ({"importance": True}, "type bool is no column"),

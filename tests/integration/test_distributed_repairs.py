@@ -58,7 +58,7 @@ HEEDED: dict[str, dict[str, Any]] = {
         "method": MergedRepairs("label", most=2, method=bundle("arachne", searcher=SWARM), searcher=SWARM),
         "risk": {(3, 5): 4, 8: 2},
     },
-    "quota": {"slices": Target.label(8), "quotas": {"label_8": 1000}},
+    "quota": {"slices": Target.label(8), "quotas": {"label 8": 1000}},
 }
 """Arguments of a repair of `Digits` that tell its samples apart."""
 

@@ -114,14 +114,20 @@ def test_every_validation_counts_as_two_plain_passes_do(
         assert {name for name in found if name.startswith("regression")} == {f"regression/{key}" for key in KEYS}
 
 
-@pytest.mark.parametrize("slices", ["digit_models:digit", Target.label(3), is_noisy])
+def small_or_large(batch: Any) -> list[str]:
+    return ["<5" if label < 5 else ">=5" for label in batch[1].tolist()]
+
+
+@pytest.mark.parametrize("slices", ["digit_models:digit", Target.label(3), is_noisy, small_or_large])
 def test_slices_are_counted_apart(slices: Any, old: Classifier, tmp_path: Path) -> None:
     data = Noisy()
     witness = Witness(data.counted)
     fit(tmp_path, RegressionMetrics(old, slices=slices, prefix="old"), witness, data=data, max_epochs=1)
     was, now = right(old, data.counted), witness.right[0]
     _, label, noisy = data.counted.tensors
-    if isinstance(slices, str):
+    if slices is small_or_large:
+        groups = {"5": label < 5, "5_2": label >= 5}
+    elif isinstance(slices, str):
         groups = {str(k): label == k for k in range(10)}
     else:
         groups = {"is_noisy": noisy} if slices is is_noisy else {"label_3": label == 3}

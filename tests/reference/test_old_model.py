@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ class Scores(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
+
+
+class Cast(Scores):
+    """The same in any precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight))
 
 
 X = torch.eye(3)
@@ -140,15 +149,31 @@ def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
     assert found.margin.isnan().all()
 
 
-def test_a_cache_is_used_for_the_same_weights_samples_and_labels_alone(tmp_path: Path) -> None:
-    weights, path, like = {"w": torch.arange(3.0)}, tmp_path / "old.csv", table([1, 1, 2], [0, 1, 2])
-    assert Predictions.cached(path, weights, like) is None
-    Predictions.of(like, weights).save(path)
-    assert Predictions.cached(path, weights, like) is not None
-    assert Predictions.cached(path, {"w": torch.ones(3)}, like) is None
-    assert Predictions.cached(path, weights, table([0, 1, 2], [0, 1, 2])) is None  # another label
-    moved = table([1, 1, 2], [0, 1, 2], sizes=(1, 2))
-    assert Predictions.cached(path, weights, moved) is None  # position 12 is in the other split
+@pytest.mark.parametrize("change", ["row", "passed", "label", "split", "classes", "precision", "adapter"])
+def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Path) -> None:
+    path, made = tmp_path / "old.csv", replace(source(), targets=tensor([0, 2, 1]))
+    ask = partial(OldModel, Scores(turn=1), cache=path)
+
+    def say(old: OldModel, data: TensorSource = made, new: nn.Module | None = None) -> SampleResults:
+        evaluator = Evaluator(new or Scores().eval(), Multiclass())
+        return old.answers(evaluator, [data], evaluator.run([data]))
+
+    first, text = say(ask()), path.read_text()
+    assert say(ask()).prediction.tolist() == first.prediction.tolist() == [1, 2, 0]
+    assert path.read_text() == text
+    if change in ("row", "passed"):
+        path.write_text(text.replace("train,1,2,1", "train,1,1,0" if change == "row" else "train,1,,1"))
+        assert say(ask()).passed.tolist() == first.passed.tolist()
+        assert path.read_text() == text
+        return
+    {
+        "label": lambda: say(ask(), source()),
+        "split": lambda: say(ask(), replace(made, split="test")),
+        "classes": lambda: say(ask(classes={0: 1, 1: 0})),
+        "precision": lambda: say(OldModel(Cast(turn=1), cache=path), made, Cast().double()),
+        "adapter": lambda: say(ask(adapter=lambda raw: ((raw[0],), {}, raw[1]))),
+    }[change]()
+    assert path.read_text() != text
 
 
 def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:

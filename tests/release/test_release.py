@@ -156,6 +156,7 @@ def test_ranks_come_to_the_same_report() -> None:
         ({"data": []}, "`data`: found a list, not a list of sources"),
         ({"rules": "all"}, "'all' is no rule"),
         ({"rules": "slices"}, "the rule `slices` needs slices"),
+        ({"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])}, "`slices:count` has nothing to l"),
         ({"rules": "instance in suite"}, "names the split 'suite', the data have \\['test'\\]"),
         ({"slices": 3.5}, "`slices`"),
         ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
@@ -197,6 +198,60 @@ def test_files_are_judged_as_the_models_are(
     assert capsys.readouterr().out.startswith("REFUSED")
     assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
     assert decide([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
+
+
+def test_protected_classes_are_told_by_right_predictions(
+    files: tuple[Path, ReleaseReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (str(files[0] / f"{name}.csv") for name in ("old", "new"))
+    rule = "protected:label 1 or label 2"
+    decide([old, new, "--rule", rule, "--out", str(tmp_path)])
+    found = ReleaseReport.from_json((tmp_path / "report.json").read_text()).findings[0]
+    expected = release(trained(seed=2), trained(seed=1), data(), rule).findings[0]
+    assert found.ids == expected.ids != {}
+    assert found.reason.partition(";")[0] == expected.reason.partition(";")[0]
+    bare = write(tmp_path / "bare.csv", dict.fromkeys(range(4), ",1"))
+    for what in ("label 1", "where math:prod"):
+        assert decide([bare, bare, "--rule", f"protected:{what}"]) == 2
+        assert f"the rule `protected:{what}`: the files do not say which samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        ({("val", i): "a" for i in range(100)}, "100 samples of `val` are in only one of the files"),
+        (
+            {("test", i): "a" for i in range(30, 100)},
+            "30 samples of `test` are in only one of the files `slices` and `old`",
+        ),
+        (
+            {("test", i): "a" for i in range(101)},
+            "1 samples of `test` are in only one of the files `slices` and `old` (100)",
+        ),
+        ({("test", i): " " for i in range(100)}, "has nothing to look at: `test` has no sample in a slice"),
+        ({}, "has nothing to look at: `test` has no sample in a slice"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:40%:50%"])
+def test_slices_of_other_samples_let_no_loss_through(
+    rule: str, slices: dict[Any, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
+    new = write(tmp_path / "new.csv", {i: f"1,{int(i >= 30)}" for i in range(100)})
+    lines = [f"{split},{at},{name}" for (split, at), name in slices.items()]
+    (tmp_path / "slices.csv").write_text("\n".join(["split,id,slice", *lines]))
+    given = [old, new, "--rule", rule, "--require", "any", "--slices", str(tmp_path / "slices.csv")]
+    assert decide(given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
+    old, new, source = trained(seed=1), trained(seed=2), data()
+    broke = right(old, source) & ~right(new, source)
+    source = replace(source, extras=(broke,))
+    report = release(new, old, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]])
+    assert [(row.slice, row.counts.broken) for row in report.rows[1:]] == [("C", 0), ("C++", int(broke.sum()))]
+    assert report.findings[0].ids == report.broken_ids
 
 
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,22 @@ def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
     assert NoSliceWorse("count").check(seen("xxx", test="kbr")).reason == "none of 1 slices is worse by count."
 
 
+@pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:90%:50%"])
+def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(rule: str) -> None:
+    half = replace(seen("xxxx", suite="kb", test="kk"), group=torch.tensor([0, -1, -1, -1]))
+    with pytest.raises(
+        ConfigurationError, match=rf"^the rule `{rule}` .* `test` has no sample in a slice.\nHINT: .* in S"
+    ):
+        parse_rule(rule).check(half)
+    found = parse_rule(f"{rule} in suite").check(half)
+    assert ("1 samples are in no slice and were not looked at" in found.reason) == rule.startswith("slices")
+
+
+def test_a_rule_refuses_an_empty_split_by_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"^the rule `accuracy` has nothing to look at: `suite` has no sample"):
+        AtMostBroken("accuracy").check(seen(suite="", test="k"))
+
+
 def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
     # Of two slices each has half the level: 6 broken and none repaired have p = 1/64 < 0.025, and 5 have 1/32.
     five, six = (seen("x" * 50 + "y" * 50, test="k" * 50 + "b" * n + "k" * (50 - n)) for n in (5, 6))
@@ -189,6 +205,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: AtMostBroken("instance-in-target"), "no failures are targeted here"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
         (lambda: ProtectedIntact(), "protects nothing"),
+        (lambda: ProtectedIntact({"test": []}), "protects nothing"),
         (lambda: ProtectedIntact("nowhere.csv"), "`ids='nowhere.csv'` cannot be read"),
         (lambda: ProtectedIntact({"test": ["a"]}), "is no list of samples"),
     ],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
 from test_report_codec import REPORTS, SPLIT
 
+from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.report import RepairReport, SliceReport, repair_report
 
 HOSTILE = [
@@ -70,6 +74,21 @@ def test_a_name_stays_a_name_in_markdown(name: str) -> None:
         plain.count(tag) for tag in ("<table", "<tr", "<td", "<h")
     ]
     assert Tags(shown).found == []
+
+
+def test_a_terminal_is_shown_what_it_must_not_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(named("a\x1b[31m\x9b2J\r\x08\u202e\ud800z").to_json(), encoding="utf-8", errors="surrogatepass")
+    text = json.dumps(json.loads(path.read_text(encoding="utf-8", errors="surrogatepass")))
+    path.write_text(text)
+    assert (main(["inspect", str(path)]), main(["report", str(path)])) == (0, 0)
+    assert main(["report", str(path), "--out", str(tmp_path / "report.md")]) == 0
+    for shown in (capsys.readouterr().out, (tmp_path / "report.md").read_text()):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", shown)
+        assert re.search(r"a\\+x1b\\?\[31m\\+x9b2J", shown)
+    path.write_text(text.replace('"status"', '"\\u001b[2J"', 1))
+    assert main(["inspect", str(path)]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_names_stay_names_in_html(monkeypatch: pytest.MonkeyPatch) -> None:

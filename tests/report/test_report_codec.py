@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._utils.json_records import Derives, Record
+from lightning_nrl._utils.json_records import Derives, Record, to_plain
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
 from lightning_nrl.analysis.diagnosis import (
     Binding,
@@ -213,7 +213,23 @@ def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataOb
         again = type(REPORTS[name]).from_dict(damaged)
     except ConfigurationError:
         return
+    assert again.to_markdown()
+    assert again.render()
     assert fields_of(again, json.loads(again.to_json())) == fields_of(again, null_for_nan(damaged))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("diagnosis", {"known": {"samples": 8}}),
+        ("diagnosis", {"mixing": {"k": 0, "targets": [1], "passed": [1]}}),
+        ("release", {"rows": [{**to_plain(ReleaseRow("test", "", FLIPS, 0.5, 0.75)), "upper": None}]}),
+        ("repair", {"splits": [to_plain(SPLIT) | {"margins": {"edges": [0, 1], "before": [1, 2], "after": [1]}}]}),
+    ],
+)
+def test_what_cannot_be_shown_is_not_read(name: str, damage: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)^(the report cannot be shown \(|`margins`: ).*\nHINT: give "):
+        type(REPORTS[name]).from_dict({**REPORTS[name].to_dict(), **damage})
 
 
 @pytest.mark.parametrize("schema", [2, 0, -1, "1", None, True, 1.0])

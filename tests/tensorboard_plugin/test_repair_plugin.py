@@ -215,6 +215,20 @@ def test_a_report_that_cannot_be_read_says_why(
     assert Asked(tmp_path).get("/repair", name=tmp_path.name).json == {"problem": row["problem"]}
 
 
+def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path: Path) -> None:
+    write(tmp_path / "good")
+    for name, old, new in (("unknown", '"search": 2.0', '"search": null'), ("odd", '"test"', r'"\ud800"')):
+        (write(tmp_path / name) / "report.json").write_text(REPORT.to_json().replace(old, new))
+    asked = Asked(tmp_path)
+    rows = {row["name"]: row for row in asked.json("/repairs")["repairs"]}
+    assert rows["good"]["status"] == rows["odd"]["status"] == "repaired"
+    assert rows["unknown"]["problem"].startswith("report.json cannot be read: ")
+    assert asked.json("/repair", name="good")
+    for name in ("unknown", "odd"):
+        answer = asked.get("/repair", name=name)
+        assert (answer.status_code, "problem" in answer.json) == (404, True)
+
+
 def test_other_reports_are_left_out_and_new_ones_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair_plugin, "LOOK_SECONDS", 0.0)
     asked = Asked(tmp_path)

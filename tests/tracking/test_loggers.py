@@ -34,7 +34,7 @@ from lightning_nrl._trainer.tracking.scalars import (
     strength_curves,
 )
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import RepairReport, SplitReport, StrengthPoint
+from lightning_nrl.report import RepairReport, SliceReport, SplitReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import FlippedSample
 
@@ -303,6 +303,14 @@ def test_what_breaks_of_the_target_is_logged_and_shown(accepted: RepairReport) -
         "| right samples in the target | 0 | 0 | 0 | 6 |\n| **broken of these** | **0** | **0** | **0** | **1** |"
         in (report.to_markdown())
     )
+
+
+def test_slices_that_differ_in_signs_alone_have_tags_of_their_own(accepted: RepairReport) -> None:
+    names = "C", "C#", "C++", "C_2", "<30", ">30", "//"
+    slices = tuple(SliceReport(name, "known", TargetCounts(n, 0, 0, 0, n)) for n, name in enumerate(names))
+    found = further_numbers(replace(accepted, slices=slices), "")
+    assert sorted(x for tag, x in found.items() if tag.endswith("known_targeted") and "slice_" in tag) == [*range(7)]
+    assert (found["_numbers/slice_C/known_targeted"], found["_numbers/slice_C_2/known_targeted"]) == (0, 3)
 
 
 def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: RepairReport) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 from lightning_nrl.evaluation.rates import UPDATE_RATES
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.slices import slice_tags
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.updates import ReleaseReport
 
@@ -62,15 +64,20 @@ def _headline(split: SplitReport) -> Scalars:
     return {**found, "repair_rate": rates["repair_rate"], "accuracy": split.accuracy_after}
 
 
+def update_numbers(counts: FlipCounts) -> Scalars:
+    """Returns rates, counts and accuracies of a model against the one that it replaces; NaN where undefined."""
+    numbers = {rate.short: rate.of(counts) for rate in UPDATE_RATES}
+    numbers |= {"broken": counts.broken, "repaired": counts.repaired}
+    return numbers | {"accuracy": counts.accuracy_after, "reference_accuracy": counts.accuracy_before}
+
+
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
     """The verdict (`accepted`, 1 or 0) and the numbers of every split, `<name>/<split>/...`, and of its slices."""
     found: Scalars = {"accepted": float(report.accepted)}
+    tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
-        place = "/".join(filter(None, (row.split, row.slice)))
-        counts = row.counts
-        numbers = {"reference_accuracy": counts.accuracy_before, "accuracy": counts.accuracy_after}
-        numbers |= {rate.short: rate.of(counts) for rate in UPDATE_RATES}
-        numbers |= {"nfr_upper": row.upper, "broken": counts.broken, "repaired": counts.repaired}
+        place = f"{row.split}/{tags[row.slice]}" if row.slice else row.split
+        numbers = update_numbers(row.counts) | {"nfr_upper": row.upper}
         found |= {f"{place}/{key}": value for key, value in numbers.items()}
     return _finite(found, f"{name}/")
 
@@ -80,9 +87,10 @@ def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
+    tags = slice_tags({one.name for one in report.slices})
     for one in report.slices:
         for number in ("targeted", "repaired_in_target", "repaired", "broken"):
-            found[f"slice_{one.name}/{one.role}_{number}"] = getattr(one, number)
+            found[f"slice_{tags[one.name]}/{one.role}_{number}"] = getattr(one, number)
     for rung in report.rungs:
         for number in ("repaired_in_target", "repaired", "broken", "weights_changed", "seconds"):
             found[f"rung_{rung.name}/{number}"] = getattr(rung, number)

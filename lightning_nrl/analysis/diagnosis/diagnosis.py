@@ -248,7 +248,7 @@ def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
     ):
         total = max(1, sum(counts))
         axes.bar(
-            [i + shift for i in range(mixing.k + 1)], [100 * n / total for n in counts], 0.4, color=colour, label=name
+            [i + shift for i in range(len(counts))], [100 * n / total for n in counts], 0.4, color=colour, label=name
         )
     axes.set(xticks=range(mixing.k + 1), ylim=(0, 119), yticks=range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")

@@ -68,7 +68,12 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _repair(self, request: Request) -> Response:
         loaded = self._asked(request)
-        return _missing(request, loaded) if isinstance(loaded, str) else _answer(request, loaded.details)
+        if isinstance(loaded, str):
+            return _missing(request, loaded)
+        try:
+            return _answer(request, loaded.details)
+        except Exception as error:  # whatever a report holds, the tab lives
+            return _missing(request, f"report.json cannot be shown: {error}")
 
     def _sample(self, request: Request) -> Response:
         loaded = self._asked(request)
@@ -109,12 +114,13 @@ def _read(folder: RepairFolder) -> LoadedRepair | str:
     if folder.size > MAX_REPORT_BYTES:
         return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
     # Only now, as it takes seconds: torch comes with it.
-    from lightning_nrl.errors import RepairError
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
 
     try:
-        return LoadedRepair(folder)
-    except (RepairError, OSError, ValueError, RecursionError) as error:
+        loaded = LoadedRepair(folder)
+        json.dumps(loaded.summary, allow_nan=False)
+        return loaded
+    except Exception as error:
         return f"report.json cannot be read: {error}".partition("\n")[0]
 
 
