@@ -31,7 +31,7 @@ from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
-from lightning_nrl.pipeline import PATCH_NAME, Patch, safetensors_installed
+from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._formatting import from_here
 from lightning_nrl.report.page import Shown
@@ -316,8 +316,7 @@ def report_files(
     made = trainer.strategy.broadcast(made)
     if not made:
         return {}, name
-    kinds = [kind for kind in files if kind != "patch" or safetensors_installed()]
-    return {kind: str(Path(made) / files[kind]) for kind in kinds}, Path(made).name if dirpath is None else name
+    return {kind: str(Path(made) / file) for kind, file in files.items()}, Path(made).name if dirpath is None else name
 
 
 def write_report(

@@ -63,9 +63,9 @@ class RegressionFreeRepair(RepairCallback):
     After training, the callback collects what the model gets right and wrong, and searches new values for weights of a
     layer that matter for the failures and not for the rest. As far as it pays, it then solves that layer, and where
     more may change, training goes on and what broke is polished away. The result is accepted only if it passes the gate
-    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`, where
-    safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves
-    the repaired weights in the model. If nothing is accepted, the weights stay as training left them.
+    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`),
+    `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves the repaired weights in the
+    model. If nothing is accepted, the weights stay as training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
@@ -180,7 +180,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def patch_path(self) -> str:
-        """The weight change as a file, for `Patch.load`; empty without an accepted repair, or without safetensors."""
+        """The weight change as a file, for `Patch.load`; empty without an accepted repair."""
         return "" if self.report is None else self.report.files.get("patch", "")
 
     @override
