@@ -30,7 +30,7 @@ from lightning_nrl._utils.atomic_files import StagedFiles, remove_stale, write_t
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
-from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
+from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, UnwritableFolderError, check_kind
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._formatting import from_here
@@ -286,6 +286,16 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
             "pass a local folder as `dirpath=`, and copy it where it should be.",
         )
     return Path(found) if dirpath is not None else Path(found) / name
+
+
+def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
+    """Refuses, before any work, a folder that cannot be written to; called on all ranks."""
+    folder = base_folder(dirpath, trainer, name)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    fits = bool(batch_limit(trainer)) or (place.is_dir() and os.access(place, os.W_OK | os.X_OK))
+    if not trainer.strategy.broadcast(fits):
+        problem = f"`dirpath`: {folder} cannot be written to, because of {place}."
+        raise UnwritableFolderError(problem, "name another folder as `dirpath=`.")
 
 
 def parse_prefix(prefix: str, default: str) -> str:

@@ -174,14 +174,14 @@ class RegressionFreeRepair(RepairCallback):
         self._report = report
 
     @property
-    def repaired_model_path(self) -> str:
-        """The repaired checkpoint; empty unless a repair was accepted."""
-        return "" if self.report is None else self.report.files.get("checkpoint", "")
+    def repaired_model_path(self) -> str | None:
+        """The repaired checkpoint; None unless a repair was accepted, so that `test` takes the model as it is."""
+        return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
-    def patch_path(self) -> str:
-        """The weight change as a file, for `Patch.load`; empty without an accepted repair."""
-        return "" if self.report is None else self.report.files.get("patch", "")
+    def patch_path(self) -> str | None:
+        """The weight change as a file, for `Patch.load`; None without an accepted repair."""
+        return None if self.report is None else self.report.files.get("patch")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,7 +194,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
-        repair_files.base_folder(self.dirpath, trainer)
+        repair_files.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
 
     @override
