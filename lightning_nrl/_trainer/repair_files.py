@@ -314,18 +314,12 @@ def report_files(
     """
     if batch_limit(trainer):
         return {}, name
-    folder, made = base_folder(dirpath, trainer, name), ""
+    place = base_folder(dirpath, trainer, name)
     if trainer.is_global_zero:
-        try:
-            place = folder if dirpath is not None else next_free(folder, "report.json")
+        with suppress(OSError):  # files that cannot be written there are told of by `SavedFiles`
+            place = place if dirpath is not None else next_free(place, "report.json")
             place.mkdir(parents=True, exist_ok=True)
-            made = str(place)
-        except OSError as error:
-            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
-            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
-    made = trainer.strategy.broadcast(made)
-    if not made:
-        return {}, name
+    made = trainer.strategy.broadcast(str(place))
     return {kind: str(Path(made) / file) for kind, file in files.items()}, Path(made).name if dirpath is None else name
 
 

@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,14 +70,14 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):
-        _help_parser(command, program, purpose, own).print_help()
+        _print_help(command, program, purpose, own)
         raise SystemExit(0)
     if not RequirementCache(NEEDED):
         hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
-    sketch = _sketch(arguments)
+    sketch = _sketch(program, arguments)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
-    with _unwrapped_errors():
+    try:
         cli = kind(
             save_config_callback=None,
             run=False,
@@ -86,6 +85,11 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
             seed_everything_default=False,
             parser_kwargs={"prog": program, "description": purpose},
         )
+    except ValueError as error:
+        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # what jsonargparse has made of ours
+        if isinstance(error, RepairError) or listed is None:
+            raise
+        raise ConfigurationError(listed[1], listed[2]) from None
     config = cli.config_init
     source = {
         "trainer": cli.trainer,
@@ -97,26 +101,14 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
     return Project(source, cli.options(), {name: config[name] for name in own})
 
 
-@contextmanager
-def _unwrapped_errors() -> Iterator[None]:
-    """Raises an error of this package as it was before jsonargparse put it into a list of what is wrong."""
-    try:
-        yield
-    except RepairError:
-        raise
-    except ValueError as error:
-        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)
-        if listed is None:
-            raise
-        raise ConfigurationError(listed[1], listed[2]) from None
-
-
-def _help_parser(
-    command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]
-) -> argparse.ArgumentParser:
-    """Returns a parser that has help for the arguments of this package, and names those of LightningCLI."""
+def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
+    """Prints help for the arguments of this package; those of LightningCLI are named."""
     usage = f"{program} --config config.yaml --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
-    parser = argparse.ArgumentParser(program, usage, purpose, add_help=False)
+    lightning = (
+        "LightningCLI's arguments are taken too, without subcommands: --config, --model, --data, --trainer.ARGUMENT, "
+        f"--seed_everything and others. {FULL_HELP} prints them, and the types of those above."
+    )
+    parser = argparse.ArgumentParser(program, usage, purpose, lightning, add_help=False)
     for name, (_, text) in own.items():
         parser.add_argument(f"--{name}", metavar="VALUE", help=text)
     group = parser.add_argument_group("arguments of `RegressionFreeRepair`")
@@ -125,15 +117,9 @@ def _help_parser(
         if command == "compare" and not heeded(command, name):
             continue
         inside = ", ".join(field.name for field in fields(OPTION_CLASSES[name])) if name in OPTION_CLASSES else ""
-        text = f"{text} FIELD: {inside}." if inside else text
-        option = f"--repair.{name}.FIELD" if inside else f"--repair.{name}"
-        group.add_argument(option, metavar="VALUE", help=text.replace("%", "%%"))
-    group = parser.add_argument_group("arguments of LightningCLI, without its subcommands")
-    group.add_argument("--config", metavar="FILE", help="YAML, such as the config.yaml that LightningCLI writes")
-    group.add_argument("--model, --data", metavar="CLASS", help="the LightningModule and LightningDataModule")
-    group.add_argument("--trainer.ARGUMENT, --seed_everything", metavar="VALUE", help="and what else it takes")
-    group.add_argument(FULL_HELP, action="store_true", help="print all of these, with the types of those above")
-    return parser
+        option, more = (f"{name}.FIELD", f" FIELD: {inside}.") if inside else (name, "")
+        group.add_argument(f"--repair.{option}", metavar="VALUE", help=text.replace("%", "%%") + more)
+    parser.print_help()
 
 
 class _ProjectArguments:
@@ -172,17 +158,14 @@ class _ProjectArguments:
         return {name: made[name] for name in vars(made) if given[name] != self.defaults[name]}
 
 
-def _sketch(arguments: Sequence[str]) -> dict[str, str | None]:
+def _sketch(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
     """Returns `model`, `data` and `ckpt_path`, which have to be known before the arguments can be parsed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", f"--{name}.class_path")
     parser.add_argument("--ckpt_path")
-    try:
-        given = parser.parse_known_args(arguments)[0]
-    except argparse.ArgumentError:
-        return dict.fromkeys(("model", "data", "ckpt_path"))
+    given = parser.parse_known_args(arguments)[0]
     found: dict[str, Any] = {}
     for config in _configurations(given.config):
         found |= config

@@ -145,7 +145,10 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
         ("--repair.bounds.strength 7", "`strength=7.0` is no strength.\nHINT: "),
         ("--repair.data.draws 0", "`draws=0` is out of range.\nHINT: "),
         ('--repair.samples.quotas {"night":-5}', "`quotas`: -5 for 'night' is no quota.\nHINT: "),
-        ("--repair.method lightning_nrl.ParticleSwarm --repair.method.particles -1", "`ParticleSwarm.particles=-1` is out of range"),
+        (
+            "--repair.task lightning_nrl.tasks.Regression --repair.task.tolerance 0",
+            "`Regression.tolerance=0.0` is no ",
+        ),
         ("--config nested.yaml", "`n_scored=-1` is out of range.\nHINT: "),
         ("--model.hidden 12", "`ckpt_path='best.ckpt'` does not fit Classifier: size mismatch for network.1.weight"),
         ("--config best.ckpt", "`config='best.ckpt'` is no text.\nHINT: "),
