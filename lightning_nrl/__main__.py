@@ -1,15 +1,18 @@
 """The script `lightning-nrl`, and `python -m lightning_nrl`."""
 
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
 
 
 def main() -> int:
-    """Runs the command that the shell gave; torch and Lightning are not imported to print versions."""
+    """Runs the command that the shell gave; prints versions without the seconds that torch takes to be imported."""
     if sys.argv[1:] == ["--version"]:
-        from lightning_nrl.report import installed_versions
-
-        print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
-        return 0
+        with suppress(PackageNotFoundError):
+            found = [f"{name} {version(name)}" for name in ("lightning_nrl", "torch", "pytorch-lightning")]
+            print(", ".join([f"python {python_version()}", *found]))
+            return 0
     from lightning_nrl.entrypoints.command_line import main as run
 
     return run()

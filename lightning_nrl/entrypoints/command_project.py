@@ -21,10 +21,7 @@ from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, heeded
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
 
-HYPER_PARAMETERS = {
-    "model": "hyper_parameters",
-    "data": "datamodule_hyper_parameters",
-}  # in a checkpoint
+HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}  # in a checkpoint
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"

@@ -10,13 +10,12 @@ from importlib import import_module
 # Type checkers read `__init__.pyi`.
 _NAMES = {
     "_utils.state": "hash_tensors",
-    "report._formatting": "installed_versions",
     "report.html": "Report",
     "report.page": "Page",
     "report.repair_plot": "draw_repair repair_figures",
     "report.repair_report": "RepairReport",
     "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint RepairRecord Rung SearchReport"
-    " Status Step StrengthPoint WeightChange",
+    " Status Step StrengthPoint WeightChange installed_versions",
     "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
     "report.verdicts": "Verdict",
 }

@@ -1,5 +1,4 @@
 from lightning_nrl._utils.state import hash_tensors
-from lightning_nrl.report._formatting import installed_versions
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_plot import draw_repair, repair_figures
@@ -17,6 +16,7 @@ from lightning_nrl.report.run_records import (
     Step,
     StrengthPoint,
     WeightChange,
+    installed_versions,
 )
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 from lightning_nrl.report.verdicts import Verdict

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from platform import python_version
 from typing import Any
-
-from lightning_nrl import __version__
 
 LISTED_IDS = 20
 
@@ -78,14 +74,3 @@ def sentence(text: str) -> str:
     """The text with a capital first and a full stop last."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the software that a repair depends on, by name."""
-    found = {"python": python_version(), "lightning_nrl": __version__}
-    for name in ("torch", "pytorch-lightning"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found

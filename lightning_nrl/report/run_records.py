@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
+from platform import python_version
 from typing import Any, Literal
 
 from typing_extensions import Self
@@ -12,7 +14,6 @@ from lightning_nrl._utils.json_records import Record, to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report._formatting import installed_versions
 from lightning_nrl.report.splits import (
     Role,
     SetAside,
@@ -24,6 +25,17 @@ from lightning_nrl.report.splits import (
     pool_updates,
 )
 from lightning_nrl.report.stats import Bound
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the software that a repair depends on, by name."""
+    found = {"python": python_version()}
+    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
 
 
 @dataclass(frozen=True)

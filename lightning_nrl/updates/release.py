@@ -20,9 +20,10 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
 from lightning_nrl.evaluation.slices import Slices
-from lightning_nrl.report._formatting import from_here, installed_versions, list_ids, percent
+from lightning_nrl.report._formatting import from_here, list_ids, percent
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.run_records import installed_versions
 from lightning_nrl.report.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
