@@ -42,7 +42,7 @@ if __name__ == "__main__":
     trainer.fit(model, datamodule=data)  # trains, repairs, judges, logs, saves
 
     print(summary(repair=repair.report))
-    if repair.repaired_model_path:  # an ordinary Lightning checkpoint; empty if nothing was accepted
+    if repair.repaired_model_path:  # an ordinary Lightning checkpoint; None if nothing was accepted
         tested = trainer.test(model, datamodule=data, ckpt_path=repair.repaired_model_path, verbose=False)
         print(f"Lightning's own test of the repaired checkpoint: {tested[0]['test/accuracy']:.2%}")
     print(f"The whole report: {repair.report.files['html']}")

@@ -626,7 +626,7 @@ def python_of(package: str, folder: Path) -> Path:
     python = folder / package / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         venv.create(folder / package, with_pip=True)
-        packages = [*PACKAGES[package].split(), "scikit-learn", "-e", f"{ROOT}[patch]"]
+        packages = [*PACKAGES[package].split(), "scikit-learn", "-e", str(ROOT)]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 

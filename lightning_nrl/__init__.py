@@ -8,7 +8,7 @@ for users.
 from importlib import import_module
 from importlib.util import find_spec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # TensorBoard imports this package for its tab: names are imported when they are asked for, and torch with them.
 # Type checkers read `__init__.pyi`.

@@ -1,8 +1,22 @@
-"""`python -m lightning_nrl`, the same as the script `lightning-nrl`."""
+"""The script `lightning-nrl`, and `python -m lightning_nrl`."""
 
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
 
-from lightning_nrl.entrypoints.command_line import main
+
+def main() -> int:
+    """Runs the command that the shell gave; prints versions without the seconds that torch takes to be imported."""
+    if sys.argv[1:] == ["--version"]:
+        with suppress(PackageNotFoundError):
+            found = [f"{name} {version(name)}" for name in ("lightning_nrl", "torch", "pytorch-lightning")]
+            print(", ".join([f"python {python_version()}", *found]))
+            return 0
+    from lightning_nrl.entrypoints.command_line import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,6 +26,7 @@ __all__ = [
     "TargetError",
     "TrainingWarning",
     "UnusableSamplesError",
+    "UnwritableFolderError",
     "check_choice",
     "check_kind",
     "check_real",
@@ -46,6 +47,10 @@ class RepairError(Exception):
 
 class ConfigurationError(RepairError, ValueError):
     """An argument cannot be used as given; found before training wherever it can be."""
+
+
+class UnwritableFolderError(ConfigurationError):
+    """The files of a repair cannot be written to the folder that is meant."""
 
 
 class TargetError(ConfigurationError):

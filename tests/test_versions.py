@@ -72,7 +72,9 @@ def test_the_version_stands_in_one_place() -> None:
     assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "lightning_nrl/__init__.py"
     version = lightning_nrl.__version__
     assert yaml.safe_load((ROOT / ".github/CITATION.cff").read_text())["version"] == version
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == ("Unreleased" if ".dev" in version else version)
 
 
 def test_the_page_on_pypi_has_no_link_into_the_repository() -> None:
@@ -94,7 +96,7 @@ def test_every_lower_bound_is_a_floor() -> None:
         "pytorch-lightning<3,>=2.5",
         "torch>=2.6",
         'jsonargparse[signatures]>=4.34.1; extra == "cli"',
-        'lightning-nrl[patch]; extra == "cli"',
+        'lightning-nrl[cli]; extra == "all"',
         'torch>=2.6; extra == "other"',
     ]
     assert lowest(requirements) == ["jsonargparse==4.34.1", "pytorch-lightning==2.5", "torch==2.6"]
@@ -104,6 +106,10 @@ def test_every_lower_bound_is_a_floor() -> None:
 def test_what_has_no_lower_bound_is_refused(requirement: str) -> None:
     with pytest.raises(ValueError, match="no lower bound"):
         lowest([requirement])
+
+
+def test_a_patch_can_be_written_without_extras() -> None:
+    assert "safetensors" in {floor.partition("==")[0] for floor in lowest(PROJECT["dependencies"])}
 
 
 def test_every_requirement_has_one_lower_bound() -> None:

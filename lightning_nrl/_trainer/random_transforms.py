@@ -86,6 +86,8 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 def is_same(a: Any, b: Any) -> bool:
     """True if two samples or batches hold the same tensors, arrays, numbers and texts; all else counts as the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16:  # which numpy lacks
+        a, b = a.float(), b.float()
     if isinstance(a, (Tensor, np.ndarray)):
         return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
     if isinstance(a, Mapping):

@@ -30,8 +30,8 @@ from lightning_nrl._utils.atomic_files import StagedFiles, remove_stale, write_t
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
-from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
-from lightning_nrl.pipeline import PATCH_NAME, Patch, safetensors_installed
+from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, UnwritableFolderError, check_kind
+from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._formatting import from_here
 from lightning_nrl.report.page import Shown
@@ -288,6 +288,16 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
     return Path(found) if dirpath is not None else Path(found) / name
 
 
+def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
+    """Refuses, before any work, a folder that cannot be written to; called on all ranks."""
+    folder = base_folder(dirpath, trainer, name)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    fits = bool(batch_limit(trainer)) or (place.is_dir() and os.access(place, os.W_OK | os.X_OK))
+    if not trainer.strategy.broadcast(fits):
+        problem = f"`dirpath`: {folder} cannot be written to, because of {place}."
+        raise UnwritableFolderError(problem, "name another folder as `dirpath=`.")
+
+
 def parse_prefix(prefix: str, default: str) -> str:
     """A prefix of tags, without a slash at the end."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
@@ -304,20 +314,13 @@ def report_files(
     """
     if batch_limit(trainer):
         return {}, name
-    folder, made = base_folder(dirpath, trainer, name), ""
+    place = base_folder(dirpath, trainer, name)
     if trainer.is_global_zero:
-        try:
-            place = folder if dirpath is not None else next_free(folder, "report.json")
+        with suppress(OSError):  # files that cannot be written there are told of by `SavedFiles`
+            place = place if dirpath is not None else next_free(place, "report.json")
             place.mkdir(parents=True, exist_ok=True)
-            made = str(place)
-        except OSError as error:
-            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
-            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
-    made = trainer.strategy.broadcast(made)
-    if not made:
-        return {}, name
-    kinds = [kind for kind in files if kind != "patch" or safetensors_installed()]
-    return {kind: str(Path(made) / files[kind]) for kind in kinds}, Path(made).name if dirpath is None else name
+    made = trainer.strategy.broadcast(str(place))
+    return {kind: str(Path(made) / file) for kind, file in files.items()}, Path(made).name if dirpath is None else name
 
 
 def write_report(

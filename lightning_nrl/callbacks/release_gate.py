@@ -15,7 +15,7 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.repair_files import REPORT_FILES, base_folder, report_files, show, write_report
+from lightning_nrl._trainer.repair_files import REPORT_FILES, check_folder, report_files, show, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
@@ -118,7 +118,7 @@ class ReleaseGate(CallbackBase):
 
     def _check(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
         self.report = None
-        base_folder(self.dirpath, trainer, "release")
+        check_folder(self.dirpath, trainer, "release")
         sources = self._sources(trainer, model, stage)
         for rule in self.rules:
             rule.check_data([source.split for source in sources], self.slices is not None)

@@ -63,9 +63,9 @@ class RegressionFreeRepair(RepairCallback):
     After training, the callback collects what the model gets right and wrong, and searches new values for weights of a
     layer that matter for the failures and not for the rest. As far as it pays, it then solves that layer, and where
     more may change, training goes on and what broke is polished away. The result is accepted only if it passes the gate
-    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`, where
-    safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves
-    the repaired weights in the model. If nothing is accepted, the weights stay as training left them.
+    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`),
+    `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves the repaired weights in the
+    model. If nothing is accepted, the weights stay as training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
@@ -174,14 +174,14 @@ class RegressionFreeRepair(RepairCallback):
         self._report = report
 
     @property
-    def repaired_model_path(self) -> str:
-        """The repaired checkpoint; empty unless a repair was accepted."""
-        return "" if self.report is None else self.report.files.get("checkpoint", "")
+    def repaired_model_path(self) -> str | None:
+        """The repaired checkpoint; None unless a repair was accepted, so that `test` takes the model as it is."""
+        return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
-    def patch_path(self) -> str:
-        """The weight change as a file, for `Patch.load`; empty without an accepted repair, or without safetensors."""
-        return "" if self.report is None else self.report.files.get("patch", "")
+    def patch_path(self) -> str | None:
+        """The weight change as a file, for `Patch.load`; None without an accepted repair."""
+        return None if self.report is None else self.report.files.get("patch")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,7 +194,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
-        repair_files.base_folder(self.dirpath, trainer)
+        repair_files.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
 
     @override

@@ -91,11 +91,11 @@ class RepairInTraining(RepairCallback):
         return self.repair.report
 
     @property
-    def repaired_model_path(self) -> str:
+    def repaired_model_path(self) -> str | None:
         return self.repair.repaired_model_path
 
     @property
-    def patch_path(self) -> str:
+    def patch_path(self) -> str | None:
         return self.repair.patch_path
 
     @override

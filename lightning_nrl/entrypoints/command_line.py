@@ -1,7 +1,7 @@
 """The script `lightning-nrl`: repairs, diagnoses and compares a project, decides on a release, applies patches.
 
 In: arguments, YAML as LightningCLI writes it, files. Out: what is printed and written, and an exit status: 0 fine, 1
-not accepted, 2 an error.
+not accepted, 2 an error, 3 files that cannot be written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.entrypoints.arguments import heeded
 from lightning_nrl.entrypoints.command_project import OWN_ARGUMENTS, REQUIRE, TRUST, Project, read_project
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
-from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFolderError, explain
 from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.report import RepairReport, Report, installed_versions
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
@@ -162,7 +162,13 @@ def repair_project(project: Project) -> int:
     if require != "any" and "unseen" not in project.options:
         problem = f"`require={require}` judges data that the repair never looks at, and `unseen` names none."
         raise ConfigurationError(problem, "add --repair.unseen test.")
-    report = repair(**project.source, **project.options)
+    report = repair(**project.source, **{**project.options, "verbose": False})
+    trainer = project.source["trainer"]
+    if report.status == "repaired" and "checkpoint" not in report.files and not trainer.fast_dev_run:
+        problem = "`dirpath`: repaired.ckpt could not be written, so the repair is lost."
+        raise UnwritableFolderError(problem, "make room, or name another folder: --repair.dirpath FOLDER.")
+    if project.options.get("verbose", True) and trainer.is_global_zero:
+        show(report)
     if report.status not in ("repaired", "nothing to repair"):
         return 1
     verdict = report.verdict
@@ -248,11 +254,11 @@ COMMANDS: Mapping[str, Command] = {
 }
 """By name, what runs a command and what it is for."""
 
-FAILURE_STATUS = 2
+FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 fine, 1 not accepted, 2 an error."""
+    """Runs a command; returns the exit status: 0 fine, 1 not accepted, 2 an error, 3 files that cannot be written."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.insert(0, "")  # The user's modules are in the folder where the script is called.
@@ -262,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else FAILURE_STATUS * bool(end.code)
     except (RepairError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return UNWRITABLE_STATUS if isinstance(error, UnwritableFolderError) else FAILURE_STATUS
     except Exception:
         traceback.print_exc()
         print("error: the command broke off as above; nothing was decided.", file=sys.stderr)

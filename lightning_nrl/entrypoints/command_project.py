@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from lightning_utilities.core.imports import RequirementCache
 
 from lightning_nrl._trainer.lightning.packages import classes
 from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, heeded
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
 
-HYPER_PARAMETERS = {
-    "model": "hyper_parameters",
-    "data": "datamodule_hyper_parameters",
-}  # in a checkpoint
+HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}  # in a checkpoint
+
+NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
+FULL_HELP = "--help_lightning"
+OWN_WEIGHTS = "model"  # as `ckpt_path`
 
 TRUST = "false: you trust the checkpoint, which may hold objects and run their code"
 
 REQUIRE = "beside the rules, in each split: not-worse (accuracy has not fallen; the default), better (sign test), any"
 
+PROJECT_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
+    "ckpt_path": (str, f"the trained checkpoint; {OWN_WEIGHTS}: the weights that the code of the model loads itself"),
+    "weights_only": (bool, TRUST),
+}
 OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "repair": {
         "require": (Require, "of the unseen samples: better (sign test), not-worse (no net loss); any is the default")
@@ -56,28 +65,58 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
     The `RegressionFreeRepair` among the trainer's callbacks, if there is one, says how to repair, and `repair` goes
     before it.
     """
-    program, own = f"lightning-nrl {command}", OWN_ARGUMENTS.get(command, {})
-    if find_spec("jsonargparse") is None:
+    program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        _print_help(command, program, purpose, own)
+        raise SystemExit(0)
+    if not RequirementCache(NEEDED):
         hint = 'python -m pip install "lightning_nrl[cli]"'
-        raise RepairError(f"`{program}` reads YAML with jsonargparse, which is not installed.", hint)
-    sketch = _sketch(arguments)
+        raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
+    sketch = _sketch(program, arguments)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
-    cli = kind(
-        save_config_callback=None,
-        run=False,
-        args=[*_from_checkpoint(sketch), *arguments],
-        seed_everything_default=False,
-        parser_kwargs={"prog": program, "description": purpose},
-    )
+    try:
+        cli = kind(
+            save_config_callback=None,
+            run=False,
+            args=[*_from_checkpoint(sketch), *("--help" if word == FULL_HELP else word for word in arguments)],
+            seed_everything_default=False,
+            parser_kwargs={"prog": program, "description": purpose},
+        )
+    except ValueError as error:
+        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # what jsonargparse has made of ours
+        if isinstance(error, RepairError) or listed is None:
+            raise
+        raise ConfigurationError(listed[1], listed[2]) from None
     config = cli.config_init
     source = {
         "trainer": cli.trainer,
         "model": cli.model,
         "datamodule": cli.datamodule,
-        "ckpt_path": config.ckpt_path,
+        "ckpt_path": None if config.ckpt_path == OWN_WEIGHTS else config.ckpt_path,
         "weights_only": config.weights_only is not False,
     }
     return Project(source, cli.options(), {name: config[name] for name in own})
+
+
+def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
+    """Prints help for the arguments of this package; those of LightningCLI are named."""
+    usage = f"{program} --config config.yaml --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
+    lightning = (
+        "LightningCLI's arguments are taken too, without subcommands: --config, --model, --data, --trainer.ARGUMENT, "
+        f"--seed_everything and others. {FULL_HELP} prints them, and the types of those above."
+    )
+    parser = argparse.ArgumentParser(program, usage, purpose, lightning, add_help=False)
+    for name, (_, text) in own.items():
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text)
+    group = parser.add_argument_group("arguments of `RegressionFreeRepair`")
+    section = (inspect.getdoc(RegressionFreeRepair) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    for name, text in re.findall(r"^    (\w+): ((?:.|\n {5})*)", section, re.MULTILINE):
+        if command == "compare" and not heeded(command, name):
+            continue
+        inside = ", ".join(field.name for field in fields(OPTION_CLASSES[name])) if name in OPTION_CLASSES else ""
+        option, more = (f"{name}.FIELD", f" FIELD: {inside}.") if inside else (name, "")
+        group.add_argument(f"--repair.{option}", metavar="VALUE", help=text.replace("%", "%%") + more)
+    parser.print_help()
 
 
 class _ProjectArguments:
@@ -90,10 +129,12 @@ class _ProjectArguments:
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.defaults = parser.get_defaults().repair
         self.config = parser.parse_args(args)
+        if not any(self.config.get(name) for name in ("ckpt_path", "old", "new")):
+            problem = "`ckpt_path` is not given, and the model has no trained weights without."
+            hint = f"add --ckpt_path best.ckpt, or --ckpt_path {OWN_WEIGHTS} if its own code loads them."
+            raise ConfigurationError(problem, hint)
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="the checkpoint of the trained model")
-        parser.add_argument("--weights_only", type=bool | None, default=None, help=TRUST)
         parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
         for name, (kind, purpose) in self.own.items():
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
@@ -104,7 +145,7 @@ class _ProjectArguments:
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
             if _is_repair(entry.class_path):
-                for name, value in entry.get("init_args", {}).items():
+                for name, value in vars(entry.get("init_args", argparse.Namespace())).items():
                     if name in self.defaults and self.config.repair[name] == self.defaults[name]:
                         self.config.repair[name] = value
         self.config.trainer.callbacks = [entry for entry in listed if not _is_repair(entry.class_path)] or None
@@ -114,17 +155,14 @@ class _ProjectArguments:
         return {name: made[name] for name in vars(made) if given[name] != self.defaults[name]}
 
 
-def _sketch(arguments: Sequence[str]) -> dict[str, str | None]:
+def _sketch(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
     """Returns `model`, `data` and `ckpt_path`, which have to be known before the arguments can be parsed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", f"--{name}.class_path")
     parser.add_argument("--ckpt_path")
-    try:
-        given = parser.parse_known_args(arguments)[0]
-    except argparse.ArgumentError:
-        return dict.fromkeys(("model", "data", "ckpt_path"))
+    given = parser.parse_known_args(arguments)[0]
     found: dict[str, Any] = {}
     for config in _configurations(given.config):
         found |= config
@@ -135,7 +173,7 @@ def _sketch(arguments: Sequence[str]) -> dict[str, str | None]:
 def _from_checkpoint(sketch: Mapping[str, str | None]) -> Iterator[str]:
     """Yields arguments for a model and data that are not named, if the checkpoint is one of LightningCLI."""
     missing = [name for name in HYPER_PARAMETERS if sketch[name] is None]
-    if not missing or sketch["ckpt_path"] is None:
+    if not missing or sketch["ckpt_path"] in (None, OWN_WEIGHTS):
         return
     hint = "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values."
     checkpoint = load_mapping("ckpt_path", sketch["ckpt_path"], hint)
@@ -153,6 +191,9 @@ def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            hint = "give YAML, such as the config.yaml that LightningCLI writes; a checkpoint is `--ckpt_path`."
+            raise ConfigurationError(f"`config={str(path)!r}` is no text.", hint) from error
         except (OSError, ValueError, yaml.YAMLError):
             continue  # The parser says what is wrong with it.
         if isinstance(found, dict):

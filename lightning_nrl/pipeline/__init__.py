@@ -5,7 +5,7 @@ left as it is found.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
-from lightning_nrl.pipeline.patch_file import TensorChange, safetensors_installed
+from lightning_nrl.pipeline.patch_file import TensorChange
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import (
     TABLE_II,
@@ -31,5 +31,4 @@ __all__ = [
     "paper_row",
     "patch_checkpoint",
     "repair_module",
-    "safetensors_installed",
 ]

@@ -10,17 +10,18 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.errors import ConfigurationError
 
 WHOLE_TENSOR_SHARE = 1 / 3  # where more than this share of a tensor changed, all of it is kept
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -102,17 +103,6 @@ def _words(tensor: Tensor) -> Tensor:
     return flat.view(WORD_DTYPES[flat.element_size()])
 
 
-def safetensors_installed() -> bool:
-    """Whether patches can be written and read."""
-    return find_spec("safetensors") is not None
-
-
-def _check_installed() -> None:
-    if not safetensors_installed():
-        problem = "patches are safetensors files, and `safetensors` is not installed."
-        raise RepairError(problem, "python -m pip install safetensors")
-
-
 @dataclass(frozen=True)
 class ChangeRecord:
     """What a file says of one tensor: see `TensorChange`. One that is tied to another has the values of that one."""
@@ -144,9 +134,6 @@ def write_patch(
     report_json: str,
 ) -> None:
     """Writes a patch, whole or not at all; arguments as of `Patch`."""
-    _check_installed()
-    from safetensors.torch import save_file
-
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -178,9 +165,6 @@ def read_patch(path: str | Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _check_installed()
-    from safetensors import safe_open
-
     try:
         with safe_open(str(path), "pt") as file:
             names = file.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -18,6 +19,8 @@ from repository import ROOT
 from lightning_nrl import RepairReport
 from lightning_nrl.entrypoints import command_project as project_module
 from lightning_nrl.entrypoints.command_line import COMMANDS, main
+from lightning_nrl.entrypoints.command_project import read_project
+from lightning_nrl.errors import FilesWarning
 
 PAGE = (ROOT / "docs" / "command_line.md").read_text()
 
@@ -86,7 +89,24 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: lightning-nrl {command}")
-    assert ("--repair.target" in shown) == (command in ("repair", "diagnose", "compare"))
+    assert len(shown.splitlines()) < 120
+    project = command in ("repair", "diagnose", "compare")
+    assert ("--repair.target" in shown) == ("--help_lightning" in shown) == project
+    if project:
+        assert shown.index("--ckpt_path VALUE") < shown.index("--repair.target") < shown.index("--trainer")
+
+
+def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["repair", "--help_lightning"]) == 0
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
+def test_versions_are_printed_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_nrl", "--version"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"lightning_nrl \S+, torch \S+, pytorch-lightning ", found.stdout)
+    assert re.findall(r"\| +(torch|lightning|pytorch_lightning)$", found.stderr, re.MULTILINE) == []
+    assert '\nlightning-nrl = "lightning_nrl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_program_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +136,74 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
     assert "nowhere.yaml" in failing(folder, capsys, "--config", "nowhere.yaml")
     assert "no_such" in failing(folder, capsys, *project, "--model", "no_such.Model")
     assert "HINT" in failing(folder, capsys, "--ckpt_path", "nowhere.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--repair.search.n_scored -1", "`n_scored=-1` is out of range.\nHINT: give a whole number from 2."),
+        ("--repair.bounds.strength 7", "`strength=7.0` is no strength.\nHINT: "),
+        ("--repair.data.draws 0", "`draws=0` is out of range.\nHINT: "),
+        ('--repair.samples.quotas {"night":-5}', "`quotas`: -5 for 'night' is no quota.\nHINT: "),
+        (
+            "--repair.task lightning_nrl.tasks.Regression --repair.task.tolerance 0",
+            "`Regression.tolerance=0.0` is no ",
+        ),
+        ("--config nested.yaml", "`n_scored=-1` is out of range.\nHINT: "),
+        ("--model.hidden 12", "`ckpt_path='best.ckpt'` does not fit Classifier: size mismatch for network.1.weight"),
+        ("--config best.ckpt", "`config='best.ckpt'` is no text.\nHINT: "),
+    ],
+)
+def test_values_that_cannot_be_used_have_no_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    (folder / "nested.yaml").write_text(blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}"))
+    project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
+    assert f"error: {message}" in failing(folder, capsys, *project, *arguments.split())
+
+
+def test_options_of_the_callback_of_the_trainer_are_heeded(folder: Path) -> None:
+    nested = "data: {failed: train}\n        method: {class_path: lightning_nrl.ParticleSwarm}"
+    (folder / "options.yaml").write_text(blocks("yaml")[0].replace("unseen: test", nested))
+    options = read_project("repair", "", ["--config", "options.yaml", "--ckpt_path", "best.ckpt"]).options
+    assert (options["data"].failed, type(options["method"]).__name__) == ("train", "ParticleSwarm")
+
+
+@pytest.mark.parametrize("command", ["repair", "diagnose", "compare"])
+def test_weights_that_nobody_has_trained_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([command, "--config", "config.yaml"]) == 2
+    assert "error: `ckpt_path` is not given" in (said := capsys.readouterr().err)
+    assert "--ckpt_path model if its own code loads them" in said
+    assert read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source["ckpt_path"] is None
+
+
+CONVEX = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.method", "convex", "--repair.dirpath"]
+
+
+def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("best.ckpt", "best.ckpt/inside"):
+        assert main(["repair", *CONVEX, place]) == 3
+        out, err = capsys.readouterr()
+        assert f"error: `dirpath`: {place} cannot be written to" in err
+        assert "network.3" not in out  # no line of a report
+
+
+def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **how: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(FilesWarning, match="No space left"):
+        assert main(["repair", *CONVEX, "full"]) == 3
+    out, err = capsys.readouterr()
+    assert "error: `dirpath`: repaired.ckpt could not be written, so the repair is lost." in err
+    assert "REPAIRED" not in out
 
 
 def test_a_fault_of_the_project_ends_with_2_and_its_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,9 +293,13 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
 def test_without_jsonargparse_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(project_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(project_module, "RequirementCache", lambda requirement: False)  # part of it may be there
+    assert main(["repair", "--help"]) == 0
     assert main(["repair"]) == 2
-    assert "lightning_nrl[cli]" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    (needed,) = re.findall(r"reads YAML with (\S+), which is not installed", said)
+    assert f'\ncli = ["{needed}"]\n' in (ROOT / "pyproject.toml").read_text()
+    assert said.endswith('HINT: python -m pip install "lightning_nrl[cli]"\n')
 
 
 def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder: Path) -> None:

@@ -113,7 +113,7 @@ def test_an_exception_leaves_no_trace(
         fit(tmp_path, repair, Shift(), checkpoint)
     assert checkpoint.best_model_path
     assert_same(repair.before, repair.after)
-    assert repair.repaired_model_path == ""
+    assert repair.repaired_model_path is None
 
 
 class Shift(Callback):

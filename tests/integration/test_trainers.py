@@ -59,7 +59,7 @@ def test_a_fast_run_of_a_few_batches_repairs_on_those_and_writes_nothing(tmp_pat
     fit(tmp_path, repair, fast_dev_run=2)
     assert [split.n for split in repair.report.splits] == [64, 128]
     assert repair.report.files == {}
-    assert repair.repaired_model_path == ""
+    assert repair.repaired_model_path is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,9 +13,12 @@ from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
 
 def fit(path: Path, repair: RegressionFreeRepair) -> None:
     model, remember = Classifier(), Remember()
-    quiet_trainer(path, remember, repair, max_epochs=1).fit(model, datamodule=Digits())
+    trainer = quiet_trainer(path, remember, repair, max_epochs=1)
+    trainer.fit(model, datamodule=Digits())
+    (result,) = trainer.test(model, ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False)
+    assert result["test_right"] == int(right(model, Digits().test).sum())
     assert same(model, remember.state)
-    assert repair.repaired_model_path == ""
+    assert repair.repaired_model_path is None
     assert not (path / "repair" / "repaired.ckpt").exists()
     assert (path / "repair" / "report.json").exists()
 

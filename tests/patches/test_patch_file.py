@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
-from lightning_nrl.errors import ConfigurationError, RepairError
-from lightning_nrl.pipeline import Patch, patch_file
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.pipeline import Patch
 from lightning_nrl.pipeline.patch_file import _digest
 
 OLD = {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(4), "c": torch.zeros(2)}
@@ -130,9 +130,3 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     for name in ("model.ckpt", "nowhere", "."):
         with pytest.raises(ConfigurationError, match=r"(?s)cannot be read.*HINT"):
             Patch.load(tmp_path / name)
-
-
-def test_without_safetensors_the_error_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_file, "find_spec", lambda name: None)
-    with pytest.raises(RepairError, match=r"(?s)`safetensors` is not installed.*pip install safetensors"):
-        Patch.load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -38,9 +39,16 @@ def reading_checkpoints(
     if isinstance(stored, _CheckpointReader) or not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
         yield
         return
-    strategy.checkpoint_io = _CheckpointReader(stored, argument, weights_only, otherwise)
+    strategy.checkpoint_io = reader = _CheckpointReader(stored, argument, weights_only, otherwise)
     try:
         yield
+    except RuntimeError as error:
+        _, misfit, found = str(error).partition("Error(s) in loading state_dict for ")
+        if not misfit or not reader.path:
+            raise
+        problem = f"`{argument}={reader.path!r}` does not fit {shorten(found, 300)}"
+        hint = "make the model with the hyperparameters with which the checkpoint was trained."
+        raise ConfigurationError(problem, hint) from error
     finally:
         strategy.checkpoint_io = stored
 
@@ -51,6 +59,7 @@ class _CheckpointReader(WrappingCheckpointIOBase):
     def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
         super().__init__(stored)
         self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
+        self.path = ""  # what was read last
 
     @override
     def teardown(self) -> None:
@@ -72,6 +81,7 @@ class _CheckpointReader(WrappingCheckpointIOBase):
                 f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).",
                 f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
             ) from error
+        self.path = str(path)
         return found
 
 
