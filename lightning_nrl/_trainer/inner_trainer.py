@@ -66,10 +66,13 @@ def copied_module(
     files; callbacks of `left_out` and `LEFT_OUT` are dropped. With a `rate` it gets AdamW for its own optimizers.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
-    try:
-        new = copy.deepcopy(module, dict(memo))
-    except Exception:
-        new = copy.deepcopy(module, {**memo, **_not_copied(module, memo)})
+    with torch.no_grad():  # else those of scripted modules would not be leaves
+        try:
+            new = copy.deepcopy(module, dict(memo))
+        except Exception:
+            new = copy.deepcopy(module, {**memo, **_not_copied(module, memo)})
+    for old, own in zip(module.parameters(), new.parameters(), strict=True):
+        own.requires_grad_(old.requires_grad)
     release_copy(new)
     for part, training in zip(new.modules(), modes, strict=True):
         part.training = training

@@ -26,9 +26,10 @@ from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
-from lightning_nrl.tasks import Task
+from lightning_nrl.tasks import Task, class_logits
 
 SAME_OUTPUT_TOLERANCE = 1e-3  # share of the largest value by which two ways to the same outputs may differ
+FEWEST_PROBABILITIES = 8  # samples; fewer logits, one each, may lie between 0 and 1 by chance
 LAYER_TOLERANCE = 1e-3  # relative distance by which a layer's inputs or outputs may differ between two ways to the same
 SEEDS_OF_AUGMENTATION = 4  # how often a step that augments at random is run, to see how far its inputs spread
 SPREAD_FACTOR = 3.0  # how much farther than from each other its inputs may lie from ours, on average
@@ -79,6 +80,8 @@ class PredictStep(ModelCall):
         if not self.gives_probabilities:
             return output
         probabilities = self.task.logits(output)
+        if probabilities.shape[1] == 1:
+            return probabilities.logit(torch.finfo(probabilities.dtype).eps)
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
@@ -132,9 +135,9 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
             )
         _warn(f"gives {kind}, no logits")
         return adapter
-    probable = _are_probabilities(own)
+    probable = _are_probabilities(own, task)
     if logits is not None and logits.shape == own.shape:
-        same = (logits, logits.softmax(1)) if probable else (logits,)
+        same = (logits, class_logits(logits).softmax(1)[:, -logits.shape[1] :]) if probable else (logits,)
         if any(_is_close(x, own) for x in same):
             return adapter
     call = replace(call, gives_probabilities=probable)
@@ -158,8 +161,10 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= SAME_OUTPUT_TOLERANCE * b.abs().max())
 
 
-def _are_probabilities(x: Tensor) -> bool:
+def _are_probabilities(x: Tensor, task: Task) -> bool:
     x = x.float()
+    if x.shape[1:] == (1,) and task.prediction(x) is not None:
+        return len(x) >= FEWEST_PROBABILITIES and bool(((x >= 0) & (x <= 1)).all())
     return x.ndim > 1 and bool((x >= 0).all()) and bool(((x.sum(1) - 1).abs() < 1e-2).all())
 
 

@@ -38,7 +38,7 @@ def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep identity and memory, since
     optimizers hold them, and only what differs is written. Nested uses share one copy.
     """
-    modules = list(model.modules())
+    modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted one has none
     flags = [module.training for module in modules]
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
@@ -169,10 +169,11 @@ class _TensorSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         tensors, values = self._tensors, self._values
-        if [name for name in tensors if name in values] != list(values):
+        now = [name for name, _ in tensors.items()]  # scripted modules have no other iterator
+        if [name for name in now if name in values] != list(values):
             # Optimizers count parameters in their order.
             later = {name: value for name, value in tensors.items() if name not in values}
-            for name in list(tensors):
+            for name in now:
                 del tensors[name]
             tensors.update({**values, **later})
         for name, value in values.items():

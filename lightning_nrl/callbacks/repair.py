@@ -75,8 +75,8 @@ class RegressionFreeRepair(RepairCallback):
             `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
-        task: what passed and loss mean: `multiclass`, `multilabel`, `segmentation`, `sequence`, or an object of
-            `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: multiclass classification from logits.
+        task: what passed and loss mean: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or an
+            object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: one class a sample, from logits.
         reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
             of its predictions, or an `OldModel`. Known samples that it gets right and the new one wrong are repaired.
         unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a

@@ -276,6 +276,12 @@ def _classes(target: Target, classes: Tensor | None) -> Tensor:
     return classes
 
 
+def classes_in(target: Target) -> set[int]:
+    """Returns the classes that a target names."""
+    found = {value for value in vars(target).values() if isinstance(target, (Label, Confusion))}
+    return found.union(*(classes_in(part) for part in vars(target).values() if isinstance(part, Target)))
+
+
 def parse_target(target: str | Target) -> Target:
     """Reads a target from text, as `str(target)` gives it; a target is given back as it is.
 

@@ -19,11 +19,11 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source, run_model, tensors_in, unpacked
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, classes_in
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Multiclass, Task, class_logits
 
 Forward = Callable[..., Any]
 """A model, or a function that calls it."""
@@ -134,6 +134,7 @@ class Evaluator:
 
     def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
+        output: Tensor | None = None
         for number, batch in enumerate(source):
             poll()
             try:
@@ -150,7 +151,10 @@ class Evaluator:
             for name, column in columns.items():
                 parts[name].append(column)
         # Column by column, so that each is held twice for a moment only.
-        return {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
+        table = {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
+        if output is not None and output.shape[1:] == (1,):
+            _warn_of_probabilities(source.split, table)
+        return table
 
 
 @dataclass
@@ -161,6 +165,13 @@ class _Marker:
     split: str
     targets_failures: bool
     applies: bool = True  # whether the target could be applied so far
+
+    def check(self, n_classes: int) -> None:
+        """Refuses a class that the model does not have."""
+        most = -1 if self.target is None else max(classes_in(self.target), default=-1)
+        if most >= n_classes:
+            hint = f"the model has the classes 0 to {n_classes - 1}; name one of these."
+            raise ConfigurationError(f"`target='{self.target}'`: there is no class {most}.", hint)
 
     def __call__(
         self, batch: Batch, label: Tensor | None, prediction: Tensor | None, passed: Tensor
@@ -183,6 +194,15 @@ class _Marker:
         return nothing, ~nothing
 
 
+def _warn_of_probabilities(split: str, table: Table) -> None:
+    """Warns if single logits seem to be probabilities: from 0 to 1, and 0.5 divides them better than a constant."""
+    is_1, margin = table["label"] == 1, table["margin"]
+    output, most = torch.where(is_1, margin, -margin), max(int(is_1.sum()), int((~is_1).sum()))
+    if bool(((output >= 0) & (output <= 1)).all()) and int(((output > 0.5) == is_1).sum()) > most:
+        problem = f"`task`: all outputs on `{split}` data are from 0 to 1 and taken for logits, above 0 is class 1."
+        warnings.warn(DataWarning(problem, "for probabilities return what the sigmoid gets."), stacklevel=2)
+
+
 def _check_count(batch: Batch, output: Tensor) -> None:
     if output.shape[:1] != (len(batch),):
         raise ConfigurationError(
@@ -202,7 +222,7 @@ def _with_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tupl
     unusable = label < 0
     is_plain = isinstance(target, Tensor) and not target.is_floating_point() and target.shape == label.shape
     if is_plain and output.ndim == 2 and not check:
-        unusable = unusable | (label >= output.shape[1])
+        unusable = unusable | (label >= class_logits(output).shape[1])
     if not bool(unusable.any()):
         return batch, None
     if not is_plain:
@@ -241,6 +261,8 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table
             kind: Kind = "bool" if name == "passed" else "number"
             check_per_sample(f"`task`: `{name}` of {type(task).__name__}", column, n, kind, tensors_only=True)
     unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
+    if prediction is not None and output.ndim == 2 and output.shape[1] > 1:
+        marker.check(output.shape[1])
     targeted, in_target = marker(batch, label, prediction, passed)
     return {
         "position": batch.position,

@@ -17,6 +17,7 @@ from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.tasks import class_logits
 
 MAX_SAMPLES = 20_000
 """Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
@@ -27,7 +28,7 @@ class Features(NamedTuple):
 
     rows: Tensor  # n int64 on the CPU, rows of the results, ascending
     inputs: Tensor  # n x D, at least float32
-    logits: Tensor  # n x C
+    logits: Tensor  # n x C, see `class_logits`
 
 
 class HeadFeatures(NamedTuple):
@@ -96,7 +97,7 @@ class _HeadRecorder:
         logits = self.evaluator.task.logits(output)
         if len(calls) == 1 and logits.ndim == 2 and torch.equal(calls[0][1], logits):
             self.inputs.append(at_least_float32(calls[0][0]))
-            self.logits.append(calls[0][1].to(self.inputs[-1].dtype))
+            self.logits.append(class_logits(calls[0][1]).to(self.inputs[-1].dtype))
         else:
             self.head = None
         return output

@@ -189,7 +189,7 @@ def _names(
     found_outside = _outside_tree(modules)
     if found_outside:
         raise _outside_error("auto", next(iter(found_outside)))
-    hint = f"only {KINDS} can be repaired; a recurrent layer has to be named."
+    hint = f"only {KINDS} can be repaired, not scripted (`torch.jit`); a recurrent layer has to be named."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
 

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import RATES, Rate, flip_rates
 from lightning_nrl.evaluation.sample_results import flip_masks
+from lightning_nrl.tasks import class_logits
 
 __all__ = [
     "BackwardErrorCompatibility",
@@ -41,7 +42,7 @@ __all__ = [
 def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
     """Which predictions are right, `N x ...` bool; logits with a NaN are not."""
     if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
-        return (preds.argmax(1) == target) & ~preds.isnan().any(1)
+        return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
     if preds.shape == target.shape and not preds.is_floating_point():
         return preds == target
     raise ConfigurationError(

@@ -213,6 +213,8 @@ def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
     site = problem.space.sites[0]
     weight, bias = site.module.weight.detach(), _bias_name(problem)
     n_in = weight.shape[1]
+    if len(weight) == 1:
+        change = change[1:] - change[:1]
     state = {next(iter(site.parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
     if bias is not None and site.module.bias is not None:
         state[bias] = (site.module.bias.detach() + change[:, n_in]).to(weight.dtype)
@@ -267,7 +269,7 @@ class _KnownHead:
 
 @torch.no_grad()
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The layer's inputs, `N x d`, and outputs, `N x C`, by row of the results, at least float32."""
+    """The layer's inputs, `N x d`, and logits, `N x C`, by row of the results, at least float32."""
     collective = problem.collective
     try:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
@@ -284,7 +286,8 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
-    return features, logits
+    # One logit a sample is that of class 1 over a 0.
+    return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
 def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:

@@ -63,7 +63,7 @@ class TensorChange:
             raise ConfigurationError(f"`{name}` is {pair}.", "give two states of the same model.")
         old, new = (value.detach().resolve_conj().cpu().contiguous() for value in (old, new))
         differs = _words(old) != _words(new)
-        at = differs.reshape(old.numel(), -1).any(1).nonzero().flatten()
+        at = (differs.any(1) if old.is_complex() else differs).nonzero().flatten()
         if not len(at):
             return None
         hashes = hash_tensor(old), hash_tensor(new)

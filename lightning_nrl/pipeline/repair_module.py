@@ -267,6 +267,8 @@ def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Set
     failed = ~baseline.known.passed
     counts = ", ".join(f"{int(failed[baseline.known.of(source.split)].sum())} in {source.split}" for source in known)
     where = " and ".join(source.split for source in known if source.failed)
+    if not any(baseline.known.in_target[baseline.known.of(source.split)].any() for source in known if source.failed):
+        return f"no sample of {where}, right or wrong, is in the target ({target})."
     return f"no failed sample of {where} is in the target ({target}); failures in all: {counts}."
 
 

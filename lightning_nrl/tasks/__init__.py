@@ -3,14 +3,15 @@
 In: what the model gives, and the truth. Out: passed, loss and margin of each sample. All other packages ask a task.
 """
 
-from lightning_nrl.tasks.classification import Multiclass, Multilabel
+from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel
 from lightning_nrl.tasks.custom import Custom, NamedHead
 from lightning_nrl.tasks.elements import Segmentation, Sequence
 from lightning_nrl.tasks.regression import Regression
-from lightning_nrl.tasks.task import TASKS, Task, parse_task
+from lightning_nrl.tasks.task import TASKS, Task, class_logits, parse_task
 
 __all__ = [
     "TASKS",
+    "Binary",
     "Custom",
     "Multiclass",
     "Multilabel",
@@ -19,5 +20,6 @@ __all__ = [
     "Segmentation",
     "Sequence",
     "Task",
+    "class_logits",
     "parse_task",
 ]

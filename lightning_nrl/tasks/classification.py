@@ -1,4 +1,4 @@
-"""`Multiclass`, one class a sample, and `Multilabel`, any number of labels a sample."""
+"""`Multiclass` and `Binary`, one class a sample, and `Multilabel`, any number of labels a sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
-from lightning_nrl.tasks.task import TASKS, Task, class_divergence, masked_mean
+from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
 
 PROBABILITY_ROUNDING = 1e-2
 """How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
@@ -23,14 +23,15 @@ PROBABILITY_ROUNDING = 1e-2
 class Multiclass(Task):
     """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32.
 
-    The truth is a class number a sample, `n` or `n x 1`, whole or float; or `n x C` probabilities, one-hot or soft. Of
-    probabilities the largest says which class is right, and the loss is the cross entropy with all of them.
+    One logit a sample, `n` or `n x 1`, is judged as `Binary` says. The truth is a class number a sample, `n` or
+    `n x 1`, whole or float; or `n x C` probabilities, one-hot or soft. Of probabilities the largest says which class is
+    right, and the loss is the cross entropy with all of them.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
         """Refuses counts that do not fit, and a label without a logit, which on a GPU would end the process."""
         self.prediction(output)
-        label, classes = self.label(target), output.shape[1]
+        label, classes = self.label(target), class_logits(output).shape[1]
         if len(label) != len(output):
             raise ConfigurationError(
                 f"`task`: the model returned {len(output)} rows of logits for {len(label)} targets.",
@@ -39,8 +40,8 @@ class Multiclass(Task):
         self._check_values(target, classes)
         if len(label) and int(label.max()) >= classes:
             raise ConfigurationError(
-                f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
-                f"labels are whole numbers from 0 to {classes - 1}; pass an `adapter` that makes them so.",
+                f"`task`: there is a label {int(label.max())}, and the model returned {list(output.shape)} logits.",
+                f"give labels from 0 to {classes - 1}; numbers to be predicted are for `Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
@@ -48,24 +49,28 @@ class Multiclass(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         # A label below 0 is no class: an `Evaluator` refuses such samples by name, after a whole pass.
-        output = at_least_float32(output)
+        output = at_least_float32(class_logits(output))
         truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
         return F.cross_entropy(output, truth, reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
-        output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
+        output, label = at_least_float32(class_logits(output)), self.label(target).clamp_min(0)[:, None]
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        return class_divergence(output, teacher)
+        return class_divergence(class_logits(output), class_logits(teacher))
+
+    def logits(self, output: Any) -> Tensor:
+        found = super().logits(output)
+        return found[:, None] if found.ndim == 1 else found
 
     def prediction(self, output: Tensor) -> Tensor:
-        if output.ndim != 2 or output.shape[1] < 2:
+        if output.ndim not in (1, 2) or output.shape[1:] == (0,):
             raise ConfigurationError(
                 f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                "return one logit for each of two or more classes, or pass a `Task` that fits as `task=`.",
+                "return one logit for each class, of two classes one will do, or pass a `Task` that fits as `task=`.",
             )
-        return output.argmax(1)
+        return class_logits(output).argmax(1)
 
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
@@ -94,6 +99,23 @@ class Multiclass(Task):
 
 def _is_soft(target: Tensor) -> bool:
     return target.ndim == 2 and target.shape[1] > 1
+
+
+@TASKS.register("binary")
+class Binary(Multiclass):
+    """One of two classes from one logit a sample, `n` or `n x 1`: class 1 above 0, class 0 at 0 and below.
+
+    The loss is binary cross entropy. The truth is 0 or 1 a sample, `n` or `n x 1`, of any dtype. `Multiclass`, the
+    default, judges such logits in the same way; this one refuses others.
+    """
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        if output.shape[1:] not in ((), (1,)):
+            raise ConfigurationError(
+                f"`task`: binary needs one logit a sample, the model returned {list(output.shape)}.",
+                "return [samples] or [samples, 1], or take `task='multiclass'`.",
+            )
+        super().check(output, target)
 
 
 @TASKS.register("multilabel")

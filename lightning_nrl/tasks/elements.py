@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_nrl._utils.checks import described, is_class
 from lightning_nrl._utils.device import at_least_float32, widest
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.tasks.task import TASKS, Task, class_divergence, masked_mean
+from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
 
 
 class Elements(NamedTuple):
@@ -35,6 +35,16 @@ class Elements(NamedTuple):
         """The same, and the class of that largest other logit, `n x E` int64."""
         best, rival = self._others().max(1)
         return self._above(best), rival
+
+    def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
+        """True for each element whose class is the arg max, of equals the first, and whose lead is its reserve or more.
+
+        `n x E` bool of leads, `n x E`, and reserves, `n`.
+        """
+        right, tied = lead > 0, lead == 0
+        if lead.device.type != "cpu" or bool(tied.any()):
+            right |= tied & (self.logits.argmax(1) == self.label)
+        return right if reserve is None else right & (lead >= reserve[:, None])
 
     def _others(self) -> Tensor:
         return self.logits.clone().scatter_(1, self.label[:, None], -torch.inf)
@@ -73,7 +83,7 @@ class ElementsTask(Task):
 
     def labels(self, target: Any, ndim: int) -> Tensor:
         """Returns the true classes, `n x ...` int64, of so many dimensions; refuses anything else."""
-        if isinstance(target, Tensor) and not target.is_floating_point() and target.ndim > 1:
+        if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
             f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {described(target)}.",
@@ -89,12 +99,12 @@ class ElementsTask(Task):
                 f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
                 self._shapes_hint(output, label),
             )
-        classes, counts = logits.shape[1], label != self.ignore_index
-        wrong = counts & ((label < 0) | (label >= classes))
+        given, n_classes, counts = target.reshape(label.shape), logits.shape[1], label != self.ignore_index
+        wrong = counts & ((label < 0) | (label >= n_classes) | (label != given))
         if wrong.any():
             raise ConfigurationError(
-                f"`task`: there is a label {int(label[wrong][0])}, and the model returned {classes} logits an element.",
-                f"labels are from 0 to {classes - 1}; set `ignore_index` if that one means no class.",
+                f"`task`: there is a label {given[wrong][0]:g}, and the model returned {n_classes} logits an element.",
+                f"labels are whole numbers from 0 to {n_classes - 1}; set `ignore_index` if that one means no class.",
             )
         empty = int((~counts.flatten(1).any(1)).sum())
         if empty:
@@ -150,7 +160,7 @@ def _cross_entropy(elements: Elements) -> Tensor:
 class Sequence(ElementsTask):
     """Token classification: a sequence is right if its tokens are, all of them or a share.
 
-    A token is right if the logit of its class is above all others. The margin of a sequence is that of its least
+    A token is right if its class is the arg max of its logits. The margin of a sequence is that of its least
     certain token, the allowed number of wrong ones left out.
 
     Attributes:
@@ -186,8 +196,7 @@ class Sequence(ElementsTask):
         return f"Sequence: {'every token' if self.share == 1 else f'at least {self.share:.4g} of the tokens'} right"
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        lead = elements.lead()
-        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
+        right = elements.right(elements.lead(), reserve)
         # The margin is the lead in this place of the ranking, so at most so many tokens lie below.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
@@ -226,16 +235,15 @@ WINDOW = 0.02  # the part of an image's pixels, by rank around the deciding one,
 class Segmentation(ElementsTask):
     """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a threshold.
 
-    The mean is over the classes that are present in the image's truth. A pixel is right if the logit of its class is
-    above all others, else it goes to the best other class. Outputs are `n x C x H x W` (or any number of dimensions of
-    pixels), or `n x 1 x H x W` for two classes, one logit that is above 0 for class 1; targets are `n x H x W`, for two
-    classes also `n x 1 x H x W`, whole or bool.
+    The mean is over the classes that are present in the image's truth. A pixel is right if its class is the arg max
+    of its logits, else it goes to the best other class. Outputs are `n x C x H x W` (or any number of dimensions of
+    pixels), or `n x 1 x H x W` for two classes, one logit that is above 0 for class 1; targets are `n x H x W` or
+    `n x 1 x H x W`, whole numbers of any dtype or bools.
 
     The margin is how many logits the image has to spare: the largest number by which the lead of every pixel's true
-    class could shrink before the IoU falls below the threshold. So it is above 0 exactly where the image is right, it
-    is the lead of one pixel, the deciding one, and it is found by ranking pixels. The gradient is the mean over the
-    pixels next to that one in rank, since a single one says little of a whole image (the derivative of a quantile is
-    the mean change of what lies at it).
+    class could shrink before the IoU falls below the threshold: the lead of one pixel, the deciding one, which is found
+    by ranking pixels. The gradient is the mean over the pixels next to that one in rank, since a single one says little
+    of a whole image (the derivative of a quantile is the mean change of what lies at it).
 
     Attributes:
         iou: the threshold, above 0 to 1.
@@ -284,8 +292,7 @@ class Segmentation(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         lead, rival = elements.lead_and_rival()
-        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
-        return self._reaches(elements, elements.label, rival, elements.counts, right)
+        return self._reaches(elements, elements.label, rival, elements.counts, elements.right(lead, reserve))
 
     def elements_margin(self, elements: Elements) -> Tensor:
         """The lead of the deciding pixel, `n`: with all more certain ones right, it is the one that is needed too."""
@@ -315,8 +322,7 @@ class Segmentation(ElementsTask):
                 f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
                 "return one logit for each class and pixel; for two classes one logit a pixel will do.",
             )
-        # The sigmoid of a logit is the softmax of 0 and that logit.
-        return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
+        return class_logits(output)
 
     def labels(self, target: Any, ndim: int) -> Tensor:
         if isinstance(target, Tensor) and target.ndim == ndim + 1 and target.shape[1] == 1:

@@ -83,7 +83,8 @@ class Task(ABC):
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
         """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
 
-        Differentiable. None where the task has no such number; then only methods without gradients can repair.
+        Differentiable. 0 only on a tie, such as of two logits, which arg max decides. None where the task has no such
+        number; then only methods without gradients can repair.
         """
         return None
 
@@ -112,6 +113,13 @@ class Task(ABC):
     def __str__(self) -> str:
         """What right means, in words, as reports print it."""
         return type(self).__name__
+
+
+def class_logits(output: Tensor) -> Tensor:
+    """Returns logits of two or more classes, `n x C x ...`: a single logit is that of class 1, class 0 has 0."""
+    output = output[:, None] if output.ndim == 1 else output
+    # The sigmoid of a logit is the softmax of 0 and that logit.
+    return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:

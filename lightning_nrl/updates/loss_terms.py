@@ -26,7 +26,7 @@ from lightning_nrl.data.batch import Adapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.logit_cache import EASY_MARGIN, LogitCache
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task, class_logits, parse_task
 from lightning_nrl.updates.old_model import Classes, table_of
 from lightning_nrl.updates.predictions import Predictions
 
@@ -97,7 +97,7 @@ class FocalDistillation(Term):
                 "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
                 "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
-        taught = output if old.columns is None else output[:, old.columns]
+        taught = output if old.columns is None else class_logits(output)[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
@@ -216,7 +216,8 @@ class ModelTeacher:
                 self.cache.put(rows, output)
         if self.classes is None:
             return OldAnswers(self.task.right(output, target), output, self.task.margin(output, target))
-        wide, new, old = _relaid(output, self.classes, like.shape[1])
+        output = class_logits(output)
+        wide, new, old = _relaid(output, self.classes, class_logits(like).shape[1])
         passed = self.task.passed(wide, target) & output.isfinite().all(1)
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 

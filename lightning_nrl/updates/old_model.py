@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.report import Role
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
@@ -169,7 +169,7 @@ class _MappedMulticlass(Multiclass):
 
     def prediction(self, output: Tensor) -> Tensor:
         old = super().prediction(output)
-        numbers = torch.full((max(output.shape[1], max(self.table) + 1),), -1, device=old.device)
+        numbers = torch.full((max(class_logits(output).shape[1], max(self.table) + 1),), -1, device=old.device)
         for was, now in self.table.items():
             numbers[was] = now
         return numbers[old]

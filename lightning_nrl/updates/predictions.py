@@ -74,7 +74,7 @@ def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: 
                 raise line.refused(f"{len(values)} values for {len(header)} columns")
             yield line
             continue
-        header = values
+        header = [name.strip() for name in values]
         missing = [column for column in columns if column not in header]
         if missing or len(set(header)) < len(header):
             problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"

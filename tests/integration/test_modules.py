@@ -79,6 +79,14 @@ class ScheduledBySteps(Scheduled):
         return self.trainer.max_steps
 
 
+class Scripted(Classifier):
+    """Its network is no Python any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.jit.script(self.network)
+
+
 class Uncopyable(Classifier):
     """Holds what no copy can hold: locks, a file, a generator, a result with its graph."""
 
@@ -105,6 +113,7 @@ class Uncopyable(Classifier):
         (ScheduledByLoader, {}),
         (ScheduledBySteps, {"max_steps": 24, "max_epochs": -1}),
         (Uncopyable, {}),
+        (Scripted, {}),
     ],
 )
 def test_the_training_goes_on(tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]) -> None:

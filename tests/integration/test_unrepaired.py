@@ -27,7 +27,9 @@ def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_pat
     repair = quick_repair(target=Target.where(nobody, name="purple digits"))
     fit(tmp_path, repair)
     assert repair.report.status == "nothing to repair"
-    assert repair.report.reason.startswith("no failed sample of repair is in the target (where purple digits)")
+    assert repair.report.reason.startswith(
+        "no sample of repair, right or wrong, is in the target (where purple digits)"
+    )
     assert all(split.targeted == split.broken == split.repaired == 0 for split in repair.report.splits)
 
 

@@ -55,6 +55,8 @@ def test_every_rate_follows_its_formula(rate: Rate, expected: float) -> None:
     [
         (OLD, NEW, TARGET, [5, 2, 3, 1]),
         (logits(OLD), logits(NEW, 7), TARGET, [5, 2, 3, 1]),  # models that know different numbers of classes
+        # One logit is that of class 1 over a 0.
+        (torch.tensor([[2.0], [-1.0]]), torch.tensor([[2.0], [1.0]]), torch.tensor([1, 0]), [1, 1, 0, 0]),
         (DENSE[0], DENSE[1], DENSE[2], [1, 1, 1, 1]),
         (logits(DENSE[0]), logits(DENSE[1]), DENSE[2], [1, 1, 1, 1]),
         # NaN logits are wrong even where argmax hits the target.

@@ -79,7 +79,8 @@ def test_a_file_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, n: int) -> N
     generator = torch.Generator().manual_seed(0)
     old = torch.randint(0, 256, (24 * dtype.itemsize,), generator=generator, dtype=torch.uint8).numpy().tobytes()
     new = bytes(x ^ 1 for x in old[: n * dtype.itemsize]) + old[n * dtype.itemsize :]
-    before, after = ({"a.b": of_bytes(content, dtype).view(2, 12)} for content in (old, new))
+    empty = torch.zeros(0, 3, dtype=dtype)  # such as an unused embedding
+    before, after = ({"a.b": of_bytes(content, dtype).view(2, 12), "none": empty.clone()} for content in (old, new))
     Patch.between(before, after).save(tmp_path / "p.safetensors")
     patch = Patch.load(tmp_path / "p.safetensors")
     assert patch.n_changed == (1 if n == 1 else 24)

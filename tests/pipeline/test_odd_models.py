@@ -58,6 +58,19 @@ class TwoHeads(nn.Module):
         return self.last(F.relu(self.first(x))) + self.twin(F.relu(x @ self.first.weight.T))
 
 
+def scripted() -> nn.Module:
+    return torch.jit.script(mlp())  # type: ignore[no-any-return]
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(mlp(), torch.zeros(2, 4))  # type: ignore[no-any-return]
+
+
+def frozen_body() -> nn.Module:
+    model = mlp().eval()
+    return nn.Sequential(torch.jit.freeze(torch.jit.script(model[:2].eval())), model[2])
+
+
 ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "weight norm": (lambda: parametrised(weight_norm), "has no floating-point weight of its own"),
     "spectral norm": (lambda: parametrised(spectral_norm), "has no floating-point weight of its own"),
@@ -65,6 +78,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "functions": (ByFunctions, "is never called"),
     "parameters": (Bare, "found no Linear layer"),
     "shared": (TwoHeads, "shares its weights"),
+    "scripted": (scripted, r"found no Linear layer[\s\S]*not scripted"),
 }
 
 
@@ -76,7 +90,7 @@ def test_only_a_method_that_trains_does_without_a_layer_to_be_searched(kind: str
         run_sanity_check(Evaluator(make()), known(), quick())
 
 
-@pytest.mark.parametrize("kind", ["weight norm", "functions", "parameters"])
+@pytest.mark.parametrize("kind", ["weight norm", "functions", "parameters", "scripted"])
 def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
     make, reason = ODD[kind]
     model, data = trained(make), known()
@@ -85,7 +99,7 @@ def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
     report = outcome.report
     assert report.status == "repaired"
     assert [rung.name for rung in report.rungs if rung.taken] == ["training"]
-    assert reason in report.rungs[0].note
+    assert reason.partition("[")[0] in report.rungs[0].note
     assert outcome.write(model)
     after = [right(model, source) for source in data]
     assert all(bool(a[b].all()) for b, a in zip(before, after, strict=True))
@@ -94,6 +108,15 @@ def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
     )
     with pytest.raises(RepairError, match=reason):
         run_sanity_check(Evaluator(model), data, quick())
+
+
+@pytest.mark.parametrize("make", [traced, frozen_body])
+def test_parts_by_torch_jit_come_back_as_they_were(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    report = repair_module(model, known(), Settings(method="finetune-polish")).report
+    assert report.status == "repaired"
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
 def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:

@@ -146,12 +146,27 @@ def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: 
 
 
 def test_without_failures_there_is_nothing_to_repair() -> None:
-    outcome = repair_module(trained(), known(), quick(target=Target.label(7)))
+    model = trained()
+
+    def is_passed(batch: Any) -> Tensor:
+        return model(batch[0]).argmax(1) == batch[1]
+
+    outcome = repair_module(model, known(), quick(target=Target.where(is_passed)))
     assert outcome == Outcome(outcome.report)
     assert outcome.report.status == "nothing to repair"
-    assert "no failed sample of new is in the target (label 7); failures in all:" in outcome.report.reason
+    assert "no failed sample of new is in the target (where is_passed); failures in all:" in outcome.report.reason
     assert list(outcome.report.seconds) == ["collect"]
     assert outcome.report.localization is outcome.report.search is None
+
+
+def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() -> None:
+    sources = [replace(source, targets=source.targets.clamp_max(1)) for source in known()]
+    report = repair_module(trained(), sources, quick(target=Target.label(2))).report
+    assert report.status == "nothing to repair"
+    assert report.reason == "no sample of new, right or wrong, is in the target (label 2)."
+    for target in (Target.label(7), Target.label(0) & ~Target.confusion(1, 7)):
+        with pytest.raises(ConfigurationError, match=r"there is no class 7.\nHINT: the model has the classes 0 to 2"):
+            repair_module(trained(), known(), quick(target=target))
 
 
 def test_without_passed_samples_a_warning_says_why() -> None:

@@ -322,17 +322,24 @@ def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.Ca
         ("new", "", "4 of 4 samples of `test`"),
         ("ids", 'test,0\n"test,1\ntest,2', "line 3 cannot be read"),
         ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' is there twice"),
+        ("spaces", "test,0,1,1,0", "a column is there twice"),
     ],
 )
 def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
     name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    headers = {"new": "split,id,prediction,passed", "ids": "split,id", "slices": "split,id,slice"}
+    headers = {
+        "new": "split,id,prediction,passed",
+        "spaces": "split,id,prediction,passed, passed",
+        "ids": "split,id",
+        "slices": "split,id,slice",
+    }
     good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
     bad = tmp_path / f"{name}.csv"
     bad.write_text(f"{headers[name]}\n{text}\n")
     given = {
         "new": [good, str(bad)],
+        "spaces": [good, str(bad)],
         "ids": [good, good, "--rule", f"protected:{bad}"],
         "slices": [good, good, "--rule", "slices", "--slices", str(bad)],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import hypothesis.strategies as st
@@ -89,14 +90,14 @@ BLOCKS = {
 class Stack(nn.Module):
     """Blocks of several kinds in a row, then pooling and a head."""
 
-    def __init__(self, kinds: list[str]) -> None:
+    def __init__(self, kinds: list[str], classes: int = 5) -> None:
         super().__init__()
         self.kinds = kinds
         self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, **{"padding": 1} | BLOCKS[kind]) for kind in kinds)
         self.norms = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in kinds)
         self.joins = nn.ModuleList(nn.Conv2d(2 * WIDTH, WIDTH, 1) for _ in kinds)
         self.act = nn.ReLU(inplace=True)
-        self.middle, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+        self.middle, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         for kind, conv, norm, join in zip(self.kinds, self.convs, self.norms, self.joins, strict=True):
@@ -134,14 +135,17 @@ def test_random_networks_have_the_same_predictions_and_losses(
 ) -> None:
     names = [*(f"convs.{i}" for i in range(len(kinds))), "middle", "head"]
     layers = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
-    n, p = 9, 5
-    problem = make_problem(Case(lambda: Stack(kinds), floats(WIDTH, 5, 5), layers), n, dtype, seed, bias)
+    n, p, classes = 9, 5, data.draw(st.sampled_from([1, 5]))
+    problem = make_problem(Case(lambda: Stack(kinds, classes), floats(WIDTH, 5, 5), layers), n, dtype, seed, bias)
+    problem = replace(problem, target=problem.target % max(2, classes))
     where, values = problem.candidates(p, k, seed)
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     mask = torch.arange(n) % 2 == 0
     rows, passed, losses = by_sample(problem.scorer(where, mask, ~mask, recording=recording), values)
     logits = problem.oracle(where, values, rows)
+    if classes == 1:  # the logit of class 1 over a 0
+        logits = F.pad(logits, (1, 0))
     loss = F.cross_entropy(logits.flatten(0, 1), problem.target[rows].repeat(p), reduction="none").view(p, n).double()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(losses, loss, rtol=tolerance, atol=tolerance)

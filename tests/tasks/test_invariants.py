@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import Binary, Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
 
 SHARES = st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0])
 Sample = tuple[Task, Tensor, Tensor]
@@ -61,19 +61,39 @@ def segmentation(draw: Any, g: torch.Generator) -> Sample:
 @st.composite
 def multiclass(draw: Any, g: torch.Generator) -> Sample:
     c = draw(st.integers(2, 5))
-    return Multiclass(), torch.randn(6, c, generator=g), whole(g, c, 6, ignored=False)
+    return Multiclass(), logits(g, 6, c), whole(g, c, 6, ignored=False)
 
 
-ALL = [multiclass, multilabel, regression, sequence, segmentation]
+@st.composite
+def binary(draw: Any, g: torch.Generator) -> Sample:
+    return Binary(), logits(g, *draw(st.sampled_from([(6,), (6, 1)]))), whole(g, 2, 6, ignored=False)
+
+
+ALL = [multiclass, binary, multilabel, regression, sequence, segmentation]
 
 
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_a_margin_is_above_0_exactly_where_a_sample_passed(make: Callable[..., Any], data: Any, seed: int) -> None:
+def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(
+    make: Callable[..., Any], data: Any, seed: int
+) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     task.check(output, target)
-    assert torch.equal(task.margin(output, target) > 0, task.passed(output, target))
+    margin, passed = task.margin(output, target), task.passed(output, target)
+    assert torch.equal((margin > 0)[margin != 0], passed[margin != 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), c=st.integers(1, 4))
+def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed: int, c: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    output, label = logits(g, 50, c), whole(g, max(2, c), 50, ignored=False)
+    right = (output[:, 0] > 0 if c == 1 else output.argmax(1)) == label
+    assert torch.equal(Multiclass().passed(output, label), right)
+    assert torch.equal(Segmentation(1.0).passed(output[:, :, None], label[:, None]), right)
+    if c > 1:
+        assert torch.equal(Sequence().passed(output[:, None], label[:, None]), right)
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -149,7 +169,7 @@ def mean_iou(prediction: Tensor, truth: Tensor, ignored: int = -100) -> float:
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_the_iou_is_that_of_sets_of_pixels(data: Any, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    output, target = torch.randn(4, 3, 3, 4, generator=g), whole(g, 3, 4, 3, 4)
+    output, target = logits(g, 4, 3, 3, 4), whole(g, 3, 4, 3, 4)
     threshold = data.draw(SHARES)
     expected = [mean_iou(o.argmax(0), t) >= threshold - 1e-6 for o, t in zip(output, target, strict=True)]
     assert Segmentation(threshold).passed(output, target).tolist() == expected

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_nrl import ConfigurationError
 from lightning_nrl import RegressionFreeRepair as Repair
 from lightning_nrl.tasks import (
+    Binary,
     Custom,
     Multiclass,
     Multilabel,
@@ -62,7 +63,7 @@ SEVEN_OF_TEN = torch.stack([torch.tensor([1.0] * 7 + [-1.0] * 3), torch.zeros(10
         (Sequence(share=0.5), TOKENS, TOKEN_LABELS, [2.0, 0.25]),
         (Sequence(share=0.7), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [1.0]),
         (Sequence(share=0.71), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [-1.0]),
-        (Sequence(), torch.tensor([[[1.0, 1.0]], [[NAN, 0.0]]]), torch.zeros(2, 1, dtype=torch.int64), [0.0, -INF]),
+        (Sequence(), torch.tensor([[[1.0, 0.5]], [[NAN, 0.0]]]), torch.zeros(2, 1, dtype=torch.int64), [0.5, -INF]),
         (Segmentation(0.3), PIXELS, TRUTH, [2.0]),
         (Segmentation(0.58), PIXELS, TRUTH, [1.0]),
         (Segmentation(0.59), PIXELS, TRUTH, [-0.5]),
@@ -104,7 +105,8 @@ def test_losses_by_hand(task: Task, output: Tensor, target: Tensor, loss: list[f
 
 def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
     two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
-    for truth in (TRUTH, TRUTH[:, None], TRUTH.bool()):
+    for truth in (TRUTH, TRUTH[:, None], TRUTH.bool(), TRUTH[:, None].float()):
+        task.check(PIXELS, truth)
         assert torch.equal(task.margin(PIXELS, truth), task.margin(two, TRUTH))
         assert torch.equal(task.loss(PIXELS, truth), task.loss(two, TRUTH))
     assert torch.equal(task.divergence(PIXELS, -PIXELS), task.divergence(two, torch.cat([PIXELS * 0, -PIXELS], 1)))
@@ -135,7 +137,8 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
         (Sequence(), TOKENS[0], TOKEN_LABELS, r"logits \[samples, tokens, classes\], the model returned \[3, 2\]"),
         (Sequence(), TOKENS, TOKEN_LABELS[:, :2], r"logits \[2, 3, 2\] for labels \[2, 2\]"),
         (Sequence(), TOKENS.transpose(1, 2), TOKEN_LABELS, r"HINT: write `Sequence\(class_dim=1\)"),
-        (Sequence(), TOKENS, TOKEN_LABELS.float(), r"whole labels \[samples, ...\], found torch.float32"),
+        (Sequence(), TOKENS, TOKEN_LABELS + 0.5, "there is a label 0.5, and the model returned 2 logits"),
+        (Sequence(), TOKENS, [[0, 1, 0]] * 2, r"whole labels \[samples, ...\], found list"),
         (Sequence(), TOKENS, TOKEN_LABELS[0], r"found torch.int64 \[3\]"),
         (Sequence(), TOKENS, TOKEN_LABELS + 1, "there is a label 2, and the model returned 2 logits"),
         (Sequence(), TOKENS, TOKEN_LABELS.clamp(-1), "there is a label -1"),
@@ -173,6 +176,7 @@ def test_values_out_of_range_are_refused(kind: Any, name: str, values: list[Any]
 def test_names_stand_for_tasks_with_their_defaults() -> None:
     assert parse_task("multilabel") == Multilabel()
     assert parse_task("Segmentation") == Segmentation()
+    assert type(parse_task("binary")) is Binary
     assert Repair(task="sequence").repair.task == Sequence()
     assert type(parse_task(None)) is type(parse_task("multiclass")) is Multiclass
     given = Regression(tolerance=2.0)
@@ -192,6 +196,36 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
 def test_what_is_no_task_is_refused(task: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Repair(task=task)
+
+
+@pytest.mark.parametrize("task", [Binary(), Multiclass()])
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task: Task, shape: tuple[int, ...]) -> None:
+    one, labels = torch.tensor([2.0, -1.0, 0.5, 0.0]).view(shape), torch.tensor([1, 0, 0, 0])
+    two = torch.tensor([[0.0, 2.0], [0.0, -1.0], [0.0, 0.5], [0.0, 0.0]])
+    for truth in (labels, labels.bool(), labels.float(), labels[:, None].double(), labels[:, None]):
+        task.check(one, truth)
+        # A logit of 0 goes to class 0, as arg max and torchmetrics have it.
+        assert task.passed(one, truth).tolist() == [True, True, False, True]
+        assert task.margin(one, truth).tolist() == [2.0, 1.0, -0.5, 0.0]
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(one.flatten(), labels.float(), reduction="none")
+        torch.testing.assert_close(task.loss(one, truth), bce)
+        assert task.label(truth).tolist() == [1, 0, 0, 0]
+    assert task.prediction(task.logits(one)).tolist() == [1, 0, 1, 0]
+    assert torch.equal(task.divergence(one, one + 1), Multiclass().divergence(two, two + torch.tensor([0.0, 1.0])))
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target", "message"),
+    [
+        (Multiclass(), torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1.0]), r"for `task=Regression\(tolerance=...\)`"),
+        (Multiclass(), torch.zeros(3, 1), torch.tensor([0, 1, 2]), r"a label 2, .* \[3, 1\] logits[\s\S]*from 0 to 1"),
+        (Binary(), torch.zeros(3, 2), torch.tensor([0, 1, 1]), r"needs one logit a sample, .* \[3, 2\]"),
+    ],
+)
+def test_what_is_no_binary_problem_is_refused(task: Task, output: Tensor, target: Tensor, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        task.check(output, target)
 
 
 LOGITS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
@@ -228,7 +262,7 @@ def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teach
     torch.testing.assert_close(task.divergence(student, teacher), torch.tensor([0.143841]))
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 4)])
+@pytest.mark.parametrize("shape", [(3, 0), (3, 2, 4)])
 def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigurationError, match=r"multiclass needs logits \[samples, classes\]"):
         Multiclass().passed(torch.zeros(shape), LABELS)

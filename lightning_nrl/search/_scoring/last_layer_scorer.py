@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_nrl._utils.device import no_autocast, widest
 from lightning_nrl.search._scoring.memory import in_blocks
 from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Multiclass, Task, class_logits
 
 MAX_UNDECIDED_SHARE = 0.75  # decided samples are only left out if at most this share of all is undecided
 
@@ -176,8 +176,9 @@ def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
     """Prepares samples with old logits `y`, `n x C`, true classes and margins to keep, `n`."""
+    units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
+    y = class_logits(y)
     n, c = y.shape
-    units, true = delta.units, target.unsqueeze(1)
     place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))
     unit = place[target]
     classes = torch.arange(c, device=y.device)
