@@ -20,7 +20,7 @@ import study  # noqa: E402
 from digits_in_place import draw  # noqa: E402
 from figures import Other, along, draw_all, tables_of  # noqa: E402
 from grid import LINES, studied  # noqa: E402
-from questions import Interval, answers, effect, fewest_broken, interval, like, page, share  # noqa: E402
+from questions import Interval, answers, difference, effect, fewest_broken, interval, like, page, share  # noqa: E402
 
 ROW = PaperRow("eq1", 6, False, 282, 500, 200)
 
@@ -169,7 +169,15 @@ def test_more_broken_in_a_is_read_off_the_rows_that_differ_in_alpha():
         found = answers({"A": of(a, lost[0]), "B": of(b, lost[1])})
         (answer,) = (one for one in found if one.paper == "A breaks more than B at equal alpha")
         assert answer.agrees is agrees
-    assert answer.found == "rows A2 to A4 and B1 to B3: unseen broken: A 4.0 [4.0, 4.0]; B 4.0 [4.0, 4.0]"
+    assert answer.found == ("rows A2 to A4 and B1 to B3: unseen broken: A 4.0, B 4.0; A less B +0.0 [+0.0, +0.0]")
+
+
+def test_a_difference_of_means_is_welchs():
+    found = difference([3, 5], [0, 0, 3])
+    # 4 - 1; variances 2 / 2 and 3 / 3, so sqrt(2) and 4 / (1 / 1 + 1 / 2) = 2.667 degrees of freedom: t = 3.420
+    assert (found.mean, found.low, found.high) == pytest.approx((3, -1.8363, 7.8363), abs=1e-4)
+    assert difference([2, 2], [1, 1]) == Interval(1, 1, 1)
+    assert difference([2], [1]).sign == 0
 
 
 def test_levels_and_drift_are_answered():
@@ -180,10 +188,10 @@ def test_levels_and_drift_are_answered():
     assert {answer.agrees for answer in found.values()} == {True}
     setting = "eq1 alpha=6 lw=282 pos=500 p=200"
     assert found["fewer repairs in C than in B"].found == (
-        f"{setting}: % of the known targets are repaired: B 20.0 [20.0, 20.0]; C 10.0 [10.0, 10.0]"
+        f"{setting}: % of the known targets are repaired: B 20.0, C 10.0; B less C +10.0 [+10.0, +10.0]"
     )
     assert found["accuracy grows less in C than in B"].found == (
-        f"{setting}: points of accuracy: B 2.0 [2.0, 2.0]; C 1.0 [1.0, 1.0]"
+        f"{setting}: points of accuracy: B 2.0, C 1.0; B less C +1.0 [+1.0, +1.0]"
     )
     name = "eq1 alpha=6 lw=282 pos=500 p=200"
     assert found["A: suppressed at the level of accuracy"].found == (
