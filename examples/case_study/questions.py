@@ -19,7 +19,6 @@ from scipy.stats import t
 
 from lightning_nrl.analysis.sweep import Run
 from lightning_nrl.pipeline import TABLE_II, PaperRow
-from lightning_nrl.report.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""
@@ -114,7 +113,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def count(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """How many runs; those of several settings share a network, so a binomial limit would be too narrow."""
+    """How many runs; they share a network, so a binomial limit would be too narrow."""
     return f"{sum(map(holds, runs))} of {len(runs)} runs"
 
 
@@ -131,13 +130,6 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def share(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """How many runs of one setting, with the 95 % limits of Clopper and Pearson on the rate."""
-    k, n = sum(map(holds, runs)), len(runs)
-    low, high = lower_limit(k, n, 0.975), upper_limit(k, n, 0.975)
-    return f"{k} of {n} runs ({100 * low:.0f} to {100 * high:.0f} %)"
-
-
 def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     """RQ1 and RQ2: at which level regression is suppressed.
 
@@ -147,12 +139,12 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     """
     question = "RQ2" if experiment == "C" else "RQ1"
     best = fewest_broken(runs)
-    gain = interval([100 * (run.unseen.accuracy_after - run.unseen.accuracy_before) for run in best])
+    gain = interval([_gain(run) for run in best])
     able = [run for run in runs if run.unseen.repaired]
     accuracy = Answer(
         question,
         f"{experiment}: suppressed at the level of accuracy",
-        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {share(best, _no_worse)}; of all that repair "
+        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {count(best, _no_worse)}; of all that repair "
         f"something in {count(able, _no_worse)}",
         True if gain.low >= 0 else False if gain.high < 0 else None,
     )
@@ -201,7 +193,7 @@ def drift(tables: Tables) -> list[Answer]:
     }
     found = []
     for claim, number, words in (
-        ("fewer repairs in C than in B", _rate, "% of the known targets are repaired"),
+        ("fewer repairs in C than in B", lambda r: 100 * r.known.repaired_in_target / r.known.targeted, "% of targets"),
         ("accuracy grows less in C than in B", _gain, "points of accuracy"),
     ):
         found.append(_compared("RQ2", claim, f"{best[0].setting}: {words}", same, number, "B"))
@@ -230,26 +222,20 @@ def _compared(
     return Answer(question, claim, f"{words}: {found}; {larger} less {smaller} {between}", _agrees(between.sign))
 
 
-def _rate(run: Run) -> float:
-    return 100 * run.known.repaired_in_target / run.known.targeted
-
-
 def _gain(run: Run) -> float:
     return 100 * (run.unseen.accuracy_after - run.unseen.accuracy_before)
 
 
 def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
-    """RQ3: between the alphas of the paper, and from a smaller one."""
-    (low, high), least = line.ends, line.values[0]
+    """RQ3: between the alphas of the paper."""
+    low, high = line.ends
     found = []
     for what in ("broken", "repaired"):
         change = effect(runs, line.axis, low, high, f"unseen.{what}")
         if change is None:
             continue
         known = effect(runs, line.axis, low, high, f"known.{what}")
-        wider = effect(runs, line.axis, least, high, f"unseen.{what}")
         words = f"alpha {low} to {high}: {change} {what}; known {known}"
-        words += f". Alpha {least} to {high}: {wider}" if wider else ""
         claim = f"{experiment}: a larger alpha {'breaks' if what == 'broken' else 'repairs'} fewer"
         found.append(Answer("RQ3", claim, words, _agrees(-change.sign)))
     return found
@@ -264,12 +250,8 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> list[A
     )
     if broken is None:
         return []
-    counts = (fmean(r.n_passed - r.intact for r in weighed if r.n_passed == n) for n in (few, many))
-    sampled = " and ".join(f"{n:.1f}" for n in counts)
-    strict = effect([run for run in runs if run.perfect_intact], line.axis, few, many, "known.broken")
     words = f"#pos {few} to {many}: {broken} broken, {repaired} repaired; known {known} broken"
-    words += f"; of the sampled ones {sampled} broken"
-    words += f"; under perfect intact known {strict} broken" if strict else ""
+    words += f"; of the sampled ones {fmean(r.n_passed - r.intact for r in weighed):.1f} broken"
     return [Answer("RQ3", f"{experiment}: more passed samples, more broken", words, _agrees(broken.sign))]
 
 
@@ -277,12 +259,11 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[
     """RQ3: of the rows of C, the one with 32 weights breaks the fewest; with half as many more break."""
     own = [run for row in line.settings(experiment) for run in like(runs, row)]
     (few, most), some = line.ends, line.values[1]
-    less, more = (effect(own, line.axis, some, other, "unseen.broken") for other in (few, most))
-    if less is None or more is None:
-        return []
+    found = {other: effect(own, line.axis, some, other, "unseen.broken") for other in (few, most)}
     return [
-        Answer("RQ3", f"{experiment}: {few} weights break more than {some}", f"{less} broken", _agrees(less.sign)),
-        Answer("RQ3", f"{experiment}: {most} weights break more than {some}", f"{more} broken", _agrees(more.sign)),
+        Answer("RQ3", f"{experiment}: {n} weights break more than {some}", f"{more} broken", _agrees(more.sign))
+        for n, more in found.items()
+        if more is not None
     ]
 
 

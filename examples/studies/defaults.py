@@ -1,7 +1,6 @@
 """The default repair beside fine-tuning with as many visits, in shares of the fit's time, or after other fits.
 
     python examples/studies/defaults.py --seeds 10            # six small problems, 10 minutes on one core
-    python examples/studies/defaults.py --seeds 10 --figure docs/figures/defaults.png
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits      # the quickstart and the weak digit
 
@@ -16,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from statistics import fmean
 import torch
 from default_problems import SMALL, SPLITS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from problems import PROBLEMS, RUNS, Problem, State, markdown, quiet_trainer, start
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -210,25 +207,6 @@ def estimates(runs: Sequence[Run]) -> str:
     )
 
 
-def draw(found: Mapping[str, Mapping[str, Sequence[Run]]], path: Path) -> None:
-    """Draws unseen samples, repaired to the right and broken to the left: a bar for each method of each problem."""
-    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for offset, (method, colour) in zip((0.2, -0.2), (("fine-tuning", "#b8bcc2"), ("default", "#0072B2")), strict=True):
-        for i, runs in enumerate(found.values()):
-            gained, lost = (sum(getattr(r, f"unseen_{what}") for r in runs[method]) for what in ("repaired", "broken"))
-            axes.barh(-i + offset, gained, 0.36, color=colour, label=method if not i else None)
-            axes.barh(-i + offset, -lost, 0.36, color=colour, hatch="///", edgecolor="white")
-    axes.axvline(0, color="#333a42", linewidth=1)
-    axes.set_yticks([-i for i in range(len(found))], found)
-    axes.set_xlabel("unseen samples of all seeds: broken (hatched, left), repaired (right)")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from seed --first")
@@ -236,7 +214,6 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="all that the study has by default")
     parser.add_argument("--max-times", nargs="+", type=float, help="shares of the fit's seconds for the repair")
     parser.add_argument("--fits", action="store_true", help="other fits before the repair")
-    parser.add_argument("--figure", type=Path, help="a picture of the default beside fine-tuning")
     parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="where runs are kept")
     chosen = parser.parse_args()
     start()
@@ -247,20 +224,17 @@ def main() -> None:
     elif chosen.max_times:
         methods = [f"{share:g} x" for share in chosen.max_times]
     found: dict[str, list[Run]] = {method: [] for method in methods}
-    rows, alike, drawn = [], [], {}
+    rows, alike = [], []
     for name in chosen.problems or (OWNERS if chosen.fits else SMALL):
         seeds = range(chosen.first, chosen.first + chosen.seeds)
         runs = [runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds]
-        drawn[name] = {method: [one[method] for one in runs] for method in methods}
         for method in methods:
-            own = drawn[name][method]
+            own = [one[method] for one in runs]
             found[method] += own
             alike += own if name != SHIFTED else []
             rows.append(row(f"{name}, {method}", own))
     rows += [row(f"**all**, {method}", runs) for method, runs in found.items()]
     print(f"{markdown(HEADS, rows)}\n\n{estimates(alike)}")
-    if chosen.figure:
-        draw(drawn, chosen.figure)
 
 
 if __name__ == "__main__":
