@@ -1,6 +1,6 @@
 """Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute on two cores.
 
-    python examples/quickstart.py   # the fit, the paper's swarm and the default, side by side
+    python examples/quickstart.py   # the fit, a swarm and the default, side by side
 
 The data and the network are in `digits.py`; all that a repair needs is in `train_and_repair`.
 """
@@ -38,7 +38,7 @@ def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
 
 
 def swarm_alone(seed: int, trained: Trainer) -> RepairReport:
-    """The paper's search in the last layer, from the checkpoint that training left, and nothing else."""
+    """Repairs with the paper's localisation and swarm, under this package's ranking, from the trained checkpoint."""
     return repair(
         Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False),
         DigitNet(),
@@ -64,7 +64,8 @@ def one_repair(seed: int) -> None:
     print(side_by_side(default, swarm_alone(seed, trainer), seconds))
     print(
         "\nrepaired: wrong before, right now. broken: right before, wrong now.\n"
-        'swarm: the search of the paper in the last layer, method="swarm".\n'
+        "swarm: the paper's localisation and swarm in the last layer; this package's ranking accepts no broken sample "
+        '(method="swarm"). `RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n'
         "default: rungs of a ladder, from the least change to the most. `search` is that swarm, and every known sample "
         "that was right keeps a margin. Each rung is judged by known samples that it has not used (held out). Of "
         "those that do no harm there, the one that repairs most is taken.\n"

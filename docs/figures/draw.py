@@ -5,6 +5,7 @@ python docs/figures/draw.py
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -172,6 +173,27 @@ def limits() -> str:
     return picture(670, 336, "The limit on the rate of regressions falls as more samples are counted", *parts)
 
 
+def defaults() -> str:
+    """Unseen samples that fine-tuning and the default repair and break, from the table that the study printed."""
+    table = (HERE.parents[1] / "examples" / "studies" / "results" / "defaults.md").read_text(encoding="utf-8")
+    found = re.findall(
+        r"^\| (\w.*), (fine-tuning|default) \|(?:[^|]*\|){2} ([\d,]+) : ([\d,]+) \|", table, re.MULTILINE
+    )
+    middle, step, per = 360, 58, 0.12
+    parts = [text(middle - 8, 24, "broken", 14, "end", BROKEN), text(middle + 8, 24, "repaired", 14, "start", REPAIRED)]
+    for place, (name, method, *counts) in enumerate(found):
+        y = 36 + step * (place // 2) + 22 * (place % 2)
+        gained, lost = (int(count.replace(",", "")) for count in counts)
+        faint = 0.45 if method == "fine-tuning" else 1
+        for x, n, color in ((middle, gained, REPAIRED), (middle - per * lost, lost, BROKEN)):
+            parts.append(f'<rect x="{x:g}" y="{y}" width="{per * n:g}" height="19" fill="{color}" opacity="{faint}"/>')
+        parts.append(text(middle + per * gained + 6, y + 14, f"{counts[0]} : {counts[1]}", 12, "start", "#555"))
+        parts += [] if place % 2 else [text(196, y + 27, name, 14, "end")]
+    y = 36 + step * (len(found) // 2) + 12
+    parts.append(text(middle, y, "upper bars, pale: fine-tuning; lower bars: the default", 13, color="#555"))
+    return picture(830, y + 14, "Unseen samples that fine-tuning and the default repair and break", *parts)
+
+
 if __name__ == "__main__":
-    for draw in (problem, flow, choose, limits):
+    for draw in (problem, flow, choose, limits, defaults):
         (HERE / f"{draw.__name__}.svg").write_text(draw(), encoding="utf-8")

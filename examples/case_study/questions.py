@@ -19,7 +19,6 @@ from scipy.stats import t
 
 from lightning_nrl.analysis.sweep import Run
 from lightning_nrl.pipeline import TABLE_II, PaperRow
-from lightning_nrl.report.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""
@@ -61,11 +60,10 @@ class Answer:
 def answers(tables: Tables) -> tuple[Answer, ...]:
     """An answer to each claim of the paper that the experiments in the tables speak of."""
     found = [answer for name, runs in tables.items() for answer in levels(name, runs)]
-    found += drift(tables)
+    found += occlusion(tables) + drift(tables)
     for line, ask in zip(LINES, (intact_weight, positive_samples, localised_weights), strict=True):
         for experiment, runs in tables.items():
-            answer = ask(experiment, runs, line)
-            found += [] if answer is None else [answer]
+            found += ask(experiment, runs, line)
     return tuple(found)
 
 
@@ -114,11 +112,22 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def share(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """How many runs, with the 95 % limits of Clopper and Pearson on the rate."""
-    k, n = sum(map(holds, runs)), len(runs)
-    low, high = lower_limit(k, n, 0.975), upper_limit(k, n, 0.975)
-    return f"{k} of {n} runs ({100 * low:.0f} to {100 * high:.0f} %)"
+def count(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
+    """How many runs; they share a network, so a binomial limit would be too narrow."""
+    return f"{sum(map(holds, runs))} of {len(runs)} runs"
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The difference of two independent means, and its 95 % interval by Welch's t; of single numbers none is known."""
+    mean = fmean(first) - fmean(second)
+    if min(len(first), len(second)) < 2:
+        return Interval(mean, math.nan, math.nan)
+    parts = [stdev(own) ** 2 / len(own) for own in (first, second)]
+    if not sum(parts):
+        return Interval(mean, mean, mean)
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(own) - 1) for p, own in zip(parts, (first, second), strict=True))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+    return Interval(mean, mean - half, mean + half)
 
 
 def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
@@ -130,13 +139,13 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     """
     question = "RQ2" if experiment == "C" else "RQ1"
     best = fewest_broken(runs)
-    gain = interval([100 * (run.unseen.accuracy_after - run.unseen.accuracy_before) for run in best])
+    gain = interval([_gain(run) for run in best])
     able = [run for run in runs if run.unseen.repaired]
     accuracy = Answer(
         question,
         f"{experiment}: suppressed at the level of accuracy",
-        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {share(best, _no_worse)}; of all that repair "
-        f"something in {share(able, _no_worse)}",
+        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {count(best, _no_worse)}; of all that repair "
+        f"something in {count(able, _no_worse)}",
         True if gain.low >= 0 else False if gain.high < 0 else None,
     )
     settings = _by_setting(runs)
@@ -149,17 +158,27 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     instances = Answer(
         question,
         f"{experiment}: {'' if claimed else 'not '}suppressed at the level of instances",
-        f"of the unseen target nothing is broken and something repaired in {share(runs, _spared)}, and in all runs "
+        f"of the unseen target nothing is broken and something repaired in {count(runs, _spared)}, and in all runs "
         f"of {len(clean)} of {len(settings)} settings; the fewest by {fewest}: "
         f"{broken[fewest]:.1f} broken, {repaired[fewest]:.1f} repaired. Of all known "
-        f"samples nothing is broken and something repaired in {share(runs, lambda run: run.regression_free)}",
+        f"samples nothing is broken and something repaired in {count(runs, lambda run: run.regression_free)}",
         bool(clean) == claimed,
     )
     return [accuracy, instances]
 
 
+def occlusion(tables: Tables) -> list[Answer]:
+    """RQ3: with equal alpha, A breaks more unseen samples than B; by the rows that differ in alpha alone."""
+    rows = {"A": ("EXP-A2", "EXP-A3", "EXP-A4"), "B": ("EXP-B1", "EXP-B2", "EXP-B3")}
+    own = {e: [run for row in names for run in like(tables.get(e, ()), TABLE_II[row])] for e, names in rows.items()}
+    if not all(own.values()):
+        return []
+    claim = "A breaks more than B at equal alpha"
+    return [_compared("RQ3", claim, "rows A2 to A4 and B1 to B3: unseen broken", own, lambda r: r.unseen.broken, "A")]
+
+
 def drift(tables: Tables) -> list[Answer]:
-    """RQ2: whether a smaller share of the known targets is repaired with drift.
+    """RQ2: with drift a smaller share of the known targets is repaired, and accuracy grows less.
 
     By one setting, which breaks the fewest samples of B, and by each experiment's own rows of Table II.
     """
@@ -168,76 +187,89 @@ def drift(tables: Tables) -> list[Answer]:
     names = {run.setting for run in tables["C"]}
     best = fewest_broken([run for run in tables["B"] if run.setting in names])
     same = {"B": best, "C": [run for run in tables["C"] if run.setting == best[0].setting]}
-    own = {
+    rows = {
         name: [run for row, setting in TABLE_II.items() if row[4] == name for run in like(tables[name], setting)]
         for name in "BC"
     }
-    found = [_rarer("fewer repairs in C than in B", best[0].setting, same)]
-    return [*found, _rarer("the same, each by its own rows", "means of the rows", own)] if all(own.values()) else found
+    found = []
+    for claim, number, words in (
+        ("fewer repairs in C than in B", lambda r: 100 * r.known.repaired_in_target / r.known.targeted, "% of targets"),
+        ("accuracy grows less in C than in B", _gain, "points of accuracy"),
+    ):
+        found.append(_compared("RQ2", claim, f"{best[0].setting}: {words}", same, number, "B"))
+        if all(rows.values()):
+            by = f"{claim}, each by its own rows"
+            found.append(_compared("RQ2", by, f"means of the rows: {words}", rows, number, "B"))
+    return found
 
 
-def _rarer(claim: str, by: str, runs: Tables) -> Answer:
-    """Whether repairs are rarer in C; a seed's mean over its settings is one observation."""
-    rates = {}
+def _compared(
+    question: str, claim: str, words: str, runs: Tables, number: Callable[[Run], float], larger: str
+) -> Answer:
+    """Compares the means of two experiments; a seed's mean over its settings is one observation.
+
+    The claim says which one is larger.
+    """
+    values = {}
     for name, own in runs.items():
         seeds: dict[int, list[float]] = {}
         for run in own:
-            seeds.setdefault(run.seed, []).append(100 * run.known.repaired_in_target / run.known.targeted)
-        rates[name] = interval([fmean(shares) for shares in seeds.values()])
-    words = "; ".join(f"{name}: {r.mean:.1f} % [{r.low:.1f}, {r.high:.1f}]" for name, r in rates.items())
-    fewer, more = rates["C"].high < rates["B"].low, rates["C"].low > rates["B"].high
-    agrees = True if fewer else False if more else None
-    return Answer("RQ2", claim, f"{by}: of the known targets are repaired in {words}", agrees)
+            seeds.setdefault(run.seed, []).append(number(run))
+        values[name] = [fmean(of_seed) for of_seed in seeds.values()]
+    (smaller,) = set(values) - {larger}
+    between = difference(values[larger], values[smaller])
+    found = ", ".join(f"{name} {fmean(own):.1f}" for name, own in values.items())
+    return Answer(question, claim, f"{words}: {found}; {larger} less {smaller} {between}", _agrees(between.sign))
 
 
-def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
-    """RQ3: between the alphas of the paper, and from a smaller one."""
-    (low, high), least = line.ends, line.values[0]
-    broken, repaired, words = _effects(runs, line.axis, low, high)
-    if broken is None or repaired is None:
-        return None
-    wider, _, more = _effects(runs, line.axis, least, high)
-    settled = broken.sign and repaired.sign
-    return Answer(
-        "RQ3",
-        f"{experiment}: a larger alpha breaks fewer and repairs fewer",
-        f"alpha {low} to {high}: {words}" + (f". Alpha {least} to {high}: {more}" if wider else ""),
-        (broken.sign, repaired.sign) == (-1, -1) if settled else None,
-    )
+def _gain(run: Run) -> float:
+    return 100 * (run.unseen.accuracy_after - run.unseen.accuracy_before)
 
 
-def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
+def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
+    """RQ3: between the alphas of the paper."""
+    low, high = line.ends
+    found = []
+    for what in ("broken", "repaired"):
+        change = effect(runs, line.axis, low, high, f"unseen.{what}")
+        if change is None:
+            continue
+        known = effect(runs, line.axis, low, high, f"known.{what}")
+        words = f"alpha {low} to {high}: {change} {what}; known {known}"
+        claim = f"{experiment}: a larger alpha {'breaks' if what == 'broken' else 'repairs'} fewer"
+        found.append(Answer("RQ3", claim, words, _agrees(-change.sign)))
+    return found
+
+
+def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
     """RQ3: from 500 to 1000 passed samples, where regressions are weighed (not under perfect intact)."""
     few, many = line.ends
     weighed = [run for run in runs if not run.perfect_intact]
-    broken, _, words = _effects(weighed, line.axis, few, many)
-    if broken is None:
-        return None
-    counts = (fmean(r.n_passed - r.intact for r in weighed if r.n_passed == n) for n in (few, many))
-    sampled = " and ".join(f"{n:.1f}" for n in counts)
-    strict = effect([run for run in runs if run.perfect_intact], line.axis, few, many, "known.broken")
-    return Answer(
-        "RQ3",
-        f"{experiment}: more passed samples, more broken",
-        f"#pos {few} to {many}: {words}; of the sampled ones {sampled} broken"
-        + (f"; under perfect intact known {strict} broken" if strict else ""),
-        broken.sign == 1 if broken.sign else None,
+    broken, repaired, known = (
+        effect(weighed, line.axis, few, many, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")
     )
+    if broken is None:
+        return []
+    words = f"#pos {few} to {many}: {broken} broken, {repaired} repaired; known {known} broken"
+    words += f"; of the sampled ones {fmean(r.n_passed - r.intact for r in weighed):.1f} broken"
+    return [Answer("RQ3", f"{experiment}: more passed samples, more broken", words, _agrees(broken.sign))]
 
 
-def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
+def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
     """RQ3: of the rows of C, the one with 32 weights breaks the fewest; with half as many more break."""
     own = [run for row in line.settings(experiment) for run in like(runs, row)]
     (few, most), some = line.ends, line.values[1]
-    less, more = (effect(own, line.axis, some, other, "unseen.broken") for other in (few, most))
-    if less is None or more is None:
-        return None
-    return Answer(
-        "RQ3",
-        f"{experiment}: some weights are needed ({few} break more than {some}), more do not help",
-        f"beside {some} weights: {less} broken with {few}, {more} with {most}",
-        (less.sign, more.sign >= 0) == (1, True) if less.sign else None,
-    )
+    found = {other: effect(own, line.axis, some, other, "unseen.broken") for other in (few, most)}
+    return [
+        Answer("RQ3", f"{experiment}: {n} weights break more than {some}", f"{more} broken", _agrees(more.sign))
+        for n, more in found.items()
+        if more is not None
+    ]
+
+
+def _agrees(sign: int) -> bool | None:
+    """Settled if 0 is outside the interval."""
+    return {1: True, -1: False, 0: None}[sign]
 
 
 def _spared(run: Run) -> bool:
@@ -247,16 +279,8 @@ def _spared(run: Run) -> bool:
 
 
 def _no_worse(run: Run) -> bool:
-    """Whether a run suppresses regression at the level of accuracy."""
+    """True if a run suppresses regression at the level of accuracy."""
     return run.unseen.accuracy_after >= run.unseen.accuracy_before
-
-
-def _effects(runs: Sequence[Run], axis: str, low: float, high: float) -> tuple[Interval | None, Interval | None, str]:
-    """Unseen broken and repaired, and both in words with known broken."""
-    broken, repaired, known = (
-        effect(runs, axis, low, high, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")
-    )
-    return broken, repaired, f"{broken} broken, {repaired} repaired; known {known} broken"
 
 
 def _by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -4,7 +4,7 @@
     python examples/case_study/study.py --quick    # Table II on few images, a short training, three seeds: minutes
     python examples/case_study/study.py --layer features.15.body.3   # the last convolution in place of the last layer
     python examples/case_study/study.py --data digits
-    python examples/case_study/study.py --loss-term inverse_ratio --delta 1   # as in the toolkit
+    python examples/case_study/study.py --loss-term inverse_ratio --delta 1   # (L + 1)/(L' + 1)
 
 Draws the scenes, trains a network for each experiment, runs the settings on its last layer or another, and writes to
 `runs/study_<data>_<seed>/` a table for each experiment, the paper's figures 2 to 6 and `answers.md`. What is there is

@@ -7,45 +7,61 @@
     python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # the published methods too
     python examples/studies/repairs.py vehicles-C --seeds 1 --max-time 80 --compare fine-tuning retraining
 
-Data, training and repair have the seed. The problems are those of `problems.py`. What the published methods find in the
-last layer is counted as it is, whatever it breaks; all others may break no known sample. `--compare` has methods and
-baselines beside each other, with a table and a picture for each seed. What was run before is read from `runs/`.
+Data, training and repair have the seed. The problems are those of `problems.py`. Published methods are counted as they
+are, whatever they break; all others may break no known sample. Arachne and `merged` score 200 passed samples.
+NeuRecover and Arachne's second version may change all Linear layers, the others the last one. `from_paper` is EXP-B1.
+`--compare` has methods and baselines beside each other, with a table and a picture for each seed. What was run before
+is read from `runs/`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from problems import PROBLEMS, RUNS, State, interval, markdown, quiet_trainer, start, trained
+from torch import nn
 
 from lightning_nrl import BoundOptions, RepairReport, SearchOptions, compare, repair
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.localization import NeuRecover
-from lightning_nrl.methods import Apricot, Method, bundle
+from lightning_nrl.methods import Apricot, bundle
+from lightning_nrl.pipeline.settings import paper_arguments
 
 AS_FOUND: dict[str, Any] = {"layer": "classifier", "gate": "tolerance:100%", "bounds": BoundOptions(strength=1.0)}
 ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples, as published
-METHODS: dict[str, Callable[[list[State]], dict[str, Any]]] = {
-    "default": lambda history: {},
-    "convex": lambda history: {"method": "convex"},
-    "swarm": lambda history: {"layer": "classifier", "method": "swarm"},
-    "neurecover-lite": lambda history: {**AS_FOUND, "method": "neurecover-lite"},
-    "neurecover": lambda history: {**AS_FOUND, "method": neurecover(history)},
-    "neurecover, last two": lambda history: {**AS_FOUND, "method": neurecover(history, last=1)},
-    "arachne": lambda history: {**ARACHNE, "method": "arachne"},
-    "arachne-de": lambda history: {**ARACHNE, "method": "arachne-de"},
-    "merged": lambda history: {**ARACHNE, "method": "merged"},
-    "apricot, no polish": lambda history: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
-    "apricot": lambda history: {"method": Apricot(history[-5:])},
+
+
+def linear_layers(network: LightningModule) -> dict[str, Any]:
+    """Counted as found, searched in all Linear layers."""
+    return {**AS_FOUND, "layer": [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]}
+
+
+def neurecover(history: list[State], network: LightningModule, n: int | None = None, last: int | None = None) -> dict:
+    method = bundle("neurecover", localizer=NeuRecover(history, n, last=last))
+    return {**linear_layers(network), "method": method}
+
+
+METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
+    "default": lambda history, network: {},
+    "convex": lambda history, network: {"method": "convex"},
+    "swarm": lambda history, network: {"layer": "classifier", "method": "swarm"},
+    "from_paper": lambda history, network: {**paper_arguments("EXP-B1"), **AS_FOUND},
+    "neurecover-lite": lambda history, network: {**AS_FOUND, "method": "neurecover-lite"},
+    "neurecover": neurecover,
+    "neurecover, last two": partial(neurecover, last=1),
+    "neurecover, last two, 4 weights": partial(neurecover, n=4, last=1),
+    "arachne": lambda history, network: {**ARACHNE, "method": "arachne"},
+    "arachne-de": lambda history, network: {**linear_layers(network), "method": "arachne-de"},
+    "merged": lambda history, network: {**ARACHNE, "method": "merged"},
+    "apricot, no polish": lambda history, network: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
+    "apricot": lambda history, network: {"method": Apricot(history[-5:])},
 }
 """Arguments of each repair, from the weights that the training had on the way."""
-
-
-def neurecover(history: list[State], **arguments: int) -> Method:
-    return bundle("neurecover", localizer=NeuRecover(history, **arguments))
 
 
 def repaired(name: str, seed: int, method: str, max_time: float | None = None) -> RepairReport:
@@ -65,7 +81,7 @@ def repaired(name: str, seed: int, method: str, max_time: float | None = None) -
             max_time=max_time,
             dirpath=folder,
             verbose=False,
-            **METHODS[method](history),
+            **METHODS[method](history, problem.network()),
         )
     return RepairReport.from_json((folder / "report.json").read_text())
 
