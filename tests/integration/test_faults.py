@@ -128,8 +128,10 @@ class Shift(Callback):
 METHODS = [QUICK["method"], Continued()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("error", "raised"), [(Broken, Broken), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.parametrize(
+    ("error", "raised", "method"),
+    [(Broken, Broken, METHODS[0]), *((KeyboardInterrupt, SystemExit, method) for method in METHODS)],
+)
 def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
