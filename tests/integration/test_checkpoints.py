@@ -89,6 +89,11 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
     assert_holds(repair.repaired_model_path, model, plain)
     trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
     assert_holds(tmp_path / "later.ckpt", model, plain)
+    # The callback is there when the checkpoint is loaded, and must not put weights of before in their place.
+    how = {"weights_only": plain} if Version(pl.__version__) >= Version("2.6") else {}
+    (result,) = trainer.test(model, Digits(), ckpt_path=repair.repaired_model_path, verbose=False, **how)
+    assert_holds(repair.repaired_model_path, model, plain)
+    assert result["test_right"] == int(right(model, Digits().test).sum())
 
 
 def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
