@@ -162,7 +162,7 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs) for rows in used]
     worth: list[float] = []
     for _ in SLACK_COSTS:
-        made = []
+        made: list[Tensor | None] = []
         for path in paths:
             change = None if is_over() else next(path, None)
             if change is None and (worth or not made):
