@@ -23,10 +23,11 @@ from lightning_nrl._trainer.inner_trainer import (
     TrainingTrial,
     copied_data_module,
     copied_module,
+    describe_failure,
     inner_trainer,
     quiet,
 )
-from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, classes, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
@@ -34,7 +35,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import evaluating, random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import ConfigurationError, TrainingWarning
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods.problem import Renew, Trained
 
 Augment = Callable[[Any], Any]
@@ -79,7 +80,8 @@ class ContinuedTraining:
     def _obstacle_here(self) -> str:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
-        if isinstance(self.trained_on, (Mapping, list, tuple)):
+        combined = classes("pytorch.utilities.combined_loader.CombinedLoader")
+        if isinstance(self.trained_on, (Mapping, list, tuple, *combined)):
             return "it was trained on several data loaders at once"
         with random_state():
             return _cannot_collate(self._parts(), self._like().collate_fn)
@@ -109,7 +111,7 @@ class ContinuedTraining:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 trained = self._trained(end, clock, epochs, course, folder)
         except CannotTrainError as error:
-            self._warn(_first_line(error))
+            self._warn(Collective.current(self.model.device).first_text(str(error)))
             return None
         before = {**current_state(self.model), **course.start}
         if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
@@ -138,10 +140,8 @@ class ContinuedTraining:
 
     def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
-        # What a module does with its own optimizers, such as reading their second group, need not work with another.
-        optional = course.rate is not None
         if math.isfinite(end):
-            pace = TrainingTrial(end, collective, optional=optional)
+            pace = TrainingTrial(end, collective)
             self._fit(pace, epochs, replace(course, renew=None), folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
@@ -149,7 +149,7 @@ class ContinuedTraining:
             return None
         # One epoch has no half: it becomes two of half the visits.
         parts = 2 if epochs == 1 and course.renew is not None else 1
-        budget = TimeBudget(end, collective, clock, optional=optional)
+        budget = TimeBudget(end, collective, clock)
         state = self._fit(budget, epochs, course, folder, parts)
         if budget.has_ended:
             return None
@@ -172,7 +172,7 @@ class ContinuedTraining:
                 loader = self._loader(seed, course.weight, parts)
                 trainer = inner_trainer(outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder)
             except Exception as error:
-                why = f"it or its trainer cannot be copied ({type(error).__name__}: {error})"
+                why = f"it or its trainer cannot be copied ({describe_failure(error)})"
                 raise CannotTrainError(why) from error
             return model, trainer, loader
 
@@ -188,7 +188,8 @@ class ContinuedTraining:
             if course.renew is not None:
                 budget.halfway = partial(_renewed, course.renew, loader.sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
-        state = snapshot(model.eval())  # adapters are merged then, as they are in the model that is repaired
+        # Adapters are merged then, as they are in the model that is repaired.
+        state = snapshot(budget.on_all_ranks(model.eval))
         del model, trainer, loader, given
         gc.collect()  # they refer to each other, and may be large
         return state
@@ -197,7 +198,7 @@ class ContinuedTraining:
         """All training data, read as the outer trainer reads its own; an epoch is one of `n_parts` of the visits."""
         like, parts = self._like(), self._parts()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        size = batch_size_of(like)
+        size = batch_size_of(self.trained_on if isinstance(self.trained_on, DataLoader) else like)
         share = self.trainer.global_rank, self.trainer.world_size
         sampler = Shuffled(len(data), seed, *share, weight=weight, parts=n_parts)  # type: ignore[arg-type]
         how: dict[str, Any] = {}
@@ -288,7 +289,7 @@ class AugmentingCollate:
             changed = self.augment(given)
         except Exception as error:
             raise ConfigurationError(
-                f"`augment` raised {type(error).__name__}: {_first_line(error)}.",
+                f"`augment` raised {type(error).__name__}: {first_line(error)}.",
                 "it is called with a batch of targets as the data loader gives it.",
             ) from error
         return changed if not others else _joined(self.collate(others), changed)
@@ -311,7 +312,7 @@ def _joined(one: Any, other: Any) -> Any:
         try:
             return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)
         except (RuntimeError, TypeError, AttributeError) as error:
-            cause, problem = error, _first_line(error)
+            cause, problem = error, first_line(error)
     raise ConfigurationError(
         f"`augment`: {problem}.",
         "give a batch of the same form, with tensors of the same sizes but for the number of samples.",
@@ -352,15 +353,12 @@ class Shuffled(Sampler[int]):
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
     """Why samples of several data sets do not make one batch; empty if they do."""
-    samples = [part[0] for part in parts]
-    for batch in (samples, samples[::-1]):
-        try:
+    what = "its samples cannot be read"
+    try:
+        samples = [part[0] for part in parts]
+        what = "its samples and the failed ones do not make one batch"
+        for batch in (samples, samples[::-1]):
             collate(batch)
-        except Exception as error:
-            why = f"{type(error).__name__}: {_first_line(error)}"
-            return f"its samples and the failed ones do not make one batch ({why})"
+    except Exception as error:
+        return f"{what} ({describe_failure(error)})"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -6,10 +6,12 @@ import copy
 import logging
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,12 +31,11 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import release_copy, shared_with_copies
 from lightning_nrl._trainer.step_outputs import nothing
-from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.state import State, write
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
+from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError, first_line
 from lightning_nrl.methods._solvers.distill import WEIGHT_DECAY
 from lightning_nrl.methods.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, TIMED_BATCHES, WARM_UP_BATCHES
 
@@ -45,6 +46,8 @@ LEFT_OUT = callback_kinds(
     "ProgressBar Timer"
 )
 """Callbacks of a module that tune, save, show or stop, which is not theirs to do here."""
+LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
+"""Packages whose lines are not where a user looks for a mistake."""
 WARM_UP_SHARE = 0.1
 """Of the steps of AdamW in place of a module's own optimizers, those in which its rate rises."""
 
@@ -241,7 +244,16 @@ def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
 
 
 class CannotTrainError(RepairError):
-    """The training cannot go on; the message says why."""
+    """The training cannot go on; the message says why, unless another rank's does."""
+
+
+def describe_failure(error: Exception) -> str:
+    """Returns the kind and message of an error, and the deepest line outside of torch, Lightning and this package."""
+    places = list(traceback.walk_tb(error.__traceback__))
+    own = [place for place in places if place[0].f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES]
+    frame, line = (own or places)[-1]
+    code = frame.f_code
+    return f"{type(error).__name__}: {first_line(error)} ({code.co_name}, {Path(code.co_filename).name}:{line})"
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
@@ -258,17 +270,15 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     if error is not None:
         raise error
     if n_stuck:
-        raise CannotTrainError("it cannot on another rank")
+        raise CannotTrainError("")
     return bool(n_over)
 
 
 class TimeBudget(CallbackBase):
-    """Keeps ranks in step, stops at `end`, and reports progress; `optional`: any failure is a `CannotTrainError`."""
+    """Keeps ranks in step, stops at `end`, and reports progress."""
 
-    def __init__(
-        self, end: float, collective: Collective, clock: StageTimer | None = None, *, optional: bool = False
-    ) -> None:
-        self._end, self._collective, self._clock, self._optional = end, collective, clock, optional
+    def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
+        self._end, self._collective, self._clock = end, collective, clock
         self._done = self._per_epoch = 0
         self._has_met_failure = False
         self.halfway: Callable[[LightningModule], bool] | None = None  # false ends the training
@@ -280,7 +290,10 @@ class TimeBudget(CallbackBase):
         return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Runs a part of the training, which all ranks end or none does; a lack of memory is a `CannotTrainError`."""
+        """Runs a part of the training, which all ranks end or none does.
+
+        Any exception but this package's own becomes a `CannotTrainError`.
+        """
         failure: Exception | None = None
         try:
             result = work()
@@ -288,11 +301,11 @@ class TimeBudget(CallbackBase):
             if self._has_met_failure:
                 raise  # the rank that failed has met this one already
             failure = error
-        if failure is not None and (isinstance(failure, ConfigurationError) or is_out_of_memory(failure)):
-            # Without its traceback, which holds what did not fit.
-            failure = CannotTrainError(str(failure).partition("\n")[0])
-        elif self._optional and failure is not None and not isinstance(failure, RepairError):
-            failure = CannotTrainError(f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        if isinstance(failure, ConfigurationError):
+            failure = CannotTrainError(first_line(failure))
+        elif failure is not None and not isinstance(failure, RepairError):
+            # Without its traceback, which may hold what did not fit in memory.
+            failure = CannotTrainError(describe_failure(failure))
         check_ranks(self._collective, failure)
         return result
 
@@ -346,9 +359,9 @@ class TimeBudget(CallbackBase):
 class TrainingTrial(TimeBudget):
     """Stops after a few batches; `epochs` then tells how many fit in the time until `end`."""
 
-    def __init__(self, end: float, collective: Collective, *, optional: bool = False) -> None:
+    def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()
-        super().__init__(began + PACE_TIME_SHARE * (end - began), collective, optional=optional)
+        super().__init__(began + PACE_TIME_SHARE * (end - began), collective)
         self._ends: list[float] = []
         self._epoch = 0
 

@@ -210,7 +210,7 @@ def make_source(
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """The batch size of a loader; an average, where a batch sampler of the user's own does not say."""
-    sampler = loader.batch_sampler
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     said: int | None = loader.batch_size or getattr(sampler, "batch_size", None)
     if said or not isinstance(sampler, Sized) or not len(sampler):
         return said or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.preserve import attributes_kept, preserve, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
-from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
@@ -50,14 +51,18 @@ def open_sources(
     Both are found out on the first batch of the first source; the first split is checked against the module's own step.
     """
     evaluator = make_evaluator(trainer, model, task)
+    ranks = evaluator.collective
     first = next((source for sources in splits for source in sources), None)
     if first is None:
         return evaluator, tuple(list(sources) for sources in splits)
-    raw = first.first_batch()
+    failed = "the prediction could not be tried on another rank."
+    raw = ranks.all_or_none(first.first_batch, failed)
     adapter = deployed_adapter(model, evaluator, first.adapter, raw)
     found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    evaluator = replace(evaluator, called=called_layers(model, evaluator, adapter, raw))
-    _check_own_step(trainer, model, evaluator, found[0])
+    # The prediction may fail on one rank alone; the layer is chosen by what the first one knows.
+    called = ranks.first_bytes(json.dumps(called_layers(model, evaluator, adapter, raw)).encode())
+    evaluator = replace(evaluator, called=json.loads(called))
+    ranks.all_or_none(partial(_check_own_step, trainer, model, evaluator, found[0]), failed)
     return evaluator, found
 
 
@@ -104,9 +109,12 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
     def tried(call: Callable[[], Any]) -> Any:
         try:
             with _as_evaluated(model, evaluator):
-                return call()
+                found = call()
         except Exception as error:
-            return error
+            found = error
+        failed = isinstance(found, Exception)
+        failed_somewhere = evaluator.collective.any(failed)
+        return OtherRankError("it failed on another rank.") if failed_somewhere and not failed else found
 
     forward = tried(partial(run_model, model, args, kwargs))
     if not overrides(model, "predict_step"):
@@ -141,7 +149,8 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
         if any(_is_close(x, own) for x in same):
             return adapter
     call = replace(call, gives_probabilities=probable)
-    _check_gradients(model, evaluator, call, raw)
+    check = partial(_check_gradients, model, evaluator, call, raw)
+    evaluator.collective.all_or_none(check, "`predict_step` failed on another rank.")
     return partial(_adapt_raw, call, adapter)
 
 

@@ -274,11 +274,16 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
     if found is None:
         found = trainer.default_root_dir
         for logger in trainer.loggers[:1]:
-            own = getattr(logger, "log_dir", None)
-            if own is None:
-                version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
-                parts = [str(part) for part in (logger.name, version) if part is not None]
-                own = os.path.join(logger.save_dir or found, *parts)
+            try:
+                own = getattr(logger, "log_dir", None)
+                if own is None:
+                    version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+                    parts = [str(part) for part in (logger.name, version) if part is not None]
+                    own = os.path.join(logger.save_dir or found, *parts)
+            except Exception as error:  # a store that MLflow cannot open, or does not take any more
+                own = found
+                problem = f"{type(logger).__name__} names no folder ({_short(error)}); files go below {own}."
+                rank_zero_warn(LoggingWarning(problem, "say where by `dirpath=`; look at the logger's own settings."))
             found = trainer.strategy.broadcast(str(own))
     if "://" in str(found):
         raise ConfigurationError(

@@ -37,8 +37,8 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-TUNING = callback_kinds("BatchSizeFinder LearningRateFinder")
-"""Callbacks that train before training."""
+TUNING = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
+"""Callbacks that train before training, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
 """Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
@@ -54,7 +54,7 @@ class StartingWeights:
 
 @contextmanager
 def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
-    """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
+    """The trainer for one fit that makes no step, with one callback more and without those of `TUNING`.
 
     Its callbacks, limits and metrics and the global random states are as found afterwards.
     """

@@ -224,12 +224,12 @@ class RegressionFreeRepair(RepairCallback):
         """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key.
 
         Weights go there while `repaired.ckpt` is saved, before the live weights change, and as long as the live layer
-        holds them: weight averaging would save its average instead.
+        holds them. Weight averaging would save its average instead, and load the live weights over it.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
-            state = checkpoint["state_dict"]
+            state = checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
             saved = saved_names(pl_module)
             for key in (*saved, *(self._parameters.keys() - saved.values())):
                 if (value := self._parameters.get(saved.get(key, key))) is not None:

@@ -46,7 +46,7 @@ class Convex:
     Attributes:
         patience: the path over strengths ends after this many in a row without a better result on held-out samples;
             None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long it may take; once recorded, the weakest strength is solved at least in part.
+        seconds: how long it may take.
         max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
 
     Raises:
@@ -149,7 +149,7 @@ def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) ->
 def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
     """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
 
-    A strength that time cuts short is left out, but for the first.
+    A strength that time cuts short is left out, but for the first: the folds for which no time is left change nothing.
     """
 
     def is_over() -> bool:
@@ -162,17 +162,19 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs) for rows in used]
     worth: list[float] = []
     for _ in SLACK_COSTS:
-        made = []
+        made: list[Tensor | None] = []
         for path in paths:
-            change = None if worth and is_over() else next(path, None)
-            if change is None:
+            change = None if is_over() else next(path, None)
+            if change is None and (worth or not made):
                 return
             made.append(change)
         if worth and is_over():
             return
         right = problem.before.passed.clone()
         for number, change in enumerate(made[1:]):
-            right = torch.where(fold == number, known.right(change), right)
+            if change is not None:
+                right = torch.where(fold == number, known.right(change), right)
+        assert made[0] is not None
         yield made[0], right
         worth.append(_worth(problem, right))
         is_past = method.patience is not None and len(worth) - 1 - worth.index(max(worth)) >= method.patience

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from digit_models import Classifier, Digits, quick_repair, state_of
 from lightning_package import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair
@@ -136,7 +136,30 @@ def fit_batch_norm(folder: Path) -> None:
     trainer.fit(Classifier("cnn", lr=0.03), datamodule=FewRepairs(203))
 
 
+class Failing(Frozen):
+    """Cannot predict the first two times on the second rank; its last layer is not what predicts."""
+
+    failures: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(10, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training and len(self.failures) < 2 and self.global_rank == 1:
+            self.failures.append(1)
+            raise RuntimeError("not yet")
+        return super().forward(images)
+
+
+def fit_failing(folder: Path) -> None:
+    """A fit whose second rank fails where it is tried out what the prediction calls."""
+    callback = quick_repair(dirpath=folder / "failing")
+    trainer_on(folder, "ddp", 2, callback, Leave(callback)).fit(Failing(), datamodule=FewRepairs(203))
+
+
 def fit_all(folder: Path) -> None:
     """By a rank of two."""
     fit(folder, SIZES, "ddp", 2)
     fit_batch_norm(folder)
+    fit_failing(folder)

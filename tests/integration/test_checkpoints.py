@@ -7,11 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer, right
+from digit_models import (
+    OVERWRITING,
+    QUICK,
+    Classifier,
+    Digits,
+    Untrainable,
+    overwriting,
+    quick_repair,
+    quiet_trainer,
+    right,
+    since_2_6,
+)
 from lightning_package import ModelCheckpoint, TensorBoardLogger, Trainer, pl
 from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_nrl
 from lightning_nrl import ConfigurationError, RepairReport, Target
 from lightning_nrl.pipeline import PATCH_NAME
 
@@ -89,6 +101,25 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
     assert_holds(repair.repaired_model_path, model, plain)
     trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
     assert_holds(tmp_path / "later.ckpt", model, plain)
+    # The callback is there when the checkpoint is loaded, and must not put weights of before in their place.
+    how = {"weights_only": plain} if Version(pl.__version__) >= Version("2.6") else {}
+    (result,) = trainer.test(model, Digits(), ckpt_path=repair.repaired_model_path, verbose=False, **how)
+    assert_holds(repair.repaired_model_path, model, plain)
+    assert result["test_right"] == int(right(model, Digits().test).sum())
+
+
+@since_2_6
+def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer, _ = fit(tmp_path, keep, overwriting("WeightAveraging"))
+    averaged, model = saved(keep.best_model_path), Classifier()
+    how = {**QUICK, "layer": "network.3"}
+    report = lightning_nrl.repair(trainer, model, datamodule=Digits(), ckpt_path=keep.best_model_path, **how)
+    assert report.status == "repaired"
+    assert not torch.equal(averaged["current_model_state"]["network.1.bias"], averaged["state_dict"]["network.1.bias"])
+    assert torch.equal(model.network[1].bias, averaged["state_dict"]["network.1.bias"])
+    trainer.test(model, Digits(), ckpt_path=report.files["checkpoint"], verbose=False)
+    assert_holds(report.files["checkpoint"], model)
 
 
 def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:

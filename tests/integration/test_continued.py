@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_fit
+import pytest
 import torch
 from digit_models import Classifier, Digits, quiet_trainer, right, same, state_of
 from distributed_fit import Continued
@@ -14,6 +15,7 @@ from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
 from lightning_nrl import Gate, RegressionFreeRepair, repair
+from lightning_nrl.errors import TrainingWarning
 
 
 def continued(**arguments: Any) -> RegressionFreeRepair:
@@ -98,3 +100,20 @@ def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_traine
     # Of another module it does not know that.
     assert repair(trainer, other, datamodule=data, callback=continued()).status == "repaired"
     assert int(other.network[1].num_batches_tracked) == start + 20 * (224 // 32)
+
+
+def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path) -> None:
+    class Bank(Classifier):
+        """Reads what its own data set has, and no union of data sets."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert len(self.trainer.train_dataloader.dataset.tensors) == 3
+            return super().training_step(batch, batch_idx)
+
+    callback, model, data = continued(method="auto", gate="instance", max_time=60), Bank(), Few()
+    with pytest.warns(TrainingWarning, match=r"AttributeError: 'ConcatDataset' .* \(training_step, test_continued.py:"):
+        quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
+    report = callback.report
+    assert report.status == "repaired"
+    assert [rung.name for rung in report.rungs] == ["search", "exact", "training"]
+    assert report.splits[1].repaired > 0 == report.splits[1].broken

@@ -13,13 +13,13 @@ import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right, same, state_of
 from distributed_fit import Continued
-from lightning_package import Callback, CSVLogger, ModelCheckpoint, Trainer
+from lightning_package import Callback, CSVLogger, Logger, ModelCheckpoint, Trainer
 from options import with_options
 
 import lightning_nrl._utils.timing
 import lightning_nrl.methods.search_samples
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, WeightInterpolation, repair
-from lightning_nrl.errors import DataWarning, EvaluationError
+from lightning_nrl.errors import DataWarning, EvaluationError, LoggingWarning
 from lightning_nrl.methods import Polish
 
 
@@ -128,8 +128,10 @@ class Shift(Callback):
 METHODS = [QUICK["method"], Continued()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("error", "raised"), [(Broken, Broken), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.parametrize(
+    ("error", "raised", "method"),
+    [(Broken, Broken, METHODS[0]), *((KeyboardInterrupt, SystemExit, method) for method in METHODS)],
+)
 def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -171,6 +173,32 @@ def test_a_logger_that_raises_does_not_cost_the_repair(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="was not logged to Offline, which raised Broken: no network"):
         fit(tmp_path, repair, logger=Offline(tmp_path))
     assert repair.report.status == "repaired"
+
+
+class Closed(Logger):
+    """Cannot open its store, as `MLFlowLogger()` with a store of files today."""
+
+    @property
+    def name(self) -> str:
+        raise Broken("the file store takes no runs any more")
+
+    @property
+    def version(self) -> str:
+        return self.name
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+
+def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
+    repair = witness()
+    with pytest.warns(LoggingWarning, match="Closed names no folder .Broken: the file store takes no runs any more"):
+        fit(tmp_path, repair, logger=Closed(), enable_checkpointing=False)
+    assert repair.report.status == "repaired"
+    assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
 
 
 @pytest.mark.parametrize("layer", ["auto", "network.3"])

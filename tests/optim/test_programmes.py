@@ -96,12 +96,13 @@ def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_many_samples_are_looked_at_part_by_part_where_a_margin_may_be_too_small(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", ["ROWS_PER_BLOCK", "LOGITS_PER_BLOCK"])
+def test_many_samples_or_logits_are_looked_at_part_by_part_where_a_margin_may_be_too_small(
+    most: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = head(seed, n=600)
     expected = list(regularization_path(own, (0.1, 1.0, 30.0)))
-    monkeypatch.setattr(convex_head, "ROWS_PER_BLOCK", 100)
+    monkeypatch.setattr(convex_head, most, 100)
     monkeypatch.setattr(convex_head, "ROWS_OF_MANY", 64)
     # The samples among others, in another order.
     mixed = torch.randperm(700, generator=torch.Generator().manual_seed(seed))[:600]

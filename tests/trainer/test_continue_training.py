@@ -15,6 +15,7 @@ import torch
 from lightning_package import (
     NAME,
     Callback,
+    CombinedLoader,
     CSVLogger,
     EarlyStopping,
     LightningDataModule,
@@ -26,7 +27,7 @@ from lightning_package import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SubsetRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
@@ -101,7 +102,8 @@ class Continue(Callback):
                 make_source(self.failed, "repair", trainer=trainer, model=pl_module, failed=True),
             ]
             seeds, more = self.given.get("seeds", (0,)), {k: v for k, v in self.given.items() if k in MORE}
-            training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), left_out=(Continue,))
+            how = {"left_out": (Continue,), "trained_on": self.given.get("trained_on")}
+            training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), **how)
             before = picture(trainer, pl_module)
             with preserve(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.
@@ -415,8 +417,54 @@ def test_pruned_weights_and_several_loaders_are_warned_of() -> None:
         def train_dataloader(self) -> Any:
             return {"a": train_loader(), "b": train_loader()}
 
+    combined = CombinedLoader(Loaders().train_dataloader(), "min_size")
     with pytest.warns(UserWarning, match="it was trained on several data loaders at once"):
         assert fit(Two(), Continue(passed=train_loader()), Loaders()) is None
+    with pytest.warns(UserWarning, match="it was trained on several data loaders at once"):
+        assert fit(Two(), Continue(passed=train_loader(), trained_on=combined), combined) is None
+
+
+class Bank(Net):
+    """Reads what its own data set has, and no union of data sets."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.trainer.train_dataloader.dataset.first == 0
+        return super().training_step(batch, batch_idx)
+
+
+class Single(Net):
+    """Its batch norm cannot train on the one sample that it gets."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch if self.trainer.max_epochs == 1 else [part[:1] for part in batch]
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 60.0])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Bank, r"AttributeError: 'ConcatDataset' object has no attribute 'first' \(training_step, test_continue_tr.*:"),
+        (Single, r"ValueError: Expected more than 1 value per channel when training, got .* \(forward, "),
+    ],
+)
+def test_whatever_the_owners_code_raises_is_a_warning_that_says_where(model: Any, message: str, seconds: float) -> None:
+    with pytest.warns(TrainingWarning, match=message):
+        assert fit(model(), Continue(seconds=seconds)) is None
+
+
+def test_batches_are_as_large_as_those_of_a_sampler_that_makes_them() -> None:
+    loader = DataLoader(Points(TRAIN), batch_size=None, sampler=BatchSampler(RandomSampler(range(TRAIN)), 16, True))
+    assert fit(Net(), Continue(passed=train_loader(batch_size=1), trained_on=loader, epochs=1)) is not None
+    assert [len(batch) - 1 for batch in noted("batch")] == [16, 16, 16, 16, 7]
+
+
+def test_a_data_set_that_cannot_be_read_is_a_warning() -> None:
+    class Unreadable(Points):
+        def __getitem__(self, i: int) -> Any:
+            raise OSError("no such file")
+
+    with pytest.warns(TrainingWarning, match=r"OSError: no such file"):
+        assert fit(Net(), Continue(DataLoader(Unreadable(FAILED, 100)))) is None
 
 
 def test_weights_that_are_not_finite_are_none() -> None:

@@ -29,9 +29,10 @@ HEAD_RIDGE = 1e-4
 MAX_PATH_ROUNDS = 31  # of cutting planes
 PAIRS_PER_ROUND = 400  # that are added, the most violated first
 VIOLATION_TOLERANCE = 1e-3  # of the unit, what a violated pair lacks; the rest is scaled away exactly
-# Samples computed at once, all of them up to the first. Of more, parts that a processor's cache likes, and only those
-# samples whose margin may be too small.
+# Samples, and logits, computed at once, all of them up to the first. Of more, parts that a processor's cache likes, and
+# only those samples whose margin may be too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
+LOGITS_PER_BLOCK = 2**22
 REACH_SLACK = 1.001  # more than what rounding may add to a distance in whitened weights
 
 
@@ -51,10 +52,15 @@ class ConvexHead:
     def n_features(self) -> int:
         return self.features.shape[1] + self.ones
 
+    @property
+    def is_large(self) -> bool:
+        """True if the samples do not fit in one block."""
+        return len(self.label) > ROWS_PER_BLOCK or len(self.label) * self.logits.shape[1] > LOGITS_PER_BLOCK
+
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
         """Samples, all or chosen ones (int64), block by block."""
         n = len(self.label) if chosen is None else len(chosen)
-        size = ROWS_PER_BLOCK if len(self.label) <= ROWS_PER_BLOCK else ROWS_OF_MANY
+        size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
         for start in range(0, n, size):
             part = slice(start, min(start + size, n))
             yield part if chosen is None else chosen[part]
@@ -122,7 +128,7 @@ class ConvexHead:
 
         None, which stands for all, where there are no more samples than in a block.
         """
-        if len(self.label) <= ROWS_PER_BLOCK:
+        if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
         apart = REACH_SLACK * torch.cdist(white, white).amax(1).to(self.reach)
