@@ -45,6 +45,19 @@ def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
     assert target.is_meta
 
 
+class WithMetadata(Tensor):
+    pass
+
+
+def test_tensors_lose_their_metadata_but_not_their_layout() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    raw = {"x": X.as_subclass(WithMetadata), "name": ["a"]}, (Y.as_subclass(WithMetadata), nested)
+    [((inputs,), _, target)] = unpacked([raw], unpack, torch.device("cpu"))
+    assert type(inputs["x"]) is type(target[0]) is Tensor
+    assert inputs["name"] == ["a"]
+    assert type(target[1]) is type(nested)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sliceable"),
     [

@@ -20,6 +20,7 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     class_for,
 )
+from lightning_nrl.data.batch import with_plain_tensors
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
@@ -90,10 +91,10 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch on the device as validation has it (`_on_before_batch_transfer` of the module or the data module)."""
+    """A raw batch of plain tensors, on the device as validation has it (`_on_before_batch_transfer`)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
