@@ -162,7 +162,7 @@ class DataRequest:
             several = marks and self.known.draws > 1 and draws_at_random(source)
             return source.with_draws(self.known.draws) if several else source
 
-        if passed[1] == failed[1] or torch.equal(_identity(passed[0]), _identity(failed[0])):
+        if passed[1] == failed[1] or torch.equal(*(_identity(one, as_read=True) for one, _ in (passed, failed))):
             known = [make(*(passed if split_and_loader(passed[1])[0] in SPLITS else failed), passed=True, failed=True)]
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
@@ -270,9 +270,9 @@ def find_data(
     )
 
 
-def _identity(loader: DataLoader[Any]) -> Tensor:
+def _identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
     """The samples of a loader, in order, as pairs of data set and place (`base_samples`)."""
-    return base_samples(loader.dataset, sample_index(loader))
+    return base_samples(loader.dataset, sample_index(loader), as_read=as_read)
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
