@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, loaders_in
 from lightning_nrl._utils.preserve import random_state, seed_cpu
 from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
@@ -170,10 +170,8 @@ def _transforms_of(loaders: Any) -> Transforms:
 
 def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
     """The data sets in loaders, subsets and unions."""
-    if isinstance(data, Mapping):
-        data = list(data.values())
-    if isinstance(data, (list, tuple)):
-        for one in data:
+    if isinstance(data, (Mapping, list, tuple)) or hasattr(data, "iterables"):
+        for one in loaders_in(data).values():
             yield from innermost_datasets(one)
     elif isinstance(data, (DataLoader, Subset)):
         yield from innermost_datasets(data.dataset)

@@ -219,7 +219,7 @@ def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoad
         with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
             request.find(loaders)
     else:  # what is common is left out where unseen data are counted
-        passed, _, unseen, _ = request.find(loaders)
+        [passed], _, unseen, _ = request.find(loaders)
         assert unseen is not None
         assert int(is_among(source(unseen[0]).identity, source(passed[0]).identity).sum()) == common
 

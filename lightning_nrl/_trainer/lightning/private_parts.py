@@ -5,11 +5,12 @@ Each function says which private part it touches. Attributes that are public but
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.lightning.packages import (
@@ -102,6 +103,16 @@ def given_loaders(trainer: Trainer, split: str) -> Any:
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
+
+
+def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
+    """A `CombinedLoader` of changed loaders that mixes batches as that of a fit does (`_combined_loader`, `_mode`)."""
+    combined = trainer.fit_loop._combined_loader
+    mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
+    inside = pytree.tree_map(change, getattr(given, "iterables", given))
+    found = class_for(trainer, "pytorch.utilities.CombinedLoader")(inside, mode)
+    iter(found)  # before, it has no length
+    return found
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
