@@ -260,7 +260,9 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
         found = f"{type(loader.dataset).__name__} is iterable, its samples have no stable index"
         raise refused(found, "give map-style data: `data=DataOptions(passed=loader, failed=other)`.")
     if loader.batch_sampler is None:
-        raise refused("its data set makes whole batches itself", "give the DataLoader a `batch_size`.")
+        found = f"its {type(loader).__name__} asks the data set for whole batches (torch's `batch_size=None`)"
+        hint = "read samples, `DataLoader(loader.dataset, batch_size=64, collate_fn=...)`, as `data=DataOptions(...)`."
+        raise refused(found, hint)
     if len(loader.dataset) == 0:
         raise refused("the data set is empty", "name another split, or pass a DataLoader with samples.")
     return loader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -56,8 +56,27 @@ def open_sources(
     adapter = deployed_adapter(model, evaluator, first.adapter, raw)
     found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
     evaluator = replace(evaluator, called=called_layers(model, evaluator, adapter, raw))
-    _check_own_step(trainer, model, evaluator, found[0])
+    if _is_drawn(model, evaluator, adapter, raw):
+        problem = "`model`: its predictions are drawn at random in evaluation mode, as by dropout that stays on."
+        hint = "all counts hold for one fixed draw; draw `if self.training`, or " + ADAPTER_HINT
+        rank_zero_warn(DataWarning(problem, hint))
+    else:
+        _check_own_step(trainer, model, evaluator, found[0])
     return evaluator, found
+
+
+@torch.no_grad()
+def _is_drawn(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> bool:
+    """True if a prediction changes with the seed; False too where it cannot be run."""
+    args, kwargs, target = adapter(raw)
+    found = []
+    with suppress(Exception):
+        for seed in (0, 1):
+            with _as_evaluated(model, evaluator):
+                seed_all(seed)
+                logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
+                found += [] if logits is None else [logits.nan_to_num()]
+    return len(found) == 2 and not _is_close(*found)
 
 
 @dataclass(frozen=True)

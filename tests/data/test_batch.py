@@ -264,6 +264,7 @@ def test_the_structure_has_names_types_and_shapes() -> None:
         (X, X, Y),
         Graded(X, Y),
         Graphs(X, Y, Y),
+        {"future_target": Y, "past_target": X, "static": X + 1},
         {"fold": 3},
     ],
 )
@@ -275,6 +276,11 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
     assert x is X
     assert y is Y
     assert kwargs == {}
+
+
+def test_a_model_is_no_adapter() -> None:
+    with pytest.raises(ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"):
+        bind_adapter(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

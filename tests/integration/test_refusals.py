@@ -181,7 +181,7 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
     (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
     (Streamed, {}, "`train` data: Stream is iterable"),
     (Several, {"unseen": "train"}, "`train` data: 2 data loaders at once.*such as 'train:a'"),
-    (WholeBatches, {}, "`repair` data: its data set makes whole batches itself"),
+    (WholeBatches, {}, "`repair` data: its DataLoader asks the data set for whole batches"),
     (Empty, {}, "`repair` data: the data set is empty"),
     (TrainAlone, {"failed": "train", "unseen": "test"}, r"`unseen='test'`: there is no `test_dataloader\(\)`"),
 ]
