@@ -111,14 +111,11 @@ class DataRequest:
 
     def find(self, loaders: SplitLoaders) -> tuple[list[Found], list[Found], Found | None, Found | None]:
         """Passed, failed, unseen and calibration data; the last two may not be used for anything else."""
-        passed = find_all("passed", self.known.passed, loaders, automatic=("train",))
-        failed = find_all("failed", self.known.failed, loaders, automatic=("repair", "val", "train"))
+        passed = find_data("passed", self.known.passed, loaders, ("train",))
+        failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
             problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
-            hint = (
-                "add one, since what a model gets wrong of other data says more; or name it, "
-                "`data=DataOptions(failed='train')`."
-            )
+            hint = "add one: what a model gets wrong of other data says more; or `data=DataOptions(failed='train')`."
             rank_zero_warn(DataWarning(problem, hint))
         others: dict[str, Sequence[Found]] = {"known": (*passed, *failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)
@@ -139,7 +136,7 @@ class DataRequest:
         """
         if value is None:
             return None
-        found = find_data(argument, value, loaders, optional=True)
+        found = _only(find_data(argument, value, loaders, optional=True))
         samples = _identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
@@ -174,9 +171,8 @@ class DataRequest:
             own = _identity(loader, as_read=True)
             twins = [x for x in failed if x[1] == split or torch.equal(_identity(x[0], as_read=True), own)]
             failed = [one for one in failed if one not in twins]
-            is_named = split_and_loader(split)[0] in SPLITS
-            found = twins[0] if twins and not is_named else (loader, split)
-            known.append(make(*found, passed=True, failed=bool(twins)))
+            named = [x for x in ((loader, split), *twins) if split_and_loader(x[1])[0] in SPLITS]
+            known.append(make(*[*named, *twins, (loader, split)][0], passed=True, failed=bool(twins)))
         known += [make(*one, failed=True) for one in failed]
         unseen, calibration = ([] if one is None else [make(*one)] for one in held_out)
         return known, unseen, calibration
@@ -276,44 +272,34 @@ def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
     return " ".join(sentences)
 
 
-def find_all(
-    argument: str,
-    value: str | DataLoader[Any] | Sequence[str | DataLoader[Any]],
-    loaders: SplitLoaders,
-    automatic: Sequence[str],
+def find_data(
+    argument: str, value: Any, loaders: SplitLoaders, automatic: Sequence[str] = (), *, optional: bool = False
 ) -> list[Found]:
-    """The data loaders that are meant, and their names: all of a split that has several."""
-    found: list[Found] = []
-    several = [value] if isinstance(value, (str, DataLoader)) else value
-    for i, one in enumerate(several):
-        if isinstance(one, DataLoader):
-            found.append((one, argument if len(several) == 1 else f"{argument}:{i}"))
-        else:
-            found += loaders.named(_split(argument, one, loaders, automatic))
-    return [(check_loader(loader, name), name) for loader, name in found]
+    """The data loaders that are meant, and their names: all of a split that has several.
 
-
-def find_data(argument: str, value: str | DataLoader[Any], loaders: SplitLoaders, *, optional: bool = False) -> Found:
-    """The one data loader that is meant, and its name."""
+    `auto` is the first of the `automatic` splits that is there.
+    """
+    if isinstance(value, tuple):
+        named = [(one, f"{argument}:{i}" if isinstance(one, DataLoader) else argument) for i, one in enumerate(value)]
+        return [found for one, name in named for found in find_data(name, one, loaders, automatic)]
     if isinstance(value, DataLoader):
-        return value, argument
-    split = _split(argument, value, loaders, optional=optional)
-    return check_loader(loaders.get(split), split), split
-
-
-def _split(
-    argument: str, value: str, loaders: SplitLoaders, automatic: Sequence[str] = (), *, optional: bool = False
-) -> str:
-    """The split that is meant; `auto` is the first of the `automatic` ones that is there."""
+        return [(value, argument)]
     splits = automatic if value == "auto" else (value,)
     for split in splits:
         if loaders.get(split) not in (None, []):
-            return split
+            return [(check_loader(loader, name), name) for loader, name in loaders.named(split)]
     without = f", or do without: `{argument}=None`" if optional else ""
     raise ConfigurationError(
         f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
         f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
     )
+
+
+def _only(found: Sequence[Found]) -> Found:
+    """The one data loader that was found; refuses several."""
+    split = split_and_loader(found[0][1])[0]
+    loader = check_loader({split_and_loader(name)[1]: one for one, name in found}, split)
+    return loader, found[0][1]
 
 
 def _identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
@@ -368,7 +354,7 @@ def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders,
 def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
     """The one data loader that is meant, and its name."""
     try:
-        return find_data(argument, given, loaders)
+        return _only(find_data(argument, given, loaders))
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."

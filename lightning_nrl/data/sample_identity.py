@@ -78,32 +78,21 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
     return None
 
 
-class _Watched(Dataset[Any]):
-    """A data set that notes which of its samples are asked for."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self.asked = dataset, list[int]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: Any) -> Any:
-        self.asked.append(int(i))
-        return self.dataset[i]
-
-
 def _asked_for(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
     """The first sample that each of some samples asks of the data set in an attribute, as far as these can be read."""
-    view, found = copy.copy(dataset), list[int]()
-    watched = vars(view)[name] = _Watched(vars(dataset)[name])
+    view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
+
+    def noted(self: Any, i: Any) -> Any:
+        asked.append(int(i))
+        return inner[i]
+
     with suppress(Exception), random_state():
+        watched = vars(view)[name] = copy.copy(inner)
+        watched.__class__ = type("Watched", (type(inner),), {"__getitem__": noted})
         for i in samples:
-            watched.asked = []
+            asked.clear()
             view[i]
-            found.append(watched.asked[0])
+            found.append(asked[0])
     return found
 
 
