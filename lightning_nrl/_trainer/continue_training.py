@@ -6,7 +6,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,9 +27,9 @@ from lightning_nrl._trainer.inner_trainer import (
     inner_trainer,
     quiet,
 )
-from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, classes, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of
-from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
+from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, combined_like, data_module_of
+from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, loaders_in
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import evaluating, random_state, seed_all
@@ -80,9 +80,8 @@ class ContinuedTraining:
     def _obstacle_here(self) -> str:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
-        combined = classes("pytorch.utilities.combined_loader.CombinedLoader")
-        if isinstance(self.trained_on, (Mapping, list, tuple, *combined)):
-            return "it was trained on several data loaders at once"
+        if len(loaders_in(self.trained_on)) > 1:
+            return ""  # each loader goes on with its own samples
         with random_state():
             return _cannot_collate(self._parts(), self._like().collate_fn)
 
@@ -163,7 +162,7 @@ class ContinuedTraining:
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str, parts: int = 1) -> State:
         outer, seed = self.trainer, course.seed
 
-        def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
+        def copies() -> tuple[LightningModule, Trainer, Any]:
             live = current_state(self.model)
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
             how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": course.rate}
@@ -186,7 +185,8 @@ class ContinuedTraining:
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
             if course.renew is not None:
-                budget.halfway = partial(_renewed, course.renew, loader.sampler)
+                sampler = loader.sampler if isinstance(loader, DataLoader) else loader  # of several, none has weights
+                budget.halfway = partial(_renewed, course.renew, sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
         # Adapters are merged then, as they are in the model that is repaired.
         state = snapshot(budget.on_all_ranks(model.eval))
@@ -194,17 +194,34 @@ class ContinuedTraining:
         gc.collect()  # they refer to each other, and may be large
         return state
 
-    def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> DataLoader[Any]:
-        """All training data, read as the outer trainer reads its own; an epoch is one of `n_parts` of the visits."""
+    def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> Any:
+        """All training data, read as the outer trainer reads its own; an epoch is one of `n_parts` of the visits.
+
+        Of several loaders each goes on as it was, with its own samples.
+        """
+        if len(loaders_in(self.trained_on)) > 1:
+            return combined_like(self.trainer, self.trained_on, lambda like: self._shuffled(like, like.dataset, seed))
         like, parts = self._like(), self._parts()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        size = batch_size_of(self.trained_on if isinstance(self.trained_on, DataLoader) else like)
-        share = self.trainer.global_rank, self.trainer.world_size
-        sampler = Shuffled(len(data), seed, *share, weight=weight, parts=n_parts)  # type: ignore[arg-type]
-        how: dict[str, Any] = {}
+        sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
+        how: dict[str, Any] = {"weight": weight, "parts": n_parts, "size": batch_size_of(sized)}
         if self.augment is not None and self.targeted is not None:
             data = MarkedSamples(data, self.targeted)
-            how = {"collate_fn": AugmentingCollate(like.collate_fn, self.augment)}
+            how["collate_fn"] = AugmentingCollate(like.collate_fn, self.augment)
+        return self._shuffled(like, data, seed, **how)
+
+    def _shuffled(
+        self,
+        like: DataLoader[Any],
+        data: Any,
+        seed: int,
+        weight: Tensor | None = None,
+        parts: int = 1,
+        size: int | None = None,
+        **how: Any,
+    ) -> DataLoader[Any]:
+        size, share = size or batch_size_of(like), (self.trainer.global_rank, self.trainer.world_size)
+        sampler = Shuffled(len(data), seed, *share, weight=weight, parts=parts)
         return loader_like(
             like,
             data,

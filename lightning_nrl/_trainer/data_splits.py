@@ -24,6 +24,7 @@ from lightning_nrl._trainer.loaders import (
     LoaderSource,
     check_data,
     check_loader,
+    loaders_in,
     make_source,
     parse_adapter,
     sample_index,
@@ -48,10 +49,10 @@ class DataOptions:
     All samples of the passed and the failed data are known data, and the gate counts them.
 
     Attributes:
-        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `test`, `repair` or a
-            DataLoader.
-        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else the
-            validation data), `train`, `val`, `test`, `repair` or a DataLoader.
+        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `test`, `repair`, a DataLoader,
+            or several of them. Of several data loaders, `val` means all and `val:1` the second.
+        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else all
+            validation data), or as for `passed`.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or runs the module on them as it is
             deployed, `f(module, batch) -> (logits, target)`; the function, or its address,
             `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
@@ -69,8 +70,8 @@ class DataOptions:
             function, or another word.
     """
 
-    passed: str | DataLoader[Any] = "auto"
-    failed: str | DataLoader[Any] = "auto"
+    passed: str | DataLoader[Any] | Sequence[str | DataLoader[Any]] = "auto"
+    failed: str | DataLoader[Any] | Sequence[str | DataLoader[Any]] = "auto"
     adapter: str | Adapter | None = None
     draws: int = 1
     render: str | Callable[[Any], Any] | None = None
@@ -79,7 +80,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         for name in ("passed", "failed"):
-            object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
+            given = getattr(self, name)
+            several = given if isinstance(given, (list, tuple)) and given else (given,)
+            checked = tuple(check_data(name, one, ("auto", *SPLITS)) for one in several)
+            object.__setattr__(self, name, checked if len(checked) > 1 else checked[0])
         object.__setattr__(self, "adapter", parse_adapter(self.adapter))
         for name in ("render", "augment"):
             if getattr(self, name) is not None:
@@ -105,15 +109,15 @@ class DataRequest:
         for argument, given in (("unseen", self.unseen), ("calibration", self.calibration)):
             object.__setattr__(self, argument, check_data(argument, given, optional=True))
 
-    def find(self, loaders: SplitLoaders) -> tuple[Found, Found, Found | None, Found | None]:
+    def find(self, loaders: SplitLoaders) -> tuple[list[Found], list[Found], Found | None, Found | None]:
         """Passed, failed, unseen and calibration data; the last two may not be used for anything else."""
-        passed = find_data("passed", self.known.passed, loaders, automatic=("train",))
-        failed = find_data("failed", self.known.failed, loaders, automatic=("repair", "val", "train"))
-        if self.known.failed == "auto" and failed[1] == "train":
+        passed = find_data("passed", self.known.passed, loaders, ("train",))
+        failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
+        if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
             problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
-            hint = "add one, since what a model gets wrong of other data says more; or name it, `failed='train'`."
+            hint = "add one: what a model gets wrong of other data says more; or `data=DataOptions(failed='train')`."
             rank_zero_warn(DataWarning(problem, hint))
-        others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
+        others: dict[str, Sequence[Found]] = {"known": (*passed, *failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)
         others["unseen"] = () if unseen is None else (unseen,)
         return passed, failed, unseen, self._find_held_out("calibration", self.calibration, others, loaders)
@@ -132,7 +136,7 @@ class DataRequest:
         """
         if value is None:
             return None
-        found = find_data(argument, value, loaders, optional=True)
+        found = _only(find_data(argument, value, loaders, optional=True))
         samples = _identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
@@ -162,10 +166,14 @@ class DataRequest:
             several = marks and self.known.draws > 1 and draws_at_random(source)
             return source.with_draws(self.known.draws) if several else source
 
-        if passed[1] == failed[1] or torch.equal(_identity(passed[0]), _identity(failed[0])):
-            known = [make(*(passed if split_and_loader(passed[1])[0] in SPLITS else failed), passed=True, failed=True)]
-        else:
-            known = [make(*passed, passed=True), make(*failed, failed=True)]
+        known = []
+        for loader, split in passed:
+            own = _identity(loader, as_read=True)
+            twins = [x for x in failed if x[1] == split or torch.equal(_identity(x[0], as_read=True), own)]
+            failed = [one for one in failed if one not in twins]
+            named = [x for x in ((loader, split), *twins) if split_and_loader(x[1])[0] in SPLITS]
+            known.append(make(*[*named, *twins, (loader, split)][0], passed=True, failed=bool(twins)))
+        known += [make(*one, failed=True) for one in failed]
         unseen, calibration = ([] if one is None else [make(*one)] for one in held_out)
         return known, unseen, calibration
 
@@ -186,13 +194,30 @@ class SplitLoaders:
         found = self._loaders[split]
         if not which or found is None:
             return found
-        several = found if isinstance(found, (list, tuple, Mapping)) else [found]
-        named = several if isinstance(several, Mapping) else {str(i): loader for i, loader in enumerate(several)}
+        named = loaders_in(found)
         if which not in named:
             raise ConfigurationError(
                 f"`{split}:{which}`: `{split}` data have no loader {which!r}.", f"take one of {list(named)}."
             )
         return named[which]
+
+    def named(self, split: str) -> list[Found]:
+        """The loaders of a split: `val`, or of several `val:0`, `val:1` or `val:key`; not checked."""
+        several = loaders_in(self.get(split))
+        return [(one, split if len(several) == 1 else f"{split}:{which}") for which, one in several.items()]
+
+    def not_counted(self, sources: Sequence[LoaderSource]) -> str:
+        """A sentence for a report on the loaders of the fit that hold samples of none of these sources, or empty."""
+        counted, names = torch.cat([source.identity for source in sources]), [source.split for source in sources]
+        missing = []
+        for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
+            try:
+                covered = name in names or bool(is_among(_identity(check_loader(loader, name)), counted).all())
+            except ConfigurationError:  # it cannot be read by index
+                covered = False
+            if loader is not None and not covered:
+                missing.append(f"`{name}`")
+        return f"Not counted, so nothing is known of what breaks there: {', '.join(missing)}." if missing else ""
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
@@ -248,21 +273,21 @@ def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
 
 
 def find_data(
-    argument: str,
-    value: str | DataLoader[Any],
-    loaders: SplitLoaders,
-    *,
-    automatic: Sequence[str] = (),
-    optional: bool = False,
-) -> Found:
-    """The data loader that is meant, and its name; `auto` is the first of the `automatic` splits that is there."""
+    argument: str, value: Any, loaders: SplitLoaders, automatic: Sequence[str] = (), *, optional: bool = False
+) -> list[Found]:
+    """The data loaders that are meant, and their names: all of a split that has several.
+
+    `auto` is the first of the `automatic` splits that is there.
+    """
+    if isinstance(value, tuple):
+        named = [(one, f"{argument}:{i}" if isinstance(one, DataLoader) else argument) for i, one in enumerate(value)]
+        return [found for one, name in named for found in find_data(name, one, loaders, automatic)]
     if isinstance(value, DataLoader):
-        return value, argument
+        return [(value, argument)]
     splits = automatic if value == "auto" else (value,)
     for split in splits:
-        loader = loaders.get(split)
-        if loader is not None and loader != []:
-            return check_loader(loader, split), split
+        if loaders.get(split) not in (None, []):
+            return [(check_loader(loader, name), name) for loader, name in loaders.named(split)]
     without = f", or do without: `{argument}=None`" if optional else ""
     raise ConfigurationError(
         f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
@@ -270,9 +295,16 @@ def find_data(
     )
 
 
-def _identity(loader: DataLoader[Any]) -> Tensor:
+def _only(found: Sequence[Found]) -> Found:
+    """The one data loader that was found; refuses several."""
+    split = split_and_loader(found[0][1])[0]
+    loader = check_loader({split_and_loader(name)[1]: one for one, name in found}, split)
+    return loader, found[0][1]
+
+
+def _identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
     """The samples of a loader, in order, as pairs of data set and place (`base_samples`)."""
-    return base_samples(loader.dataset, sample_index(loader))
+    return base_samples(loader.dataset, sample_index(loader), as_read=as_read)
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
@@ -283,12 +315,10 @@ def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ..
         return splits
     found: list[str] = []
     for name in ("train", "val"):
-        given = loaders.get(name)
-        several = len(given) if isinstance(given, (list, tuple)) else 1
-        for split in [name] if several == 1 else [f"{name}:{i}" for i in range(several)]:
+        for given, split in loaders.named(name):
             if given is not None:
                 try:
-                    sample_index(check_loader(loaders.get(split), split))
+                    sample_index(check_loader(given, split))
                     found.append(split)
                 except ConfigurationError as error:
                     problem, _, hint = str(error).partition("\nHINT: ")
@@ -324,7 +354,7 @@ def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders,
 def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
     """The one data loader that is meant, and its name."""
     try:
-        return find_data(argument, given, loaders)
+        return _only(find_data(argument, given, loaders))
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."

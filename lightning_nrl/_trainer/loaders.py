@@ -235,27 +235,34 @@ def split_and_loader(name: str) -> tuple[str, str]:
     return split, which
 
 
+def loaders_in(given: Any) -> Mapping[str, Any]:
+    """The loaders in a list, a mapping or a `CombinedLoader`, by number or key; a single one is number 0."""
+    given = getattr(given, "iterables", given)
+    if isinstance(given, Mapping):
+        return {str(key): loader for key, loader in given.items()}
+    return {str(i): loader for i, loader in enumerate(given if isinstance(given, (list, tuple)) else [given])}
+
+
 def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
     """The one data loader in what the user gave; refuses what cannot be read by index, with the hint `instead`."""
 
     def refused(problem: str, hint: str) -> ConfigurationError:
         return ConfigurationError(f"`{split}` data: {problem}.", instead or hint)
 
-    if isinstance(loader, Mapping):
-        loader = list(loader.values())
-    if isinstance(loader, (list, tuple)):
-        if len(loader) != 1:
-            names = f"such as '{split}:0', or " if split in SPLITS and loader else ""
-            hint = f"name one of them: {names}pass a single DataLoader as `passed=` or `failed=`."
-            raise refused(f"{len(loader)} data loaders at once", hint)
-        return check_loader(loader[0], split, instead)
+    several = loaders_in(loader)
+    if len(several) != 1:
+        names = f", such as '{split}:{next(iter(several))}'" if split in SPLITS and several else ""
+        raise refused(f"{len(several)} data loaders at once", f"name one of them{names}, or pass a single DataLoader.")
+    (loader,) = several.values()
     if not isinstance(loader, DataLoader):
         raise refused(f"found {type(loader).__name__}, not a DataLoader", "wrap the data set in a DataLoader.")
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         found = f"{type(loader.dataset).__name__} is iterable, its samples have no stable index"
-        raise refused(found, "repair needs a map-style data set; pass one as `passed=` and `failed=`.")
+        raise refused(found, "give map-style data: `data=DataOptions(passed=loader, failed=other)`.")
     if loader.batch_sampler is None:
-        raise refused("its data set makes whole batches itself", "give the DataLoader a `batch_size`.")
+        found = f"its {type(loader).__name__} asks the data set for whole batches (torch's `batch_size=None`)"
+        hint = "read samples, `DataLoader(loader.dataset, batch_size=64, collate_fn=...)`, as `data=DataOptions(...)`."
+        raise refused(found, hint)
     if len(loader.dataset) == 0:
         raise refused("the data set is empty", "name another split, or pass a DataLoader with samples.")
     return loader

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -62,8 +62,30 @@ def open_sources(
     # The prediction may fail on one rank alone; the layer is chosen by what the first one knows.
     called = ranks.first_bytes(json.dumps(called_layers(model, evaluator, adapter, raw)).encode())
     evaluator = replace(evaluator, called=json.loads(called))
-    ranks.all_or_none(partial(_check_own_step, trainer, model, evaluator, found[0]), failed)
+
+    def check() -> None:
+        if not _is_drawn(model, evaluator, adapter, raw):
+            return _check_own_step(trainer, model, evaluator, found[0])
+        problem = "`model`: its predictions are drawn at random in evaluation mode, as by dropout that stays on."
+        hint = "all counts hold for one fixed draw; draw `if self.training`, or " + ADAPTER_HINT
+        return rank_zero_warn(DataWarning(problem, hint))
+
+    ranks.all_or_none(check, failed)
     return evaluator, found
+
+
+@torch.no_grad()
+def _is_drawn(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> bool:
+    """True if a prediction changes with the seed; False too where it cannot be run."""
+    args, kwargs, target = adapter(raw)
+    found = []
+    with suppress(Exception):
+        for seed in (0, 1):
+            with _as_evaluated(model, evaluator):
+                seed_all(seed)
+                logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
+                found += [] if logits is None else [logits.nan_to_num()]
+    return len(found) == 2 and not _is_close(*found)
 
 
 @dataclass(frozen=True)

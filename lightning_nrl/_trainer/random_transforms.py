@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, loaders_in
 from lightning_nrl._utils.preserve import random_state, seed_cpu
-from lightning_nrl.data.batch import tensors_in
+from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
 
 MAX_SAMPLES_CHECKED = 32
@@ -44,6 +44,25 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
     return unstable
 
 
+def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
+    """Counts samples of a batch that change, or swap places, when the batch is put together in reverse order."""
+    n = len(positions)
+
+    def rows(order: Sequence[int]) -> list[Tensor]:
+        seed_cpu(source.seed)
+        raw = source.transfer(source.loader.collate_fn(source.samples.__getitems__(order)))
+        args, kwargs, target = source.adapter(raw)
+        known = (args, kwargs, target) if is_sliceable((args, kwargs), n) else target
+        return [x for x in tensors_in(known) if x.ndim and len(x) == n and x.layout is torch.strided]
+
+    changed = torch.zeros(n, dtype=torch.bool)
+    with random_state():
+        for x, y in zip(rows(positions), (y.flip(0) for y in rows(positions[::-1])), strict=True):
+            same = x.shape == y.shape and ((x == y) | ((x != x) & (y != y)))[:, None].flatten(1).all(1).cpu()
+            changed |= ~torch.as_tensor(same)
+    return int(changed.sum())
+
+
 def _checked_positions(source: LoaderSource) -> list[int]:
     order = torch.randperm(len(source.index), generator=torch.Generator().manual_seed(source.seed))
     return source.index[order[:MAX_SAMPLES_CHECKED].sort().values].tolist()
@@ -60,16 +79,21 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
     sentences = []
     for source in sources:
         positions = _checked_positions(source)
-        unstable = check_stability(source.samples, positions, source.loader.collate_fn)
-        if unstable:
+        batch = positions[: source.batch_size]
+        changed = ""
+        if unstable := check_stability(source.samples, positions, source.loader.collate_fn):
             changed = f"{unstable} of {len(positions)} samples that were read twice changed"
-            rank_zero_warn(
-                DataWarning(
-                    f"`{source.split}` data: {changed}, though they were read with the same random numbers.",
-                    "nothing can be guaranteed of them. Draw from torch's, numpy's or Python's global generator in the "
-                    "data set, not from one of its own or in the collate function, or pass a DataLoader that does not.",
-                )
+            problem = f"{changed}, though they were read with the same random numbers"
+            hint = (
+                "Draw from torch's, numpy's or Python's global generator in the data set, not from one of its own or "
+                "in the collate function, or pass a DataLoader that does not."
             )
+        elif moved := check_order(source, batch):
+            problem = changed = f"{moved} of {len(batch)} samples of a batch in reverse order changed or swapped places"
+            hint = "Their ids in reports are wrong. Let the collate function keep the order, and draw nothing in it."
+        if changed:
+            hint = f"nothing can be guaranteed of them. {hint}"
+            rank_zero_warn(DataWarning(f"`{source.split}` data: {problem}.", hint))
             sentences.append(f"No guarantee for `{source.split}`: {changed}.")
             continue
         if source.has_validation_view:
@@ -148,10 +172,8 @@ def _transforms_of(loaders: Any) -> Transforms:
 
 def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
     """The data sets in loaders, subsets and unions."""
-    if isinstance(data, Mapping):
-        data = list(data.values())
-    if isinstance(data, (list, tuple)):
-        for one in data:
+    if isinstance(data, (Mapping, list, tuple)) or hasattr(data, "iterables"):
+        for one in loaders_in(data).values():
             yield from innermost_datasets(one)
     elif isinstance(data, (DataLoader, Subset)):
         yield from innermost_datasets(data.dataset)

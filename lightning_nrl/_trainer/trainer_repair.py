@@ -220,7 +220,7 @@ class TrainerRepair:
         if getattr(method, "wants_checkpoints", False) and not _keeping_best(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
         with random_state(), validating(trainer):
-            few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
+            few = self._trained(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
             history = _history_callback(settings, trainer)
             if history is not None:
                 # The record is still to be made.
@@ -270,14 +270,17 @@ class TrainerRepair:
     ) -> Iterator[TrainedModel]:
         """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
-            found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
-            notes = f"{describe_limits(trainer, found.known)} {report_stability(found.sources)}".strip()
-            yield replace(found, observer=progress, notes=notes)
+            loaders = SplitLoaders(trainer, model)
+            found = self._trained(loaders, epochs, limit=batch_limit(trainer), whole=whole)
+            sentences = (
+                loaders.not_counted(found.sources),
+                describe_limits(trainer, found.known),
+                report_stability(found.sources),
+            )
+            yield replace(found, observer=progress, notes=" ".join(filter(None, sentences)))
 
-    def _trained(
-        self, trainer: Trainer, model: LightningModule, epochs: int, *, limit: int | None, whole: bool
-    ) -> TrainedModel:
-        loaders = SplitLoaders(trainer, model)
+    def _trained(self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool) -> TrainedModel:
+        trainer, model = loaders.trainer, loaders.model
         data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
         evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, *data)
         trained_on, augment = loaders.get("train"), cast(Any, self.data.known.augment)

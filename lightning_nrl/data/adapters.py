@@ -18,6 +18,9 @@ from lightning_nrl.errors import ConfigurationError
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
 """Usual names of the truth. Where there are several, the first of this list is it."""
 
+FUTURE_KEYS = ("future_target", "future_values")
+"""Names of the truth in forecasts, as darts and Hugging Face have them, beside the past as input."""
+
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
 """Usual names of a model's only input."""
 
@@ -75,15 +78,16 @@ def describe(raw: Any, name: str = "batch") -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def adapter_hint(raw: Any) -> str:
+def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
     """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
+    future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
-    truth = next(iter([*classes[-1:], *tensors[-1:]]), None)
+    truth = next(iter([*future, *classes[-1:], *tensors[-1:]]), None)
     rest = [part for part in tensors if part is not truth]
     given = next((part for part in rest if part.value.is_floating_point()), rest[0] if rest else None)
     return (
-        "pass `adapter=f` (`data=DataOptions(adapter=f)` in a repair), with the right fields for these:\n"
+        f"pass {where}, with the right fields for these:\n"
         "    def f(batch):\n"
         "        args, kwargs = (" + (given.path if given else "INPUT") + ",), {}  # what the model is called with\n"
         "        return args, kwargs, " + (truth.path if truth else "TARGET") + "  # and the truth of each sample"
@@ -300,6 +304,9 @@ class ModelAdapter:
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:
     """The adapter that a function is: one of two required parameters runs the model, f(module, batch)."""
+    if isinstance(function, nn.Module):
+        hint = "give a function, f(batch) -> (args, kwargs, target); a replaced model is the `reference=`."
+        raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
     return ModelAdapter(function) if required_parameters(function) == 2 else function
 
 

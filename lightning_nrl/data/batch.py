@@ -134,7 +134,21 @@ def _moved(x: Any, device: torch.device) -> Any:
         return callable(getattr(part, "to", None))
 
     tree = dict(x) if isinstance(x, Mapping) and not can_move(x) else x
-    return pytree.tree_map(lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move)
+    moved = pytree.tree_map(lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move)
+    return with_plain_tensors(moved)
+
+
+def with_plain_tensors(tree: Any) -> Any:
+    """Returns a batch or an output with plain tensors in place of tensors with metadata, such as MONAI's `MetaTensor`.
+
+    Tensors that are stored in another way, such as nested ones, stay as they are.
+    """
+
+    def plain(x: Tensor) -> Tensor:
+        values_inside = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        return x if type(x) is Tensor or values_inside else x.as_subclass(Tensor)
+
+    return pytree.tree_map_only(Tensor, plain, tree)
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:

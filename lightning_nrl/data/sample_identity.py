@@ -5,7 +5,11 @@ Either way a sample is known by two 64-bit numbers, a row of a tensor.
 
 from __future__ import annotations
 
+import copy
+import operator
 import secrets
+from collections.abc import Sequence, Sized
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +18,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
 COLUMNS_AT_ONCE = 2**14  # numbers of a sample that are made integers at once, eight bytes each
+MAX_SAMPLES_TRIED = 8
+"""Samples of a data set that are read to see which samples of a data set inside it they are made of."""
 
 
 @runtime_checkable
@@ -28,24 +35,65 @@ class Identified(Protocol):
         """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
 
 
-def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:
+def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
     """`n x 2` int64, the innermost data set of each sample and its place there, through subsets and unions.
 
+    So it is through data sets that change the samples of another one, such as those that augment, unless `as_read`.
     The first number means something in this process alone. `index` is `n` int64, places in `dataset`.
     """
     if isinstance(dataset, Subset):
         inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
         length = len(dataset.dataset)  # type: ignore[arg-type]
-        return base_samples(dataset.dataset, torch.where(inner < 0, inner + length, inner))
+        return base_samples(dataset.dataset, torch.where(inner < 0, inner + length, inner), as_read=as_read)
     if isinstance(dataset, ConcatDataset):
         ends = torch.tensor(dataset.cumulative_sizes)
         part = torch.searchsorted(ends, index, right=True)
         pairs = torch.empty(len(index), 2, dtype=torch.int64)
         for number, (own, end) in enumerate(zip(dataset.datasets, ends.tolist(), strict=True)):
             rows = part == number
-            pairs[rows] = base_samples(own, index[rows] - end + len(own))  # type: ignore[arg-type]
+            pairs[rows] = base_samples(own, index[rows] - end + len(own), as_read=as_read)  # type: ignore[arg-type]
         return pairs
+    if not as_read and len(index) and (found := _wrapped(dataset, index)) is not None:
+        return base_samples(*found)
     return torch.stack([torch.full_like(index, id(dataset)), index], 1)
+
+
+def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
+    """The data set whose samples another one changes, and their places there, if some samples show these.
+
+    Sample `i` is made of sample `i` inside, or of that which a list of the data set says.
+    """
+    own = getattr(dataset, "__dict__", {})
+    tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
+    for name, inner in own.items():
+        if not (isinstance(inner, Dataset) and isinstance(inner, Sized)):
+            continue
+        asked = _asked_for(dataset, name, tried.tolist())
+        for listed in (range(len(inner)), *(x for x in own.values() if not isinstance(x, Dataset))):
+            with suppress(Exception):  # what lists no places
+                operator.index(listed[0])
+                places = torch.as_tensor(listed)
+                if places[tried % len(places)].tolist() == asked:
+                    return inner, places[index % len(places)]
+    return None
+
+
+def _asked_for(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
+    """The first sample that each of some samples asks of the data set in an attribute, as far as these can be read."""
+    view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
+
+    def noted(self: Any, i: Any) -> Any:
+        asked.append(int(i))
+        return inner[i]
+
+    with suppress(Exception), random_state():
+        watched = vars(view)[name] = copy.copy(inner)
+        watched.__class__ = type("Watched", (type(inner),), {"__getitem__": noted})
+        for i in samples:
+            asked.clear()
+            view[i]
+            found.append(asked[0])
+    return found
 
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:

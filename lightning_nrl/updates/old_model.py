@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.checks import is_class
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, device_of, hash_tensors
-from lightning_nrl.data.adapters import bind_adapter
+from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -111,6 +112,14 @@ class OldModel:
             with preserve(model):
                 evaluator = replace(evaluator, model=model.to(here))
                 return evaluator.run(seen) if model is self.model else evaluator.run_with(weights, seen)
+        except Exception as error:
+            if isinstance(error, RepairError) or is_out_of_memory(error):
+                raise
+            raw = next((batch.raw for source in sources for batch in source), None)
+            raise ConfigurationError(
+                f"`reference`: {type(model).__name__} raised {type(error).__name__}: {error}\n{describe(raw)}",
+                adapter_hint(raw, "`reference=OldModel(old, adapter=f)`"),
+            ) from error
         finally:
             model.to(home)
 

@@ -45,6 +45,19 @@ def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
     assert target.is_meta
 
 
+class WithMetadata(Tensor):
+    pass
+
+
+def test_tensors_lose_their_metadata_but_not_their_layout() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
+    raw = {"x": X.as_subclass(WithMetadata), "name": ["a"]}, (Y.as_subclass(WithMetadata), nested)
+    [((inputs,), _, target)] = unpacked([raw], unpack, torch.device("cpu"))
+    assert type(inputs["x"]) is type(target[0]) is Tensor
+    assert inputs["name"] == ["a"]
+    assert type(target[1]) is type(nested)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sliceable"),
     [
@@ -251,6 +264,7 @@ def test_the_structure_has_names_types_and_shapes() -> None:
         (X, X, Y),
         Graded(X, Y),
         Graphs(X, Y, Y),
+        {"future_target": Y, "past_target": X, "static": X + 1},
         {"fold": 3},
     ],
 )
@@ -262,6 +276,11 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
     assert x is X
     assert y is Y
     assert kwargs == {}
+
+
+def test_a_model_is_no_adapter() -> None:
+    with pytest.raises(ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"):
+        bind_adapter(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

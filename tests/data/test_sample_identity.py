@@ -18,6 +18,21 @@ X = torch.arange(20.0).view(10, 2)
 FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)
 
 
+class Noisy(Dataset):
+    """Augments another data set, or the samples of it that a list names, in order or backwards."""
+
+    def __init__(self, data: Any, chosen: Any = None, backwards: bool = False) -> None:
+        self.noise, self.data, self.chosen, self.backwards = 0.1, data, chosen, backwards
+
+    def __len__(self) -> int:
+        return len(self.data if self.chosen is None else self.chosen)
+
+    def __getitem__(self, i: int) -> Any:
+        place = i if self.chosen is None else self.chosen[i]
+        x, *rest = self.data[len(self) - 1 - place if self.backwards else place]
+        return x + self.noise * torch.randn(x.shape), *rest
+
+
 def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
     names = {id(FIRST): "first", id(SECOND): "second"}
     return [(names[own], at) for own, at in base_samples(dataset, torch.arange(n)).tolist()]
@@ -34,10 +49,20 @@ def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
             [("first", 3), ("second", 8), ("second", 9)],
         ),
         (Subset(ConcatDataset([FIRST, SECOND]), [9, 10]), [("first", 9), ("second", 0)]),
+        (Subset(Noisy(Noisy(Subset(FIRST, [3, 5, 7]))), [2, 0]), [("first", 7), ("first", 3)]),
+        (Noisy(FIRST, [5, 3, 4]), [("first", 5), ("first", 3), ("first", 4)]),
     ],
 )
 def test_subsets_and_unions_are_seen_through(dataset: Dataset[Any], expected: list[tuple[str, int]]) -> None:
     assert places(dataset, len(expected)) == expected
+
+
+def test_samples_that_come_from_places_that_no_list_names_are_their_own() -> None:
+    backwards = Noisy(FIRST, backwards=True)
+    state = torch.get_rng_state()
+    assert base_samples(backwards, torch.arange(10)).tolist() == [[id(backwards), i] for i in range(10)]
+    assert backwards.data is FIRST
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def keys(*args: Tensor, target: Tensor | None = None, **kwargs: Tensor) -> list[list[int]]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import quiet_trainer
+from digit_models import Classifier, Digits, quiet_trainer
 from graphs import GraphNet, graph_loader
 from lightning_package import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair
 from lightning_nrl.errors import RepairError
@@ -92,3 +92,26 @@ def test_a_batch_that_does_not_fit_is_shown(tmp_path: Path, copies: int, size: i
     shown = rf"{found}[\s\S]*signal: float32 \[8, {size}\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
     with pytest.raises(ConfigurationError, match=shown):
         fitted(tmp_path, Signals(copies), data, data)
+
+
+class WithMetadata(Tensor):
+    """Keeps its class in every operation and takes sizes as MONAI's `MetaTensor` does."""
+
+    def new_empty(self, size: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        plain = self.as_subclass(Tensor).new_empty(size=size, dtype=dtype, device=device)
+        return plain.as_subclass(WithMetadata)
+
+
+def with_metadata(batch: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [x.as_subclass(WithMetadata) for x in default_collate(batch)]
+
+
+def test_tensors_with_metadata_are_repaired_as_plain_ones(tmp_path: Path) -> None:
+    def report(collate: Any) -> Any:
+        data = Digits()
+        train, val = (DataLoader(x, 64, collate_fn=collate) for x in (data.train, data.repair))
+        torch.manual_seed(0)
+        made, _ = fitted(tmp_path, Classifier(), train, val, method="linearized", reference=Classifier())
+        return [(split.split, split.repaired_ids, split.kept) for split in made.splits]
+
+    assert report(with_metadata) == report(default_collate)

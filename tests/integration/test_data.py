@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, is_noisy, mlp, quick_repair, quiet_trainer, right
-from lightning_package import Callback, LightningModule, Trainer
+from lightning_package import Callback, CombinedLoader, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -509,13 +509,57 @@ class ValidatesSeveral(Classifier):
         pass
 
 
-@pytest.mark.parametrize(("kind", "name"), [(SeveralValidations, "val:noisy"), (Listed, "val:1")])
-def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str) -> None:
+class Mixed(SeveralValidations):
+    def val_dataloader(self) -> Any:
+        return CombinedLoader(super().val_dataloader(), "sequential")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "failed"),
+    [
+        (SeveralValidations, ("val:clean", "val:noisy"), "auto"),
+        (Listed, ("val:0", "val:1"), "val"),
+        (Mixed, ("val:clean", "val:noisy"), ["val:clean", "val:noisy"]),
+    ],
+)
+def test_all_validation_loaders_are_known(
+    tmp_path: Path, kind: type[Digits], names: tuple[str, str], failed: Any
+) -> None:
+    report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=failed)
+    assert sizes(report) == {"train": 400, names[0]: 100, names[1]: 203}
+    for name, data in zip(names, (Digits().val, Digits().repair), strict=True):
+        assert_true(report, name, model, data)
+    assert "Not counted" not in report.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "other"), [(SeveralValidations, "val:noisy", "val:clean"), (Listed, "val:1", "val:0")]
+)
+def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str, other: str) -> None:
     report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=name)
     assert sizes(report) == {"train": 400, name: 203}
+    assert report.reason.endswith(f"Not counted, so nothing is known of what breaks there: `{other}`.")
     assert_true(report, name, model, Digits().repair)
     with pytest.raises(ConfigurationError, match=r"`val` data have no loader '7'.\nHINT: take one of"):
         repaired(tmp_path, kind(), ValidatesSeveral(), failed="val:7")
+
+
+class MixedTraining(WithoutRepair):
+    def train_dataloader(self) -> Any:
+        loaders = {"a": super().train_dataloader(), "b": DataLoader(self.repair, 32)}
+        return CombinedLoader(loaders, "max_size_cycle")
+
+
+class TrainsOnTwo(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum(super(TrainsOnTwo, self).training_step(one, batch_idx) for one in batch.values())
+
+
+def test_all_samples_of_mixed_batches_are_known(tmp_path: Path) -> None:
+    callback = quick_repair(method="finetune-polish")
+    quiet_trainer(tmp_path, callback, max_epochs=1).fit(TrainsOnTwo(), datamodule=MixedTraining())
+    assert sizes(callback.report) == {"train:a": 400, "train:b": 203, "val": 100}
+    assert callback.report.steps[0].note.startswith("continued training")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,22 @@ def test_a_step_that_changes_the_inputs_is_refused_before_training(tmp_path: Pat
         rehearse(tmp_path, getattr(models, kind)())
 
 
+class KeepsDropout(models.Plain):
+    def forward(self, x: Any) -> Any:
+        return super().forward(torch.dropout(x, 0.3, train=True))
+
+
+class AveragesDraws(models.Plain):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return sum(self(torch.dropout(batch[0], 0.3, train=True)) for _ in range(8)) / 8
+
+
+@pytest.mark.parametrize("module", [KeepsDropout, AveragesDraws])
+def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path, module: Any) -> None:
+    with pytest.raises(Training), pytest.warns(DataWarning, match="`model`: its predictions are drawn at random"):
+        rehearse(tmp_path, module())
+
+
 def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
     module = models.BothNormalise()
     with pytest.raises(Training):

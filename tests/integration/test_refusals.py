@@ -180,8 +180,8 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
     (Digits, {"calibration": "train"}, "`calibration='train'` is known data too"),
     (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
     (Streamed, {}, "`train` data: Stream is iterable"),
-    (Several, {}, "`train` data: 2 data loaders at once.*such as 'train:0'"),
-    (WholeBatches, {}, "`repair` data: its data set makes whole batches itself"),
+    (Several, {"unseen": "train"}, "`train` data: 2 data loaders at once.*such as 'train:a'"),
+    (WholeBatches, {}, "`repair` data: its DataLoader asks the data set for whole batches"),
     (Empty, {}, "`repair` data: the data set is empty"),
     (TrainAlone, {"failed": "train", "unseen": "test"}, r"`unseen='test'`: there is no `test_dataloader\(\)`"),
 ]
@@ -192,18 +192,6 @@ def test_what_does_not_fit_is_refused_before_training(
     tmp_path: Path, data: Any, arguments: dict[str, Any], message: str
 ) -> None:
     assert re.match(message, refused(tmp_path, data(), quick_repair(**arguments)), re.DOTALL)
-
-
-class FirstOfSeveral(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch["a"], batch_idx)
-
-
-def test_one_of_several_loaders_may_be_named(tmp_path: Path) -> None:
-    data = Several()
-    repair = quick_repair(passed=DataLoader(data.train, 32))
-    quiet_trainer(tmp_path, repair, limit_train_batches=2, max_epochs=1).fit(FirstOfSeveral(), datamodule=data)
-    assert [split.n for split in repair.report.splits] == [400, 203]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"failed": "train"}])

@@ -404,24 +404,27 @@ def test_callbacks_that_the_model_asks_for_take_part_unless_they_save_or_stop() 
     assert noted("counted") == [()] * 5
 
 
-def test_pruned_weights_and_several_loaders_are_warned_of() -> None:
+def test_pruned_weights_are_warned_of() -> None:
     pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"])
     with pytest.warns(UserWarning, match="pruned weights would not stay 0"):
         assert fit(Net(), Continue(), callbacks=[pruning]) is None
 
+
+@pytest.mark.parametrize(("mode", "batches"), [("min_size", 2), ("max_size", 4), ("max_size_cycle", 4)])
+@pytest.mark.parametrize("listed", [False, True])
+def test_several_loaders_go_on_as_they_are_mixed(mode: str, batches: int, listed: bool) -> None:
     class Two(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch["a"], batch_idx)
+            mixed.append([None if one is None else len(one[0]) for one in batch.values()])
+            return super().training_step(next(one for one in batch.values() if one is not None), batch_idx)
 
-    class Loaders(LightningDataModule):
-        def train_dataloader(self) -> Any:
-            return {"a": train_loader(), "b": train_loader()}
-
-    combined = CombinedLoader(Loaders().train_dataloader(), "min_size")
-    with pytest.warns(UserWarning, match="it was trained on several data loaders at once"):
-        assert fit(Two(), Continue(passed=train_loader()), Loaders()) is None
-    with pytest.warns(UserWarning, match="it was trained on several data loaders at once"):
-        assert fit(Two(), Continue(passed=train_loader(), trained_on=combined), combined) is None
+    mixed: list[Any] = []
+    loaders = {"a": train_loader(Points(64)), "b": train_loader(Points(16), batch_size=8)}
+    given = loaders if listed and mode == "max_size_cycle" else CombinedLoader(loaders, mode)
+    callback = Continue(passed=train_loader())
+    assert fit(Two(), callback, given) is not None
+    in_the_fit, again = mixed[:batches], mixed[batches:]
+    assert again == 3 * in_the_fit
 
 
 class Bank(Net):

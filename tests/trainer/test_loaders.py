@@ -179,8 +179,23 @@ def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) ->
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.zeros(20))
 OTHER = TensorDataset(torch.arange(100.0, 110.0)[:, None], torch.zeros(10))
 FAILED = DataLoader(TensorDataset(torch.zeros(3, 1), torch.zeros(3)), 4)
+
+
+class Jittered(Dataset):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = self.data[i]
+        return x + torch.rand(1), y
+
+
 WAYS = {
     "overlapping subsets": (Subset(DATA, range(10)), Subset(DATA, range(8, 14)), 2),
+    "overlapping subsets that augment": (Jittered(Subset(DATA, range(10))), Jittered(Subset(DATA, range(8, 14))), 2),
     "the whole and a part": (DATA, Subset(DATA, [3, 5]), 2),
     "a part and the whole": (Subset(DATA, [3, 5]), DATA, 2),
     "a union": (Subset(DATA, range(10)), ConcatDataset([OTHER, Subset(DATA, [2])]), 1),
@@ -204,7 +219,7 @@ def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoad
         with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
             request.find(loaders)
     else:  # what is common is left out where unseen data are counted
-        passed, _, unseen, _ = request.find(loaders)
+        [passed], _, unseen, _ = request.find(loaders)
         assert unseen is not None
         assert int(is_among(source(unseen[0]).identity, source(passed[0]).identity).sum()) == common
 
@@ -219,3 +234,7 @@ def test_two_loaders_of_the_same_samples_are_one_split(loaders: SplitLoaders) ->
     first, second = (DataLoader(Subset(DATA, [4, 6]), 4) for _ in range(2))
     known, *_ = DataRequest(DataOptions(first, second)).sources(loaders, seed=0, limit=None)
     assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]
+    known, *_ = DataRequest(DataOptions(DataLoader(Jittered(DATA), 4), DataLoader(DATA, 4))).sources(
+        loaders, seed=0, limit=None
+    )
+    assert [(source.split, len(source.index)) for source in known] == [("passed", 20), ("failed", 20)]

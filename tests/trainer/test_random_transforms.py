@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,29 @@ def test_what_cannot_be_read_again_is_named_with_its_split() -> None:
     assert "No guarantee for `repair`: 32 of 32 samples" in sentences
     assert "`test` draws at random: each sample was counted in one fixed draw." in sentences
     assert "`train`" not in sentences
+
+
+def in_random_order(batch: list[Any]) -> Any:
+    return default_collate([batch[i] for i in torch.randperm(len(batch))])
+
+
+def by_size(batch: list[Any]) -> Any:
+    return default_collate(sorted(batch, key=lambda sample: -sample[0]))
+
+
+def mixed_up(batch: list[Any]) -> Any:
+    x, y = default_collate(batch)
+    return 0.5 * (x + x.roll(1, 0)), y
+
+
+@pytest.mark.parametrize("collate", [in_random_order, by_size, mixed_up])
+def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(collate: Callable[[list[Any]], Any]) -> None:
+    data = Numbers(float)
+    moving = replace(source(data, "val"), loader=DataLoader(data, 8, collate_fn=collate))
+    with pytest.warns(DataWarning, match=r"`val` data: \d of 8 samples of a batch in reverse order changed") as caught:
+        sentences = report_stability([moving, source(float), source(by_all, "test")])
+    assert len(caught) == 1
+    assert sentences.startswith("No guarantee for `val`: ")
 
 
 def test_draws_of_a_sample_are_counted_as_samples_and_read_the_same_in_any_order() -> None:

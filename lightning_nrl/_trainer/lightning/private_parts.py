@@ -5,11 +5,12 @@ Each function says which private part it touches. Attributes that are public but
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.lightning.packages import (
@@ -20,6 +21,7 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     class_for,
 )
+from lightning_nrl.data.batch import with_plain_tensors
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
@@ -90,10 +92,10 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch on the device as validation has it (`_on_before_batch_transfer` of the module or the data module)."""
+    """A raw batch of plain tensors, on the device as validation has it (`_on_before_batch_transfer`)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
@@ -101,6 +103,16 @@ def given_loaders(trainer: Trainer, split: str) -> Any:
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
+
+
+def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
+    """A `CombinedLoader` of changed loaders that mixes batches as that of a fit does (`_combined_loader`, `_mode`)."""
+    combined = trainer.fit_loop._combined_loader
+    mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
+    inside = pytree.tree_map(change, getattr(given, "iterables", given))
+    found = class_for(trainer, "pytorch.utilities.CombinedLoader")(inside, mode)
+    iter(found)  # before, it has no length
+    return found
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:

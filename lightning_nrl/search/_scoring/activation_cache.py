@@ -83,7 +83,7 @@ class ReplayGroup:
             return
         if not parts:
             # Its pages are taken as they fill.
-            parts.append(x.new_empty(reserved, *x.shape[1:]))
+            parts.append(x.new_empty((reserved, *x.shape[1:])))
         parts[0][start:stop] = x
         self.filled[i] = stop
 
