@@ -261,7 +261,7 @@ class TrainerRepair:
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
             render: Any = self.data.known.render
-            views = sample_views(report, trained.sources, render) if trainer.is_global_zero else ()
+            views = sample_views(report, trained.sources, render, model=trained.model) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
 
     @contextmanager

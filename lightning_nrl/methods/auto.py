@@ -66,7 +66,8 @@ class Auto:
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
-        shown = next((one for one in (taken, *reversed(solutions)) if one.result is not None), taken)
+        # A search of another rung than the one taken found other weights: its course would be no account of these.
+        shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
         return Solution(
             taken.proposal,
             why if number is None else "",
