@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, cast
 
 from rich import get_console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
@@ -31,6 +33,7 @@ from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.timing import Clock
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
@@ -38,17 +41,57 @@ from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.report._formatting import rough_time
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Reference
 
+STAGES = {
+    "collect": "counting what is right and wrong",
+    "unseen": "counting unseen data",
+    "reference": "running the replaced model",
+    "labels": "looking for wrong labels",
+    "layers": "looking at each layer",
+    "localize": "choosing weights to change",
+    "search": "searching new values for them",
+    "record": "recording the last layer",
+    "solve": "solving the layer",
+    "linearize": "linearizing the layer",
+    "fit": "training with the failures",
+    "polish": "bringing back what broke",
+    "merge": "merging repairs",
+    "sparse": "changing fewer weights",
+    "strength": "trying how far to go",
+    "judge": "counting the result",
+}
+"""Stages in words, in the order of a repair; others are shown by their names."""
+MOST_SHARE = 0.99  # of the bar, before the end
+
+
+@dataclass
+class _OpenStage:
+    """A stage in progress: when it began, how much of it is done, and what is said of it."""
+
+    name: str
+    began: float
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
 
 class RepairProgress:
-    """Shows the stage of a repair and its counts beside the trainer's progress bar: rich with rich, tqdm with tqdm."""
+    """Shows one bar for a repair beside the trainer's: rich with rich, tqdm with tqdm.
+
+    It says in words what is being done, and once that can be told, how long the whole repair takes from now on.
+    """
+
+    now: Clock = staticmethod(time.perf_counter)
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._line: _RichLine | _TqdmLine | None = None
-        self._open: list[str] = []
+        self._open: list[_OpenStage] = []
+        self._expected: dict[str, float] = {}
+        self._began, self._end, self._share = self.now(), math.inf, 0.0
 
     def __enter__(self) -> RepairProgress:
         self._line = _line_beside(self._trainer)
@@ -61,27 +104,27 @@ class RepairProgress:
             self._line.close()
         self._line = None
 
+    def expect(self, seconds: Mapping[str, float], most: float) -> None:
+        """Plans the rest of the repair."""
+        self._expected, self._end = dict(seconds), self.now() + most
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Shows a line while a stage lasts; a stage inside another takes its place."""
-        line = self._line
-        if line is None:
-            yield
-            return
-        if self._open:
-            line.end()
-        self._open.append(f"Repair: {name}")
-        line.begin(self._open[-1])
+        """Says what is being done; a stage inside another takes its place."""
+        if name in ("fit", "polish", "strength"):  # what comes before these is over, or was left out
+            order = list(STAGES)
+            self._expected = {k: v for k, v in self._expected.items() if order.index(k) >= order.index(name)}
+        self._open.append(_OpenStage(name, self.now()))
+        self._draw()
         try:
             yield
         finally:
-            line.end()
             self._open.pop()
-            if self._open:
-                line.begin(self._open[-1])
+            self._expected.pop(name, None)
+            self._draw()
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows how far the search is, and its best candidate's counts."""
+        """Shows how far the stage is, and its best candidate's counts."""
         counts = ((repaired, "repaired"), (broken, "broken"))
         self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
 
@@ -94,8 +137,35 @@ class RepairProgress:
             rank_zero_info(text)
 
     def show(self, done: int, total: int, note: str) -> None:
-        if self._line is not None and self._open:
-            self._line.show(done, total, note)
+        if self._open:
+            stage = self._open[-1]
+            stage.done, stage.total, stage.note = done, total, note
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._line is None or not self._open:
+            return
+        stage, left = self._open[-1], self._seconds_left()
+        if self._expected and left is not None:
+            elapsed = self.now() - self._began
+            self._share = max(self._share, min(elapsed / max(elapsed + left, 1e-9), MOST_SHARE))
+        share = self._share if self._expected else stage.done / stage.total if stage.total else None
+        note = f" ({stage.note})" if stage.note else ""
+        rest = f", {rough_time(left)} left" if self._expected and left is not None else ""
+        self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{note}{rest}", share)
+
+    def _seconds_left(self) -> float | None:
+        """Seconds of the stages in progress and of those to come; None while a stage cannot be told."""
+        left = sum(seconds for name, seconds in self._expected.items() if name not in {one.name for one in self._open})
+        for stage in self._open:
+            spent = self.now() - stage.began
+            if stage.done:
+                left += spent * (stage.total - stage.done) / stage.done
+            elif stage.name in self._expected:
+                left += max(0.0, self._expected[stage.name] - spent)
+            elif stage is self._open[-1]:
+                return None
+        return min(left, max(0.0, self._end - self.now()))
 
 
 def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
@@ -110,27 +180,25 @@ class _TqdmLine:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._below_others = False
 
-    def begin(self, text: str) -> None:
+    def show(self, text: str, share: float | None) -> None:
         from tqdm.auto import tqdm
 
-        # On stdout as Lightning's, so that both are drawn in step.
-        self._bar = tqdm(bar_format="{desc} ...", desc=text, leave=False, dynamic_ncols=True, file=sys.stdout)
-        self._below_others |= self._bar.pos != 0
-
-    def show(self, done: int, total: int, note: str) -> None:
-        self._bar.total, self._bar.bar_format = total, None
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def end(self) -> None:
-        self._bar.close()
+        if self._bar is None:
+            # On stdout as Lightning's, so that both are drawn in step.
+            how: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "file": sys.stdout}
+            self._bar = tqdm(total=100, desc=text, bar_format="{desc} ...", **how)
+        self._bar.bar_format = "{desc} ..." if share is None else "{desc} {percentage:3.0f}%|{bar}|"
+        self._bar.n = round(100 * (share or 0))
+        self._bar.set_description_str(text)
 
     def close(self) -> None:
-        # Lightning's bar is still open, with the cursor on its line.
-        if self._below_others:
-            print()
+        if self._bar is not None:
+            below_others = self._bar.pos != 0
+            self._bar.close()
+            # Lightning's bar is still open, with the cursor on its line.
+            if below_others:
+                print()
 
 
 class _RichLine:
@@ -141,30 +209,26 @@ class _RichLine:
         self._lightning = lightning if lightning is not None and lightning.live.is_started else None
         self._progress: Any = self._lightning
         self._task: Any = None
-        self._text = ""
 
-    def begin(self, text: str) -> None:
-        if self._lightning is None:
-            self._progress = Progress(console=get_console(), transient=True)
-            self._progress.start()
-        self._text = text
+    def show(self, text: str, share: float | None) -> None:
         # An unknown total is infinity to Lightning's columns, None to rich's own.
-        self._task = self._progress.add_task(text, total=float("inf") if self._lightning is not None else None)
-
-    def show(self, done: int, total: int, note: str) -> None:
-        description = f"{self._text} ({note})" if note else self._text
-        self._progress.update(self._task, completed=done, total=total, description=description)
+        total = 100 if share is not None else None if self._lightning is None else math.inf
+        if self._task is None:
+            if self._lightning is None:
+                columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+                self._progress = Progress(*columns, console=get_console(), transient=True)
+                self._progress.start()
+            self._task = self._progress.add_task(text, total=total)
+        self._progress.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
         # Lightning's display is drawn only on demand.
         self._progress.refresh()
 
-    def end(self) -> None:
-        self._progress.remove_task(self._task)
-        self._progress.refresh()
-        if self._lightning is None:
-            self._progress.stop()
-
     def close(self) -> None:
-        return None
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._progress.refresh()
+            if self._lightning is None:
+                self._progress.stop()
 
 
 PASSES_THAT_LEAVE_OUT = 6

@@ -29,7 +29,7 @@ from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report import Role
+from lightning_nrl.report import Provenance, Role
 from lightning_nrl.report._formatting import rough_time
 from lightning_nrl.search import ParticleSwarm, SearchHistory
 
@@ -201,6 +201,7 @@ class _Sweep:
             ", ".join(layer_names(self.base.layer)),
             settings={request.setting.name: request.setting for request in requests},
             weights=kept,
+            provenance=Provenance.of(self.problem.model, *(before for _, before in self.data.values())),
             original={name: value.detach().cpu().clone() for name, value in self.problem.space.parameters.items()},
         )
         if self.store.folder is not None and self.collective.rank == 0:

@@ -139,6 +139,7 @@ class _Polish:
         self.course: list[TargetCounts] = []
         self.rounds = self.retreats = self._rounds_left = 0
         self._fewest_open = self._fewest_ever = math.inf
+        self._most_open = 0
         self._visits = self._visits_at_low = 0.0
         # Targets are enforced where no training went before.
         self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
@@ -174,6 +175,9 @@ class _Polish:
         self._rounds_left -= 1
         is_open = self.active_set.open
         n_open = int(is_open.sum())
+        self._most_open = max(self._most_open, n_open)
+        n_broken = int(self.active_set.broken.sum())
+        self.problem.clock.tell(self._most_open - n_open, self._most_open, broken=n_broken)
         if n_open < self._fewest_ever:
             self._fewest_ever, self._visits_at_low = n_open, self._visits
         if n_open < self._fewest_open:
