@@ -6,13 +6,11 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, cast
 
-from rich import get_console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import Progress
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
@@ -50,7 +48,6 @@ STAGES = {
     "unseen": "counting unseen data",
     "reference": "running the replaced model",
     "labels": "looking for wrong labels",
-    "layers": "looking at each layer",
     "localize": "choosing weights to change",
     "search": "searching new values for them",
     "record": "recording the last layer",
@@ -58,19 +55,17 @@ STAGES = {
     "linearize": "linearizing the layer",
     "fit": "training with the failures",
     "polish": "bringing back what broke",
-    "merge": "merging repairs",
     "sparse": "changing fewer weights",
     "strength": "trying how far to go",
     "judge": "counting the result",
 }
-"""Stages in words, in the order of a repair; others are shown by their names."""
+"""Stages in words; others are shown by their names."""
 MOST_SHARE = 0.99  # of the bar, before the end
+MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
 
 
 @dataclass
 class _OpenStage:
-    """A stage in progress: when it began, how much of it is done, and what is said of it."""
-
     name: str
     began: float
     done: int = 0
@@ -88,32 +83,28 @@ class RepairProgress:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._line: _RichLine | _TqdmLine | None = None
+        self._line = _line_beside(trainer)
         self._open: list[_OpenStage] = []
         self._expected: dict[str, float] = {}
         self._began, self._end, self._share = self.now(), math.inf, 0.0
 
-    def __enter__(self) -> RepairProgress:
-        self._line = _line_beside(self._trainer)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._line is not None:
             self._line.close()
-        self._line = None
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Plans the rest of the repair."""
+        """Plans the rest of the repair, and announces how long it takes."""
         self._expected, self._end = dict(seconds), self.now() + most
+        total = min(sum(seconds.values()), most)
+        if total >= MIN_ANNOUNCED_SECONDS:
+            self.announce(f"Repair: {rough_time(total)} from now on; `max_time` sets a limit.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Says what is being done; a stage inside another takes its place."""
-        if name in ("fit", "polish", "strength"):  # what comes before these is over, or was left out
-            order = list(STAGES)
-            self._expected = {k: v for k, v in self._expected.items() if order.index(k) >= order.index(name)}
+        if name in self._expected and name != "judge":  # what comes before is over, or was left out
+            planned = list(self._expected.items())
+            self._expected = dict(planned[list(self._expected).index(name) :])
         self._open.append(_OpenStage(name, self.now()))
         self._draw()
         try:
@@ -126,8 +117,11 @@ class RepairProgress:
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Shows how far the stage is, and its best candidate's counts."""
-        counts = ((repaired, "repaired"), (broken, "broken"))
-        self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
+        if self._open:
+            stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
+            note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
+            stage.done, stage.total, stage.note = done, total, note and f" ({note})"
+            self._draw()
 
     def announce(self, text: str) -> None:
         """Prints a sentence, above the bar if there is one."""
@@ -137,12 +131,6 @@ class RepairProgress:
         else:
             rank_zero_info(text)
 
-    def show(self, done: int, total: int, note: str) -> None:
-        if self._open:
-            stage = self._open[-1]
-            stage.done, stage.total, stage.note = done, total, note
-            self._draw()
-
     def _draw(self) -> None:
         if self._line is None or not self._open:
             return
@@ -151,9 +139,8 @@ class RepairProgress:
             elapsed = self.now() - self._began
             self._share = max(self._share, min(elapsed / max(elapsed + left, 1e-9), MOST_SHARE))
         share = self._share if self._expected else stage.done / stage.total if stage.total else None
-        note = f" ({stage.note})" if stage.note else ""
         rest = f", {rough_time(left)} left" if self._expected and left is not None else ""
-        self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{note}{rest}", share)
+        self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{stage.note}{rest}", share)
 
     def _seconds_left(self) -> float | None:
         """Seconds of the stages in progress and of those to come; None while a stage cannot be told."""
@@ -173,7 +160,9 @@ def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     bar = trainer.progress_bar_callback
     if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None
-    return _RichLine(bar.progress) if isinstance(bar, RichProgressBar) else _TqdmLine()
+    rich = bar.progress if isinstance(bar, RichProgressBar) else None
+    # Lightning has no display before its first loop.
+    return _RichLine(rich) if rich is not None and rich.live.is_started else _TqdmLine()
 
 
 class _TqdmLine:
@@ -203,33 +192,24 @@ class _TqdmLine:
 
 
 class _RichLine:
-    """A task in the display of Lightning's bar, or in its own where that is not running."""
+    """A task in the display of Lightning's bar."""
 
-    def __init__(self, lightning: Progress | None) -> None:
-        # Lightning has none before its first loop, and a console shows only one at a time.
-        self._lightning = lightning if lightning is not None and lightning.live.is_started else None
-        self._progress: Any = self._lightning
+    def __init__(self, lightning: Progress) -> None:
+        self._lightning = lightning
         self._task: Any = None
 
     def show(self, text: str, share: float | None) -> None:
-        # An unknown total is infinity to Lightning's columns, None to rich's own.
-        total = 100 if share is not None else None if self._lightning is None else math.inf
+        total = math.inf if share is None else 100
         if self._task is None:
-            if self._lightning is None:
-                columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-                self._progress = Progress(*columns, console=get_console(), transient=True)
-                self._progress.start()
-            self._task = self._progress.add_task(text, total=total)
-        self._progress.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
-        # Lightning's display is drawn only on demand.
-        self._progress.refresh()
+            self._task = self._lightning.add_task(text, total=total)
+        self._lightning.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
+        # It is drawn only on demand.
+        self._lightning.refresh()
 
     def close(self) -> None:
         if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._progress.refresh()
-            if self._lightning is None:
-                self._progress.stop()
+            self._lightning.remove_task(self._task)
+            self._lightning.refresh()
 
 
 PASSES_THAT_LEAVE_OUT = 6
@@ -334,7 +314,7 @@ class TrainerRepair:
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
         """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
-        with random_state(), validating(trainer), RepairProgress(trainer) as progress:
+        with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
             notes = f"{describe_limits(trainer, found.known)} {report_stability(found.sources)}".strip()
             yield replace(found, observer=progress, notes=notes)

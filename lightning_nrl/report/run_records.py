@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -55,38 +56,32 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def hash_samples(results: SampleResults, split: str) -> str:
-    """SHA-256 of a split's sample ids and labels, in order: another data set of the same size has another one."""
-    rows = results.of(split)
-    table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
-    return hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return ""
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """How many samples a split has, and the hash of their ids and labels (`hash_samples`)."""
+    """How many samples a split has, and the SHA-256 of their ids and labels, in order."""
 
     n: int
     sha256: str
 
+    @classmethod
+    def of(cls, results: SampleResults, split: str) -> Self:
+        rows = results.of(split)
+        table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
+        return cls(len(table), hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest())
+
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a result comes from.
+    """When a result was made, of which model and which data, by split.
 
-    Attributes:
-        made: date and time in UTC, or what the environment variable SOURCE_DATE_EPOCH says; not compared.
-        module: class of the model.
-        n_layers: how many of its modules have parameters or buffers of their own.
-        checkpoint: path of the file that its weights were loaded from; empty if they were trained or in memory.
-        checkpoint_sha256: hash of this file; empty for a folder.
-        data: identity of each data set by its split.
+    `made` is in UTC, or what the variable SOURCE_DATE_EPOCH says, and is not compared. `checkpoint` is the path of the
+    file that the weights were loaded from, empty if they were trained or in memory. `n_layers` is the number of modules
+    with parameters or buffers of their own.
     """
 
     made: str = field(default="", compare=False)
@@ -101,11 +96,7 @@ class Provenance:
         """Identifies a model, and the data that it was evaluated on, now."""
         when = datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc)
         kind, layers = type(model), {name.rpartition(".")[0] or name for name in current_state(model)}
-        data = {
-            split: DataIdentity(size, hash_samples(one, split))
-            for one in results
-            for split, size in zip(one.splits, one.sizes, strict=True)
-        }
+        data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}
         made = when.isoformat(sep=" ", timespec="seconds")
         return cls(made, f"{kind.__module__}.{kind.__qualname__}", len(layers), data=data)
 

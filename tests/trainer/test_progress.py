@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
@@ -43,7 +43,7 @@ class Repairing(Callback):
         self.after: list[str] = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with RepairProgress(trainer) as progress:
+        with closing(RepairProgress(trainer)) as progress:
             self.silent = progress._line is None
             rich = getattr(progress._line, "_lightning", None)
 
@@ -80,6 +80,9 @@ def nested_stages(progress: Any, look: Callable[[], None]) -> None:
         look()
 
 
+announced: list[str] = []
+
+
 def planned_stages(progress: Any, look: Callable[[], None]) -> None:
     """A repair by a clock of its own: 10 s of training are expected, 4 s of polish, 2 s at the end."""
     moment = [0.0]
@@ -93,6 +96,7 @@ def planned_stages(progress: Any, look: Callable[[], None]) -> None:
 
     with progress.stage("collect"):
         moment[0] += 2
+    progress.announce = announced.append
     progress.expect({"fit": 10, "polish": 4, "judge": 2}, most=100)
     with progress.stage("search"):
         after(4, 10, 20)
@@ -180,6 +184,7 @@ def test_one_bar_never_goes_back_and_says_how_long_all_of_it_takes(tmp_path: Any
     assert rests == [f"{left} s left" if left else "" for left in lefts]
     assert [round(share) for share in shares] == [23, 38, 38, 58, 77, 90, 90, 92]
     assert len(set(repairing.ids)) == 1
+    assert announced == ["Repair: about 16 s from now on; `max_time` sets a limit."]
 
 
 @BARS
