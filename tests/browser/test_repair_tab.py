@@ -163,14 +163,14 @@ def test_nothing_is_cut_off_on_a_laptop_or_a_phone(browser: Browser, log_dir: Pa
     driver = browser.driver
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     too_wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    matrix = "const one = document.querySelector('.confusions .wide'); return [one.scrollWidth, one.clientWidth]"
+    tables = "return [...document.querySelectorAll('.beside .wide')].map(one => [one.scrollWidth, one.clientWidth])"
     try:
         open_tab(browser, "copy")
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
         pages = [driver.execute_script(too_wide)]
         if width > 1000:
-            pages.append(driver.execute_script(matrix))
+            pages += driver.execute_script(tables)
         driver.switch_to.default_content()
         driver.get((log_dir / "version_0/repair/report.html").as_uri())
         pages.append(driver.execute_script(too_wide))
