@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from toy_problems import shares
 from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import Gate, RepairReport, repair_module
+from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
@@ -36,6 +38,29 @@ def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_rand
     assert torch.equal(reports[0].change, reports[1].change)
     other = repair_module(trained(), known(), quick(seed=4), unseen=unseen())
     assert not torch.equal(other.change, reports[0].change)
+
+
+def test_reports_of_another_day_are_equal_and_say_when_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = []
+    for seconds in ("0", "86400"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
+        report = repair_module(trained(), known(), quick(seed=3)).report
+        reports.append(replace(report, seconds={}, steps=()))
+    assert [report.provenance.made for report in reports] == ["1970-01-01 00:00:00+00:00", "1970-01-02 00:00:00+00:00"]
+    assert reports[0] == reports[1]
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    made = datetime.fromisoformat(repair_module(trained(), known(), quick(seed=3)).report.provenance.made)
+    assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 600
+
+
+def test_data_of_the_same_size_with_other_labels_have_another_identity() -> None:
+    def identity(sources: Any) -> str:
+        report = diagnose_module(trained(), sources, quick())
+        assert report.provenance.data["train"].n == len(sources[0].index)
+        return report.provenance.data["train"].sha256
+
+    assert identity(known()) == identity(known(batch_size=7))
+    assert identity(known()) != identity(known(seed=1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nrl._trainer.lightning.packages import rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
@@ -34,11 +34,14 @@ VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 """Of each split, at most."""
 
 
-def display(x: Tensor, sample: Any = None, normalization: Normalization | None = None) -> Pixels | str | None:
+def display(
+    x: Tensor, sample: Any = None, normalization: Normalization | None = None, *, convolves: bool = True
+) -> Pixels | str | None:
     """A model's input for one sample as an image, `height x width x 3`, or text; None for what cannot be shown.
 
-    Whole numbers in a row are tokens, others a table. All else is an image: of more than three channels the first
-    three, of a film the middle; not normalized, it is stretched from black to white.
+    Whole numbers in a row are tokens, others a table. All else is an image if the model convolves in two dimensions,
+    if it has one or three channels, or if it is of bytes: a series of features is none. Of more than three channels it
+    shows the first three, of a film the middle; not normalized, it is stretched from black to white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -47,7 +50,8 @@ def display(x: Tensor, sample: Any = None, normalization: Normalization | None =
         return _words(sample) or _tokens(x)
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
         return _table(x.flatten())
-    image = _as_image(x)
+    has_channels = x.ndim > 2 and any(size in (1, 3) for size in x.shape)
+    image = _as_image(x) if convolves or has_channels or x.dtype == torch.uint8 else None
     if image is None:
         return None
     shown = _denormalized(image, normalization)
@@ -162,9 +166,10 @@ def _table(x: Tensor) -> str:
 
 
 def sample_views(
-    report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None
+    report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
 ) -> tuple[SampleView, ...]:
     """Views of the broken and the most telling repaired samples of each split; what cannot be rendered is left out."""
+    convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
     try:
@@ -172,7 +177,7 @@ def sample_views(
             telling = most_telling(split.flipped)
             chosen = [one for flip, n in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:n]]
             if chosen and split.split in by_split:
-                found += _views(report, by_split[split.split], chosen, render)
+                found += _views(report, by_split[split.split], chosen, render, convolves)
     except Exception as error:  # the user's data set or function; no picture is worth a repair
         problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition("\n")[0]
         rank_zero_warn(DataWarning(f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."))
@@ -180,7 +185,11 @@ def sample_views(
 
 
 def _views(
-    report: RepairReport, source: LoaderSource, samples: Sequence[FlippedSample], render: Render | None
+    report: RepairReport,
+    source: LoaderSource,
+    samples: Sequence[FlippedSample],
+    render: Render | None,
+    convolves: bool,
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples) if render is None else None
     for one in samples:
@@ -193,7 +202,7 @@ def _views(
             args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
             first = next(tensors_in((args, kwargs)), None)
             if first is not None and len(first):
-                shown = display(first[0], sample, normalization)
+                shown = display(first[0], sample, normalization, convolves=convolves)
         caption = caption_of(one, report.class_name)
         if isinstance(shown, str):
             yield SampleView(source.split, one.id, one.flip, caption, text=shown)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, cast
 
-from rich import get_console
 from rich.progress import Progress
 
 from lightning_nrl._trainer.continue_training import ContinuedTraining
@@ -31,6 +31,7 @@ from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
+from lightning_nrl._utils.timing import Clock
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
@@ -38,52 +39,89 @@ from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.report._formatting import rough_time
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Reference
 
+STAGES = {
+    "collect": "counting what is right and wrong",
+    "unseen": "counting unseen data",
+    "reference": "running the replaced model",
+    "labels": "looking for wrong labels",
+    "localize": "choosing weights to change",
+    "search": "searching new values for them",
+    "record": "recording the last layer",
+    "solve": "solving the layer",
+    "linearize": "linearizing the layer",
+    "fit": "training with the failures",
+    "polish": "bringing back what broke",
+    "sparse": "changing fewer weights",
+    "strength": "trying how far to go",
+    "judge": "counting the result",
+}
+"""Stages in words; others are shown by their names."""
+MOST_SHARE = 0.99  # of the bar, before the end
+MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
+
+
+@dataclass
+class _OpenStage:
+    name: str
+    began: float
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
 
 class RepairProgress:
-    """Shows the stage of a repair and its counts beside the trainer's progress bar: rich with rich, tqdm with tqdm."""
+    """Shows one bar for a repair beside the trainer's: rich with rich, tqdm with tqdm.
+
+    It says in words what is being done, and once that can be told, how long the whole repair takes from now on.
+    """
+
+    now: Clock = staticmethod(time.perf_counter)
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._line: _RichLine | _TqdmLine | None = None
-        self._open: list[str] = []
+        self._line = _line_beside(trainer)
+        self._open: list[_OpenStage] = []
+        self._expected: dict[str, float] = {}
+        self._began, self._end, self._share = self.now(), math.inf, 0.0
 
-    def __enter__(self) -> RepairProgress:
-        self._line = _line_beside(self._trainer)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._line is not None:
             self._line.close()
-        self._line = None
+
+    def expect(self, seconds: Mapping[str, float], most: float) -> None:
+        """Plans the rest of the repair, and announces how long it takes."""
+        self._expected, self._end = dict(seconds), self.now() + most
+        total = min(sum(seconds.values()), most)
+        if total >= MIN_ANNOUNCED_SECONDS:
+            self.announce(f"Repair: {rough_time(total)} from now on; `max_time` sets a limit.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Shows a line while a stage lasts; a stage inside another takes its place."""
-        line = self._line
-        if line is None:
-            yield
-            return
-        if self._open:
-            line.end()
-        self._open.append(f"Repair: {name}")
-        line.begin(self._open[-1])
+        """Says what is being done; a stage inside another takes its place."""
+        if name in self._expected and name != "judge":  # what comes before is over, or was left out
+            planned = list(self._expected.items())
+            self._expected = dict(planned[list(self._expected).index(name) :])
+        self._open.append(_OpenStage(name, self.now()))
+        self._draw()
         try:
             yield
         finally:
-            line.end()
             self._open.pop()
-            if self._open:
-                line.begin(self._open[-1])
+            if name != "judge":  # methods count on their way, too
+                self._expected.pop(name, None)
+            self._draw()
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows how far the search is, and its best candidate's counts."""
-        counts = ((repaired, "repaired"), (broken, "broken"))
-        self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
+        """Shows how far the stage is, and its best candidate's counts."""
+        if self._open:
+            stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
+            note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
+            stage.done, stage.total, stage.note = done, total, note and f" ({note})"
+            self._draw()
 
     def announce(self, text: str) -> None:
         """Prints a sentence, above the bar if there is one."""
@@ -93,16 +131,38 @@ class RepairProgress:
         else:
             rank_zero_info(text)
 
-    def show(self, done: int, total: int, note: str) -> None:
-        if self._line is not None and self._open:
-            self._line.show(done, total, note)
+    def _draw(self) -> None:
+        if self._line is None or not self._open:
+            return
+        stage, left = self._open[-1], self._seconds_left()
+        if self._expected and left is not None:
+            elapsed = self.now() - self._began
+            self._share = max(self._share, min(elapsed / max(elapsed + left, 1e-9), MOST_SHARE))
+        share = self._share if self._expected else stage.done / stage.total if stage.total else None
+        rest = f", {rough_time(left)} left" if self._expected and left is not None else ""
+        self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{stage.note}{rest}", share)
+
+    def _seconds_left(self) -> float | None:
+        """Seconds of the stages in progress and of those to come; None while a stage cannot be told."""
+        left = sum(seconds for name, seconds in self._expected.items() if name not in {one.name for one in self._open})
+        for stage in self._open:
+            spent = self.now() - stage.began
+            if stage.done:
+                left += spent * (stage.total - stage.done) / stage.done
+            elif stage.name in self._expected:
+                left += max(0.0, self._expected[stage.name] - spent)
+            elif stage is self._open[-1]:
+                return None
+        return min(left, max(0.0, self._end - self.now()))
 
 
 def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     bar = trainer.progress_bar_callback
     if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None
-    return _RichLine(bar.progress) if isinstance(bar, RichProgressBar) else _TqdmLine()
+    rich = bar.progress if isinstance(bar, RichProgressBar) else None
+    # Lightning has no display before its first loop.
+    return _RichLine(rich) if rich is not None and rich.live.is_started else _TqdmLine()
 
 
 class _TqdmLine:
@@ -110,61 +170,46 @@ class _TqdmLine:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._below_others = False
 
-    def begin(self, text: str) -> None:
+    def show(self, text: str, share: float | None) -> None:
         from tqdm.auto import tqdm
 
-        # On stdout as Lightning's, so that both are drawn in step.
-        self._bar = tqdm(bar_format="{desc} ...", desc=text, leave=False, dynamic_ncols=True, file=sys.stdout)
-        self._below_others |= self._bar.pos != 0
-
-    def show(self, done: int, total: int, note: str) -> None:
-        self._bar.total, self._bar.bar_format = total, None
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def end(self) -> None:
-        self._bar.close()
+        if self._bar is None:
+            # On stdout as Lightning's, so that both are drawn in step.
+            how: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "file": sys.stdout}
+            self._bar = tqdm(total=100, desc=text, bar_format="{desc} ...", **how)
+        self._bar.bar_format = "{desc} ..." if share is None else "{desc} {percentage:3.0f}%|{bar}|"
+        self._bar.n = round(100 * (share or 0))
+        self._bar.set_description_str(text)
 
     def close(self) -> None:
-        # Lightning's bar is still open, with the cursor on its line.
-        if self._below_others:
-            print()
+        if self._bar is not None:
+            below_others = self._bar.pos != 0
+            self._bar.close()
+            # Lightning's bar is still open, with the cursor on its line.
+            if below_others:
+                print()
 
 
 class _RichLine:
-    """A task in the display of Lightning's bar, or in its own where that is not running."""
+    """A task in the display of Lightning's bar."""
 
-    def __init__(self, lightning: Progress | None) -> None:
-        # Lightning has none before its first loop, and a console shows only one at a time.
-        self._lightning = lightning if lightning is not None and lightning.live.is_started else None
-        self._progress: Any = self._lightning
+    def __init__(self, lightning: Progress) -> None:
+        self._lightning = lightning
         self._task: Any = None
-        self._text = ""
 
-    def begin(self, text: str) -> None:
-        if self._lightning is None:
-            self._progress = Progress(console=get_console(), transient=True)
-            self._progress.start()
-        self._text = text
-        # An unknown total is infinity to Lightning's columns, None to rich's own.
-        self._task = self._progress.add_task(text, total=float("inf") if self._lightning is not None else None)
-
-    def show(self, done: int, total: int, note: str) -> None:
-        description = f"{self._text} ({note})" if note else self._text
-        self._progress.update(self._task, completed=done, total=total, description=description)
-        # Lightning's display is drawn only on demand.
-        self._progress.refresh()
-
-    def end(self) -> None:
-        self._progress.remove_task(self._task)
-        self._progress.refresh()
-        if self._lightning is None:
-            self._progress.stop()
+    def show(self, text: str, share: float | None) -> None:
+        total = math.inf if share is None else 100
+        if self._task is None:
+            self._task = self._lightning.add_task(text, total=total)
+        self._lightning.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
+        # It is drawn only on demand.
+        self._lightning.refresh()
 
     def close(self) -> None:
-        return None
+        if self._task is not None:
+            self._lightning.remove_task(self._task)
+            self._lightning.refresh()
 
 
 PASSES_THAT_LEAVE_OUT = 6
@@ -261,7 +306,7 @@ class TrainerRepair:
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
             render: Any = self.data.known.render
-            views = sample_views(report, trained.sources, render) if trainer.is_global_zero else ()
+            views = sample_views(report, trained.sources, render, model=trained.model) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
 
     @contextmanager
@@ -269,7 +314,7 @@ class TrainerRepair:
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
         """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
-        with random_state(), validating(trainer), RepairProgress(trainer) as progress:
+        with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
             found = self._trained(loaders, epochs, limit=batch_limit(trainer), whole=whole)
             sentences = (

@@ -50,6 +50,7 @@ class StartingWeights:
     """The weights that were loaded for a repair."""
 
     keep: bool = False  # whether they stay in the model
+    path: str = ""  # of the checkpoint that they come from
 
 
 @contextmanager
@@ -103,8 +104,8 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
     what is in training mode goes there once more, by its own `train()`. All of it comes back bit for bit afterwards,
     unless `keep` was set.
     """
-    start = StartingWeights()
     path = _best_path(trainer) if start_from == "best" else ""
+    start = StartingWeights(path=path)
     own_modes = has_own_modes(model)
     if not path and trainer.world_size == 1 and not own_modes:
         yield start

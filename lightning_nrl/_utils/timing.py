@@ -26,6 +26,9 @@ class Observer(Protocol):
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Is called after some steps of a stage, with the best candidate's counts if there are any."""
 
+    def expect(self, seconds: Mapping[str, float], most: float) -> None:
+        """Is called with the seconds that stages to come are likely to take, and `most`, what all of it may take."""
+
     def announce(self, text: str) -> None:
         """Is called before something that takes longer than a few seconds, with a sentence for the screen."""
 
@@ -130,6 +133,10 @@ class StageTimer:
         poll()
         if self.observer:
             self.observer.search(done, total, repaired, broken)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        if self.observer:
+            self.observer.expect(seconds, self.left)
 
     def announce(self, text: str) -> None:
         if self.observer:

@@ -7,7 +7,7 @@ import io
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from lightning_nrl.pipeline.input_checks import check_sources, check_targets, gi
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
-from lightning_nrl.report import Report, StrengthPoint, installed_versions
+from lightning_nrl.report import Provenance, Report, StrengthPoint
 from lightning_nrl.report._figures import INK, PALETTE, Plotted, label_axes, literal, new_figure
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
@@ -102,8 +102,9 @@ def compare_module(
                 solution, seconds = _solved(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
-    layer = ", ".join(layer_names(settings.layer))
-    return Comparison(tuple(entries), int(problem.before.targeted.sum()), str(settings.target), layer, settings.seed)
+    targets, target, layer = int(problem.before.targeted.sum()), str(settings.target), layer_names(settings.layer)
+    origin = Provenance.of(model, baseline.known, *(data.before for data in baseline.held_out.values()))
+    return Comparison(tuple(entries), targets, target, ", ".join(layer), settings.seed, provenance=origin)
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
@@ -229,7 +230,6 @@ class Comparison(Report, Plotted):
     target: str
     layer: str
     seed: int
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
         shown = [entry for entry in self.entries if entry.curve]

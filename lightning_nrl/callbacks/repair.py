@@ -278,7 +278,8 @@ class RegressionFreeRepair(RepairCallback):
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
-        report = self.report = replace(outcome.report, files=files)
+        origin = outcome.report.provenance.loaded_from(trainer.ckpt_path if start is None else start.path)
+        report = self.report = replace(outcome.report, files=files, provenance=origin)
         parameters = self._parameters = outcome.parameters
         self._pending = True
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,9 +40,9 @@ from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.entrypoints.arguments import callback_with, check_heeded, check_model
 from lightning_nrl.errors import ConfigurationError, RepairError, check_choice, check_kind
 from lightning_nrl.pipeline.repair_module import Outcome
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import RepairReport, Report
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound=Report)
 Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs that the model was trained for
 
 
@@ -69,7 +70,8 @@ def dry_fit(
 
     def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
         with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
-            results.append(work(trained))
+            result = work(trained)
+            results.append(replace(result, provenance=result.provenance.loaded_from(trainer.ckpt_path)))
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):
         trainer.fit(model, ckpt_path=ckpt_path, **data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -66,7 +65,8 @@ class Auto:
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
-        shown = next((one for one in (taken, *reversed(solutions)) if one.result is not None), taken)
+        # A search of another rung than the one taken found other weights: its course would be no account of these.
+        shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
         return Solution(
             taken.proposal,
             why if number is None else "",
@@ -193,7 +193,6 @@ class _Ladder:
         return None
 
     def _training(self) -> Solution:
-        _announce(self.problem)
         return fine_tune_and_polish(self.problem, self.held_out)
 
     def _polish(self) -> Solution:
@@ -323,17 +322,3 @@ def _caught(
         reason = "out of memory"
     repaired, broken = (0, 0) if base is None else (base.repaired, base.broken)
     return Solution(None, f"{reason}.", (Step(name, repaired, broken, 0.0, f"not run: {reason}"),))
-
-
-def _announce(problem: Problem) -> None:
-    """Says what comes next where it takes more than a few seconds."""
-    clock, n = problem.clock, len(problem.before)
-    seconds, how, most = problem.visits / max(1, n) * clock.one_pass, "For less, give `max_time`.", ""
-    if seconds > clock.left:
-        seconds, how, most = clock.left, "For more or less, change `max_time`.", "at most "
-    fits = problem.deadline_of_method().leaves(least_seconds(problem))
-    if fits and seconds >= budget.MIN_ANNOUNCED_SECONDS and math.isfinite(seconds):
-        clock.announce(
-            f"Repair: {clock.elapsed:,.0f} s so far. Next {most}{problem.epochs:,} epochs of training on {n:,} known "
-            f"samples, about {seconds:,.0f} s, then a polish of what broke. {how}"
-        )

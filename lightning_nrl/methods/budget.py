@@ -45,7 +45,6 @@ FEWEST_SAMPLES = 10_000  # however short the time is
 # Training that goes on
 LEAST_EPOCHS = 16  # after a shorter fit or none, as far as they train on no more than `SMALL_BUDGET` samples
 SMALL_BUDGET = 60_000  # samples trained on, which takes a small network seconds
-MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
 STARTING_SECONDS = 1.0  # of the trainers that measure the pace and train, before their first steps
 WARM_UP_BATCHES = 3  # before the pace is even
 TIMED_BATCHES = 10

@@ -177,6 +177,7 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
         assert made[0] is not None
         yield made[0], right
         worth.append(_worth(problem, right))
+        problem.clock.tell(len(worth), len(SLACK_COSTS))
         is_past = method.patience is not None and len(worth) - 1 - worth.index(max(worth)) >= method.patience
         if is_over() or is_past:
             return

@@ -22,8 +22,8 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.evaluation.slices import needed
 from lightning_nrl.gate import Gate, check_protected, judge
-from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
-from lightning_nrl.methods.budget import QUOTA_ROUNDS
+from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
+from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
@@ -152,6 +152,7 @@ def repair_module(
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
     """From a problem to an outcome, which is `not repaired` where memory does not suffice."""
     alone = problem.collective.world_size == 1
+    problem.clock.expect(_expected_seconds(problem, builder.settings))
     try:
         method = partial(_run_method, problem, builder.settings)
         solution = twice_if_out_of_memory(method, "the method ran", alone=alone)
@@ -164,6 +165,15 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
         if not alone:
             raise
         return _give_up(builder, str(error), stacklevel=4)
+
+
+def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
+    """Seconds that stages are likely to take, as far as they follow from the first pass over the data."""
+    one_pass = problem.clock.one_pass
+    trains = settings.trains and not problem.update and (problem.whole or not isinstance(settings.method, Auto))
+    training = problem.visits / max(1, len(problem.before)) * one_pass if trains else 0.0
+    after = {"strength": CURVE_SHARE * training + one_pass, "judge": JUDGING_PASSES * one_pass}
+    return {"fit": training, "polish": POLISH_PASSES * one_pass, **after} if trains else after
 
 
 def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:

@@ -23,7 +23,7 @@ from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import LineSearchResult
-from lightning_nrl.report import CalibrationBounds, Hashes, LocalizationReport, RepairReport, Status
+from lightning_nrl.report import CalibrationBounds, Hashes, LocalizationReport, Provenance, RepairReport, Status
 from lightning_nrl.report.run_records import Judge, SearchReport, WeightChange
 from lightning_nrl.report.splits import (
     ClassCounts,
@@ -284,6 +284,7 @@ class ReportBuilder:
             seed=self.settings.seed,
             seconds=rounded_seconds(self.seconds),
             settings=self.settings.plain(),
+            provenance=Provenance.of(self.evaluator.model, *self._before.values()),
             **rest,
         )
 

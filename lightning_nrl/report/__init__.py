@@ -14,8 +14,8 @@ _NAMES = {
     "report.page": "Page",
     "report.repair_plot": "draw_repair repair_figures",
     "report.repair_report": "RepairReport",
-    "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint RepairRecord Rung SearchReport"
-    " Status Step StrengthPoint WeightChange installed_versions",
+    "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint Provenance RepairRecord"
+    " Rung SearchReport Status Step StrengthPoint WeightChange installed_versions",
     "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
     "report.verdicts": "Verdict",
 }

@@ -11,9 +11,9 @@ import numpy as np
 from lightning_nrl.errors import ConfigurationError
 
 INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
-BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#005A42", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
-"""Okabe and Ito's colours, for colour-blind readers too, with a darker yellow, and Tol's wine."""
+"""Okabe and Ito's colours, for colour-blind readers too, with a darker green and yellow, and Tol's wine."""
 TONE_COLOURS = {"good": "#00795C", "warn": "#8C6700", "bad": "#991400"}
 DOTS_PER_INCH = 150
 

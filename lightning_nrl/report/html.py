@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import PLAIN_HINT, Record
 from lightning_nrl.errors import ConfigurationError, first_line
-from lightning_nrl.report.page import Block, Page, Shown
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Shown
+from lightning_nrl.report.run_records import Provenance, installed_versions
 from lightning_nrl.report.sample_views import SampleView
 
 PAGE_FILES = Path(__file__).parent
@@ -67,8 +68,12 @@ def _macro(name: str, *arguments: Any) -> str:
     return str(getattr(TEMPLATES.get_template("page.html.jinja").module, name)(*arguments))
 
 
+@dataclass(frozen=True)
 class Report(Record, Shown):
-    """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
+    """Results with the `versions` of the software and their `provenance`. `rich.print(report)` shows them as tables."""
+
+    versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
+    provenance: Provenance = field(default_factory=Provenance, kw_only=True)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -89,13 +94,18 @@ class Report(Record, Shown):
             full: for a reviewer, with all samples and whole paths; else for the console.
         """
 
+    def full_page(self) -> Page:
+        """The page for a reviewer, which ends with the provenance."""
+        facts = Facts((*self.provenance.facts, *self.versions.items()))
+        return Page((*self.page(full=True).blocks, Heading("Where this comes from"), facts))
+
     def to_table(self) -> Page:
         """The page for the console, for rich's `print`."""
         return self.page()
 
     def to_markdown(self) -> str:
         """The page for a reviewer as Markdown: all of it, with whole paths."""
-        return self.page(full=True).markdown()
+        return self.full_page().markdown()
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
         """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
@@ -104,7 +114,7 @@ class Report(Record, Shown):
             views: flipped samples to be shown.
             changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
         """
-        page = self.page(full=True)
+        page = self.full_page()
         return html_page(page.title, page)
 
     def _repr_html_(self) -> str:

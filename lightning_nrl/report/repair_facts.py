@@ -20,13 +20,14 @@ from lightning_nrl.report.stats import interval, percent_up, show_confidence, up
 from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
+LISTED_LAYERS = 4
 LISTED_SAMPLES = 50  # failures that were set aside, of which Markdown tells
 UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     """What was asked for, what was searched and found, and what that says of data to come."""
-    facts = [("target", report.target), ("layer", ", ".join(report.layers)), ("gate", report.gate)]
+    facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
     # Of classes everybody knows what right is.
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
@@ -51,6 +52,14 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.change is not None:
         facts.append(("weights changed" if report.status == "repaired" else "would change", _change(report.change)))
     return tuple(facts)
+
+
+def layer_text(report: RepairRecord) -> str:
+    """The layers by name; all or many of them by their number."""
+    n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
+    if n > 1 and n == report.provenance.n_layers:
+        return f"the whole network ({n} layers)"
+    return names if n <= LISTED_LAYERS else f"{names} and {n - LISTED_LAYERS} more"
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
@@ -105,7 +114,7 @@ def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
-    return (*task, ("seed", str(report.seed)), *judge, *seconds, *report.versions.items())
+    return (*task, ("seed", str(report.seed)), *judge, *seconds)
 
 
 def _localization(localization: LocalizationReport) -> str:

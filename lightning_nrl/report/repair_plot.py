@@ -287,7 +287,7 @@ def _map(figure: Any, change: Tensor) -> None:
     image = axes.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="added to the weight")
     shape = " x ".join(map(str, change.shape))
-    label_axes(axes, f"inputs ({shape}; white: as before)" if change.ndim > 1 else "", "outputs" * (change.ndim > 1))
+    label_axes(axes, f"inputs ({shape}; blank: as before)" if change.ndim > 1 else "", "outputs" * (change.ndim > 1))
 
 
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:

@@ -65,7 +65,7 @@ class RepairReport(RepairRecord, Report, Plotted):
         return draw_repair(self)
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        page, figures = self.page(full=True), {}
+        page, figures = self.full_page(), {}
         if find_spec("matplotlib") is None:
             hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
             page = Page((*page.blocks, Text(hint)))

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from platform import python_version
 from typing import Any, Literal
 
+import torch
+from torch import nn
 from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import Record, to_plain
+from lightning_nrl._utils.state import current_state, hash_file
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
-from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
 from lightning_nrl.report.splits import (
     Role,
     SetAside,
@@ -35,7 +46,72 @@ def installed_versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
-    return found
+    return found | ({"lightning_nrl commit": commit} if (commit := _commit()) else {})
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    """The commit of lightning_nrl where it runs from a checkout, with `-dirty` if files were changed; else empty."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """How many samples a split has, and the SHA-256 of their ids and labels, in order."""
+
+    n: int
+    sha256: str
+
+    @classmethod
+    def of(cls, results: SampleResults, split: str) -> Self:
+        rows = results.of(split)
+        table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
+        return cls(len(table), hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """When a result was made, of which model and which data, by split.
+
+    `made` is in UTC, or what the variable SOURCE_DATE_EPOCH says, and is not compared. `checkpoint` is the path of the
+    file that the weights were loaded from, empty if they were trained or in memory. `n_layers` is the number of modules
+    with parameters or buffers of their own.
+    """
+
+    made: str = field(default="", compare=False)
+    module: str = ""
+    n_layers: int = 0
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+    data: Mapping[str, DataIdentity] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, *results: SampleResults) -> Self:
+        """Identifies a model, and the data that it was evaluated on, now."""
+        when = datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc)
+        kind, layers = type(model), {name.rpartition(".")[0] or name for name in current_state(model)}
+        data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}
+        made = when.isoformat(sep=" ", timespec="seconds")
+        return cls(made, f"{kind.__module__}.{kind.__qualname__}", len(layers), data=data)
+
+    def loaded_from(self, path: str | Path | None) -> Self:
+        """Adds the checkpoint that the weights were loaded from, if there is one."""
+        digest = hash_file(Path(path)) if path and Path(path).is_file() else ""
+        return replace(self, checkpoint=str(path or ""), checkpoint_sha256=digest)
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """What is known, each under its name."""
+        checkpoint = f"{self.checkpoint} {self.checkpoint_sha256 and f'(sha256 {self.checkpoint_sha256})'}".strip()
+        facts = [("made", self.made), ("class of the model", self.module), ("weights loaded from", checkpoint)]
+        facts += [(f"data: {split}", f"{one.n:,} samples, sha256 {one.sha256}") for split, one in self.data.items()]
+        return tuple((name, value) for name, value in facts if value)
 
 
 @dataclass(frozen=True)
@@ -247,6 +323,7 @@ class RepairRecord(Record):
         judge: the device and the precision in which the model was judged.
         seed: what reproduces the run.
         seconds: wall time by stage, in order; `versions` of the software by name.
+        provenance: when it was made, of which model and data.
         files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
         class_names: of the task's classes, in their order; empty where they are not known.
@@ -280,6 +357,7 @@ class RepairRecord(Record):
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)
+    provenance: Provenance = field(default_factory=Provenance)
     files: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from lightning_nrl._utils.json_records import Derives
@@ -18,12 +16,12 @@ from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
-from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.report._formatting import from_here, list_ids, percent
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.run_records import installed_versions
+from lightning_nrl.report.run_records import Provenance
 from lightning_nrl.report.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
@@ -110,6 +108,7 @@ def judge_pair(
         task=str(new.task),
         precision=str(new.precision),
         seeds=seeds,
+        provenance=Provenance.of(new.model, pair.after),
     )
     return pair, report
 
@@ -187,13 +186,11 @@ class ReleaseReport(Report):
         confidence: of the limits in the rows, in (0, 1).
         new: which model it is about.
         old: which one it is to replace.
-        samples: SHA-256 of each split's sample ids and labels.
         task: what right means, in words.
         precision: in which both were run.
         missing: how many samples the old model has predictions for and the new one none, by split. None may be missing
             unless the user allows it; with models, which see the same data, none ever is.
         seeds: what the run depends on, by name.
-        versions: versions of the software by name.
         files: paths of what was written, by kind.
     """
 
@@ -205,12 +202,10 @@ class ReleaseReport(Report):
     confidence: float
     new: Identity
     old: Identity
-    samples: Mapping[str, str]
     task: str
     precision: str
     missing: Mapping[str, int] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -266,11 +261,9 @@ def _verdict(report: ReleaseReport) -> str:
 def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
     facts = [("new model", report.new.name), ("sha256 of its weights", report.new.sha256 or "not known")]
     facts += [("old model", report.old.name), ("sha256 of its weights", report.old.sha256 or "not known")]
-    facts += [(f"sha256 of ids and labels: {split}", digest) for split, digest in report.samples.items()]
     facts += [("right means", report.task), ("precision", report.precision)]
     facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in report.missing.items()]
     facts += [(f"seed: {name}", str(seed)) for name, seed in report.seeds.items()]
-    facts += list(report.versions.items())
     return (*facts, *((f"file: {kind}", shown(path)) for kind, path in report.files.items()))
 
 
@@ -288,16 +281,8 @@ def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> Re
         broken_ids=pair.after.ids(pair.flips.broken),
         repaired_ids=pair.after.ids(pair.flips.repaired),
         confidence=confidence,
-        samples={split: hash_samples(pair.after, split) for split in pair.splits},
         **decided_on,
     )
-
-
-def hash_samples(results: SampleResults, split: str) -> str:
-    """SHA-256 of a split's sample ids and labels, in order: another data set of the same size has another one."""
-    rows = results.of(split)
-    table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
-    return hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:

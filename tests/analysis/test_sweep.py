@@ -222,23 +222,20 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: p
         assert made == [0, 1]
 
 
-def test_an_observer_is_told_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(study.time, "perf_counter", lambda: now[0])
+def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
+    stages, told = list[str](), list[float]()
 
-    def slow(jobs: Any) -> None:
-        now[0] += 60 * len(jobs)
+    def search(done: int, total: int, *_: Any) -> None:
+        told.append(done / total)
 
-    before_each_batch(monkeypatch, slow)
-    stages, told = list[str](), list[tuple[int, int, str]]()
     observer = SimpleNamespace(
-        stage=lambda name: nullcontext(stages.append(name)), show=lambda *progress: told.append(progress)
+        stage=lambda name: nullcontext(stages.append(name)), search=search, expect=lambda seconds, most: None
     )
     run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=observer)
     assert stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
-    assert told[-1] == (6, 6, "under 1 s left")
-    # Two of six took two minutes, so four take four.
-    assert (2, 6, "about 4 min left") in told
+    assert told == sorted(told)
+    assert told[-1] == 1
+    assert any(0.2 < share < 0.5 for share in told)
 
 
 def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,13 +55,17 @@ def write_hostile(log_dir: Path) -> None:
 
 
 def write_copy(log_dir: Path, name: str) -> None:
-    """The report of a repair once more, as if it had kept the worst of the samples that the repair breaks."""
+    """The report of a repair once more, as if it had kept the worst of the samples that the repair breaks.
+
+    Every class is taken for another one more often, so that the matrix of confusions is as wide as it gets.
+    """
     report = RepairReport.from_json((log_dir / name / "report.json").read_text())
     (unseen,) = [split for split in report.splits if split.role == "unseen"]
     broken = [one for one in unseen.flipped if one.flip == "broken"]
     worst = min(broken, key=lambda one: one.margin_after)
     counts = replace(unseen.counts, broken=len(broken) - 1, kept=unseen.kept + 1)
     kept = replace(unseen, counts=counts, flipped=tuple(one for one in unseen.flipped if one is not worst))
+    kept = replace(kept, confusion=tuple(ConfusionCell(i, (i + 1) % 10, 0, 1) for i in range(10)))
     splits = tuple(kept if split is unseen else split for split in report.splits)
     (log_dir / "copy").mkdir()
     (log_dir / "copy" / "report.json").write_text(replace(report, splits=splits).to_json())

@@ -66,4 +66,12 @@ def test_the_page_alone_shows_sorts_and_filters(browser: Browser, report: Repair
     assert len(margins) == len(flipped)
     assert margins == sorted(margins)
     browser.picture("report-html-flips")
+    # Figures are drawn on white, which must not stay white on a dark page.
+    dark = "return getComputedStyle(document.querySelector('figure svg')).filter"
+    shown = [driver.execute_script(dark)]
+    media = [{"name": "prefers-color-scheme", "value": "dark"}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    shown.append(driver.execute_script(dark))
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert shown == ["none", "invert(0.914) hue-rotate(180deg)"]
     assert browser.errors() == []

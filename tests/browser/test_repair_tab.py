@@ -158,6 +158,28 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
 
 
 @pytest.mark.usefixtures("other_repairs")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_off_on_a_laptop_or_a_phone(browser: Browser, log_dir: Path, width: int) -> None:
+    driver = browser.driver
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    too_wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    tables = "return [...document.querySelectorAll('.beside .wide')].map(one => [one.scrollWidth, one.clientWidth])"
+    try:
+        open_tab(browser, "copy")
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+        pages = [driver.execute_script(too_wide)]
+        if width > 1000:
+            pages += driver.execute_script(tables)
+        driver.switch_to.default_content()
+        driver.get((log_dir / "version_0/repair/report.html").as_uri())
+        pages.append(driver.execute_script(too_wide))
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert [needed for needed, _ in pages] == [there for _, there in pages]
+
+
+@pytest.mark.usefixtures("other_repairs")
 def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Browser) -> None:
     open_tab(browser, HOSTILE_NAME)
     assert count(browser) == f"{N_FLIPS:,} of {N_FLIPS:,}, 1 to 25 on this page"

@@ -77,7 +77,7 @@ def test_its_predictions_are_the_next_reference(old: Classifier, new: Classifier
     quiet_trainer(tmp_path, second).test(old, datamodule=Digits(), verbose=False)
     assert second.report.old.sha256 == first.report.new.sha256
     assert second.report.rows[0].counts.broken == first.report.rows[0].counts.repaired
-    assert second.report.samples == first.report.samples
+    assert second.report.provenance == first.report.provenance
 
 
 def test_validate_and_test_are_judged_and_fit_is_not(
@@ -223,7 +223,7 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
     assert alone.rows[0].counts.broken > 0
     for together in reports:
         assert (together.findings, together.rows) == (alone.findings, alone.rows)
-        assert (together.samples, together.new, together.old) == (alone.samples, alone.new, alone.old)
+        assert (together.provenance, together.new, together.old) == (alone.provenance, alone.new, alone.old)
     assert ReleaseReport.from_json((folder / "together" / "report.json").read_text()) == reports[0]
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def repaired(path: Path, model: Classifier, *loaders: Any, **arguments: Any) -> 
 
 def without_times(report: RepairReport) -> RepairReport:
     steps = tuple(replace(step, seconds=0.0) for step in report.steps)
-    return replace(report, seconds={}, files={}, steps=steps)
+    return replace(report, seconds={}, files={}, steps=steps, provenance=report.provenance.loaded_from(""))
 
 
 def test_the_report_is_that_of_the_callback_after_training(tmp_path: Path, trained_path: Path) -> None:
@@ -35,6 +36,13 @@ def test_the_report_is_that_of_the_callback_after_training(tmp_path: Path, train
     assert report.status == "repaired"
     assert without_times(report) == without_times(callback.report)
     assert same(model, other)
+    trained, loaded = callback.report.provenance, report.provenance
+    assert trained.checkpoint == trained.checkpoint_sha256 == ""
+    assert loaded.checkpoint == str(trained_path)
+    assert loaded.checkpoint_sha256 == sha256(trained_path.read_bytes()).hexdigest()
+    assert loaded.module == "digit_models.Classifier"
+    assert {split: one.n for split, one in loaded.data.items()} == {one.split: one.n for one in report.splits}
+    assert len({one.sha256 for one in loaded.data.values()}) == len(report.splits)
 
 
 def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(tmp_path: Path, trained_path: Path) -> None:

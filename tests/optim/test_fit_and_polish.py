@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
 from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import Deadline
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods import problem as problem_module
 from lightning_nrl.methods._solvers import distill as module
@@ -174,10 +176,16 @@ def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
     problem = on_a_line()
     given = problem.propose("given", threshold(0.5995))
     assert (given.repaired, given.broken) == (1, 1)
+    told: list[tuple[int | None, ...]] = []
+    observer: Any = SimpleNamespace(search=lambda *counts: told.append(counts))
     with left_alone(problem.model):
-        found = polish(problem, given.state)
+        found = polish(replace(problem, clock=StageTimer(observer)), given.state)
     checked(problem, found)
     assert (found.repaired, found.broken, found.strength) == (1, 0, 1.0)
+    # Of the one sample that was broken, each round says whether it is back.
+    assert len(told) == found.rounds
+    assert told[-1] == (1, 1, None, 0)
+    assert set(told) <= {(0, 1, None, 1), (1, 1, None, 0)}
     assert found.rounds > 0
     # Small steps: the weights are near those that were given.
     torch.testing.assert_close(found.state["weight"], given.state["weight"], rtol=0, atol=0.05)

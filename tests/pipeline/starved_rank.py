@@ -43,6 +43,9 @@ class Stages:
     def search(self, *args: Any) -> None:
         pass
 
+    def expect(self, *args: Any) -> None:
+        pass
+
     def announce(self, text: str) -> None:
         pass
 

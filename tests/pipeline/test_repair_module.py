@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,6 +225,7 @@ def test_what_cannot_be_is_refused_before_the_model_runs(sources: Any, arguments
 
 def test_stages_and_progress_are_told_in_order() -> None:
     told: list[Any] = []
+    expected: list[Any] = []
 
     class Listener:
         @contextmanager
@@ -231,6 +233,9 @@ def test_stages_and_progress_are_told_in_order() -> None:
             told.append(name)
             yield
             told.append(f"{name} done")
+
+        def expect(self, seconds: Mapping[str, float], most: float) -> None:
+            expected.append((set(seconds), most))
 
         def search(self, done: int, total: int, repaired: int, broken: int) -> None:
             told.append((done, total))
@@ -241,3 +246,4 @@ def test_stages_and_progress_are_told_in_order() -> None:
     assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
     assert told.index("search") < told.index((10, 12)) < told.index("search done")
     assert list(outcome.report.seconds) == stages[:-1]
+    assert expected == [({"strength", "judge"}, math.inf)]

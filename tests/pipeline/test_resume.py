@@ -55,6 +55,9 @@ class Mortal:
         if self.life is not None and self.told > self.life:
             raise Death(self.said)
 
+    def expect(self, *args: Any) -> None:
+        pass
+
     def announce(self, text: str) -> None:
         self.said = text
 
@@ -143,7 +146,7 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 21, "auto")
+        repaired(tmp_path, 40, "auto")
     (folder,) = tmp_path.iterdir()
     files = [path for path in folder.iterdir() if path.suffix != ".json"]
     assert len(files) >= 2

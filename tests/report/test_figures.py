@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint
-from lightning_nrl.report._figures import image_of
+from lightning_nrl.report._figures import GREEN, RED, image_of
 from lightning_nrl.report.repair_plot import (
     HARM_COLOUR,
     gallery_figures,
@@ -38,6 +40,30 @@ REPORT = RepairReport(
     strength=(StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 1)), StrengthPoint(1.0, 1, FlipCounts(5, 1, 1, 0))),
     chosen_strength=1.0,
 )
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours as the Web Content Accessibility Guidelines have it, from 1 to 21."""
+    low, high = sorted(_luminance(colour) + 0.05 for colour in (one, other))
+    return high / low
+
+
+def test_repaired_and_broken_differ_without_colour_too() -> None:
+    style = (ROOT / "lightning_nrl/report/tensorboard_plugin/static/tab.css").read_text()
+    named = [re.findall(rf"--{name}: (#\w+)", style) for name in ("repaired", "broken", "fewer", "further")]
+    assert len(named[0]) == 4  # light and dark, by the browser and by TensorBoard
+    pairs = [*zip(*named[:2], strict=True), *zip(*named[2:], strict=True), (GREEN, RED)]
+    assert min(contrast(*pair) for pair in pairs) > 1.9
+    papers = ("#ffffff", "#161616") * 2
+    assert min(contrast(*pair) for colours in named[:2] for pair in zip(colours, papers, strict=True)) > 3
+
+
 PANELS = [
     "Margins of known data",
     "Change of the confusion matrix, known data",

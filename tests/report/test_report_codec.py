@@ -41,6 +41,7 @@ from lightning_nrl.report import (
     UpdateSplit,
     WeightChange,
 )
+from lightning_nrl.report.run_records import DataIdentity, Provenance
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import Finding
@@ -59,7 +60,9 @@ SPLIT = SplitReport(
     (ClassCounts(0, FLIPS),),
     MarginHistogram((-1.0, 0.0, 1.0), (4, 7), (3, 8)),
 )
-VERSIONS = {"torch": "2.9.0"}
+VERSIONS = {"torch": "2.9.0", "lightning_nrl commit": "3f2e"}
+DATA = {"test": DataIdentity(11, "b")}
+PROVENANCE = Provenance("2026-11-29 06:00:00+00:00", "nets.Net", 28, "best.ckpt", "c", DATA)
 REPORTS: dict[str, Record] = {
     "repair": RepairReport(
         status="repaired",
@@ -84,6 +87,7 @@ REPORTS: dict[str, Record] = {
         seed=3,
         seconds={"search": 0.5},
         versions=VERSIONS,
+        provenance=PROVENANCE,
         files={"json": "report.json"},
         settings={"n_passed": None, "search": {"particles": 100, "speed": [0.2, None]}},
     ),
@@ -96,10 +100,10 @@ REPORTS: dict[str, Record] = {
         confidence=0.95,
         new=Identity("Net", "a"),
         old=Identity("old.csv"),
-        samples={"test": "b"},
         task="Multiclass",
         precision="float32 on cpu",
         versions=VERSIONS,
+        provenance=PROVENANCE,
     ),
     "comparison": Comparison(
         (
@@ -110,7 +114,7 @@ REPORTS: dict[str, Record] = {
         "all",
         "head",
         3,
-        VERSIONS,
+        versions=VERSIONS,
     ),
     "diagnosis": Diagnosis(
         advice="Use the default.",
@@ -135,7 +139,7 @@ REPORTS: dict[str, Record] = {
         ),
         "all",
         "head",
-        VERSIONS,
+        versions=VERSIONS,
     ),
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -99,7 +99,8 @@ REFUSED = replace(
     strength=(),
     leaked={},
 )
-SHOWN = {"repaired": REPAIRED, "refused": REFUSED, "update": REPORTS["repair"], "release": REPORTS["release"]}
+WHOLE = replace(REPORTS["repair"], layers=tuple(f"block.{i}" for i in range(28)))
+SHOWN = {"repaired": REPAIRED, "refused": REFUSED, "update": WHOLE, "release": REPORTS["release"]}
 
 
 def pages(report: RepairReport) -> dict[str, str]:

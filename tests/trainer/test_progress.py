@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
@@ -39,10 +39,11 @@ class Repairing(Callback):
         self.steps = steps
         self.silent = False
         self.tasks: list[tuple[str, float, float]] = []
+        self.ids: list[int] = []
         self.after: list[str] = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with RepairProgress(trainer) as progress:
+        with closing(RepairProgress(trainer)) as progress:
             self.silent = progress._line is None
             rich = getattr(progress._line, "_lightning", None)
 
@@ -50,9 +51,10 @@ class Repairing(Callback):
                 if rich is not None:
                     rich.refresh()
                     self.tasks.append([(task.description, task.completed, task.total) for task in rich.tasks][-1])
+                    self.ids.append(rich.tasks[-1].id)
 
             self.steps(progress, look)
-            self.after = [] if rich is None else [task.description for task in rich.tasks]
+        self.after = [] if rich is None else [task.description for task in rich.tasks]
 
 
 def all_stages(progress: Any, look: Callable[[], None]) -> None:
@@ -78,6 +80,41 @@ def nested_stages(progress: Any, look: Callable[[], None]) -> None:
         look()
 
 
+announced: list[str] = []
+
+
+def planned_stages(progress: Any, look: Callable[[], None]) -> None:
+    """A repair by a clock of its own: 10 s of training are expected, 4 s of polish, 2 s at the end."""
+    moment = [0.0]
+    progress.now = lambda: moment[0]
+    progress._began = 0.0
+
+    def after(seconds: float, done: int, total: int) -> None:
+        moment[0] += seconds
+        progress.search(done, total, broken=1)
+        look()
+
+    with progress.stage("collect"):
+        moment[0] += 2
+    progress.announce = announced.append
+    progress.expect({"fit": 10, "polish": 4, "judge": 2}, most=100)
+    with progress.stage("search"):
+        after(4, 10, 20)
+        after(4, 20, 20)
+    with progress.stage("fit"):
+        look()
+        after(5, 10, 20)
+        moment[0] += 5
+    with progress.stage("polish"):
+        look()
+        after(1, 3, 4)
+        moment[0] += 1
+    with progress.stage("strength"):
+        look()
+        with progress.stage("judge"):
+            look()
+
+
 def failing_search(progress: Any, look: Callable[[], None]) -> None:
     with progress.stage("search"):
         progress.search(1, 2)
@@ -100,7 +137,8 @@ def test_tqdm_shows_every_stage_below_the_training_bar(
     callbacks = [Repairing(all_stages), TQDMProgressBar()]
     fit(tmp_path, *(callbacks if repair_first else callbacks[::-1]))
     shown = capsys.readouterr().out
-    places = [shown.index(f"Repair: {stage}") for stage in ("collect", "localize", "search", "judge")]
+    words = ("counting what is", "choosing weights", "searching new values", "counting the result")
+    places = [shown.index(f"Repair: {stage}") for stage in words]
     assert places == sorted(places)
     assert "Epoch 0: 100%" in shown
 
@@ -109,11 +147,11 @@ def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any) -> None:
     repairing = Repairing(all_stages)
     fit(tmp_path, repairing, RichProgressBar())
     assert repairing.tasks == [
-        ("Repair: collect", 0, float("inf")),
-        ("Repair: localize", 0, float("inf")),
-        ("Repair: search (10 repaired, 1 broken)", 10, 40),
-        ("Repair: search (20 repaired, 1 broken)", 20, 40),
-        ("Repair: judge", 0, float("inf")),
+        ("Repair: counting what is right and wrong", 0, float("inf")),
+        ("Repair: choosing weights to change", 0, float("inf")),
+        ("Repair: searching new values for them (10 repaired, 1 broken)", 25, 100),
+        ("Repair: searching new values for them (20 repaired, 1 broken)", 50, 100),
+        ("Repair: counting the result", 0, float("inf")),
     ]
     # Lightning's own tasks are left alone.
     assert any(text.startswith("Epoch 0") for text in repairing.after)
@@ -126,11 +164,27 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
     nesting = Repairing(nested_stages)
     fit(tmp_path, bar(), nesting)
     if bar is RichProgressBar:
-        texts = ["Repair: fit", "Repair: judge (3 repaired, 0 broken)", "Repair: fit"]
+        training, count = "Repair: training with the failures", "Repair: counting the result (3 repaired, 0 broken)"
+        texts = [training, count, training]
         assert [text for text, *_ in nesting.tasks] == texts
     else:
         shown = capsys.readouterr().out
-        assert shown.rindex("Repair: fit") > shown.index("Repair: judge")
+        assert shown.rindex("Repair: training") > shown.index("Repair: counting")
+
+
+def test_one_bar_never_goes_back_and_says_how_long_all_of_it_takes(tmp_path: Any) -> None:
+    repairing = Repairing(planned_stages)
+    fit(tmp_path, repairing, RichProgressBar())
+    texts, shares, _ = zip(*repairing.tasks, strict=True)
+    assert list(shares) == sorted(shares)
+    rests = [text.partition(", about ")[2] for text in texts]
+    # Half a search and all that comes; what comes; the same; half the training; then its polish, a quarter of that,
+    # a stage of which nothing is known, and the last count.
+    lefts = ["20", "16", "16", "11", "6", "2", "", "2"]
+    assert rests == [f"{left} s left" if left else "" for left in lefts]
+    assert [round(share) for share in shares] == [23, 38, 38, 58, 77, 90, 90, 92]
+    assert len(set(repairing.ids)) == 1
+    assert announced == ["Repair: about 16 s from now on; `max_time` sets a limit."]
 
 
 @BARS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_nrl._trainer.flipped_samples import class_names, display, find_normalization, sample_views, to_pixels
@@ -19,6 +19,7 @@ from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.splits import FlippedSample
 
 IMAGES = torch.arange(3 * 16.0).reshape(3, 1, 4, 4)
+NO_CONVOLUTION = nn.Identity()
 REPAIRED = FlippedSample(2, "repaired", True, 1, 0, 1, -0.5, 2.0)
 BROKEN = FlippedSample(0, "broken", False, 0, 0, 1, 0.5, -1.0)
 
@@ -34,10 +35,10 @@ def source(data: Dataset[Any]) -> LoaderSource:
     return LoaderSource("val", True, True, place, place, DataLoader(data), samples, lambda raw: raw, adapter)
 
 
-def views(x: Tensor, *flipped: FlippedSample, render: Any = None) -> Any:
+def views(x: Tensor, *flipped: FlippedSample, render: Any = None, model: nn.Module = NO_CONVOLUTION) -> Any:
     split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=flipped)
     report = RepairReport("repaired", "", (), "", "", "", (split,), class_names=("cat", "dog"))
-    return sample_views(report, [source(TensorDataset(x, torch.arange(len(x))))], render)
+    return sample_views(report, [source(TensorDataset(x, torch.arange(len(x))))], render, model=model)
 
 
 def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
@@ -47,6 +48,15 @@ def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
     for view in found:
         assert (view.pixels.shape, view.pixels.dtype) == ((4, 4, 3), np.uint8)
         assert (view.pixels[0, 0].tolist(), view.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
+
+
+def test_a_series_of_features_is_no_picture_unless_the_model_convolves() -> None:
+    series = torch.arange(3 * 6 * 5.0).reshape(3, 6, 5)
+    assert views(series, BROKEN) == ()
+    (image,) = views(series, BROKEN, model=nn.Sequential(nn.Conv2d(1, 1, 3)))
+    assert image.pixels.shape == (6, 5, 3)
+    (image,) = views(series.byte(), BROKEN)
+    assert image.pixels.shape == (6, 5, 3)
 
 
 def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:

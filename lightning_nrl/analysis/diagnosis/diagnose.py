@@ -36,6 +36,7 @@ from lightning_nrl.methods._solvers.qp import solve_dual
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PATH_STRENGTHS
+from lightning_nrl.report import Provenance
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.search import ParticleSwarm
 
@@ -186,6 +187,7 @@ def diagnose_module(
             costs=costs(*_measured(seen, layer, last, evaluator.collective), epochs),
             notes=_notes(results, seen, last, layers),
             seconds=rounded_seconds(clock.seconds),
+            provenance=Provenance.of(evaluator.model, results),
         )
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last

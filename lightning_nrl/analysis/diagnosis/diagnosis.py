@@ -19,7 +19,7 @@ from lightning_nrl.analysis.diagnosis.findings import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.report import Page, Report, installed_versions
+from lightning_nrl.report import Page, Report
 from lightning_nrl.report import _figures as figures
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.report.page import Block, Facts, Heading, Row, Table, Text
@@ -55,7 +55,6 @@ class Diagnosis(Report, figures.Plotted):
     costs: tuple[Cost, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
         most = 10**9 if full else LISTED_ROWS

@@ -5,7 +5,7 @@ In: a model, its known data, settings and seeds. Out: a `SweepResult`, the table
 
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, Sweepable, parse_settings
 from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run
-from lightning_nrl.analysis.sweep.run_sweep import Seeds, SweepObserver, parse_seeds, swarming, sweep_module
+from lightning_nrl.analysis.sweep.run_sweep import Seeds, parse_seeds, swarming, sweep_module
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Run",
     "Seeds",
     "Setting",
-    "SweepObserver",
     "SweepResult",
     "Sweepable",
     "parse_seeds",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -29,17 +29,8 @@ from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report import Role
-from lightning_nrl.report._formatting import rough_time
+from lightning_nrl.report import Provenance, Role
 from lightning_nrl.search import ParticleSwarm, SearchHistory
-
-
-class SweepObserver(Observer, Protocol):
-    """Is told how a sweep goes on."""
-
-    def show(self, done: int, total: int, note: str) -> None:
-        """Shows that `done` of `total` runs are finished, with a note on the rest."""
-
 
 Seeds = int | Sequence[int]
 """A number of seeds, from 0 on, or a list of seeds."""
@@ -55,7 +46,7 @@ def sweep_module(
     unseen: Sequence[Source] = (),
     calibration: Sequence[Source] = (),
     dirpath: str | Path | None = None,
-    observer: SweepObserver | None = None,
+    observer: Observer | None = None,
 ) -> SweepResult:
     """Runs every setting with every seed, each as a single repair by `ParticleSwarm` would, and counts all of them.
 
@@ -86,7 +77,7 @@ def sweep_module(
         data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
         data |= {role: (held_out.sources, held_out.before) for role, held_out in found.held_out.items()}
         store = RunStore(None if dirpath is None else Path(dirpath))
-        sweep = _Sweep(problem, base, data, evaluator.collective, store, observer)
+        sweep = _Sweep(problem, base, data, evaluator.collective, store)
         return sweep.run([(setting, seed) for setting in tried for seed in numbers])
 
 
@@ -123,28 +114,6 @@ def _check(base: Settings, sources: Iterable[Source]) -> None:
             )
 
 
-class _Progress:
-    """Tells an observer how many runs of `total` are done, and how long the rest takes at the pace so far."""
-
-    def __init__(self, observer: SweepObserver | None, total: int, mine: Sequence[RunRequest]) -> None:
-        self._observer, self._total, self._done = observer, total, total - len(mine)
-        self._work, self._worked = sum(request.work for request in mine), 0.0
-        self._began = time.perf_counter()
-
-    def within(self, part: Sequence[RunRequest], iterations: int, histories: Sequence[SearchHistory] = ()) -> None:
-        worked = self._worked + sum(request.work for request in part) * iterations / max(
-            1, part[0].setting.method.iterations
-        )
-        if self._observer is not None and worked:
-            left = (time.perf_counter() - self._began) / worked * (self._work - worked)
-            self._observer.show(self._done, self._total, f"{rough_time(left)} left")
-
-    def finish(self, part: Sequence[RunRequest]) -> None:
-        self._worked += sum(request.work for request in part)
-        self._done += len(part)
-        self.within(part, 0)
-
-
 @dataclass
 class _Sweep:
     """A model and its data; `data` are sources and results of the original model by role."""
@@ -154,7 +123,6 @@ class _Sweep:
     data: Mapping[Role, tuple[Sequence[Source], SampleResults]]
     collective: Collective
     store: RunStore
-    observer: SweepObserver | None = None
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
         """Returns the same on each rank: ranks share out the runs that are not stored yet."""
@@ -179,17 +147,25 @@ class _Sweep:
         self, mine: Sequence[RunRequest], requests: Sequence[RunRequest], there: Mapping[str, StoredRun]
     ) -> dict[str, StoredRun]:
         made: dict[str, StoredRun] = {}
-        progress = _Progress(self.observer, len(requests), mine)
+        clock, worked, work = self.problem.clock, 0.0, sum(request.work for request in mine)
         search = BatchSearch(self.problem, self.base)
         recounts = {role: Recount(self.problem, sources, before) for role, (sources, before) in self.data.items()}
-        with self.problem.clock.stage("sweep"):
+        with clock.stage("sweep"):
+            clock.expect({"sweep": 0.0})
             for part in batches(mine, self.problem):
-                new = _with_counts(search.run(part, partial(progress.within, part)), recounts)
+                new = _with_counts(search.run(part, partial(self._tell, part, worked, work)), recounts)
                 self.store.write(new)
                 made |= new
                 self._result(requests, {**there, **made})
-                progress.finish(part)
+                worked += sum(request.work for request in part)
+                clock.tell(round(worked), round(work))
         return made
+
+    def _tell(
+        self, part: Sequence[RunRequest], worked: float, work: float, iterations: int, _: Sequence[SearchHistory]
+    ) -> None:
+        worked += sum(request.work for request in part) * iterations / max(1, part[0].setting.method.iterations)
+        self.problem.clock.tell(round(worked), round(work))
 
     def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
         """Returns those of the runs that are there; writes their table."""
@@ -201,6 +177,7 @@ class _Sweep:
             ", ".join(layer_names(self.base.layer)),
             settings={request.setting.name: request.setting for request in requests},
             weights=kept,
+            provenance=Provenance.of(self.problem.model, *(before for _, before in self.data.values())),
             original={name: value.detach().cpu().clone() for name, value in self.problem.space.parameters.items()},
         )
         if self.store.folder is not None and self.collective.rank == 0:

@@ -21,7 +21,7 @@ from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run_store import RUN_COLUMNS, Run, StoredRun, run_of_text
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import Gate
-from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report import Report
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.splits import ROLES, Role
@@ -42,7 +42,6 @@ class SweepResult(Report):
     runs: tuple[Run, ...]
     target: str = ""
     layer: str = ""
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
     settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
     weights: Mapping[tuple[str, int], StoredRun] = field(
         default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN

@@ -147,11 +147,13 @@ class _Polish:
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
+        self._n_first = 0  # open at the first start
 
     def start(self) -> Phase | None:
         """Begins with weights that were just counted: the given ones, or those after a retreat."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
+        self._n_first = self._n_first or int(self.active_set.open.sum())
         if self._is_settled(self.active_set.open):
             self._keep(self.state)
             if not self._may_enforce_again or self._end_of_rounds.is_over():
@@ -174,6 +176,8 @@ class _Polish:
         self._rounds_left -= 1
         is_open = self.active_set.open
         n_open = int(is_open.sum())
+        total = max(self._n_first, n_open)
+        self.problem.clock.tell(total - n_open, total, broken=int(self.active_set.broken.sum()))
         if n_open < self._fewest_ever:
             self._fewest_ever, self._visits_at_low = n_open, self._visits
         if n_open < self._fewest_open:

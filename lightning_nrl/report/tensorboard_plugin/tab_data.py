@@ -11,7 +11,7 @@ from typing import Any
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_facts import unseen_facts, unseen_limit
+from lightning_nrl.report.repair_facts import layer_text, unseen_facts, unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.run_records import StrengthPoint
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
@@ -41,11 +41,12 @@ class LoadedRepair:
             "evidence": "" if verdict.source == "none" else verdict.evidence,
             "tone": verdict.tone,
             "target": report.target,
-            "layers": ", ".join(report.layers),
+            "layers": layer_text(report),
             "gate": report.gate,
             "at_most": "" if limit is None else percent_up(limit),
             "weights_changed": None if report.change is None else report.change.changed,
             "seconds": sum(report.seconds.values()),
+            "made": report.provenance.made,
             "known": _numbers(splits.get("known", ())),
             "unseen": _numbers(splits.get("unseen", ())),
         }
@@ -55,7 +56,7 @@ class LoadedRepair:
         report = self.report
         splits, verdict = flipped_splits(report), report.verdict
         limits = [] if report.bounds is None else [("calibration", str(report.bounds))]
-        _, _, reason, *blocks = report.page(full=True).blocks
+        _, _, reason, *blocks = report.full_page().blocks
         first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
         return {
             **self.summary,

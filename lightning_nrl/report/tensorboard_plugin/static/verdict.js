@@ -15,6 +15,7 @@ export function verdict(repair) {
       "gate": repair.gate,
       "layer": repair.layers,
       "compared with": repair.against,
+      ...(repair.made ? { "made": repair.made } : {}),
     }).map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
     h("details", { class: "more" }, h("summary", {}, "Split by split"), fromReport(repair.outcome)),
   ];
