@@ -17,7 +17,7 @@ from toy_repairs import blobs
 from lightning_nrl import Target, TensorSource
 from lightning_nrl._utils.device import Context
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import State, between, holding, snapshot
+from lightning_nrl._utils.state import State, between, snapshot, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -195,7 +195,7 @@ def barely(problem: Problem, state: State) -> State:
 def right(problem: Problem, state: State) -> Tensor:
     """Which known samples the model gets right with other weights, its loss finite, by a forward pass of its own."""
     found = []
-    with holding(problem.model, state):
+    with temporary_weights(problem.model, state):
         for source in problem.known:
             output, target = problem.model(source.inputs), source.targets
             loss = nn.functional.cross_entropy(output.float(), target, reduction="none")

@@ -32,7 +32,7 @@ from lightning_nrl._trainer.lightning.private_parts import callbacks_of, combine
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, loaders_in
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import evaluating, random_state, seed_all
+from lightning_nrl._utils.preserve import eval_mode, random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
@@ -67,7 +67,7 @@ class ContinuedTraining:
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """The same training, told which samples, `N` bool by row of the results, are targets."""
+        """Returns a copy that knows which samples, `N` bool by row of the results, are targets."""
         return replace(self, targeted=targeted)
 
     @property
@@ -102,7 +102,7 @@ class ContinuedTraining:
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
         seed gives the same weights. None if `renew` ends it, the weights are not finite or training cannot go on.
         """
-        end, course = time.perf_counter() + seconds, _Course(seed, start or {}, weight, rate, renew)
+        end, course = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
         epochs = self.epochs if epochs is None else epochs
         if (course.rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
@@ -137,7 +137,7 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> Trained | None:
+    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _TrainingRun, folder: str) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
@@ -159,7 +159,7 @@ class ContinuedTraining:
         # Without a limit, only the module itself has ended it early.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
-    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str, parts: int = 1) -> State:
+    def _fit(self, budget: TimeBudget, epochs: int, course: _TrainingRun, folder: str, parts: int = 1) -> State:
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, Any]:
@@ -235,7 +235,7 @@ class ContinuedTraining:
         )
 
     def _parts(self) -> list[Dataset[Any]]:
-        """What the known splits hold, and for passed data a view of them that augments, where there is one."""
+        """Returns the data sets of the known splits; passed data as a view that augments, if there is one."""
         like, parts = self._like(), []
         for source in self.known:
             data = source.loader.dataset
@@ -254,7 +254,7 @@ class ContinuedTraining:
 
 
 @dataclass(frozen=True)
-class _Course:
+class _TrainingRun:
     """How a copy is trained; see `lightning_nrl.methods.Training`."""
 
     seed: int
@@ -267,7 +267,7 @@ class _Course:
 def _renewed(renew: Renew, sampler: Any, model: LightningModule) -> bool:
     """Sets how often samples are visited from now on, by the weights of the copy in training; false if it ends here."""
     with random_state():
-        with evaluating(model):
+        with eval_mode(model):
             state = snapshot(model)
         weight = renew(state)
     if weight is None:

@@ -44,7 +44,7 @@ from lightning_nrl.updates.interpolation import ShareChoice
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where known data come from, how their batches are read, and which of the trained weights are repaired.
+    """Sources of known data, the way their batches are read, and the trained weights to repair.
 
     All samples of the passed and the failed data are known data, and the gate counts them.
 
@@ -248,7 +248,7 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """How many batches of a loader `overfit_batches` leaves; None: all."""
+    """Returns the number of batches that `overfit_batches` leaves of a loader; None: all."""
     share = overfit_batches(trainer)
     return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
 

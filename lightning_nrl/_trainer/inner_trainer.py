@@ -49,7 +49,7 @@ LEFT_OUT = callback_kinds(
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
 """Packages whose lines are not where a user looks for a mistake."""
 WARM_UP_SHARE = 0.1
-"""Of the steps of AdamW in place of a module's own optimizers, those in which its rate rises."""
+"""Share of the steps of a substitute AdamW in which its rate rises."""
 
 
 def copied_module(
@@ -216,7 +216,7 @@ def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) 
 
 
 def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """What the attributes of modules hold that cannot be copied, by identity; a result of a graph without the graph."""
+    """Finds attributes of modules that cannot be copied, by identity; a result of a graph without the graph."""
     found: dict[int, Any] = {}
 
     def search(value: Any) -> None:

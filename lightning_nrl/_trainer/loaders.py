@@ -156,7 +156,7 @@ class LoaderSource:
             ) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """The same split with several draws of each sample, each of which counts as a sample."""
+        """Returns the split with several draws of each sample; each draw counts as a sample."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -191,9 +191,9 @@ def make_source(
     limit: int | None = None,
     whole: bool = False,
 ) -> LoaderSource:
-    """A source of which each rank reads its own samples once, in order, nothing dropped or padded.
+    """A source that each rank reads its own samples of once, in order, nothing dropped or padded.
 
-    `limit`: read only so many batches, for `fast_dev_run`; `whole`: each rank reads all samples.
+    `limit`: the number of batches to read, for `fast_dev_run`; `whole`: each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)

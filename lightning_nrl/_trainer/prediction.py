@@ -34,7 +34,7 @@ FEWEST_PROBABILITIES = 8  # samples; fewer logits, one each, may lie between 0 a
 LAYER_TOLERANCE = 1e-3  # relative distance by which a layer's inputs or outputs may differ between two ways to the same
 SEEDS_OF_AUGMENTATION = 4  # how often a step that augments at random is run, to see how far its inputs spread
 SPREAD_FACTOR = 3.0  # how much farther than from each other its inputs may lie from ours, on average
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above so many times the module's own, and so much
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above this multiple of the module's own plus the offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
 """Changes of a layer's output that show whether logits depend on it: those of other samples, smaller ones. A model
 knows their kind; a NaN that becomes an index would end the work of a GPU."""

@@ -99,7 +99,7 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
         if source.has_validation_view:
             sentence = f"`{source.split}` was read with the `transform` of the validation data."
         elif source.samples.draws:
-            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, as so many samples"
+            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, each a sample"
             sentence = f"`{source.split}` draws at random: each sample was counted in {fixed}."
         else:
             continue

@@ -13,7 +13,7 @@ from lightning_nrl._trainer.inner_trainer import copied_module
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.preserve import evaluating
+from lightning_nrl._utils.preserve import eval_mode
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.updates.old_model import OldModel, parse_reference
@@ -53,7 +53,7 @@ def reference_module(
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)
-    held.enter_context(evaluating(model.to(module.device)))
+    held.enter_context(eval_mode(model.to(module.device)))
     return model
 
 

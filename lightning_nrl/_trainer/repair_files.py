@@ -372,7 +372,7 @@ def announce(
 
 
 def _about_best(report: RepairReport, trainer: Trainer) -> str:
-    """What to know before `trainer.test()` is called without a model; empty where there is nothing."""
+    """Returns a warning about `trainer.test()` without a model; empty if none is due."""
     checkpoint = trainer.checkpoint_callback
     best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     path = report.files.get("checkpoint", "")

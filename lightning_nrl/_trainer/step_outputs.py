@@ -24,7 +24,7 @@ ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
 )
-"""What a user can do where the term cannot be added from outside."""
+"""Advice for steps to which the term cannot be added from outside."""
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]
 
 @dataclass
 class _RecordedCalls:
-    """All that hooks hold, so that a copy of the model copies little more than itself."""
+    """State of the hooks, kept small so that copies of the model stay small."""
 
     active: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)

@@ -11,10 +11,10 @@ from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_mo
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
-"""How the names of strategies begin under which no process holds whole layers."""
+"""Prefixes of strategies under which no process holds whole layers."""
 ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")  # of those whose devices are none of torch's own
 SPREAD = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
-"""Classes of parameters and modules of which each rank has a part, whatever the strategy is called."""
+"""Classes of parameters and modules that are sharded over ranks."""
 OVERWRITING = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
 """Callbacks that change the weights when training ends."""
 
@@ -57,7 +57,7 @@ def check_whole(model: nn.Module) -> None:
         kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SPREAD), None)
         if kind is not None:
             raise ConfigurationError(
-                f"`model`: {name or type(part).__name__!r} is a {kind}, of which no rank has all; a repair needs "
+                f"`model`: {name or type(part).__name__!r} is a {kind}, which is split over ranks; a repair needs "
                 "layers whole.",
                 "train so, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded.",
             )

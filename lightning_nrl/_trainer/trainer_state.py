@@ -32,7 +32,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
-from lightning_nrl._utils.preserve import has_own_modes, own_flags, random_state, set_modes
+from lightning_nrl._utils.preserve import has_own_modes, module_flags, random_state, set_modes
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
@@ -40,9 +40,9 @@ from lightning_nrl.tasks import Task
 TUNING = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
 """Callbacks that train before training, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
-"""Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
+"""Epochs assumed if the length of the training is unknown: half of the usual number."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
-"""What a trainer remembers of its last training, and forgets when the next one begins."""
+"""Metrics that a trainer keeps of its last training and clears when the next one begins."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
     collective = Collective.current(model.device)
     written = (*model.parameters(), *model.buffers()) if path or own_modes else tuple(model.buffers())
     modules = list(model.modules())
-    flags = own_flags(modules)
+    flags = module_flags(modules)
     tensors = [(tensor, tensor.detach().clone()) for tensor in written]
     try:
         if own_modes:
@@ -187,7 +187,7 @@ def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Eval
 
 
 @contextmanager
-def heeding_signals(
+def handle_signals(
     trainer: Trainer,
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,

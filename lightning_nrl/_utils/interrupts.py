@@ -1,7 +1,7 @@
 """Handles Ctrl-C and SIGTERM while work is done on a live model.
 
 A signal is noted, and raised where the work calls `poll`, so that whoever holds other weights for a while restores
-them. Work that does not ask for `OVERDUE_SECONDS` is interrupted where it is, but never inside `uninterrupted`.
+them. Work that does not ask for `OVERDUE_SECONDS` is interrupted where it is, but never inside `defer_signals`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Watch:
     say: Callable[[str], None]
     noted: int = 0  # the signal that ends the work
     is_raised: bool = False
-    depth: int = 0  # of `uninterrupted`
+    depth: int = 0  # of `defer_signals`
     overdue: float = 0.0
     timer: threading.Timer | None = None
     process: int = field(default_factory=os.getpid)
@@ -68,7 +68,7 @@ def poll() -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Defers signals until the block ends."""
     watch = _Watch.current
     if watch is None:

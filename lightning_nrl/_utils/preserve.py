@@ -21,14 +21,14 @@ MAX_ITEMS_KEPT = 10_000  # lists and dicts with more are data, no state of a ste
 
 @contextmanager
 def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Sets evaluation mode as `evaluating` does; restores the random states too, since some models draw in it."""
+    """Sets evaluation mode as `eval_mode` does; restores the random states too, since some models draw in it."""
     # Inference mode would forbid the gradients that localisation needs.
-    with random_state(), torch.inference_mode(False), evaluating(model) as rewritten:
+    with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
         yield rewritten
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
+def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """Sets evaluation mode; restores parameters, buffers and flags, bit by bit, on exit.
 
     Yields the values before `eval()` of the tensors that `eval()` wrote to, by their identities.
@@ -43,7 +43,7 @@ def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
     held = {id(value) for snapshot in parameters for value, *_ in snapshot.copied}
-    own = own_flags(modules)
+    own = module_flags(modules)
     PRESERVED.update(held)
     try:
         copied = []
@@ -62,7 +62,7 @@ def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
                 vars(module).update(values)
 
 
-def own_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
+def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
     """Returns the bools of each module, such as `training` and `merged`."""
     return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
 

@@ -44,7 +44,7 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 
 @contextmanager
-def holding(model: nn.Module, state: State) -> Iterator[None]:
+def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     """Runs the model with these tensors, then with its own again, the very same objects; raises what `changed` does.
 
     A shared tensor is replaced in all modules, where `torch.func.functional_call` would leave new weights behind.
@@ -148,7 +148,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
     left = set(live) - set(names.values())
     other = {name: live[name].detach() + 1 for name in left if name in state and live[name].is_floating_point()}
     if other:
-        with holding(model, other):
+        with temporary_weights(model, other):
             state = model.state_dict()
         copied = (n for n, x in other.items() if x.shape == state[n].shape and torch.allclose(state[n].to(x), x, 1e-2))
         names |= {name: name for name in copied}

@@ -14,7 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl._utils.state import State, between, holding, snapshot
+from lightning_nrl._utils.state import State, between, snapshot, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.methods import Method, Problem, Solution
@@ -203,7 +203,7 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
         torch.manual_seed(seed)
         if make is not None:
             return fitting("fresh", make().state_dict(), model)
-        with holding(model, state):
+        with temporary_weights(model, state):
             for name, module in model.named_modules():
                 reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
                 if callable(reset):

@@ -162,7 +162,7 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """How many samples a batch should have; 0 if there should be no such batch."""
+        """Returns the size that a batch should have; 0 if there should be no such batch."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 

@@ -112,7 +112,7 @@ class ReleaseGate(CallbackBase):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in the validation of a fit, where nothing is to be released.
+        # Not in the validation of a fit, which releases nothing.
         if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 

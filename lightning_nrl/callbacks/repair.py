@@ -17,8 +17,8 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import StartingWeights, epochs_of, heeding_signals, starting_weights
-from lightning_nrl._utils.interrupts import uninterrupted
+from lightning_nrl._trainer.trainer_state import StartingWeights, epochs_of, handle_signals, starting_weights
+from lightning_nrl._utils.interrupts import defer_signals
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
@@ -68,7 +68,7 @@ class RegressionFreeRepair(RepairCallback):
     model. If nothing is accepted, the weights stay as training left them.
 
     Args:
-        target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
+        target: the failures to repair, such as `Target.label(3)` or `"label 3"`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
             there is none, the last convolution) is searched, and training may change the whole network.
         gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
@@ -164,7 +164,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def report(self) -> RepairReport | None:
-        """What was done, once it is done; also if a strategy did it in processes of its own."""
+        """The report, once the repair is done; also if a strategy did it in processes of its own."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -252,7 +252,7 @@ class RegressionFreeRepair(RepairCallback):
         """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
         self._name = name
         self.report = self._parameters = None
-        with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
+        with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
             logged = self.save(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
@@ -264,7 +264,7 @@ class RegressionFreeRepair(RepairCallback):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
+        """Searches a repair of a model trained for `epochs`, by default those of this fit; changes nothing."""
         self._work = repair_files.saved_work(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
@@ -288,7 +288,7 @@ class RegressionFreeRepair(RepairCallback):
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
                 report = saved.reports(report, outcome.views, outcome.changes)
-                with uninterrupted():
+                with defer_signals():
                     saved.commit()
                     outcome.write(pl_module)
                     self.report, self._pending = report, False
@@ -312,9 +312,9 @@ class RegressionFreeRepair(RepairCallback):
         how: dict[str, Any] = {"changes": outcome.changes, "views": outcome.views, "verbose": self.verbose}
         repair_files.announce(self.report, trainer, name, **how)
 
-    def heeding_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
+    def handle_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""
-        return heeding_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
+        return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
         """True if the model holds other weights than the repaired ones."""

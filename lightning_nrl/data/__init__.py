@@ -1,7 +1,7 @@
 """Known and unseen data: batches, sources of them, and the samples that a target chooses.
 
 In: what the user's data loaders give. Out: `Batch` and `Source`, one form for all that follows, and `Target`, the
-condition that says which failures are to be repaired.
+condition that selects the failures to repair.
 """
 
 from lightning_nrl.data.adapters import unpack

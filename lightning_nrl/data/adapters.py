@@ -165,7 +165,7 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     """The default adapter: takes `(x, y, *extras)`, mappings, named tuples, data classes and graphs.
 
-    In `(x, y, *extras)` x may be a tuple of several inputs, which are as many arguments if forward takes so many.
+    In `(x, y, *extras)` x may be a tuple of inputs, passed as arguments if forward takes that many.
 
     Where there are names, the truth is the first of `TARGET_KEYS`. A forward with one parameter gets the field of its
     name, or the one of `INPUT_KEYS`, or the only tensor; the whole batch if its annotation is a mapping, if it is
@@ -311,7 +311,7 @@ def as_adapter(function: Callable[..., Any]) -> Adapter:
 
 
 def required_parameters(function: Callable[..., Any]) -> int:
-    """How many positional parameters without a default a function has; 0 where it does not say."""
+    """Counts positional parameters without a default; 0 if the function does not say."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -99,7 +99,7 @@ class RecordingSource:
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
-        """What was noted of all ranks' samples in the last pass, on the CPU, in the order of the source."""
+        """Returns notes on all ranks' samples of the last pass, on the CPU, in the order of the source."""
         positions, noted = zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
         values, order = (torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions))
         return values[order.argsort()]
@@ -110,11 +110,11 @@ class ModelCall(ABC):
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:
-        """What the model predicts, with gradients; `raw` may hold some of the batch's samples only."""
+        """Runs the model with gradients; `raw` may hold some of the batch's samples only."""
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a model gives for the inputs of a batch."""
+    """Runs a model on the inputs of a batch."""
     if args and isinstance(args[0], ModelCall):
         return args[0](model, *args[1:])
     return model(*args, **kwargs)
@@ -152,7 +152,7 @@ def with_plain_tensors(tree: Any) -> Any:
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
-    """Whether some of `n` samples can be taken from a batch's inputs by taking entries of each of their tensors.
+    """True if some of `n` samples can be taken from a batch's inputs by indexing each of their tensors.
 
     So it is where every tensor counts the samples in its first dimension. Graphs in one object, packed sequences and
     lists of numbers or texts can only be read again, by `Source.draw`.

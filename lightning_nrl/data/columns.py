@@ -1,4 +1,4 @@
-"""What is known of the samples of a batch beside inputs and truth: a column of it, named in one form everywhere."""
+"""Columns of a batch other than inputs and truth, named in one form everywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Field:
 
     @property
     def __name__(self) -> str:
-        """What a slice is called that this column marks."""
+        """Name of the slice that this column marks."""
         return self.name if isinstance(self.name, str) else f"column {self.name}"
 
     def __call__(self, raw: Any) -> Any:
@@ -71,7 +71,7 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """What a column gives for a batch."""
+    """Evaluates a column on a batch."""
     try:
         return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:

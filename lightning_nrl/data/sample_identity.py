@@ -28,7 +28,7 @@ MAX_SAMPLES_TRIED = 8
 
 @runtime_checkable
 class Identified(Protocol):
-    """A source that knows which samples of which data set it reads."""
+    """A source that knows its data set and positions in it."""
 
     @property
     def identity(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which failures are to be repaired: a small tree of conditions on samples.
+"""Targets, the failures to repair: a small tree of conditions on samples.
 
 Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine
 them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readable with `str`.
@@ -32,7 +32,7 @@ TARGET_HINT = (
 
 
 class Target(ABC):
-    """Chooses samples; of those, the ones that the model gets wrong are to be repaired.
+    """Selects samples; those among them that the model gets wrong are repaired.
 
     Example:
         >>> print(Target.label(3) | Target.confusion(3, 5))
@@ -55,7 +55,7 @@ class Target(ABC):
         """
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """The samples of the kind that is to be repaired, right or wrong (the paper's class to be repaired).
+        """Returns samples of the targeted kind, right or wrong (the paper's class to be repaired).
 
         They are those that the target would choose if they failed, whatever they were taken for: a condition on the
         predicted class counts as fulfilled. So a confusion covers its true class.
@@ -64,7 +64,7 @@ class Target(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """What is chosen, in words, as reports print it; `parse_target` reads it, where predicates are addresses."""
+        """The condition in words, as reports print it; `parse_target` reads it if predicates are addresses."""
 
     @staticmethod
     def all() -> Target:

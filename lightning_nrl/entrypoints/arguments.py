@@ -21,7 +21,7 @@ OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
 """The arguments of a repair that are option objects."""
 
 SEARCHES = "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
-HEEDED: Mapping[str, tuple[str, ...]] = {
+USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCHES.split(), "augment", "n_scored", "max_time", "seed"),
     "sweep": (*SEARCHES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
@@ -37,7 +37,7 @@ INSTEAD = {
 }
 
 
-def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
+def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
     """Refuses options that have no effect; of an option object, those that are not as by default."""
     given: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -45,7 +45,7 @@ def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
     for name in sorted(given):
         if name == "start_from":
             why, hint = "it has no meaning without training", "name the checkpoint to start from as `ckpt_path`."
-        elif name in HEEDED.get(entry_point, (name,)):
+        elif name in USED_OPTIONS.get(entry_point, (name,)):
             continue
         else:
             hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
@@ -53,11 +53,11 @@ def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"`{name}={given[name]!r}`: {why}.", hint.format(value=given[name]))
 
 
-def heeded(entry_point: str, argument: str) -> bool:
+def is_used(entry_point: str, argument: str) -> bool:
     """True if an argument, or any option in it, has an effect."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
-    return not names.isdisjoint(HEEDED[entry_point])
+    return not names.isdisjoint(USED_OPTIONS[entry_point])
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
@@ -73,7 +73,7 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
             near = difflib.get_close_matches(name, [*known, *inside], n=1)
             hint = f"did you mean {inside.get(near[0], f'`{near[0]}`')}?" if near else f"it is one of {known}."
             raise ConfigurationError(f"`{name}` is no argument of a repair.", hint)
-    check_heeded(entry_point, arguments)
+    check_used(entry_point, arguments)
     return RegressionFreeRepair(**arguments)
 
 

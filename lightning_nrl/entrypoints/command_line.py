@@ -24,7 +24,7 @@ from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
-from lightning_nrl.entrypoints.arguments import heeded
+from lightning_nrl.entrypoints.arguments import is_used
 from lightning_nrl.entrypoints.command_project import OWN_ARGUMENTS, REQUIRE, TRUST, Project, read_project
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFolderError, explain
@@ -190,13 +190,13 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison; options of a repair that it does not heed are left out.
+    """Prints a comparison; options of a repair without effect here are left out.
 
     With an old and a new checkpoint it is the test with a `ReleaseGate` that compares them.
     """
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
-        options = {name: value for name, value in project.options.items() if heeded("compare", name)}
+        options = {name: value for name, value in project.options.items() if is_used("compare", name)}
         show(compare(**project.source, methods=methods, **options))
         return 0
     if old is None or new is None or methods:
@@ -215,7 +215,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """What runs a command and gives its exit status, what it is for, and its arguments; None: those of a project."""
+    """A command: its function, its purpose, and its arguments; None: those of a project."""
 
     run: Callable[..., int]
     purpose: str

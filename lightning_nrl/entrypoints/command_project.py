@@ -17,7 +17,7 @@ from lightning_nrl._trainer.lightning.packages import classes
 from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
-from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, heeded
+from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
 
@@ -52,7 +52,7 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
 
 @dataclass(frozen=True)
 class Project:
-    """What a command works on."""
+    """Model, data and options of a command."""
 
     source: dict[str, Any]  # trainer, model, data module and checkpoint, by argument
     options: dict[str, Any]  # arguments of `RegressionFreeRepair` that are not as by default
@@ -111,7 +111,7 @@ def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tupl
     group = parser.add_argument_group("arguments of `RegressionFreeRepair`")
     section = (inspect.getdoc(RegressionFreeRepair) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     for name, text in re.findall(r"^    (\w+): ((?:.|\n {5})*)", section, re.MULTILINE):
-        if command == "compare" and not heeded(command, name):
+        if command == "compare" and not is_used(command, name):
             continue
         inside = ", ".join(field.name for field in fields(OPTION_CLASSES[name])) if name in OPTION_CLASSES else ""
         option, more = (f"{name}.FIELD", f" FIELD: {inside}.") if inside else (name, "")

@@ -37,7 +37,7 @@ from lightning_nrl.analysis.sweep import (
     sweep_module,
 )
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
-from lightning_nrl.entrypoints.arguments import callback_with, check_heeded, check_model
+from lightning_nrl.entrypoints.arguments import callback_with, check_model, check_used
 from lightning_nrl.errors import ConfigurationError, RepairError, check_choice, check_kind
 from lightning_nrl.pipeline.repair_module import Outcome
 from lightning_nrl.report import RepairReport, Report
@@ -59,7 +59,7 @@ def dry_fit(
 ) -> Result:
     """Returns the result of work that changes nothing: model, trainer and random state stay as they are.
 
-    `callback` says which data, task and seed are meant; `data` are arguments of `fit`, of which each rank reads all if
+    `callback` says which data, task and seed are meant; `data` are arguments of `fit`; each rank reads all of them if
     `whole`.
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
@@ -129,7 +129,7 @@ class _WithoutTraining(CallbackBase):
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
         fitted = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
-        with self.callback.heeding_signals(trainer):
+        with self.callback.handle_signals(trainer):
             self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
         trainer.should_stop = True
 
@@ -137,7 +137,7 @@ class _WithoutTraining(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
         if self.outcome is not None:
-            with self.callback.heeding_signals(trainer):
+            with self.callback.handle_signals(trainer):
                 name = self.callback.save(trainer, pl_module, self.outcome)
             self.callback.announce(trainer, self.outcome, name)
 
@@ -189,7 +189,7 @@ def repair(
     else:
         kind = isinstance(callback, RegressionFreeRepair)
         check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
-        check_heeded("repair", {"data": callback.data})
+        check_used("repair", {"data": callback.data})
     check_model(model, "repair_module")
     check_packages(trainer, model=model, datamodule=datamodule)
     with without_training(trainer, callback, callback.attempt, weights_only):

@@ -1,4 +1,4 @@
-"""What a model does on data, sample by sample, and what became of each sample.
+"""Results of a model on each sample, and how they change.
 
 In: sources, and an `Evaluator`: the model, the task that judges it, its precision and the ranks. Out: `SampleResults`,
 one row a sample, the same table on every rank; between two of them `Flips`: kept, broken, repaired, failing. Weights

@@ -78,7 +78,7 @@ def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> floa
 
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
-    """The same where numbers are rounded further than to float32, else 0."""
+    """Returns `rounding_margin` if numbers are coarser than float32, else 0."""
     return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 

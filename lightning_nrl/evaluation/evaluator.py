@@ -16,7 +16,7 @@ from lightning_nrl._utils.checks import Kind, check_per_sample
 from lightning_nrl._utils.device import Context, at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
-from lightning_nrl._utils.state import State, device_of, holding
+from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source, run_model, tensors_in, unpacked
 from lightning_nrl.data.targets import Target, classes_in
@@ -128,8 +128,8 @@ class Evaluator:
             yield output, target
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
-        """What the deployed model does on data under other weights; afterwards it has its own again."""
-        with holding(self.model, state):
+        """Runs the deployed model on data with other weights, then restores its own."""
+        with temporary_weights(self.model, state):
             return self.run(sources)
 
     def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:

@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
 
 class HeadFeatures(NamedTuple):
-    """What one pass over the known data gives."""
+    """Results of one pass over the known data."""
 
     results: SampleResults
     features: Features | None  # None where no Linear gives the logits

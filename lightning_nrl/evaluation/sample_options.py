@@ -57,7 +57,7 @@ class Focal:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What each sample counts: failures that matter more, samples that may not break, slices, labels in doubt.
+    """Weights and roles of samples: importance, slices, quotas, protected samples, doubtful labels.
 
     A column is a key or a place in your batches, a function of a batch, or its address, `package.module:function`.
 
@@ -103,7 +103,7 @@ class SampleOptions:
                 )
 
     def columns(self) -> SampleOptions:
-        """Those of the options that are columns of batches, for a check on a few samples."""
+        """Returns the options that are columns of batches, for a check on a few samples."""
         own = self._columns("importance", "protected", "set_aside")
         return SampleOptions(slices=self.slices, **{name: getattr(self, name) for name in own})
 
@@ -153,7 +153,7 @@ class SampleOptions:
         return results, set_aside
 
     def _columns(self, *names: str) -> dict[str, Column]:
-        """Those of some options that are columns of batches, neither words nor ids; refuses what cannot be one."""
+        """Returns the named options that are columns of batches; refuses what is no column, word or id."""
         found = {}
         for name in names:
             value = getattr(self, name)
@@ -187,7 +187,7 @@ def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
 
 
 def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleResults) -> tuple[Tensor, Tensor]:
-    """What repairs are worth, and what breaking costs: the highest level that the class can come to; `N` each."""
+    """Returns the value of repairs and the cost of breaks, the highest level of the class; `N` each."""
     if bool((results.label < 0).all()):
         raise ConfigurationError(
             "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
@@ -224,7 +224,7 @@ def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResu
 
 
 def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
-    """What breaking costs, `N`: 1 by default, infinite where a sample is protected."""
+    """Returns the cost of breaking each sample, `N`: 1 by default, infinite for protected ones."""
     if protected is None:
         return results.weight
     # A mark, such as a bool, protects.
@@ -251,7 +251,7 @@ def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Seq
     if not named and len(splits) != 1 and strict:
         raise ConfigurationError(
             f"`{argument}`: the ids may be of any of {list(splits)}.",
-            f"say of which: `{argument}={{{splits[0]!r}: ...}}`." if splits else "mark the data that have failures.",
+            f"name the split: `{argument}={{{splits[0]!r}: ...}}`." if splits else "mark the data that have failures.",
         )
     tables = value if named else {split: value for split in splits[:1] if strict}
     for split, own in tables.items():

@@ -29,7 +29,7 @@ class SampleResults:
         loss: `N` float, each sample's loss.
         passed: `N` bool.
         targeted: `N` bool, failed samples that the target selects; on known data I_neg.
-        in_target: `N` bool, samples of the kind that is to be repaired, right or wrong (`Target.covers`); the targeted
+        in_target: `N` bool, samples of the targeted kind, right or wrong (`Target.covers`); the targeted
             ones by default.
         margin: `N` float, how far each sample is from being wrong, NaN where the task has no such number.
         weight: `N` float64, what each sample counts: of a targeted one its repair, 1 on average; of a passed one its
@@ -54,7 +54,7 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
-            # One number, shown so many times.
+            # One number, expanded.
             object.__setattr__(self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed)))
         if self.group is NO_COLUMN:
             object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
@@ -78,7 +78,7 @@ class SampleResults:
         return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
 
     def sharing(self, other: SampleResults) -> SampleResults:
-        """The same, with samples and true classes held once for both where they are equal."""
+        """Returns a copy that shares equal samples and true classes with `other`."""
         names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
         return replace(self, **{name: getattr(other, name) for name in names})
 
@@ -119,11 +119,11 @@ class SampleResults:
         return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
 
     def gain(self, repaired: Tensor) -> float:
-        """What repairs, `N` bool, are worth: how many targets are among them where all count alike."""
+        """Returns the value of repairs, `N` bool: the number of targets among them if all weigh 1."""
         return float(self.weight[repaired & self.targeted].sum())
 
     def harm(self, broken: Tensor) -> float:
-        """What broken samples, `N` bool, cost: how many they are where all count alike."""
+        """Returns the cost of broken samples, `N` bool: their number if all weigh 1."""
         return float(self.weight[broken].sum())
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
@@ -142,7 +142,7 @@ def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 @dataclass(frozen=True)
 class FlipCounts:
-    """How many samples went which way.
+    """Counts of kept, broken, repaired and failing samples.
 
     Attributes:
         kept: right before and after.
@@ -203,7 +203,7 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """What became of each of `N` samples: every sample is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
+    """Flips of `N` samples: every sample is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
 
     kept: Tensor
     broken: Tensor
@@ -221,11 +221,11 @@ class Flips:
         return cls(*flip_masks(before.right, after.right))
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
-        """How many of the chosen rows (a mask or a slice; all by default) went which way."""
+        """Counts flips in the chosen rows (a mask or a slice; all by default)."""
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
 
     def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """The same, with what became of the samples in the target by the results before."""
+        """Counts flips, also of samples in the target by the results before."""
         targeted, broken = before.targeted, self.broken & before.in_target
         own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
         masks = (self.kept, self.broken, self.repaired, self.failing, *own)

@@ -102,7 +102,7 @@ def slice_tags(names: Collection[str]) -> dict[str, str]:
 
 
 Quota = int | float | str
-"""At least so many targets of a slice, or such a share of them: `5`, `0.5` or `"50%"`."""
+"""The least number of repaired targets in a slice, or their share: `5`, `0.5` or `"50%"`."""
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
@@ -123,7 +123,7 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
 
 
 def needed(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str, int], str]:
-    """How many targets of each slice are to be repaired, and in words why that cannot be; empty if it can."""
+    """Returns the repairs required per slice, and why they are impossible; empty if they are possible."""
     found: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:

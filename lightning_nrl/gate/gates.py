@@ -1,4 +1,4 @@
-"""How many known samples a repair may break: the gates, how they are read from text, and the decision."""
+"""Gates, their text form, and the decision: known samples that a repair may break."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.slices import below
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """How many known samples a repair may break.
+    """A limit on the known samples that a repair may break.
 
     `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads
     them from text. A gate of your own is a frozen dataclass with `allowed`, `rule` and `__str__`.
@@ -60,17 +60,17 @@ class Gate(ABC):
 
     @final
     def harm(self, before: SampleResults, broken: Tensor) -> float:
-        """What broken samples, `N` bool, count against what is allowed; infinite if a protected one is among them."""
+        """Returns the cost of broken samples, `N` bool; infinite if a protected one is among them."""
         return before.harm(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
     @abstractmethod
     def rule(self) -> str:
-        """What the gate lets through, in words that end a sentence beginning with "the gate allows"."""
+        """The limit in words that complete "the gate allows"."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """What `Gate.parse` reads."""
+        """Text that `Gate.parse` reads."""
 
     @staticmethod
     def instance() -> Gate:
@@ -196,7 +196,7 @@ class Tolerance(Gate):
 
 
 def allowance(gate: Gate, counts: FlipCounts) -> str:
-    """What a gate allows, in words, and how many samples that is here."""
+    """Returns a gate's limit in words, and the number of samples it means here."""
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
@@ -207,7 +207,7 @@ Status = Literal["repaired", "refused", "not repaired"]
 
 @dataclass(frozen=True)
 class GateDecision:
-    """Whether a candidate may replace the original weights, and why.
+    """The decision whether a candidate may replace the original weights, with the reason.
 
     Attributes:
         status: `repaired`, `refused` by the gate, or `not repaired` since no targeted sample was.
@@ -236,7 +236,7 @@ def judge(
     Args:
         before: the original model on all known data; its `targeted` marks what was to be repaired.
         after: the candidate on the same data, from a real forward pass of the deployed module.
-        gate: how many known samples may break. One that counts for several counts as so many; a protected one may not.
+        gate: limit on known samples that break, by weight; a protected one may not.
         needed: how many targets of a slice must be repaired, by its name.
     """
     flips = Flips.between(before, after)
@@ -265,7 +265,7 @@ def check_protected(decision: GateDecision, before: SampleResults, after: Sample
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """What broken samples count, where they do not count alike; empty if they do."""
+    """Describes the weights of broken samples; empty if they are equal."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples may not break, and would: {_by_split(protected)}."

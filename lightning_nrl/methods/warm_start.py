@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.layers import ParameterSpace
@@ -78,7 +78,7 @@ def warm_started_search(
     fitness = _constrained(problem, start)
     goal = SearchGoal(failed, passes & problem.used & ~failed, kept, fitness, reserve, end, narrow)
     original = problem.space.parameters
-    with holding(problem.model, base):
+    with temporary_weights(problem.model, base):
         elites = partial(_elites, problem.space, original, proposals)
         found = localize_and_search(problem, searcher, goal, elites)
     new = None

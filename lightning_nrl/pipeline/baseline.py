@@ -1,4 +1,4 @@
-"""What the original model does on all data, what of that a repair is about, and which held-out samples are known too.
+"""The original model's results on all data, the targets, and held-out samples that are known too.
 
 Held-out data are not searched: calibration data choose the strength, unseen data are only counted.
 """
@@ -31,10 +31,10 @@ from lightning_nrl.updates.old_model import Reference, Update, look_back
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the original model does on all data.
+    """Results of the original model on all data.
 
     Attributes:
-        known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
+        known: its results on known data; `targeted` are the failures to repair, without those set aside.
         before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
             keeps no more than what the replaced model gets right.
         held_out: by role with data, those that no search uses, and its results on them.
@@ -147,7 +147,7 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """How many samples of each unseen split are known or calibration data too; to be called after a whole pass.
+        """Counts samples of each unseen split that are known or calibration data too; call it after a whole pass.
 
         Raises:
             ConfigurationError: calibration samples are known too. They say nothing of data to come.

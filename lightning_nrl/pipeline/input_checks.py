@@ -58,9 +58,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
     if not any(source.failed for source in known):
-        raise ConfigurationError(
-            "`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired."
-        )
+        raise ConfigurationError("`known`: no source is marked `failed`.", "mark the one with the failures to repair.")
     if settings.search.n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
             f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
@@ -101,7 +99,7 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Refuses known data of which none fails in the target, or none passes."""
+    """Refuses known data without a failure in the target, or without a passed sample."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(

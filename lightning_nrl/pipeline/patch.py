@@ -92,7 +92,7 @@ class Patch:
 
     @property
     def n_changed(self) -> int:
-        """How many values are kept, those of tied tensors once."""
+        """The number of changed values, those of tied tensors once."""
         return sum({id(change): change.n_changed for change in self.changes.values()}.values())
 
     @property

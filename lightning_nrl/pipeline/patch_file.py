@@ -1,4 +1,4 @@
-"""What changed in one tensor, bit by bit, and a patch as a safetensors file, with a hash to find damage by.
+"""The change of one tensor, bit by bit, and a patch as a safetensors file with a hash against damage.
 
 For a tensor `w` the file has `old/w` and `new/w`, and `index/w` where only some of its values are kept. Complex numbers
 are pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of all of it.
@@ -105,7 +105,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """What a file says of one tensor: see `TensorChange`. One that is tied to another has the values of that one."""
+    """Metadata of one tensor: see `TensorChange`. One that is tied to another has the values of that one."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -117,7 +117,7 @@ class ChangeRecord:
 
 @dataclass(frozen=True)
 class PatchHeader(Record):
-    """What a file says of a patch, beside the values."""
+    """Metadata of a patch."""
 
     base: str
     result: str

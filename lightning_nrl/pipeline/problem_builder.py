@@ -37,7 +37,7 @@ def build_problem(
     training: Training | None = None,
     **rest: Any,
 ) -> Problem:
-    """What a method is given; `layers` as of `find_scope`, no limit of time without a clock, `rest` as of `Problem`."""
+    """Builds the problem of a method; `layers` as of `find_scope`; without a clock there is no time limit."""
     space, scope = layers
     for_targets = getattr(training, "for_targets", None)
     if for_targets is not None:

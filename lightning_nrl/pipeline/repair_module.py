@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.device import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import has_own_modes, preserve
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, changed, current_state, holding, live_tensors, snapshot, write
+from lightning_nrl._utils.state import State, changed, current_state, live_tensors, snapshot, temporary_weights, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
@@ -39,7 +39,7 @@ from lightning_nrl.updates.old_model import Reference
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a repair.
+    """The result of a repair.
 
     Attributes:
         report: what was done, and what came of it.
@@ -93,8 +93,8 @@ def repair_module(
         unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
         calibration: data that no search uses, to choose the strength by; its marks do not matter.
         training: goes on with the training, for methods that do; None: they make steps of their own.
-        reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
-            what is to be repaired, as far as it is in the target.
+        reference: the model that this one replaces. Targets are the known samples that it gets right and this one
+            wrong, as far as they are in the target.
         observer: is notified of progress.
         work: saves what is done, and has what an earlier process has saved of the same repair; None: nothing is saved.
 
@@ -215,7 +215,7 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
-    """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
+    """Runs the method; if slices miss their quotas, again with more weight on them, as time allows."""
     solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
@@ -233,7 +233,7 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
     """The decision on the deployed model with the patch in it, counted once more on all data, and the report."""
     settings, baseline = builder.settings, builder.baseline
-    with problem.clock.stage("judge"), holding(problem.model, patch):
+    with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:

@@ -136,7 +136,7 @@ def flipped_samples(
 
 
 def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) -> tuple[ConfusionCell, ...]:
-    """How many samples of each class are taken for which, before and after; none without classes."""
+    """Counts predictions of each class, before and after; none without classes."""
     labels, predictions = before.label[rows], [results.prediction[rows] for results in (before, after)]
     if not _has_classes(labels, predictions[0]):
         return ()
@@ -153,7 +153,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
 
 
 def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """What became of the samples of each class among some rows; none without classes."""
+    """Counts flips of each class among some rows; none without classes."""
     labels = before.label[rows]
     if not _has_classes(labels, before.prediction[rows]):
         return ()
@@ -201,7 +201,7 @@ UNDECIDED = LineSearchResult(chosen=None)
 
 @dataclass(frozen=True)
 class ReportBuilder:
-    """What the stages of a repair gave so far; `seconds` by stage still grow, `n_passed` were scored (|I_pos|)."""
+    """Results of the stages of a repair so far; `seconds` by stage still grow, `n_passed` were scored (|I_pos|)."""
 
     evaluator: Evaluator
     space: ParameterSpace

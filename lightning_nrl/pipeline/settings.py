@@ -136,10 +136,10 @@ OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOpt
 
 @dataclass(frozen=True)
 class Settings:
-    """What to repair and how. The defaults are the strongest regression-free setting there is.
+    """Settings of a repair. The defaults are the strongest regression-free ones.
 
     Attributes:
-        target: which failures are to be repaired; also as text, such as `label 3`.
+        target: the failures to repair; also as text, such as `label 3`.
         layer: dotted name of the layer, several names, or `auto`: the last Linear (where there is none, the
             last convolution), and for methods that train the whole network. For these it may be a block too: all layers
             inside may change.
@@ -199,7 +199,7 @@ class Settings:
 
     @property
     def trains(self) -> bool:
-        """Whether the method goes on with the training where it can, so that it needs no layer to search."""
+        """True if the method continues the training where it can, so it needs no layer to search."""
         return bool(getattr(self.method, "trains", False))
 
     @property

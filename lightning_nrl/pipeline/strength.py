@@ -30,7 +30,7 @@ PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 
 
 class PatchPath:
-    """What a patch does at several strengths, by real forward passes over known and calibration data.
+    """Counts of a patch at several strengths, by real forward passes over known and calibration data.
 
     A patch that breaks nothing at its end may break something half way: a point that is taken there is polished first.
     `counted` has the points by strength, after their polish; `broken_unpolished` the calibration samples that break
@@ -117,7 +117,7 @@ class PatchPath:
         return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
 
     def leaves_time_for(self, seconds: float) -> bool:
-        """Whether there is time for work that long and the recount that follows; the same on every rank."""
+        """True if there is time for the work and the recount after it; the same on every rank."""
         return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
 
     def _count(self, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
@@ -259,7 +259,7 @@ def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
 
 
 def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
-    """Whether a walk from weak to strong accepts a strength; not if there is no time to count all weaker ones."""
+    """True if a walk from weak to strong accepts a strength; false without time to count all weaker ones."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -272,7 +272,7 @@ def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
 
 
 def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
-    """How many calibration samples may break, if not all and whatever becomes of them."""
+    """Returns the calibration samples that may break, if that number is fixed and not all of them."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -287,7 +287,7 @@ GAIN_ROUNDING = 1e-9  # of sums of sample weights
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
     """Looks for the fewest changed weights that keep most repairs and break no more known samples.
 
-    The size is found by bisection, each time by a real count of the repairs, of which a share `loss` may go. Then what
+    The size is found by bisection, each time by a real count; a share `loss` of the repairs may go. Then what
     broke is polished away; in that the kept weights alone move. Buffers, such as the statistics of batch norm, stay as
     the patch has them. The proposal is given back if fewer weights do not do.
     """

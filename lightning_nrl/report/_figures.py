@@ -61,7 +61,7 @@ def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[An
 
 
 def image_of(figure: Any) -> Any:
-    """What a figure of `new_figure` shows: `height x width x 3` uint8."""
+    """Renders a figure of `new_figure`: `height x width x 3` uint8."""
     figure.set_dpi(DOTS_PER_INCH)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

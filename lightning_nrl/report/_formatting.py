@@ -47,7 +47,7 @@ def rough_time(seconds: float) -> str:
 
 
 def plural(n: int, noun: str) -> str:
-    """How many of a thing, such as `1 sample` and `2 samples`."""
+    """Formats a number with its noun, such as `1 sample` and `2 samples`."""
     return f"{n:,} {noun}{'s' if n != 1 else ''}"
 
 

@@ -131,11 +131,11 @@ class Shown(ABC):
         """The page for the console, for rich's `print`."""
 
     def render(self, width: int = 80) -> str:
-        """The same as `to_table` as plain ASCII text."""
+        """Renders `to_table` as plain ASCII text."""
         return self.to_table().plain(width)
 
     def to_markdown(self) -> str:
-        """The same as Markdown."""
+        """Renders `to_table` as Markdown."""
         return self.to_table().markdown()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Page]:

@@ -1,4 +1,4 @@
-"""What a page says of a repair in words: one fact a line."""
+"""The facts about a repair on a page, one per line."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
 LISTED_LAYERS = 4
-LISTED_SAMPLES = 50  # failures that were set aside, of which Markdown tells
+LISTED_SAMPLES = 50  # failures set aside that Markdown lists
 UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """What was asked for, what was searched and found, and what that says of data to come."""
+    """Returns what was asked for, searched and found, and the limits for unseen data."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
     # Of classes everybody knows what right is.
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
@@ -43,8 +43,8 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     facts += [(CUT, ", ".join(cut))] if cut else []
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
-    if report.judge is not None and report.judge.within_rounding:
-        n, rounding = report.judge.within_rounding, report.judge.rounding or 0.0
+    if report.judge is not None and report.judge.n_borderline:
+        n, rounding = report.judge.n_borderline, report.judge.rounding or 0.0
         right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
         facts.append(("within rounding", f"{right}, which another device or batch size may take away"))
     if report.bounds is not None:
@@ -63,7 +63,7 @@ def layer_text(report: RepairRecord) -> str:
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """What unseen data say; nothing where there is no limit."""
+    """Returns the facts from unseen data; none without a limit."""
     limit = unseen_limit(report)
     if limit is None:
         return ()
@@ -110,7 +110,7 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
 
 
 def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """What the run depends on, and how long it took."""
+    """Returns what the run depends on, and its time."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []

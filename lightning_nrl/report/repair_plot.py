@@ -55,7 +55,7 @@ SEARCH_PANELS = {
 """Panels, each with curves of `SearchHistory` and what they are called."""
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
-"""Of the cells that a picture can show; of larger tensors a cell is the largest change of several weights."""
+"""Most cells of a picture; a cell of a larger tensor is the largest change of several weights."""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
@@ -186,7 +186,7 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
     """Draws how many more samples (fewer: below 0) of each class are taken for each class than before.
 
-    More on the diagonal and fewer beside it is for the better. Classes in which nothing changed are left out.
+    More on the diagonal and fewer off it is better. Classes in which nothing changed are left out.
     """
     classes = _changed_classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
@@ -194,7 +194,7 @@ def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: An
         if cell.before != cell.after:
             change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one for the worse is to be seen beside fifty others
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one bad change must be visible among fifty others
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7

@@ -44,7 +44,7 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the promise was kept on known data, and whether the model is better on other data."""
+        """The verdict: promise on known data, evidence on other data, and advice."""
         return verdict_on(self)
 
     @property

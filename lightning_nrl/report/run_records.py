@@ -119,12 +119,12 @@ class Judge:
     """In what the model was computed that was judged, and how many verdicts hang on it.
 
     `rounding` is an estimate of how far rounding may move a margin there, None where the task has no margins. The model
-    of now gets `within_rounding` known samples right by less: another device or batch size may see them wrong.
+    of now gets `n_borderline` known samples right by less: another device or batch size may see them wrong.
     """
 
     precision: DeployedPrecision
     rounding: float | None = None
-    within_rounding: int = 0
+    n_borderline: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class PricePoint:
-    """The best that was found where so many known passed samples may break: what a guarantee costs.
+    """The best result within a number of broken known samples: the price of the guarantee.
 
     `allowed` is the share of the known passed samples that may, from 0; 1: any number. The counts are those of `Rung`.
     """
@@ -186,7 +186,7 @@ class LocalizationReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How the search went: the steps made, why it `stopped`, and the fitness of the best candidate.
+    """Course of a search: the steps made, why it `stopped`, and the fitness of the best candidate.
 
     `history` has the curves of `SearchHistory` by name, one number an iteration. Every candidate was scored on
     `n_failed` failed samples, |I_neg|, and `n_passed` passed ones, |I_pos|; None if not noted.
@@ -221,7 +221,7 @@ class Hashes:
 
 @dataclass(frozen=True)
 class StrengthPoint:
-    """What a patch does to known and calibration data at one strength: 0 for the original weights and 1 for the patch.
+    """Counts of a patch on known and calibration data at one strength: 0 for the original weights and 1 for the patch.
 
     The counts of a `polished` point are those after its polish. `gain` is what the repaired targets are worth, and
     `harm` what the broken known samples cost by the gate, None: as many as they are; `calibration_harm` likewise.
@@ -267,7 +267,7 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class CalibrationBounds(Bound):
-    """How many calibration samples broke, and at most how many others like them do.
+    """Broken calibration samples, and a limit for others like them.
 
     The data might have chosen one of `states` sets of weights, 1 if they had no say. If strengths were accepted from
     weak to strong while at most `allowed` samples broke, the limit is that of this count.
@@ -288,7 +288,7 @@ class CalibrationBounds(Bound):
 
 
 CUT = "cut by `max_time`"
-"""What the note of a step says that had no time to finish."""
+"""Note of a step that had no time to finish."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
 SCHEMA = 1  # the version of the form in which reports are written; docs/report_schema.md describes it
@@ -411,11 +411,11 @@ class RepairRecord(Record):
 
     @property
     def held_out(self) -> TargetCounts | None:
-        """What the taken rung does to held-out samples; None if that was not tried, or nothing was repaired."""
+        """Held-out counts of the taken rung; None if that was not tried, or nothing was repaired."""
         return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)
 
     def class_name(self, label: int) -> str:
-        """What a class is called: its name where that is known, else its number; `-` for none."""
+        """Returns the name of a class, else its number; `-` for none."""
         if label < 0:
             return "-"
         return self.class_names[label] if label < len(self.class_names) else str(label)
@@ -435,6 +435,6 @@ class RepairRecord(Record):
         return pool(chosen) if chosen else None
 
     def pooled_update(self, role: Role) -> UpdateSplit | None:
-        """The same against the replaced model."""
+        """Returns the pooled counts against the replaced model."""
         chosen = by_role(self.update).get(role)
         return pool_updates(chosen) if chosen else None

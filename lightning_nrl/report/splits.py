@@ -1,4 +1,4 @@
-"""What became of the samples of a split or a slice: records, as a report has them."""
+"""Records of a report: results on a split or a slice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 Role = Literal["known", "calibration", "unseen"]
-"""Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
+"""Use of a split: by the search (`known`), by the choice of a strength, or by nothing."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
@@ -66,7 +66,7 @@ class FlippedSample:
 
 @dataclass(frozen=True)
 class ConfusionCell:
-    """How many samples of a class were, and are, taken for another, or for what they are."""
+    """Samples of a class with one prediction, before and after."""
 
     label: int
     prediction: int
@@ -76,7 +76,7 @@ class ConfusionCell:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What became of the samples of a class."""
+    """Counts of a class."""
 
     label: int
     counts: FlipCounts = field(metadata=flat())
@@ -123,7 +123,7 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Those of `lightning_nrl.evaluation.metrics` by name, NaN where undefined; the `repair_rate` of the target."""
+        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN where undefined; the `repair_rate` of the target."""
         repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
         return {**rates_of(self.counts), "repair_rate": repair_rate}
 

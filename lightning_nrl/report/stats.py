@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Evidence = Literal["better", "no difference shown", "worse"]
-"""What repaired and broken samples say of a model beside the one before it."""
+"""Comparison of a model with the one before it, by repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # a p-value of the sign test up to which a difference counts as shown
 NEGLIGIBLE = 1e-17  # a term of a falling series below this share of the sum no longer changes it in double precision
 ORDERED_LEVEL_SHARE = 0.8
@@ -68,7 +68,7 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """The interval of Clopper and Pearson that holds the rate in 90 % of all draws of `n` samples, `k` of which count.
+    """The interval of Clopper and Pearson that holds the rate in 90 % of all draws of `n` samples, with `k` hits.
 
     It still does if these samples chose among that many `choices` (Bonferroni).
     """
@@ -119,7 +119,7 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 
 
 def p_worse(broken: int, repaired: int) -> float:
-    """P(Bin(broken + repaired, 1/2) >= broken): how likely chance alone breaks so many of the samples that changed.
+    """P(Bin(broken + repaired, 1/2) >= broken): one-sided p-value that more break than are repaired.
 
     The one-sided sign test, in (0, 1]; 1 if none changed.
 
@@ -154,7 +154,7 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
 
 @dataclass(frozen=True)
 class Bound:
-    """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
+    """Limit on the rate at which samples like the calibration data break. Made by `Bound.of`.
 
     `broken` of the `n` that were right before broke, and `upper` is the limit on the true rate, in (0, 1], which holds
     with `confidence`.
@@ -229,7 +229,7 @@ def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What say calibration data had in which weights are taken.
+    """The choices that calibration data made about the weights.
 
     Attributes:
         states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they

@@ -45,7 +45,7 @@ FLIPPED_COLUMNS = ("split", "position", "flip", "true", "before", "after", *MARG
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
-    """What a change of weights did to each split and, where there are several of a role, to all of them."""
+    """Table of counts per split and, if a role has several, in total."""
     in_target = any(0 < s.passed_in_target < s.passed for s in splits)
     rows = [
         ("samples", "n"),
@@ -128,14 +128,14 @@ def slice_table(slices: Sequence[SliceReport]) -> Table:
 
 
 def steps_table(steps: Sequence[Step]) -> Table:
-    """What a method did, step by step."""
+    """Table of the steps of a method."""
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
     rows = [Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
     return Table(columns, tuple(rows), notes=True)
 
 
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
-    """What a patch does at several strengths, the chosen one marked."""
+    """Table of counts at several strengths, the chosen one marked."""
     columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
     calibrated = any(point.calibration is not None for point in path)
     columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []

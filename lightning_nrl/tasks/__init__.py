@@ -1,4 +1,4 @@
-"""What "passed" and "loss" mean for one sample: a `Task`, and those that there are.
+"""Tasks: the meaning of "passed" and "loss" for one sample.
 
 In: what the model gives, and the truth. Out: passed, loss and margin of each sample. All other packages ask a task.
 """

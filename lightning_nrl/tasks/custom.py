@@ -24,7 +24,7 @@ MARGIN_ROUNDING = 1e-4  # margins this small beside the largest of a batch may h
 
 
 class Custom(Task):
-    """What right and wrong mean, in functions of your own, or their addresses as text, `package.module:function`.
+    """Right and wrong by functions of your own, or their addresses as text, `package.module:function`.
 
     A class of your own, derived from `Task`, can say more: where logits are, what classes and divergence are.
 

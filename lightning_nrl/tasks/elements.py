@@ -32,7 +32,7 @@ class Elements(NamedTuple):
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """The same, and the class of that largest other logit, `n x E` int64."""
+        """Returns the lead, and the class of that largest other logit, `n x E` int64."""
         best, rival = self._others().max(1)
         return self._above(best), rival
 
@@ -82,7 +82,7 @@ class ElementsTask(Task):
         """The margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64, of so many dimensions; refuses anything else."""
+        """Returns the true classes, `n x ...` int64, with `ndim` dimensions; refuses anything else."""
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
@@ -197,7 +197,7 @@ class Sequence(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
-        # The margin is the lead in this place of the ranking, so at most so many tokens lie below.
+        # The margin is the lead at this rank, so at most that many tokens lie below.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -205,7 +205,7 @@ class Sequence(ElementsTask):
         return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
     def allowed_wrong(self, elements: Elements) -> Tensor:
-        """How many tokens of each sample may be wrong, `n` int64: in whole numbers, so that 0.7 of 10 are 7 of them."""
+        """Returns the tokens of each sample that may be wrong, `n` int64; computed in integers, so 0.7 of 10 is 7."""
         n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
         return n - (n * share.numerator + share.denominator - 1) // share.denominator
 

@@ -1,4 +1,4 @@
-"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
+"""The meaning of "passed" and "loss" for one sample. Everything else in the package asks a `Task`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task(ABC):
     def passed_and_loss(
         self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """What `passed` and `loss` give, in one call for tasks that share work between them.
+        """Returns `passed` and `loss` in one call, for tasks that share work between them.
 
         `reserve`, `n`, is the margin that each sample must keep to pass too, for tasks with margins. Without
         `with_loss` None is returned for the loss.
@@ -111,7 +111,7 @@ class Task(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
 
     def __str__(self) -> str:
-        """What right means, in words, as reports print it."""
+        """The meaning of right in words, as reports print it."""
         return type(self).__name__
 
 

@@ -17,7 +17,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
+from lightning_nrl._utils.state import State, between, device_of, snapshot, temporary_weights, write
 from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
@@ -36,7 +36,7 @@ Data = Source | Iterable[Any]
 
 @dataclass(frozen=True)
 class SharePoint:
-    """What becomes of the samples, from the old model to weights with one share of the old ones, in [0, 1]."""
+    """Counts from the old model to weights with one share of the old ones, in [0, 1]."""
 
     share: float
     counts: FlipCounts
@@ -223,7 +223,7 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
             f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
-    with holding(evaluator.model, state):
+    with temporary_weights(evaluator.model, state):
         return estimate_statistics(evaluator, [] if training is None else training, **estimating)
 
 
@@ -238,7 +238,7 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
             rows.append(torch.stack([right.long(), classes], 1).cpu())
         return torch.cat(rows)
 
-    with preserve(evaluator.model), holding(evaluator.model, state):
+    with preserve(evaluator.model), temporary_weights(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 

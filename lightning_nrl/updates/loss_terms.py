@@ -33,7 +33,7 @@ from lightning_nrl.updates.predictions import Predictions
 
 @dataclass(frozen=True, eq=False)
 class OldAnswers:
-    """What the replaced model makes of the `n` samples of a batch, on the device of the new model's output.
+    """Results of the replaced model on the `n` samples of a batch, on the device of the new model's output.
 
     It gets right those of `passed`, `n` bool. Its logits (`output`, first dimension `n`) and its margins, `n`, at least
     float32, are None where they are not known. For `output` with fewer classes than the new model has, `columns` says
@@ -105,7 +105,7 @@ class FocalDistillation(Term):
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
-        # In place of what is not finite the new output itself, from which nothing is to be learnt.
+        # Values that are not finite are replaced by the new output, which teaches nothing.
         teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
         apart = task.divergence(taught / self.temperature, teacher / self.temperature, target)
         focal = self.base + self.focus * old.passed.to(apart)
@@ -147,7 +147,7 @@ class MarginHinge(Term):
             )
         if old.margin is None and math.isinf(self.most):
             raise ConfigurationError(
-                "`reference`: predictions alone do not say what margin is to be kept.",
+                "`reference`: predictions alone give no margin to keep.",
                 "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
         goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
@@ -313,7 +313,7 @@ class Oversampler(Sampler[int]):
     """Every sample once an epoch in random order, those that a model fails or gets right by a narrow margin more often.
 
     Narrow is a margin below 3/8 of the median margin of passed samples, as in a repair's own fit. The model is the one
-    that is to be replaced, or any earlier one. Epochs are the same for a seed; with several processes Lightning gives
+    to replace, or any earlier one. Epochs are the same for a seed; with several processes Lightning gives
     each a share of them, as it does for any sampler.
 
     Args:

@@ -70,7 +70,7 @@ def evaluate_pair(
     """One pass of each model over the data, batch by batch. Models and random states are left as found.
 
     Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
-    both; targets say what else is to be noted of the samples.
+    both; targets name further marks of the samples.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
@@ -137,7 +137,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """How many samples have old predictions and no new ones, by split; what is left out could be what broke."""
+    """Counts samples with old predictions and no new ones, by split; they could be what broke."""
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

@@ -34,7 +34,7 @@ class Reference(Protocol):
     """Knows which samples the replaced model gets right."""
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """What the replaced model does on this rank's share of data; only `prediction` and `passed` are meaningful.
+        """Runs the replaced model on this rank's share of data; only `prediction` and `passed` are meaningful.
 
         The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
         """
@@ -192,7 +192,7 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """What the replaced model does on the data, by their role, row by row as the new model's results."""
+    """Results of the replaced model by role, in the row order of the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 

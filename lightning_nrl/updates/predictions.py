@@ -156,7 +156,7 @@ class Predictions:
         return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """What the model did on the samples of `like`; no model is run (see `Reference`)."""
+        """Returns the results on the samples of `like`; no model is run (see `Reference`)."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
@@ -194,7 +194,7 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
+        """Returns the results of the file alone; a `ConfigurationError` where it lacks `passed`."""
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:

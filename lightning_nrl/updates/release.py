@@ -114,7 +114,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """What was given as the old model; refuses nothing, and what cannot be one."""
+    """Parses the old model; refuses None and what cannot be one."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
@@ -135,7 +135,7 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
 class Identity:
     """Which model is meant: a class, or the path of a file, and the SHA-256 of its weights, see `hash_tensors`.
 
-    It is empty where only predictions are known, and not of which weights.
+    It is empty if only predictions are known, not their weights.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class ReleaseRow(Derives):
-    """What became of the samples of one split, or of one slice of it.
+    """Counts of one split, or of one slice of it.
 
     Attributes:
         split: its name.
@@ -152,7 +152,7 @@ class ReleaseRow(Derives):
         counts: from the old model to the new one.
         upper: upper limit on the negative flip rate, in (0, 1], at the report's confidence; those of the slices of one
             split hold together.
-        p_worse: the probability that chance alone breaks so many of the samples that changed (one-sided sign test).
+        p_worse: the p-value of the one-sided sign test that more break than are repaired.
     """
 
     split: str
@@ -175,7 +175,7 @@ class ReleaseRow(Derives):
 
 @dataclass(frozen=True)
 class ReleaseReport(Report):
-    """Whether a new model may replace the old one, and on what grounds. `rich.print(report)` shows it as a page.
+    """The decision whether a new model may replace the old one. `rich.print(report)` shows it as a page.
 
     Attributes:
         status: `accepted` if every rule is satisfied, else `refused`.

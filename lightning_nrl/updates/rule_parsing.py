@@ -16,7 +16,7 @@ REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "b
 """The rule that a release gate adds to those of the user, on every split."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+"""Parsers of rules: functions of the text, its parts after the name, and the splits; None: it does not fit."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:

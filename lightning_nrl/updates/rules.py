@@ -1,4 +1,4 @@
-"""What a new model must satisfy to replace the old one: rules on what became of each sample."""
+"""Rules that a new model must satisfy to replace the old one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Ids = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says: whether the new model satisfies it, and why, in figures.
+    """Result of one rule: whether the new model satisfies it, and why, in figures.
 
     `ids` are data-set positions of the samples that it objects to, by split; empty if it passed.
     """
@@ -56,7 +56,7 @@ class Rule(ABC):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """What the rule wants to know of the samples: `ModelPair.marked` has the answers."""
+        """Targets whose samples the rule needs; `ModelPair.marked` has them."""
         return ()
 
 
@@ -97,7 +97,7 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if the rule objects to one of so many parts."""
+        """True if the rule objects to one of `n_parts` parts."""
 
     @abstractmethod
     def words(self, parts: Sequence[Part]) -> list[str]:
@@ -175,7 +175,7 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """In each split so many more samples were repaired than broke that the sign test shows it at 5 %."""
+    """In each split more samples were repaired than broke, by the sign test at 5 %."""
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -258,7 +258,7 @@ class MaxNegativeFlipRate(SplitRule):
 class NoSliceWorse(SplitRule):
     """No slice is worse than before.
 
-    By *test*, for a sample of data to come: a slice is worse if chance alone breaks so many of its changed samples with
+    By *test*, for a sample of data to come: a slice is worse if chance breaks that many of its changed samples with
     a probability below `level` (exact sign test, one-sided). The level is divided by the number of slices, so that an
     update that makes none worse fails in at most that share of cases. Passing proves nothing of a small slice, and the
     finding names those too small for the test; `MaxNegativeFlipRate(each_slice=True)` proves something.

@@ -19,7 +19,7 @@ from lightning_nrl import (
     SearchOptions,
     Settings,
 )
-from lightning_nrl.entrypoints.arguments import HEEDED, OPTION_CLASSES, callback_with, check_heeded
+from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, USED_OPTIONS, callback_with, check_used
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
@@ -43,7 +43,7 @@ def test_the_docs_say_who_heeds_what() -> None:
     inside = [f"{name}.{field.name}" for name, kind in OPTION_CLASSES.items() for field in fields(kind)]
     assert sorted(found["RegressionFreeRepair"]) == sorted([*flat, *inside])
     assert set(found["repair"]) == set(found["RegressionFreeRepair"]) - {"data.start_from"}
-    for entry_point, names in HEEDED.items():
+    for entry_point, names in USED_OPTIONS.items():
         assert sorted(names) == sorted(option.rpartition(".")[2] for option in found[entry_point])
     own = {field.name for field in fields(Settings)} | {"task", "reference", "unseen", "calibration"}
     assert {option.partition(".")[0] for option in found["repair_module"]} == own
@@ -78,15 +78,15 @@ def test_what_has_no_effect_is_refused_with_what_to_do(
     entry_point: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        check_heeded(entry_point, arguments)
+        check_used(entry_point, arguments)
 
 
 def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
     samples, search = SampleOptions(importance="focal"), SearchOptions("eq1", n_passed=3)
-    check_heeded("compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()})
-    check_heeded("sweep", {"samples": SampleOptions(set_aside=[3]), "calibration": "val", "dirpath": "runs"})
-    check_heeded("diagnose", {"gate": "accuracy", "bounds": BoundOptions(strength=0.5), "layer": "head"})
-    check_heeded("repair", {"data": DataOptions(failed="val"), "bounds": BoundOptions(strength=0.5)})
+    check_used("compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()})
+    check_used("sweep", {"samples": SampleOptions(set_aside=[3]), "calibration": "val", "dirpath": "runs"})
+    check_used("diagnose", {"gate": "accuracy", "bounds": BoundOptions(strength=0.5), "layer": "head"})
+    check_used("repair", {"data": DataOptions(failed="val"), "bounds": BoundOptions(strength=0.5)})
 
 
 @pytest.mark.parametrize(

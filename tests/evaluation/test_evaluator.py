@@ -233,6 +233,6 @@ def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_roundin
     after = evaluator.run_with(outcome.parameters or {}, known())
     kept = before.passed & (before.margin > 2 * judge.rounding)
     assert (after.margin[kept] >= judge.rounding).all()
-    assert judge.within_rounding == int((after.passed & (after.margin < judge.rounding)).sum())
+    assert judge.n_borderline == int((after.passed & (after.margin < judge.rounding)).sum())
     assert RepairReport.from_json(report.to_json()).judge == judge
-    assert ("within rounding" in report.to_markdown()) == (judge.within_rounding > 0)
+    assert ("within rounding" in report.to_markdown()) == (judge.n_borderline > 0)

@@ -34,7 +34,7 @@ def worth(batch: Any) -> Tensor:
     return 1 + 2 * batch[1]
 
 
-HEEDED: dict[str, dict[str, Any]] = {
+USED_OPTIONS: dict[str, dict[str, Any]] = {
     "columns": {
         "method": "convex",
         "importance": worth,
@@ -63,7 +63,7 @@ HEEDED: dict[str, dict[str, Any]] = {
 """Arguments of a repair of `Digits` that tell its samples apart."""
 
 
-EXACT = ("multilabel", "regression", "custom", *HEEDED)
+EXACT = ("multilabel", "regression", "custom", *USED_OPTIONS)
 """Repairs that draw no mini-batches, which two processes would draw otherwise."""
 TRAINED = ("segmentation", "sequence")
 
@@ -75,7 +75,7 @@ def make_all(folder: Path, checkpoints: dict[str, Path], devices: int) -> Made:
     search = SearchOptions(localizer=NeuRecoverLite(n_weights=24))
     given: dict[str, dict[str, Any]] = {
         **{name: {"task": case.task, "method": METHODS[name], "search": search} for name, case in CASES.items()},
-        **{name: with_options({**QUICK, **arguments}) for name, arguments in HEEDED.items()},
+        **{name: with_options({**QUICK, **arguments}) for name, arguments in USED_OPTIONS.items()},
     }
     made = {}
     for name, arguments in given.items():
@@ -93,7 +93,7 @@ def found(
 ) -> tuple[Made, list[Made]]:
     """What one process makes, and each of two."""
     folder = tmp_path_factory.mktemp("repairs")
-    checkpoints = {**trained_tasks, **dict.fromkeys(HEEDED, trained_path)}
+    checkpoints = {**trained_tasks, **dict.fromkeys(USED_OPTIONS, trained_path)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two
     try:

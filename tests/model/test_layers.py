@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_nrl._utils.state import holding
+from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layers import find_layers
 
@@ -94,7 +94,7 @@ def test_changed_suits_functional_call_and_holding(model):
     changed = space.changed(torch.arange(5), torch.full((5,), 0.5))
     x = torch.ones(3, 1, 3, 3)
     expected = functional_call(model, changed, (x,))
-    with holding(model, changed):
+    with temporary_weights(model, changed):
         assert torch.equal(model(x), expected)
         assert (space.flat() == 0.5).sum() == 5
 

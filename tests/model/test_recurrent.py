@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSource, repair_module
-from lightning_nrl._utils.state import holding
+from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.evaluation.recurrent import gates_of, opened
@@ -92,7 +92,7 @@ def test_candidates_score_as_in_the_whole_model(layer: Any) -> None:
     values = space.flat()[where] + torch.randn(1, 5, 12)
     scores = make_scorer(cache, where, ~results.passed, results.passed, evaluator)(values)
     for p in range(5):
-        with holding(model, space.changed(where, values[0, p])), torch.no_grad():
+        with temporary_weights(model, space.changed(where, values[0, p])), torch.no_grad():
             right = model(x).argmax(1) == y
         assert int((right & ~results.passed).sum()) == int(scores.patched[0, p])
         assert int((right & results.passed).sum()) == int(scores.intact[0, p])

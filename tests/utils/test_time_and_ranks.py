@@ -23,7 +23,7 @@ from two_processes import in_two_processes
 from lightning_nrl._utils import interrupts
 from lightning_nrl._utils.device import twice_if_out_of_memory
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.interrupts import interruptible, poll, uninterrupted
+from lightning_nrl._utils.interrupts import defer_signals, interruptible, poll
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.errors import DeviceMemoryError, EvaluationError, OtherRankError, ReplayError
 
@@ -163,7 +163,7 @@ def test_what_must_not_be_torn_apart_is_finished_first() -> None:
 
     @interruptible(terminated=Terminated, say=str)
     def work() -> None:
-        with uninterrupted():
+        with defer_signals():
             signal.raise_signal(signal.SIGTERM)
             poll()
             done.append("inside")

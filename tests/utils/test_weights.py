@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Target, repair_module
-from lightning_nrl._utils.preserve import evaluating, preserve, random_state
+from lightning_nrl._utils.preserve import eval_mode, preserve, random_state
 from lightning_nrl._utils.state import (
     between,
     changed,
     check_saved,
     hash_tensors,
-    holding,
     saved_names,
     snapshot,
+    temporary_weights,
     write,
 )
 from lightning_nrl.errors import ConfigurationError
@@ -52,7 +52,7 @@ def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
     model = Shared().eval()
     own, mean = model.head.weight, model.norm.running_mean
     held = NEW.clone().requires_grad_()
-    with holding(model, {name: held, "norm.running_mean": torch.ones(2)}):
+    with temporary_weights(model, {name: held, "norm.running_mean": torch.ones(2)}):
         # ([2, 4] - 1) @ [2, 3]
         torch.testing.assert_close(model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0)
         model(torch.tensor([[2.0, 4.0]])).sum().backward()
@@ -67,7 +67,7 @@ WRONG = {"nowhere.weight": NEW, "cache": torch.ones(1), "head.weight": torch.zer
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("use", [write, changed, lambda model, state: holding(model, state).__enter__()])
+@pytest.mark.parametrize("use", [write, changed, lambda model, state: temporary_weights(model, state).__enter__()])
 def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> None:
     model = Shared()
     before = snapshot(model)
@@ -311,7 +311,7 @@ def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_me
 def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
     model = nn.Embedding(3, 2, max_norm=0.1)
     before = model.weight.detach().clone()
-    with evaluating(model), evaluating(model):
+    with eval_mode(model), eval_mode(model):
         model(torch.arange(3))
         assert not torch.equal(model.weight, before)
     assert torch.equal(model.weight, before)

@@ -1,4 +1,4 @@
-"""What this package takes from Lightning, of whichever of its two packages a user has.
+"""All imports from Lightning, from whichever of its two packages is used.
 
 In: a trainer, a module or a callback of either. Out: classes that stand for both, and Lightning's private parts.
 """

@@ -24,7 +24,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl.data.batch import with_plain_tensors
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-"""What Lightning replaces on a compiled module, by functions that are bound to that very module."""
+"""Methods that Lightning replaces on a compiled module by functions bound to that module."""
 
 
 def _untyped(trainer: Trainer) -> Any:
@@ -47,7 +47,7 @@ def data_module_of(trainer: Trainer) -> LightningDataModule | None:
 
 
 def batch_limit(trainer: Trainer) -> int | None:
-    """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
+    """Returns the batches per loader of a `fast_dev_run`; None: all. The attribute is a bool or a number."""
     return int(_untyped(trainer).fast_dev_run) or None
 
 
@@ -170,7 +170,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def shared_with_copies(module: nn.Module) -> list[object]:
-    """What a deep copy of a module would copy although it is not the module's: `_trainer` and `_compiler_ctx`."""
+    """Returns objects that a deep copy of a module must share: `_trainer` and `_compiler_ctx`."""
     parts = [part for part in module.modules() if isinstance(part, LightningModule)]
     return [thing for part in parts for thing in (part._trainer, part._compiler_ctx) if thing is not None]
 

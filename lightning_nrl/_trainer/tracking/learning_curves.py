@@ -13,7 +13,7 @@ from lightning_nrl.localization.training_record import RecordedSplit
 from lightning_nrl.report._figures import INK, dress, new_figure
 
 MOST_CLASSES = 20  # classes up to which curves are logged for each
-HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
+HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so text must be large
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 
 

@@ -55,7 +55,7 @@ LONGEST_TEXT = 60  # characters
 MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
-"""What was asked for, and what came of it."""
+"""The settings and the results of a row."""
 
 
 @rank_zero_only
@@ -262,7 +262,7 @@ def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What W&B takes beside numbers, written by the logger's own methods."""
+    """Figures, tables and files for W&B, written by the logger's own methods."""
 
     logger: WandbLogger
 
@@ -313,7 +313,7 @@ def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """What MLflow takes beside numbers, in a folder of the run's artifacts."""
+    """Figures, tables and files for MLflow, in a folder of the run's artifacts."""
 
     logger: MLFlowLogger
 

@@ -1,4 +1,4 @@
-"""What loggers are given of a repair: numbers, figures, pictures of samples, tables and files, each made once."""
+"""Everything that a repair logs: numbers, figures, pictures of samples, tables and files, each made once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, revi
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.tables import flipped_rows
 
-CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
+CARD = (4.2, 3.0)  # inches; loggers show figures small, so text must be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
 """Kinds of files that go to loggers; checkpoints are large, and each logger has rules of its own for them."""
 

@@ -31,7 +31,7 @@ EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """What a reviewer decides on, the most important first; twelve cards at most, unless it is an update.
+    """Returns the headline numbers, the most important first; twelve cards at most, unless it is an update.
 
     `known_...` and `unseen_...` pool the splits of a role under the weights that the model has now; in an update
     `..._regressions` and `..._nfr` are against the replaced model. `refused_...` are of refused weights.
@@ -125,7 +125,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """What the patch does along its path, by strength in percent; at 0, the original weights, all counts are 0."""
+    """Returns counts along the path of the patch, by strength in percent; at 0 all counts are 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}

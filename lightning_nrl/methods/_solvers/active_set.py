@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
@@ -161,7 +161,7 @@ class ActiveSet:
     @torch.no_grad()
     def _measure(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         problem, measured = self.problem, []
-        with holding(problem.model, state):
+        with temporary_weights(problem.model, state):
             for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
                 for batch, places in parts:
                     output = problem.evaluator.output(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, repeatable_gradients
-from lightning_nrl._utils.state import State, holding, live_tensors
+from lightning_nrl._utils.state import State, live_tensors, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, Part, load_batches
@@ -71,7 +71,7 @@ class Descent:
     def running(self) -> Iterator[None]:
         """Inside, the model runs on the weights as they are now, and gradients lead to them."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
-        with holding(self.problem.model, {**self._frozen, **cast}):
+        with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State, holding, live_tensors
+from lightning_nrl._utils.state import State, live_tensors, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
@@ -51,7 +51,7 @@ class Teacher:
         for number, state in enumerate(self._states):
             chosen = which == number
             if chosen.any():
-                with holding(self._problem.model, state):
+                with temporary_weights(self._problem.model, state):
                     output = self._problem.evaluator.output(batch)
                 mask = chosen.to(output.device, non_blocking=True).view(-1, *[1] * (output.ndim - 1))
                 logits = torch.where(mask, output, logits) if len(logits) else output

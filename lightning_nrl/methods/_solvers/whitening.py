@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32, no_autocast, widest
-from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients, windows
 from lightning_nrl.evaluation.layers import LayerRef
@@ -98,7 +98,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
     """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank."""
     rows, parts = [], []
-    with holding(problem.model, state):
+    with temporary_weights(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
             rows.append(at)
             parts.append(torch.cat([part.flatten(1) for part in found], 1))

@@ -1,4 +1,4 @@
-"""Where repairs lie below a log folder. Nothing outside of it is ever read."""
+"""Finds repairs below a log folder. Nothing outside of it is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with the report of a repair, of so many bytes, last modified at so many nanoseconds.
+    """A folder with the report of a repair, its size in bytes and time of change in nanoseconds.
 
     A browser asks for it by its name, the path below the log folder `root`, with slashes.
     """
@@ -54,7 +54,7 @@ def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
 
 
 def confined(path: Path, root: Path) -> bool:
-    """Whether what a path leads to, by links too, is a file that lies below the root."""
+    """True if a path, with links resolved, is a file below the root."""
     try:
         return path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
     except OSError:

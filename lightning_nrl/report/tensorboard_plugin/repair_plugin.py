@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
     name: HERE.parent / name for name in ("table.js", "report.css")
 }
-"""What the browser needs, by name; two of the files are those of report.html."""
+"""Files that the browser loads, by name; two of the files are those of report.html."""
 MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20

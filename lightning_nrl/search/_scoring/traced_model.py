@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lightning_nrl._utils.state import holding
+from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -88,7 +88,7 @@ class EditableModel:
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
-        with holding(self.model, parameters):
+        with temporary_weights(self.model, parameters):
             return self.forward(_cloned(inputs))
 
     def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
