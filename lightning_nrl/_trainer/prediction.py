@@ -23,7 +23,7 @@ from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.preserve import attributes_kept, preserve, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
-from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError
+from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
@@ -101,7 +101,8 @@ class PredictStep(ModelCall):
         if not isinstance(model, LightningModule) or not overrides(model, "predict_step"):
             args, kwargs, _ = self.adapter(raw)
             return run_model(model, args, kwargs)
-        batch = self.adapter(raw)[0][0] if self.on_inputs else raw
+        inputs = self.adapter(raw)[0] if self.on_inputs else (raw,)
+        batch = inputs[0] if len(inputs) == 1 else inputs
         n = len(inspect.signature(model.predict_step).parameters)
         output = model.predict_step(*(batch, 0, 0)[:n])
         if not self.gives_probabilities:
@@ -146,13 +147,15 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
                 ADAPTER_HINT,
             ) from forward
         return adapter  # whatever else is wrong is said when the model is evaluated
-    calls = [PredictStep(adapter, task, on_inputs) for on_inputs in (False, True)[: 1 + (len(args) == 1)]]
+    calls = [PredictStep(adapter, task, on_inputs) for on_inputs in (False, True)[: 1 + bool(args)]]
     results = ((call, tried(partial(call, model, raw))) for call in calls)
     call, output = next(((c, found) for c, found in results if not isinstance(found, Exception)), (None, None))
     logits = None if isinstance(forward, Exception) else _logits(task, forward, target)
     if call is None:
-        if logits is None:
-            raise ConfigurationError(f"`model`: {name} can run neither `forward` nor `predict_step`.", ADAPTER_HINT)
+        if isinstance(forward, Exception):
+            found = f"{type(forward).__name__}: {first_line(forward)}"
+            problem = f"`model`: {name} can run neither `predict_step` nor `forward` ({found})."
+            raise ConfigurationError(problem, ADAPTER_HINT) from forward
         _warn("raises on these batches")
         return adapter
     own = _logits(task, output, target)

@@ -143,7 +143,7 @@ class Settings:
         layer: dotted name of the layer, several names, or `auto`: the last Linear (where there is none, the
             last convolution), and for methods that train the whole network. For these it may be a block too: all layers
             inside may change.
-        gate: what a repair must satisfy to be accepted.
+        gate: what a repair must satisfy to be accepted; also as text, such as `tolerance:1%`.
         method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
         max_time: seconds that the repair may take; None: no limit, its work is counted by the epochs of the fit.
         seed: of the samples that are drawn and of the search, from 0 to 2^32 - 1.
@@ -172,7 +172,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", parse_target(self.target))
-        check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
+        object.__setattr__(self, "gate", parse_gate(self.gate))
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
         with_parts = getattr(self.method, "with_parts", None)
         if with_parts is not None:

@@ -13,9 +13,9 @@ from lightning_nrl._utils.checks import Kind, check_per_sample
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.adapters import describe, fields_of
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.classification import Multiclass
-from lightning_nrl.tasks.task import Task
+from lightning_nrl.tasks.task import Task, parse_task
 
 Judge = Callable[[Tensor, Any], Tensor]
 """From an output and a target, first dimension `n`, one value a sample, `n`."""
@@ -108,7 +108,7 @@ class NamedHead(Task):
 
     Attributes:
         name: a key of a mapping, a field of an object, or a place in a tuple.
-        task: what judges it.
+        task: what judges it, or its name.
 
     Example:
         >>> import torch
@@ -119,42 +119,46 @@ class NamedHead(Task):
     """
 
     name: str | int
-    task: Task = field(default_factory=Multiclass)
+    task: Task | str = field(default_factory=Multiclass)
 
     def __post_init__(self) -> None:
-        check_kind("NamedHead.task", self.task, isinstance(self.task, Task), "task", "task=Multiclass()")
+        object.__setattr__(self, "task", parse_task(self.task))
+
+    @property
+    def _judge(self) -> Task:
+        return cast("Task", self.task)
 
     def __str__(self) -> str:
         return f"{self.task} of head {self.name!r}"
 
     def logits(self, output: Any) -> Tensor:
-        return self.task.logits(self._part(output, "output"))
+        return self._judge.logits(self._part(output, "output"))
 
     def check(self, output: Tensor, target: Any) -> None:
-        self.task.check(output, self._truth(target))
+        self._judge.check(output, self._truth(target))
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
-        return self.task.passed(output, self._truth(target))
+        return self._judge.passed(output, self._truth(target))
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
-        return self.task.loss(output, self._truth(target))
+        return self._judge.loss(output, self._truth(target))
 
     def passed_and_loss(
         self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        return self.task.passed_and_loss(output, self._truth(target), reserve, with_loss)
+        return self._judge.passed_and_loss(output, self._truth(target), reserve, with_loss)
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        return self.task.margin(output, self._truth(target))
+        return self._judge.margin(output, self._truth(target))
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        return self.task.divergence(output, teacher, None if target is None else self._truth(target))
+        return self._judge.divergence(output, teacher, None if target is None else self._truth(target))
 
     def prediction(self, output: Tensor) -> Tensor | None:
-        return self.task.prediction(output)
+        return self._judge.prediction(output)
 
     def label(self, target: Any) -> Tensor | None:
-        return self.task.label(self._truth(target))
+        return self._judge.label(self._truth(target))
 
     def _truth(self, target: Any) -> Any:
         has_parts = isinstance(target, (tuple, list)) or fields_of(target) is not None

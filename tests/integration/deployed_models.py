@@ -145,6 +145,36 @@ class PredictsProbabilities(BothNormalise):
         return self(self.inputs(x)).softmax(1)
 
 
+class PredictsTuples(Plain):
+    """Its data for prediction are tuples of what `forward` takes."""
+
+    validation_step = no_validation_step
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.net(self.normalised(torch.cat([left, right], 1)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(*batch[0]), batch[1])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(*batch) + self.teacher(self.normalised(torch.cat(batch, 1)))
+
+
+class PredictsMembers(Plain):
+    """An ensemble: logits of each member, `n x 2 x 4`."""
+
+    validation_step = no_validation_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([super().forward(x), self.teacher(self.normalised(x))], 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]).mean(1), batch[1])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch["inputs"])
+
+
 class PredictsWithoutGradients(BothNormalise):
     @torch.no_grad()
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:

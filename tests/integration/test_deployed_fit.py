@@ -80,6 +80,7 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
     [
         ("WithoutForward", "no `forward` and no `predict_step`(.|\n)*def predict"),
         ("PredictsOtherClasses", "gives torch.int64 .*no logits"),
+        ("PredictsMembers", r"the model returned \[\d+, 2, 4\]"),
         ("PredictsWithoutGradients", "no gradients come through `predict_step`"),
         ("SavesAverage", "does not save 'net.2.weight' as it is"),
     ],
@@ -119,6 +120,18 @@ def test_counts_are_those_of_the_own_validation(tmp_path: Path, kind: str, adapt
     repaired = torch.load(repair.repaired_model_path, weights_only=True)["state_dict"]
     assert repaired.keys() == trained.state.keys()
     assert right(repaired) == split.counts.kept + split.counts.repaired
+
+
+def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path: Path) -> None:
+    data = models.Clusters()
+    data.train, data.val = ([((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val))  # type: ignore[assignment]
+    module = models.PredictsTuples()
+    repair = RegressionFreeRepair(**QUICK)
+    quiet_trainer(tmp_path, repair, max_epochs=1, enable_checkpointing=False).fit(module, data)
+    with torch.no_grad():
+        right = [int(module.predict_step([x.unsqueeze(0) for x in inputs], 0).argmax()) == y for inputs, y in data.val]
+    [split] = [split for split in repair.report.splits if split.split == "val"]
+    assert sum(right) == split.kept + split.repaired
 
 
 @pytest.mark.parametrize(("kind", "adapter"), [("Predicts", None), ("WithoutForward", ADAPTER)])

@@ -60,6 +60,11 @@ def my_fitness(scores: Any, original: Any) -> Any:
     return scores.patched
 
 
+@pytest.mark.parametrize(("text", "gate"), [("instance", Gate.instance()), ("tolerance:1%", Gate.tolerance(0.01))])
+def test_a_gate_may_be_given_as_text(text: str, gate: Gate) -> None:
+    assert Settings(gate=text).gate == gate  # type: ignore[arg-type]
+
+
 def test_settings_are_told_as_plain_values() -> None:
     settings = Settings(
         target=Target.label(3) | Target.confusion(1, 2),
@@ -99,7 +104,8 @@ def test_plain_values_are_json_and_the_same_for_equal_settings(localizer: Any, f
     ("arguments", "found"),
     [
         ({"target": 3}, "`target=3` is no Target"),
-        ({"gate": "instance"}, "`gate='instance'` is no Gate"),
+        ({"gate": "instanse"}, "`gate='instanse'` is no gate, did you mean 'instance'"),
+        ({"gate": 3}, "`gate=3` is no gate"),
         ({"method": "swam"}, "`method='swam'` is unknown"),
         ({"method": ParticleSwarm}, "ParticleSwarm'>` is no method"),
         ({"search": {"n_passed": 5}}, "is no SearchOptions"),

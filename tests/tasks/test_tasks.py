@@ -375,8 +375,15 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: An
 def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
     with pytest.raises(ConfigurationError, match=r"no part of the output[\s\S]*colour: float32 \[2, 5\]"):
         NamedHead("digit").logits({"colour": OTHER_HEAD})
-    with pytest.raises(ConfigurationError, match=r"NamedHead\.task"):
-        NamedHead("digit", "multiclass")  # type: ignore[arg-type]
+
+
+def test_the_task_of_a_head_may_be_a_name() -> None:
+    assert NamedHead("digit", "multiclass").passed(HEAD, HEAD_LABELS).tolist() == [True, False]
+    assert repr(NamedHead("digit", "sequence")) == repr(NamedHead("digit", Sequence()))
+    with pytest.raises(ConfigurationError, match=r"`task='regression'` does not say enough"):
+        NamedHead("digit", "regression")
+    with pytest.raises(ConfigurationError, match="`task=3`"):
+        NamedHead("digit", 3)  # type: ignore[arg-type]
 
 
 OUTPUT, TARGET = torch.tensor([[1.0, 2.0], [0.0, 5.0]]), torch.tensor([[1.0, 2.25], [0.0, 2.0]])
