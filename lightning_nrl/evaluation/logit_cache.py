@@ -1,4 +1,4 @@
-"""Logits by sample, each computed once, and which samples are easy."""
+"""Cache of logits by sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_CACHED_BYTES = 2**28  # of logits that a cache keeps; where they are more th
 
 
 class LogitCache:
-    """Logits by sample, on the device where they were computed, as long as they fit in `MAX_CACHED_BYTES`.
+    """Caches logits by sample on their device, up to `MAX_CACHED_BYTES`.
 
-    Which samples are known is kept on the CPU, so that to ask costs no wait for the device. All logits have the shape
-    and dtype of the first ones; others, as of a batch that is padded to its longest sample, are not kept. Without a
-    number of samples it grows with the largest index.
+    The index of cached samples is on the CPU, so a lookup never waits for the device. All logits have the shape and
+    dtype of the first ones; others, such as those of padded batches, are not cached. If `n_samples` is unknown, the
+    table grows.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -27,15 +27,14 @@ class LogitCache:
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is kept, so far or for want of memory."""
         return self._table is None
 
     def unknown(self, index: Tensor) -> Tensor:
-        """The samples among `n` (int64 on the CPU) whose logits are not known."""
+        """Returns the samples among `n` (int64 on the CPU) that are not cached."""
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """The logits of samples, `n` int64; None unless all are known and of that shape behind the first dimension."""
+        """Returns the logits of samples, `n` int64; None unless all are cached with the shape per sample."""
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None
@@ -44,7 +43,7 @@ class LogitCache:
         return self._table[index.to(self._table.device, non_blocking=True)]
 
     def put(self, index: Tensor, logits: Tensor) -> None:
-        """Keeps the logits of samples, if there is memory for them and they have the shape of the others."""
+        """Caches logits if memory allows it and their shape fits."""
         index = index.cpu()
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True

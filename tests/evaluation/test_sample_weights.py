@@ -58,7 +58,7 @@ WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
 def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any) -> None:
     found, aside = counted(SampleOptions(importance=importance), (WEIGHTS,))
     assert found.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]  # 1 on average over the failures; passed ones as ever
-    assert found.gain(torch.tensor([True, True, False, False, True, False])) == 2.0
+    assert found.value(torch.tensor([True, True, False, False, True, False])) == 2.0
     assert not aside.any()
 
 

@@ -184,8 +184,8 @@ def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_
     for flipped, excess in (((0, 1, 5), 0), ((1, 5, 7), 1)):
         flips = Flips.between(before, after(*flipped))
         gate = OneInTarget(1)
-        harm = gate.harm(before, flips.broken)
-        assert gate.excess_of(flips.counts(), harm) == gate.excess_of(flips.target_counts(before)) == excess
+        cost = gate.cost(before, flips.broken)
+        assert gate.excess_of(flips.counts(), cost) == gate.excess_of(flips.target_counts(before)) == excess
         assert judge(before, after(*flipped), gate).accepted is (excess == 0)
 
 

@@ -1,10 +1,9 @@
-"""Which targets the last layer can repair, at what cost, and which neighbours its inputs give them.
+"""Targets that the last layer can repair, the cost, and the neighbours of targets in its input space.
 
 Each failure is repaired alone, while every known passed sample stays right. With features h before the layer and a
 change D of its weights, sample p keeps its margin over class c if (z_y - z_c) + (D_y - D_c) h >= required, which is
-linear in D. For each target the smallest D is sought (root mean square of its effect on the logits of passed samples)
-under rows that are added as they are violated. The number of targets that can be repaired one at a time bounds what any
-repair of this layer can reach.
+linear in D. Cutting planes find the smallest D for each target (root mean square of its effect on the logits of passed
+samples). The number of targets that can be repaired one at a time is an upper bound for any repair of this layer.
 """
 
 from __future__ import annotations
@@ -156,14 +155,13 @@ def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
-    """Draws at most `most` of n indices, ascending."""
     return torch.arange(n) if n <= most else torch.randperm(n, generator=generator)[:most].sort().values
 
 
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> HeldOutCheck | None:
-    """Repairs targets that can be, twice, each time without one half of the passed samples that came with failures."""
+    """Repairs targets twice, each time without one half of the passed samples from data with failures."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -187,7 +185,7 @@ def _check(
 
 
 def _right(change: Tensor, samples: LayerSamples) -> Tensor:
-    """`T x n`, which samples each change of the weights gives the right label."""
+    """Marks the samples that each change of the weights gets right, `T x n`."""
     found = [
         (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
     ]
@@ -195,7 +193,7 @@ def _right(change: Tensor, samples: LayerSamples) -> Tensor:
 
 
 class Fixability(NamedTuple):
-    """Verdict on each target. Undecided are those neither `fixable` nor `unfixable`."""
+    """Verdict on each target, undecided if neither `fixable` nor `unfixable`."""
 
     fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
     unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
@@ -217,7 +215,7 @@ class LayerSamples(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Constraints of each target, `T x K`: the label's logit of a sample must lie above a rival's."""
+    """Constraints of each target, `T x K`: a sample's label must have a larger logit than a rival."""
 
     sample: Tensor  # int64, of the passed; their number stands for the target itself, -1 for no row
     rival: Tensor  # int64, a class
@@ -229,7 +227,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Seeks for each target, whose label has not alone the largest logit, the smallest change that repairs it."""
+    """Finds the smallest change of the layer that repairs each target, whose label must not lead already."""
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
     root = _root(passed.features.to(home, dtype))
@@ -252,7 +250,7 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
 
 def _root(features: Tensor) -> Tensor:
-    """`D x D`, times which features have the identity as second moment; directions that hardly occur are damped."""
+    """Returns the whitening matrix of features, `D x D`, damped in rare directions."""
     moment = features.T @ features / len(features)
     moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny))
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -298,7 +296,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Keeps the fixes that were found and adds rows for the other targets; False if none is left."""
+        """Stores the fixes that were found and adds rows for the other targets; False if none is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -313,7 +311,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Strength at which each change repairs its target and breaks nothing, or 0; the rows that it violates most."""
+    """Returns the strength at which each change repairs its target and breaks nothing, or 0, and its worst rows."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -332,7 +330,7 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
 
 
 def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """For each change the strength from which on it breaks something, and its worst rows: shortfall, sample, rival."""
+    """Returns per change the strength at which it breaks a sample, and its worst rows: shortfall, sample, rival."""
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved
@@ -343,7 +341,7 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
-    """Old rows and new ones; where these are too many, of the old those that bind."""
+    """Joins old and new rows; drops old rows that do not bind if there are too many."""
     spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))

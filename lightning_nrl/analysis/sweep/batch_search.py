@@ -41,7 +41,7 @@ OnProgress = Callable[[int, list[SearchHistory]], None]  # is told how many iter
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to be made; `key` tells it from every other one on any model and data."""
+    """A run to make; `key` identifies it for any model and data."""
 
     key: str
     setting: Setting
@@ -54,7 +54,7 @@ class RunRequest:
 
 @dataclass
 class BatchSearch:
-    """A problem with what searches share: known data are recorded once, each localisation is made once."""
+    """A problem with the work that searches share: one recording of known data, each localization once."""
 
     problem: Problem
     base: Settings
@@ -88,7 +88,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs searches of one kind (see `batches`), not counted yet; each finds, bit for bit, what it finds alone."""
+        """Runs searches of one kind (see `batches`) without counts; each result equals that of a single search."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -150,7 +150,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Yields requests of one swarm that fit into memory; on a CPU of one fitness, to give candidates up early."""
+    """Yields requests that fit into memory as one swarm; on a CPU with one fitness, to discard candidates early."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
@@ -173,11 +173,11 @@ def _budget(problem: Problem) -> int:
 
 @dataclass(frozen=True)
 class ExactBatch:
-    """One batch, run under other weights to the very bits that the deployed model gives.
+    """One batch, run under other weights with bits equal to those of the deployed model.
 
-    It is replayed in the size it has, by the model's own kernels. Where that gives, under the original weights, the
-    logits of a forward pass bit for bit, it stands for one under other weights too: the same operations on the same
-    shapes. Elsewhere the whole model is run.
+    It is replayed whole, by the model's own kernels. If that reproduces the logits of a forward pass under the original
+    weights bit for bit, it does so under others too: the operations and shapes are equal. Otherwise the whole model
+    runs.
     """
 
     cache: ActivationCache  # a recording of this batch alone
@@ -188,7 +188,7 @@ class ExactBatch:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the deployed model's logits when the layers have these parameters, all of them by dotted name."""
+        """Computes the deployed model's logits for these layer parameters, all of them by dotted name."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role; what is recorded of them is kept if memory allows it, else made again."""
+    """Counts runs on the data of one role; keeps its recording if memory allows, else makes it again."""
 
     problem: Problem
     sources: Sequence[Source]
