@@ -33,8 +33,8 @@ __all__ = [
     "fresh_weights",
 ]
 
-STEPS = 400  # about what that is on 6,000 samples; small data are gone through more often, or nothing would move
-TIMED = 4  # steps, after a first one, to find how many there is time for
+STEPS = 400  # least number, about 8 epochs of 6,000 samples; small data need more epochs
+TIMED = 4  # steps after the first, to estimate the time per step
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FineTuning:
         emphasis: weight of the loss of a targeted sample.
     """
 
-    epochs: int = 8  # more gains little: regressions grow along with repairs
+    epochs: int = 8  # more epochs gain little: regressions grow along with repairs
     learning_rate: float = 3e-4
     emphasis: float = 3.0
 
@@ -67,7 +67,7 @@ class FineTuning:
 class LayerFineTuning(FineTuning):
     """Fine-tunes only the layers that a swarm would search, with a learning rate for one layer."""
 
-    learning_rate: float = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
+    learning_rate: float = 1e-2  # best ratio of repaired to broken samples in 3e-4 to 1e-2, on digits and vehicles
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
@@ -179,12 +179,12 @@ def _train(problem: Problem, name: str, seconds: float, start: Callable[[], Stat
     if problem.training is None:
         return Solution(None, "it is not known how the model was trained.")
     if not problem.whole:
-        return Solution(None, "only some layers may change, and its training changes all.")
+        return Solution(None, "only some layers may change, but training changes all.")
     clock, began = problem.clock, problem.clock.elapsed
     with clock.stage(name):
         trained = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
     if trained is None:
-        return Solution(None, "training did not come to an end.")
+        return Solution(None, "training did not finish.")
     return _propose(problem, name, trained.state, began)
 
 
@@ -243,7 +243,7 @@ class Interpolation:
 
 
 BASELINES: Registry[Method] = Registry("baseline", "the name of one, or an object such as FineTuning()", callable)
-"""The baselines that can be named, with their default settings."""
+"""Baselines by name, with default settings."""
 
 BASELINES.register("layer fine-tuning")(LayerFineTuning)
 BASELINES.register("fine-tuning")(FineTuning)

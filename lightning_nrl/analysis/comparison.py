@@ -45,7 +45,7 @@ from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 __all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
+SCALING_STEP = 1 / 64  # resolution of the strength of scaled weights
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
 ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
@@ -53,7 +53,7 @@ COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
-"""Names of methods and baselines, or objects, under names of their own if they are a mapping."""
+"""Names of methods and baselines, or objects; a mapping gives names of your own."""
 
 
 def compare_module(
@@ -98,7 +98,7 @@ def compare_module(
             with preserve(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
-                clock.seconds.update(collecting.seconds)  # methods keep time for passes over the data by this
+                clock.seconds.update(collecting.seconds)  # methods reserve time for passes over the data by these
                 solution, seconds = _run_method(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
@@ -135,7 +135,7 @@ def _run_method(
         else:
             solution = solve(method, problem)
     except OtherRankError:
-        raise  # that rank does not go on
+        raise  # the other rank has stopped
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
         solution = Solution(None, str(error).partition("\n")[0])
     return solution, earlier + time.perf_counter() - began
@@ -340,15 +340,15 @@ def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
         colour = PALETTE[i % len(PALETTE)]
-        if all(x <= right for x, _ in curve):  # the way to one that was trained anew leads through broken networks
+        if all(x <= right for x, _ in curve):  # curves towards a retrained network pass through broken ones
             style = "--" if entry.method in BASELINES else "-"
             axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
         label = escape_dollars(entry.method)
         axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=label)
         if entry.scaled is not None and 0 < entry.scaled.strength < 1:
-            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # seen around a dot, too
+            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # visible around a dot
             axes.plot(*place(entry.scaled), "o", **ring, clip_on=False, zorder=2.5)
-    axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it
+    axes.set_xlim(-0.02 * right, right)  # keeps dots at 0 off the axis
     axes.set_ylim(0, top)
     axes.set_title(f"{role} samples", color=INK, fontsize=10, loc="left")
     label_axes(axes, "broken (was right, now wrong)", "repaired (was wrong, now right)")

@@ -35,7 +35,7 @@ DTYPES = {
     **dict.fromkeys(("loss", "margin"), torch.float32),
     **dict.fromkeys(("passed", "targeted", "in_target"), torch.bool),
 }
-NO_CLASS = -100  # the label of a sample whose task has classes and that has none
+NO_CLASS = -100  # label of a sample without a class in a task with classes
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Evaluator:
                 raise
             for name, column in columns.items():
                 parts[name].append(column)
-        # Column by column, so that each is held twice for a moment only.
+        # Column by column, to save memory.
         table = {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
         if output is not None and output.shape[1:] == (1,):
             _warn_of_probabilities(source.split, table)
@@ -157,7 +157,7 @@ class _TargetMarker:
     target: Target | None
     split: str
     targets_failures: bool
-    applies: bool = True  # whether the target could be applied so far
+    applies: bool = True  # False after the target has failed
 
     def check(self, n_classes: int) -> None:
         most = -1 if self.target is None else max(classes_in(self.target), default=-1)
@@ -179,9 +179,11 @@ class _TargetMarker:
             try:
                 return nothing, target.covers(batch, label, prediction).to(passed.device)
             except Exception as error:
-                # Only a gate on the target needs it here: with all of them in the target it stays on the safe side.
+                # Only a gate on the target needs it here; counting all samples as in the target is the safe side.
                 self.applies, reason = False, str(error).partition("\n")[0]
-                problem = f"`target`: all `{self.split}` samples count as in the target, for it cannot say: {reason}"
+                problem = (
+                    f"`target`: all `{self.split}` samples count as in the target, since it cannot be applied: {reason}"
+                )
                 warnings.warn(DataWarning(problem), stacklevel=2)
         return nothing, ~nothing
 

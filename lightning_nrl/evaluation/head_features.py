@@ -20,7 +20,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import class_logits
 
 MAX_SAMPLES = 20_000
-"""Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
+"""Largest number of samples with recorded features: failed ones, then passed ones by rising margin."""
 
 
 class Features(NamedTuple):
@@ -35,7 +35,7 @@ class HeadFeatures(NamedTuple):
     """Results of one pass over the known data."""
 
     results: SampleResults
-    features: Features | None  # None where no Linear gives the logits
+    features: Features | None  # None if no Linear returns the logits
     seconds: float  # for one pass over this rank's share of the known data
 
 
@@ -86,7 +86,7 @@ class _HeadRecorder:
         if self.head is None:
             return run_model(model, args, kwargs)
         calls: list[tuple[Tensor, Tensor]] = []
-        # Copies, since the model may go on to change its own tensors in place.
+        # Copies, since the model may change its tensors in place.
         handle = self.head.register_forward_hook(
             lambda module, given, output: calls.append((given[0].detach().clone(), output.detach().clone()))
         )
@@ -122,17 +122,17 @@ def _select_rows(results: SampleResults) -> Tensor:
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
-NEIGHBOURS = 10  # passed samples that a sample is compared with
-MAX_SIMILARITIES = 2**24  # most similarities that are held at once
-AGREEMENT_SHARE = 0.9  # share of the neighbours that must have the predicted class before a label is doubted
+NEIGHBOURS = 10  # nearest passed samples
+MAX_SIMILARITIES = 2**24  # held at once
+AGREEMENT_SHARE = 0.9  # share of neighbours of the predicted class that makes a label doubtful
 
 
 class Neighbours(NamedTuple):
     """The nearest passed samples of each sample."""
 
-    agreement: Tensor  # n float, share of them that have the sample's own label; NaN if there are none
-    label: Tensor  # n int64, the label that most of them have; the smallest of several
-    share: Tensor  # n float, share of them that have it
+    agreement: Tensor  # n float, share with the sample's label; NaN without neighbours
+    label: Tensor  # n int64, most frequent label; the smallest of several
+    share: Tensor  # n float, share with the most frequent label
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
     n_dims = x.ndim - 2
     side = max(1, int(max_positions ** (1 / n_dims)))
     for i, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        # Views up to here: what is left out is never copied.
+        # Views so far: skipped positions are never copied.
         x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         x = x[(slice(None),) * (2 + i) + (slice(None, None, -(-x.shape[2 + i] // side)),)]
     x = torch.unflatten(x, 1, (layer.groups, -1))
@@ -85,7 +85,7 @@ def pad_input(layer: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode=mode)
 
 
-MAX_GRADIENT_ENTRIES = 2**24  # most entries (samples x weights) of gradients that are held at once
+MAX_GRADIENT_ENTRIES = 2**24  # samples x weights, held at once
 
 
 class LayerCall(NamedTuple):
@@ -109,7 +109,7 @@ class OutputProbe:
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         """Records one call and returns the output to use instead."""
         zero = torch.zeros_like(output, requires_grad=True)
-        # A copy, since the model may go on to change its own tensors in place.
+        # A copy, since the model may change its tensors in place.
         self.seen.append((name, x.detach().clone(), zero))
         return output + zero
 
@@ -161,7 +161,7 @@ def margin_calls(
         calls = probe.calls(margin)
     n, sliceable = len(margin), is_sliceable((batch.args, batch.kwargs), len(margin))
     for name, x, _ in probe.seen:
-        # Of a graph the number of nodes may be a multiple of that of samples by chance.
+        # The number of nodes of a graph may be a multiple of the number of samples by chance.
         if len(x) % n if sliceable else len(x) != n:
             calls[name] = []
     return margin, calls
@@ -199,7 +199,7 @@ def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
     """Computes the weight gradient of each sample, `m x weight shape`, from `m x p x ...`, in one call."""
     if isinstance(layer, nn.Linear):
         return torch.bmm(gradient.mT, x)
-    # Samples side by side in the channels.
+    # Samples as groups of channels.
     m, (out, *kernel) = len(x), layer.weight.shape
     x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
     found = _kernel_gradient(layer, pad_input(layer, x), gradient, (m * out, *kernel), m * layer.groups)

@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.recurrent import Gates, Recurrent, gates_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
-"""The kinds of layer that can be repaired as they are. Recurrent ones are taken apart into Linears."""
+"""Kinds of layer that can be repaired directly. Recurrent layers are unrolled into Linears."""
 KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 
 
@@ -29,11 +29,11 @@ KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 class LayerRef:
     """One layer to repair."""
 
-    name: str  # dotted, in the model; empty if the model itself is the layer
-    module: Layer  # the live layer
-    offset: int  # where its weights start in the flat vector
-    include_bias: bool = False  # whether its bias is part of the vector, behind its weight
-    gates: Gates | None = None  # the recurrent layer that the module is a part of
+    name: str  # dotted; empty if the model itself is the layer
+    module: Layer  # not a copy
+    offset: int  # of its weights in the flat vector
+    include_bias: bool = False  # True if the bias follows the weight in the flat vector
+    gates: Gates | None = None  # the recurrent layer that contains the module
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -150,13 +150,13 @@ def find_scope(
         space = find_layers(model, names, include_bias=include_bias)
     except ConfigurationError as error:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Layers outside of the module tree are in no checkpoint.
+        # Checkpoints miss layers outside the module tree.
         if not (is_auto and trains and scope) or _outside_tree(modules):
             raise
         return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
     if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Where all that the prediction calls is frozen, such as a moving average, training moves something else.
+        # If all called layers are frozen, such as a moving average, training would change other layers.
         scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
@@ -178,12 +178,12 @@ def _names(
     if names != ["auto"] or "auto" in modules:
         return names
     pools = [modules] if called is None else [{name: modules[name] for name in modules if name in called}, modules]
-    # A network without any Linear, as those for segmentation are, ends in a convolution.
+    # A network without a Linear, such as one for segmentation, ends in a convolution.
     for pool in pools:
         for kind in (nn.Linear, Layer):
             found = [name for name, module in pool.items() if isinstance(module, kind)]
             if found:
-                # Whoever froze a layer wants it as it is, unless all are frozen.
+                # Respect frozen layers, unless all are frozen.
                 free = [name for name in found if modules[name].weight.requires_grad]
                 return (free or found)[-1:]
     found_outside = _outside_tree(modules)
@@ -320,8 +320,8 @@ def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
 
 def _refuse(name: str, *_: Any) -> None:
     raise ConfigurationError(
-        f"`model`: `{name}` is a batch norm without running statistics, so that a prediction depends on the other "
-        "samples in its batch: of no sample it can be said that it stays right.",
+        f"`model`: `{name}` is a batch norm without running statistics, so a prediction depends on the other "
+        "samples in its batch, and no sample is sure to stay right.",
         "make it with `track_running_stats=True`, or put a layer norm or group norm in its place.",
     )
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = 3 / 8  # samples with a margin above this part of the median of passed ones are easy
-MAX_CACHED_BYTES = 2**28  # of logits that a cache keeps; where they are more the teacher runs again each time
+EASY_MARGIN = 3 / 8  # of the median margin of passed samples; samples above it are easy
+MAX_CACHED_BYTES = 2**28  # of cached logits; beyond it the teacher runs again each time
 
 
 class LogitCache:
@@ -49,7 +49,7 @@ class LogitCache:
             self.has_varied = True
             return
         least, known = int(index.max()) + 1, len(self._known)
-        # Where the number of samples is not known, the table at least doubles when it grows.
+        # If the number of samples is unknown, the table at least doubles when it grows.
         rows = self._n_samples or (known if least <= known else max(least, 2 * known))
         if rows * logits[0].numel() * logits.element_size() > min(self._max_bytes, MAX_CACHED_BYTES):
             return
@@ -60,7 +60,7 @@ class LogitCache:
             like = logits if table is None else table
             table = none_if_out_of_memory(lambda: torch.cat([*parts, like.new_empty(more)]))
             if table is None:
-                # What is there stays, no more is kept.
+                # Keep the present entries and cache no more.
                 self._max_bytes = 0
                 return
             self._table = table

@@ -147,7 +147,7 @@ class BreakRate(FlipMetric, rate="break_rate"):
 
 
 RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes `old_preds`, `new_preds` and `target` as :meth:`FlipMetric.update` does, and gives a rate in one call."""
+"""Function of `old_preds`, `new_preds` and `target`, as in :meth:`FlipMetric.update`, that returns a rate."""
 
 
 def _function(metric: type[FlipMetric]) -> RateFunction:

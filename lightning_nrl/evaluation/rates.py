@@ -76,7 +76,7 @@ RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 UPDATE_RATES: tuple[Rate, ...] = tuple(
     rate for rate in _ALL if rate.short in ("nfr", "pfr", "relative_nfr", "btc", "bec")
 )
-"""The rates of one model against the one that it replaces, for which no failures are targeted."""
+"""Rates of a model against the one it replaces, without targeted failures."""
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:

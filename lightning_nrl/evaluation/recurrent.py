@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_nrl.errors import ConfigurationError
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
-"""The kinds of recurrent layer that can be repaired."""
+"""Kinds of recurrent layer that can be repaired."""
 
 
 class GateLinear(nn.Linear):
@@ -26,7 +26,7 @@ class GateLinear(nn.Linear):
 
     def __init__(self, owner: Recurrent, end: str) -> None:
         nn.Module.__init__(self)
-        self.__dict__["owner"] = owner  # no part of this one
+        self.__dict__["owner"] = owner  # not a submodule
         self.end = end
         self.out_features, self.in_features = self.weight.shape
         self.train(owner.training)
@@ -46,8 +46,8 @@ class GateLinear(nn.Linear):
 class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
-    module: Recurrent  # the live layer
-    linears: Mapping[str, GateLinear]  # by the end of a weight's name, such as `ih_l0` or `hh_l0_reverse`
+    module: Recurrent  # not a copy
+    linears: Mapping[str, GateLinear]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:

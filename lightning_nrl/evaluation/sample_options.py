@@ -20,10 +20,10 @@ from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas
 from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"
-"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.head_features.doubtful`)."""
+"""Sets aside failures with a doubtful label (`lightning_nrl.evaluation.head_features.doubtful`)."""
 
 Keep = Literal["both", "reference"]
-"""In an update, what may not break: what either model gets right, or only what the replaced one does too."""
+"""Samples that may not break in an update: right in either model, or in both."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
 OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
@@ -216,7 +216,7 @@ def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
     """Returns the cost of breaking each sample, `N`: 1 by default, infinite for protected ones."""
     if protected is None:
         return results.weight
-    # A mark, such as a bool, protects.
+    # Bools protect, other numbers are costs.
     marks = bool(((protected == 0) | (protected == 1)).all())
     cost = torch.where(protected > 0, torch.inf, 1.0) if marks else protected
     wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))

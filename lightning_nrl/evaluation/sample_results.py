@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
-"""Stands for a column that is not given."""
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # columns that are always given
+"""Default of optional columns."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # without defaults
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
-            # One number, expanded.
             object.__setattr__(self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed)))
         if self.group is NO_COLUMN:
             object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
@@ -213,7 +212,7 @@ class Flips:
         """Compares two tables of the same rows. A sample with a NaN or infinite loss counts as wrong."""
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
-                f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                f"results before ({_shape(before)}) and after ({_shape(after)}) are of different samples.",
                 "collect both from the same data, without shuffling.",
             )
         return cls(*flip_masks(before.right, after.right))

@@ -25,8 +25,8 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
 Slices = Callable[[Any], Any] | Target
-"""Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
-MAX_SLICES = 200  # slices, each with its own curves: more are most likely ids
+"""Slice of each sample of a raw batch: names, numbers or bools; or a target, whose samples are one slice."""
+MAX_SLICES = 200  # each has its own curves; more values are most likely ids
 
 
 class SliceRecorder(RecordingSource):
@@ -102,7 +102,7 @@ def slice_tags(names: Collection[str]) -> dict[str, str]:
 
 
 Quota = int | float | str
-"""The least number of repaired targets in a slice, or their share: `5`, `0.5` or `"50%"`."""
+"""Number or share of the targets in a slice that must be repaired: `5`, `0.5` or `"50%"`."""
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
@@ -129,7 +129,7 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
         if name not in before.names:
             return {}, f"`quotas` names the slice {name!r}; there are {', '.join(before.names) or 'none'}."
         n = int((before.targeted & _in_slice(before, name)).sum())
-        # As a decimal fraction: in binary, 70 % of 10 would be more than 7.
+        # Decimal arithmetic: in binary, 70 % of 10 would be more than 7.
         found[name] = quota if isinstance(quota, int) else math.ceil(Fraction(repr(quota)) * n)
         if found[name] > n or n == 0:
             asked = f"{found[name]:,} " if n else ""

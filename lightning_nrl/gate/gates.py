@@ -110,7 +110,7 @@ class Gate(ABC):
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
-"""The gates that text can name."""
+"""Gates by name."""
 
 
 @GATES.register("instance")
@@ -178,7 +178,7 @@ class Tolerance(Gate):
     def allowed(self, counts: FlipCounts) -> int:
         if isinstance(self.limit, int):
             return self.limit
-        # As a decimal fraction: in binary, 29 % of 100 samples would be 28.
+        # Decimal arithmetic: in binary, 29 % of 100 samples would be 28.
         return math.floor(Fraction(repr(self.limit)) * counts.passed)
 
     @property
@@ -261,15 +261,15 @@ def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only
     """Describes the cost of broken samples; empty if it equals their number."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
-        return f" Protected {kind}samples may not break, and would: {_by_split(protected)}."
+        return f" Protected {kind}samples would break: {_by_split(protected)}."
     cost, n = before.cost(flips.broken), int(flips.broken.sum())
-    return "" if cost == n or only_protected else f" Those that break count for {cost:,.0f}."
+    return "" if cost == n or only_protected else f" The broken samples count as {cost:,.0f}."
 
 
 def _reason(status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]) -> str:
     n = counts.targeted
     if n == 0:
-        return "No failed sample was targeted, so no change of weights is called for."
+        return "No failed sample is targeted, so the weights stay as they are."
     now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
     gain = f"{_count(counts.repaired_in_target)} of {n:,} targeted failure{'s' if n != 1 else ''} {now}"
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"

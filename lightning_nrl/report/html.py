@@ -57,7 +57,7 @@ def svg_of(figure: Any) -> str:
 
     text = StringIO()
     with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
-        # `savefig` draws a figure with a layout twice.
+        # Not `savefig`, which draws a figure with a layout twice.
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(text, metadata={"Date": None})
     found = text.getvalue()
@@ -97,7 +97,7 @@ class Report(Record, Renderable):
     def full_page(self) -> Page:
         """Builds the page for a reviewer, which ends with the provenance."""
         facts = FactList((*self.provenance.facts, *self.versions.items()))
-        return Page((*self.page(full=True).blocks, Heading("Where this comes from"), facts))
+        return Page((*self.page(full=True).blocks, Heading("Provenance"), facts))
 
     def to_table(self) -> Page:
         return self.page()

@@ -20,7 +20,7 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-WIDEST = 100_000  # of a table that is written: it goes on below instead of being squeezed
+WIDEST = 100_000  # console width for tables, which continue below instead of shrinking
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Page:
                 if i:
                     console.print()
                 for shown in _rich(block, width, plain=True):
-                    # Words are never broken, so that a path can be copied.
+                    # Never break words, so paths can be copied.
                     least = Measurement.get(console, console.options, shown).minimum
                     console.print(shown, width=WIDEST if isinstance(block, Table) else max(width, least))
         return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
@@ -159,10 +159,10 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    # Names and ids come from data: no picture, link or tag may come of them. Addresses become links by themselves.
+    # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
     for sign in "\\|*`[]!":
         text = text.replace(sign, f"\\{sign}")
-    text = text.replace("<", "&lt;")  # TensorBoard's Markdown takes no backslash before it
+    text = text.replace("<", "&lt;")  # TensorBoard's Markdown ignores a backslash before it
     text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
     return visible(" ".join(text.split()))
 
@@ -193,7 +193,7 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
 
 
 def _rich_table(table: Table, box: Box) -> Grid:
-    # The box itself puts one space between columns.
+    # The box adds one space between columns.
     grid = Grid(box=box, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)

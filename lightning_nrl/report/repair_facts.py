@@ -21,7 +21,6 @@ UNSEEN_CONFIDENCE = 0.95
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     """Lists what was asked for, searched and found, and the limits for unseen data."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
-    # Of classes everybody knows what right is.
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
         facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}"))
@@ -39,7 +38,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.judge is not None and report.judge.n_borderline:
         n, rounding = report.judge.n_borderline, report.judge.rounding or 0.0
         right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
-        facts.append(("within rounding", f"{right}, which another device or batch size may take away"))
+        facts.append(("within rounding", f"{right}; another device or batch size may get them wrong"))
     if report.bounds is not None:
         facts.append(("calibration", str(report.bounds)))
     if report.change is not None:
@@ -63,7 +62,7 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     confidence = show_confidence(UNSEEN_CONFIDENCE)
     text = f"with {confidence} confidence at most {percent_up(limit)} of others like these break"
     known = sum(report.leaked.values())
-    return (("unseen data", f"{text} (too good a limit: {known:,} of them are known too)" if known else text),)
+    return (("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),)
 
 
 def unseen_limit(report: RepairRecord) -> float | None:

@@ -37,9 +37,9 @@ from lightning_nrl.report.verdicts import verdict_on
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
-MATRIX_CLASSES = 16  # a matrix of more is not legible
-CHANGE_COLOURS = "BrBG"  # brown for the worse, teal for the better, for colour-blind readers too
-DARK = 0.7  # share of the deepest shade from which on text is white
+MATRIX_CLASSES = 16  # larger matrices are not legible
+CHANGE_COLOURS = "BrBG"  # brown is worse, teal better; safe for colour-blind readers
+DARK = 0.7  # share of the deepest shade above which text is white
 GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
 PICTURE_SHARE = 0.93  # of the width of a cell
 CAPTION_WIDTH, CAPTION_LINE, CAPTION_GAP = 24, 0.15, 0.08  # characters, inches, inches
@@ -52,10 +52,10 @@ SEARCH_PANELS = {
     "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
     "diversity of the swarm": {"diversity": "diversity"},
 }
-"""Panels, each with curves of `SearchHistory` and what they are called."""
+"""Panels with curves of `SearchHistory` and their labels."""
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
-"""Most cells of a picture; a cell of a larger tensor is the largest change of several weights."""
+"""Largest picture of a tensor; in larger tensors a cell is the largest change of several weights."""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
@@ -98,7 +98,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns, cell_height = min(len(views), GALLERY_COLUMNS), GALLERY_CELL + caption_height
     width, height = GALLERY_CELL * n_columns, cell_height * -(-len(views) // n_columns)
     figure = new_figure(width, height, layout=None)
-    # One pair of axes for all, in inches from the top left: a pair for each picture takes many times as long.
+    # One pair of axes for all, in inches from the top left: a pair per picture takes many times longer.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
@@ -191,7 +191,7 @@ def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: An
         if cell.before != cell.after:
             change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one bad change must be visible among fifty others
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # keeps a single change visible among fifty
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
@@ -234,7 +234,7 @@ def _draw_curves(curves: Mapping[str, Sequence[float]], best: Sequence[float] | 
     for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
-    if best is not None:  # from the first that breaks nothing on: at the start the mean is far below zero
+    if best is not None:  # cuts off the start, where the mean is far below zero
         known = [value for value in best if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
 

@@ -99,8 +99,8 @@ def _outcome(report: RepairRecord) -> tuple[Block, ...]:
     unchanged = unchanged_table(report.splits)
     if not report.candidate:
         return (unchanged,)
-    refused = Heading("What the refused weights would have done"), outcome_table(report.candidate)
-    return (*refused, Heading("The model as it is"), unchanged)
+    refused = Heading("Effect of the refused weights"), outcome_table(report.candidate)
+    return (*refused, Heading("The unchanged model"), unchanged)
 
 
 def _ladder(report: RepairRecord) -> tuple[Block, ...]:
@@ -122,16 +122,16 @@ def _details(report: RepairRecord) -> tuple[Block, ...]:
     blocks: list[Block] = [Heading("What was done"), FactList((*repair_facts(report), *_files(report)))]
     blocks += _ladder(report)
     if report.price:
-        blocks += [Heading("What it costs that no known sample may break"), price_table(report.price)]
+        blocks += [Heading("The price of no broken known sample"), price_table(report.price)]
     if report.steps:
         blocks += _steps(report)
     if report.strength:
         path = strength_table(report.strength, report.chosen_strength)
-        blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
+        blocks += [Heading("By strength, from the original weights (0) to the patch (1)"), path]
     if report.status == "repaired" or report.candidate:
         blocks += [Heading("Rates"), rates_table(report.candidate or report.splits)]
     if report.set_aside:
-        blocks += [Heading("Failures that were set aside"), FactList(set_aside_facts(report.set_aside))]
+        blocks += [Heading("Failures set aside"), FactList(set_aside_facts(report.set_aside))]
     if report.hashes is not None:
         blocks += [Heading("Weights"), FactList(hash_facts(report.hashes))]
     blocks += [Heading("Run"), FactList(run_facts(report))]

@@ -185,19 +185,17 @@ class CalibrationBounds(Bound):
     def __str__(self) -> str:
         text = super().__str__()
         if self.allowed is not None:
-            text += (
-                f" (the limit of {self.allowed:,} broken, up to which each strength was accepted, the weakest first)"
-            )
+            text += f" (the limit for {self.allowed:,} broken: strengths were accepted up to that, weakest first)"
         elif self.states > 1:
-            text += f" (it holds for each of {self.states:,} sets of weights that these data might have chosen)"
+            text += f" (valid for each of the {self.states:,} sets of weights that these data could have chosen)"
         return text
 
 
 CUT = "cut by `max_time`"
-"""Note of a step that had no time to finish."""
+"""Note of a step that ran out of time."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
-"""How a repair ended."""
-SCHEMA = 1  # the version of the form in which reports are written; docs/report_schema.md describes it
+"""Outcome of a repair."""
+SCHEMA = 1  # version of the file format; see docs/report_schema.md
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,7 +14,7 @@ from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 Role = Literal["known", "calibration", "unseen"]
-"""Use of a split: by the search (`known`), by the choice of a strength, or by nothing."""
+"""Use of a split: for the search (`known`), for the choice of a strength, or for neither."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]

@@ -30,10 +30,10 @@ __all__ = [
 
 Evidence = Literal["better", "no difference shown", "worse"]
 """Comparison of a model with the one before it, by repaired and broken samples."""
-EVIDENCE_LEVEL = 0.05  # a p-value of the sign test up to which a difference counts as shown
-NEGLIGIBLE = 1e-17  # a term of a falling series below this share of the sum no longer changes it in double precision
+EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
+NEGLIGIBLE = 1e-17  # relative size of a term that no longer changes a sum in double precision
 ORDERED_LEVEL_SHARE = 0.8
-"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+"""Share of the error probability for strengths accepted from weak to strong; the rest is for all other weights."""
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:

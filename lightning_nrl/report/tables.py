@@ -41,7 +41,7 @@ LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 MARGINS = ("margin before", "margin after")
 FLIPPED_COLUMNS = ("split", "position", "flip", "true", "before", "after", *MARGINS, "in target", "slice")
-"""Of a table of all flipped samples, as pages and loggers have it."""
+"""Columns of the table of all flipped samples on pages and in loggers."""
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:

@@ -19,7 +19,7 @@ EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
 NOT_COUNTED = TargetCounts(0, 0, 0, 0)
 MOST_TIMES_MORE = 10  # the advice asks for at most this many times the unseen data
-LARGE_GAIN = 2.0  # percentage points on held-out samples, for which a looser gate is named
+LARGE_GAIN = 2.0  # percentage points on held-out samples that justify a looser gate
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
 
@@ -76,7 +76,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
     evidence: Evidence = evidence_of(*flips, choices)
     worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
     if worst is not None and evidence != "worse" and evidence_of(*_flips(worst), n_splits) == "worse":
-        # The other splits hide it.
+        # The sum over splits would hide it.
         evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
@@ -129,7 +129,7 @@ def _promise(report: RepairRecord) -> str:
     broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
         return f"kept: {broken} broke" + (f", within the gate `{report.gate}`" if counts.broken else "")
-    found = f"the change that was found would break {broken}" if report.candidate else "no repair was found"
+    found = f"the change found would break {broken}" if report.candidate else "no repair was found"
     return f"not kept: {found}; the weights are unchanged, so nothing broke"
 
 
@@ -148,7 +148,7 @@ def _advice(report: RepairRecord, evidence: Evidence, source: EvidenceSource, fl
     if source != "unseen":
         return GIVE_UNSEEN + looser
     if report.leaked:
-        return f"take the samples that are known too out of the unseen data, and count again{looser}"
+        return f"remove the known samples from the unseen data and count again{looser}"
     for times in range(2, MOST_TIMES_MORE + 1):
         if evidence_of(*(times * n for n in flips)) != evidence:
             return f"give more unseen data: {times} times as many would show a difference of this size{looser}"

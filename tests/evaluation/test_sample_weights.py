@@ -164,10 +164,10 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
     assert judge(before, flipped(before, 0, 3), Gate.tolerance(3)).accepted
     several = judge(before, flipped(before, 1, 3), Gate.tolerance(3))
     assert several.status == "refused"
-    assert several.reason.endswith("Those that break count for 4.")
+    assert several.reason.endswith("The broken samples count as 4.")
     protected = judge(before, flipped(before, 2, 3), Gate.tolerance(1.0))
     assert protected.status == "refused"
-    assert protected.reason.endswith("Protected samples may not break, and would: 1 in train.")
+    assert protected.reason.endswith("Protected samples would break: 1 in train.")
     good = judge(before, flipped(before, 3), Gate.instance())
     assert check_protected(good, before, flipped(before, 1)) == good
     assert check_protected(good, before, flipped(before, 2)).status == "refused"

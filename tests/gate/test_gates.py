@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_a_failure() -> None:
 
 def test_tables_of_other_samples_are_not_compared() -> None:
     shuffled = replace(after(5), index=BEFORE.index.flip(0))
-    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*not about the same samples"):
+    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*of different samples"):
         judge(BEFORE, shuffled, Gate.instance())
     with pytest.raises(EvaluationError, match=r"after \(train: 5, repair: 3\)"):
         judge(BEFORE, replace(after(5), sizes=(5, 3)), Gate.instance())

@@ -37,17 +37,17 @@ from lightning_nrl.methods._solvers.convex_head import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples that have twice as much: more than rounding takes
-FULFILLED_FRACTION = 0.9  # of what a row requires: if that is given it is not violated
-MAX_FIX_ROUNDS = 14  # of cutting planes, each dearer than the one before; what is open then is undecided
-ROWS_PER_ROUND = 12  # the most violated, each of another sample, that one round adds for a target
-MAX_ROWS_PER_TARGET = 192  # those that do not bind make way
-FEATURE_RIDGE = 1e-6  # part of a feature's mean square, added to all: features that never occur would cost nothing
+REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples with twice as much; larger than rounding errors
+FULFILLED_FRACTION = 0.9  # of the required margin, below which a row counts as violated
+MAX_FIX_ROUNDS = 14  # of cutting planes, each more expensive; targets left then are undecided
+ROWS_PER_ROUND = 12  # most violated rows of different samples, added per target
+MAX_ROWS_PER_TARGET = 192  # rows that do not bind are dropped first
+FEATURE_RIDGE = 1e-6  # of the mean square; without it features that never occur would cost nothing
 MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
-MAX_TARGETS_TRIED = 512  # one at a time, drawn by chance from more
-MAX_MULTIPLICATIONS = 8e9  # of one pass over all passed samples: a second or so on one core
-MIN_TARGETS_TRIED = 8  # whatever it takes
-MAX_FIXES_CHECKED = 96  # on samples held out, twice: enough for a mean
+MAX_TARGETS_TRIED = 512  # one at a time, sampled from more
+MAX_MULTIPLICATIONS = 8e9  # per pass over all passed samples: about a second on one core
+MIN_TARGETS_TRIED = 8  # however long it takes
+MAX_FIXES_CHECKED = 96  # twice, on held-out samples: enough for a mean
 MAX_PASSED_COMPARED = 2_000  # with their own neighbours
 
 
@@ -57,7 +57,7 @@ class LastLayer(NamedTuple):
     check: HeldOutCheck | None
     mixing: NeighbourMixing
     doubts: tuple[DoubtfulLabel, ...]
-    seconds: float  # to try every target alone
+    seconds: float  # to try every target
 
 
 def analyze_last_layer(
@@ -67,15 +67,15 @@ def analyze_last_layer(
     if layer is None:
         return "the model has no Linear layer."
     if features is None:
-        return "the last Linear does not give the logits."
+        return "the last Linear does not return the logits."
     failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
-        return "the task is not to give one label the largest logit."
+        return "the task does not predict the class of the largest logit."
     device, generator = features.inputs.device, torch.Generator().manual_seed(seed)
     samples = LayerSamples(features.inputs, features.logits, label.to(device))
-    # A tie passes by the order of classes alone: it has no margin to keep.
+    # A tie passes only by the order of classes: it has no margin to keep.
     top = features.logits.topk(2, dim=1).values
     kept = (passed & (top[:, 0] > top[:, 1]).cpu()).nonzero().flatten()
     targets = targeted.nonzero().flatten()
@@ -196,18 +196,18 @@ class Fixability(NamedTuple):
     """Verdict on each target, undecided if neither `fixable` nor `unfixable`."""
 
     fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
-    unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
-    size: Tensor  # T, root mean square of what the change does to logits of passed samples, damped; NaN: none is known
-    limit: float  # root mean square of these logits themselves, each sample's less their mean
-    binds: Tensor  # T x P bool: passed samples that stand in a target's way
-    change: Tensor  # T x C x D, of the weights; 0 where none is known
+    unfixable: Tensor  # T bool: proof that any such change exceeds the limit
+    size: Tensor  # T, damped root mean square of the change of passed samples' logits; NaN if unknown
+    limit: float  # root mean square of these logits, centred per sample
+    binds: Tensor  # T x P bool: passed samples that limit a target
+    change: Tensor  # T x C x D, of the weights; 0 if unknown
 
 
 class LayerSamples(NamedTuple):
     """Inputs and outputs of the layer on some samples."""
 
-    features: Tensor  # n x D, its inputs; with a last column of ones if its bias may change
-    logits: Tensor  # n x C, its outputs
+    features: Tensor  # n x D, inputs; with a last column of ones if the bias may change
+    logits: Tensor  # n x C, outputs
     label: Tensor  # n int64
 
     def at(self, where: Tensor) -> LayerSamples:
@@ -217,7 +217,7 @@ class LayerSamples(NamedTuple):
 class _Rows(NamedTuple):
     """Constraints of each target, `T x K`: a sample's label must have a larger logit than a rival."""
 
-    sample: Tensor  # int64, of the passed; their number stands for the target itself, -1 for no row
+    sample: Tensor  # int64, passed sample; their number is the target itself, -1 no row
     rival: Tensor  # int64, a class
     multiplier: Tensor
 
@@ -270,7 +270,7 @@ class _FixProgramme:
         self.fixable, self.unfixable = torch.zeros(2, n, dtype=torch.bool, device=device)
         self.binds = torch.zeros(n, n_passed, dtype=torch.bool, device=device)
         self._going = torch.arange(n, device=device)
-        # At first each target against the class that is predicted instead.
+        # Starts with each target against its predicted class.
         rival = margins_over_rivals(targets.logits, targets.label).argmin(1, keepdim=True)
         multiplier = torch.zeros_like(rival, dtype=targets.logits.dtype)
         self._rows = _Rows(torch.full_like(rival, n_passed), rival, multiplier)

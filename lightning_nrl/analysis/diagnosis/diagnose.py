@@ -40,8 +40,8 @@ from lightning_nrl.report import Provenance
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.search import ParticleSwarm
 
-SKETCH_SIZE = 16_384  # numbers that a sample's gradient is kept in, where the layer has more weights
-MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm: a larger change is none
+SKETCH_SIZE = 16_384  # size of a sample's sketched gradient, if the layer has more weights
+MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm; larger changes count as impossible
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def layer_capacities(
     grams, bounds = [], []
     for name, gradient in gradients.items():
         norm = max(float(layers[name].weight.detach().float().norm()), 1e-12)
-        # Small matrices from here on, which a CPU factors as fast. All rows have one length: one tolerance suits.
+        # Small matrices are as fast on a CPU. Rows of unit length share one tolerance.
         length = gradient.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         unit = gradient.flatten(1).float() / length[:, None]
         gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
@@ -133,9 +133,9 @@ def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
     return torch.cat(shares) if shares else mine
 
 
-LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples that layers are compared on: medians over few suffice
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # to collect, to localise, to count twice, and at several strengths
-MOST_NAMED = 10  # samples that a sentence names
+LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples for the comparison of layers: medians need few
+PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # collect, localize, count twice, and count each strength
+MOST_NAMED = 10  # samples per sentence
 
 
 def diagnose_module(
@@ -249,7 +249,7 @@ def _measure_times(
     head = math.nan
     if layer is not None:
         inputs = layer.weight.new_zeros(1024, layer.in_features)
-        layer(inputs).sum().item()  # the first call may be slow
+        layer(inputs).sum().item()  # warm up
         start = time.perf_counter()
         layer(inputs).sum().item()
         head = (time.perf_counter() - start) / 1024 * len(seen.results) / collective.world_size
@@ -282,10 +282,10 @@ def costs(
     return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))
 
 
-DOUBTED_SHARE = 0.2  # of targets with doubtful labels, from which on labels come first
-MIN_EXCHANGE_RATE = 2.0  # others repaired for each one broken, from which on the last layer is worth its unseen breaks
-MAX_CHANGE_RATIO = 4.0  # times the easiest layer's change that the last layer may need: medians over few targets
-MAX_SMALL_CHANGE = 0.5  # of a layer's norm: beyond it the first-order figures do not hold
+DOUBTED_SHARE = 0.2  # of targets with doubtful labels that puts labels first
+MIN_EXCHANGE_RATE = 2.0  # others repaired per broken sample that justifies a repair of the last layer
+MAX_CHANGE_RATIO = 4.0  # of the last layer to the easiest one; loose, as medians are over few targets
+MAX_SMALL_CHANGE = 0.5  # of a layer's norm; first-order estimates are invalid beyond it
 
 
 def advise(found: Diagnosis) -> str:

@@ -62,11 +62,11 @@ class Diagnosis(Report, figures.Plotted):
         blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), FactList(_facts(self))]
         if any(target.fixable != "not tried" for target in self.targets):
             text = (
-                f"Whether a change of the last layer ({self.head}) can fix it, if it is the only one to be fixed, "
-                "with no known regression. Change: of the logits, by their size on passed samples."
+                f"Fixes of one target by a change of the last layer ({self.head}), without known regressions. "
+                "Change: relative to the logits of passed samples."
             )
             blocks += [Heading("Each target alone"), Text(text), _alone(self, most)]
-            blocks += [Heading("Passed samples that stand in the way"), *_binding(self.binding, most)]
+            blocks += [Heading("Passed samples in the way"), *_binding(self.binding, most)]
         if self.doubts:
             text = (
                 "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, "
@@ -80,17 +80,17 @@ class Diagnosis(Report, figures.Plotted):
             blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _truncated(rows, most))]
         if self.layers:
             text = (
-                "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
-                "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
-                "sample near the border may lose any. Both to first order."
+                "Change: the smallest that fixes a typical target, relative to the layer's norm; less is better. "
+                "Room: the share of the margin gained by a small change that is left if no passed sample near the "
+                "border may lose any. Both to first order."
             )
             blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
         if self.costs:
             costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in self.costs)
-            text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
+            text = "On this machine, to a factor of about two, including all evaluations; `max_time` limits it."
             blocks += [Heading("What a repair would take"), Text(text), FactList(costs)]
         if self.notes:
-            blocks += [Heading("What was not looked at"), *(Text(note) for note in self.notes)]
+            blocks += [Heading("Not checked"), *(Text(note) for note in self.notes)]
         return Page(tuple(blocks))
 
     def figure(self) -> Any:
@@ -116,7 +116,7 @@ class Diagnosis(Report, figures.Plotted):
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
 
-LISTED_ROWS = 8  # samples, classes and layers that are shown; the JSON has all
+LISTED_ROWS = 8  # samples, classes and layers on the page; the JSON has all
 
 
 def _truncated(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
@@ -138,7 +138,7 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
     if check is not None:
         facts["held out"] = (
             f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
-            f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
+            f"breaks {check.broken:.1f} of {check.passed:,} passed samples left out of the fix; "
             f"{rough_percent(check.harmless)} of such fixes break none"
         )
     return tuple(facts.items())
@@ -179,7 +179,7 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each limits or forbids the fix of that many targets: without it, their smallest fix would break it."
+    text = "Each limits or prevents fixes of that many targets: the smallest fix that ignores it would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
@@ -279,7 +279,7 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
-    low, high = axes.get_xlim()  # a logarithmic axis has no 0 for bars to begin at
+    low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
     axes.minorticks_off()

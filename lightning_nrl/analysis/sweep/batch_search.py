@@ -32,11 +32,11 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # of one call, else 512: a CPU gains nothing by more, and runs are kept after each call
-TENSORS_PER_SWARM = 16  # of the size of all particles that a search holds at once, about
-STATES_MEMORY = 256 << 20  # bytes of whole layers, one a run, that are made once and not anew for every batch
+SWARMS_BY_DEVICE = {"cpu": 32}  # per call, else 512: a CPU gains nothing by more, and each call saves its runs
+TENSORS_PER_SWARM = 16  # approximate number of tensors of the size of all particles, held at once
+STATES_MEMORY = 256 << 20  # bytes of layers, one per run, that are kept between batches
 
-OnProgress = Callable[[int, list[SearchHistory]], None]  # is told how many iterations were made
+OnProgress = Callable[[int, list[SearchHistory]], None]  # called with the number of iterations
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
             alike = fitness.uses_passed_loss
         kinds.setdefault((method, alike), []).append(request)
     for kind in kinds.values():
-        # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
+        # Sorted, since equal numbers of weights need no padding and equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
         n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, 512)))
@@ -180,8 +180,8 @@ class ExactBatch:
     runs.
     """
 
-    cache: ActivationCache  # a recording of this batch alone
-    chunk: Chunk  # all of it: rows and targets
+    cache: ActivationCache  # of this batch alone
+    chunk: Chunk  # rows and targets of the whole batch
 
     @property
     def nbytes(self) -> int:
@@ -208,8 +208,8 @@ def exact_batches(
     """Records batches, each given with its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
-    known: list[ReplayGroup] = []  # how batches before this one were replayed
-    sliceable: bool | None = None  # not known before the first batch
+    known: list[ReplayGroup] = []  # replay plans of earlier batches
+    sliceable: bool | None = None  # unknown before the first batch
     for batch, rows in batches:
         inputs, n = (batch.args, batch.kwargs), len(rows)
         if sliceable is None:
@@ -227,7 +227,7 @@ def exact_batches(
 def _of_one_batch(
     model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
 ) -> ExactBatch:
-    # Every tensor is kept for itself, in the layout that it came in: another one may round in another way.
+    # Every tensor keeps its own layout: another layout may round differently.
     own = group.empty_like(model.space.device, False, ())
     own.add(stored, batch.target, rows)
     own.finish()

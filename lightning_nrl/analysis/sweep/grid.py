@@ -15,7 +15,7 @@ from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
-"""Parts that a setting may give whole; fields of the first three may be given alone."""
+"""Parts of a setting, given whole or, for the first three, by field."""
 
 
 class Grid:
@@ -129,13 +129,13 @@ def _setting(given: Any, start: Setting) -> Setting:
     for argument, value in said.items():
         changes.setdefault(_owner(argument, made), {})[argument] = value
     for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
-        # Each decides the other.
+        # Each determines the other.
         if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
             changes["localizer"][other] = None
     for part, values in changes.items():
         made = replace(made, **{part: replace(getattr(made, part), **values)})
     if isinstance(made.fitness, Fitness) and made.fitness.kind == "lexicographic":
-        # What does not matter to it is as by default: otherwise a grid would try the same several times.
+        # Reset fields that it ignores, so a grid does not repeat equal settings.
         plain = Fitness(delta=made.fitness.delta)
         if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
             plain = replace(plain, perfect_intact=True, infeasible="zero")
@@ -144,7 +144,7 @@ def _setting(given: Any, start: Setting) -> Setting:
         raise ConfigurationError(
             "`settings`: some search biases and others do not.", "give all the same `include_bias`, by `search`."
         )
-    Settings(**made.arguments())  # Says what cannot be used.
+    Settings(**made.arguments())  # Raises for invalid values.
     return replace(made, name=_label(made, start) if name is None else str(name))
 
 

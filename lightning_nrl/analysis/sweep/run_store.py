@@ -91,7 +91,7 @@ RUN_COLUMNS = (
     *(f"{role}_{name}" for role in ROLES for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)),
     "seconds",
 )
-"""The columns of the table."""
+"""Columns of the table."""
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
@@ -103,7 +103,7 @@ def run_of_text(row: Mapping[str, str]) -> Run:
 def _value(text: str) -> object:
     """Parses a cell as None, bool or number; returns other text unchanged."""
     for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
-        with suppress(KeyError, ValueError, TypeError):  # a line of another length has cells that are no text
+        with suppress(KeyError, ValueError, TypeError):  # rows of the wrong length have cells that are not text
             return kind(text)
     return text
 
@@ -113,8 +113,8 @@ class StoredRun:
     """A run and its weights, on the CPU."""
 
     run: Run
-    where: Tensor  # `K` int64, flat positions of the weights that were searched
-    values: Tensor  # `K`, what they are
+    where: Tensor  # `K` int64, flat positions of the searched weights
+    values: Tensor  # `K`, their values
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RunStore:
             except (OSError, ConfigurationError) as error:
                 why = str(error).partition("\n")[0]
                 problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
-                hint = "delete the file, and look at the disk if this comes again."
+                hint = "delete the file; check the disk if this happens again."
                 warnings.warn(DataWarning(problem, hint), stacklevel=2)
         keys = set(wanted)
         return {key: run for key, run in found.items() if key in keys}

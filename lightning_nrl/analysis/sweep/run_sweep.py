@@ -68,7 +68,7 @@ def sweep_module(
     _check(base, (*known, *calibration, *unseen))
     include_bias = base.localizer.include_bias
     layers = find_scope(evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called)
-    # Each rank looks at all data, as they share out the runs.
+    # Each rank evaluates all data, since the ranks share the runs, not the data.
     own, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve(evaluator.model):
         found = evaluate_baseline(own, known, base, unseen=unseen, calibration=calibration, clock=clock)
@@ -109,8 +109,8 @@ def _check(base: Settings, sources: Iterable[Source]) -> None:
     for source in sources:
         if len(source.positions) < len(source.index):
             raise ConfigurationError(
-                f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
-                "give each rank all of the data; a sweep shares out the runs.",
+                f"`{source.split}` data are shared out: this rank has {len(source.positions)} of {len(source.index)}.",
+                "give each rank all data; a sweep shares the runs.",
             )
 
 
@@ -126,7 +126,7 @@ class _Sweep:
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
         """Makes the runs that are not stored, shared by the ranks; all return the same."""
-        # Model, data and target tell runs from others as well.
+        # The key of a run depends on model, data and target, too.
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         passed = [source.split for source in self.problem.known if source.passed]
         model, layer = hash_tensors(self.problem.model.state_dict()), self.base.plain()["layer"]
@@ -171,7 +171,7 @@ class _Sweep:
         """Collects the finished runs and writes their table."""
         kept = {(one.setting.name, one.seed): there[one.key] for one in requests if one.key in there}
         result = SweepResult(
-            # What was stored may have had another label.
+            # The stored run may have another label.
             tuple(replace(stored.run, setting=name) for (name, _), stored in kept.items()),
             str(self.base.target),
             ", ".join(layer_names(self.base.layer)),

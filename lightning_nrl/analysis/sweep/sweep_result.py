@@ -113,8 +113,8 @@ class SweepResult(Report):
     def _stored(self, run: Run) -> StoredRun:
         if (run.setting, run.seed) not in self.weights:
             raise ConfigurationError(
-                f"`run`: of {run.setting!r} with seed {run.seed} this result does not know the weights.",
-                "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
+                f"`run`: this result has no weights of {run.setting!r} with seed {run.seed}.",
+                "call `sweep` again with the same `dirpath`, which repeats no run; a table has no weights.",
             )
         return self.weights[run.setting, run.seed]
 

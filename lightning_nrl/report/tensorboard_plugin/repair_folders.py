@@ -12,7 +12,7 @@ from typing import Any
 REPORT_NAME = "report.json"
 MAX_FOLDERS, MAX_DEPTH = 50_000, 12
 FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*"reason":')
-"""How a repair's report begins; other reports have the same file name."""
+"""Start of a repair's report; other reports have the same file name."""
 
 
 @dataclass(frozen=True)

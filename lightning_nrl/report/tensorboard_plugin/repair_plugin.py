@@ -24,13 +24,13 @@ HERE = Path(__file__).parent
 STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
     name: HERE.parent / name for name in ("table.js", "report.css")
 }
-"""Files that the browser loads, by name; two of the files are those of report.html."""
+"""Files that the browser loads, by name; two are shared with report.html."""
 MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20
-MAX_LISTED = 200  # repairs in the table, the latest
+MAX_LISTED = 200  # latest repairs in the table
 KEPT_REPORTS = 4  # in memory
-LOOK_SECONDS = 5.0  # a list of folders counts as new
+LOOK_SECONDS = 5.0  # before folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
@@ -72,7 +72,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             return _missing(request, loaded)
         try:
             return _answer(request, loaded.details)
-        except Exception as error:  # whatever a report holds, the tab lives
+        except Exception as error:  # no report may take the tab down
             return _missing(request, f"report.json cannot be shown: {error}")
 
     def _sample(self, request: Request) -> Response:
@@ -113,7 +113,7 @@ def _read(folder: RepairFolder) -> LoadedRepair | str:
     """Reads the report of a folder; returns an error message if that fails."""
     if folder.size > MAX_REPORT_BYTES:
         return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
-    # Only now, as it takes seconds: torch comes with it.
+    # Imported late, since it imports torch, which takes seconds.
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
 
     try:
