@@ -297,7 +297,7 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Raises `ConfigurationError` if a task lacks what a method needs; `by` needs classes, else see `hint`."""
+    """Raises `ConfigurationError` if a task lacks what a method needs; `by` names the method, `hint` a remedy."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(
