@@ -33,8 +33,8 @@ from lightning_nrl._utils.state import State, current_state, hash_tensors, saved
 from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, UnwritableFolderError, check_kind
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report._formatting import from_here
-from lightning_nrl.report.page import Shown
+from lightning_nrl.report._formatting import relative_to_cwd
+from lightning_nrl.report.page import Renderable
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
 from lightning_nrl.updates import ReleaseReport
 
@@ -340,7 +340,7 @@ def write_report(
         return files.tell(written)
 
 
-def show(report: Shown) -> None:
+def show(report: Renderable) -> None:
     """Prints the report as tables."""
     get_console().print(report.to_table())
 
@@ -378,7 +378,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
     path = report.files.get("checkpoint", "")
     if report.status != "repaired" or not best or best == path:
         return ""
-    how = f"ckpt_path={from_here(path)!r}" if path else "the model as an argument"
+    how = f"ckpt_path={relative_to_cwd(path)!r}" if path else "the model as an argument"
     return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
 
 

@@ -1,4 +1,4 @@
 """Studies around a repair: diagnosis, comparison with baselines, and sweeps.
 
-In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays as it is.
+In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays unchanged.
 """

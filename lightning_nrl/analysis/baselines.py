@@ -1,4 +1,4 @@
-"""Methods without a constraint, to be compared with: fine-tuning, distillation, interpolation, retraining."""
+"""Unconstrained baselines: fine-tuning, distillation, interpolation, retraining."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ __all__ = [
     "fresh_weights",
 ]
 
-STEPS = 400  # about what that is on 6,000 samples; small data are gone through more often, or nothing would move
-TIMED = 4  # steps, after a first one, to find how many there is time for
+STEPS = 400  # least number, about 8 epochs of 6,000 samples; small data need more epochs
+TIMED = 4  # steps after the first, to estimate the time per step
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Goes on with gradient steps on all known data, the targeted failures weighted up, whatever breaks.
+    """Fine-tunes on all known data with more weight on the targeted failures, without a constraint.
 
     AdamW on the task's loss from the deployed weights. Batch norm stays in evaluation mode with the deployed
     statistics, dropout is off, and samples come as in validation, without augmentation.
 
     Attributes:
-        epochs: passes over all known data; more on small data, until some hundred steps are made.
-        learning_rate: of AdamW, falling to 0 along half a cosine, over as many steps as there is time for.
-        emphasis: how many times the loss of a targeted sample counts.
+        epochs: passes over all known data; more on small data, to make some hundred steps.
+        learning_rate: of AdamW, with cosine decay to 0 over the steps that the time allows.
+        emphasis: weight of the loss of a targeted sample.
     """
 
-    epochs: int = 8  # more gains little: regressions grow along with repairs
+    epochs: int = 8  # more epochs gain little: regressions grow along with repairs
     learning_rate: float = 3e-4
     emphasis: float = 3.0
 
@@ -60,14 +60,14 @@ class FineTuning:
             check_real(name, getattr(self, name), "number", "give a number above 0.", above=0)
 
     def __call__(self, problem: Problem) -> Solution:
-        return _tuned(problem, self, _emphasised(problem, self.emphasis))
+        return _fine_tune(problem, self, _weighted_loss(problem, self.emphasis))
 
 
 @dataclass(frozen=True)
 class LayerFineTuning(FineTuning):
-    """Fine-tuning of only the layers that a swarm would search, at a learning rate that moves one layer."""
+    """Fine-tunes only the layers that a swarm would search, with a learning rate for one layer."""
 
-    learning_rate: float = 1e-2  # of 3e-4 to 1e-2 it repairs most for what it breaks, on digits and on vehicles
+    learning_rate: float = 1e-2  # best ratio of repaired to broken samples in 3e-4 to 1e-2, on digits and vehicles
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
@@ -75,11 +75,11 @@ class LayerFineTuning(FineTuning):
 
 @dataclass(frozen=True)
 class DistilledFineTuning(FineTuning):
-    """Fine-tuning that is held to the old model's outputs, most of all where it is right.
+    """Fine-tunes with distillation from the old model, strongest where it is right.
 
-    To each sample's loss it adds `base + scale [old model right]` times the divergence from the old model's output at
-    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are). The divergence is multiplied
-    by the temperature's square, so that its gradient keeps its size (Hinton et al. 2015).
+    Adds to each sample's loss `base + scale [old model right]` times the divergence from the old model's output at a
+    temperature (Yan et al. 2021, Positive-congruent training, with its weights). The squared temperature multiplies the
+    divergence, which keeps the size of its gradient (Hinton et al. 2015).
     """
 
     base: float = 1.0
@@ -87,7 +87,7 @@ class DistilledFineTuning(FineTuning):
     temperature: float = 100.0
 
     def __call__(self, problem: Problem) -> Solution:
-        task, heat, plain = problem.evaluator.task, self.temperature, _emphasised(problem, self.emphasis)
+        task, heat, plain = problem.evaluator.task, self.temperature, _weighted_loss(problem, self.emphasis)
         teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
         weight = self.base + self.scale * problem.before.passed.float()
 
@@ -96,10 +96,10 @@ class DistilledFineTuning(FineTuning):
             apart = heat**2 * task.divergence(at_least_float32(output) / heat, old / heat, batch.target)
             return plain(batch, rows, output) + (weight[rows].to(output.device) * apart).sum()
 
-        return _tuned(problem, self, loss)
+        return _fine_tune(problem, self, loss)
 
 
-def _emphasised(problem: Problem, emphasis: float) -> Loss:
+def _weighted_loss(problem: Problem, emphasis: float) -> Loss:
     weight = 1 + (emphasis - 1) * problem.before.targeted.float()
 
     def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
@@ -108,26 +108,23 @@ def _emphasised(problem: Problem, emphasis: float) -> Loss:
     return loss
 
 
-def _tuned(problem: Problem, settings: FineTuning, loss: Loss) -> Solution:
+def _fine_tune(problem: Problem, settings: FineTuning, loss: Loss) -> Solution:
     clock, began = problem.clock, problem.clock.elapsed
     with clock.stage("tune"):
-        state, epochs = _descended(problem, settings, loss)
+        state, epochs = _train_epochs(problem, settings, loss)
     if not epochs:
         return Solution(None, "there was no time for an epoch.")
-    return _judged(problem, "tune", state, began, f"{epochs:.3g} epochs")
+    return _propose(problem, "tune", state, began, f"{epochs:.3g} epochs")
 
 
-def _judged(problem: Problem, name: str, state: State, began: float, note: str = "") -> Solution:
+def _propose(problem: Problem, name: str, state: State, began: float, note: str = "") -> Solution:
     with problem.clock.stage("judge"):
         proposal = problem.propose(name, state)
     return Solution(proposal, steps=(proposal.step(problem.clock.elapsed - began, note),))
 
 
-def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, float]:
-    """Returns the weights after all epochs that there is time for, and their number.
-
-    Where time is short the schedule is shorter, too: weights do not settle before the learning rate has fallen.
-    """
+def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, float]:
+    """Returns the weights after all epochs that the time allows, with a schedule to match, and their number."""
     rows = torch.arange(len(problem.before))
     generator = torch.Generator().manual_seed(problem.seed)
     descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=settings.learning_rate))
@@ -147,7 +144,7 @@ def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[Stat
 
 
 def _steps_left(problem: Problem, pace: float) -> int:
-    """Steps that there is time for before a last pass over the data; the first rank's answer."""
+    """Estimates the steps left before a last pass over the data, alike on all ranks."""
     left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
     return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))
@@ -155,9 +152,9 @@ def _steps_left(problem: Problem, pace: float) -> int:
 
 @dataclass(frozen=True)
 class Retraining:
-    """Trains anew from random weights, as the model was trained, the known failures added to the data.
+    """Retrains from random weights, as the model was trained, with the known failures added to the data.
 
-    It needs `problem.training`. `fresh` makes an untrained network; None: every layer is initialised again.
+    Needs `problem.training`. `fresh` makes an untrained network; None: all layers are initialised again.
     """
 
     fresh: Callable[[], nn.Module] | None = None
@@ -167,36 +164,36 @@ class Retraining:
         check_kind("fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()")
 
     def __call__(self, problem: Problem) -> Solution:
-        return _trained(problem, "retrain", math.inf, lambda: fresh_weights(problem.model, problem.seed, self.fresh))
+        return _train(problem, "retrain", math.inf, lambda: fresh_weights(problem.model, problem.seed, self.fresh))
 
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Trains on from the old weights by `problem.training`, the known failures added to the data (a warm start)."""
+    """Continues training from the old weights by `problem.training`, with the known failures added to the data."""
 
     def __call__(self, problem: Problem) -> Solution:
-        return _trained(problem, "train", problem.clock.left - problem.clock.one_pass)
+        return _train(problem, "train", problem.clock.left - problem.clock.one_pass)
 
 
-def _trained(problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None) -> Solution:
+def _train(problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None) -> Solution:
     if problem.training is None:
         return Solution(None, "it is not known how the model was trained.")
     if not problem.whole:
-        return Solution(None, "only some layers may change, and its training changes all.")
+        return Solution(None, "only some layers may change, but training changes all.")
     clock, began = problem.clock, problem.clock.elapsed
     with clock.stage(name):
         trained = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
     if trained is None:
-        return Solution(None, "training did not come to an end.")
-    return _judged(problem, name, trained.state, began)
+        return Solution(None, "training did not finish.")
+    return _propose(problem, name, trained.state, began)
 
 
 @torch.no_grad()
 def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None) -> State:
-    """Weights and buffers of an untrained network of the same shape, on the model's device; the model stays as it is.
+    """Returns weights and buffers of an untrained network of the same shape, on the model's device.
 
-    `make` makes the network; None: `reset_parameters` of each module is called on a copy. A `ConfigurationError` if a
-    parameter belongs to a module that cannot initialise it, or another network was made.
+    `make` makes the network; None: `reset_parameters` of each module is called on a copy. Raises `ConfigurationError`
+    if a module with parameters has no such method, or `make` returns another network.
     """
     state = snapshot(model)
     with random_state():
@@ -218,11 +215,11 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 
 @dataclass(frozen=True)
 class Interpolation:
-    """The weights (1 - a) old + a new: fewer regressions than those of the method `new` for part of their gain.
+    """Interpolates (1 - a) old + a new weights: fewer regressions for part of the gain of the method `new`.
 
-    Schumann et al. 2024 (Backward compatibility during data updates by weight interpolation) choose a on data set
-    aside; on data that the new weights were trained on, a = 1 is always the most accurate. Half is what Wortsman et al.
-    2022 (Robust fine-tuning of zero-shot models) found good without any choice.
+    Schumann et al. 2024 (Backward compatibility during data updates by weight interpolation) choose a on separate data;
+    on the training data of the new weights, a = 1 is always the most accurate. Wortsman et al. 2022 (Robust fine-tuning
+    of zero-shot models) recommend 0.5 without any choice.
     """
 
     new: Method = field(default_factory=FineTuning)
@@ -236,17 +233,17 @@ class Interpolation:
         return self.towards(problem, self.new(problem))
 
     def towards(self, problem: Problem, end: Solution) -> Solution:
-        """Interpolates towards an end that was found already, so that it is not trained twice."""
+        """Interpolates towards a solution that was found before, instead of training it again."""
         if end.proposal is None:
             return end
         began = problem.clock.elapsed
         mixed = between(snapshot(problem.model), end.proposal.state, self.a)
-        solution = _judged(problem, "interpolate", mixed, began, f"a = {self.a:g}")
+        solution = _propose(problem, "interpolate", mixed, began, f"a = {self.a:g}")
         return replace(solution, steps=(*end.steps, *solution.steps), others=(end.proposal,))
 
 
 BASELINES: Registry[Method] = Registry("baseline", "the name of one, or an object such as FineTuning()", callable)
-"""The baselines that can be named, with their default settings."""
+"""Baselines by name, with default settings."""
 
 BASELINES.register("layer fine-tuning")(LayerFineTuning)
 BASELINES.register("fine-tuning")(FineTuning)

@@ -38,14 +38,14 @@ from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
 from lightning_nrl.report import Provenance, Report, StrengthPoint
-from lightning_nrl.report._figures import INK, PALETTE, Plotted, label_axes, literal, new_figure
+from lightning_nrl.report._figures import INK, PALETTE, Plotted, escape_dollars, label_axes, new_figure
 from lightning_nrl.report._formatting import count, plural
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
 
 __all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
+SCALING_STEP = 1 / 64  # resolution of the strength of scaled weights
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
 ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
@@ -53,7 +53,7 @@ COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
-"""Names of methods and baselines, or objects, under names of their own if they are a mapping."""
+"""Names of methods and baselines, or objects; a mapping gives names of your own."""
 
 
 def compare_module(
@@ -66,14 +66,14 @@ def compare_module(
     training: Training | None = None,
     observer: Observer | None = None,
 ) -> Comparison:
-    """Runs methods one after the other on the same problem, each from the same weights and with the same seed.
+    """Runs methods one by one on the same problem, from the same weights and with the same seed.
 
-    No gate judges them. What each gives is counted at several strengths between the original and its own weights, and
-    at the largest strength that breaks no known sample. The model is left as found.
+    No gate judges them. Results are counted at several strengths between the original and the method's weights, and at
+    the largest strength that breaks no known sample. The model stays unchanged.
 
-    Model and data are as of `repair_module`; nothing is chosen by unseen data. `settings` say what to repair; each
-    method has `max_time`. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
-    Without `training`, which goes on with the model's own or begins it anew, there is no retraining.
+    Model and data are as in `repair_module`; unseen data choose nothing. `settings` define the target; each method has
+    `max_time`. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. Retraining
+    needs `training`, which continues the model's own training or restarts it.
 
     Raises:
         ConfigurationError: an argument cannot be used, or no failed sample is in the target.
@@ -98,8 +98,8 @@ def compare_module(
             with preserve(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
-                clock.seconds.update(collecting.seconds)  # methods keep time for passes over the data by this
-                solution, seconds = _solved(method, replace(problem, clock=clock), found)
+                clock.seconds.update(collecting.seconds)  # methods reserve time for passes over the data by these
+                solution, seconds = _run_method(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
     targets, target, layer = int(problem.before.targeted.sum()), str(settings.target), layer_names(settings.layer)
@@ -108,7 +108,7 @@ def compare_module(
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Methods by the names that a comparison gives them; a `ConfigurationError` if one is unknown or there twice."""
+    """Returns methods by name; raises `ConfigurationError` if one is unknown or given twice."""
     methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
@@ -122,10 +122,10 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     return {name: ALL_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
 
 
-def _solved(
+def _run_method(
     method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
 ) -> tuple[Solution, float]:
-    """Runs a method and measures its time; the far end of an interpolation is not trained a second time."""
+    """Runs and times a method; an interpolation reuses a solution that was found before."""
     began, earlier = time.perf_counter(), 0.0
     try:
         if isinstance(method, Interpolation):
@@ -135,7 +135,7 @@ def _solved(
         else:
             solution = solve(method, problem)
     except OtherRankError:
-        raise  # that rank does not go on
+        raise  # the other rank has stopped
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
         solution = Solution(None, str(error).partition("\n")[0])
     return solution, earlier + time.perf_counter() - began
@@ -149,13 +149,13 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
     start = CurvePoint(0.0, 0, FlipCounts.of(problem.before.right, problem.before.right), later)
     curve = (start, *(_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)))
     began = time.perf_counter()
-    scaled = _scaled(path, unseen, curve)
+    scaled = _scale_back(path, unseen, curve)
     note = solution.steps[-1].note if solution.steps else ""
     return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
 
 
-def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample; counts need not rise, so one may be missed."""
+def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
+    """Bisects for the largest strength that breaks no known sample; may miss one, as counts are not monotonic."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -174,10 +174,7 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts of a method's weights at one strength t, w0 + t (w - w0), by a forward pass of the deployed model.
-
-    `targeted` are failures to be repaired that pass; no method looked at `unseen` samples.
-    """
+    """Counts at strength t, weights w0 + t (w - w0), of the deployed model; `targeted` counts repaired targets."""
 
     strength: float
     targeted: int
@@ -186,7 +183,7 @@ class CurvePoint:
 
     @property
     def gain(self) -> float:
-        """The change of accuracy on unseen data in points, that is hundredths; NaN without such data."""
+        """Change of accuracy on unseen data in percentage points; NaN without such data."""
         return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else math.nan
 
 
@@ -195,11 +192,11 @@ class Entry:
     """The result of one method.
 
     Attributes:
-        seconds: wall time until it gave its weights.
-        curve: its weights at rising strengths from 0, the last as it gave them; empty if it gave none.
-        scaled: the weights at the largest strength that was found to break no known sample; None if it gave none.
-        scaling: seconds that the search for this strength took.
-        note: what the method says of its result, or why there is none.
+        seconds: wall time of the method.
+        curve: counts at rising strengths from 0 to 1; empty if the method failed.
+        scaled: counts at the largest strength found that breaks no known sample; None if the method failed.
+        scaling: seconds of the search for this strength.
+        note: the method's remark on its result, or the reason for the failure.
     """
 
     method: str
@@ -211,7 +208,7 @@ class Entry:
 
     @property
     def given(self) -> CurvePoint | None:
-        """The weights as the method gave them."""
+        """Counts of the method's weights at strength 1."""
         return self.curve[-1] if self.curve else None
 
 
@@ -220,9 +217,9 @@ class Comparison(Report, Plotted):
     """Several methods on one problem. `rich.print(comparison)` shows it as a table.
 
     Attributes:
-        entries: one a method, in the order in which they ran.
-        targets: failures that were to be repaired.
-        target: which these are, in words.
+        entries: one per method, in the order of their runs.
+        targets: number of failures to repair.
+        target: these failures, in words.
     """
 
     entries: tuple[Entry, ...]
@@ -240,9 +237,9 @@ class Comparison(Report, Plotted):
                 blocks.append(Text(SCALED_NOTE))
         left_out = tuple((entry.method, entry.note) for entry in self.entries if not entry.curve)
         if left_out:
-            blocks += [Heading("Left out"), Facts(left_out)]
+            blocks += [Heading("Left out"), FactList(left_out)]
         facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))
-        return Page((*blocks, Facts(facts)))
+        return Page((*blocks, FactList(facts)))
 
     def figure(self) -> Any:
         shown = [entry for entry in self.entries if entry.curve]
@@ -257,13 +254,13 @@ class Comparison(Report, Plotted):
         return figure
 
     def __getitem__(self, method: str) -> Entry:
-        """The entry of a method; a `ConfigurationError` names the nearest one if it is not there."""
+        """Returns the entry of a method; `ConfigurationError` suggests the nearest name if it is unknown."""
         found = {entry.method: entry for entry in self.entries}
         check_choice("method", method, tuple(found))
         return found[method]
 
     def to_csv(self) -> str:
-        """A line for every point of every curve, and one for the weights scaled back."""
+        """Returns a line for every point of every curve, and for the weights scaled back."""
         out = io.StringIO()
         names = ("repaired", "broken", "n")
         columns = ("method", "weights", "strength", "seconds", "targeted")
@@ -280,7 +277,7 @@ class Comparison(Report, Plotted):
         return out.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder, which is made if need be."""
+        """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for kind, text in (("json", self.to_json()), ("csv", self.to_csv()), ("md", self.to_markdown())):
@@ -302,7 +299,6 @@ def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
 
 
 def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
-    """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
     with_unseen = _has_unseen(shown)
     columns = [("repaired", f"of {comparison.targets:,}"), ("repaired", "known"), ("broken", "known")]
     if with_unseen:
@@ -344,14 +340,15 @@ def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
         colour = PALETTE[i % len(PALETTE)]
-        if all(x <= right for x, _ in curve):  # the way to one that was trained anew leads through broken networks
+        if all(x <= right for x, _ in curve):  # curves towards a retrained network pass through broken ones
             style = "--" if entry.method in BASELINES else "-"
             axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
-        axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=literal(entry.method))
+        label = escape_dollars(entry.method)
+        axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=label)
         if entry.scaled is not None and 0 < entry.scaled.strength < 1:
-            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # seen around a dot, too
+            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # visible around a dot
             axes.plot(*place(entry.scaled), "o", **ring, clip_on=False, zorder=2.5)
-    axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it
+    axes.set_xlim(-0.02 * right, right)  # keeps dots at 0 off the axis
     axes.set_ylim(0, top)
     axes.set_title(f"{role} samples", color=INK, fontsize=10, loc="left")
     label_axes(axes, "broken (was right, now wrong)", "repaired (was wrong, now right)")

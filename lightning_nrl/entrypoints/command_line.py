@@ -30,7 +30,7 @@ from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFolderError, explain
 from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.report import RepairReport, Report, installed_versions
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
@@ -99,7 +99,7 @@ def _page_of_patch(patch: Patch) -> Page:
         rows.append(Row(name, (str(list(change.shape)), dtype, f"{change.n_changed:,}", kept)))
     columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
     facts = (("weights before", patch.base), ("weights after", patch.result), *patch.versions.items())
-    blocks: list[Block] = [Heading("Patch", 1), Table(columns, tuple(rows)), Facts(facts)]
+    blocks: list[Block] = [Heading("Patch", 1), Table(columns, tuple(rows)), FactList(facts)]
     return Page((*blocks, *(patch.report.to_table().blocks if patch.report else ())))
 
 
@@ -113,7 +113,7 @@ def _page_of_checkpoint(path: Path) -> Page:
         ("weights", hash_tensors(tensors)),
         *((name.replace("_", " "), str(found[name])) for name in ("epoch", "global_step") if name in found),
     ]
-    blocks: list[Block] = [Heading("Checkpoint", 1), Facts(tuple(facts))]
+    blocks: list[Block] = [Heading("Checkpoint", 1), FactList(tuple(facts))]
     states = found.get("callbacks")
     for name, state in states.items() if isinstance(states, Mapping) else ():
         text = state.get("report") if isinstance(state, Mapping) else None

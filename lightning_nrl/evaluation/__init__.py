@@ -1,8 +1,7 @@
-"""Results of a model on each sample, and how they change.
+"""Evaluates a model sample by sample, and compares results before and after a change.
 
-In: sources, and an `Evaluator`: the model, the task that judges it, its precision and the ranks. Out: `SampleResults`,
-one row a sample, the same table on every rank; between two of them `Flips`: kept, broken, repaired, failing. Weights
-of samples and quotas of slices are columns of that table.
+In: sources, and an `Evaluator`: model, task, precision and ranks. Out: `SampleResults`, one row per sample, the same
+table on every rank; `Flips` between two tables: kept, broken, repaired, failing.
 """
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision

@@ -1,4 +1,4 @@
-"""The precision that a model is deployed in, and how far its rounding moves a margin."""
+"""The precision of a deployed model, and the effect of its rounding on margins."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from lightning_nrl._utils.device import Context, may_use_tf32
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 ROUNDING_FACTOR = 2.0
-"""How far rounding moves a margin, in `eps` of the deployed precision times the median margin of passed samples.
+"""Effect of rounding on a margin, in `eps` of the deployed precision times the median margin of passed samples.
 Networks of three and four layers that learned digits, bfloat16 and float16 against float32: at most 2.0, and 1.4 for
 99 % of the samples; one of ten layers without normalisation: 10.0 and 5.7."""
 TF32_EPS = 2.0**-10  # TensorFloat-32 has the mantissa of float16
-KEPT_SHARE = 0.5  # a sample that is closer to the border than rounding moves it keeps this part of its margin
+KEPT_SHARE = 0.5  # of the margin, for samples closer to the border than rounding errors
 
 
 @dataclass(frozen=True)
 class DeployedPrecision:
-    """In what a model is computed.
+    """Device and number formats in which a model runs.
 
     Attributes:
-        device: its type, such as `cpu`, and the name of a card.
-        weights: the dtypes of its floating-point weights, the finest first.
-        autocast: the dtype of mixed precision; empty where there is none.
-        tf32: whether float32 may be rounded to TensorFloat-32 on the device.
-        cudnn_deterministic: whether cuDNN computes the same way each time; of other devices False.
-        cudnn_benchmark: whether cuDNN picks its kernels by trying them; of other devices False.
+        device: its type, such as `cpu`, and the name of a GPU.
+        weights: dtypes of the floating-point weights, finest first.
+        autocast: dtype of mixed precision; empty without it.
+        tf32: True if the device may round float32 to TensorFloat-32.
+        cudnn_deterministic: True if cuDNN is deterministic; False on other devices.
+        cudnn_benchmark: True if cuDNN chooses kernels by benchmarks; False on other devices.
     """
 
     device: str
@@ -55,7 +55,7 @@ class DeployedPrecision:
 
     @property
     def eps(self) -> float:
-        """The distance of 1 to the next number, of the coarsest kind of numbers that the model is computed in."""
+        """Machine epsilon of the coarsest number format in use."""
         dtypes = [getattr(torch, name) for name in (*self.weights, self.autocast) if name]
         found = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
         return max([*found, *([TF32_EPS] if self.tf32 else [])], default=torch.finfo(torch.float32).eps)
@@ -72,20 +72,20 @@ class DeployedPrecision:
 
 
 def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> float | None:
-    """How far rounding may move a margin, an estimate by `ROUNDING_FACTOR`; None where the task has no margins."""
+    """Estimates the effect of rounding on a margin by `ROUNDING_FACTOR`; None if the task has no margins."""
     margin = before.margin[before.passed & before.margin.isfinite()]
     return None if not len(margin) else ROUNDING_FACTOR * precision.eps * max(0.0, float(margin.median()))
 
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
-    """Returns `rounding_margin` if numbers are coarser than float32, else 0."""
+    """Returns `rounding_margin` for formats coarser than float32, else 0."""
     return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Tensor | None:
-    """`N`, the margin that each sample must keep so that rounding does not flip it; None in float32 and finer.
+    """Computes the margin, `N`, that each sample must keep against rounding; None for float32 and finer.
 
-    A passed sample that is closer to the border keeps half of its margin; a failed one has to get all of it.
+    A passed sample keeps at most half of its margin; a targeted one must gain the full reserve.
     """
     rounding = coarse_rounding(precision, before)
     if not rounding:

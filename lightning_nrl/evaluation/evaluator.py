@@ -1,4 +1,4 @@
-"""`Evaluator`: a model with its task, precision and ranks, which evaluates data sample by sample."""
+"""`Evaluator`: a model with its task, precision and ranks, evaluated sample by sample."""
 
 from __future__ import annotations
 
@@ -31,28 +31,23 @@ Table = dict[str, Tensor]
 """Columns by name, one row a sample."""
 
 DTYPES = {
-    "position": torch.int64,
-    "label": torch.int64,
-    "prediction": torch.int64,
-    "loss": torch.float32,
-    "margin": torch.float32,
-    "passed": torch.bool,
-    "targeted": torch.bool,
-    "in_target": torch.bool,
+    **dict.fromkeys(("position", "label", "prediction"), torch.int64),
+    **dict.fromkeys(("loss", "margin"), torch.float32),
+    **dict.fromkeys(("passed", "targeted", "in_target"), torch.bool),
 }
-NO_CLASS = -100  # the label of a sample whose task has classes and that has none
+NO_CLASS = -100  # label of a sample without a class in a task with classes
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model as it is deployed, and what judges it: every pass over data goes through one.
+    """A deployed model with its task; makes all passes over data.
 
     Attributes:
         model: in evaluation mode on its device.
-        task: what passed, loss and margin mean.
+        task: defines passed, loss and margin.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; all of them make the same calls in the same order.
-        called: names of the layers that the prediction calls, the last call last; None: it is not known.
+        called: names of the layers that a prediction calls, in order; None if unknown.
     """
 
     model: nn.Module
@@ -68,7 +63,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module | Evaluator) -> Evaluator:
-        """The evaluator itself, or that of a classifier in full precision on a single process."""
+        """Returns an evaluator unchanged; wraps a classifier in full precision on a single process."""
         return model if isinstance(model, Evaluator) else cls(model)
 
     @property
@@ -76,7 +71,7 @@ class Evaluator:
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""
+        """Computes the logits of a batch on the model's device; `forward` replaces the model."""
         with self.context():
             if forward is None:
                 return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
@@ -91,20 +86,20 @@ class Evaluator:
         everywhere: bool = False,
         forward: Forward | None = None,
     ) -> SampleResults:
-        """Runs the model once over all sources and writes down what it did on each sample.
+        """Runs the model once over all sources and records the result of each sample.
 
-        Every sample is counted exactly once, whatever the number of ranks, and every rank gets the same table.
+        Every sample counts exactly once, whatever the number of ranks, and every rank gets the same table.
 
         Args:
             sources: the splits, this rank's share of each.
-            target: which failed samples are marked as targeted, and which samples are in the target; None marks none.
-                Where it cannot say of a source whose failures are not marked, all of its samples count as in it.
-            everywhere: mark the failed samples of all sources, not only of those whose failures may be repaired.
-            forward: called in place of the model.
+            target: selects targeted failures and samples in the target; None selects none. If it cannot be applied to a
+                source without targets, all its samples count as in the target.
+            everywhere: mark failures in all sources, not only those whose failures may be repaired.
+            forward: replaces the model.
 
         Raises:
-            ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
-            EvaluationError: a split's samples are not there exactly once, some have no class, or another rank failed.
+            ConfigurationError: there is no source, a name occurs twice, or a batch or the target does not fit the task.
+            EvaluationError: a sample is missing or repeated, has no class, or another rank failed.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -112,14 +107,14 @@ class Evaluator:
             raise ConfigurationError(problem, "give at least one source, each with a name of its own.")
         tables = []
         for source in sources:
-            marker = _Marker(target, source.split, everywhere or source.failed)
-            tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
+            marker = _TargetMarker(target, source.split, everywhere or source.failed)
+            tables.append(_gather_split(source, partial(self._read, source, marker, forward), self.collective))
             _check_classes(source, tables[-1])
         columns: dict[str, Any] = {name: torch.cat([table.pop(name) for table in tables]) for name in list(tables[0])}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """The logits and the truth of each batch, checked by the task; raw batches are moved and taken apart."""
+        """Yields logits and targets, checked by the task; raw batches are moved and unpacked."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
@@ -128,11 +123,11 @@ class Evaluator:
             yield output, target
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
-        """Runs the deployed model on data with other weights, then restores its own."""
+        """Runs the model on data with other weights, then restores its own."""
         with temporary_weights(self.model, state):
             return self.run(sources)
 
-    def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
+    def _read(self, source: Source, marker: _TargetMarker, forward: Forward | None) -> Table:
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         output: Tensor | None = None
         for number, batch in enumerate(source):
@@ -140,17 +135,17 @@ class Evaluator:
             try:
                 output = self.output(batch, forward)
                 _check_count(batch, output)
-                batch, unusable = _with_classes(batch, output, self.task, check=number == 0)
+                batch, unusable = _fill_missing_classes(batch, output, self.task, check=number == 0)
                 self.task.check(output, batch.target)
                 columns = _columns(batch, output, self.task, marker)
                 if unusable is not None:
                     columns["label"] = columns["label"].masked_fill(unusable, NO_CLASS)
             except RuntimeError as error:
-                _explain_devices(source.split, batch, device_of(self.model), error)
+                _check_devices(source.split, batch, device_of(self.model), error)
                 raise
             for name, column in columns.items():
                 parts[name].append(column)
-        # Column by column, so that each is held twice for a moment only.
+        # Column by column, to save memory.
         table = {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
         if output is not None and output.shape[1:] == (1,):
             _warn_of_probabilities(source.split, table)
@@ -158,16 +153,13 @@ class Evaluator:
 
 
 @dataclass
-class _Marker:
-    """Marks the samples of a split that are in the target."""
-
+class _TargetMarker:
     target: Target | None
     split: str
     targets_failures: bool
-    applies: bool = True  # whether the target could be applied so far
+    applies: bool = True  # False after the target has failed
 
     def check(self, n_classes: int) -> None:
-        """Refuses a class that the model does not have."""
         most = -1 if self.target is None else max(classes_in(self.target), default=-1)
         if most >= n_classes:
             hint = f"the model has the classes 0 to {n_classes - 1}; name one of these."
@@ -176,7 +168,7 @@ class _Marker:
     def __call__(
         self, batch: Batch, label: Tensor | None, prediction: Tensor | None, passed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`n` bool each on the device of `passed`: the targeted samples, and those in the target, right or wrong."""
+        """Returns masks on the device of `passed`, `n` bool: targeted samples, and all samples in the target."""
         nothing, target = torch.zeros_like(passed), self.target
         if target is None:
             return nothing, nothing
@@ -187,15 +179,17 @@ class _Marker:
             try:
                 return nothing, target.covers(batch, label, prediction).to(passed.device)
             except Exception as error:
-                # Only a gate on the target needs it here: with all of them in the target it stays on the safe side.
+                # Only a gate on the target needs it here; counting all samples as in the target is the safe side.
                 self.applies, reason = False, str(error).partition("\n")[0]
-                problem = f"`target`: all `{self.split}` samples count as in the target, for it cannot say: {reason}"
+                problem = (
+                    f"`target`: all `{self.split}` samples count as in the target, since it cannot be applied: {reason}"
+                )
                 warnings.warn(DataWarning(problem), stacklevel=2)
         return nothing, ~nothing
 
 
 def _warn_of_probabilities(split: str, table: Table) -> None:
-    """Warns if single logits seem to be probabilities: from 0 to 1, and 0.5 divides them better than a constant."""
+    """Warns if single logits look like probabilities: in [0, 1], and better split at 0.5 than by a constant."""
     is_1, margin = table["label"] == 1, table["margin"]
     output, most = torch.where(is_1, margin, -margin), max(int(is_1.sum()), int((~is_1).sum()))
     if bool(((output >= 0) & (output <= 1)).all()) and int(((output > 0.5) == is_1).sum()) > most:
@@ -211,10 +205,11 @@ def _check_count(batch: Batch, output: Tensor) -> None:
         )
 
 
-def _with_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tuple[Batch, Tensor | None]:
-    """The batch with some class for each sample, and which samples, `n` bool, have none; None: all have one.
+def _fill_missing_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tuple[Batch, Tensor | None]:
+    """Replaces missing classes by class 0; returns the batch and their mask, `n` bool, or None if none is missing.
 
-    To `check` is to leave it to the task: where the first samples have none, the argument is wrong, not a sample.
+    In the first batch (`check`) only negative labels count as missing: labels above all classes hint at a wrong
+    argument.
     """
     target, label = batch.target, task.label(batch.target)
     if label is None:
@@ -241,7 +236,7 @@ def _check_classes(source: Source, table: Table) -> None:
         )
 
 
-def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
+def _check_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
     held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:
@@ -251,7 +246,7 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
         ) from error
 
 
-def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table:
+def _columns(batch: Batch, output: Tensor, task: Task, marker: _TargetMarker) -> Table:
     n = len(batch)
     label, prediction, margin = task.label(batch.target), task.prediction(output), task.margin(output, batch.target)
     passed, loss = task.passed(output, batch.target), task.loss(output, batch.target)
@@ -276,8 +271,8 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table
     }
 
 
-def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
-    """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
+def _gather_split(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
+    """Gathers a split from all ranks, in order. If one rank fails, all fail, so none waits forever."""
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
@@ -302,10 +297,7 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Refuses a task that does not have what a method needs, by the results of some samples at least.
-
-    `by` is what needs classes, `hint` what to do where there are none.
-    """
+    """Raises `ConfigurationError` if a task lacks what a method needs; `by` names the method, `hint` a remedy."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(

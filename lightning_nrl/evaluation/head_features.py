@@ -1,4 +1,4 @@
-"""Inputs of the last Linear layer on known data, and the labels that they make doubtful."""
+"""Inputs of the last Linear layer on known data, and doubtful labels found in them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import class_logits
 
 MAX_SAMPLES = 20_000
-"""Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
+"""Largest number of samples with recorded features: failed ones, then passed ones by rising margin."""
 
 
 class Features(NamedTuple):
-    """Inputs and outputs of the last Linear, whose outputs are the logits. On the model's device."""
+    """Inputs of the last Linear, and its outputs if they are the logits. On the model's device."""
 
     rows: Tensor  # n int64 on the CPU, rows of the results, ascending
     inputs: Tensor  # n x D, at least float32
@@ -35,7 +35,7 @@ class HeadFeatures(NamedTuple):
     """Results of one pass over the known data."""
 
     results: SampleResults
-    features: Features | None  # None where no Linear gives the logits
+    features: Features | None  # None if no Linear returns the logits
     seconds: float  # for one pass over this rank's share of the known data
 
 
@@ -43,9 +43,9 @@ class HeadFeatures(NamedTuple):
 def collect_features(
     evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target
 ) -> HeadFeatures:
-    """Runs the model over known data; where these are many, once more over the samples that matter most.
+    """Runs the model over known data and records features; for many samples in a second pass over a selection.
 
-    All ranks get the same features. `head` is the last Linear; None if there is none.
+    All ranks get the same features. `head` is the last Linear, if any.
     """
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
@@ -56,16 +56,16 @@ def collect_features(
         mine = [results.rows(source.split, source.positions) for source in known]
     else:
         mine, recorder = [torch.zeros(0).long()], _HeadRecorder(evaluator, head)
-        for batch, rows in drawn(known, results, _matter(results)):
+        for batch, rows in row_batches(known, results, _select_rows(results)):
             evaluator.output(batch, recorder)
             mine.append(rows)
-    return HeadFeatures(results, _gathered(recorder, torch.cat(mine), evaluator.collective), seconds)
+    return HeadFeatures(results, _gather_features(recorder, torch.cat(mine), evaluator.collective), seconds)
 
 
-def drawn(
+def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """This rank's share of chosen rows of the results, in batches, each with its rows."""
+    """Yields this rank's share of the chosen rows of the results, in batches, each with its rows."""
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -74,7 +74,7 @@ def drawn(
 
 
 class _HeadRecorder:
-    """The model, which collects what its head is given as long as that gives the logits, one row a sample."""
+    """Calls the model and records the inputs of its head while the head's outputs are the logits."""
 
     def __init__(self, evaluator: Evaluator, head: nn.Linear | None) -> None:
         self.evaluator, self.head = evaluator, head
@@ -86,7 +86,7 @@ class _HeadRecorder:
         if self.head is None:
             return run_model(model, args, kwargs)
         calls: list[tuple[Tensor, Tensor]] = []
-        # Copies, since the model may go on to change its own tensors in place.
+        # Copies, since the model may change its tensors in place.
         handle = self.head.register_forward_hook(
             lambda module, given, output: calls.append((given[0].detach().clone(), output.detach().clone()))
         )
@@ -103,8 +103,8 @@ class _HeadRecorder:
         return output
 
 
-def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
-    """Every rank's features in the order of the rows; None if any rank's layer does not give the logits."""
+def _gather_features(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
+    """Gathers the features of all ranks in row order; None if on any rank the layer does not return the logits."""
     usable = recorder.head is not None and bool(recorder.inputs)
     if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
         return None
@@ -115,39 +115,34 @@ def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> 
     return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))
 
 
-def _matter(results: SampleResults) -> Tensor:
-    """`MAX_SAMPLES` rows, ascending: of targets, of other failures, and of passed samples by rising margin."""
+def _select_rows(results: SampleResults) -> Tensor:
+    """Selects `MAX_SAMPLES` rows, ascending: targets, other failures, then passed samples by rising margin."""
     rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
     rank = torch.where(results.targeted, -2.0, rank)
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
-NEIGHBOURS = 10  # passed samples that a sample is compared with
-MAX_SIMILARITIES = 2**24  # most similarities that are held at once
-AGREEMENT_SHARE = 0.9  # share of the neighbours that must have the predicted class before a label is doubted
+NEIGHBOURS = 10  # nearest passed samples
+MAX_SIMILARITIES = 2**24  # held at once
+AGREEMENT_SHARE = 0.9  # share of neighbours of the predicted class that makes a label doubtful
 
 
 class Neighbours(NamedTuple):
     """The nearest passed samples of each sample."""
 
-    agreement: Tensor  # n float, share of them that have the sample's own label; NaN if there are none
-    label: Tensor  # n int64, the label that most of them have; the smallest of several
-    share: Tensor  # n float, share of them that have it
+    agreement: Tensor  # n float, share with the sample's label; NaN without neighbours
+    label: Tensor  # n int64, most frequent label; the smallest of several
+    share: Tensor  # n float, share with the most frequent label
 
 
 @torch.no_grad()
 def neighbours(
-    inputs: Tensor,
-    label: Tensor,
-    passed: Tensor,
-    passed_label: Tensor,
-    *,
-    itself: Tensor | None = None,
+    inputs: Tensor, label: Tensor, passed: Tensor, passed_label: Tensor, *, itself: Tensor | None = None
 ) -> Neighbours:
-    """Compares labels with those of the nearest passed samples, by the cosine of centred features.
+    """Compares labels with those of the nearest passed samples, by cosine similarity of centred features.
 
-    Features of the samples are `n x D`, of the passed ones `P x D`. `itself`, `n` int64, says which passed sample each
-    one is; it is no neighbour of its own.
+    Features are `n x D`, those of the passed samples `P x D`. `itself`, `n` int64, is each sample's own row among the
+    passed ones, which is excluded.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
@@ -170,11 +165,11 @@ def neighbours(
 
 
 def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor) -> Tensor:
-    """Samples with a doubtful label, `n` bool: neighbours and model agree on another class, and the model is sure.
+    """Marks doubtful labels, `n` bool: neighbours and model agree on another class, and the model is sure.
 
-    Sure means: by as large a lead over the given label as it has, at the median, over the runner-up where it is right
-    about that class. So there is no threshold to choose. Shapes: `label` is `n` int64, `logits` `n x C`, those of the
-    passed samples `P` and `P x C`.
+    Sure means that its lead over the given label is at least its median lead over the runner-up on passed samples of
+    that class, so there is no threshold to choose. `label` is `n` int64, `logits` `n x C`, of the passed samples `P`,
+    `P x C`.
     """
     prediction = logits.argmax(1)
     lead = (logits.gather(1, prediction[:, None]) - logits.gather(1, label[:, None]))[:, 0]
@@ -187,10 +182,10 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
 
 
 def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
-    """Targets whose label the model and the nearest passed samples agree to be another, `N` bool.
+    """Marks targets, `N` bool, whose label the model and the nearest passed samples contradict.
 
-    One pass over the known data, or over those that matter most of very many. None is found where no Linear layer gives
-    the logits. `results` are what the model does on this rank's share of the splits.
+    Takes one pass over the known data, or over a selection of very many. Finds none unless a Linear layer returns the
+    logits. `results` are those of the model on this rank's share of the splits.
     """
     found = torch.zeros_like(results.passed)
     _, head = last_linear(evaluator.model, evaluator.called)

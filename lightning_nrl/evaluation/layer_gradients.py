@@ -1,10 +1,9 @@
-"""Gradients of samples in the weights of layers, from one forward and one backward pass of a batch.
+"""Gradients of samples with respect to layer weights, from one forward and one backward pass of a batch.
 
-A zero that asks for its gradient is added to each layer's output (`OutputProbe`). The gradient of these zeros and the
-layers' inputs give the gradient of every weight, summed or sample by sample, whether or not weights ask for one.
+`OutputProbe` adds a zero with `requires_grad` to each layer's output. The gradients of these zeros and the layers'
+inputs give all weight gradients, summed or per sample, whether or not the weights require gradients.
 
-Inputs and outputs come as rows, `r x ...`, where `...` is all that the layer looks at: `features` for a Linear,
-`channels x space...` for a convolution.
+Inputs and outputs are rows, `r x ...`: `features` of a Linear, `channels x space...` of a convolution.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from lightning_nrl.tasks import Task
 
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
-    """Shapes a layer's input or output as `r x ...`."""
+    """Reshapes a layer's input or output to `r x ...`."""
     return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
 def uses_per_weight(layer: Layer, output: Tensor) -> int:
-    """Counts the values that each weight is multiplied with, over rows and space, by the shape of the output."""
+    """Counts the products of each weight, over rows and space, from the shape of the output."""
     return output.numel() // len(layer.weight)
 
 
 def absolute_input(layer: Layer, x: Tensor) -> Tensor:
-    """Sums the absolute value that each weight is multiplied with over rows and space, in the weight's shape.
+    """Sums the absolute inputs of each weight over rows and space, in the weight's shape.
 
-    It is the kernel gradient of a depthwise convolution whose output gradient is one everywhere.
+    This is the kernel gradient of a depthwise convolution with an output gradient of ones.
     """
     total = x.abs().sum(0)
     if isinstance(layer, nn.Linear):
@@ -58,10 +57,10 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
 
 
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
-    """Returns what one output is a weighted sum of, in the order of the weights: `groups x (r * positions) x weights`.
+    """Unfolds inputs in weight order: `groups x (r * positions) x weights`.
 
-    A Linear has one position, a convolution one for each place of its kernel; of these about `max_positions` of a row
-    of `x`, `r x ...`, are taken, evenly spread.
+    A Linear has one position per row of `x`, `r x ...`, a convolution one per place of its kernel, of which about
+    `max_positions` per row are kept, evenly spread.
     """
     if isinstance(layer, nn.Linear):
         return x[None]
@@ -69,7 +68,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
     n_dims = x.ndim - 2
     side = max(1, int(max_positions ** (1 / n_dims)))
     for i, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        # Views up to here: what is left out is never copied.
+        # Views so far: skipped positions are never copied.
         x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         x = x[(slice(None),) * (2 + i) + (slice(None, None, -(-x.shape[2 + i] // side)),)]
     x = torch.unflatten(x, 1, (layer.groups, -1))
@@ -78,7 +77,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
 
 
 def pad_input(layer: Convolution, x: Tensor) -> Tensor:
-    """Writes the layer's own padding out, whatever its mode."""
+    """Applies the layer's padding, whatever its mode."""
     sides = layer._reversed_padding_repeated_twice
     if not any(sides):
         return x
@@ -86,18 +85,18 @@ def pad_input(layer: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode=mode)
 
 
-MAX_GRADIENT_ENTRIES = 2**24  # most entries (samples x weights) of gradients that are held at once
+MAX_GRADIENT_ENTRIES = 2**24  # samples x weights, held at once
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer, both as rows (see above), at least float32."""
+    """One call of a layer, as rows (see above), at least float32."""
 
     input: Tensor  # r x ...
     gradient: Tensor  # r x ..., at the layer's output
 
 
 class OutputProbe:
-    """Adds a zero that asks for its gradient to the output of layers, and keeps what went in."""
+    """Adds a zero that requires a gradient to layer outputs, and records the inputs."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self.layers = layers
@@ -108,14 +107,14 @@ class OutputProbe:
         return [name for name, *_ in self.seen]
 
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """Returns the output of one call, to be used in place of it."""
+        """Records one call and returns the output to use instead."""
         zero = torch.zeros_like(output, requires_grad=True)
-        # A copy, since the model may go on to change its own tensors in place.
+        # A copy, since the model may change its tensors in place.
         self.seen.append((name, x.detach().clone(), zero))
         return output + zero
 
     def hooked(self) -> AbstractContextManager[Any]:
-        """Inside, every call of the layers as modules is probed; not functions that are given their weights."""
+        """Probes module calls of the layers inside the context, not functional calls."""
 
         def hook_of(name: str) -> Any:
             return lambda module, args, output: self.add_zero(name, args[0], output)
@@ -126,7 +125,7 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Returns gradients of the sum of `weights * values`, `n` each, at the output of each call."""
+        """Computes gradients of the sum of `weights * values`, `n` each, at the output of each call."""
         zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
@@ -144,10 +143,10 @@ class OutputProbe:
 def margin_calls(
     model: nn.Module, layers: Mapping[str, Layer], batch: Batch, task: Task, context: Context
 ) -> tuple[Tensor, dict[str, list[LayerCall]]]:
-    """Returns the margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
+    """Computes the margins of a batch, `n`, and the calls of each layer with gradients of the margins' sum.
 
-    There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
-    A task without margins is a `ConfigurationError`.
+    A layer has no calls if no gradient reaches it or its first dimension is not the samples. Raises
+    `ConfigurationError` for a task without margins.
     """
     probe = OutputProbe(layers)
     with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
@@ -162,22 +161,19 @@ def margin_calls(
         calls = probe.calls(margin)
     n, sliceable = len(margin), is_sliceable((batch.args, batch.kwargs), len(margin))
     for name, x, _ in probe.seen:
-        # Of a graph the number of nodes may be a multiple of that of samples by chance.
+        # The number of nodes of a graph may be a multiple of the number of samples by chance.
         if len(x) % n if sliceable else len(x) != n:
             calls[name] = []
     return margin, calls
 
 
 def is_by_sample(calls: Sequence[LayerCall], n: int) -> bool:
-    """True if a layer was called, each time with as many rows for each of `n` samples."""
+    """True if a layer was called, each time with equally many rows for each of `n` samples."""
     return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
 
 
 def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields gradients of the weight, `m x weight shape`, and of the bias, `m x out`, of `n` samples over all calls.
-
-    They come in blocks of as many samples as `MAX_GRADIENT_ENTRIES` allows.
-    """
+    """Yields, by blocks of the `n` samples, gradients of weight, `m x weight shape`, and bias, `m x out`."""
     size = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
     for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // size)):
         block = [[torch.unflatten(t, 0, (n, -1))[start : start + step] for t in call] for call in calls]
@@ -188,22 +184,22 @@ def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterat
 
 
 def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient of the weight from the layer's input and the gradient of its output, `r x ...` each."""
+    """Computes the weight gradient from the layer's input and its output gradient, `r x ...` each."""
     if isinstance(layer, nn.Linear):
         return gradient.T @ x
     return _kernel_gradient(layer, pad_input(layer, x), gradient, layer.weight.shape, layer.groups)
 
 
 def bias_gradient(gradient: Tensor) -> Tensor:
-    """Returns the gradient of the bias from that of the output, `r x out...`."""
+    """Computes the bias gradient from the output gradient, `r x out...`."""
     return gradient.transpose(0, 1).flatten(1).sum(1)
 
 
 def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient of the weight for each sample, `m x weight shape`, from `m x p x ...`, in one call."""
+    """Computes the weight gradient of each sample, `m x weight shape`, from `m x p x ...`, in one call."""
     if isinstance(layer, nn.Linear):
         return torch.bmm(gradient.mT, x)
-    # Samples side by side in the channels.
+    # Samples as groups of channels.
     m, (out, *kernel) = len(x), layer.weight.shape
     x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
     found = _kernel_gradient(layer, pad_input(layer, x), gradient, (m * out, *kernel), m * layer.groups)

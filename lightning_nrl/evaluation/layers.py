@@ -1,4 +1,4 @@
-"""Finds the layers to be repaired, and their weights as one flat vector; refuses layers that depend on the batch."""
+"""Finds the layers to repair, and their weights as one flat vector; refuses layers that depend on the batch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from lightning_nrl.evaluation.recurrent import Gates, Recurrent, gates_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
-"""The kinds of layer that can be repaired as they are. Recurrent ones are taken apart into Linears."""
+"""Kinds of layer that can be repaired directly. Recurrent layers are unrolled into Linears."""
 KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 
 
 @dataclass(frozen=True)
 class LayerRef:
-    """One layer to be repaired."""
+    """One layer to repair."""
 
-    name: str  # dotted, in the model; empty if the model itself is the layer
-    module: Layer  # the live layer
-    offset: int  # where its weights start in the flat vector
-    include_bias: bool = False  # whether its bias is part of the vector, behind its weight
-    gates: Gates | None = None  # the recurrent layer that the module is a part of
+    name: str  # dotted; empty if the model itself is the layer
+    module: Layer  # not a copy
+    offset: int  # of its weights in the flat vector
+    include_bias: bool = False  # True if the bias follows the weight in the flat vector
+    gates: Gates | None = None  # the recurrent layer that contains the module
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Its repairable parameters by dotted name, in the order of the flat vector."""
+        """The layer's repairable parameters by dotted name, in the order of the flat vector."""
         kinds = ["weight", "bias"] if self.include_bias else ["weight"]
         owner, module = self.name, cast(nn.Module, self.module)
         if self.gates is not None:
@@ -58,9 +58,9 @@ class LayerRef:
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included.
+    """The weights of all layers as one flat vector: layer by layer, weight row by row, then bias if included.
 
-    Without a site there is nothing to be searched, and `obstacle` says why; training may still move what is in scope.
+    Without layers there is nothing to search, for the reason in `obstacle`; training may still change parameters.
     """
 
     sites: tuple[LayerRef, ...]
@@ -68,7 +68,7 @@ class ParameterSpace:
 
     @property
     def gates(self) -> tuple[Gates, ...]:
-        """Recurrent layers among them, each once, to be `opened` where their parts are called."""
+        """The recurrent layers, each once, to `unroll` before their parts are called."""
         return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
 
     @property
@@ -92,7 +92,7 @@ class ParameterSpace:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Returns copies of whole parameters by dotted name, the weights at flat positions `where` set to `values`."""
+        """Returns copies of whole parameters by name, with `values` at the flat positions `where`."""
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
         parameters = self.parameters
@@ -101,10 +101,10 @@ class ParameterSpace:
 
 
 def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
-    """Resolves layer names: a dotted name, several of them, or `auto`.
+    """Resolves layer names: a dotted name, several names, or `auto`.
 
-    `auto` is the last Linear in the order of registration that is not frozen; where all are, the last; where there is
-    none, likewise the last convolution. `include_bias` says whether biases may be changed too.
+    `auto` is the last registered Linear that is not frozen, or the last one if all are frozen; without any Linear,
+    likewise the last convolution. `include_bias` allows biases to change too.
 
     Raises:
         ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
@@ -136,11 +136,11 @@ def find_scope(
     called: Collection[str] | None = None,
     trains: bool = False,
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
-    """Finds the layers whose weights can be searched, and the names of all parameters that training may move.
+    """Finds the layers whose weights can be searched, and the names of all parameters that training may change.
 
-    `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
-    for all of its parameters. `auto` lets training move all parameters that are not frozen. It takes a layer that is
-    `called`; None: any. A method that `trains` does without a layer to be searched where `auto` finds none.
+    `layer` is as for `find_layers`, or the dotted name of a block, of which the last layer is searched and all
+    parameters are trained. `auto` trains all parameters that are not frozen, and searches a layer that is `called`
+    (None: any). A method that `trains` needs no layer to search if `auto` finds none.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
@@ -150,13 +150,13 @@ def find_scope(
         space = find_layers(model, names, include_bias=include_bias)
     except ConfigurationError as error:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Layers outside of the module tree are in no checkpoint.
+        # Checkpoints miss layers outside the module tree.
         if not (is_auto and trains and scope) or _outside_tree(modules):
             raise
         return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
     if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Where all that the prediction calls is frozen, such as a moving average, training moves something else.
+        # If all called layers are frozen, such as a moving average, training would change other layers.
         scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
@@ -164,7 +164,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """Lists one name or several; a `ConfigurationError` if there is none."""
+    """Lists one name or several; raises `ConfigurationError` if there is none."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
@@ -178,12 +178,12 @@ def _names(
     if names != ["auto"] or "auto" in modules:
         return names
     pools = [modules] if called is None else [{name: modules[name] for name in modules if name in called}, modules]
-    # A network without any Linear, as those for segmentation are, ends in a convolution.
+    # A network without a Linear, such as one for segmentation, ends in a convolution.
     for pool in pools:
         for kind in (nn.Linear, Layer):
             found = [name for name, module in pool.items() if isinstance(module, kind)]
             if found:
-                # Whoever froze a layer wants it as it is, unless all are frozen.
+                # Respect frozen layers, unless all are frozen.
                 free = [name for name in found if modules[name].weight.requires_grad]
                 return (free or found)[-1:]
     found_outside = _outside_tree(modules)
@@ -198,7 +198,7 @@ def _is_inside(parameter: str, block: str) -> bool:
 
 
 def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Returns the last layer inside a block that can be repaired; the name itself if there is none."""
+    """Returns the last repairable layer inside a block, or `name` if there is none."""
     if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
     inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
@@ -206,7 +206,7 @@ def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
-    """Returns a layer's name and the layer; of a recurrent one those of its parts, with their owner."""
+    """Returns name and module of a layer, or of each part of a recurrent layer with its owner."""
     module = modules.get(name)
     if not isinstance(module, Recurrent):
         return [(name, _repairable(name, modules), None)]
@@ -249,7 +249,7 @@ def _not_own(name: str) -> ConfigurationError:
 
 
 def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Lists attributes, by dotted name, that hold layers in plain lists, tuples or dicts, unknown to torch."""
+    """Lists attributes that hold layers in plain lists, tuples or dicts, unknown to torch."""
     known = {id(module) for module in modules.values()}
     found = []
     for name, module in modules.items():
@@ -270,7 +270,6 @@ def _outside_error(layer: str, attribute: str) -> ConfigurationError:
 
 
 def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
-    """Refuses weights that another module uses too: what is repaired in one place would change the other."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for site in sites:
         if any(owners[id(parameter)] > 1 for parameter in site.parameters.values()):
@@ -286,7 +285,7 @@ def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """Returns the Linear and convolution layers with a floating-point weight of their own, by dotted name."""
+    """Finds the Linear and convolution layers with floating-point weights of their own, by dotted name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -295,7 +294,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 
 def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
-    """Returns the name of the last Linear layer that is `called` (None: any), and the layer; None if there is none."""
+    """Finds the last Linear layer that is `called` (None: any) and its name; both None if there is none."""
     linear = [
         (name, layer)
         for name, layer in layers_of(model).items()
@@ -305,13 +304,13 @@ def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tupl
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
+    """Runs compiled parts of a model as plain Python, since compiled code ignores hooks."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
-def refusing_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, a call of a batch norm without running statistics is a `ConfigurationError`."""
+def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Raises `ConfigurationError` on calls of a batch norm without running statistics."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
@@ -321,12 +320,12 @@ def refusing_batch_statistics(model: nn.Module) -> Iterator[None]:
 
 def _refuse(name: str, *_: Any) -> None:
     raise ConfigurationError(
-        f"`model`: `{name}` is a batch norm without running statistics, so that a prediction depends on the other "
-        "samples in its batch: of no sample it can be said that it stays right.",
+        f"`model`: `{name}` is a batch norm without running statistics, so a prediction depends on the other "
+        "samples in its batch, and no sample is sure to stay right.",
         "make it with `track_running_stats=True`, or put a layer norm or group norm in its place.",
     )
 
 
 def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns the output of a Linear or a convolution with other weights."""
+    """Computes the output of a Linear or a convolution with other weights."""
     return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Logits by sample, each computed once, and which samples are easy."""
+"""Cache of logits by sample."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = 3 / 8  # samples with a margin above this part of the median of passed ones are easy
-MAX_CACHED_BYTES = 2**28  # of logits that a cache keeps; where they are more the teacher runs again each time
+EASY_MARGIN = 3 / 8  # of the median margin of passed samples; samples above it are easy
+MAX_CACHED_BYTES = 2**28  # of cached logits; beyond it the teacher runs again each time
 
 
 class LogitCache:
-    """Logits by sample, on the device where they were computed, as long as they fit in `MAX_CACHED_BYTES`.
+    """Caches logits by sample on their device, up to `MAX_CACHED_BYTES`.
 
-    Which samples are known is kept on the CPU, so that to ask costs no wait for the device. All logits have the shape
-    and dtype of the first ones; others, as of a batch that is padded to its longest sample, are not kept. Without a
-    number of samples it grows with the largest index.
+    The index of cached samples is on the CPU, so a lookup never waits for the device. All logits have the shape and
+    dtype of the first ones; others, such as those of padded batches, are not cached. If `n_samples` is unknown, the
+    table grows.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -27,15 +27,14 @@ class LogitCache:
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing is kept, so far or for want of memory."""
         return self._table is None
 
     def unknown(self, index: Tensor) -> Tensor:
-        """The samples among `n` (int64 on the CPU) whose logits are not known."""
+        """Returns the samples among `n` (int64 on the CPU) that are not cached."""
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """The logits of samples, `n` int64; None unless all are known and of that shape behind the first dimension."""
+        """Returns the logits of samples, `n` int64; None unless all are cached with the shape per sample."""
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None
@@ -44,13 +43,13 @@ class LogitCache:
         return self._table[index.to(self._table.device, non_blocking=True)]
 
     def put(self, index: Tensor, logits: Tensor) -> None:
-        """Keeps the logits of samples, if there is memory for them and they have the shape of the others."""
+        """Caches logits if memory allows it and their shape fits."""
         index = index.cpu()
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True
             return
         least, known = int(index.max()) + 1, len(self._known)
-        # Where the number of samples is not known, the table at least doubles when it grows.
+        # If the number of samples is unknown, the table at least doubles when it grows.
         rows = self._n_samples or (known if least <= known else max(least, 2 * known))
         if rows * logits[0].numel() * logits.element_size() > min(self._max_bytes, MAX_CACHED_BYTES):
             return
@@ -61,7 +60,7 @@ class LogitCache:
             like = logits if table is None else table
             table = none_if_out_of_memory(lambda: torch.cat([*parts, like.new_empty(more)]))
             if table is None:
-                # What is there stays, no more is kept.
+                # Keep the present entries and cache no more.
                 self._max_bytes = 0
                 return
             self._table = table

@@ -1,7 +1,7 @@
-"""Metrics for model updates: what an update breaks and repairs, as `torchmetrics` metrics and as functions.
+"""Metrics of a model update, as `torchmetrics` metrics and as functions.
 
-In: predictions of the old and the new model and the true classes, or the counts of kept, broken, repaired and failing
-samples. Out: the rates of the literature; `rates.RATES` is the one table of them.
+In: predictions of the old and the new model and the true classes, or counts of kept, broken, repaired and failing
+samples. Out: the rates of the literature, defined in `rates.RATES`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
-    """Which predictions are right, `N x ...` bool; logits with a NaN are not."""
+    """Marks right predictions, `N x ...` bool; logits with a NaN are wrong."""
     if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
         return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
     if preds.shape == target.shape and not preds.is_floating_point():
@@ -57,10 +57,10 @@ def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tenso
 
 
 class FlipMetric(Metric):
-    """Counts kept, broken, repaired and failing samples, and computes one rate of them, NaN where it is undefined.
+    """Base class: counts kept, broken, repaired and failing samples, and computes one rate, NaN if undefined.
 
-    All of them have the same state, so a `MetricCollection` updates it once for all (compute groups). Keyword arguments
-    are those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
+    All subclasses have the same state, so a `MetricCollection` updates it once (compute groups). Keyword arguments are
+    those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
     """
 
     rate: ClassVar[Rate]
@@ -88,12 +88,12 @@ class FlipMetric(Metric):
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """A figure and its axes (needs matplotlib) of values that `compute` or `forward` gave; None calls `compute`."""
+        """Plots values of `compute` or `forward`, by default of `compute`; returns figure and axes."""
         return self._plot(val, ax)
 
 
 class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
-    """The share of all samples that the update breaks: `broken / N` (Yan et al., CVPR 2021).
+    """Share of all samples that the update breaks: `broken / N` (Yan et al., CVPR 2021).
 
     Example:
         >>> from torch import tensor
@@ -104,57 +104,50 @@ class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
 
 
 class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
-    """The share of all samples that the update repairs: `repaired / N`, the gain that stands against the NFR."""
+    """Share of all samples that the update repairs: `repaired / N`, the counterpart of the NFR."""
 
 
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
-    """The share of the new model's errors that are regressions: `broken / (broken + failing)`.
+    """Share of the new model's errors that are regressions: `broken / (broken + failing)`.
 
-    Of two models of equal accuracy it names the one whose errors are news to its users. NaN where the new model makes
-    no error.
+    Of two models with equal accuracy, the one with the lower impact surprises its users less. NaN without errors.
     """
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    """NFR against that of two models that err independently: `NFR / ((1 - ER_old) * ER_new)` (Yan et al., CVPR 2021).
+    """NFR relative to that of two models with independent errors (Yan et al., CVPR 2021).
 
-    ER are the error rates of the two models. A number from 0; 1 is what independent errors give. It compares updates of
-    different accuracy. NaN where the old model gets nothing right or the new one everything.
+    `NFR / ((1 - ER_old) * ER_new)` with the error rates ER; 1 for independent errors. Compares updates of different
+    accuracy. NaN if the old model gets nothing right or the new one everything.
     """
 
     plot_upper_bound = None
 
 
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
-    """The share of what was right that stays right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
+    """Share of right samples that stay right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
 
-    1 where the old model got nothing right, since then nothing could break.
+    1 if the old model got nothing right, since nothing could break.
     """
 
 
 class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
-    """The share of the new model's errors that are old ones: `failing / (broken + failing)` (Srivastava, KDD 2020).
-
-    NaN where the new model makes no error.
-    """
+    """Share of the new model's errors that are old: `failing / (broken + failing)` (Srivastava, KDD 2020)."""
 
 
 class RepairRate(FlipMetric, rate="repair_rate"):
-    """The share of what was wrong that is now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
+    """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
 
-    Give it the targeted samples alone for the rate within I_neg. NaN where the old model got nothing wrong.
+    Pass only the targeted samples for the rate within I_neg.
     """
 
 
 class BreakRate(FlipMetric, rate="break_rate"):
-    """The share of what was right that is now wrong: `broken / (kept + broken)` (Sohn et al., Arachne).
-
-    It is 1 - BTC, save that it is NaN where the old model got nothing right.
-    """
+    """Share of right samples that break: `broken / (kept + broken)` (Sohn et al., Arachne). 1 - BTC if defined."""
 
 
 RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes `old_preds`, `new_preds` and `target` as :meth:`FlipMetric.update` does, and gives a rate in one call."""
+"""Function of `old_preds`, `new_preds` and `target`, as in :meth:`FlipMetric.update`, that returns a rate."""
 
 
 def _function(metric: type[FlipMetric]) -> RateFunction:

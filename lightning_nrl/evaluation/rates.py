@@ -1,7 +1,4 @@
-"""The one table of rates of an update: the name, the meaning and the formula of each.
-
-Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines.
-"""
+"""The rates of an update: name, meaning and formula, from counts of kept, broken, repaired and failing samples."""
 
 from __future__ import annotations
 
@@ -17,10 +14,13 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 
 @dataclass(frozen=True)
 class Rate:
-    """One rate of an update: its name, which is that of its function and in reports, and its tag in logs.
+    """One rate of an update.
 
-    `meaning` is the formula in words; `compute` makes of kept, broken, repaired and failing, each `...`, the rate,
-    `...`, where 0/0 is NaN.
+    Attributes:
+        name: as in reports, and of its function.
+        short: tag in logs.
+        meaning: the formula in words.
+        compute: formula of kept, broken, repaired and failing, `...` each; 0/0 is NaN.
     """
 
     name: str
@@ -30,23 +30,23 @@ class Rate:
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, flips: Tensor) -> Tensor:
-        """The rate of counts `... x 4`, kept, broken, repaired and failing."""
+        """Computes the rate of counts `... x 4`: kept, broken, repaired and failing."""
         return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
-        """The rate of one set of counts, in double precision."""
+        """Computes the rate of one set of counts in double precision."""
         four = counts.kept, counts.broken, counts.repaired, counts.failing
         return float(self(torch.tensor(four, dtype=torch.float64)))
 
     @property
     def title(self) -> str:
-        """Its short name as a heading, such as `relative NFR`."""
+        """Short name as a heading, such as `relative NFR`."""
         first, _, rest = self.short.rpartition("_")
         return f"{first} {rest.upper()}".strip()
 
     @property
     def label(self) -> str:
-        """Its name and what it means, such as `negative flip rate: broken of all`."""
+        """Name and meaning, such as `negative flip rate: broken of all`."""
         return f"{self.name.replace('_', ' ')}: {self.meaning}"
 
 
@@ -55,7 +55,7 @@ def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
 
 
 def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    """1 where nothing was right before, since then nothing could break."""
+    """1 if nothing was right before, since nothing could break."""
     return torch.where(k + b == 0, 1.0, k / (k + b))
 
 
@@ -76,18 +76,18 @@ RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 UPDATE_RATES: tuple[Rate, ...] = tuple(
     rate for rate in _ALL if rate.short in ("nfr", "pfr", "relative_nfr", "btc", "bec")
 )
-"""The rates of one model against the one that it replaces, for which no failures are targeted."""
+"""Rates of a model against the one it replaces, without targeted failures."""
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """All rates by name, one tensor `...` a rate; undefined ones are NaN.
+    """Computes all rates by name, one tensor `...` each; NaN if undefined.
 
     Args:
-        flips: `... x 4`, kept, broken, repaired, failing; floats keep their precision, integers give float32.
+        flips: `... x 4`: kept, broken, repaired, failing; floats keep their dtype, integers give float32.
     """
     return {name: rate(flips) for name, rate in RATES.items()}
 
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """All rates of one set of counts by name, in double precision; undefined ones are NaN."""
+    """Computes all rates of one set of counts by name, in double precision; NaN if undefined."""
     return {name: rate.of(counts) for name, rate in RATES.items()}

@@ -1,7 +1,7 @@
-"""LSTM, GRU and RNN layers taken apart: the same computation, step by step, with a Linear for each of their weights.
+"""LSTM, GRU and RNN layers, unrolled step by step with a Linear for each of their weights.
 
-What localises, replays and scores knows a Linear. While a recurrent layer is `opened`, it runs as Python code that
-calls one: on the whole sequence for the weights of the inputs, at every step for those of the hidden state.
+Localization, replay and scoring handle Linears. An unrolled layer calls one Linear on the whole sequence for the input
+weights, and one at every step for the hidden weights.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from lightning_nrl.errors import ConfigurationError
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
-"""The kinds of recurrent layer that can be repaired."""
+"""Kinds of recurrent layer that can be repaired."""
 
 
 class GateLinear(nn.Linear):
-    """A Linear with the weight and bias that a recurrent layer holds at the moment, under an end of their names."""
+    """A Linear with the current weight and bias of a recurrent layer, found by the end of their names."""
 
     def __init__(self, owner: Recurrent, end: str) -> None:
         nn.Module.__init__(self)
-        self.__dict__["owner"] = owner  # no part of this one
+        self.__dict__["owner"] = owner  # not a submodule
         self.end = end
         self.out_features, self.in_features = self.weight.shape
         self.train(owner.training)
@@ -46,12 +46,12 @@ class GateLinear(nn.Linear):
 class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
-    module: Recurrent  # the live layer
-    linears: Mapping[str, GateLinear]  # by the end of a weight's name, such as `ih_l0` or `hh_l0_reverse`
+    module: Recurrent  # not a copy
+    linears: Mapping[str, GateLinear]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
-    """Takes a layer apart; a `ConfigurationError` for one with projections."""
+    """Creates the Linears of a recurrent layer; raises `ConfigurationError` for one with projections."""
     if getattr(module, "proj_size", 0):
         raise ConfigurationError(
             f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
@@ -63,8 +63,8 @@ def gates_of(name: str, module: Recurrent) -> Gates:
 
 
 @contextmanager
-def opened(gates: Sequence[Gates]) -> Iterator[None]:
-    """Inside, these layers run step by step through their Linears, on whatever tensors they hold."""
+def unroll(gates: Sequence[Gates]) -> Iterator[None]:
+    """Runs these layers step by step through their Linears inside the context, on whatever tensors they hold."""
     with ExitStack() as stack:
         for one in gates:
             stack.enter_context(patched_forward(one.module, _Unrolled(one)))
@@ -73,10 +73,10 @@ def opened(gates: Sequence[Gates]) -> Iterator[None]:
 
 @contextmanager
 def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Inside, the module runs `forward`, with or without the user's hooks around it.
+    """Replaces a module's `forward` inside the context, with or without the user's hooks.
 
-    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
-    its parts has hooks, and would not call them otherwise.
+    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, uses it only if none of
+    its parts has hooks, and would then skip them.
     """
     held = module.__dict__
     new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
@@ -97,8 +97,6 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bo
 
 @dataclass(frozen=True)
 class _Unrolled:
-    """Forward of a recurrent layer, samples first inside."""
-
     gates: Gates
 
     def __call__(self, input: Any, hx: Any = None) -> tuple[Tensor, Any]:
@@ -133,7 +131,7 @@ class _Unrolled:
     def _run(
         self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs one layer in one direction: outputs `n x T x H`, and states after the last step, `n x H` each."""
+        """Runs one layer in one direction: outputs `n x T x H`, and final states, `n x H` each."""
         module = self.gates.module
         inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
         steps = inner(x).unbind(1)

@@ -1,4 +1,4 @@
-"""`SampleOptions`: what each sample counts, and the columns of results that say so."""
+"""`SampleOptions`: weights, slices and roles of samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas, common_names, normalised
+from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas, common_names, normalise_weights
 from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"
-"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.head_features.doubtful`)."""
+"""Sets aside failures with a doubtful label (`lightning_nrl.evaluation.head_features.doubtful`)."""
 
 Keep = Literal["both", "reference"]
-"""In an update, what may not break: what either model gets right, or only what the replaced one does too."""
+"""Samples that may not break in an update: right in either model, or in both."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
 OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
@@ -36,12 +36,10 @@ BY_ID: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Focal:
-    """Hard failures count more: each (1 - p)^gamma, p the probability that the model gives the truth.
+    """Weights hard failures more, by (1 - p)^gamma with p the probability of the true class.
 
-    The factor of the focal loss (Lin et al., 2017). p is exp(-loss), which for cross entropy is that probability.
-
-    Attributes:
-        gamma: 0 makes all alike; the larger, the more the hard ones count.
+    The factor of the focal loss (Lin et al., 2017). p is exp(-loss), which is exact for cross entropy. `gamma=0`
+    weights all failures alike; larger values favour hard ones.
     """
 
     gamma: float = 2.0
@@ -50,7 +48,7 @@ class Focal:
         check_real("Focal.gamma", self.gamma, "exponent", "give a finite number from 0.", least=0)
 
     def weigh(self, results: SampleResults) -> Tensor:
-        """`N` float64, above 0 wherever the loss is."""
+        """Returns `N` float64 weights, above 0 if the loss is."""
         tiny = torch.finfo(torch.float32).tiny
         return (1 - torch.exp(-results.loss.double().clamp_min(0))).clamp_min(tiny) ** self.gamma
 
@@ -59,26 +57,22 @@ class Focal:
 class SampleOptions:
     """Weights and roles of samples: importance, slices, quotas, protected samples, doubtful labels.
 
-    A column is a key or a place in your batches, a function of a batch, or its address, `package.module:function`.
+    A column is a key or an index into your batches, a function of a batch, or its address, `package.module:function`.
 
     Attributes:
-        importance: what repairing each failed sample is worth, beside the others: a column of numbers above 0, ids as
-            `{id: number}` or `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`: hard ones count more. None: all
-            alike.
-        slices: the slice that each sample is in, likewise a column, of names, numbers or bools, or a target; the report
-            has a row for each.
-        quotas: how many targets of a slice must be repaired for a repair to be accepted:
-            `{"night": 5, "truck": "50%"}`.
-        protected: passed samples that may not break, whatever the gate tolerates, on known and calibration data: a
-            column of bools, a target, or ids by split. Whole numbers say how many other samples one counts for.
-        risk: how bad confusions are, as Athena and DRWeightMerge have it: whole numbers from 1 by the pair of the true
-            class and the one that it is taken for, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`; all
-            others have 1. Repairing a failure is worth its pair's, breaking a passed sample costs the highest that its
-            class can come to. With `importance` and `protected` both are multiplied.
-        set_aside: failed samples that are no targets although they are in the target: a column of bools, a target, ids,
-            or `"doubtful"`, those whose label looks wrong. They are listed in the report.
-        keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
-            `reference`, only what both of them get right.
+        importance: value of repairing each failed sample: a column of numbers above 0, ids as `{id: number}` or
+            `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`, which favour hard ones. None: all alike.
+        slices: slice of each sample: a column of names, numbers or bools, or a target; each gets a row in the report.
+        quotas: targets of a slice that must be repaired for a repair to be accepted: `{"night": 5, "truck": "50%"}`.
+        protected: passed samples that may never break, on known and calibration data, whatever the gate: a column of
+            bools, a target, or ids by split. Whole numbers instead say how many samples one counts for.
+        risk: severity of confusions, as in Athena and DRWeightMerge: whole numbers from 1 by pair of true and predicted
+            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`; all others have 1. A repair is worth
+            its pair's, a break costs the highest of its class. Multiplies `importance` and `protected`.
+        set_aside: failures in the target that are not targeted: a column of bools, a target, ids, or `"doubtful"` for
+            labels that look wrong. The report lists them.
+        keep: samples that may not break in an update: those that either model gets right (`both`), or only those that
+            both get right (`reference`).
     """
 
     importance: Any = None
@@ -103,7 +97,7 @@ class SampleOptions:
                 )
 
     def columns(self) -> SampleOptions:
-        """Returns the options that are columns of batches, for a check on a few samples."""
+        """Returns only the options that are columns of batches, for a check on a few samples."""
         own = self._columns("importance", "protected", "set_aside")
         return SampleOptions(slices=self.slices, **{name: getattr(self, name) for name in own})
 
@@ -116,10 +110,9 @@ class SampleOptions:
         everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
-        """The results with slices and weights, and the failed samples that are set aside, `N` bool, no longer targeted.
+        """Evaluates with slices and weights; returns results and the failures set aside, `N` bool, not targeted.
 
-        The arguments are those of `Evaluator.run`. Of data that are not `known` only slices and protected samples
-        matter.
+        Arguments are those of `Evaluator.run`. Data that are not `known` need only slices and protected samples.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")
@@ -153,7 +146,7 @@ class SampleOptions:
         return results, set_aside
 
     def _columns(self, *names: str) -> dict[str, Column]:
-        """Returns the named options that are columns of batches; refuses what is no column, word or id."""
+        """Returns the named options that are columns of batches; refuses other invalid values."""
         found = {}
         for name in names:
             value = getattr(self, name)
@@ -164,10 +157,7 @@ class SampleOptions:
 
 
 def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
-    """Levels by true and by predicted class, None for all others that a class is taken for.
-
-    The keys are such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`.
-    """
+    """Parses keys such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`; levels by true and predicted class (None: others)."""
     if not isinstance(risk, Mapping):
         raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
     levels: dict[int, dict[int | None, int]] = {}
@@ -187,7 +177,7 @@ def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
 
 
 def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleResults) -> tuple[Tensor, Tensor]:
-    """Returns the value of repairs and the cost of breaks, the highest level of the class; `N` each."""
+    """Returns the value of repairs and the cost of breaks (highest level of the class), `N` each."""
     if bool((results.label < 0).all()):
         raise ConfigurationError(
             "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
@@ -204,7 +194,6 @@ def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleR
 
 
 def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
-
     def note(batch: Batch) -> Tensor:
         label = task.label(batch.target)
         return torch.stack([numbers(name, column, batch, label) for name, column in columns.items()], 1)
@@ -217,32 +206,32 @@ def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResu
     if wrong.any():
         raise ConfigurationError(
             f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
-            f"({_some(results, wrong)}).",
+            f"({_ids(results, wrong)}).",
             "give finite numbers above 0; leave failures that do not count out of the `target`.",
         )
-    return normalised(replace(results, weight=torch.where(results.targeted, importance, results.weight)))
+    return normalise_weights(replace(results, weight=torch.where(results.targeted, importance, results.weight)))
 
 
 def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
     """Returns the cost of breaking each sample, `N`: 1 by default, infinite for protected ones."""
     if protected is None:
         return results.weight
-    # A mark, such as a bool, protects.
+    # Bools protect, other numbers are costs.
     marks = bool(((protected == 0) | (protected == 1)).all())
     cost = torch.where(protected > 0, torch.inf, 1.0) if marks else protected
     wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))
     if wrong.any():
         raise ConfigurationError(
-            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_some(results, wrong)}).",
+            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_ids(results, wrong)}).",
             "give bools, or whole numbers from 1: how many other samples it counts for; infinity protects.",
         )
     return torch.where(results.passed, cost, 1.0)
 
 
 def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool) -> Tensor:
-    """`N` float64 from ids, by themselves or by split, with values or not; 1 or 0 elsewhere.
+    """Returns `N` float64 from ids, by split or not, with values or not; 1 or 0 elsewhere.
 
-    `splits` are those that ids without a name may be of; `strict` says that every id and split has to be there.
+    Ids without a split belong to the only one of `splits`. If `strict`, every id and split must exist.
     """
     by_key = isinstance(value, Mapping)
     has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())
@@ -273,5 +262,5 @@ def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Seq
     return values
 
 
-def _some(results: SampleResults, rows: Tensor) -> str:
+def _ids(results: SampleResults, rows: Tensor) -> str:
     return "; ".join(f"{split}: {ids[:5]}" for split, ids in results.ids(rows).items() if ids)

@@ -1,4 +1,4 @@
-"""`SampleResults` of a model, one row a sample, and the flips between two models."""
+"""`SampleResults`, one row per sample, and the flips between two models."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from torch import Tensor
 from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
-"""Stands for a column that is not given."""
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # columns that are always given
+"""Default of optional columns."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # without defaults
 
 
 @dataclass(frozen=True)
 class SampleResults:
-    """One row a sample, split by split, within a split in the order of the data set. On the CPU.
+    """Results of a model, one row per sample, by split in the order of the data set. On the CPU.
 
     Attributes:
         splits: names of the splits, `S` of them.
-        sizes: samples in each split.
-        index: `N` int64, each sample's position in its data set: the id that reports give.
-        label: `N` int64, the true class, -1 where the task has none.
-        prediction: `N` int64, the predicted class, -1 where the task has none.
-        loss: `N` float, each sample's loss.
+        sizes: number of samples in each split.
+        index: `N` int64, position in the data set: the id in reports.
+        label: `N` int64, true class, -1 if the task has none.
+        prediction: `N` int64, predicted class, -1 if the task has none.
+        loss: `N` float.
         passed: `N` bool.
         targeted: `N` bool, failed samples that the target selects; on known data I_neg.
-        in_target: `N` bool, samples of the targeted kind, right or wrong (`Target.covers`); the targeted
-            ones by default.
-        margin: `N` float, how far each sample is from being wrong, NaN where the task has no such number.
-        weight: `N` float64, what each sample counts: of a targeted one its repair, 1 on average; of a passed one its
-            breaking, a whole number from 1, infinite where it may not break at all. 1 for all others, and by default.
+        in_target: `N` bool, right or wrong samples in the target (`Target.covers`); by default the targeted ones.
+        margin: `N` float, distance from failing, NaN if the task has none.
+        weight: `N` float64, by default 1: value of a targeted sample, 1 on average; cost of breaking a passed one, a
+            whole number from 1, infinite if protected.
         names: names of the slices, `G` of them.
-        group: `N` int64, the number of each sample's slice, -1 where it is in none, and by default.
+        group: `N` int64, slice number, by default -1 for none.
     """
 
     splits: tuple[str, ...]
@@ -54,7 +53,6 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
-            # One number, expanded.
             object.__setattr__(self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed)))
         if self.group is NO_COLUMN:
             object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
@@ -66,24 +64,24 @@ class SampleResults:
 
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
-        """Joins tables of different splits; weights, slices and what is in the target are left out."""
+        """Joins tables of different splits, without weights, slices and `in_target`."""
         columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
         splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
         return cls(splits, sizes, **columns)
 
     def only(self, splits: Sequence[str]) -> SampleResults:
-        """The rows of some splits, without weights, slices and what is in the target."""
+        """Selects the rows of some splits, without weights, slices and `in_target`."""
         rows = [self.of(split) for split in splits]
         columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
         return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
 
     def sharing(self, other: SampleResults) -> SampleResults:
-        """Returns a copy that shares equal samples and true classes with `other`."""
+        """Returns a copy that shares equal columns of indices and labels with `other`."""
         names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
         return replace(self, **{name: getattr(other, name) for name in names})
 
     def rows(self, split: str, position: Tensor) -> Tensor:
-        """Rows of the samples at these positions (`Batch.position`) of a split."""
+        """Returns the rows of positions (`Batch.position`) in a split."""
         return position + self.start(split)
 
     def start(self, split: str) -> int:
@@ -95,12 +93,11 @@ class SampleResults:
 
     @property
     def right(self) -> Tensor:
-        """`N` bool, samples that passed with a finite loss; all others count as wrong."""
+        """`N` bool, samples that passed with a finite loss."""
         return self.passed & self.loss.isfinite()
 
     @property
     def weighted(self) -> bool:
-        """True if samples do not count alike."""
         return bool((self.weight != 1).any())
 
     @property
@@ -114,29 +111,29 @@ class SampleResults:
 
     @property
     def finite_weight(self) -> Tensor:
-        """`N`, the weights, those of protected samples as large as all others of passed samples together and 1 more."""
+        """`N`, weights, those of protected samples one more than all other passed samples together."""
         infinite = self.weight.isinf()
         return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
 
-    def gain(self, repaired: Tensor) -> float:
-        """Returns the value of repairs, `N` bool: the number of targets among them if all weigh 1."""
+    def value(self, repaired: Tensor) -> float:
+        """Computes the value of repairs, `N` bool: the number of targets if all weigh 1."""
         return float(self.weight[repaired & self.targeted].sum())
 
-    def harm(self, broken: Tensor) -> float:
-        """Returns the cost of broken samples, `N` bool: their number if all weigh 1."""
+    def cost(self, broken: Tensor) -> float:
+        """Computes the cost of broken samples, `N` bool: their number if all weigh 1."""
         return float(self.weight[broken].sum())
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
-        """Data-set positions of the marked rows, by split."""
+        """Returns the ids of marked rows by split."""
         return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Data-set positions of the samples whose loss is NaN or infinite, by split, without empty splits."""
+        """Returns the ids of samples with a NaN or infinite loss by split, without empty splits."""
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns masks of the kept, broken, repaired and failing samples, from which are right before and after."""
+    """Returns masks of kept, broken, repaired and failing samples from masks of right ones before and after."""
     return before & after, before & ~after, ~before & after, ~before & ~after
 
 
@@ -180,19 +177,19 @@ class FlipCounts:
 
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
-        """Counts samples, `N` bool each: which were right before, and which are after."""
+        """Counts flips from masks of the samples that are right before and after, `N` bool each."""
         return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
 
 
 @dataclass(frozen=True)
 class TargetCounts(FlipCounts):
-    """Counts of samples, some of whose failures were to be repaired.
+    """Counts of samples, including those of the target.
 
     Attributes:
-        targeted: failed samples that were to be repaired (I_neg).
-        repaired_in_target: those of them that are right after.
-        passed_in_target: right samples of the kind that was to be repaired (`Target.covers`).
-        broken_in_target: those of them that are wrong after: 0 is the paper's instance level (section III).
+        targeted: failed samples to repair (I_neg).
+        repaired_in_target: targeted samples that are right after.
+        passed_in_target: samples in the target (`Target.covers`) that were right.
+        broken_in_target: those of them that are wrong after; 0 is the paper's instance level (section III).
     """
 
     targeted: int = 0
@@ -203,7 +200,7 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """Flips of `N` samples: every sample is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
+    """Flips of `N` samples: each is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
 
     kept: Tensor
     broken: Tensor
@@ -212,20 +209,19 @@ class Flips:
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
-        """Compares two tables of the same rows. A sample whose loss is NaN or infinite counts as wrong."""
+        """Compares two tables of the same rows. A sample with a NaN or infinite loss counts as wrong."""
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
-                f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                f"results before ({_shape(before)}) and after ({_shape(after)}) are of different samples.",
                 "collect both from the same data, without shuffling.",
             )
         return cls(*flip_masks(before.right, after.right))
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
-        """Counts flips in the chosen rows (a mask or a slice; all by default)."""
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
 
     def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """Counts flips, also of samples in the target by the results before."""
+        """Counts flips, also of samples in the target."""
         targeted, broken = before.targeted, self.broken & before.in_target
         own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
         masks = (self.kept, self.broken, self.repaired, self.failing, *own)

@@ -1,4 +1,4 @@
-"""The slice of each sample, and quotas of repairs by slice."""
+"""Slices of samples, and quotas of repairs by slice."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
 Slices = Callable[[Any], Any] | Target
-"""Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
-MAX_SLICES = 200  # slices, each with its own curves: more are most likely ids
+"""Slice of each sample of a raw batch: names, numbers or bools; or a target, whose samples are one slice."""
+MAX_SLICES = 200  # each has its own curves; more values are most likely ids
 
 
 class SliceRecorder(RecordingSource):
-    """A source that notes which slice each sample is in; with None in none. `argument` is for errors."""
+    """A source that records the slice of each sample (None: no slices). `argument` is its name in errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
@@ -60,7 +60,7 @@ class SliceRecorder(RecordingSource):
         return [_slice_name(own, value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
+        """Returns slice names over all ranks, and the slice number of each sample, -1 for none."""
         mine = json.dumps(list(self._numbers)).encode()
         lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
@@ -69,30 +69,30 @@ class SliceRecorder(RecordingSource):
                 f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                 f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
-        self.noted = [(at, _renumbered(list(self._numbers), group, names)) for at, group in self.noted]
+        self.noted = [(at, _renumber(list(self._numbers), group, names)) for at, group in self.noted]
         self._numbers = {name: i for i, name in enumerate(names)}
         return tuple(names), self.gathered(collective)
 
 
-def _renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
+def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
 
 
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """The slices of all splits under common numbers, from the names and numbers of each split."""
+    """Merges names and numbers of the slices of several splits."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
-    return names, torch.cat([_renumbered(own, group, names) for own, group in parts])
+    return names, torch.cat([_renumber(own, group, names) for own, group in parts])
 
 
 def _slice_name(own: str, value: Any) -> str | None:
-    """Returns the slice of one sample; bools choose the samples of one slice, and an empty text is no slice."""
+    """Returns the slice of one sample; True is the slice `own`, False and empty text are none."""
     if isinstance(value, (bool, np.bool_)):
         return own if value else None
     return None if value is None or not str(value).strip() else str(value)
 
 
 def slice_tags(names: Collection[str]) -> dict[str, str]:
-    """Returns a tag for each slice, of characters that all loggers take; no two are alike."""
+    """Returns a unique tag for each slice, of characters that all loggers accept."""
     plain = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen" for name in names}
     tags: dict[str, str] = {}
     for name in sorted(plain, key=lambda name: (plain[name] != name, name)):
@@ -102,11 +102,11 @@ def slice_tags(names: Collection[str]) -> dict[str, str]:
 
 
 Quota = int | float | str
-"""The least number of repaired targets in a slice, or their share: `5`, `0.5` or `"50%"`."""
+"""Number or share of the targets in a slice that must be repaired: `5`, `0.5` or `"50%"`."""
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
-    """The quotas by slice: whole numbers from 1, or shares above 0 and at most 1."""
+    """Parses quotas by slice: whole numbers from 1, or shares above 0 and at most 1."""
     hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
@@ -122,14 +122,14 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
     return found
 
 
-def needed(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str, int], str]:
-    """Returns the repairs required per slice, and why they are impossible; empty if they are possible."""
+def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str, int], str]:
+    """Returns the required repairs by slice, and why they are impossible; empty if they are possible."""
     found: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:
             return {}, f"`quotas` names the slice {name!r}; there are {', '.join(before.names) or 'none'}."
-        n = int((before.targeted & _inside(before, name)).sum())
-        # As a decimal fraction: in binary, 70 % of 10 would be more than 7.
+        n = int((before.targeted & _in_slice(before, name)).sum())
+        # Decimal arithmetic: in binary, 70 % of 10 would be more than 7.
         found[name] = quota if isinstance(quota, int) else math.ceil(Fraction(repr(quota)) * n)
         if found[name] > n or n == 0:
             asked = f"{found[name]:,} " if n else ""
@@ -138,28 +138,28 @@ def needed(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str
     return found, ""
 
 
-def below(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Slices that lack repairs: how many targets of each pass now (`repaired`, `N` bool), and how many ought to."""
-    got = {name: int((before.targeted & repaired & _inside(before, name)).sum()) for name in needed}
+def missed_quotas(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Finds slices that miss their quota: number of repaired targets (`repaired`, `N` bool) and required number."""
+    got = {name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed}
     return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 
 
-def raised(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
-    """The results with the targets of some slices weighing so much more, all of them again 1 on average."""
+def upweight_slices(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
+    """Multiplies the weights of targets in some slices by a factor, then normalises."""
     inside = torch.zeros_like(before.targeted)
     for name in names:
-        inside |= _inside(before, name)
+        inside |= _in_slice(before, name)
     weight = torch.where(before.targeted & inside, factor * before.weight, before.weight)
-    return normalised(replace(before, weight=weight))
+    return normalise_weights(replace(before, weight=weight))
 
 
-def normalised(before: SampleResults) -> SampleResults:
-    """The results with weights of targets that are 1 on average, and of other failures 1."""
+def normalise_weights(before: SampleResults) -> SampleResults:
+    """Scales the weights of targets to 1 on average, and sets those of other failures to 1."""
     targeted = before.targeted
     mean = before.weight[targeted].mean() if targeted.any() else 1.0
     weight = torch.where(targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0))
     return replace(before, weight=weight)
 
 
-def _inside(before: SampleResults, name: str) -> Tensor:
+def _in_slice(before: SampleResults, name: str) -> Tensor:
     return before.group == before.names.index(name)

@@ -1,7 +1,6 @@
-"""The gate: whether a repair may be kept, by what became of all known samples.
+"""The gate: accepts or refuses a repair by its effect on all known samples.
 
-In: what the model does before and after, and a `Gate`, which says how many samples may break. Out: a `GateDecision`,
-accepted or not, with the reason.
+In: results before and after, and a `Gate`, a limit on broken samples. Out: a `GateDecision` with the reason.
 """
 
 from lightning_nrl.gate.gates import (

@@ -1,4 +1,4 @@
-"""Gates, their text form, and the decision: known samples that a repair may break."""
+"""Gates, their text form, and the decision on a repair."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
-from lightning_nrl.evaluation.slices import below
+from lightning_nrl.evaluation.slices import missed_quotas
 
 
 @dataclass(frozen=True)
 class Gate(ABC):
     """A limit on the known samples that a repair may break.
 
-    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads
-    them from text. A gate of your own is a frozen dataclass with `allowed`, `rule` and `__str__`.
+    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads them
+    from text. A custom gate is a frozen dataclass with `allowed`, `rule` and `__str__`.
 
     Attributes:
-        needs_target: whether only broken samples in the target count (`Target.covers`), and protected ones.
+        needs_target: True if only broken samples in the target (`Target.covers`) and protected ones count.
 
     Example:
         >>> Gate.parse("tolerance:1%")
@@ -40,61 +40,61 @@ class Gate(ABC):
 
     @abstractmethod
     def allowed(self, counts: FlipCounts) -> int:
-        """The most broken samples that the gate lets through, given what became of all known samples."""
+        """Returns the largest number of broken samples that the gate accepts, given counts of all known samples."""
 
     @final
-    def excess_of(self, counts: FlipCounts, harm: float | None = None) -> float:
-        """By how much broken samples exceed what is allowed; 0 if the gate accepts them.
+    def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
+        """Computes how far the cost of broken samples exceeds the limit; 0 if the gate accepts them.
 
-        `harm` is what the broken ones count; None: all samples count alike. A gate on the target refuses counts of data
-        without one, by a `ConfigurationError`.
+        Without a `cost`, all samples count alike. Raises `ConfigurationError` if the gate needs a target and there is
+        none.
         """
-        if harm is None and self.needs_target:
+        if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
                 raise ConfigurationError(
                     f"`gate='{self}'`: no failures are targeted here, so nothing is in the target.",
                     "write `instance` or `tolerance:1%`.",
                 )
-            harm = counts.broken_in_target
-        return max(0.0, (counts.broken if harm is None else harm) - self.allowed(counts))
+            cost = counts.broken_in_target
+        return max(0.0, (counts.broken if cost is None else cost) - self.allowed(counts))
 
     @final
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        """Returns the cost of broken samples, `N` bool; infinite if a protected one is among them."""
-        return before.harm(broken & (before.in_target | before.protected) if self.needs_target else broken)
+    def cost(self, before: SampleResults, broken: Tensor) -> float:
+        """Computes the cost of broken samples, `N` bool; infinite if a protected one is among them."""
+        return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
     @abstractmethod
     def rule(self) -> str:
-        """The limit in words that complete "the gate allows"."""
+        """The limit, in words that complete "the gate allows"."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """Text that `Gate.parse` reads."""
+        """Returns the text that `Gate.parse` reads."""
 
     @staticmethod
     def instance() -> Gate:
-        """Not one known sample broken: stricter than the paper's instance level, which is about the target."""
+        """Allows no broken known sample: stricter than the paper's instance level, which is about the target."""
         return Instance()
 
     @staticmethod
     def instance_in_target() -> Gate:
-        """Not one known sample of the class to be repaired broken (instance-level suppression; paper, section III)."""
+        """Allows no broken known sample in the target (instance-level suppression; paper, section III)."""
         return InstanceInTarget()
 
     @staticmethod
     def accuracy() -> Gate:
-        """No more known samples broken than repaired (accuracy-level suppression; paper, section III)."""
+        """Allows as many broken as repaired known samples (accuracy-level suppression; paper, section III)."""
         return Accuracy()
 
     @staticmethod
     def tolerance(limit: int | float) -> Gate:
-        """A few known samples broken; the limit is that of `Tolerance`."""
+        """Allows a number or share of broken known samples, as `Tolerance`."""
         return Tolerance(limit)
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; a gate is given back as it is. `argument` is what it was given as, for an error.
+        """Reads a gate from text; returns a `Gate` unchanged. `argument` is its name in error messages.
 
         Text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
         `tolerance:0.01` (of those that passed).
@@ -110,13 +110,13 @@ class Gate(ABC):
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
-"""The gates that text can name."""
+"""Gates by name."""
 
 
 @GATES.register("instance")
 @dataclass(frozen=True)
 class Instance(Gate):
-    """Not one known sample may break."""
+    """Allows no broken known sample."""
 
     rule = "none"
 
@@ -130,9 +130,9 @@ class Instance(Gate):
 @GATES.register("instance-in-target")
 @dataclass(frozen=True)
 class InstanceInTarget(Gate):
-    """Not one known sample in the target may break (`Target.covers`); others may, save those that are protected.
+    """Allows no broken known sample in the target (`Target.covers`); others may break unless protected.
 
-    A model that repairs one class at the price of another passes: look at `broken`, too.
+    A model that repairs one class at the expense of another passes: check `broken`, too.
     """
 
     needs_target: ClassVar[bool] = True
@@ -148,7 +148,7 @@ class InstanceInTarget(Gate):
 @GATES.register("accuracy")
 @dataclass(frozen=True)
 class Accuracy(Gate):
-    """No more known samples may break than are repaired."""
+    """Allows as many broken known samples as are repaired."""
 
     rule = "as many as are repaired"
 
@@ -162,11 +162,7 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """A given number or share of the known samples that passed may break.
-
-    Attributes:
-        limit: a whole number of samples, or a fraction in [0, 1] of the samples that passed before the repair.
-    """
+    """Allows `limit` known passed samples to break: a whole number, or a fraction in [0, 1] of those that passed."""
 
     limit: int | float
 
@@ -182,7 +178,7 @@ class Tolerance(Gate):
     def allowed(self, counts: FlipCounts) -> int:
         if isinstance(self.limit, int):
             return self.limit
-        # As a decimal fraction: in binary, 29 % of 100 samples would be 28.
+        # Decimal arithmetic: in binary, 29 % of 100 samples would be 28.
         return math.floor(Fraction(repr(self.limit)) * counts.passed)
 
     @property
@@ -196,7 +192,7 @@ class Tolerance(Gate):
 
 
 def allowance(gate: Gate, counts: FlipCounts) -> str:
-    """Returns a gate's limit in words, and the number of samples it means here."""
+    """Describes a gate's limit in words, with the number of samples for these counts."""
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
@@ -207,12 +203,10 @@ Status = Literal["repaired", "refused", "not repaired"]
 
 @dataclass(frozen=True)
 class GateDecision:
-    """The decision whether a candidate may replace the original weights, with the reason.
+    """The decision whether a candidate replaces the original weights, and why.
 
-    Attributes:
-        status: `repaired`, `refused` by the gate, or `not repaired` since no targeted sample was.
-        reason: why, in a sentence or two, with figures.
-        counts: what became of all known samples.
+    `status` is `repaired`, `refused` by the gate, or `not repaired` if no targeted sample was. `counts` are of all
+    known samples.
     """
 
     status: Status
@@ -227,25 +221,24 @@ class GateDecision:
 def judge(
     before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
 ) -> GateDecision:
-    """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
+    """Judges a candidate by all known samples, whether or not the search scored them.
 
-    A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
-    made for, and every change of weights is a risk on unseen data. The decision is the same on every rank if the
-    tables are.
+    A candidate that repairs no targeted sample is not accepted: any change of weights is a risk on unseen data. All
+    ranks decide alike if their tables are equal.
 
     Args:
-        before: the original model on all known data; its `targeted` marks what was to be repaired.
-        after: the candidate on the same data, from a real forward pass of the deployed module.
-        gate: limit on known samples that break, by weight; a protected one may not.
-        needed: how many targets of a slice must be repaired, by its name.
+        before: the original model on all known data; its `targeted` marks the samples to repair.
+        after: the candidate on the same data, from a forward pass of the deployed module.
+        gate: limit on the cost of broken known samples; protected ones may not break.
+        needed: number of targets that must be repaired, by slice.
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
-    lacking = below(before, flips.repaired, needed) if counts.repaired_in_target else {}
+    lacking = missed_quotas(before, flips.repaired, needed) if counts.repaired_in_target else {}
     status: Status = "repaired"
     if counts.repaired_in_target == 0:
         status = "not repaired"
-    elif lacking or gate.excess_of(counts, gate.harm(before, flips.broken)):
+    elif lacking or gate.excess_of(counts, gate.cost(before, flips.broken)):
         status = "refused"
     reason = _reason(status, gate, counts, before.ids(flips.broken)) + _unequal_counts(before, flips)
     for name, (got, need) in lacking.items():
@@ -259,24 +252,24 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """The decision on an accepted candidate, refused if it breaks a protected calibration sample."""
+    """Refuses an accepted candidate that breaks a protected calibration sample."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Describes the weights of broken samples; empty if they are equal."""
+    """Describes the cost of broken samples; empty if it equals their number."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
-        return f" Protected {kind}samples may not break, and would: {_by_split(protected)}."
-    harm, n = before.harm(flips.broken), int(flips.broken.sum())
-    return "" if harm == n or only_protected else f" Those that break count for {harm:,.0f}."
+        return f" Protected {kind}samples would break: {_by_split(protected)}."
+    cost, n = before.cost(flips.broken), int(flips.broken.sum())
+    return "" if cost == n or only_protected else f" The broken samples count as {cost:,.0f}."
 
 
 def _reason(status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]) -> str:
     n = counts.targeted
     if n == 0:
-        return "No failed sample was targeted, so no change of weights is called for."
+        return "No failed sample is targeted, so the weights stay as they are."
     now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
     gain = f"{_count(counts.repaired_in_target)} of {n:,} targeted failure{'s' if n != 1 else ''} {now}"
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"

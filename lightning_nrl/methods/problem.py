@@ -18,7 +18,7 @@ from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
-from lightning_nrl.evaluation.slices import below, raised
+from lightning_nrl.evaluation.slices import missed_quotas, upweight_slices
 from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import FORWARD_BACKWARD, JUDGING_PASSES, LEAST_EPOCHS, SMALL_BUDGET
@@ -192,8 +192,8 @@ class Problem:
         """A state as a proposal, with results that are there already."""
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
-        missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
-        worth = before.gain(repaired), before.harm(broken), missing, self.excess(after, broken)
+        missing = sum(need - got for got, need in missed_quotas(before, repaired, self.needed).values())
+        worth = before.value(repaired), before.cost(broken), missing, self.excess(after, broken)
         return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
     def original(self, name: str) -> Proposal:
@@ -232,15 +232,15 @@ class Problem:
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """How much more harm broken samples, `N` bool, are than the gate allows with these results."""
         counts = Flips.between(self.before, after).counts(self.used)
-        return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
+        return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
         """Returns the problem where targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
 
         `after` are results on known data under the weights from which the search goes on.
         """
-        names = below(self.before, self.before.targeted & after.passed, self.needed)
-        return replace(self, before=raised(self.before, names, LACKING_SLICE_FACTOR)) if names else self
+        names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
+        return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.head_features import drawn
+from lightning_nrl.evaluation.head_features import row_batches
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
 from lightning_nrl.methods.problem import Problem
@@ -109,7 +109,7 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     batches: Iterable[tuple[Batch, Tensor]] = (
         (batch, rows(source.split, batch.position)) for source in problem.known for batch in source
     )
-    draw = partial(drawn, problem.known, problem.before)
+    draw = partial(row_batches, problem.known, problem.before)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):
         batches = draw(keep.nonzero().flatten())
     work = partial(record, problem.evaluator, batches, problem.space, keep, budget=half_budget(problem), draw=draw)

@@ -21,8 +21,8 @@ from lightning_nrl.data.sample_identity import Identified, content_recorder, is_
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
-from lightning_nrl.evaluation.layers import refusing_batch_statistics
-from lightning_nrl.evaluation.slices import normalised
+from lightning_nrl.evaluation.layers import forbid_batch_statistics
+from lightning_nrl.evaluation.slices import normalise_weights
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
@@ -65,7 +65,7 @@ def evaluate_baseline(
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
-    with clock.stage("collect"), refusing_batch_statistics(evaluator.model):
+    with clock.stage("collect"), forbid_batch_statistics(evaluator.model):
         before, set_aside = settings.samples.evaluate(
             evaluator, leaks.known, settings.target, everywhere=reference is not None
         )
@@ -98,7 +98,7 @@ def evaluate_baseline(
 
 
 def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
-    return normalised(replace(results, targeted=results.targeted & ~set_aside))
+    return normalise_weights(replace(results, targeted=results.targeted & ~set_aside))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, refusing_batch_statistics
+from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_batch_statistics
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Known, on_data
 from lightning_nrl.pipeline.settings import Settings
@@ -179,7 +179,7 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
     """Evaluates the samples; an error of the model says what the batch holds and how to take it apart."""
     watched = [_LastBatch(source) for source in sources]
     try:
-        with refusing_batch_statistics(evaluator.model):
+        with forbid_batch_statistics(evaluator.model):
             few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
     except RepairError:
         raise

@@ -20,7 +20,7 @@ from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotR
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import Flips
-from lightning_nrl.evaluation.slices import needed
+from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
@@ -128,7 +128,7 @@ def repair_module(
         builder = ReportBuilder(evaluator, layers[0], settings, baseline, clock.seconds)
         if not baseline.before.targeted.any():
             return Outcome(builder.without_candidate("nothing to repair", _nothing_targeted(baseline, known, settings)))
-        quotas, impossible = needed(baseline.before, settings.samples.quotas or {})
+        quotas, impossible = required_repairs(baseline.before, settings.samples.quotas or {})
         problem = build_problem(
             evaluator,
             known,

@@ -17,7 +17,7 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
-from lightning_nrl.evaluation.slices import needed
+from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import GateDecision
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
@@ -304,7 +304,7 @@ class ReportBuilder:
         )
 
     def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
-        quotas, found = needed(self.baseline.known, self.settings.samples.quotas or {})[0], []
+        quotas, found = required_repairs(self.baseline.known, self.settings.samples.quotas or {})[0], []
         for role, before in self._before.items():
             flips = Flips.between(before, after.get(role, before))
             for number, name in enumerate(before.names):

@@ -125,15 +125,15 @@ class PatchPath:
         flips = Flips.between(before, problem.evaluate(state) if after is None else after)
         repaired = flips.repaired & before.targeted
         point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
-        cost = self.gate.harm(before, flips.broken)
+        cost = self.gate.cost(before, flips.broken)
         if before.weighted:
-            point = replace(point, gain=before.gain(repaired))
+            point = replace(point, gain=before.value(repaired))
         if before.weighted or cost != point.known.broken:
             point = replace(point, harm=cost)
         if self.calibration is None:
             return point
         held_out, results = self.calibration.flips(problem.evaluator, state), self.calibration.before
-        harm = results.harm(held_out.broken) if results.weighted else None
+        harm = results.cost(held_out.broken) if results.weighted else None
         return replace(point, calibration=held_out.counts(), calibration_harm=harm)
 
 

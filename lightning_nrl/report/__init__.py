@@ -1,21 +1,21 @@
-"""RepairReport: the account of a repair, as data, JSON, Markdown and a table.
+"""Reports of repairs as data, JSON, Markdown, HTML and tables.
 
-In: counts and what a caller writes down; `pipeline` makes the parts. Out: records (`splits`, `run_records`), and what
-shows them: pages (`page`, `html`, `tables`, `repair_facts`, `repair_report`) and figures (`repair_plot`).
+In: counts and settings, from `pipeline`. Out: records (`splits`, `run_records`), pages (`page`, `html`, `tables`,
+`repair_facts`, `repair_report`) and figures (`repair_plot`).
 """
 
 from importlib import import_module
 
-# TensorBoard imports this package for its tab, without torch: names are imported when they are asked for.
-# Type checkers read `__init__.pyi`.
+# TensorBoard imports this package without torch, so names are imported lazily. Type checkers read `__init__.pyi`.
 _NAMES = {
     "_utils.state": "hash_tensors",
     "report.html": "Report",
     "report.page": "Page",
     "report.repair_plot": "draw_repair repair_figures",
     "report.repair_report": "RepairReport",
-    "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint Provenance RepairRecord"
-    " Rung SearchReport Status Step StrengthPoint WeightChange installed_versions",
+    "report.provenance": "Provenance installed_versions",
+    "report.run_records": "CalibrationBounds Hashes Judge LocalizationReport PricePoint RepairRecord"
+    " Rung SearchReport Status Step StrengthPoint WeightChange",
     "report.splits": "Role SetAside SliceReport SplitReport UpdateSplit pool pool_updates",
     "report.verdicts": "Verdict",
 }

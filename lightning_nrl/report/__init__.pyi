@@ -1,6 +1,7 @@
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Page
+from lightning_nrl.report.provenance import Provenance, installed_versions
 from lightning_nrl.report.repair_plot import draw_repair, repair_figures
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.run_records import (
@@ -9,7 +10,6 @@ from lightning_nrl.report.run_records import (
     Judge,
     LocalizationReport,
     PricePoint,
-    Provenance,
     RepairRecord,
     Rung,
     SearchReport,
@@ -17,7 +17,6 @@ from lightning_nrl.report.run_records import (
     Step,
     StrengthPoint,
     WeightChange,
-    installed_versions,
 )
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 from lightning_nrl.report.verdicts import Verdict

@@ -1,4 +1,4 @@
-"""Figures of results, drawn without touching the global state of pyplot: one palette, one look."""
+"""Style of all figures, drawn without touching the global state of pyplot."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DOTS_PER_INCH = 150
 
 
 class Plotted(ABC):
-    """A result that has a figure."""
+    """A result with a figure."""
 
     @abstractmethod
     def figure(self) -> Any: ...
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """A `matplotlib.figure.Figure`, made without touching pyplot, and saved to `path` if one is given.
+        """Draws a `matplotlib.figure.Figure`, without pyplot, and saves it to `path` if given.
 
         Raises:
             ConfigurationError: matplotlib is not installed.
@@ -37,7 +37,7 @@ class Plotted(ABC):
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """An empty figure, in inches, that can measure text whatever the screen; without a layout it takes no time."""
+    """Creates an empty figure, size in inches, on an Agg canvas."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with as many axes, two a row, and each row of this height in inches."""
+    """Creates a figure with `n_panels` axes, two per row; `height` in inches is that of one row."""
     n_rows = max(1, -(-n_panels // 2))
     figure = new_figure(width, height * n_rows)
     axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()
@@ -61,31 +61,30 @@ def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[An
 
 
 def image_of(figure: Any) -> Any:
-    """Renders a figure of `new_figure`: `height x width x 3` uint8."""
+    """Renders a figure of `new_figure` to `height x width x 3` uint8."""
     figure.set_dpi(DOTS_PER_INCH)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def literal(text: str) -> str:
-    """A text of the user's as it is, where matplotlib would take what stands between dollars for mathematics."""
+def escape_dollars(text: str) -> str:
+    """Escapes dollar signs, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 
 
 def shorten_name(name: str, most: int) -> str:
-    """The end of a long name, which tells it from its neighbours."""
+    """Keeps the end of a long name, which differs most from its neighbours."""
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
 def label_axes(axes: Any, across: str, up: str) -> None:
-    """Labels axes in the colour and the size of all figures."""
     axes.set_xlabel(across, color=INK, fontsize=9)
     axes.set_ylabel(up, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
 
 
-def dress(axes: Any, across: str, up: str, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Labels axes, and gives them a grid behind what is drawn and no more frame than they need."""
+def style_axes(axes: Any, across: str, up: str, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Labels axes, draws a grid behind the data and hides the top and right spines."""
     label_axes(axes, across, up)
     axes.grid(axis=grid, color=LINE_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else: no network, no scripts but its own; and the base of what has one."""
+"""Self-contained HTML pages, and the base class of reports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import PLAIN_HINT, Record
 from lightning_nrl.errors import ConfigurationError, first_line
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Shown
-from lightning_nrl.report.run_records import Provenance, installed_versions
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Renderable
+from lightning_nrl.report.provenance import Provenance, installed_versions
 from lightning_nrl.report.sample_views import SampleView
 
 PAGE_FILES = Path(__file__).parent
@@ -26,7 +26,7 @@ STYLE, SCRIPT = ((PAGE_FILES / name).read_text(encoding="utf-8") for name in ("r
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table of any length that a reader sorts by its heads and filters by words."""
+    """A table of any length that a reader can sort and filter."""
 
     title: str
     columns: Sequence[str]
@@ -40,24 +40,24 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """A whole document with the page; behind its first table SVG by caption and samples by heading, then the tables."""
+    """Renders a document: after its first table SVG figures by caption and galleries by heading, last `tables`."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
     return _macro("document", title, body, STYLE, SCRIPT)
 
 
 def html_blocks(blocks: Iterable[Block]) -> str:
-    """Blocks of a page as a part of another document that has the style."""
-    return "\n".join(_macro("shown", block) for block in blocks)
+    """Renders blocks of a page for another document that has the style."""
+    return "\n".join(_macro("render", block) for block in blocks)
 
 
 def svg_of(figure: Any) -> str:
-    """A matplotlib figure as an `<svg>` element, the same for the same figure."""
+    """Renders a matplotlib figure as an `<svg>` element, reproducibly."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = StringIO()
     with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
-        # `savefig` draws a figure with a layout twice.
+        # Not `savefig`, which draws a figure with a layout twice.
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(text, metadata={"Date": None})
     found = text.getvalue()
@@ -69,7 +69,7 @@ def _macro(name: str, *arguments: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Report(Record, Shown):
+class Report(Record, Renderable):
     """Results with the `versions` of the software and their `provenance`. `rich.print(report)` shows them as tables."""
 
     versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
@@ -77,7 +77,7 @@ class Report(Record, Shown):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` returns, as `Record.from_dict` does, and refuses what cannot be shown."""
+        """Reads the output of `to_dict`; raises `ConfigurationError` as `Record.from_dict` does, or without a page."""
         found = super().from_dict(data)
         try:
             found.page(full=True)
@@ -88,31 +88,30 @@ class Report(Record, Shown):
 
     @abstractmethod
     def page(self, full: bool = False) -> Page:
-        """The page of the report.
+        """Builds the page of the report.
 
         Args:
-            full: for a reviewer, with all samples and whole paths; else for the console.
+            full: all samples and full paths for a reviewer, else a summary for the console.
         """
 
     def full_page(self) -> Page:
-        """The page for a reviewer, which ends with the provenance."""
-        facts = Facts((*self.provenance.facts, *self.versions.items()))
-        return Page((*self.page(full=True).blocks, Heading("Where this comes from"), facts))
+        """Builds the page for a reviewer, which ends with the provenance."""
+        facts = FactList((*self.provenance.facts, *self.versions.items()))
+        return Page((*self.page(full=True).blocks, Heading("Provenance"), facts))
 
     def to_table(self) -> Page:
-        """The page for the console, for rich's `print`."""
         return self.page()
 
     def to_markdown(self) -> str:
-        """The page for a reviewer as Markdown: all of it, with whole paths."""
+        """Renders the full page as Markdown."""
         return self.full_page().markdown()
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
+        """Renders the full page as one self-contained HTML file, with figures if matplotlib is installed.
 
         Args:
-            views: flipped samples to be shown.
-            changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
+            views: flipped samples to show.
+            changes: change of each weight to plot, whole tensors by state-dict name.
         """
         page = self.full_page()
         return html_page(page.title, page)

@@ -1,4 +1,4 @@
-"""Pages of headings, text, tables and facts, shown as Markdown, as HTML or by rich, and the base of what has one."""
+"""Pages of headings, text, tables and facts, rendered as Markdown, as HTML or by rich."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-WIDEST = 100_000  # of a table that is written: it goes on below instead of being squeezed
+WIDEST = 100_000  # console width for tables, which continue below instead of shrinking
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A line that stands out; level 1 is the page's own."""
+    """A heading; level 1 is the title of the page."""
 
     text: str
     level: int = 2
@@ -41,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table, with one cell a column; its tone is `gain` if large is good, `harm` if all but 0 is bad."""
+    """One line of a table; with tone `gain` all cells are highlighted, with `harm` those other than 0."""
 
     label: str
     cells: tuple[str, ...]
@@ -51,9 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Labelled rows of right-aligned cells. Where it is too wide, it is continued below, a few columns at a time.
+    """Labelled rows of right-aligned cells; a table too wide for the page continues below.
 
-    A column has a name and a kind. With `notes` the last one holds words, which are set to the left.
+    Each column has a name and a kind. With `notes` the last column holds words, aligned to the left.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -65,7 +65,7 @@ class Table:
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """Yields pieces of some columns each, none wider than `width` characters unless one column is."""
+        """Yields tables of consecutive columns, each at most `width` characters wide where possible."""
         label = max((len(row.label) for row in self.rows), default=0)
         widths = [max(map(len, (*head, *(row.cells[i] for row in self.rows)))) for i, head in enumerate(self.columns)]
         start = 0
@@ -80,13 +80,13 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Short statements, each under its name."""
+class FactList:
+    """Names with short statements."""
 
     items: tuple[tuple[str, str], ...]
 
 
-Block = Heading | Text | Table | Facts
+Block = Heading | Text | Table | FactList
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,18 @@ class Page:
         return next((block.text for block in self.blocks if isinstance(block, Heading)), "")
 
     def markdown(self) -> str:
-        """GitHub's Markdown, which TensorBoard's text tab shows too."""
+        """Renders GitHub's Markdown, which TensorBoard's text tab shows too."""
         return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
 
     def plain(self, width: int = 80) -> str:
-        """ASCII, no line longer than `width` save for words that are, such as paths."""
+        """Renders ASCII with lines of at most `width` characters; longer words, such as paths, stay whole."""
         console = Console(width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False)
         with console.capture() as capture:
             for i, block in enumerate(self.blocks):
                 if i:
                     console.print()
                 for shown in _rich(block, width, plain=True):
-                    # Words are never broken, so that a path can be copied.
+                    # Never break words, so paths can be copied.
                     least = Measurement.get(console, console.options, shown).minimum
                     console.print(shown, width=WIDEST if isinstance(block, Table) else max(width, least))
         return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
@@ -123,19 +123,17 @@ class Page:
             yield from _rich(block, options.max_width)
 
 
-class Shown(ABC):
-    """A result that can be shown as a page: `rich.print` shows it as tables."""
+class Renderable(ABC):
+    """A result that renders as a page: `rich.print` shows it as tables."""
 
     @abstractmethod
     def to_table(self) -> Page:
-        """The page for the console, for rich's `print`."""
+        """Builds the page for the console."""
 
     def render(self, width: int = 80) -> str:
-        """Renders `to_table` as plain ASCII text."""
         return self.to_table().plain(width)
 
     def to_markdown(self) -> str:
-        """Renders `to_table` as Markdown."""
         return self.to_table().markdown()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Page]:
@@ -147,7 +145,7 @@ def _markdown(block: Block) -> str:
         return f"{'#' * block.level} {_escaped(block.text)}"
     if isinstance(block, Text):
         return _escaped(block.text)
-    if isinstance(block, Facts):
+    if isinstance(block, FactList):
         return "\n".join(f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items)
     heads = [_escaped(f"{name} ({kind})" if kind else name) for name, kind in block.columns]
     rules = ["---:"] * len(heads)
@@ -161,10 +159,10 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    # Names and ids come from data: no picture, link or tag may come of them. Addresses become links by themselves.
+    # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
     for sign in "\\|*`[]!":
         text = text.replace(sign, f"\\{sign}")
-    text = text.replace("<", "&lt;")  # TensorBoard's Markdown takes no backslash before it
+    text = text.replace("<", "&lt;")  # TensorBoard's Markdown ignores a backslash before it
     text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
     return visible(" ".join(text.split()))
 
@@ -181,7 +179,7 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
             yield _line("-" * min(len(block.text), width))
     elif isinstance(block, Text):
         yield _line(" ".join(block.text.split()))
-    elif isinstance(block, Facts):
+    elif isinstance(block, FactList):
         names = max((len(name) for name, _ in block.items), default=0)
         for name, value in block.items:
             grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
@@ -195,7 +193,7 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
 
 
 def _rich_table(table: Table, box: Box) -> Grid:
-    # The box itself puts one space between columns.
+    # The box adds one space between columns.
     grid = Grid(box=box, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)

@@ -1,4 +1,4 @@
-"""The facts about a repair on a page, one per line."""
+"""The facts about a repair, one per line of a page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from collections.abc import Sequence
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
-from lightning_nrl.report.run_records import (
-    CUT,
-    Hashes,
-    LocalizationReport,
-    RepairRecord,
-    SearchReport,
-    WeightChange,
-)
+from lightning_nrl.report.run_records import CUT, Hashes, LocalizationReport, RepairRecord, SearchReport, WeightChange
 from lightning_nrl.report.splits import SetAside
 from lightning_nrl.report.stats import interval, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import Fact, points_of
@@ -26,9 +19,8 @@ UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns what was asked for, searched and found, and the limits for unseen data."""
+    """Lists what was asked for, searched and found, and the limits for unseen data."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
-    # Of classes everybody knows what right is.
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
         facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}"))
@@ -46,7 +38,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.judge is not None and report.judge.n_borderline:
         n, rounding = report.judge.n_borderline, report.judge.rounding or 0.0
         right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
-        facts.append(("within rounding", f"{right}, which another device or batch size may take away"))
+        facts.append(("within rounding", f"{right}; another device or batch size may get them wrong"))
     if report.bounds is not None:
         facts.append(("calibration", str(report.bounds)))
     if report.change is not None:
@@ -55,7 +47,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
 
 
 def layer_text(report: RepairRecord) -> str:
-    """The layers by name; all or many of them by their number."""
+    """Names the layers, or their number if there are many."""
     n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
     if n > 1 and n == report.provenance.n_layers:
         return f"the whole network ({n} layers)"
@@ -63,21 +55,21 @@ def layer_text(report: RepairRecord) -> str:
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns the facts from unseen data; none without a limit."""
+    """Lists the limit from unseen data, if there is one."""
     limit = unseen_limit(report)
     if limit is None:
         return ()
     confidence = show_confidence(UNSEEN_CONFIDENCE)
     text = f"with {confidence} confidence at most {percent_up(limit)} of others like these break"
     known = sum(report.leaked.values())
-    return (("unseen data", f"{text} (too good a limit: {known:,} of them are known too)" if known else text),)
+    return (("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),)
 
 
 def unseen_limit(report: RepairRecord) -> float | None:
-    """At most this share of samples like the unseen ones breaks, with `UNSEEN_CONFIDENCE`, in (0, 1].
+    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
 
-    Of those that were right before, or of those that the replaced model got right. It is the limit of Clopper and
-    Pearson, and holds since nothing was chosen by unseen data. None without unseen data, or if nothing changed.
+    The rate is among samples that the original model (in an update the replaced one) got right. The limit of Clopper
+    and Pearson at `UNSEEN_CONFIDENCE` is valid because unseen data chose nothing. None without unseen data or changes.
     """
     counted = report.unseen
     if counted is None or not counted.passed:
@@ -86,7 +78,7 @@ def unseen_limit(report: RepairRecord) -> float | None:
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
-    """Each sample that was set aside and why, the first few."""
+    """Lists the first few failures that were set aside, with reasons."""
     facts = [
         (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
         for one in samples[:LISTED_SAMPLES]
@@ -96,7 +88,7 @@ def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
 
 
 def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
-    """SHA-256 of the weights before and after; one line where they are the same."""
+    """Lists SHA-256 of the weights before and after; one line if they are equal."""
     facts = []
     for name, before, after in (
         ("layers", hashes.layers_before, hashes.layers_after),
@@ -110,7 +102,7 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
 
 
 def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns what the run depends on, and its time."""
+    """Lists the seed, the precision and the time of the run."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
@@ -141,7 +133,7 @@ def _search(search: SearchReport, seconds: float | None) -> str:
 
 
 def _estimate(counts: TargetCounts, choices: int) -> str:
-    """The rates of held-out samples; in brackets the interval in which a rate is expected."""
+    """Formats held-out rates with their confidence intervals."""
     parts = []
     failed = counts.repaired + counts.failing
     for k, n, what in (

@@ -1,4 +1,4 @@
-"""Figures of a repair: margins, confusions, strengths, the search, the change of weights, samples, and a summary."""
+"""Figures of a repair: margins, confusions, strengths, search, weight changes, samples and a summary."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_nrl.report._figures import (
     INK,
     RED,
     TONE_COLOURS,
-    dress,
+    escape_dollars,
     label_axes,
-    literal,
     new_figure,
     panel_grid,
     shorten_name,
+    style_axes,
 )
 from lightning_nrl.report._formatting import count, percent
 from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, SearchReport, StrengthPoint
@@ -37,9 +37,9 @@ from lightning_nrl.report.verdicts import verdict_on
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
-MATRIX_CLASSES = 16  # a matrix of more is not legible
-CHANGE_COLOURS = "BrBG"  # brown for the worse, teal for the better, for colour-blind readers too
-DARK = 0.7  # share of the deepest shade from which on text is white
+MATRIX_CLASSES = 16  # larger matrices are not legible
+CHANGE_COLOURS = "BrBG"  # brown is worse, teal better; safe for colour-blind readers
+DARK = 0.7  # share of the deepest shade above which text is white
 GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
 PICTURE_SHARE = 0.93  # of the width of a cell
 CAPTION_WIDTH, CAPTION_LINE, CAPTION_GAP = 24, 0.15, 0.08  # characters, inches, inches
@@ -52,10 +52,10 @@ SEARCH_PANELS = {
     "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
     "diversity of the swarm": {"diversity": "diversity"},
 }
-"""Panels, each with curves of `SearchHistory` and what they are called."""
+"""Panels with curves of `SearchHistory` and their labels."""
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
-"""Most cells of a picture; a cell of a larger tensor is the largest change of several weights."""
+"""Largest picture of a tensor; in larger tensors a cell is the largest change of several weights."""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
@@ -65,7 +65,7 @@ Draw = Callable[[Any], None]
 
 
 def repair_figures(report: RepairRecord) -> dict[str, Any]:
-    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out."""
+    """Draws each panel that has data as a `matplotlib.figure.Figure`, by title."""
     figures = {}
     for title, draw in _panels(report).items():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
@@ -75,7 +75,7 @@ def repair_figures(report: RepairRecord) -> dict[str, Any]:
 
 
 def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """All figures for a reviewer: those of the report, the search in full, the weights that changed (`changes`)."""
+    """Draws all figures for a reviewer: the panels, the whole search, and `changes` of weights."""
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -84,7 +84,7 @@ def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None 
 
 
 def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
-    """Pictures of flipped samples with their captions, by flip and split; those shown as text are left out."""
+    """Draws flipped samples with captions, by flip and split; samples shown as text are skipped."""
     galleries: dict[str, list[SampleView]] = {}
     for view in views:
         if view.pixels is not None:
@@ -98,7 +98,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns, cell_height = min(len(views), GALLERY_COLUMNS), GALLERY_CELL + caption_height
     width, height = GALLERY_CELL * n_columns, cell_height * -(-len(views) // n_columns)
     figure = new_figure(width, height, layout=None)
-    # One pair of axes for all, in inches from the top left: a pair for each picture takes many times as long.
+    # One pair of axes for all, in inches from the top left: a pair per picture takes many times longer.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
@@ -107,21 +107,21 @@ def _gallery(views: Sequence[SampleView]) -> Any:
         pixels = np.asarray(view.pixels)
         up, across = PICTURE_SHARE * GALLERY_CELL / 2 * np.array(pixels.shape[:2]) / max(pixels.shape[:2])
         axes.imshow(pixels, interpolation="nearest", extent=(x - across, x + across, y + up, y - up))
-        text = literal("\n".join(caption))
+        text = escape_dollars("\n".join(caption))
         axes.text(x, y - up - CAPTION_GAP, text, color=INK, fontsize=8, ha="center", va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
 
 
 def draw_repair(report: RepairRecord) -> Any:
-    """All panels in one figure, two a row."""
+    """Draws all panels in one figure, two per row."""
     figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
-    figure.suptitle(literal(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12)
+    figure.suptitle(escape_dollars(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12)
     return figure
 
 
 def search_figure(search: SearchReport) -> Any:
-    """The whole course of a search: a panel for each kind of curve; None where the search has no course."""
+    """Draws all curves of a search, a panel per kind; None if the search has no curves."""
     panels = _search_panels(search)
     return _drawn(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
@@ -169,14 +169,14 @@ def _margins(histogram: MarginHistogram, axes: Any) -> None:
 def _confusions(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
     shown = confusion_changes(cells)[:PLOTTED_CONFUSIONS][::-1]
     changes = [cell.after - cell.before for cell in shown]
-    labels = [literal(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in shown]
+    labels = [escape_dollars(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in shown]
     bars = axes.barh(range(len(shown)), changes, color=[RED if change > 0 else GREEN for change in changes])
     axes.bar_label(bars, [f"{cell.before} -> {cell.after}" for cell in shown], padding=3, fontsize=8)
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.axvline(0, color=INK, linewidth=1)
     axes.margins(x=0.25)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    dress(axes, "wrong predictions, after less before", "")
+    style_axes(axes, "wrong predictions, after less before", "")
 
 
 def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
@@ -184,24 +184,21 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 
 
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
-    """Draws how many more samples (fewer: below 0) of each class are taken for each class than before.
-
-    More on the diagonal and fewer off it is better. Classes in which nothing changed are left out.
-    """
+    """Draws the change of the confusion matrix without unchanged classes: better is higher on the diagonal only."""
     classes = _changed_classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
             change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # one bad change must be visible among fifty others
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # keeps a single change visible among fifty
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
     for i, j in np.argwhere(change):
         colour = "white" if abs(shade[i, j]) > DARK * most else INK
         axes.text(j, i, f"{change[i, j]:+}", color=colour, fontsize=size, ha="center", va="center")
-    labels = [literal(name(label)) for label in classes]
+    labels = [escape_dollars(name(label)) for label in classes]
     axes.set_xticks(range(len(classes)), labels, rotation=45)
     axes.set_yticks(range(len(classes)), labels)
     label_axes(axes, "predicted class", "true class")
@@ -229,15 +226,15 @@ def _search_panels(search: SearchReport) -> dict[str, Draw]:
         curves = {label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1}
         if curves:
             best, up = history.get("best") if "best" in names else None, "scored samples" * ("patched" in names)
-            panels[title] = partial(_course, curves, best, up)
+            panels[title] = partial(_draw_curves, curves, best, up)
     return panels
 
 
-def _course(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None, up: str, axes: Any) -> None:
+def _draw_curves(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None, up: str, axes: Any) -> None:
     for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
-    if best is not None:  # from the first that breaks nothing on: at the start the mean is far below zero
+    if best is not None:  # cuts off the start, where the mean is far below zero
         known = [value for value in best if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
 
@@ -245,11 +242,11 @@ def _course(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None,
 def _finish_curves(axes: Any, across: str, up: str) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    dress(axes, across, up)
+    style_axes(axes, across, up)
 
 
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Figures by title of what was added to each weight, whole tensors by the names of the state dict."""
+    """Draws the change of each weight, given as whole tensors by state-dict name; figures by title."""
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
         return {}
@@ -277,7 +274,7 @@ def _bars(axes: Any, tensors: Mapping[str, tuple[Tensor, float]]) -> None:
     axes.set_yticks(places, [shorten_name(name, LABEL_CHARACTERS) for name in tensors], fontsize=8)
     axes.margins(x=0.3)
     axes.set_ylim(-0.6, max(len(tensors), 4) - 0.4)
-    dress(axes, "Euclidean norm of the change; weights changed", "")
+    style_axes(axes, "Euclidean norm of the change; weights changed", "")
 
 
 def _map(figure: Any, change: Tensor) -> None:
@@ -291,9 +288,9 @@ def _map(figure: Any, change: Tensor) -> None:
 
 
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
-    """A tensor as a matrix, outputs by inputs, of at most `GRID_ROWS x GRID_COLUMNS` cells.
+    """Reshapes a tensor to an outputs x inputs matrix of at most `GRID_ROWS x GRID_COLUMNS` cells.
 
-    A cell of a larger one is that change of the weights it stands for which is largest, with its sign.
+    Each cell of a larger tensor keeps the largest change of its weights, with its sign.
     """
     rows = change.reshape(1, change.shape[0] if change.ndim > 1 else 1, -1).double()
     size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
@@ -302,7 +299,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
 
 
 def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
-    """The roles of the data, and rows of a label and one cell a role: what a reviewer decides on."""
+    """Returns the data roles, and rows of a label with one cell per role, for the summary."""
     splits = report.candidate or report.splits
     pooled = {role: pool(own) for role, own in by_role(splits).items()}
     updates = {role: report.pooled_update(role) for role in pooled}
@@ -322,7 +319,7 @@ def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str
 
 
 def summary_figure(report: RepairRecord) -> Any:
-    """The verdict above a table of `summary_rows`, as a figure that is legible when small."""
+    """Draws the verdict above the table of `summary_rows`, legible at small size."""
     roles, rows = summary_rows(report)
     n_lines = len(rows) + HEAD_ROWS + 1
     width = LABEL_WIDTH + COLUMN_WIDTH * len(roles)
@@ -337,7 +334,7 @@ def summary_figure(report: RepairRecord) -> Any:
     colour = TONE_COLOURS[verdict.tone]
     axes.text(0.03, 0.95, status, color=colour, fontsize=15, weight="bold", va="center")
     for y, line, own in ((1.85, answers, colour), (2.6, about, MUTED_COLOUR)):
-        shown = literal(shorten(line, TARGET_CHARACTERS, placeholder=" ..."))
+        shown = escape_dollars(shorten(line, TARGET_CHARACTERS, placeholder=" ..."))
         axes.text(0.03, y, shown, color=own, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
     for role, x in zip(roles, ends, strict=True):

@@ -1,4 +1,4 @@
-"""The account of one repair with its page: the verdict, a table of the splits, and the facts that one needs."""
+"""The report of one repair with its page: verdict, outcome by split, details."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report._formatting import from_here, number, sentence, setting
+from lightning_nrl.report._formatting import format_setting, number, relative_to_cwd, sentence
 from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
 from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
 from lightning_nrl.report.run_records import RepairRecord
@@ -37,14 +37,14 @@ FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": 
 
 
 class RepairReport(RepairRecord, Report, Plotted):
-    """The account of one repair. `rich.print(report)` shows it as a table, a notebook too.
+    """The report of one repair. `rich.print(report)` and notebooks show it as tables.
 
     Its data are the attributes of :class:`RepairRecord`.
     """
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict: promise on known data, evidence on other data, and advice."""
+        """The promise on known data, the evidence on other data, and advice."""
         return verdict_on(self)
 
     @property
@@ -53,12 +53,12 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     def page(self, full: bool = False) -> Page:
         verdict = self.verdict
-        answers = Facts((*verdict.facts, *unseen_facts(self)))
+        answers = FactList((*verdict.facts, *unseen_facts(self)))
         first = Heading(verdict.headline, 1, verdict.tone), answers, Text(sentence(self.reason))
         if full:
             return Page((*first, *_tables(self), *sample_blocks(self), *_details(self)))
         course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
-        facts = Facts((*repair_facts(self), *_files(self, from_here)))
+        facts = FactList((*repair_facts(self), *_files(self, relative_to_cwd)))
         return Page((*first, *_tables(self), *course, facts))
 
     def figure(self) -> Any:
@@ -99,8 +99,8 @@ def _outcome(report: RepairRecord) -> tuple[Block, ...]:
     unchanged = unchanged_table(report.splits)
     if not report.candidate:
         return (unchanged,)
-    refused = Heading("What the refused weights would have done"), outcome_table(report.candidate)
-    return (*refused, Heading("The model as it is"), unchanged)
+    refused = Heading("Effect of the refused weights"), outcome_table(report.candidate)
+    return (*refused, Heading("The unchanged model"), unchanged)
 
 
 def _ladder(report: RepairRecord) -> tuple[Block, ...]:
@@ -119,23 +119,23 @@ def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fac
 
 
 def _details(report: RepairRecord) -> tuple[Block, ...]:
-    blocks: list[Block] = [Heading("What was done"), Facts((*repair_facts(report), *_files(report)))]
+    blocks: list[Block] = [Heading("What was done"), FactList((*repair_facts(report), *_files(report)))]
     blocks += _ladder(report)
     if report.price:
-        blocks += [Heading("What it costs that no known sample may break"), price_table(report.price)]
+        blocks += [Heading("The price of no broken known sample"), price_table(report.price)]
     if report.steps:
         blocks += _steps(report)
     if report.strength:
         path = strength_table(report.strength, report.chosen_strength)
-        blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
+        blocks += [Heading("By strength, from the original weights (0) to the patch (1)"), path]
     if report.status == "repaired" or report.candidate:
         blocks += [Heading("Rates"), rates_table(report.candidate or report.splits)]
     if report.set_aside:
-        blocks += [Heading("Failures that were set aside"), Facts(set_aside_facts(report.set_aside))]
+        blocks += [Heading("Failures set aside"), FactList(set_aside_facts(report.set_aside))]
     if report.hashes is not None:
-        blocks += [Heading("Weights"), Facts(hash_facts(report.hashes))]
-    blocks += [Heading("Run"), Facts(run_facts(report))]
+        blocks += [Heading("Weights"), FactList(hash_facts(report.hashes))]
+    blocks += [Heading("Run"), FactList(run_facts(report))]
     if report.settings:
-        settings = tuple((name, setting(value)) for name, value in report.settings.items())
-        blocks += [Heading("Settings"), Facts(settings)]
+        settings = tuple((name, format_setting(value)) for name, value in report.settings.items())
+        blocks += [Heading("Settings"), FactList(settings)]
     return tuple(blocks)

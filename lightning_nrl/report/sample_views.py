@@ -1,4 +1,4 @@
-"""Inputs of flipped samples as pictures or text with a caption, for pages, and as files beside a report."""
+"""Inputs of flipped samples as pictures or text with captions, on pages and as files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
 
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """The input of a flipped sample, by its position in the data set of its split, to be looked at.
-
-    `pixels` are `height x width x 3` uint8; None where it is shown as `text`.
-    """
+    """The input of a flipped sample, by data-set position: `pixels`, `height x width x 3` uint8, or `text`."""
 
     split: str
     id: int
@@ -49,19 +46,19 @@ class SampleView:
 
 
 def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
-    """The sample's position, its class, what it was and is taken for, and its margins."""
+    """Returns the sample's position, class, predictions and margins as text."""
     taken = f"{name(sample.predicted_before)} -> {name(sample.predicted_after)}"
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
     return f"{sample.id}: true {name(sample.label)}, {taken}, margin {margins}"
 
 
 def sample_name(split: str, position: int, kind: str = "picture") -> str:
-    """The name of the file that shows a sample, such as `test-17.png`; `kind` is one of `SAMPLE_KINDS`."""
+    """Returns the file name of a sample's view, such as `test-17.png`; `kind` is a key of `SAMPLE_KINDS`."""
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
 
 def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
-    """Writes each view into `flipped_samples/` of this folder, which is made if need be."""
+    """Writes the views to `flipped_samples/` in the folder."""
     samples = folder / SAMPLES_FOLDER
     if views:
         samples.mkdir(exist_ok=True)

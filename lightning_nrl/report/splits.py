@@ -1,4 +1,4 @@
-"""Records of a report: results on a split or a slice."""
+"""Records of a report by split and slice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 Role = Literal["known", "calibration", "unseen"]
-"""Use of a split: by the search (`known`), by the choice of a strength, or by nothing."""
+"""Use of a split: for the search (`known`), for the choice of a strength, or for neither."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
@@ -23,34 +23,33 @@ AnySplit = TypeVar("AnySplit", "SplitReport", "UpdateSplit")
 COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
-def _forwarded(name: str) -> Any:
+def _from_counts(name: str) -> Any:
     return property(attrgetter(f"counts.{name}"))
 
 
 class _Counted(Derives):
-    """Shortcuts to what `FlipCounts` and `TargetCounts` count."""
+    """Attributes of `counts` as attributes of its owner."""
 
     counts: TargetCounts
-    n: int = _forwarded("n")
-    passed: int = _forwarded("passed")
-    kept: int = _forwarded("kept")
-    broken: int = _forwarded("broken")
-    repaired: int = _forwarded("repaired")
-    failing: int = _forwarded("failing")
-    targeted: int = _forwarded("targeted")
-    repaired_in_target: int = _forwarded("repaired_in_target")
-    passed_in_target: int = _forwarded("passed_in_target")
-    broken_in_target: int = _forwarded("broken_in_target")
-    accuracy_before: float = _forwarded("accuracy_before")
-    accuracy_after: float = _forwarded("accuracy_after")
+    n: int = _from_counts("n")
+    passed: int = _from_counts("passed")
+    kept: int = _from_counts("kept")
+    broken: int = _from_counts("broken")
+    repaired: int = _from_counts("repaired")
+    failing: int = _from_counts("failing")
+    targeted: int = _from_counts("targeted")
+    repaired_in_target: int = _from_counts("repaired_in_target")
+    passed_in_target: int = _from_counts("passed_in_target")
+    broken_in_target: int = _from_counts("broken_in_target")
+    accuracy_before: float = _from_counts("accuracy_before")
+    accuracy_after: float = _from_counts("accuracy_after")
 
 
 @dataclass(frozen=True)
 class FlippedSample:
     """A sample that was repaired or broken, by its position in its data set.
 
-    Its label and predictions are classes, -1 where the task has none. A margin is how far it is from being wrong, below
-    0 where it is wrong, NaN where the task has none. `slice` is empty if it is in none.
+    Classes are -1 if the task has none. Margins are negative for wrong predictions, and NaN if the task has none.
     """
 
     id: int
@@ -66,7 +65,7 @@ class FlippedSample:
 
 @dataclass(frozen=True)
 class ConfusionCell:
-    """Samples of a class with one prediction, before and after."""
+    """Number of samples of a class with a given prediction, before and after."""
 
     label: int
     prediction: int
@@ -84,7 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """`B` counts of margins before and after between `B + 1` ascending edges; the outer bins hold what lies outside."""
+    """`B` counts of margins before and after between `B + 1` ascending edges; outer bins take values outside."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -97,11 +96,10 @@ class MarginHistogram:
 
 @dataclass(frozen=True)
 class SplitReport(_Counted):
-    """Counts and samples of one split, before a repair against after it. Ids are data-set positions.
+    """Counts and samples of one split, before a repair against after it.
 
-    `targeted_ids` are the samples that were to be repaired, `flipped` those that were repaired or broke. What classes
-    are taken for (`confusion`, without what is 0 before and after), what became of each and the margins are there as
-    far as the task has such.
+    `targeted_ids` are the samples to repair. `confusion` has the cells that are not 0; it is empty, like `classes`, if
+    the task has no classes. `margins` is None if the task has none.
     """
 
     split: str
@@ -123,13 +121,13 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN where undefined; the `repair_rate` of the target."""
+        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined; `repair_rate` is of the target."""
         repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
         return {**rates_of(self.counts), "repair_rate": repair_rate}
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Every number of the split by name, as loggers take them: counts, accuracies, rates."""
+        """Counts, accuracies and rates by name, for loggers."""
         counts = ("n", *COUNTS, "accuracy_before", "accuracy_after")
         return {name: getattr(self, name) for name in counts} | self.rates
 
@@ -140,7 +138,7 @@ class SplitReport(_Counted):
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One split from the replaced model to the new one: as training left it (`broken` are regressions), and now."""
+    """One split against the replaced model: the new model as trained (`broken` are regressions), and now."""
 
     trained: SplitReport
     now: SplitReport
@@ -156,10 +154,7 @@ class UpdateSplit:
 
 @dataclass(frozen=True)
 class SliceReport(_Counted):
-    """Counts of one slice of the data of one role, before a repair against after it.
-
-    `quota` is how many targets had to be repaired; None: any number.
-    """
+    """Counts of one slice of the data of one role; `quota` targets had to be repaired, None for no quota."""
 
     name: str
     role: Role
@@ -173,10 +168,7 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A failed sample that was in the target and was set aside, by its position in the data set, and why.
-
-    The label is -1 where the task has none; the prediction is what the model says.
-    """
+    """A targeted failure that was set aside, by its position in the data set; label -1 if the task has none."""
 
     split: str
     id: int
@@ -186,13 +178,13 @@ class SetAside:
 
 
 def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
-    """The splits of each role that has any, in the order of `ROLES`."""
+    """Groups splits by role, in the order of `ROLES`, without empty roles."""
     found = {role: [split for split in splits if split.role == role] for role in ROLES}
     return {role: own for role, own in found.items() if own}
 
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
-    """The sum of several splits of one role. It has no samples, since those of different data sets do not mix."""
+    """Sums several splits of one role, without samples, since ids of different data sets do not mix."""
     counts = _sum(TargetCounts, [split.counts for split in splits])
     parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
     return SplitReport("all", splits[0].role, counts, (), (), *parts)
@@ -226,5 +218,5 @@ def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
-    """The sum of several splits of one role."""
+    """Sums several splits of one role."""
     return UpdateSplit(pool([split.trained for split in splits]), pool([split.now for split in splits]))

@@ -1,7 +1,7 @@
-"""Confidence limits and tests: what samples that nothing else has looked at say of unseen data.
+"""Confidence limits and tests for unseen data.
 
-In: counts of broken samples. Out: upper limits on their rate, alone or after the data have chosen among candidates;
-of repaired and broken ones, whether the model is better.
+In: counts of repaired and broken samples. Out: upper limits on the rate of broken samples, also after the data have
+chosen among candidates, and tests of whether the model is better.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = [
 
 Evidence = Literal["better", "no difference shown", "worse"]
 """Comparison of a model with the one before it, by repaired and broken samples."""
-EVIDENCE_LEVEL = 0.05  # a p-value of the sign test up to which a difference counts as shown
-NEGLIGIBLE = 1e-17  # a term of a falling series below this share of the sum no longer changes it in double precision
+EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
+NEGLIGIBLE = 1e-17  # relative size of a term that no longer changes a sum in double precision
 ORDERED_LEVEL_SHARE = 0.8
-"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+"""Share of the error probability for strengths accepted from weak to strong; the rest is for all other weights."""
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
-    """The upper limit of Clopper and Pearson (1934) on a rate, one-sided, in (0, 1]; 1 without samples or if all broke.
+    """Computes the one-sided upper limit of Clopper and Pearson (1934) on a rate, in (0, 1].
 
-    The largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence. Whatever the true rate, the limit lies below it in
-    at most a share 1 - confidence of all draws of n independent samples. Right to 1e-9.
+    It is the largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence, to 1e-9, and 1 if `broken` equals `n`.
+    Whatever the true rate, the limit is too low in at most a share 1 - confidence of draws of n independent samples.
 
     Args:
-        broken: how many of the samples broke, in [0, n].
-        n: how many samples there are, from 0; 1e6 is no problem.
+        broken: number of broken samples, in [0, n].
+        n: number of samples.
         confidence: in (0, 1).
 
     Raises:
@@ -59,26 +59,23 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
-    """The lower limit of Clopper and Pearson (1934) on a rate, one-sided: the upper limit on what did not break.
+    """Computes the one-sided lower limit of Clopper and Pearson (1934) on a rate, in [0, 1).
 
-    In [0, 1); 0 if there are no samples or none broke. Arguments and errors are those of :func:`upper_limit`.
+    Arguments and errors are those of :func:`upper_limit`.
     """
     broken, n = _checked_counts(broken, n)
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """The interval of Clopper and Pearson that holds the rate in 90 % of all draws of `n` samples, with `k` hits.
-
-    It still does if these samples chose among that many `choices` (Bonferroni).
-    """
+    """Computes the 90 % interval of Clopper and Pearson for `k` of `n`, Bonferroni-corrected for `choices`."""
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
 
 @lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
-    """`upper_limit`, as good for levels so small that 1 - level is 1; halves until no number lies between the ends."""
+    """Computes `upper_limit`, also for levels so small that 1 - level is 1, by bisection to the last bit."""
     if broken == n:
         return 1.0
     low, high = 0.0, 1.0
@@ -91,9 +88,9 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke; n from 1, p in (0, 1).
+    """Computes P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" if k of n broke; 0 < p < 1.
 
-    The terms are summed from k away from the mean, where each is smaller than the one before, so nothing cancels.
+    Terms are summed from k away from the mean, each smaller than the one before, so nothing cancels.
     """
     if k >= n:
         return 1.0
@@ -119,9 +116,9 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 
 
 def p_worse(broken: int, repaired: int) -> float:
-    """P(Bin(broken + repaired, 1/2) >= broken): one-sided p-value that more break than are repaired.
+    """Computes the one-sided sign test that more samples break than are repaired; 1 if none changed.
 
-    The one-sided sign test, in (0, 1]; 1 if none changed.
+    The p-value is P(Bin(broken + repaired, 1/2) >= broken).
 
     Example:
         >>> p_worse(5, 0)
@@ -131,7 +128,7 @@ def p_worse(broken: int, repaired: int) -> float:
 
 
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
-    """The exact two-sided p-value of "a sample that flips is as likely repaired as broken"; 1 if none flips.
+    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break"; 1 without flips.
 
     Example:
         >>> round(sign_test(3, 20), 4)
@@ -141,7 +138,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Compares repaired with broken samples by `sign_test`, at a level of 5 %.
+    """Compares repaired with broken samples by `sign_test` at a level of 5 %.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
@@ -154,10 +151,10 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
 
 @dataclass(frozen=True)
 class Bound:
-    """Limit on the rate at which samples like the calibration data break. Made by `Bound.of`.
+    """A limit on the rate at which samples like the calibration data break. Made by `Bound.of`.
 
-    `broken` of the `n` that were right before broke, and `upper` is the limit on the true rate, in (0, 1], which holds
-    with `confidence`.
+    `broken` of the `n` samples that were right before broke; the true rate is at most `upper`, in (0, 1], with
+    `confidence`.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -171,17 +168,16 @@ class Bound:
 
     @property
     def rate(self) -> float:
-        """The share that broke; NaN without samples."""
         return self.broken / self.n if self.n else math.nan
 
     @classmethod
     def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
-        """The bound of Clopper and Pearson; arguments and errors are those of :func:`upper_limit`."""
+        """Computes the bound of Clopper and Pearson; arguments and errors are those of :func:`upper_limit`."""
         return cls.at_level(broken, n, 1 - check_confidence(confidence))
 
     @classmethod
     def at_level(cls, broken: int, n: int, level: float) -> Bound:
-        """The bound that may fail in a share `level` of all draws, in (0, 1)."""
+        """Computes the bound with error probability `level`, in (0, 1)."""
         broken, n = _checked_counts(broken, n)
         return cls(broken, n, 1 - level, limit_at_level(broken, n, level))
 
@@ -195,25 +191,24 @@ class Bound:
 
 
 def percent_up(rate: float) -> str:
-    """A limit in percent, rounded up, so that what is printed holds too: two decimals, or two digits below 0.1 %."""
+    """Formats a limit in percent, rounded up so that it stays valid: two decimals, or two digits below 0.1 %."""
     percent = Decimal(repr(rate)) * 100
     places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
     return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
 
 
 def show_confidence(confidence: float) -> str:
-    """A confidence in percent, with two digits of what is missing to 100 %."""
+    """Formats a confidence in percent, with two digits of its distance from 100 %."""
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
 
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
-    """A number between 0 and 1; else a `ConfigurationError`."""
+    """Returns a number between 0 and 1; raises `ConfigurationError` for any other value."""
     check_real(argument, confidence, "share between 0 and 1", "write 0.95 for 95 %, for instance.", above=0, below=1)
     return float(confidence)
 
 
 def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
-    """Whole numbers of any kind, the first no larger than the second; else a `ConfigurationError`."""
     found = []
     for argument, value in (("broken", broken), ("n", n)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
@@ -232,11 +227,10 @@ class Selection:
     """The choices that calibration data made about the weights.
 
     Attributes:
-        states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they
-            had no say.
-        ordered: whether strengths are accepted from weak to strong first, and these states are what there is beside.
-        allowed: how many calibration samples might break, a number fixed before they were looked at, if the strength
-            taken and all weaker ones of the grid keep within it; else None.
+        states: number of sets of weights that the data could have chosen, fixed in advance; 1: they chose nothing.
+        ordered: True if strengths are accepted from weak to strong first; `states` then counts all other sets.
+        allowed: number of calibration samples that may break, fixed in advance, if the strength taken and all weaker
+            ones of the grid keep within it; else None.
     """
 
     states: int = 1
@@ -245,12 +239,12 @@ class Selection:
 
 
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
+    """Computes an upper limit in (0, 1] on the rate of broken samples, after a choice by calibration data.
 
-    `broken` of the `n` samples that were right before break. Let a = 1 - confidence be what may fail. Where the data
-    had no say, the limit is that of Clopper and Pearson at the level a; of C sets of weights each is given a / C
-    (Bonferroni). Where k may break, strengths accepted from weak to strong, one after the other (Learn then Test), have
-    four fifths of a together; all else that might have been taken, such as polished weights, shares the last fifth.
+    `broken` of the `n` samples that were right before break. Let a = 1 - confidence. Without a choice, the limit is
+    that of Clopper and Pearson at level a; after a choice among C sets of weights, at level a / C (Bonferroni).
+    Strengths accepted one after the other from weak to strong, while at most `allowed` samples break (Learn then Test),
+    share 80 % of a; all other sets, such as polished weights, 20 %.
     """
     level = 1 - confidence
     if selection.allowed is not None:

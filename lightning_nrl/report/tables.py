@@ -1,4 +1,4 @@
-"""The parts of reports as tables and facts, in words that need no paper beside them."""
+"""The parts of reports as tables."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 MARGINS = ("margin before", "margin after")
 FLIPPED_COLUMNS = ("split", "position", "flip", "true", "before", "after", *MARGINS, "in target", "slice")
-"""Of a table of all flipped samples, as pages and loggers have it."""
+"""Columns of the table of all flipped samples on pages and in loggers."""
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
-    """Table of counts per split and, if a role has several, in total."""
+    """Tabulates counts per split and, for a role with several, in total."""
     in_target = any(0 < s.passed_in_target < s.passed for s in splits)
     rows = [
         ("samples", "n"),
@@ -69,7 +69,7 @@ def outcome_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def unchanged_table(splits: Sequence[SplitReport]) -> Table:
-    """The model as it is, for splits under unchanged weights."""
+    """Tabulates accuracy and counts of splits under unchanged weights."""
     rows = [
         ("samples", "n"),
         ("accuracy", "accuracy_after"),
@@ -81,7 +81,7 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
-    """The rates that the literature gives for updates."""
+    """Tabulates the published rates of updates."""
     columns = _with_totals(splits, pool)
     named = [(RATES[name].label, name) for name in ("break_rate", *SHOWN_RATES)]
     table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *named])
@@ -91,7 +91,7 @@ def rates_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def update_table(splits: Sequence[UpdateSplit]) -> Table:
-    """The new model beside the one that it replaces, as training left it and now."""
+    """Tabulates the new model, as trained and now, against the replaced one."""
     rows = [
         ("accuracy of the replaced model", "now.accuracy_before"),
         ("accuracy of the new one", "trained.accuracy_after"),
@@ -107,7 +107,7 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
-    """A row a slice; by role how many were targeted, repaired of these, and broken."""
+    """Tabulates counts of targeted, repaired and broken samples by role, a row per slice."""
     roles = [role for role in ROLES if any(s.role == role for s in slices)]
     quotas = any(s.quota is not None for s in slices)
     columns: list[tuple[str, str]] = []
@@ -128,14 +128,14 @@ def slice_table(slices: Sequence[SliceReport]) -> Table:
 
 
 def steps_table(steps: Sequence[Step]) -> Table:
-    """Table of the steps of a method."""
+    """Tabulates the steps of a method."""
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
     rows = [Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
     return Table(columns, tuple(rows), notes=True)
 
 
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
-    """Table of counts at several strengths, the chosen one marked."""
+    """Tabulates counts by strength, with a mark at the chosen one."""
     columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
     calibrated = any(point.calibration is not None for point in path)
     columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []
@@ -151,7 +151,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """A column for each rung, the taken one marked, with its counts of held-out samples."""
+    """Tabulates the ladder, a column per rung, with a mark at the one taken."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
@@ -167,7 +167,7 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
-    """The most that was repaired, by how many known passed samples may break; levels that buy nothing are left out."""
+    """Tabulates the best results by the share of known samples that may break, without duplicates."""
     known = ("targets", "repaired"), ("known", "repaired"), ("known", "broken")
     columns = (*known, ("held out", "repaired"), ("held out", "broken"), ("held out", "points"))
     rows, last = [], None
@@ -190,12 +190,12 @@ def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
 
 
 def points_of(counts: FlipCounts) -> float:
-    """The change of accuracy in percentage points."""
+    """Computes the change of accuracy in percentage points."""
     return 100 * (counts.accuracy_after - counts.accuracy_before)
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
-    """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
+    """Yields tables by role of the classes and confusions that changed, and by split of flipped samples."""
     splits = flipped_splits(report)
     for role, own in by_role(splits).items():
         together = pool(own)
@@ -216,12 +216,12 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """The splits whose flips matter: of an update against the replaced model, of refused weights what they would do."""
+    """Selects the splits whose flips matter: of an update, of refused weights, or of the repair."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
 def flipped_rows(report: RepairRecord) -> list[list[Any]]:
-    """A row for each flipped sample, in the order of `FLIPPED_COLUMNS`; numbers as numbers."""
+    """Returns a row per flipped sample, with the `FLIPPED_COLUMNS`; numbers as numbers."""
     rows: list[list[Any]] = []
     for split in flipped_splits(report):
         for one in split.flipped:
@@ -232,7 +232,7 @@ def flipped_rows(report: RepairRecord) -> list[list[Any]]:
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
-    """All broken samples, the worst margin first, then the repaired ones, the largest gain in margin first."""
+    """Sorts samples: broken ones by rising margin, then repaired ones by falling gain in margin."""
 
     def key(one: FlippedSample) -> tuple[bool, float]:
         margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after
@@ -264,7 +264,7 @@ def _class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
-    """The confusions that changed, the largest change first; correct predictions are none."""
+    """Selects the confusions that changed, largest change first, without correct predictions."""
     changed = [cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after]
     return sorted(changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction))
 
@@ -278,7 +278,7 @@ def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
 
 
 def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]) -> list[AnySplit]:
-    """The splits by role, known first, each role of several followed by their sum."""
+    """Sorts splits by role, known first, and adds a total for each role with several."""
     columns: list[AnySplit] = []
     for chosen in by_role(splits).values():
         columns += chosen
@@ -287,7 +287,7 @@ def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]
 
 
 def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Each row: a label, the name of a number, in an update after `trained.` or `now.`, and the rest of a `Row`."""
+    """Builds a table from rows of label, name of a number (after `trained.` or `now.` in updates) and `Row` options."""
     heads = tuple((split.split, split.role) for split in columns)
     return Table(heads, tuple(Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows))
 

@@ -1,4 +1,4 @@
-"""The verdict on a repair: whether it kept its promise on known data, and whether the model is better elsewhere."""
+"""The verdict on a repair: the gate's promise on known data, and evidence on other data."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
 NOT_COUNTED = TargetCounts(0, 0, 0, 0)
 MOST_TIMES_MORE = 10  # the advice asks for at most this many times the unseen data
-LARGE_GAIN = 2.0  # percentage points on held-out samples, for which a looser gate is named
+LARGE_GAIN = 2.0  # percentage points on held-out samples that justify a looser gate
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Two answers on a repair: did it keep its promise on known data, and is the model better on other data?
+    """The promise of a repair on known data, and the evidence on other data.
 
     Attributes:
-        headline: both answers in one line.
-        kept: whether the gate's promise was kept by weights that changed.
-        promise: the same in words, with figures.
-        evidence: `better`, `no difference shown` or `worse`: an exact two-sided sign test of repaired against broken
-            samples, at a level of 5 %. It is worse if one of several unseen splits is. In an update it compares the new
-            model with the one that it replaces.
-        source: `unseen` data, `held-out` samples of the taken rung where there are none, or `none`.
-        repaired: samples that were wrong and are right now; likewise `broken`, of all `n` that were counted, or of the
-            split that alone is worse.
-        p_value: of the sign test, times the rungs that held-out samples chose among. Unseen samples that are known too
-            are taken off the repaired ones, but these never fall below the broken ones for that.
-        advice: what to do.
-        tone: `good`, `warn` for no difference, no evidence or no repair, `bad` for worse.
+        headline: both in one line.
+        kept: True if weights changed and the gate's promise is kept.
+        promise: the promise in words, with figures.
+        evidence: `better`, `no difference shown` or `worse` by an exact two-sided sign test of repaired against broken
+            samples at a level of 5 %; `worse` if one of several unseen splits is. Updates are compared with the old
+            model.
+        source: data of the evidence: `unseen`, else `held-out` samples of the taken rung, else `none`.
+        repaired: number of repaired samples; likewise `broken`, among `n` samples, or of the one split that is worse.
+        p_value: of the sign test, times the number of rungs that held-out samples chose among. Leaked unseen samples
+            are subtracted from the repaired ones, but not below the number of broken ones.
+        advice: what to do next.
+        tone: `good`; `warn` for no difference, evidence or repair; `bad` for worse.
     """
 
     headline: str
@@ -57,7 +56,6 @@ class Verdict:
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """The promise, the evidence and the advice, each in a sentence."""
         evidence = f"{self.evidence}: no unseen data were given" if self.kept else "none: the weights are unchanged"
         if self.source != "none":
             p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
@@ -67,7 +65,7 @@ class Verdict:
 
 
 def verdict_on(report: RepairRecord) -> Verdict:
-    """The verdict on a repair, from the counts of its report."""
+    """Derives the verdict on a repair from the counts of its report."""
     kept, unseen, held_out = report.status == "repaired", report.unseen, None if report.update else report.held_out
     found = held_out if unseen is None else unseen.counts
     source: EvidenceSource = "none" if found is None else "held-out" if unseen is None else "unseen"
@@ -78,7 +76,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
     evidence: Evidence = evidence_of(*flips, choices)
     worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
     if worst is not None and evidence != "worse" and evidence_of(*_flips(worst), n_splits) == "worse":
-        # The other splits hide it.
+        # The sum over splits would hide it.
         evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
@@ -113,7 +111,7 @@ def _flips(split: SplitReport) -> tuple[int, int]:
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """The split of several that is worse by the least p-value, if any breaks more than is repaired in it."""
+    """Returns, of several splits, the one with the lowest p-value that breaks more than it repairs, if any."""
     losing = [split for split in splits if split.counts.broken > split.counts.repaired]
     return min(losing, key=lambda split: sign_test(*_flips(split)), default=None) if len(splits) > 1 else None
 
@@ -131,7 +129,7 @@ def _promise(report: RepairRecord) -> str:
     broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
         return f"kept: {broken} broke" + (f", within the gate `{report.gate}`" if counts.broken else "")
-    found = f"the change that was found would break {broken}" if report.candidate else "no repair was found"
+    found = f"the change found would break {broken}" if report.candidate else "no repair was found"
     return f"not kept: {found}; the weights are unchanged, so nothing broke"
 
 
@@ -139,8 +137,8 @@ def _advice(report: RepairRecord, evidence: Evidence, source: EvidenceSource, fl
     if evidence == "worse":
         if report.update:
             return "do not ship the new model; keep the one that it would replace"
-        return f"do not ship it; {_way_back(report)}"
-    looser = _looser_gate(report)
+        return f"do not ship it; {_revert_hint(report)}"
+    looser = _looser_gate_hint(report)
     if report.status == "nothing to repair":
         return "keep the model as it is"
     if report.status != "repaired":
@@ -150,14 +148,14 @@ def _advice(report: RepairRecord, evidence: Evidence, source: EvidenceSource, fl
     if source != "unseen":
         return GIVE_UNSEEN + looser
     if report.leaked:
-        return f"take the samples that are known too out of the unseen data, and count again{looser}"
+        return f"remove the known samples from the unseen data and count again{looser}"
     for times in range(2, MOST_TIMES_MORE + 1):
         if evidence_of(*(times * n for n in flips)) != evidence:
             return f"give more unseen data: {times} times as many would show a difference of this size{looser}"
     return f"look at the unseen samples that broke; more data will hardly show a difference{looser}"
 
 
-def _way_back(report: RepairRecord) -> str:
+def _revert_hint(report: RepairRecord) -> str:
     patch, checkpoint = (report.files.get(kind) for kind in ("patch", "checkpoint"))
     if patch is None or checkpoint is None:
         return "the checkpoint from before the repair holds the old weights"
@@ -165,8 +163,8 @@ def _way_back(report: RepairRecord) -> str:
     return f"to write the model from before the repair: `lightning-nrl revert {paths} --out original.ckpt`"
 
 
-def _looser_gate(report: RepairRecord) -> str:
-    """Names the gate that would have repaired twice as many targets, or gained more on held-out samples."""
+def _looser_gate_hint(report: RepairRecord) -> str:
+    """Suggests a gate that would have repaired twice as many targets, or gained more on held-out samples."""
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:

@@ -24,7 +24,7 @@ from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.page import Heading, Page, Renderable, Row, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
@@ -51,7 +51,7 @@ class SharePoint:
 
 
 @dataclass(frozen=True)
-class ShareChoice(Shown):
+class ShareChoice(Renderable):
     """A share of the old weights, and what others would do. `rich.print(choice)` shows it as a table.
 
     Attributes:

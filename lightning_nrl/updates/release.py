@@ -18,10 +18,10 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.evaluation.slices import Slices
-from lightning_nrl.report._formatting import from_here, list_ids, percent
+from lightning_nrl.report._formatting import list_ids, percent, relative_to_cwd
 from lightning_nrl.report.html import Report
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.run_records import Provenance
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
+from lightning_nrl.report.provenance import Provenance
 from lightning_nrl.report.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
@@ -232,7 +232,7 @@ class ReleaseReport(Report):
             Heading(self.status.capitalize(), 1, "good" if self.accepted else "warn"),
             Text(_verdict(self)),
             Heading("Rules"),
-            Facts(rules),
+            FactList(rules),
             Heading("From the old model to the new one"),
             _counts_table(self.rows, self.confidence),
             _rates_table(self.rows),
@@ -243,8 +243,8 @@ class ReleaseReport(Report):
             for split, ids in one.ids.items()
         )
         if objected:
-            blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
-        return Page((*blocks, Heading("Decided on"), Facts(_facts(self, str if full else from_here))))
+            blocks += [Heading("Samples that the rules object to, by position in their data set"), FactList(objected)]
+        return Page((*blocks, Heading("Decided on"), FactList(_facts(self, str if full else relative_to_cwd))))
 
 
 def _verdict(report: ReleaseReport) -> str:

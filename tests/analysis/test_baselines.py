@@ -205,8 +205,8 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
         (FineTuning(), {"clock": StageTimer(max_time=1e-9)}, "there was no time for an epoch."),
         (Interpolation(lambda problem: Solution(None, "nothing.")), {}, "nothing."),
         (FurtherTraining(), {}, "it is not known how the model was trained."),
-        (Retraining(), {"training": lambda **_: None}, "training did not come to an end."),
-        (Retraining(), {"training": lambda **_: None, "whole": False}, "only some layers may change, and its training"),
+        (Retraining(), {"training": lambda **_: None}, "training did not finish."),
+        (Retraining(), {"training": lambda **_: None, "whole": False}, "only some layers may change, but training"),
     ],
 )
 def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], reason: str) -> None:

@@ -195,7 +195,7 @@ def test_a_task_without_margins_leaves_the_swarm() -> None:
 
 def test_a_last_linear_that_does_not_give_the_logits_is_said() -> None:
     found = diagnose_module(nn.Sequential(by_score(-0.1, -1.0, 1.0), nn.Softmax(1)), [KEPT, FAILED])
-    assert found.notes[0].endswith("neighbourhoods: the last Linear does not give the logits.")
+    assert found.notes[0].endswith("neighbourhoods: the last Linear does not return the logits.")
     assert [t.fixable for t in found.targets] == 3 * ["not tried"]
     assert found.layers
 

@@ -63,7 +63,7 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
         assert again.best() == RESULT.best()
     assert SweepResult.from_json(RESULT.to_json()) == RESULT
     for what in (RESULT.state, RESULT.arguments):
-        with pytest.raises(ConfigurationError, match=r"`run`: of 'eq1 alpha=4' with seed 0 this result does not know"):
+        with pytest.raises(ConfigurationError, match=r"this result has no weights of 'eq1 alpha=4' with seed 0"):
             what(ROWS[0])
     without = SweepResult((made("plain", 0, (1, 0)),))
     assert SweepResult.from_csv(without.to_csv()).runs == without.runs

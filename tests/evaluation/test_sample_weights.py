@@ -58,7 +58,7 @@ WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
 def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any) -> None:
     found, aside = counted(SampleOptions(importance=importance), (WEIGHTS,))
     assert found.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]  # 1 on average over the failures; passed ones as ever
-    assert found.gain(torch.tensor([True, True, False, False, True, False])) == 2.0
+    assert found.value(torch.tensor([True, True, False, False, True, False])) == 2.0
     assert not aside.any()
 
 
@@ -164,10 +164,10 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
     assert judge(before, flipped(before, 0, 3), Gate.tolerance(3)).accepted
     several = judge(before, flipped(before, 1, 3), Gate.tolerance(3))
     assert several.status == "refused"
-    assert several.reason.endswith("Those that break count for 4.")
+    assert several.reason.endswith("The broken samples count as 4.")
     protected = judge(before, flipped(before, 2, 3), Gate.tolerance(1.0))
     assert protected.status == "refused"
-    assert protected.reason.endswith("Protected samples may not break, and would: 1 in train.")
+    assert protected.reason.endswith("Protected samples would break: 1 in train.")
     good = judge(before, flipped(before, 3), Gate.instance())
     assert check_protected(good, before, flipped(before, 1)) == good
     assert check_protected(good, before, flipped(before, 2)).status == "refused"

@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_a_failure() -> None:
 
 def test_tables_of_other_samples_are_not_compared() -> None:
     shuffled = replace(after(5), index=BEFORE.index.flip(0))
-    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*not about the same samples"):
+    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*of different samples"):
         judge(BEFORE, shuffled, Gate.instance())
     with pytest.raises(EvaluationError, match=r"after \(train: 5, repair: 3\)"):
         judge(BEFORE, replace(after(5), sizes=(5, 3)), Gate.instance())
@@ -184,8 +184,8 @@ def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_
     for flipped, excess in (((0, 1, 5), 0), ((1, 5, 7), 1)):
         flips = Flips.between(before, after(*flipped))
         gate = OneInTarget(1)
-        harm = gate.harm(before, flips.broken)
-        assert gate.excess_of(flips.counts(), harm) == gate.excess_of(flips.target_counts(before)) == excess
+        cost = gate.cost(before, flips.broken)
+        assert gate.excess_of(flips.counts(), cost) == gate.excess_of(flips.target_counts(before)) == excess
         assert judge(before, after(*flipped), gate).accepted is (excess == 0)
 
 

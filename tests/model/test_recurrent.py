@@ -15,7 +15,7 @@ from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSou
 from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.evaluation.recurrent import gates_of, opened
+from lightning_nrl.evaluation.recurrent import gates_of, unroll
 from lightning_nrl.localization.impact import measure
 from lightning_nrl.methods import bundle
 from lightning_nrl.search import DifferentialEvolution
@@ -47,7 +47,7 @@ def test_it_gives_what_the_layer_gives(kind: Any, how: dict[str, Any]) -> None:
     start = (h, h + 1) if kind is nn.LSTM else h
     for given in ((x,), (x, start), (x[0],)):
         expected = torch.utils._pytree.tree_leaves(layer(*given))
-        with opened([gates_of("layer", layer)]):
+        with unroll([gates_of("layer", layer)]):
             found = torch.utils._pytree.tree_leaves(layer(*given))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -102,7 +102,7 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is an LSTM with projections"):
         find_layers(Last(nn.LSTM(3, 4, proj_size=2)), "rnn")
     layer = nn.GRU(3, 4)
-    with opened([gates_of("rnn", layer)]), pytest.raises(ConfigurationError, match="packed sequences"):
+    with unroll([gates_of("rnn", layer)]), pytest.raises(ConfigurationError, match="packed sequences"):
         layer(pack_sequence([torch.randn(2, 3)]))
     with pytest.raises(ConfigurationError, match="names a layer twice"):
         find_layers(Last(nn.GRU(3, 4)), ["rnn", "rnn"])

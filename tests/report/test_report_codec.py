@@ -41,7 +41,7 @@ from lightning_nrl.report import (
     UpdateSplit,
     WeightChange,
 )
-from lightning_nrl.report.run_records import DataIdentity, Provenance
+from lightning_nrl.report.provenance import DataIdentity, Provenance
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import Finding

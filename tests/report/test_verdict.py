@@ -85,7 +85,7 @@ def test_strengths_of_the_exact_solution_count_as_choices() -> None:
 def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
     verdict = judged(unseen(14, 2), leaked={"test": 12}).verdict
     assert (verdict.evidence, verdict.p_value, verdict.repaired) == ("no difference shown", 1.0, 14)
-    assert "known too" in verdict.advice
+    assert "remove the known samples" in verdict.advice
     assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"  # 12 to 2 without them
 
 

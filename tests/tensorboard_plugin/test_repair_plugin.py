@@ -147,7 +147,7 @@ def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     found = Asked(tmp_path).json("/repair", name="repair")
     assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (False, "warn", 1, "")
     assert (len(found["flips"]["rows"]), found["changes"]) == (1, True)
-    assert "What the refused weights would have done" in found["outcome"]
+    assert "Effect of the refused weights" in found["outcome"]
 
 
 def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import RecordedSplit
-from lightning_nrl.report._figures import INK, dress, new_figure
+from lightning_nrl.report._figures import INK, new_figure, style_axes
 
 MOST_CLASSES = 20  # classes up to which curves are logged for each
 HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so text must be large
@@ -82,7 +82,7 @@ def _curves(record: TrainingRecord, split: str) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{len(label):,} samples of {split}", color=INK, fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2)
-    dress(axes, "step" if across is steps else "epoch", "samples")
+    style_axes(axes, "step" if across is steps else "epoch", "samples")
     return figure
 
 
@@ -100,5 +100,5 @@ def _bars(last: Learning, split: str) -> Any:
     axes.set_ylim(0, 1.25 * max(*below, 1.0))
     axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
-    dress(axes, "class", "% of the class")
+    style_axes(axes, "class", "% of the class")
     return figure

@@ -30,7 +30,7 @@ from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.page import Facts, Heading, Page
+from lightning_nrl.report.page import FactList, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS
 from lightning_nrl.updates import ReleaseReport
 
@@ -233,7 +233,7 @@ def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
             run.add_scalar(tag, value, step)
         run.add_text("repair/report", report.to_markdown(), step)
         for title, views in log.texts.items():
-            page = Page((Heading(title), Facts(tuple((view.caption, view.text) for view in views))))
+            page = Page((Heading(title), FactList(tuple((view.caption, view.text) for view in views))))
             run.add_text(f"repair_samples/{title}", page.markdown(), step)
         changes = [change.detach().float().flatten().cpu() for change in (log.changes or {}).values()]
         flat = torch.cat(changes) if changes else torch.zeros(0)

@@ -1,6 +1,6 @@
-"""Diagnosis: failures that can be repaired, obstacles, layers with room, and costs.
+"""Diagnosis: which failures can be repaired, what stands in the way, which layers have room, and costs.
 
-In: a model and its known data. Out: a `Diagnosis`; the model stays as it is.
+In: a model and its known data. Out: a `Diagnosis`; the model stays unchanged.
 """
 
 from lightning_nrl.analysis.diagnosis.diagnose import diagnose_module

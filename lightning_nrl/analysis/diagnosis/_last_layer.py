@@ -1,10 +1,9 @@
-"""Which targets the last layer can repair, at what cost, and which neighbours its inputs give them.
+"""Targets that the last layer can repair, the cost, and the neighbours of targets in its input space.
 
 Each failure is repaired alone, while every known passed sample stays right. With features h before the layer and a
 change D of its weights, sample p keeps its margin over class c if (z_y - z_c) + (D_y - D_c) h >= required, which is
-linear in D. For each target the smallest D is sought (root mean square of its effect on the logits of passed samples)
-under rows that are added as they are violated. The number of targets that can be repaired one at a time bounds what any
-repair of this layer can reach.
+linear in D. Cutting planes find the smallest D for each target (root mean square of its effect on the logits of passed
+samples). The number of targets that can be repaired one at a time is an upper bound for any repair of this layer.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from lightning_nrl.methods._solvers.convex_head import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples that have twice as much: more than rounding takes
-FULFILLED_FRACTION = 0.9  # of what a row requires: if that is given it is not violated
-MAX_FIX_ROUNDS = 14  # of cutting planes, each dearer than the one before; what is open then is undecided
-ROWS_PER_ROUND = 12  # the most violated, each of another sample, that one round adds for a target
-MAX_ROWS_PER_TARGET = 192  # those that do not bind make way
-FEATURE_RIDGE = 1e-6  # part of a feature's mean square, added to all: features that never occur would cost nothing
+REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples with twice as much; larger than rounding errors
+FULFILLED_FRACTION = 0.9  # of the required margin, below which a row counts as violated
+MAX_FIX_ROUNDS = 14  # of cutting planes, each more expensive; targets left then are undecided
+ROWS_PER_ROUND = 12  # most violated rows of different samples, added per target
+MAX_ROWS_PER_TARGET = 192  # rows that do not bind are dropped first
+FEATURE_RIDGE = 1e-6  # of the mean square; without it features that never occur would cost nothing
 MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
-MAX_TARGETS_TRIED = 512  # one at a time, drawn by chance from more
-MAX_MULTIPLICATIONS = 8e9  # of one pass over all passed samples: a second or so on one core
-MIN_TARGETS_TRIED = 8  # whatever it takes
-MAX_FIXES_CHECKED = 96  # on samples held out, twice: enough for a mean
+MAX_TARGETS_TRIED = 512  # one at a time, sampled from more
+MAX_MULTIPLICATIONS = 8e9  # per pass over all passed samples: about a second on one core
+MIN_TARGETS_TRIED = 8  # however long it takes
+MAX_FIXES_CHECKED = 96  # twice, on held-out samples: enough for a mean
 MAX_PASSED_COMPARED = 2_000  # with their own neighbours
 
 
@@ -58,7 +57,7 @@ class LastLayer(NamedTuple):
     check: HeldOutCheck | None
     mixing: NeighbourMixing
     doubts: tuple[DoubtfulLabel, ...]
-    seconds: float  # to try every target alone
+    seconds: float  # to try every target
 
 
 def analyze_last_layer(
@@ -68,15 +67,15 @@ def analyze_last_layer(
     if layer is None:
         return "the model has no Linear layer."
     if features is None:
-        return "the last Linear does not give the logits."
+        return "the last Linear does not return the logits."
     failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
-        return "the task is not to give one label the largest logit."
+        return "the task does not predict the class of the largest logit."
     device, generator = features.inputs.device, torch.Generator().manual_seed(seed)
     samples = LayerSamples(features.inputs, features.logits, label.to(device))
-    # A tie passes by the order of classes alone: it has no margin to keep.
+    # A tie passes only by the order of classes: it has no margin to keep.
     top = features.logits.topk(2, dim=1).values
     kept = (passed & (top[:, 0] > top[:, 1]).cpu()).nonzero().flatten()
     targets = targeted.nonzero().flatten()
@@ -156,14 +155,13 @@ def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
-    """Draws at most `most` of n indices, ascending."""
     return torch.arange(n) if n <= most else torch.randperm(n, generator=generator)[:most].sort().values
 
 
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> HeldOutCheck | None:
-    """Repairs targets that can be, twice, each time without one half of the passed samples that came with failures."""
+    """Repairs targets twice, each time without one half of the passed samples from data with failures."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -187,7 +185,7 @@ def _check(
 
 
 def _right(change: Tensor, samples: LayerSamples) -> Tensor:
-    """`T x n`, which samples each change of the weights gives the right label."""
+    """Marks the samples that each change of the weights gets right, `T x n`."""
     found = [
         (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
     ]
@@ -195,21 +193,21 @@ def _right(change: Tensor, samples: LayerSamples) -> Tensor:
 
 
 class Fixability(NamedTuple):
-    """Verdict on each target. Undecided are those neither `fixable` nor `unfixable`."""
+    """Verdict on each target, undecided if neither `fixable` nor `unfixable`."""
 
     fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
-    unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
-    size: Tensor  # T, root mean square of what the change does to logits of passed samples, damped; NaN: none is known
-    limit: float  # root mean square of these logits themselves, each sample's less their mean
-    binds: Tensor  # T x P bool: passed samples that stand in a target's way
-    change: Tensor  # T x C x D, of the weights; 0 where none is known
+    unfixable: Tensor  # T bool: proof that any such change exceeds the limit
+    size: Tensor  # T, damped root mean square of the change of passed samples' logits; NaN if unknown
+    limit: float  # root mean square of these logits, centred per sample
+    binds: Tensor  # T x P bool: passed samples that limit a target
+    change: Tensor  # T x C x D, of the weights; 0 if unknown
 
 
 class LayerSamples(NamedTuple):
     """Inputs and outputs of the layer on some samples."""
 
-    features: Tensor  # n x D, its inputs; with a last column of ones if its bias may change
-    logits: Tensor  # n x C, its outputs
+    features: Tensor  # n x D, inputs; with a last column of ones if the bias may change
+    logits: Tensor  # n x C, outputs
     label: Tensor  # n int64
 
     def at(self, where: Tensor) -> LayerSamples:
@@ -217,9 +215,9 @@ class LayerSamples(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Constraints of each target, `T x K`: the label's logit of a sample must lie above a rival's."""
+    """Constraints of each target, `T x K`: a sample's label must have a larger logit than a rival."""
 
-    sample: Tensor  # int64, of the passed; their number stands for the target itself, -1 for no row
+    sample: Tensor  # int64, passed sample; their number is the target itself, -1 no row
     rival: Tensor  # int64, a class
     multiplier: Tensor
 
@@ -229,7 +227,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Seeks for each target, whose label has not alone the largest logit, the smallest change that repairs it."""
+    """Finds the smallest change of the layer that repairs each target, whose label must not lead already."""
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
     root = _root(passed.features.to(home, dtype))
@@ -252,7 +250,7 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
 
 def _root(features: Tensor) -> Tensor:
-    """`D x D`, times which features have the identity as second moment; directions that hardly occur are damped."""
+    """Returns the whitening matrix of features, `D x D`, damped in rare directions."""
     moment = features.T @ features / len(features)
     moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny))
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -272,7 +270,7 @@ class _FixProgramme:
         self.fixable, self.unfixable = torch.zeros(2, n, dtype=torch.bool, device=device)
         self.binds = torch.zeros(n, n_passed, dtype=torch.bool, device=device)
         self._going = torch.arange(n, device=device)
-        # At first each target against the class that is predicted instead.
+        # Starts with each target against its predicted class.
         rival = margins_over_rivals(targets.logits, targets.label).argmin(1, keepdim=True)
         multiplier = torch.zeros_like(rival, dtype=targets.logits.dtype)
         self._rows = _Rows(torch.full_like(rival, n_passed), rival, multiplier)
@@ -298,7 +296,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Keeps the fixes that were found and adds rows for the other targets; False if none is left."""
+        """Stores the fixes that were found and adds rows for the other targets; False if none is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -313,7 +311,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Strength at which each change repairs its target and breaks nothing, or 0; the rows that it violates most."""
+    """Returns the strength at which each change repairs its target and breaks nothing, or 0, and its worst rows."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -332,7 +330,7 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
 
 
 def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """For each change the strength from which on it breaks something, and its worst rows: shortfall, sample, rival."""
+    """Returns per change the strength at which it breaks a sample, and its worst rows: shortfall, sample, rival."""
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved
@@ -343,7 +341,7 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
-    """Old rows and new ones; where these are too many, of the old those that bind."""
+    """Joins old and new rows; drops old rows that do not bind if there are too many."""
     spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))

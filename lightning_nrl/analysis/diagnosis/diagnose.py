@@ -1,4 +1,4 @@
-"""Runs a diagnosis: one pass over known data, small programmes on its results, room by layer, costs, advice."""
+"""Runs a diagnosis: one pass over known data, small programmes on the results, room by layer, costs, advice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
+from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, row_batches
 from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl.evaluation.layers import Layer, last_linear, layers_of
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -40,15 +40,15 @@ from lightning_nrl.report import Provenance
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.search import ParticleSwarm
 
-SKETCH_SIZE = 16_384  # numbers that a sample's gradient is kept in, where the layer has more weights
-MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm: a larger change is none
+SKETCH_SIZE = 16_384  # size of a sample's sketched gradient, if the layer has more weights
+MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm; larger changes count as impossible
 
 
 @torch.no_grad()
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Compares layers on this rank's share of some samples, given with their rows, and that of all others."""
+    """Compares layers on some samples of all ranks, given as this rank's batches with their rows."""
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -62,7 +62,7 @@ def layer_capacities(
     grams, bounds = [], []
     for name, gradient in gradients.items():
         norm = max(float(layers[name].weight.detach().float().norm()), 1e-12)
-        # Small matrices from here on, which a CPU factors as fast. All rows have one length: one tolerance suits.
+        # Small matrices are as fast on a CPU. Rows of unit length share one tolerance.
         length = gradient.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         unit = gradient.flatten(1).float() / length[:, None]
         gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
@@ -89,7 +89,7 @@ def layer_capacities(
 def _gradients(
     evaluator: Evaluator, layers: Mapping[str, Layer], batches: Iterable[tuple[Batch, Tensor]], seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Rows, ascending, margins, and their gradients in each layer that tells samples apart; all ranks get the same."""
+    """Returns ascending rows, margins, and gradients of margins by layer, the same on all ranks."""
     collective = evaluator.collective
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -99,18 +99,18 @@ def _gradients(
         margins.append(margin.detach().float().cpu())
         for name in list(parts):
             if is_by_sample(calls[name], len(at)):
-                parts[name].append(_sketched(layers[name], calls[name], len(at), seed))
+                parts[name].append(_sketch(layers[name], calls[name], len(at), seed))
             else:
                 del parts[name]
     usable = [not collective.any(bool(rows) and name not in parts) for name in layers]
-    found = {name: _joined(parts.get(name, []), collective) for name, use in zip(layers, usable, strict=True) if use}
-    all_rows, all_margins = (_joined(x, collective) for x in (rows, margins))
+    found = {name: _gather(parts.get(name, []), collective) for name, use in zip(layers, usable, strict=True) if use}
+    all_rows, all_margins = (_gather(x, collective) for x in (rows, margins))
     order = all_rows.argsort()
     return all_rows[order], all_margins[order], {name: x[order.to(x.device)] for name, x in found.items() if len(x)}
 
 
-def _sketched(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
-    """`n x (weights or SKETCH_SIZE)`, the gradient of each sample's margin in a layer's weight."""
+def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
+    """Computes the gradient of each sample's margin in a weight, sketched to `n x (weights or SKETCH_SIZE)`."""
     size = layer.weight.numel()
     generator = torch.Generator().manual_seed(seed)
     bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(layer.weight.device)
@@ -127,15 +127,15 @@ def _sketched(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Te
     return torch.cat(parts)
 
 
-def _joined(parts: Sequence[Tensor], collective: Collective) -> Tensor:
+def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
     mine = torch.cat(list(parts)) if parts else torch.zeros(0)
     shares = [x for x in collective.gather(mine) if len(x)]
     return torch.cat(shares) if shares else mine
 
 
-LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples that layers are compared on: medians over few suffice
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # to collect, to localise, to count twice, and at several strengths
-MOST_NAMED = 10  # samples that a sentence names
+LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples for the comparison of layers: medians need few
+PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # collect, localize, count twice, and count each strength
+MOST_NAMED = 10  # samples per sentence
 
 
 def diagnose_module(
@@ -147,13 +147,13 @@ def diagnose_module(
     history: str | Path | TrainingRecord | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
-    """Says what can be known before a repair: what can be fixed, what stands in the way, which layer has room.
+    """Predicts what a repair can fix, what stands in the way, and which layer has room.
 
-    It takes about as long as two passes over the known data. The model is left as found.
+    Takes about as long as two passes over the known data. The model stays unchanged.
 
-    Model and data are as of `repair_module`; of the settings, target and seed matter. `epochs`, how long the model was
-    trained, is for the cost of training on. With the `history` that `TrainingHistory` has written, or its folder, notes
-    say which targets were never learnt, which were forgotten, and which of the former have a label that looks wrong.
+    Model and data are as in `repair_module`; of the settings, target and seed matter. `epochs`, the length of the
+    model's training, is for the cost of further training. With the `history` of `TrainingHistory`, or its folder, notes
+    list targets that were never learnt or forgotten, and those never learnt with a doubtful label.
 
     Raises:
         ConfigurationError: the data, the target, the task or the history cannot be used.
@@ -170,7 +170,7 @@ def diagnose_module(
         check_losses(results)
         last = analyze_last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
-            chosen = drawn(known, results, _near(results, settings.seed), LAYER_BATCH)
+            chosen = row_batches(known, results, _near(results, settings.seed), LAYER_BATCH)
             layers = layer_capacities(evaluator, chosen, results, settings.seed)
         found = Diagnosis(
             advice="",
@@ -184,7 +184,7 @@ def diagnose_module(
             },
             targets=untried_targets(results),
             layers=layers,
-            costs=costs(*_measured(seen, layer, last, evaluator.collective), epochs),
+            costs=costs(*_measure_times(seen, layer, last, evaluator.collective), epochs),
             notes=_notes(results, seen, last, layers),
             seconds=rounded_seconds(clock.seconds),
             provenance=Provenance.of(evaluator.model, results),
@@ -219,7 +219,7 @@ def _notes(
 
 
 def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """Notes on how the training learnt the targets; mislabelled samples are learnt last (Toneva et al. 2019)."""
+    """Describes how training learnt the targets; mislabelled samples are learnt last (Toneva et al. 2019)."""
     seen, lost, never = 0, 0, set[tuple[str, int]]()
     for split in (split for split in results.splits if split in record.splits):
         found, rows = record.splits[split], results.of(split)
@@ -242,14 +242,14 @@ def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequen
 
 
 @torch.no_grad()
-def _measured(
+def _measure_times(
     seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
 ) -> tuple[float, float, float, bool]:
-    """The first rank's times for `costs`, so that all tell the same."""
+    """Returns the first rank's times, the same on all ranks."""
     head = math.nan
     if layer is not None:
         inputs = layer.weight.new_zeros(1024, layer.in_features)
-        layer(inputs).sum().item()  # the first call may be slow
+        layer(inputs).sum().item()  # warm up
         start = time.perf_counter()
         layer(inputs).sum().item()
         head = (time.perf_counter() - start) / 1024 * len(seen.results) / collective.world_size
@@ -262,7 +262,7 @@ def _measured(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """Costs of the usable methods by seconds of model, last Linear, and each target alone; NaN where there is none."""
+    """Estimates costs of the usable methods from seconds of model, last Linear and each target alone (NaN: none)."""
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = budget.SCORED_SHARE * candidates * head
@@ -282,14 +282,14 @@ def costs(
     return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))
 
 
-DOUBTED_SHARE = 0.2  # of targets with doubtful labels, from which on labels come first
-MIN_EXCHANGE_RATE = 2.0  # others repaired for each one broken, from which on the last layer is worth its unseen breaks
-MAX_CHANGE_RATIO = 4.0  # times the easiest layer's change that the last layer may need: medians over few targets
-MAX_SMALL_CHANGE = 0.5  # of a layer's norm: beyond it the first-order figures do not hold
+DOUBTED_SHARE = 0.2  # of targets with doubtful labels that puts labels first
+MIN_EXCHANGE_RATE = 2.0  # others repaired per broken sample that justifies a repair of the last layer
+MAX_CHANGE_RATIO = 4.0  # of the last layer to the easiest one; loose, as medians are over few targets
+MAX_SMALL_CHANGE = 0.5  # of a layer's norm; first-order estimates are invalid beyond it
 
 
 def advise(found: Diagnosis) -> str:
-    """The advice. The rules are few and in order: labels, then the last layer, then the network, then data."""
+    """Writes advice by a few ordered rules: labels, then the last layer, then the network, then data."""
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:

@@ -22,7 +22,7 @@ from lightning_nrl.analysis.diagnosis.findings import (
 from lightning_nrl.report import Page, Report
 from lightning_nrl.report import _figures as figures
 from lightning_nrl.report._formatting import rough_percent, rough_time
-from lightning_nrl.report.page import Block, Facts, Heading, Row, Table, Text
+from lightning_nrl.report.page import Block, FactList, Heading, Row, Table, Text
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Diagnosis(Report, figures.Plotted):
 
     Attributes:
         advice: what to do, with the reason in figures.
-        target: the failures to repair, in words; `task` says what right and wrong mean.
+        target: the failures to repair, in words.
+        task: meaning of right and wrong.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
-        head: dotted name of the last Linear; None where none gives the logits.
-        binding: passed samples that stand in the way, most often first.
-        check: what repairs of the last layer do to samples that are held out; None if that could not be looked at.
-        doubts: targets whose label looks wrong, the surest first.
-        notes: what could not be looked at, and why.
+        head: dotted name of the last Linear; None if none returns the logits.
+        binding: passed samples that limit repairs, most limiting first.
+        check: effect of repairs of the last layer on held-out samples; None if unknown.
+        doubts: targets with doubtful labels, surest first.
+        notes: checks that were not possible, with reasons.
         seconds: wall time by stage.
     """
 
@@ -58,14 +59,14 @@ class Diagnosis(Report, figures.Plotted):
 
     def page(self, full: bool = False) -> Page:
         most = 10**9 if full else LISTED_ROWS
-        blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), Facts(_facts(self))]
+        blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), FactList(_facts(self))]
         if any(target.fixable != "not tried" for target in self.targets):
             text = (
-                f"Whether a change of the last layer ({self.head}) can fix it, if it is the only one to be fixed, "
-                "with no known regression. Change: of the logits, by their size on passed samples."
+                f"Fixes of one target by a change of the last layer ({self.head}), without known regressions. "
+                "Change: relative to the logits of passed samples."
             )
             blocks += [Heading("Each target alone"), Text(text), _alone(self, most)]
-            blocks += [Heading("Passed samples that stand in the way"), *_binding(self.binding, most)]
+            blocks += [Heading("Passed samples in the way"), *_binding(self.binding, most)]
         if self.doubts:
             text = (
                 "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, "
@@ -76,20 +77,20 @@ class Diagnosis(Report, figures.Plotted):
                 for d in self.doubts
             ]
             columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
-            blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _first(rows, most))]
+            blocks += [Heading("Labels worth a look"), Text(text), Table(columns, _truncated(rows, most))]
         if self.layers:
             text = (
-                "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
-                "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
-                "sample near the border may lose any. Both to first order."
+                "Change: the smallest that fixes a typical target, relative to the layer's norm; less is better. "
+                "Room: the share of the margin gained by a small change that is left if no passed sample near the "
+                "border may lose any. Both to first order."
             )
             blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
         if self.costs:
             costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in self.costs)
-            text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
-            blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
+            text = "On this machine, to a factor of about two, including all evaluations; `max_time` limits it."
+            blocks += [Heading("What a repair would take"), Text(text), FactList(costs)]
         if self.notes:
-            blocks += [Heading("What was not looked at"), *(Text(note) for note in self.notes)]
+            blocks += [Heading("Not checked"), *(Text(note) for note in self.notes)]
         return Page(tuple(blocks))
 
     def figure(self) -> Any:
@@ -103,12 +104,11 @@ class Diagnosis(Report, figures.Plotted):
         return figure
 
     def count(self, fixable: Fixable) -> int:
-        """Returns the number of targets with this verdict."""
         return sum(target.fixable == fixable for target in self.targets)
 
     @property
     def easiest_layer(self) -> LayerCapacity | None:
-        """The layer that repairs a target by the smallest change of itself; None if no layer was looked at."""
+        """The layer that repairs a target by the smallest relative change; None without layers."""
         return min(self.layers, key=lambda layer: layer.change, default=None)
 
     @property
@@ -116,11 +116,11 @@ class Diagnosis(Report, figures.Plotted):
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
 
-LISTED_ROWS = 8  # samples, classes and layers that are shown; the JSON has all
+LISTED_ROWS = 8  # samples, classes and layers on the page; the JSON has all
 
 
-def _first(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
-    """The first rows, then how many more there are, with a last cell."""
+def _truncated(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
+    """Returns the first rows and a row with the number of others."""
     rest = [Row(f"and {len(rows) - most:,} {more}", (*[""] * (len(rows[0].cells) - 1), last))]
     return (*rows[:most], *rest[: len(rows) > most])
 
@@ -138,14 +138,14 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
     if check is not None:
         facts["held out"] = (
             f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
-            f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
+            f"breaks {check.broken:.1f} of {check.passed:,} passed samples left out of the fix; "
             f"{rough_percent(check.harmless)} of such fixes break none"
         )
     return tuple(facts.items())
 
 
 def _alone(diagnosis: Diagnosis, most: int) -> Table:
-    """A column for all, and one for each class, or for those with most targets."""
+    """Tabulates all targets, and those of the most frequent classes."""
     groups: dict[tuple[str, str], list[TargetFinding]] = {("all", ""): list(diagnosis.targets)}
     counts = Counter(target.label for target in diagnosis.targets)
     shown = sorted(label for label, _ in counts.most_common(most))
@@ -179,15 +179,15 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each limits or forbids the fix of that many targets: without it, their smallest fix would break it."
+    text = "Each limits or prevents fixes of that many targets: the smallest fix that ignores it would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
-    return Text(text), Table(columns, _first(rows, most, last=last))
+    return Text(text), Table(columns, _truncated(rows, most, last=last))
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> Table:
-    """The layers that must change least and the last one, in the order of the model."""
+    """Tabulates the easiest layers and the last one, in the order of the model."""
     best = sorted(diagnosis.layers, key=lambda layer: layer.change)[:most]
     shown = [layer for layer in diagnosis.layers if layer in best or layer.layer == diagnosis.head]
     others = [layer for layer in diagnosis.layers if layer not in shown]
@@ -200,7 +200,7 @@ def _layers(diagnosis: Diagnosis, most: int) -> Table:
         for layer in (*shown, *others)
     ]
     columns = (("kind", ""), ("weights", ""), ("room", ""), ("change", "needed"))
-    return Table(columns, _first(rows, len(shown), "that need more"))
+    return Table(columns, _truncated(rows, len(shown), "that need more"))
 
 
 VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
@@ -218,7 +218,7 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     groups = {verdict: [margin for own, margin in margins if own == verdict] for verdict in VERDICT_STYLES}
     shown = {verdict: values for verdict, values in groups.items() if values}
     if not shown:
-        _nothing(axes, "Targets", "no margin is known")
+        _empty_panel(axes, "Targets", "no margin is known")
         return
     least = min(min(values) for values in shown.values())
     axes.hist(
@@ -234,12 +234,12 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    _dress(axes, "Targets: can the last layer fix each?", "margin: label's logit above the largest other", "targets")
+    _style(axes, "Targets: can the last layer fix each?", "margin: label's logit above the largest other", "targets")
 
 
 def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
     if mixing is None:
-        _nothing(axes, "Neighbourhoods", "not looked at")
+        _empty_panel(axes, "Neighbourhoods", "not looked at")
         return
     for counts, name, colour, shift in (
         (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", figures.ORANGE, -0.2),
@@ -252,7 +252,7 @@ def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
     axes.set(xticks=range(mixing.k + 1), ylim=(0, 119), yticks=range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")
     across = f"of the {mixing.k} nearest passed samples, with its label"
-    _dress(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
+    _style(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
 
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
@@ -263,7 +263,7 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     shown = sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS]
     layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
     if not layers or best is None:
-        _nothing(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
+        _empty_panel(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
         return
     left = 0.7 * best.change
     for at, layer in enumerate(layers):
@@ -279,19 +279,19 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
-    low, high = axes.get_xlim()  # a logarithmic axis has no 0 for bars to begin at
+    low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
     axes.minorticks_off()
-    _dress(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
+    _style(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
 
 
-def _nothing(axes: Any, title: str, text: str) -> None:
+def _empty_panel(axes: Any, title: str, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", color=figures.GREY, transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])
-    _dress(axes, title, "", "")
+    _style(axes, title, "", "")
 
 
-def _dress(axes: Any, title: str, across: str, up: str) -> None:
+def _style(axes: Any, title: str, across: str, up: str) -> None:
     axes.set_title(title, fontsize=10, color=figures.INK, loc="left")
-    figures.dress(axes, across, up, grid="y" if up else "x")
+    figures.style_axes(axes, across, up, grid="y" if up else "x")

@@ -1,4 +1,4 @@
-"""The findings of a diagnosis, one record a kind."""
+"""The findings of a diagnosis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fixable = Literal["yes", "no", "undecided", "not tried"]
 
 @dataclass(frozen=True)
 class FoundSample:
-    """A known sample: its split, its position in the data set, and its class, -1 where the task has none."""
+    """A known sample: its split, its position in the data set, and its class, -1 if the task has none."""
 
     split: str
     id: int
@@ -25,11 +25,11 @@ class TargetFinding(FoundSample):
     """One targeted failure.
 
     Attributes:
-        margin: how far it is from being right, at most 0; NaN where the task has no margin.
-        fixable: whether the last Linear can repair it alone at zero known regressions. `no` is a proof: a change that
-            does it would have to be larger than the logits themselves.
-        change: size of the change that does it, in parts of the logits (root mean square on passed samples), or NaN.
-        agreement: share of its nearest passed samples that have its label, or NaN.
+        margin: distance from being right, at most 0; NaN if the task has no margin.
+        fixable: whether the last Linear can repair it alone without known regressions. `no` is a proof: the change
+            would have to be larger than the logits themselves.
+        change: size of the change relative to the logits (root mean square on passed samples), or NaN.
+        agreement: share of its nearest passed samples with the same label, or NaN.
     """
 
     prediction: int
@@ -41,7 +41,7 @@ class TargetFinding(FoundSample):
 
 @dataclass(frozen=True)
 class Binding(FoundSample):
-    """A passed sample with its margin, and how many `targets` it binds: their smallest repair would break it."""
+    """A passed sample that limits the smallest repair of some `targets`, which would break it."""
 
     margin: float
     targets: int
@@ -49,9 +49,9 @@ class Binding(FoundSample):
 
 @dataclass(frozen=True)
 class HeldOutCheck:
-    """Effect of repairs of one target on samples that were not constrained: an exchange rate for the last layer.
+    """Effect of repairs of one target on unconstrained samples: an exchange rate for the last layer.
 
-    On average one of the `repairs` breaks `broken` of the `passed` samples that were left out, from the data with
+    On average, one of the `repairs` breaks `broken` of the `passed` samples that were left out, from the data with
     failures, and repairs `repaired` of the `others`, the other targets. The share `harmless` breaks none.
     """
 
@@ -64,7 +64,7 @@ class HeldOutCheck:
 
     @property
     def rate(self) -> float:
-        """Others repaired for each one broken; infinite if none is broken, NaN if nothing happens."""
+        """Others repaired per broken sample; infinite if none is broken, NaN if nothing changes."""
         if not self.broken:
             return math.inf if self.repaired else math.nan
         return self.repaired / self.broken
@@ -72,17 +72,14 @@ class HeldOutCheck:
 
 @dataclass(frozen=True)
 class NeighbourMixing:
-    """Counts of targets and of passed samples by how many of their `k` nearest passed samples have their label.
-
-    `targets` and `passed` have `k + 1` counts each, in the space before the last layer.
-    """
+    """Counts of targets and passed samples by how many of their `k` nearest passed samples share their label."""
 
     k: int
     targets: tuple[int, ...]
     passed: tuple[int, ...]
 
     def mean(self, group: Literal["targets", "passed"]) -> float:
-        """Mean agreement, from 0 to 1; NaN without samples."""
+        """Computes the mean agreement, from 0 to 1; NaN without samples."""
         counts = getattr(self, group)
         total = sum(counts)
         return sum(i * n for i, n in enumerate(counts)) / (total * self.k) if total else math.nan
@@ -90,7 +87,7 @@ class NeighbourMixing:
 
 @dataclass(frozen=True)
 class DoubtfulLabel(FoundSample):
-    """A target whose label looks wrong: a share of its neighbours agree with the prediction, whose logit leads."""
+    """A target with a doubtful label: the share of neighbours that agree with the prediction, and its lead."""
 
     prediction: int
     agreed: float
@@ -99,13 +96,13 @@ class DoubtfulLabel(FoundSample):
 
 @dataclass(frozen=True)
 class LayerCapacity:
-    """How much room a layer has, to first order, on a sample of targets and of near passed samples.
+    """The room of a layer, to first order, on a sample of targets and of near passed samples.
 
     Attributes:
-        room: from 0 to 1: of the margin that a small change could gain for a target, the share left if none of the near
-            passed samples may lose any; the mean over targets.
-        change: the smallest change that repairs a target and breaks none of them, in parts of the layer's norm; the
-            median over targets. Infinite if none does.
+        room: share, from 0 to 1, of the margin gained by a small change that is left if no near passed sample may lose
+            any; mean over targets.
+        change: smallest change that repairs a target and breaks none of them, relative to the layer's norm; median over
+            targets, infinite if there is none.
     """
 
     layer: str
@@ -117,7 +114,7 @@ class LayerCapacity:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a method takes on this machine, to a factor of about two, and what they are made of."""
+    """Seconds of a method on this machine, to a factor of about two, and what they include."""
 
     method: str
     seconds: float

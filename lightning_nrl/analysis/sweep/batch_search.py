@@ -32,16 +32,16 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # of one call, else 512: a CPU gains nothing by more, and runs are kept after each call
-TENSORS_PER_SWARM = 16  # of the size of all particles that a search holds at once, about
-STATES_MEMORY = 256 << 20  # bytes of whole layers, one a run, that are made once and not anew for every batch
+SWARMS_BY_DEVICE = {"cpu": 32}  # per call, else 512: a CPU gains nothing by more, and each call saves its runs
+TENSORS_PER_SWARM = 16  # approximate number of tensors of the size of all particles, held at once
+STATES_MEMORY = 256 << 20  # bytes of layers, one per run, that are kept between batches
 
-OnProgress = Callable[[int, list[SearchHistory]], None]  # is told how many iterations were made
+OnProgress = Callable[[int, list[SearchHistory]], None]  # called with the number of iterations
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to be made; `key` tells it from every other one on any model and data."""
+    """A run to make; `key` identifies it for any model and data."""
 
     key: str
     setting: Setting
@@ -54,7 +54,7 @@ class RunRequest:
 
 @dataclass
 class BatchSearch:
-    """A problem with what searches share: known data are recorded once, each localisation is made once."""
+    """A problem with the work that searches share: one recording of known data, each localization once."""
 
     problem: Problem
     base: Settings
@@ -88,7 +88,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs searches of one kind (see `batches`), not counted yet; each finds, bit for bit, what it finds alone."""
+        """Runs searches of one kind (see `batches`) without counts; each result equals that of a single search."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -150,7 +150,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Yields requests of one swarm that fit into memory; on a CPU of one fitness, to give candidates up early."""
+    """Yields requests that fit into memory as one swarm; on a CPU with one fitness, to discard candidates early."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
@@ -159,7 +159,7 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
             alike = fitness.uses_passed_loss
         kinds.setdefault((method, alike), []).append(request)
     for kind in kinds.values():
-        # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
+        # Sorted, since equal numbers of weights need no padding and equal samples are prepared once.
         kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
         n = max(1, min(_budget(problem) // size, SWARMS_BY_DEVICE.get(device.type, 512)))
@@ -173,22 +173,22 @@ def _budget(problem: Problem) -> int:
 
 @dataclass(frozen=True)
 class ExactBatch:
-    """One batch, run under other weights to the very bits that the deployed model gives.
+    """One batch, run under other weights with bits equal to those of the deployed model.
 
-    It is replayed in the size it has, by the model's own kernels. Where that gives, under the original weights, the
-    logits of a forward pass bit for bit, it stands for one under other weights too: the same operations on the same
-    shapes. Elsewhere the whole model is run.
+    It is replayed whole, by the model's own kernels. If that reproduces the logits of a forward pass under the original
+    weights bit for bit, it does so under others too: the operations and shapes are equal. Otherwise the whole model
+    runs.
     """
 
-    cache: ActivationCache  # a recording of this batch alone
-    chunk: Chunk  # all of it: rows and targets
+    cache: ActivationCache  # of this batch alone
+    chunk: Chunk  # rows and targets of the whole batch
 
     @property
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the deployed model's logits when the layers have these parameters, all of them by dotted name."""
+        """Computes the deployed model's logits for these layer parameters, all of them by dotted name."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -208,8 +208,8 @@ def exact_batches(
     """Records batches, each given with its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
-    known: list[ReplayGroup] = []  # how batches before this one were replayed
-    sliceable: bool | None = None  # not known before the first batch
+    known: list[ReplayGroup] = []  # replay plans of earlier batches
+    sliceable: bool | None = None  # unknown before the first batch
     for batch, rows in batches:
         inputs, n = (batch.args, batch.kwargs), len(rows)
         if sliceable is None:
@@ -227,7 +227,7 @@ def exact_batches(
 def _of_one_batch(
     model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
 ) -> ExactBatch:
-    # Every tensor is kept for itself, in the layout that it came in: another one may round in another way.
+    # Every tensor keeps its own layout: another layout may round differently.
     own = group.empty_like(model.space.device, False, ())
     own.add(stored, batch.target, rows)
     own.finish()
@@ -238,7 +238,7 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role; what is recorded of them is kept if memory allows it, else made again."""
+    """Counts runs on the data of one role; keeps its recording if memory allows, else makes it again."""
 
     problem: Problem
     sources: Sequence[Source]

@@ -1,4 +1,4 @@
-"""The settings of a sweep: `Grid`, and how settings are read from what a user gives."""
+"""The settings of a sweep: `Grid`, and the parser of settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
-"""Parts that a setting may give whole; fields of the first three may be given alone."""
+"""Parts of a setting, given whole or, for the first three, by field."""
 
 
 class Grid:
-    """Every combination of some values of some arguments, the last argument running fastest.
+    """Every combination of values of some arguments; the last argument varies fastest.
 
     Args:
         **axes: values of `n_passed` (#pos), of `fitness`, as kinds such as `eq1` or `Fitness` objects, and of any field
             of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`, `perfect_intact` (pi), `n_weights` (#lw),
-            `particles` (#p) and `patience`. A single value may stand for a list of one.
+            `particles` (#p) and `patience`. A single value stands for a list of one.
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
@@ -44,7 +44,7 @@ class Grid:
             )
 
     def settings(self) -> list[dict[str, Any]]:
-        """One mapping for each combination."""
+        """Returns a mapping for each combination."""
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ Sweepable = Grid | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the paper's search under its label; all passed samples are scored if `n_passed` is None."""
+    """A named setting of the paper's search; `n_passed=None` scores all passed samples."""
 
     name: str = field(compare=False)
     fitness: FitnessFunction
@@ -66,12 +66,12 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `repair`, and of `Settings`, that make the same search; what it finds is taken as it is."""
+        """Returns arguments of `repair` and `Settings` for the same search, at strength 1."""
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
-        """All but its name in dicts, lists, text and numbers."""
+        """Returns all fields but the name as dicts, lists, text and numbers."""
         said = Settings(**self.arguments()).plain()
         return {name: said[name] for name in SETTING_PARTS}
 
@@ -91,10 +91,10 @@ class Setting:
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
-    """Returns the settings that are meant, each once, in order; `base` says what they leave open.
+    """Parses settings in order, without duplicates; `base` has the defaults.
 
-    A mapping may give itself a `name`. A `ConfigurationError` for an argument that nothing has, a value that cannot be
-    used, no setting, or two of one name.
+    A mapping may include a `name`. Raises `ConfigurationError` for an unknown argument, an invalid value, no setting,
+    or two settings with one name.
     """
     if not isinstance(base.method, ParticleSwarm):
         problem = f"`method` is a {type(base.method).__name__}: a sweep runs the paper's search."
@@ -129,13 +129,13 @@ def _setting(given: Any, start: Setting) -> Setting:
     for argument, value in said.items():
         changes.setdefault(_owner(argument, made), {})[argument] = value
     for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
-        # Each decides the other.
+        # Each determines the other.
         if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
             changes["localizer"][other] = None
     for part, values in changes.items():
         made = replace(made, **{part: replace(getattr(made, part), **values)})
     if isinstance(made.fitness, Fitness) and made.fitness.kind == "lexicographic":
-        # What does not matter to it is as by default: otherwise a grid would try the same several times.
+        # Reset fields that it ignores, so a grid does not repeat equal settings.
         plain = Fitness(delta=made.fitness.delta)
         if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
             plain = replace(plain, perfect_intact=True, infeasible="zero")
@@ -144,7 +144,7 @@ def _setting(given: Any, start: Setting) -> Setting:
         raise ConfigurationError(
             "`settings`: some search biases and others do not.", "give all the same `include_bias`, by `search`."
         )
-    Settings(**made.arguments())  # Says what cannot be used.
+    Settings(**made.arguments())  # Raises for invalid values.
     return replace(made, name=_label(made, start) if name is None else str(name))
 
 
@@ -174,7 +174,7 @@ def _owner(argument: str, made: Setting) -> str:
 
 
 def _label(made: Setting, start: Setting) -> str:
-    """Short and unambiguous: what the paper's table has, then what else differs from where the sweep starts."""
+    """Returns a short unique label: the columns of the paper's table, then other differences from the start."""
     shown = made.columns()
     words = [shown["fitness"]]
     if shown["alpha"] is not None:

@@ -1,4 +1,4 @@
-"""`Run`, a row of a sweep's table, and the store of its rows and weights on disk."""
+"""`Run`, a row of a sweep's table, and the store of rows and weights on disk."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_ta
 
 @dataclass(frozen=True)
 class Run(Derives):
-    """One search with one seed, and what its weights do; the counts are those of the deployed model.
+    """One search with one seed, and counts of its weights in the deployed model.
 
     Attributes:
-        setting: the label of what was asked for, as the columns from `fitness` to `particles` say; None in one of these
-            means no intact weight, as many weights as the localizer thinks fit, all passed samples that are known.
-        n_localized: weights that were searched; 0 where localisation left none.
-        value: the fitness of the best candidate; None where nothing was searched.
-        patched: samples of I_neg that it repairs, as the search counts them.
-        intact: samples of the sampled I_pos that it keeps.
-        known: what becomes of known samples; in the table `known_broken` and so on. None for roles without data.
-        seconds: wall time, its share of what was searched and counted together.
+        setting: label of the setting, described by the columns from `fitness` to `particles`; None there stands for no
+            intact weight, a number of weights chosen by the localizer, or all known passed samples.
+        n_localized: number of searched weights; 0 if localization left none.
+        value: fitness of the best candidate; None without a search.
+        patched: repaired samples of I_neg, as counted by the search.
+        intact: samples of the sampled I_pos that stay right.
+        known: counts of known samples, `known_broken` etc. in the table. None for roles without data.
+        seconds: wall time, as a share of the runs that were searched and counted together.
     """
 
     setting: str
@@ -65,14 +65,14 @@ class Run(Derives):
 
     @property
     def regression_free(self) -> bool:
-        """True if something known is repaired and nothing known broken, in the target or not."""
+        """True if a known sample is repaired and none is broken, in the target or not."""
         return self.known.broken == 0 and self.known.repaired > 0
 
     def has(self, role: Role) -> bool:
         return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:
-        """Returns the counts of a role; all 0 if it has no samples."""
+        """Returns the counts of a role; all 0 without samples."""
         counts: TargetCounts | None = getattr(self, role)
         return counts or NO_COUNTS
 
@@ -91,19 +91,19 @@ RUN_COLUMNS = (
     *(f"{role}_{name}" for role in ROLES for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)),
     "seconds",
 )
-"""The columns of the table."""
+"""Columns of the table."""
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
-    """Reads a line of the table, as `csv.DictReader` gives it; a `ConfigurationError` names what is wrong."""
+    """Reads a row of `csv.DictReader`; raises `ConfigurationError` for an invalid one."""
     words = ("setting", "fitness", "layer")
     return from_plain(Run, {name: text if name in words else _value(text) for name, text in row.items()})
 
 
 def _value(text: str) -> object:
-    """A cell as a bool, a number or None for an empty one; as it is if it is none of them."""
+    """Parses a cell as None, bool or number; returns other text unchanged."""
     for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
-        with suppress(KeyError, ValueError, TypeError):  # a line of another length has cells that are no text
+        with suppress(KeyError, ValueError, TypeError):  # rows of the wrong length have cells that are not text
             return kind(text)
     return text
 
@@ -113,18 +113,18 @@ class StoredRun:
     """A run and its weights, on the CPU."""
 
     run: Run
-    where: Tensor  # `K` int64, flat positions of the weights that were searched
-    values: Tensor  # `K`, what they are
+    where: Tensor  # `K` int64, flat positions of the searched weights
+    values: Tensor  # `K`, their values
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder with a file for each few runs, made when something is kept; None keeps nothing."""
+    """A folder with files of some runs each, created on demand; None stores nothing."""
 
     folder: Path | None
 
     def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
-        """Returns the stored runs by key. A file that cannot be read, or is damaged, is warned of and left out."""
+        """Returns the stored runs by key. Skips unreadable and damaged files with a warning."""
         if self.folder is None:
             return {}
         if self.folder.is_file():
@@ -141,13 +141,13 @@ class RunStore:
             except (OSError, ConfigurationError) as error:
                 why = str(error).partition("\n")[0]
                 problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
-                hint = "delete the file, and look at the disk if this comes again."
+                hint = "delete the file; check the disk if this happens again."
                 warnings.warn(DataWarning(problem, hint), stacklevel=2)
         keys = set(wanted)
         return {key: run for key, run in found.items() if key in keys}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:
-        """Keeps runs by their keys, all or, if the process is killed meanwhile, none."""
+        """Writes runs by key, atomically."""
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,12 +157,12 @@ class RunStore:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of plain values."""
+    """Computes SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def results_digest(results: SampleResults) -> str:
-    """Returns SHA-256 of the samples and of the model's results on them, with three digits of the loss."""
+    """Computes SHA-256 of samples and results, with three digits of the loss."""
     found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
     for name in DIGESTED_RESULTS:
         found.update(getattr(results, name).numpy().tobytes())
@@ -170,8 +170,8 @@ def results_digest(results: SampleResults) -> str:
     return found.hexdigest()
 
 
-def exchanged(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
-    """Returns the runs of all ranks on each."""
+def gather_runs(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
+    """Gathers the runs of all ranks."""
     if collective.world_size == 1:
         return dict(mine)
     packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
@@ -185,7 +185,7 @@ def _packed(runs: Mapping[str, StoredRun]) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    """Reads runs as data, never as code; a `ConfigurationError` for whatever else is in a file."""
+    """Reads runs as data, never as code; raises `ConfigurationError` for any other content."""
     try:
         found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         return {str(key): _stored_run(**one) for key, one in found.items()}

@@ -17,7 +17,7 @@ from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.sweep.batch_search import BatchSearch, Recount, RunRequest, batches
 from lightning_nrl.analysis.sweep.grid import Setting, Sweepable, parse_settings
-from lightning_nrl.analysis.sweep.run_store import RunStore, StoredRun, digest, exchanged, results_digest
+from lightning_nrl.analysis.sweep.run_store import RunStore, StoredRun, digest, gather_runs, results_digest
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
@@ -48,15 +48,15 @@ def sweep_module(
     dirpath: str | Path | None = None,
     observer: Observer | None = None,
 ) -> SweepResult:
-    """Runs every setting with every seed, each as a single repair by `ParticleSwarm` would, and counts all of them.
+    """Runs every setting with every seed, each like a single repair by `ParticleSwarm`, and counts all results.
 
-    Known data are recorded once and swarms searched many at a time; each finds, bit for bit, what `repair` finds with
-    the same arguments at strength 1. No gate judges, and the model is left as found. The ranks of an `Evaluator` share
-    out the runs; each reads all data and ends with the same result.
+    Known data are recorded once and many swarms searched at a time; each result equals, bit for bit, that of `repair`
+    with the same arguments at strength 1. No gate judges, and the model stays unchanged. The ranks of an `Evaluator`
+    share the runs; each reads all data and returns the same result.
 
-    Model and data are as of `repair_module`; calibration data, which no search looks at, are to choose among runs by.
-    `settings`, `seeds` and `dirpath` are as of `sweep`. `base` is what all settings share, such as target, layer and
-    what they leave open of the search; its method is a `ParticleSwarm`, or the default, which stands for one.
+    Model and data are as in `repair_module`; calibration data, which no search sees, are for the choice among runs.
+    `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has common settings and defaults, such as target and
+    layer; its method is a `ParticleSwarm`, or the default, which is replaced by one.
 
     Raises:
         ConfigurationError: an argument cannot be used, no failed sample is in the target, or none passes.
@@ -68,7 +68,7 @@ def sweep_module(
     _check(base, (*known, *calibration, *unseen))
     include_bias = base.localizer.include_bias
     layers = find_scope(evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called)
-    # Each rank looks at all data, as they share out the runs.
+    # Each rank evaluates all data, since the ranks share the runs, not the data.
     own, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve(evaluator.model):
         found = evaluate_baseline(own, known, base, unseen=unseen, calibration=calibration, clock=clock)
@@ -82,12 +82,12 @@ def sweep_module(
 
 
 def swarming(base: Settings) -> Settings:
-    """The settings with a swarm where they name no method, and as they are where they do."""
+    """Replaces the default method by a swarm."""
     return replace(base, method=ParticleSwarm()) if isinstance(base.method, Auto) else base
 
 
 def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
-    """Returns the seeds; a `ConfigurationError` if there is none, one is there twice or out of range."""
+    """Returns the seeds; raises `ConfigurationError` if there are none, duplicates, or values out of range."""
     whole = isinstance(seeds, int) and not isinstance(seeds, bool)
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
@@ -109,14 +109,14 @@ def _check(base: Settings, sources: Iterable[Source]) -> None:
     for source in sources:
         if len(source.positions) < len(source.index):
             raise ConfigurationError(
-                f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
-                "give each rank all of the data; a sweep shares out the runs.",
+                f"`{source.split}` data are shared out: this rank has {len(source.positions)} of {len(source.index)}.",
+                "give each rank all data; a sweep shares the runs.",
             )
 
 
 @dataclass
 class _Sweep:
-    """A model and its data; `data` are sources and results of the original model by role."""
+    """A model with its data: sources and results of the original model by role."""
 
     problem: Problem
     base: Settings
@@ -125,8 +125,8 @@ class _Sweep:
     store: RunStore
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
-        """Returns the same on each rank: ranks share out the runs that are not stored yet."""
-        # Model, data and target tell runs from others as well.
+        """Makes the runs that are not stored, shared by the ranks; all return the same."""
+        # The key of a run depends on model, data and target, too.
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         passed = [source.split for source in self.problem.known if source.passed]
         model, layer = hash_tensors(self.problem.model.state_dict()), self.base.plain()["layer"]
@@ -139,9 +139,9 @@ class _Sweep:
         return self._result(requests, there | made)
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
-        """Returns what all ranks have worked out together; where one raises, all do."""
+        """Runs the work on each rank and gathers the runs; if one fails, all fail."""
         own = self.collective.all_or_none(work, "another rank could not make its runs of the sweep.")
-        return exchanged(own, self.collective)
+        return gather_runs(own, self.collective)
 
     def _made(
         self, mine: Sequence[RunRequest], requests: Sequence[RunRequest], there: Mapping[str, StoredRun]
@@ -168,10 +168,10 @@ class _Sweep:
         self.problem.clock.tell(round(worked), round(work))
 
     def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
-        """Returns those of the runs that are there; writes their table."""
+        """Collects the finished runs and writes their table."""
         kept = {(one.setting.name, one.seed): there[one.key] for one in requests if one.key in there}
         result = SweepResult(
-            # What was stored may have had another label.
+            # The stored run may have another label.
             tuple(replace(stored.run, setting=name) for (name, _), stored in kept.items()),
             str(self.base.target),
             ", ".join(layer_names(self.base.layer)),

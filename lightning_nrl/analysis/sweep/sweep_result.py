@@ -1,4 +1,4 @@
-"""`SweepResult`: the table of a sweep's runs, their weights, means, and its page."""
+"""`SweepResult`: runs, weights, means and page of a sweep."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import Gate
 from lightning_nrl.report import Report
 from lightning_nrl.report._formatting import count, plural
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
 from lightning_nrl.report.splits import ROLES, Role
 
 
 @dataclass(frozen=True)
 class SweepResult(Report):
-    """Runs of many settings and seeds. `rich.print(result)` shows means and spread for each setting.
+    """Runs of many settings and seeds. `rich.print(result)` shows mean and spread of each setting.
 
     Attributes:
-        runs: one a setting and seed, settings in their order.
-        target: which failures were to be repaired, in words.
-        settings: the settings by name; none if the result was read from a file.
-        weights: what was found, by setting and seed; likewise.
-        original: the layers as they were; likewise.
+        runs: one per setting and seed, in the order of settings.
+        target: the failures to repair, in words.
+        settings: settings by name; empty, like the fields below, if the result was read from a file.
+        weights: weights by setting and seed.
+        original: original parameters of the layers.
     """
 
     runs: tuple[Run, ...]
@@ -52,15 +52,15 @@ class SweepResult(Report):
         blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(self))]
         blocks += [_table(self), Text(SWEEP_NOTE)] if self.runs else []
         facts = tuple((name, value) for name, value in (("target", self.target), ("layer", self.layer)) if value)
-        return Page((*blocks, Facts(facts)) if facts else tuple(blocks))
+        return Page((*blocks, FactList(facts)) if facts else tuple(blocks))
 
     def of(self, setting: str) -> tuple[Run, ...]:
-        """The runs of one setting; a `ConfigurationError` names the nearest one if it is not there."""
+        """Returns the runs of one setting; `ConfigurationError` suggests the nearest name if it is unknown."""
         check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """The front of repaired against broken samples, from few broken to many; do not choose by unseen data."""
+        """Returns the front of repaired against broken samples, by rising broken; do not choose by unseen data."""
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(f"`role={role!r}`: there were no such data.", f"give `{role}` data.")
@@ -71,11 +71,11 @@ class SweepResult(Report):
         return tuple(front)
 
     def best(self, under: str | Gate = "instance") -> Run | None:
-        """The run to take, chosen on known and calibration data; unseen data have no part in it.
+        """Returns the best run by known and calibration data, without unseen data.
 
-        Of the runs that repair a target and that the gate `under` lets through on known data: the one with the most
-        repaired less broken calibration samples, if there are any; of several, the one that breaks fewer of these,
-        repairs more targets, breaks fewer known samples, repairs more of them, and comes first.
+        Candidates repair a target and pass the gate `under` on known data. They are compared by repaired less broken
+        calibration samples, then by fewer broken ones of these, more repaired targets, fewer broken and more repaired
+        known samples; the first of equals wins.
         """
         gate = Gate.parse(under, "under")
 
@@ -90,19 +90,19 @@ class SweepResult(Report):
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """Returns rows of an HParams tab, settings and results: one per `setting`, of means, or one per `run`."""
+        """Returns settings and results for an HParams tab: means per `setting`, or values per `run`."""
         check_choice("each", each, ("setting", "run"))
         if each == "run":
             return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}
         return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Arguments of `repair` that find a run's weights again; a result that was read from a file has none."""
+        """Returns the arguments of `repair` that reproduce a run; not available if read from a file."""
         self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """The whole parameters of the searched layers as a run has them, on the CPU; not if read from a file."""
+        """Returns the whole parameters of the searched layers after a run, on the CPU; not if read from a file."""
         kept = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
@@ -113,17 +113,17 @@ class SweepResult(Report):
     def _stored(self, run: Run) -> StoredRun:
         if (run.setting, run.seed) not in self.weights:
             raise ConfigurationError(
-                f"`run`: of {run.setting!r} with seed {run.seed} this result does not know the weights.",
-                "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
+                f"`run`: this result has no weights of {run.setting!r} with seed {run.seed}.",
+                "call `sweep` again with the same `dirpath`, which repeats no run; a table has no weights.",
             )
         return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Writes a run's weights into a model, all or, where it lacks a parameter, none; nothing judges them."""
+        """Writes a run's weights into a model, all or none, unjudged."""
         write(model, self.state(run))
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """A line a run, empty where there is nothing to say; written to a file too if there is a `path`."""
+        """Returns a line per run, with empty cells for missing values; also writes it to `path` if given."""
         out = io.StringIO()
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -132,7 +132,7 @@ class SweepResult(Report):
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table, without weights, from a file or as text; a `ConfigurationError` if it is none."""
+        """Reads a table without weights from a file or text; raises `ConfigurationError` for any other content."""
         text = source if isinstance(source, str) and "\n" in source else Path(source).read_text(encoding="utf-8")
         try:
             return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
@@ -143,7 +143,7 @@ class SweepResult(Report):
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Strict JSON of everything but the weights; written to a file too if there is a `path`."""
+        """Returns strict JSON of everything but the weights; also writes it to `path` if given."""
         return _written(super().to_json(), path)
 
 

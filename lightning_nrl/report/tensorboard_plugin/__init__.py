@@ -1,7 +1,7 @@
-"""The Repair tab of TensorBoard, which finds it by an entry point of the package.
+"""The Repair tab of TensorBoard, registered as an entry point.
 
-In: a log folder. Out: the repairs in it (`repair_folders`), one of them as JSON (`tab_data`), and what a browser needs
-to show it (`repair_plugin`, `static/`). Nothing here imports torch before a repair is looked at.
+In: a log folder. Out: its repairs (`repair_folders`), a repair as JSON (`tab_data`), and the browser's files
+(`repair_plugin`, `static/`). torch is imported only when a repair is opened.
 """
 
 from lightning_nrl.report.tensorboard_plugin.repair_plugin import RepairPlugin

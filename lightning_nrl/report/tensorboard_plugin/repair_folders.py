@@ -1,4 +1,4 @@
-"""Finds repairs below a log folder. Nothing outside of it is read."""
+"""Finds repairs below a log folder; reads nothing outside."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 REPORT_NAME = "report.json"
 MAX_FOLDERS, MAX_DEPTH = 50_000, 12
 FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*"reason":')
-"""How a repair's report begins; other reports have the same file name."""
+"""Start of a repair's report; other reports have the same file name."""
 
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with the report of a repair, its size in bytes and time of change in nanoseconds.
+    """A folder with a repair report of `size` bytes, `modified` in nanoseconds.
 
-    A browser asks for it by its name, the path below the log folder `root`, with slashes.
+    A browser asks for it by `name`, the path below the log folder `root`, with slashes.
     """
 
     name: str
@@ -34,7 +34,7 @@ class RepairFolder:
 
 
 def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
-    """Folders that TensorBoard looks at: that of `--logdir`, without a name, or those of `--logdir_spec` by name."""
+    """Returns TensorBoard's log folders by name: that of `--logdir`, unnamed, or those of `--logdir_spec`."""
     spec = getattr(flags, "logdir_spec", None) if not getattr(flags, "logdir", None) else None
     if not spec:
         return {"": Path(logdir)} if logdir else {}
@@ -48,12 +48,12 @@ def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
 
 
 def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
-    """Every folder with a report of a repair, the latest first; links that lead out of a root are not followed."""
+    """Finds folders with a repair report, latest first; ignores links that lead out of a root."""
     found = [folder for name, root in roots.items() for folder in _below(name, root)]
     return sorted(found, key=lambda folder: (-folder.modified, folder.name))
 
 
-def confined(path: Path, root: Path) -> bool:
+def is_below(path: Path, root: Path) -> bool:
     """True if a path, with links resolved, is a file below the root."""
     try:
         return path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
@@ -68,13 +68,13 @@ def _below(name: str, root: Path) -> Iterator[RepairFolder]:
         folders[:] = sorted(one for one in folders if not one.startswith(".")) if depth < MAX_DEPTH else []
         if n >= MAX_FOLDERS:
             return
-        if REPORT_NAME in files and confined(here / REPORT_NAME, root) and _is_of_a_repair(here / REPORT_NAME):
+        if REPORT_NAME in files and is_below(here / REPORT_NAME, root) and _is_repair_report(here / REPORT_NAME):
             stat = (here / REPORT_NAME).stat()
             below = "/".join(filter(None, (name, here.relative_to(root).as_posix().removeprefix("."))))
             yield RepairFolder(below or here.resolve().name, root, here, stat.st_mtime_ns, stat.st_size)
 
 
-def _is_of_a_repair(path: Path) -> bool:
+def _is_repair_report(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return FIRST_KEYS.match(file.read(4096)) is not None

@@ -1,4 +1,4 @@
-"""The tab as TensorBoard asks for it: whether there is anything to show, and answers to a browser."""
+"""The TensorBoard plugin: serves the Repair tab's files and data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder, confined, find_repairs, log_roots
+from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder, find_repairs, is_below, log_roots
 
 if TYPE_CHECKING:
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
@@ -24,17 +24,17 @@ HERE = Path(__file__).parent
 STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
     name: HERE.parent / name for name in ("table.js", "report.css")
 }
-"""Files that the browser loads, by name; two of the files are those of report.html."""
+"""Files that the browser loads, by name; two are shared with report.html."""
 MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20
-MAX_LISTED = 200  # repairs in the table, the latest
+MAX_LISTED = 200  # latest repairs in the table
 KEPT_REPORTS = 4  # in memory
-LOOK_SECONDS = 5.0  # a list of folders counts as new
+LOOK_SECONDS = 5.0  # before folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Shows each repair below the log folder: its verdict, its flipped samples, how it was found."""
+    """Shows each repair below the log folder: verdict, flipped samples, search."""
 
     plugin_name = "lightning_nrl"
 
@@ -42,7 +42,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self._roots = log_roots(context.logdir, context.flags)
         self._lock = threading.RLock()
         self._found: list[RepairFolder] = []
-        self._looked = float("-inf")
+        self._scanned_at = float("-inf")
         self._summaries: dict[RepairFolder, dict[str, Any]] = {}
         self._load = lru_cache(maxsize=KEPT_REPORTS)(_read)
 
@@ -67,40 +67,40 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return _answer(request, {"repairs": [*map(self._summary, folders[:MAX_LISTED])], "found": len(folders)})
 
     def _repair(self, request: Request) -> Response:
-        loaded = self._asked(request)
+        loaded = self._requested(request)
         if isinstance(loaded, str):
             return _missing(request, loaded)
         try:
             return _answer(request, loaded.details)
-        except Exception as error:  # whatever a report holds, the tab lives
+        except Exception as error:  # no report may take the tab down
             return _missing(request, f"report.json cannot be shown: {error}")
 
     def _sample(self, request: Request) -> Response:
-        loaded = self._asked(request)
+        loaded = self._requested(request)
         if isinstance(loaded, str):
             return _missing(request, loaded)
         position = request.args.get("position", -1, type=int)
         file = loaded.sample_file(request.args.get("split", ""), position, request.args.get("kind", ""))
         path = loaded.folder.path / (file or "")
-        if file is None or not confined(path, loaded.folder.root) or path.stat().st_size > MAX_SAMPLE_BYTES:
+        if file is None or not is_below(path, loaded.folder.root) or path.stat().st_size > MAX_SAMPLE_BYTES:
             return _missing(request, "there is no picture of such a sample.")
         return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
 
     def _folders(self) -> list[RepairFolder]:
         with self._lock:
-            if time.monotonic() - self._looked > LOOK_SECONDS:
+            if time.monotonic() - self._scanned_at > LOOK_SECONDS:
                 self._found = find_repairs(self._roots)
-                self._looked = time.monotonic()
+                self._scanned_at = time.monotonic()
             return self._found
 
-    def _asked(self, request: Request) -> LoadedRepair | str:
-        """The repair of a request; it is one of those that were found, or none."""
+    def _requested(self, request: Request) -> LoadedRepair | str:
+        """Returns the requested repair, or an error message."""
         name = request.args.get("name", "")
         folder = next((folder for folder in self._folders() if folder.name == name), None)
         return "there is no repair of that name." if folder is None else self._load(folder)
 
     def _summary(self, folder: RepairFolder) -> dict[str, Any]:
-        """A row of the table of repairs; what is wrong with a report that cannot be read."""
+        """Returns a row of the table of repairs, or the reason why its report cannot be read."""
         with self._lock:
             if folder not in self._summaries:
                 loaded = self._load(folder)
@@ -110,10 +110,10 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
 
 def _read(folder: RepairFolder) -> LoadedRepair | str:
-    """The report of a folder; in words what is wrong with it."""
+    """Reads the report of a folder; returns an error message if that fails."""
     if folder.size > MAX_REPORT_BYTES:
         return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
-    # Only now, as it takes seconds: torch comes with it.
+    # Imported late, since it imports torch, which takes seconds.
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
 
     try:

@@ -1,4 +1,4 @@
-"""A report as what the tab shows: plain values for JSON, and parts of the report's page."""
+"""Converts a report to the JSON values and HTML parts of the tab."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Plain = dict[str, Any]
 
 
 class LoadedRepair:
-    """A report that was read, and the folder that it was read from."""
+    """A report with its folder."""
 
     def __init__(self, folder: RepairFolder) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class LoadedRepair:
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """The path of a sample's picture or text below the folder; None for what is no flipped sample of the report."""
+        """Returns the relative path of a flipped sample's picture or text; None for other samples."""
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
@@ -90,7 +90,7 @@ class LoadedRepair:
         return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
-        """Flipped samples as rows of values, the most telling first, and the names of their slices."""
+        """Returns flipped samples as rows, most telling first, and the names of their slices."""
         try:
             files = set(os.listdir(self.folder.path / SAMPLES_FOLDER))
         except OSError:
@@ -122,7 +122,7 @@ def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
 
 
 def _confusion(splits: Sequence[SplitReport]) -> dict[str, list[list[int]]]:
-    """By role the confusions that changed: label, prediction, how many before and after."""
+    """Returns label, prediction, count before and count after of changed confusions, by role."""
     changes = {role: confusion_changes(pool(own).confusion) for role, own in by_role(splits).items()}
     return {
         role: [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
@@ -153,5 +153,5 @@ def _point(point: StrengthPoint) -> Plain:
 
 
 def _finite(value: float) -> float | None:
-    """Four significant digits; None for what JSON has no number for."""
+    """Rounds to four significant digits; None for NaN and infinity."""
     return float(f"{value:.4g}") if math.isfinite(value) else None

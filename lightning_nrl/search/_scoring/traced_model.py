@@ -23,7 +23,7 @@ from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
-from lightning_nrl.evaluation.recurrent import opened, patched_forward
+from lightning_nrl.evaluation.recurrent import patched_forward, unroll
 
 Inputs = tuple[tuple[object, ...], Mapping[str, object]]
 """Positional and keyword arguments of a model."""
@@ -69,7 +69,7 @@ class EditableModel:
         Of modules that are not to `keep` only shapes are noted. A site that is never called is a `ReplayError`.
         """
         traced = trace_forward(self.model, self.space.sites, keep)
-        with opened(self.space.gates), traced as trace, self.evaluator.context():
+        with unroll(self.space.gates), traced as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
             output = run_model(self.model, args, kwargs)
         for name in self.sites:
@@ -84,7 +84,7 @@ class EditableModel:
     def forward(self, inputs: Inputs) -> Tensor:
         """Returns the logits of a pass, which may change its inputs."""
         args, kwargs = inputs
-        with opened(self.space.gates), self.evaluator.context():
+        with unroll(self.space.gates), self.evaluator.context():
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
