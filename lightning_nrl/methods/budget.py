@@ -1,9 +1,9 @@
-"""The budget of a repair: all shares, visits, passes and rounds in one place.
+"""The budget of a repair: all time shares, visits, passes and rounds.
 
-Without `max_time` everything is counted, in visits and rounds, so that a busy machine changes nothing. A visit is one
-sample through the network forward; a step on it counts `FORWARD_BACKWARD`. A pass is one visit of all known samples.
+Without `max_time` the limits count visits and rounds, so a busy machine changes nothing. A visit is one forward pass of
+one sample; a training step counts `FORWARD_BACKWARD` visits. A pass is one visit of all known samples.
 
-| stage of the default | may take | of `max_time` |
+| stage of the default | limit | share of `max_time` |
 |---|---|---|
 | search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE`; all if no training fits |
 | training | the visits of the fit: its epochs over all known data | all but the polish's reserve |
@@ -11,10 +11,10 @@ sample through the network forward; a step on it counts `FORWARD_BACKWARD`. A pa
 | curve over strength | `CURVE_SHARE` of these visits | what is left |
 | verdict | `JUDGING_PASSES` | |
 
-If fewer than `FEW_EPOCHS` of training fit in, the searches have `HURRIED_SEARCH_TIME_SHARE`. A search that was cut runs
-again in the time that training leaves. The polish's reserve is `POLISH_PASSES`, but no more than `POLISH_TIME_SHARE` of
-what is left. An update polishes for `UPDATE_TIME_SHARE` of what is left, then searches. Merged repairs take
-`TIME_SHARE_OF_PARTS` for the parts.
+If fewer than `FEW_EPOCHS` of training fit in, the searches get `HURRIED_SEARCH_TIME_SHARE`. A cut search runs again in
+the time that training leaves. The polish's reserve is `POLISH_PASSES`, but at most `POLISH_TIME_SHARE` of the time
+left. An update polishes for `UPDATE_TIME_SHARE` of the time left, then searches. Merged repairs spend
+`TIME_SHARE_OF_PARTS` on their parts.
 """
 
 from __future__ import annotations

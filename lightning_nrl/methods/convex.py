@@ -1,4 +1,4 @@
-"""Repairing a last Linear layer by convex optimisation: a path over strength, its point chosen by cross-validation."""
+"""Repairs a last Linear layer by convex optimisation: a path over strengths, its point chosen by cross-validation."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 @dataclass(frozen=True)
 class Convex:
-    """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds.
+    """Repairs a last Linear layer exactly: the least change of logits that breaks no known passed sample, in seconds.
 
     Attributes:
-        patience: the path over strengths ends after this many in a row without a better result on held-out samples;
-            None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long it may take.
-        max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
+        patience: strengths in a row without a better held-out result before the path ends; None: no limit. Large
+            strengths are slowest on contradictory data.
+        seconds: time limit.
+        max_pairs: the path ends after a strength whose programme has more rows; None: no limit.
 
     Raises:
-        ConfigurationError: on construction, for a patience below 1; when called, if there are several layers, the
-            layer's output is not the logits, or the task has no classes.
+        ConfigurationError: on construction, for a patience below 1; when called, for several layers, a layer whose
+            output is not the logits, or a task without classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -65,13 +65,13 @@ class Convex:
                 check_whole(f"Convex.{name}", getattr(self, name), 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
-        """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
+        """Raises a `ConfigurationError` unless the layer is the last Linear."""
         _check_layers(recording.space)
         if any(_read(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves along strengths, and takes the strongest that held-out samples speak for."""
+        """Solves along the strengths and takes the best one on held-out samples."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
@@ -134,7 +134,7 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
 
 @torch.no_grad()
 def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> tuple[list[Tensor], list[Tensor]]:
-    """The change at each strength, `C x d`, and what is right of held-out samples; one rank solves for all."""
+    """Changes, `C x d`, and correct samples, `N` bool, by strength; the first rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
     right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
@@ -147,9 +147,9 @@ def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) ->
 
 
 def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
-    """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
+    """Yields the change at each strength, and `N` bool, correct samples, each fold under the change fitted without it.
 
-    A strength that time cuts short is left out, but for the first: the folds for which no time is left change nothing.
+    If time runs out, only the first strength counts; folds without time change nothing.
     """
 
     def is_over() -> bool:
@@ -184,14 +184,13 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
 
 
 def _worth(problem: Problem, right: Tensor) -> float:
-    """The weight of repairs less that of regressions."""
     before, weight = problem.before, problem.before.finite_weight
     lost = float(weight[before.passed & ~right].sum())
     return float(weight[before.targeted & right].sum()) - REGRESSION_PRICE * lost
 
 
 def _folds(problem: Problem) -> Tensor:
-    """`N` int64: the fold of each sample that came in with the failed ones, -1 for all others, which never leave."""
+    """Fold of each sample that came in with the failures, `N` int64; -1 for all others, which are never held out."""
     before = problem.before
     fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
@@ -202,7 +201,7 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """The greatest share of a change that breaks nothing when the deployed model runs with it."""
+    """The largest fraction of a change that breaks nothing in the deployed model."""
     for number, share in enumerate(DEPLOYED_FRACTIONS):
         if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
@@ -232,7 +231,7 @@ def _bias_name(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer on the known samples: those that count, `N` bool, and the rest."""
+    """The layer on the known samples: `rows` (`N` bool, those that count) and the rest."""
 
     rows: Tensor
     head: ConvexHead
@@ -240,7 +239,7 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once; a `ConfigurationError` on all ranks if the output is not the logits on one."""
+        """Runs the model once; raises a `ConfigurationError` on all ranks if the output is not the logits on one."""
         before = problem.before
         features, logits = _recorded(problem)
         device, ones = features.device, _bias_name(problem) is not None
@@ -261,7 +260,7 @@ class _KnownHead:
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        """`N` bool, the samples that the layer gets right under a change, `C x d`."""
+        """Samples that the layer gets right under a change (`C x d`), `N` bool."""
         right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
         right[self.rows] = self.head.right(change).cpu()
         for some in self.rest.blocks():
@@ -294,7 +293,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """All inputs and outputs: the recorded tensors themselves, or copies; None unless the layer is the last."""
+    """All inputs and outputs, as recorded or copied; None unless the layer is the last."""
     held = _held(recording)
     n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
     x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
@@ -312,7 +311,7 @@ def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
 
 
 def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """The recorded tensors, where they are as they are needed, so that they are not there twice."""
+    """The recorded tensors if usable as they are, which saves a copy."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
@@ -324,7 +323,7 @@ def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
 
 
 def _read(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """A chunk's input and output of the layer; None unless the output is what the model returns."""
+    """Inputs and outputs of the layer for a chunk; None unless the output is the model's."""
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)

@@ -1,7 +1,6 @@
-"""The effect of a method on samples that it may not use: the one estimate that the default chooses by.
+"""Held-out estimates of what a method does to unseen samples, by which the default chooses.
 
-Half of the samples that came in with the failed ones are held out, since the model was not trained on them: what
-becomes of them is what may be expected of unseen samples like these.
+Half of the samples that came in with the failures are held out, since the model was not trained on them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ FEWEST_REPAIRS_SHARE = 0.5  # what repairs less than this part of what a cheaper
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
-    """The known samples to be held out, `N` bool, the same on every rank; None where there are too few failures."""
+    """Draws the known samples to hold out, `N` bool, the same on every rank; None if there are too few failures."""
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
@@ -49,15 +48,15 @@ def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> Targe
 
 
 def net_rate(counts: TargetCounts | None) -> float:
-    """Repaired less broken held-out samples, for each passed one; 0 without an estimate."""
+    """Returns repaired less broken held-out samples per passed one; 0 without an estimate."""
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
 def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
-    """True if a rung goes before a smaller one: its repairs are worth more, and held-out samples do not say otherwise.
+    """True if a larger rung is better than a smaller one.
 
-    They do if its net rate is lower than the other's by more than chance, `MAX_STANDARD_ERRORS` of the difference. A
-    rung with fewer repairs goes before the other only if its net rate is higher by more than chance.
+    With more gain, unless its net rate is significantly lower (`MAX_STANDARD_ERRORS` of the difference). With less
+    gain, only if its net rate is significantly higher.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))

@@ -1,13 +1,13 @@
-"""Repairing any layers by linearized margins: solve, count exactly, step, linearize again. No pass of training.
+"""Repairs any layers by linearised margins: solve, evaluate, step, linearise again; no training passes.
 
 To first order a sample's margin is linear in the weights of any layer. With gradients of some margins at the present
-weights, in coordinates x that measure a change by what it does to passed data, a round seeks
+weights, in coordinates x that measure a change by its effect on passed data, a round solves
 
     min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
 
-where `missing` is what a margin lacks after the step. The deployed model counts each step on all known data: what
-breaks nothing and repairs more is kept; what came near the border is in the next programme. A margin that came out
-other than predicted is required for the difference as well (second-order correction, as in sequential quadratic
+where `missing` is what a margin lacks after the step. Each step is evaluated in the deployed model on all known data. A
+step that breaks nothing and repairs more is kept; samples that came near the boundary join the next programme. The next
+solution also compensates for margins that were mispredicted (second-order correction, as in sequential quadratic
 programming).
 """
 
@@ -51,17 +51,17 @@ RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a step that broke nothing a
 
 @dataclass(frozen=True)
 class Linearized:
-    """Repairs any Linear or convolution layers so that no known passed sample breaks, in a few dozen forward passes.
+    """Repairs any Linear or convolution layers without breaking a known passed sample, in a few dozen forward passes.
 
-    A step is the one that moves what the layers give on passed data least, in the mean square, while passed samples
-    keep half of their margin, or a small one that suffices, and targets get one, all to first order. It is found from
-    the gradients of targets and of passed samples near the border, and taken as far as an exact count allows.
+    Each step changes the layers' outputs on passed data least, in the mean square, while passed samples keep half of
+    their margin, or a small sufficient one, and targets get one, all to first order. It is found from the gradients of
+    targets and of passed samples near the boundary, and shortened until an exact evaluation shows no regression.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights; a `ConfigurationError` if there are no margins or gradients of them."""
+        """Steps from the original weights; raises a `ConfigurationError` without margins or gradients."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
         took = FIRST_ROUND_PASSES * clock.one_pass
@@ -90,7 +90,7 @@ Try = tuple[Proposal, Tensor]
 
 
 class _TrustRegionSteps:
-    """From the original weights, round by round: proposals that break nothing, each better than the one before."""
+    """Steps from the original weights; each proposal in `found` breaks nothing and is better than the one before."""
 
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before
@@ -118,7 +118,7 @@ class _TrustRegionSteps:
         return self.found[-1].repaired if self.found else 0
 
     def round(self) -> bool:
-        """Linearises, solves and steps; False where no target's margin depends on the weights."""
+        """Linearises, solves and steps; False if no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
             self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
@@ -146,7 +146,7 @@ class _TrustRegionSteps:
         return True
 
     def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
-        """The programme at the present weights, and where these are."""
+        """The programme at the present weights, and their whitened coordinates."""
         before = self.problem.before
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
@@ -157,7 +157,7 @@ class _TrustRegionSteps:
         return _LinearizedMargins(rows, gradients, margin, required, targeted, weight), change.to(gradients)
 
     def _near(self) -> Tensor:
-        """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
+        """Rows of the samples nearest to the boundary; heavy targets count from further away."""
         before, margin = self.problem.before, _margins(self.after)
         targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
@@ -167,7 +167,7 @@ class _TrustRegionSteps:
         return torch.cat([targets, passed]).sort().values
 
     def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
-        """Shorter and shorter steps until one breaks nothing, and in words how far that was."""
+        """Shorter and shorter steps until one breaks nothing, and a note for the report."""
         tries: list[Try] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
@@ -194,7 +194,7 @@ class _TrustRegionSteps:
         return proposal, change
 
     def _is_clean(self, after: SampleResults) -> bool:
-        """True if every known passed sample passes, by a margin that another batch size does not flip."""
+        """True if every known passed sample passes, with a margin that another batch size does not flip."""
         right = after.passed & (_margins(after) >= self.least)
         return not bool((self.problem.before.passed & ~right).any())
 
@@ -204,15 +204,13 @@ def _worth(proposal: Proposal) -> float:
 
 
 def _margins(results: SampleResults) -> Tensor:
-    """Margins, far below 0 where the model gave something that is not finite."""
+    """Margins; very low where the output is not finite."""
     finite = results.margin.isfinite() & results.loss.isfinite()
     return torch.where(finite, results.margin, -1e6)
 
 
 @dataclass(frozen=True)
 class _LinearizedMargins:
-    """Margins of some samples, to first order."""
-
     rows: Tensor  # m int64, of the known samples
     gradients: Tensor  # m x K
     margin: Tensor  # m, at the present weights
@@ -226,16 +224,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price at which the median target would be repaired if it were alone; 0 if no step helps any."""
+        """Price at which the median target would be repaired on its own; 0 if no step helps any."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The step, `K`, and its multipliers, `m`, to start a similar programme from.
-
-        `error`, `m`, is by how much margins came out above what was predicted.
-        """
+        """The step, `K`, and its multipliers, `m`, for a warm start; `error`, `m`, is real minus predicted margins."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

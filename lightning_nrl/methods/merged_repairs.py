@@ -1,4 +1,4 @@
-"""Several targets, each repaired on its own, and the repairs merged by coefficients (DRWeightMerge)."""
+"""Repairs several targets separately and merges the repairs by coefficients (DRWeightMerge)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
 
 @dataclass(frozen=True, eq=False)
 class MergedRepairs:
-    r"""Repairs parts of the target one by one, each from the original weights, and searches how much of each to take.
+    r"""Repairs parts of the target one by one, each from the original weights, and searches their mixing coefficients.
 
     .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
 
@@ -41,16 +41,15 @@ class MergedRepairs:
     (`SampleOptions.risk`, `importance`, `protected`).
 
     Attributes:
-        parts: `confusion`, one part for each pair of a true class and the one that it is taken for; `label`, one for
-            each true class; or targets, also as text. A target in several parts is repaired in each.
-        most: how many parts at most, from 1; those with the most targets by weight. The others are merged into none.
-        method: how each part is repaired: `arachne` or another published method, `swarm` or another searcher, or an
-            object.
-        searcher: of the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
-        fitness: how coefficients are ranked, likewise; None: as the repair says, else `lexicographic`.
+        parts: `confusion`, one part per pair of true and predicted class; `label`, one per true class; or targets, also
+            as text. A target in several parts is repaired in each.
+        most: maximum number of parts, from 1; the heaviest are taken, the others not repaired.
+        method: repairs each part: `arachne` or another published method, `swarm` or another searcher, or an object.
+        searcher: searches the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
+        fitness: ranks the coefficients, by name or as an object; None: that of the repair, else `lexicographic`.
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind.
+        ConfigurationError: on construction, for a value of the wrong type.
 
     Example:
         >>> MergedRepairs(["confusion 3 -> 5", "label 8"]).most
@@ -80,7 +79,7 @@ class MergedRepairs:
             object.__setattr__(self, "fitness", FITNESSES.parse("MergedRepairs.fitness", self.fitness))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Repairs the parts, then searches the coefficients; a `ConfigurationError` if a part does not suit."""
+        """Repairs the parts, then searches the coefficients; raises a `ConfigurationError` for an unsuitable part."""
         chosen = self._chosen(problem)
         found: list[Proposal] = []
         steps: list[Step] = []
@@ -108,7 +107,7 @@ class MergedRepairs:
         return Solution(best, "", tuple(steps), tuple(found), result=result)
 
     def _chosen(self, problem: Problem) -> dict[str, Tensor]:
-        """The parts by name, `N` bool each, the largest ones, in the order of their weight."""
+        """The heaviest parts by name, `N` bool each."""
         before = problem.before
         found: dict[str, Tensor] = {}
         if isinstance(self.parts, str):
@@ -137,7 +136,7 @@ class MergedRepairs:
         return dict(ranked[: self.most])
 
     def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
-        """Repairs one part as if it were the whole target; counted for the whole target."""
+        """Repairs one part as if it were the whole target; counts it for the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         own.seconds.update({"collect": clock.one_pass})
@@ -168,7 +167,7 @@ def _parsed(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """How much of each of K changes is best, `K` in [0, 1]; among the first candidates are none, each, and all."""
+    """Returns the best coefficients of K changes, `K` in [0, 1]; first tries none, each, all, and their mean."""
     device, k = problem.space.device, len(states)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
@@ -212,9 +211,9 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
 
 @dataclass(frozen=True)
 class WholeModelScorer:
-    """Candidates are coefficients; each takes a pass of the whole model over all known data.
+    """Scores coefficients by passes of the whole model over all known data.
 
-    As on recorded activations, what rounding could flip in the deployed precision does not pass.
+    As on recorded activations, a sample passes only if rounding in the deployed precision cannot flip it.
     """
 
     problem: Problem
@@ -241,7 +240,7 @@ class WholeModelScorer:
         )
 
     def _row(self, coefficients: Tensor) -> list[float]:
-        """Samples that pass, losses, weights of repairs and regressions, and credits, first of targets."""
+        """Numbers of passing samples, losses, weights of repairs and regressions, and credits; targets first."""
         problem, before = self.problem, self.problem.before
         after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight

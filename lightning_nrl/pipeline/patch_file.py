@@ -1,7 +1,7 @@
-"""The change of one tensor, bit by bit, and a patch as a safetensors file with a hash against damage.
+"""Bitwise changes of tensors, and patches as safetensors files with a hash against damage.
 
-For a tensor `w` the file has `old/w` and `new/w`, and `index/w` where only some of its values are kept. Complex numbers
-are pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of all of it.
+For a tensor `w` the file has `old/w` and `new/w`, and `index/w` if only some values are stored. Complex numbers are
+pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of everything.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or wri
 class TensorChange:
     """The change of one tensor of this shape, on the CPU.
 
-    `index` has `n` ascending flat positions, int32, or int64 for a tensor that needs it, and `old` and `new` the values
-    there; None: they are the whole tensors. Both hashes are of the whole tensor, see `hash_tensors`.
+    `index` has the flat positions, `n` ascending, int32, or int64 for large tensors, of the values in `old` and `new`;
+    None: these are whole tensors. Both hashes are of the whole tensor (`hash_tensors`).
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorChange:
 
     @classmethod
     def between(cls, name: str, old: Tensor, new: Tensor) -> TensorChange | None:
-        """The change from one tensor to another; None if they are the same to the bit.
+        """Returns the change from one tensor to another; None if they are bitwise equal.
 
         Raises:
             ConfigurationError: they differ in shape or dtype, or are not plain dense tensors.
@@ -77,7 +77,7 @@ class TensorChange:
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """A copy of the tensor with the new values in it, or with the old ones; on the tensor's device."""
+        """Returns a copy of the tensor with the new values, or the old ones, on its device."""
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
@@ -87,17 +87,17 @@ class TensorChange:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of one tensor."""
+    """Returns the SHA-256 of one tensor."""
     return hash_tensors({"": tensor})
 
 
 def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """The values of a contiguous tensor at these places; by their bytes, since not every torch can index float8."""
+    """Values of a contiguous tensor at flat positions, by their bytes: not every torch can index float8."""
     return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())[index].view(tensor.dtype).flatten()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bits of a contiguous tensor's values as whole numbers, a view: one a value, two in a row a complex one."""
+    """View of a contiguous tensor's bits as integers: one per value, two per complex value."""
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     return flat.view(WORD_DTYPES[flat.element_size()])
@@ -105,7 +105,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """Metadata of one tensor: see `TensorChange`. One that is tied to another has the values of that one."""
+    """Metadata of a `TensorChange`; `values_of` is the tensor that this one is tied to, or itself."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -133,7 +133,7 @@ def write_patch(
     versions: Mapping[str, str],
     report_json: str,
 ) -> None:
-    """Writes a patch, whole or not at all; arguments as of `Patch`."""
+    """Writes a patch atomically; arguments are those of `Patch`."""
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -152,7 +152,7 @@ def write_patch(
 
 
 def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the arguments of a `Patch` that `write_patch` has written."""
+    """Reads the arguments of a `Patch`; raises a `ConfigurationError` for a damaged or foreign file."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."

@@ -1,4 +1,4 @@
-"""Rules from text, as arguments and the command line give them."""
+"""Parses release rules from text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinst
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
-    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read.
+    """Parses one or several rules; raises a `ConfigurationError` for none, or one that cannot be read.
 
     `require` adds a rule of `REQUIRED`, unless it is among them.
     """
@@ -34,7 +34,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
+    """Parses a rule from text, one of `RULES.forms` with your own numbers; returns a `Rule` unchanged.
 
     All but `protected` may end with ` in SPLIT, SPLIT`.
 

@@ -1,4 +1,4 @@
-"""Rules that a new model must satisfy to replace the old one."""
+"""Release rules that a new model must satisfy to replace the old one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Ids = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one rule: whether the new model satisfies it, and why, in figures.
+    """Result of one rule: passed or not, and why.
 
-    `ids` are data-set positions of the samples that it objects to, by split; empty if it passed.
+    `ids` are data-set positions of the offending samples, by split; empty if it passed.
     """
 
     rule: str
@@ -40,23 +40,23 @@ class Finding:
 
 
 class Rule(ABC):
-    """One condition on an update. A rule of your own is a frozen dataclass with `check` and `__str__`."""
+    """Base class of release rules. Write your own as a frozen dataclass with `check` and `__str__`."""
 
     @abstractmethod
     def check(self, pair: ModelPair) -> Finding:
-        """Judges the update; a `ConfigurationError` if the rule asks for what the data do not have."""
+        """Judges the update; raises a `ConfigurationError` if the data lack what the rule needs."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """The rule, as text."""
+        """Returns the rule as text."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Refuses data for which the rule has no meaning, before any model runs."""
+        """Raises a `ConfigurationError` for unsuitable data, before any model runs."""
         return None
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Targets whose samples the rule needs; `ModelPair.marked` has them."""
+        """Targets whose samples the rule needs in `ModelPair.marked`."""
         return ()
 
 
@@ -70,7 +70,7 @@ class Part(NamedTuple):
 
 
 class SplitRule(Rule):
-    """Base of rules that count parts of the data: each of some splits, or their slices."""
+    """Base class of rules that count flips in splits or their slices."""
 
     splits: tuple[str, ...]
     whole_splits: bool = True
@@ -79,7 +79,7 @@ class SplitRule(Rule):
     @property
     @abstractmethod
     def text(self) -> str:
-        """The rule, as text, without the splits."""
+        """The rule as text, without its splits."""
 
     def __post_init__(self) -> None:
         names = (self.splits,) if isinstance(self.splits, str) else self.splits
@@ -97,11 +97,11 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if the rule objects to one of `n_parts` parts."""
+        """True if one of `n_parts` parts violates the rule."""
 
     @abstractmethod
     def words(self, parts: Sequence[Part]) -> list[str]:
-        """The sentences of the reason, without full stops."""
+        """Returns the sentences of the reason, without full stops."""
 
     def check(self, pair: ModelPair) -> Finding:
         parts = self._parts(pair)
@@ -137,12 +137,12 @@ class SplitRule(Rule):
 
 @dataclass(frozen=True)
 class AtMostBroken(SplitRule):
-    """In each split no more samples are broken than a gate allows.
+    """Allows at most as many broken samples per split as a gate does.
 
     Attributes:
-        gate: `instance`: none, for data that must not break; `accuracy`: no more than are repaired, which is to say
-            that accuracy does not fall; `tolerance:3` or `tolerance:1%`; or a `Gate`.
-        splits: on which splits; empty: on each.
+        gate: `instance`: none; `accuracy`: no more than are repaired, so accuracy does not fall; `tolerance:3` or
+            `tolerance:1%`; or a `Gate`.
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(AtMostBroken("accuracy", splits=("test",)))
@@ -175,7 +175,7 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """In each split more samples were repaired than broke, by the sign test at 5 %."""
+    """Requires more repaired than broken samples in each split, by the sign test at 5 %."""
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -193,17 +193,17 @@ class IsBetter(SplitRule):
 
 @dataclass(frozen=True)
 class MaxNegativeFlipRate(SplitRule):
-    """In each split the negative flip rate, broken of all, is below a limit with a confidence.
+    """Bounds the negative flip rate (broken of all) in each split, with a confidence.
 
-    What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to come only if
-    no training and no choice of a model has looked at the split. Several splits, or slices, need no correction: a wrong
-    model must pass where it is wrong, and passes all with a probability of 1 - confidence at most.
+    Compares the upper limit of Clopper and Pearson (`report.stats`) with `limit`. It holds for future data only if no
+    training or model choice used the split. Several splits or slices need no correction: a model that violates the
+    limit anywhere passes with probability 1 - confidence at most.
 
     Attributes:
-        limit: on the rate, in (0, 1).
+        limit: of the rate, in (0, 1).
         confidence: in (0, 1).
-        each_slice: every slice must be below the limit, not only the whole split.
-        splits: on which splits; empty: on each.
+        each_slice: True to bound every slice beside the whole split.
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(MaxNegativeFlipRate(0.01, 0.99))
@@ -256,19 +256,18 @@ class MaxNegativeFlipRate(SplitRule):
 
 @dataclass(frozen=True)
 class NoSliceWorse(SplitRule):
-    """No slice is worse than before.
+    """Requires that no slice gets worse.
 
-    By *test*, for a sample of data to come: a slice is worse if chance breaks that many of its changed samples with
-    a probability below `level` (exact sign test, one-sided). The level is divided by the number of slices, so that an
-    update that makes none worse fails in at most that share of cases. Passing proves nothing of a small slice, and the
-    finding names those too small for the test; `MaxNegativeFlipRate(each_slice=True)` proves something.
+    By *test*, for future data: the one-sided exact sign test of a slice's flips must not have a p-value below `level`,
+    divided by the number of slices. If no slice is worse, the rule fails with probability `level` at most. The result
+    names slices too small for the test; `MaxNegativeFlipRate(each_slice=True)` bounds these.
 
-    By *count*, for a suite of cases: a slice is worse if fewer of its samples are right than before.
+    By *count*, for a test suite: no slice may have fewer right samples than before.
 
     Attributes:
         by: `test` or `count`.
         level: of the test, in (0, 1).
-        splits: on which splits; empty: on each.
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(NoSliceWorse("count"))
@@ -315,13 +314,12 @@ class NoSliceWorse(SplitRule):
 
 @dataclass(frozen=True, eq=False)
 class ProtectedIntact(Rule):
-    """Every protected sample that was right is right still.
+    """Requires that no protected sample breaks.
 
     Attributes:
-        ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
-            positions alone where there is one split.
-        where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
-            its address; a target also as text, such as `label 3`.
+        ids: sample positions by split, or alone if there is one split; or a CSV file with the columns `split` and `id`.
+        where: further samples, by a `Target`, also as text such as `label 3`, a predicate on the raw batch, or its
+            address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))

@@ -1,8 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. The few that come close are the working set,
-whose margins are measured again and again. Those closer still are active: steps are on their hinge losses, each with a
-multiplier that grows while its constraint is violated. As many others are rehearsed, which holds the model in place.
+Every known passed sample is a constraint: its margin must stay above 0. Samples close to it form the working set, whose
+margins are measured in every round. The closest are active: steps descend their hinge losses, each with a multiplier
+that grows while its constraint is violated. As many others are rehearsed, which keeps the model in place.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of an open sample, each round; h
 
 
 class ActiveSet:
-    """Margins of all known samples as last measured, NaN where the loss is not finite, and the working set.
+    """Last measured margins of all known samples, NaN where the loss is not finite, and the working set.
 
-    A sample of the working set has a teacher: the given state where it is right, else the original model. `enforced`,
-    `N` bool, are targets that steps go on for however far from right they are; its owner may change it between rounds.
-    Without `holds_repairs` no step is made for a sample that the original model fails, nor is it held where it is,
-    unless it is enforced.
+    A sample of the working set is taught by the given state if that is right, else by the original model. `enforced`,
+    `N` bool, are targets to pursue at any distance; the owner may change it between rounds. Without `holds_repairs`,
+    samples that the original model fails are neither pursued nor held, unless enforced.
     """
 
     def __init__(
@@ -83,31 +82,31 @@ class ActiveSet:
 
     @property
     def broken(self) -> Tensor:
-        """`N` bool: passed samples without the margin that is required of them."""
+        """Passed samples below their required margin, `N` bool."""
         return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
     def open(self) -> Tensor:
-        """`N` bool: broken samples, and enforced targets that are not right yet."""
+        """Broken samples and enforced targets that are not right yet, `N` bool."""
         return self.broken | (self.enforced & ~(self.margin >= self._required))
 
     @property
     def infeasible(self) -> Tensor:
-        """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
+        """Broken samples without a finite loss, `N` bool: no step repairs them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
 
     def update(self, after: SampleResults) -> None:
-        """Takes the margins of all known samples; those that came close to the boundary join the working set."""
+        """Sets the margins of all known samples; samples near the boundary join the working set."""
         self.margin = _margins(after)
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """True if any of some passed samples, by row, is broken under a state."""
+        """True if a state breaks any of some passed samples, by row."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Steps on the active samples and as many rehearsed ones, then their margins again; returns the visits."""
+        """Steps on the active and as many rehearsed samples, then measures their margins; returns the visits."""
         before = self.problem.before
         self.multiplier[self.open] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -176,16 +175,13 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
+    """Margins; NaN where the loss is not finite, and below 0 for a lost tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
 
 class TargetSchedule:
-    """Targets that steps go on for, however far from being right they are.
-
-    `wanted`, `N` bool, are not given up for good; `enforced`, always the same tensor, are pursued at present.
-    """
+    """Targets to pursue at any distance, `N` bool: `wanted` until given up, `enforced` (one tensor) right now."""
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
         self._weight = problem.before.weight
@@ -197,27 +193,26 @@ class TargetSchedule:
         return torch.equal(self.enforced, self.wanted)
 
     def begin(self, deadline: Deadline) -> None:
-        """Enforces targets for some rounds or a part of the time, if that is limited."""
         self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all that are wanted, for twice as many rounds."""
+        """Enforces all wanted targets, for twice as many rounds."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Drops what is not right for the time being, where the rounds or the time for it are over."""
+        """Suspends targets that are not right once their rounds or time are used up."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.open
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Drops for good the lesser half, by weight, of what is not right; all where they weigh the same.
+        """Gives up the lighter half of the targets that are not right; all if they weigh the same.
 
-        If all are right and something is broken all the same, those with the largest multiplier are in its way.
+        If all are right but something is broken, gives up those with the largest multipliers.
         """
         weight, multiplier = self._weight, active_set.multiplier
         late = self.enforced & active_set.open

@@ -1,4 +1,4 @@
-"""Mini-batches of chosen rows over all known splits and ranks, and what was measured on them."""
+"""Mini-batches of chosen rows over all known splits and ranks, and measurements on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = tuple[Batch, Tensor]
 
 
 def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE) -> list[Tensor]:
-    """Rows in random order, in mini-batches of about the same size, at most `size`."""
+    """Rows in random order, in mini-batches of similar size, at most `size`."""
     if not len(rows):
         return []
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """This rank's share of mini-batches of rows, each as parts of one split, none larger than that split's batches."""
+    """Loads this rank's share of mini-batches of rows, as parts of one split, none larger than that split's batches."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
@@ -49,7 +49,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A column over all known samples, `N`, with new values at the rows that any rank measured; of several the last."""
+    """A column over all known samples, `N`, with the last values that any rank measured."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])

@@ -1,14 +1,12 @@
 """Polish: small steps near the decision boundary until new weights break nothing that the original ones get right.
 
-New weights repair much and break a little. What they break lies near the boundary; steps on it bring it back, and hold
-what was repaired. Of all the weights on the way that break nothing, counted on all known samples, those whose repairs
-are worth most are the result; the original ones are the last resort. What the gate allows to break may stay broken
-("nothing broken" below: no more than that).
+New weights repair much and break a little. The broken samples lie near the boundary; steps on them restore them and
+hold the repairs. The result is the best iterate that breaks nothing, counted on all known samples; the original weights
+are the last resort. The gate may allow some to stay broken ("nothing broken" below: no more than that).
 
-A polish **enforces** failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
-limited it lets those that are not right go after some rounds, so that what broke on their behalf can be mended, and
-enforces them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
-that are still not right.
+On request a polish **enforces** failing targets at any distance (`TargetSchedule`). In limited time it suspends those
+that are not right after some rounds, repairs what broke on their behalf, and enforces them again once nothing is
+broken. Each retreat **gives up** the lighter half of the targets that are still not right.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ MAX_COUNTS = 6  # of all known samples on the way back; each may show others tha
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope."""
+    """Weights that break nothing: the given ones and, after steps, all parameters of the scope."""
 
     rounds: int = 0
     strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
@@ -75,11 +73,11 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
+    """Steps from a state until no known passed sample is broken; if that fails, steps back until none is.
 
-    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` is when it has to
-    be over, save for a few forward passes over known data. `after` is what the model does under the given state, if
-    that is known. With `enforce` steps go on for all failing targets, else only for those that are nearly right.
+    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` may be exceeded
+    by a few forward passes over known data. `after` are the known results of the given state, if available. `enforce`
+    pursues all failing targets, else only nearly right ones are.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
@@ -92,9 +90,9 @@ def polish(
 def polished(
     problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, enforce: bool = False
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
-    """A proposal polished as a stage of a repair; the step of the report, and all counts on the way.
+    """Polishes a proposal as a stage of a repair; returns the result, its report step, and all counts on the way.
 
-    `steered`: slices that lack repairs count more. Without a `deadline` it has all that is left for methods.
+    `steered`: slices that lack repairs count more. `deadline`: None for all the time left to methods.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -120,9 +118,9 @@ def _polish(*arguments: Any) -> PolishResult:
 
 
 class _Polish:
-    """A polish in progress. "Open" are broken samples, and enforced targets that are not right.
+    """A polish in progress. "Open" are broken samples and enforced targets that are not right.
 
-    `best` breaks nothing; `state` is where the present start began or steps ended; `after` is the last count.
+    `best` breaks nothing; `state` is where the current start began or steps ended; `after` is the last count.
     """
 
     def __init__(
@@ -166,7 +164,6 @@ class _Polish:
         return self._step
 
     def _step(self) -> Phase:
-        """One round of steps on the active samples."""
         self.targets.before_round(self.active_set)
         try:
             self._visits += self.active_set.round(self.descent) / self._budget
@@ -186,7 +183,7 @@ class _Polish:
         return self._verify if self._is_settled(is_open & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Counts all known samples; what is open among them joins the working set."""
+        """Counts all known samples; open ones join the working set."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
@@ -211,7 +208,7 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets and goes back a part of the way; if only these were open, the weights are a result."""
+        """Gives up targets and goes back part of the way; if only targets were open, the weights are a result."""
         state = self.descent.state()
         if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)
@@ -228,10 +225,10 @@ class _Polish:
         return self._scale_back
 
     def _scale_back(self) -> None:
-        """Goes as far back towards the original weights as it takes for nothing to be broken.
+        """Goes back towards the original weights until nothing is broken.
 
-        A bisection by what is broken, then a count of all known samples, which may show others for the next bisection.
-        Where that does not end, or time is over after the first count, it is the original weights.
+        Bisects on the samples known to be broken, then counts all, which may reveal more for the next bisection. Falls
+        back to the original weights if that does not end, or time runs out after the first count.
         """
         problem, active_set = self.problem, self.active_set
         original, strength = snapshot(problem.model), 1.0
@@ -259,16 +256,16 @@ class _Polish:
 
     @property
     def _end_of_rounds(self) -> Deadline:
-        """When rounds must end, so that the way back can be counted."""
+        """Deadline of the rounds, which leaves time to count the way back."""
         return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
 
     @property
     def _may_enforce_again(self) -> bool:
-        """True if targets were let go, as happens only where time is limited."""
+        """True if targets were suspended, which only limited time causes."""
         return self._deadline.is_set and not self.targets.enforces_all
 
     def _is_settled(self, is_open: Tensor) -> bool:
-        """True if open samples, `N` bool, are no more than the gate allows, and no enforced targets."""
+        """True if the gate allows the open samples, `N` bool, and no enforced target is among them."""
         broken = is_open & self.problem.before.passed
         if not broken.any() or (is_open & ~broken).any():
             return not is_open.any()
@@ -281,7 +278,7 @@ class _Polish:
         return self._take(state, RETREAT_FACTOR**self.retreats)
 
     def _take(self, state: State, strength: float) -> bool:
-        """Takes weights that were just counted as a result, if their repairs are worth more than the best so far."""
+        """Keeps weights that were just counted if their gain beats the best so far."""
         proposal = self.problem.counted("polish", state, self.after)
         is_better = self.best is None or proposal.gain > self.best.gain
         if is_better:
@@ -289,7 +286,7 @@ class _Polish:
         return is_better
 
     def _count(self, state: State) -> SampleResults:
-        """Counts all known samples under a state, and keeps how long that took."""
+        """Counts all known samples under a state; updates the time of a pass."""
         began = self._deadline.now()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))

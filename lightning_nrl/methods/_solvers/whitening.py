@@ -1,8 +1,8 @@
-"""Changes of layers in units in which all of them move what the layers give by the same amount.
+"""Changes of layers in whitened coordinates: equal steps move the layers' outputs equally.
 
-A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data,
-a change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
-measure a change by what it does to what is right. Gradients of margins come in the same coordinates.
+A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data, a
+change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
+measure a change by its effect on passed data. Gradients of margins use the same coordinates.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MAX_FULL_MOMENT = 2048  # larger windows are whitened weight by weight: a root o
 
 @dataclass(frozen=True)
 class Whitening:
-    """Coordinates of changes, one set a layer, behind each other: `K` in all.
+    """Concatenated coordinates of the changes of several layers, `K` in all.
 
-    `outputs` are of each layer the output channels whose weights may move, int64; `roots` C^(-1/2) by group of them,
-    `groups x d x d`, or `groups x d` where it is diagonal. `d` has one for the bias where it may move.
+    `outputs` are the movable output channels of each layer, int64; `roots` C^(-1/2) by group, `groups x d x d`, or
+    `groups x d` if diagonal. `d` includes the bias if that may move.
     """
 
     sites: tuple[LayerRef, ...]
@@ -63,10 +63,10 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Whitens the layers of a problem by passed data, with at most about `max_size` coordinates.
+    """Whitens the layers of a problem by passed data, with about `max_size` coordinates at most.
 
-    Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
-    with the greatest squared gradients of their margins.
+    If the layers have more weights, each keeps the output channels with the largest squared gradients of target
+    margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -111,7 +111,7 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients do not reach a layer."""
+    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients miss a layer."""
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
@@ -136,7 +136,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
 
 
 def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Rows and whitened gradients of this rank's share, of each layer `n x outputs x d`."""
+    """Rows and whitened gradients of this rank's share, `n x outputs x d` per layer."""
     for at, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
             layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
@@ -154,7 +154,7 @@ def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, ro
 
 
 def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
-    """`n x outputs x d` times C^(-1/2), which is symmetric: from coordinates to weights, and gradients back."""
+    """`n x outputs x d` times C^(-1/2), which is symmetric: maps coordinates to weights, and gradients back."""
     root = root.to(x.dtype)
     group = outputs // (len(site.module.weight) // len(root))
     if root.ndim == 2:
