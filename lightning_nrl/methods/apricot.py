@@ -20,10 +20,9 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 
-Strategy = Literal["both", "right", "wrong"]
-"""Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
+Strategy = Literal["both", "right", "wrong"]  # toward right and away from wrong models, or one (1 to 3 in the paper)
 
-LONGEST_STEP = 0.2  # what a round may add to the factors of all checkpoints, in sum: with many failures it would leap
+LONGEST_STEP = 0.2  # limit of a round's factors in sum, since many failures would add up
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -98,7 +97,7 @@ class Apricot:
         with clock.stage("checkpoints"):
             states = self._states(problem)
             if not states:
-                return Solution(None, "all of `Apricot.checkpoints` have the weights of the model itself.")
+                return Solution(None, "all `Apricot.checkpoints` have the same weights as the model.")
             passed = torch.stack([problem.evaluate(state).passed for state in states])
         best = ahead = now = problem.original("apricot")
         start = {name: value for name, value in current_state(problem.model).items() if name in states[0]}
@@ -119,7 +118,7 @@ class Apricot:
         right = int((passed.any(0) & problem.before.targeted).sum())
         note = f"{len(states)} checkpoints, right on {right:,} of the targets; {tried} round{'s' * (tried != 1)}"
         steps = [best.step(time.perf_counter() - began, note)]
-        further = self._further(problem, ahead, steps)
+        further = self._train_and_polish(problem, ahead, steps)
         best = better([best, *further]) or best
         others = tuple(one for one in (ahead, *further) if one is not best and one.state)
         reason = "" if best.repaired else "no move toward the checkpoints repairs a target within the gate."
@@ -129,7 +128,7 @@ class Apricot:
         """Movable tensors of the checkpoints that differ from the model."""
         argument, given = "Apricot.checkpoints", self.checkpoints
         if given is None:
-            raise ConfigurationError("`Apricot.checkpoints`: there are none.", NO_CHECKPOINTS_HINT)
+            raise ConfigurationError("`Apricot.checkpoints` is missing.", NO_CHECKPOINTS_HINT)
         if isinstance(given, (str, Path)):
             given = sorted(Path(given).glob("*.ckpt"))
             if not given:
@@ -148,7 +147,7 @@ class Apricot:
         states = problem.collective.all_or_none(read, "a checkpoint could not be read on another rank.")
         return [state for state in states if any(not torch.equal(value, own[name]) for name, value in state.items())]
 
-    def _further(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
+    def _train_and_polish(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
         """Continues training from moved weights, then polishes what is broken beyond the gate."""
         training, clock, found = problem.training, problem.clock, [moved]
         if training is not None and problem.whole and self.epochs:

@@ -61,11 +61,11 @@ class Auto:
         """Runs the rungs; raises an `EmptyLocalizationError` if only the search applies and finds no weights."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = _Ladder(problem, self.swarm).climbed()
+        results = _Ladder(problem, self.swarm).run()
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
-        # A search of another rung than the one taken found other weights: its course would be no account of these.
+        # The search log must belong to the rung that is taken.
         shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
         return Solution(
             taken.proposal,
@@ -129,7 +129,7 @@ class _Ladder:
         self.shares_time = whole.is_set and share < 1
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
-    def climbed(self) -> list[RungResult]:
+    def run(self) -> list[RungResult]:
         """Runs the rungs; repeats those that `max_time` cut if training leaves time."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
@@ -139,12 +139,12 @@ class _Ladder:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
-        found = {name: self._climbed(name, climb) for name, climb in rungs.items()}
+        found = {name: self._run_rung(name, solve) for name, solve in rungs.items()}
         results = {name: result for name, result in found.items() if result is not None}
         if self.shares_time:
             self.end = problem.deadline_of_method()
             for name in [name for name, result in results.items() if name != "training" and result.was_cut]:
-                again, best = self._climbed(name, rungs[name]), results[name].usable
+                again, best = self._run_rung(name, rungs[name]), results[name].usable
                 if again is None:
                     continue
                 is_better = again.usable is not None and (best is None or again.usable.rank > best.rank)
@@ -152,12 +152,12 @@ class _Ladder:
                     results[name] = again
         return list(results.values())
 
-    def _climbed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
-        return self.problem.work.once(name, partial(self._timed, name, climb), RungResult)
+    def _run_rung(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
+        return self.problem.work.once(name, partial(self._timed, name, solve), RungResult)
 
-    def _timed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
+    def _timed(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
-        solution = climb()
+        solution = solve()
         if solution is None:
             return None
         note = solution.steps[-1].note if solution.steps else solution.reason
@@ -165,10 +165,10 @@ class _Ladder:
 
     def _search(self) -> Solution:
         def search(problem: Problem) -> Solution:
-            return _caught(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
+            return _safely(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
 
         solution = search(self.problem)
-        return self._tried_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
+        return self._add_held_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
 
     def _exact(self) -> Solution | None:
         """Solves the chosen layer and searches from there; None if the layer or model does not suit.
@@ -180,7 +180,7 @@ class _Ladder:
         for method in (convex, Linearized()) if self.is_one_layer else (convex,):
             solve = partial(_solved, method=method)
             try:
-                solution = self._tried_out(solve(self.problem), solve)
+                solution = self._add_held_out(solve(self.problem), solve)
             except ConfigurationError:
                 continue
             if solution.proposal is not None:
@@ -203,15 +203,15 @@ class _Ladder:
     def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
         """Searches from a proposal; keeps it if there is nothing to search."""
         search = partial(warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end)
-        solution = _caught(self.problem, search, base)
+        solution = _safely(self.problem, search, base)
         return replace(solution, proposal=solution.proposal or base)
 
-    def _tried_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
+    def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
         """Adds held-out counts from a run without the held-out samples, unless known."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))
-        # A trial that had no time proposes the original weights, and says so.
+        # Without time a trial proposes the original weights, with a reason.
         if trial.proposal is None or trial.reason:
             return solution
         return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
@@ -234,7 +234,7 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_gain: dict[float, int] = {}  # of rungs that repair as much, the one with the best net rate, or the first
+    best_of_gain: dict[float, int] = {}  # by gain, the rung with the best net rate, or the first
     for i in harmless:
         other = best_of_gain.get(usable[i].gain)
         if other is None or net_rate(counts[i]) > net_rate(counts[other]):
@@ -264,8 +264,7 @@ def _repairs(result: RungResult) -> str:
     return f"{text}; of the held-out samples it repairs {counts.repaired:,} and breaks {counts.broken:,}"
 
 
-Counted = tuple[TargetCounts, TargetCounts | None]
-"""Counts of all known samples under some weights, and of held-out ones under the procedure, if it was tried."""
+Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of held-out ones if tried
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
@@ -300,10 +299,10 @@ def _is_one_layer(problem: Problem) -> bool:
 
 def _solved(problem: Problem, method: Method) -> Solution:
     name = type(method).__name__.lower()
-    return problem.work.once(name, partial(_caught, problem, partial(method, problem), name=name), Solution)
+    return problem.work.once(name, partial(_safely, problem, partial(method, problem), name=name), Solution)
 
 
-def _caught(
+def _safely(
     problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
 ) -> Solution:
     """Runs a search or method; turns nothing to search, or no memory, into a solution without proposal."""
@@ -312,7 +311,7 @@ def _caught(
     except (EmptyLocalizationError, ReplayError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
     except (RuntimeError, MemoryError) as error:
-        # Of several ranks the others would wait for this one for ever.
+        # With several ranks the others would wait for this one forever.
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"

@@ -27,13 +27,11 @@ from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
-# What a target's missing margin may cost, in units of what the median target would take if it were the only one.
+# Price of a target's missing margin, in units of what the median target would take on its own.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
-N_FOLDS = 4  # each sample that came in with the failed ones is held out once
-# Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
-# break, so that the whole of it repairs several times as many.
-REGRESSION_PRICE = 1
-# Tried on the deployed model, whose rounding may differ from that of the recording.
+N_FOLDS = 4  # each sample that came in with the failures is held out once
+REGRESSION_PRICE = 1  # in held-out repairs: the path is followed while its steps repair more than they break
+# Tried on the deployed model, which may round differently from the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "no time was left to solve anything."
@@ -67,7 +65,7 @@ class Convex:
     def check_recording(self, recording: ActivationCache) -> None:
         """Raises a `ConfigurationError` unless the layer is the last Linear."""
         _check_layers(recording.space)
-        if any(_read(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
+        if any(_read_chunk(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
@@ -81,7 +79,7 @@ class Convex:
         with problem.clock.stage("record"):
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
-            # What is chosen is counted once more by the model that is deployed.
+            # Leaves time to count the choice in the deployed model.
             end = end.earlier(problem.clock.one_pass)
             changes, held_out = _path(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(changes) < len(SLACK_COSTS) and end.is_over()
@@ -109,7 +107,7 @@ class Convex:
             note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
             note += f"; the path was {CUT}" if is_cut else ""
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
-        none = "no change of the layer that held-out samples speak for repairs a target without a regression."
+        none = "no change of the layer that held-out samples support repairs a target without a regression."
         reason = "" if proposal else none
         return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
 
@@ -127,7 +125,7 @@ def _check_layers(space: ParameterSpace) -> None:
 
 def _not_last(space: ParameterSpace) -> ConfigurationError:
     return ConfigurationError(
-        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not what the model returns as logits.",
+        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not the model's logits.",
         "name the last Linear layer, or use `method='linearized'`.",
     )
 
@@ -153,8 +151,7 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     """
 
     def is_over() -> bool:
-        # Of this rank, which solves for all.
-        return end.seconds_left <= 0
+        return end.seconds_left <= 0  # of this rank, which solves for all
 
     fold = _folds(problem)
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
@@ -277,8 +274,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
     except InseparableBatchError as error:
         raise _not_last(problem.space) from error
-    found = _tensors(recording)
-    # On all ranks alike, also where one has no such samples, or none at all.
+    found = _inputs_and_logits(recording)
     if collective.any(found is None):
         raise _not_last(problem.space)
     assert found is not None
@@ -288,18 +284,18 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
-    # One logit a sample is that of class 1 over a 0.
+    # A single logit is that of class 1; class 0 has 0.
     return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
-def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     """All inputs and outputs, as recorded or copied; None unless the layer is the last."""
-    held = _held(recording)
+    held = _recorded_tensors(recording)
     n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
     x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
     start = 0
     for chunk in recording.chunks(ROWS_PER_COPY):
-        part = _read(recording, chunk)
+        part = _read_chunk(recording, chunk)
         if part is None:
             return None
         if held is None:
@@ -310,7 +306,7 @@ def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     return x, y
 
 
-def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     """The recorded tensors if usable as they are, which saves a copy."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
@@ -322,7 +318,7 @@ def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     return (x, y) if fits and x.dtype == y.dtype else None
 
 
-def _read(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
     """Inputs and outputs of the layer for a chunk; None unless the output is the model's."""
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)

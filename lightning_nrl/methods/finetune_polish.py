@@ -24,11 +24,11 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
-OWN_RATE = 1e-3  # of AdamW through the owner's `training_step`, where the owner's optimizers hardly repair anything
-HEALTHY_REPAIRS = 1 / 5  # of the targets: training that has repaired this part halfway goes on
-# In the second half of the training, passed samples with the lowest losses are visited less often than all others.
+OWN_RATE = 1e-3  # of AdamW through the user's `training_step`, if the user's optimizers repair hardly anything
+HEALTHY_REPAIRS = 1 / 5  # of the targets: training that repairs this share halfway continues
+# In the second half, passed samples with the lowest losses are visited less often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target likewise, unless held-out samples gain by more than chance: their labels may be wrong.
+# Likewise failures outside the target, whose labels may be wrong, unless held-out samples gain significantly.
 DOUBTED_VISITS = 1 / 5
 
 
@@ -107,7 +107,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
         needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
         return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
     if found.is_harmful:
-        reason = "training that goes on breaks more held-out samples than it repairs."
+        reason = "continued training breaks more held-out samples than it repairs."
         return Solution(None, reason, steps, held_out=found.held_out)
     proposal, step, course = polished(problem, found.proposal, steered=True, deadline=deadline)
     reason = "" if proposal.repaired else "no target was repaired without breaking what is right."
@@ -186,7 +186,7 @@ class Halfway:
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
-        self.stays_held_out = True  # until the look halfway, which a training that ends early never takes
+        self.stays_held_out = True  # until halfway, which a training that ends early never reaches
         self.held_out: TargetCounts | None = None
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used

@@ -14,13 +14,13 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
-# Of all known passed samples, where failed and passed data are one data set. Other kinds are cut by as much, or repairs
-# would count for more than breaks.
+# Of all known passed samples, if failed and passed data are one data set. Other kinds shrink alike, or repairs would
+# count more than regressions.
 MAX_HELD_OUT_PASSED = 1 / 5
-MIN_HELD_OUT_FAILURES = 2  # with fewer nothing can be said
+MIN_HELD_OUT_FAILURES = 2  # fewer estimate nothing
 MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; the others are trained on from the beginning
-MAX_STANDARD_ERRORS = 2.0  # where net rates differ by less, chance may have done it
-FEWEST_REPAIRS_SHARE = 0.5  # what repairs less than this part of what a cheaper procedure does is not taken
+MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
+FEWEST_REPAIRS_SHARE = 0.5  # a rung must repair this share of what a cheaper one does
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
@@ -66,5 +66,5 @@ def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other:
 
 
 def _variance(counts: TargetCounts | None) -> float:
-    # Flips come about as by a Poisson process.
+    # Of a Poisson process.
     return 0.0 if counts is None else (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

@@ -34,19 +34,19 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT, Step
 
-# What a passed sample keeps at most, and a target gets, in units of the median margin of passed data. More than for a
-# last layer, since gradients err.
+# Largest margin that a passed sample keeps, and margin of a repaired target, in units of the median margin of passed
+# data. More than for a last layer, since gradients err.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 MAX_STALLED_LINEARIZATIONS = 2  # in a row without a further repair
 MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
 MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
-CORRECTIONS = 2  # solutions with the same gradients, corrected by what the one before broke
+CORRECTIONS = 2  # further solutions with the same gradients, corrected for misprediction
 STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
-REGRESSION_COST = 3  # in repairs, when the next step goes on from weights that break something for the moment
-# Of a passed sample's missing margin, beside a target's. Not infinite: what is broken for the moment, and what the
-# gradients contradict, must not leave the programme without a solution.
+REGRESSION_COST = 3  # in repairs, of weights to step on from that break something for now
+# Of a passed sample's missing margin, relative to a target's. Finite, so that broken samples and contradictory
+# gradients leave the programme feasible.
 PASSED_PRICE_FACTOR = 1e3
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a step that broke nothing at once, or something however short
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a full step that broke nothing, or steps that all broke something
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class Linearized:
         return Solution(proposal, steps=tuple(run.steps), others=tuple(others))
 
 
-Try = tuple[Proposal, Tensor]
-"""A proposal and its place, `K` whitened coordinates from the original weights."""
+Try = tuple[Proposal, Tensor]  # with its `K` whitened coordinates from the original weights
 
 
 class _TrustRegionSteps:
@@ -98,7 +97,7 @@ class _TrustRegionSteps:
         unit = before.margin_unit
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
-        # Below what is required, so that steps which fulfil it to rounding are not turned down.
+        # Below the required margin, so that steps that reach it up to rounding are accepted.
         rounding = coarse_rounding(problem.evaluator.precision, before)
         self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
@@ -216,7 +215,7 @@ class _LinearizedMargins:
     margin: Tensor  # m, at the present weights
     required: Tensor  # m
     targeted: Tensor  # m bool, targets; the others are kept
-    weight: Tensor | None  # m, what the missing margin of a target costs more than that of another; None: all alike
+    weight: Tensor | None  # m, relative prices of targets; None: equal
 
     @cached_property
     def gram(self) -> Tensor:

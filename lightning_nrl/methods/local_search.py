@@ -39,13 +39,13 @@ Elites = Callable[[Tensor, int], Tensor]
 class SearchGoal:
     """Aim of a search; `N` is by row of the results."""
 
-    failed: Tensor  # N bool, fail now: the weights that matter for them are localised
-    passed: Tensor  # N bool, pass now: the weights that matter for them are left out
+    failed: Tensor  # N bool, localises weights that matter for these
+    passed: Tensor  # N bool, avoids weights that matter for these
     constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
     fitness: FitnessFunction
-    reserve: Tensor | None  # N, the margin that each must keep to count as passing; None: any
-    deadline: Deadline  # when it has to be over
-    scored: Tensor | None = None  # N bool, the samples that candidates are to get right; None: the targets (I_neg)
+    reserve: Tensor | None  # N, margin that a sample must keep to count as passing; None: any
+    deadline: Deadline
+    scored: Tensor | None = None  # N bool, samples to get right (I_neg); None: the targets
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class LocalSearchResult:
 
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best candidate and the course of the search
-    state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
-    n_passed: int  # how many passed samples candidates were scored on
-    notes: tuple[str, ...]  # where known data were kept, and how many samples the search looked at
+    state: State | None  # whole tensors with the best candidate; None: unchanged
+    n_passed: int  # passed samples that candidates were scored on
+    notes: tuple[str, ...]  # storage of the recording, and samples used
 
     @property
     def note(self) -> str:

@@ -28,7 +28,7 @@ from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher, 
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 
-OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
+COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class MergedRepairs:
                 raise ConfigurationError("`MergedRepairs.parts` is an empty list.", f"write {hint}.")
             object.__setattr__(self, "parts", tuple(parse_target(part) for part in self.parts))
         check_whole("MergedRepairs.most", self.most, 1)
-        object.__setattr__(self, "method", _parsed(self.method))
+        object.__setattr__(self, "method", _parse_method(self.method))
         if self.searcher is not None:
             object.__setattr__(self, "searcher", SEARCHERS.parse("MergedRepairs.searcher", self.searcher))
         if self.fitness is not None:
@@ -80,12 +80,12 @@ class MergedRepairs:
 
     def __call__(self, problem: Problem) -> Solution:
         """Repairs the parts, then searches the coefficients; raises a `ConfigurationError` for an unsuitable part."""
-        chosen = self._chosen(problem)
+        chosen = self._choose_parts(problem)
         found: list[Proposal] = []
         steps: list[Step] = []
         budget = TIME_SHARE_OF_PARTS * problem.clock.left
         for number, (name, rows) in enumerate(chosen.items()):
-            proposal, step = self._repaired(problem, name, rows, budget / len(chosen))
+            proposal, step = self._repair_part(problem, name, rows, budget / len(chosen))
             steps.append(step)
             if proposal is not None and proposal.repaired:
                 found.append(proposal)
@@ -93,7 +93,7 @@ class MergedRepairs:
         if not found:
             return Solution(None, "no part of the target was repaired.", tuple(steps))
         began = time.perf_counter()
-        searcher: Any = OF_COEFFICIENTS if self.searcher is None else self.searcher
+        searcher: Any = COEFFICIENT_SEARCHER if self.searcher is None else self.searcher
         fitness: Any = problem.fitness if self.fitness is None else self.fitness
         states = [proposal.state for proposal in found]
         with problem.clock.stage("merge"):
@@ -106,7 +106,7 @@ class MergedRepairs:
             return Solution(None, "no mix of the repairs is better than the original weights.", tuple(steps))
         return Solution(best, "", tuple(steps), tuple(found), result=result)
 
-    def _chosen(self, problem: Problem) -> dict[str, Tensor]:
+    def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
         """The heaviest parts by name, `N` bool each."""
         before = problem.before
         found: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ class MergedRepairs:
         ranked = sorted(found.items(), key=lambda pair: -float(before.weight[pair[1]].sum()))
         return dict(ranked[: self.most])
 
-    def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
+    def _repair_part(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
         """Repairs one part as if it were the whole target; counts it for the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
@@ -157,7 +157,7 @@ class MergedRepairs:
         return proposal, proposal.step(took, f"{of_part:,} of {n:,} of this part")
 
 
-def _parsed(method: Any) -> Any:
+def _parse_method(method: Any) -> Any:
     if isinstance(method, str):
         return SEARCHERS.parse("MergedRepairs.method", method) if method in SEARCHERS else bundle(method)
     check_kind("MergedRepairs.method", method, callable(method) or isinstance(method, Searcher), "method", "'arachne'")

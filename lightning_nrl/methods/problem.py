@@ -26,7 +26,7 @@ from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
-N_SCORED = 100_000  # known samples that a search looks at, at most, by default
+N_SCORED = 100_000  # default limit of the known samples that a search uses
 LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
 
 
@@ -46,7 +46,7 @@ class Trained:
 
 
 Renew = Callable[[State], Tensor | None]
-"""Returns how often each sample is visited from now on, `N`, by the weights so far; None ends the training."""
+"""Returns from the present weights how often to visit each sample from now on, `N`; None stops the training."""
 
 
 class Training(Protocol):

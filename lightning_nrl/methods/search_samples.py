@@ -29,7 +29,7 @@ from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
 FAILED_SHARE = 0.5  # of the samples of a search, at most
-FEW_SHARE = 0.25  # with no larger part of very many samples to be recorded, only these are read
+FEW_SHARE = 0.25  # below this share of very many samples, reads only those to record
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class SampleChoice:
     """The known samples that a search uses, `N` bool each by row of the results."""
 
     recorded: Tensor  # all of them
-    representative: Tensor  # the passed ones that were drawn whatever their margin, for means over passed data
-    note: str = ""  # how many of how many, in words; empty if none is left out
+    representative: Tensor  # passed samples drawn at random, for means over passed data
+    note: str = ""  # for the report; empty if all are used
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:

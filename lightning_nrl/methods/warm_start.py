@@ -30,8 +30,8 @@ from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
-KEPT_MARGIN_SHARE = 0.5  # of its margin, what a sample must keep
-SUFFICIENT_MARGIN = 0.04  # suffices, in parts of the median margin of passed samples; a polish brings samples there
+KEPT_MARGIN_SHARE = 0.5  # of its margin that a sample must keep
+SUFFICIENT_MARGIN = 0.04  # of the median margin of passed samples; a polish reaches it
 
 
 def warm_started_search(
@@ -86,7 +86,7 @@ def warm_started_search(
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **found.state})
     final = better([best, new]) or best
-    gain = _gain(best, final)
+    gain = _improvement(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
         was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
         final, gain = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, gain)
@@ -145,7 +145,7 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     return constrained
 
 
-def _gain(best: Proposal, final: Proposal) -> str:
+def _improvement(best: Proposal, final: Proposal) -> str:
     parts = []
     if final.broken != best.broken:
         parts.append(f"{final.broken - best.broken:+,} broken")

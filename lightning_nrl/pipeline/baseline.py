@@ -26,7 +26,7 @@ from lightning_nrl.evaluation.slices import normalised
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
-from lightning_nrl.updates.old_model import Reference, Update, look_back
+from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def evaluate_baseline(
     update, own = None, before
     if reference is not None:
         with clock.stage("reference"):
-            update = look_back(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
+            update = evaluate_old(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
         own = update.regressions("known", before)
         others = {role: update.regressions(role, results) for role, results in others.items()}
         before = update.kept(own, settings.samples.keep)
@@ -121,7 +121,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
-        # Where one rank fails, all come here; they try again only if all can.
+        # All ranks get here if one fails; they retry only if all can.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         problem = f"the target's failures are not counted on unseen data: {error}"
@@ -157,7 +157,7 @@ class LeakCheck:
         for role in ("calibration", "unseen"):
             own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
             for source in own:
-                again = _again(source, others, collective)
+                again = _leaked_rows(source, others, collective)
                 if not again.any():
                     continue
                 ids = source.index[again].tolist()
@@ -166,17 +166,17 @@ class LeakCheck:
                 if role == "calibration":
                     raise ConfigurationError(
                         f"`calibration`: {what} known data too ({some}).",
-                        "leave them out, from one or the other: a bound holds only of samples that nothing has read.",
+                        "remove them from one of the two: a bound holds only for unused samples.",
                     )
                 found[source.split] = len(ids)
                 problem = f"`unseen`: {what} known or calibration data too ({some})."
-                hint = "leave them out: the counts on unseen data are better than they would be on new data."
+                hint = "remove them: they make the counts on unseen data too good."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
             others += own
         return found
 
 
-def _again(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
+def _leaked_rows(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
     """Samples of a source that are among those of others, `n` bool, the same on every rank."""
     keys = source.gathered(collective)
     again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))

@@ -38,7 +38,7 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch puts them into one tensor with no other dtype
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch concatenates them with no other dtype
 
 
 def given_or_default(settings: Settings | None) -> Settings:
@@ -56,7 +56,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
             raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
-        raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
+        raise ConfigurationError(f"the data have the splits {names}.", "give each split its own name.")
     if not any(source.failed for source in known):
         raise ConfigurationError("`known`: no source is marked `failed`.", "mark the one with the failures to repair.")
     if settings.search.n_passed is not None and not any(source.passed for source in known):
@@ -122,7 +122,7 @@ def run_sanity_check(
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            # Without its cache, which is for all samples.
+            # Without the cache, which covers all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
@@ -134,15 +134,15 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Other methods do without a recording, but for a task without margins.
+            # Methods without `recording` need none, unless the task has no margins.
             if "recording" in getattr(method, "needs", ()) or not has_margins:
                 raise
         except ReplayError:
-            # Training needs no layer of its own.
+            # Training needs no replayable layer.
             if settings.layer != "auto" or not trains or not has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
-            return  # what these few samples say of the weights does not matter yet
+            return  # too few samples to judge
 
 
 def _check_recording(
@@ -204,5 +204,5 @@ def _check_one_form(watched: Sequence[_LastBatch]) -> None:
     if len({form for form, _ in forms.values()}) > 1:
         found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
         raise ConfigurationError(
-            f"the targets of the data have several forms: {found}.", "give all data targets as those of the training."
+            f"the targets of the data have several forms: {found}.", "give all targets the form that training uses."
         )

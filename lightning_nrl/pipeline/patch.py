@@ -19,7 +19,7 @@ from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_pa
 from lightning_nrl.report import RepairReport, installed_versions
 
 PATCH_NAME = "repair.patch.safetensors"
-"""The file that a repair writes beside its checkpoint."""
+"""Name of the patch that a repair writes next to its checkpoint."""
 
 Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
@@ -83,7 +83,7 @@ class Patch:
             if change is not None:
                 changes[name] = shared.setdefault((change.sha256_old, change.sha256_new), change)
         if not changes:
-            raise ConfigurationError("`new` is the same as `old`, to the bit.", "give the state after a change.")
+            raise ConfigurationError("`new` is the same as `old`, bit for bit.", "give the state after a change.")
         json = "" if report is None else report.to_json()
         return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
 
@@ -143,10 +143,10 @@ class Patch:
                 made[place] = change.applied(state[name], undo)
             new[name] = made[place]
         if hash_tensors({**state, **new}) != (self.base if undo else self.result):
-            problem = "`patch` does not lead to the weights whose hash it has."
-            raise ConfigurationError(problem, "make the patch anew; nothing was changed.")
+            problem = "`patch` yields other weights than its hash says."
+            raise ConfigurationError(problem, "create the patch again; nothing was changed.")
         if not isinstance(to, nn.Module):
-            copied = copy(to) if isinstance(to, dict) else dict(to)  # of a dict also what torch notes on it
+            copied = copy(to) if isinstance(to, dict) else dict(to)  # keeps torch's attributes of a state dict
             copied.update(new)
             return copied
         live = saved_names(to)
@@ -164,13 +164,13 @@ class Patch:
         found, problem = hash_tensors(state), self._difference(state, undo)
         if found == wanted and not problem:
             return
-        hint = "it fits only the weights that it was made for; apply patches in the order in which they were made."
+        hint = "it fits only the weights it was made for; apply patches in the order they were made."
         if undo:
-            hint = "take back what came after it first: patches are reverted in the opposite order."
+            hint = "revert the later patches first."
         if found == other:
             problem = "these are the weights without it" if undo else "these weights have it already"
             hint = "there is nothing to do."
-        problem = problem or "the tensors that it changes are as they should be, others of the model are not"
+        problem = problem or "the tensors it changes match, others of the model do not"
         raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:

@@ -23,11 +23,11 @@ from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError
 
-WHOLE_TENSOR_SHARE = 1 / 3  # where more than this share of a tensor changed, all of it is kept
+WHOLE_TENSOR_SHARE = 1 / 3  # if more of a tensor changed, all of it is stored
+# Integers by size in bytes. Values are compared and copied as integers, so that NaN and -0.0 are preserved.
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 PATCH_FORMAT = "lightning_nrl.patch.1"
-PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
+PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
-    except Exception as error:  # whatever comes of reading bytes that are no such file
+    except Exception as error:  # foreign bytes can raise anything
         raise ConfigurationError(
             f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
             "give a safetensors file that `Patch.save` has written.",
@@ -179,7 +179,7 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
     header, report = texts["patch"], texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
-        raise ValueError("its content does not have the hash that it names.")
+        raise ValueError("its content does not match its hash.")
     read = PatchHeader.from_json(header)
     if report:
         parse_json(report)
@@ -196,7 +196,7 @@ def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> T
     if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
     if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
-        raise ValueError(f"the positions in `{name}` are not ones of its values.")
+        raise ValueError(f"`{name}` has positions out of range.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 

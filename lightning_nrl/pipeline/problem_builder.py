@@ -82,8 +82,7 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     return drawn
 
 
-FREE = ("save_every",)
-"""Settings that the result does not depend on."""
+NEUTRAL_SETTINGS = ("save_every",)  # do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
@@ -93,7 +92,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     """
     model, training = problem.model, problem.training
     versions = installed_versions()
-    plain = {name: value for name, value in settings.plain().items() if name not in FREE}
+    plain = {name: value for name, value in settings.plain().items() if name not in NEUTRAL_SETTINGS}
     calibration = baseline.held_out.get("calibration")
     surroundings = {
         "task": plain_value(problem.evaluator.task),

@@ -160,7 +160,7 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
     except EmptyLocalizationError as error:
         return _give_up(builder, str(error), stacklevel=4)
     except DeviceMemoryError as error:
-        # Other ranks would wait for this one.
+        # Or other ranks would wait for this one.
         if not alone:
             raise
         return _give_up(builder, str(error), stacklevel=4)
@@ -201,12 +201,12 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
         )
     builder = replace(builder, line_search=result)
     if result.chosen is None:
-        reason = f"no strength keeps within the limit ({settings.limit})."
+        reason = f"no strength is within the limit ({settings.limit})."
         return Outcome(builder.without_candidate("not repaired", reason))
     saved, patch = to_be_loaded(problem.model, changed(problem.model, result.state), rewritten)
     if not patch:
-        # The polish of a weaker patch, or `eval()`, went all the way back, or the change is below what weights resolve.
-        reason = f"at strength {result.chosen:g} nothing is left of the change."
+        # The polish of a weaker patch, `eval()` or rounding undid the change.
+        reason = f"at strength {result.chosen:g} no weight changes."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
     old = current_state(problem.model)
@@ -236,7 +236,7 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:
-            # What only the new model gets right may break, but not for fewer regressions repaired.
+            # Samples that only the new model gets right may break, but no more than regressions are repaired.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
         held_out = baseline.held_out.items() if decision.accepted else ()

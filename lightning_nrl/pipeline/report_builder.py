@@ -106,8 +106,8 @@ def search_report(result: SearchResult, n_failed: int | None = None, n_passed: i
 
 
 REPORTED_MARGIN_BINS = 40
-OUTER_MARGIN_SHARE = 0.01  # of all margins lie below the first edge, and as many above the last one
-MARGIN_GROWTH = 1.5  # margins after a repair may be larger by so much and have a bin of their own
+OUTER_MARGIN_SHARE = 0.01  # of all margins below the first edge, and as many above the last
+MARGIN_GROWTH = 1.5  # headroom for margins after a repair
 
 
 def flipped_samples(
@@ -139,7 +139,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
     n_classes = 1 + max(int(column.max()) for column in predictions)
     counts = []
     for prediction in predictions:
-        # One number a pair: to sort rows of two takes ten times as long.
+        # One number per pair: sorting rows of two takes ten times as long.
         pairs, n_pairs = (labels * n_classes + prediction).unique(return_counts=True)
         counts.append(dict(zip(pairs.tolist(), n_pairs.tolist(), strict=True)))
     return tuple(

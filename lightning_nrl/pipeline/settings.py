@@ -172,7 +172,7 @@ class Settings:
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
         with_parts = getattr(self.method, "with_parts", None)
         if with_parts is not None:
-            # What the user asked for goes before the method's own parts.
+            # The user's choice overrides the method's.
             own = with_parts(localizer=self.search.localizer, fitness=self.search.fitness)
             object.__setattr__(self, "method", own)
         layer_names(self.layer)
@@ -273,7 +273,7 @@ TABLE_II: dict[str, PaperRow] = {
     "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
     "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
 }
-"""By the paper's ID."""
+"""Rows of Table II by the paper's ID."""
 
 
 def paper_row(row: str) -> PaperRow:

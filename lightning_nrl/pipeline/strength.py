@@ -25,8 +25,7 @@ from lightning_nrl.report import StrengthPoint
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.stats import Selection
 
-PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
-"""Strengths to be counted, the most telling first, since time may be short."""
+PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)  # the most informative first
 
 
 class PatchPath:
@@ -133,11 +132,9 @@ class PatchPath:
         return replace(point, calibration=held_out.counts(), calibration_harm=harm)
 
 
-LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))
-"""Strengths among which the strongest under a limit is sought, 0.05 to 1.3."""
-
+LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # candidates for the strongest under a limit
+# Sets of weights that calibration data may choose under a limit: each strength, below 1 also polished.
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
-"""Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
 
 
 @dataclass(frozen=True)
@@ -174,19 +171,19 @@ def line_search(
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)
     if calibration is None:
-        # Nothing is decided: what the patch does on the way to it comes first.
+        # Nothing depends on the points, so those up to the patch come first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
         if len(problem.before) > FULL_CURVE_SAMPLES:
             strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
     points = path.count(strengths, after=after)
     if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
-        # Anything may break but what is protected.
+        # Anything may break except protected samples.
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
     strength, selection = fixed, Selection()
     if strength is None:
-        # Whether something protected breaks at a strength decides which ones are tried.
+        # With protected samples, the strengths tried depend on the data.
         weighted = calibration is not None and calibration.before.weighted
         strength = choose_strength(points)
         selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
@@ -248,13 +245,13 @@ def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
     from weak to strong would accept it, so the bound of such a walk holds: the order of `LIMIT_STRENGTHS` and the
     number of samples that may break are fixed in advance.
     """
-    allowed = _fixed_number(path, limit)
-    if allowed is not None and not path.counted[strength].polished and _is_walked_to(path, strength, allowed):
+    allowed = _fixed_allowance(path, limit)
+    if allowed is not None and not path.counted[strength].polished and _walk_accepts(path, strength, allowed):
         return Selection(LIMIT_STATES, True, allowed)
     return Selection(LIMIT_STATES, allowed is not None)
 
 
-def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
+def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
     """True if a walk from weak to strong accepts a strength; False without time to count all weaker ones."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
@@ -267,7 +264,7 @@ def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
     return True
 
 
-def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
+def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
     """Number of calibration samples that may break, if it is fixed and not all of them."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
@@ -276,7 +273,7 @@ def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
     return allowed if allowed == limit.allowed(worst) and allowed < now.kept else None
 
 
-SIZE_TOLERANCE = 1.1  # the size is bisected until it is known up to this factor
+SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
 GAIN_ROUNDING = 1e-9  # of sums of sample weights
 
 
@@ -310,7 +307,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
             break
         tried, before = int(factor * tried), factor
     note = f"{size:,} of {patch.total:,} weights differ"
-    note += f", {patch.size:,} before" if size < patch.size else "; fewer do not do"
+    note += f", {patch.size:,} before" if size < patch.size else "; fewer do not suffice"
     return best, best.step(problem.clock.now() - began, note)
 
 

@@ -13,17 +13,16 @@ from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, r
 from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import (
     AtMostBroken,
-    Finding,
     IsBetter,
     MaxNegativeFlipRate,
     NoSliceWorse,
     ProtectedIntact,
     Rule,
+    RuleResult,
 )
 
 __all__ = [
     "AtMostBroken",
-    "Finding",
     "FocalDistillation",
     "Identity",
     "IsBetter",
@@ -39,6 +38,7 @@ __all__ = [
     "ReleaseReport",
     "ReleaseRow",
     "Rule",
+    "RuleResult",
     "choose_share",
     "interpolate",
     "parse_rules",

@@ -27,11 +27,10 @@ from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
-"""Shares of the old weights that are tried."""
-ACCURACY_TOLERANCE = 0.005  # the accuracy that fewer regressions may cost: half a point
+ACCURACY_TOLERANCE = 0.005  # half a point of accuracy for fewer regressions
 
 Data = Source | Iterable[Any]
-"""A source, or batches as a data loader gives them, which can be read again and again."""
+"""A source, or batches that can be read repeatedly, such as a data loader."""
 
 
 @dataclass(frozen=True)
@@ -162,31 +161,31 @@ def choose_share(
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
     before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
-    known = _judged(evaluator, before, data, adapter)
+    known = _right_and_class(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
         if 0 < share < 1:
-            # Kept, being small, so that the choice costs no further pass.
+            # Kept, so that the chosen share needs no further pass.
             statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
-        found = _judged(evaluator, mixed, data, adapter)
+        found = _right_and_class(evaluator, mixed, data, adapter)
         if collective.any(not torch.equal(known[:, 1], found[:, 1])):
             raise ConfigurationError(
-                "`data`: a second pass gave other samples than the first.",
+                "`data`: a second pass returned other samples.",
                 "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
         counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
         total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
         if not int(total.sum()):
-            raise ConfigurationError("`data`: there is no sample.", "give data to choose the share on.")
+            raise ConfigurationError("`data` is empty.", "give data to choose the share on.")
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
-    # In counts: the difference of two shares that are each rounded could be a hair too large.
+    # In counts, since the difference of two rounded accuracies could be slightly too large.
     most, alone = max(point.counts.right for point in curve), curve[0].counts
     lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
     within = [point for point in curve if most - point.counts.right <= lost]
     if tolerance is not None:
-        # More share for no fewer regressions is bought for nothing, as between two trainings from scratch.
+        # Between two trainings from scratch a larger share can break more.
         within = [point for point in within if point.counts.broken <= alone.broken] or within
     chosen = max(within, key=lambda point: point.share)
     state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
@@ -219,14 +218,14 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
     layers = batch_norms(evaluator.model)
     if layers and training is None:
         raise ConfigurationError(
-            f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
+            f"`training` is missing, but the batch norm layer {next(iter(layers))!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
     with temporary_weights(evaluator.model, state):
         return estimate_statistics(evaluator, [] if training is None else training, **estimating)
 
 
-def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
+def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
     """Correctness and class (-1: unknown) of this rank's samples under a state, `n x 2`."""
 
     def run() -> Tensor:
@@ -241,9 +240,8 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
-DEFAULT_BATCH_SIZE = 256  # samples at once from a source that does not say how many
-FEWEST_SAMPLES_AT_ONCE = 4
-"""Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
+DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
+MIN_BATCH_SIZE = 4  # or a rank could get a batch of one, which batch norm refuses
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -292,7 +290,7 @@ def estimate_statistics(
     layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
-    chosen = _drawn(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
+    chosen = _random_batches(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
 
     def run() -> int:
         n, bound = 0, bind_adapter(adapter, evaluator.model)
@@ -302,17 +300,17 @@ def estimate_statistics(
             n += 1
         return n
 
-    with preserve(evaluator.model), _averaging(layers):
+    with preserve(evaluator.model), _reset_to_average(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
-            raise ConfigurationError("`data`: no batch came for batch norm statistics.", "give data with samples.")
-        return _averaged(layers, collective)
+            raise ConfigurationError("`data` has no batch for batch norm statistics.", "give data with samples.")
+        return _mean_statistics(layers, collective)
 
 
-def _drawn(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
+def _random_batches(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
     """This rank's samples as shuffled batches of similar size; every rank gets the same number of batches."""
     mine = source.positions
-    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), FEWEST_SAMPLES_AT_ONCE)
+    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), MIN_BATCH_SIZE)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
     order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
     parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]
@@ -320,7 +318,7 @@ def _drawn(source: Source, batches: int | None, seed: int, collective: Collectiv
 
 
 @contextmanager
-def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
     """Resets the layers and makes them average all batches equally; use inside `preserve`."""
     momenta = [layer.momentum for layer in layers.values()]
     try:
@@ -334,7 +332,7 @@ def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _averaged(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
+def _mean_statistics(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked

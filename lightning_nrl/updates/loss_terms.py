@@ -27,7 +27,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, ch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.logit_cache import EASY_MARGIN, LogitCache
 from lightning_nrl.tasks import Task, class_logits, parse_task
-from lightning_nrl.updates.old_model import Classes, table_of
+from lightning_nrl.updates.old_model import Classes, class_table
 from lightning_nrl.updates.predictions import Predictions
 
 
@@ -57,7 +57,7 @@ class Term(ABC):
 
 
 TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
-"""The terms that can be named."""
+"""Terms by name."""
 
 
 @TERMS.register("focal_distillation")
@@ -94,22 +94,22 @@ class FocalDistillation(Term):
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
         if old.output is None:
             raise ConfigurationError(
-                "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
+                "`reference`: distillation needs the old model's logits, not just its predictions.",
                 "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
         taught = output if old.columns is None else class_logits(output)[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
-                "say which old class is which new one: `OldModel(old, classes=...)`.",
+                "map the old classes to the new ones: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
-        # Values that are not finite are replaced by the new output, which teaches nothing.
+        # The new output in place of non-finite values teaches nothing.
         teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
-        apart = task.divergence(taught / self.temperature, teacher / self.temperature, target)
-        focal = self.base + self.focus * old.passed.to(apart)
-        return self.weight * self.temperature**2 * focal * apart * known
+        distance = task.divergence(taught / self.temperature, teacher / self.temperature, target)
+        focal = self.base + self.focus * old.passed.to(distance)
+        return self.weight * self.temperature**2 * focal * distance * known
 
 
 @TERMS.register("margin_hinge")
@@ -146,7 +146,7 @@ class MarginHinge(Term):
             )
         if old.margin is None and math.isinf(self.most):
             raise ConfigurationError(
-                "`reference`: predictions alone give no margin to keep.",
+                "`reference`: predictions have no margin to keep.",
                 "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
         goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
@@ -167,15 +167,12 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-OUTPUT_TOLERANCE = 0.02
-"""Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
+OUTPUT_TOLERANCE = 0.02  # of the largest output; rounding changes outputs by less, in any precision and batch size
 Index = Callable[[Any], Any]
-"""The data-set positions of the samples of a raw batch, `n` whole numbers."""
-
-
+"""Returns the data-set positions of a raw batch's samples, `n` whole numbers."""
 ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
-"""Says what the replaced model makes of a batch: what the new model was called with, the truth, the raw batch, and the
-new model's logits, first dimension `n`."""
+"""Returns the old model's outputs for a batch, from the new model's arguments, the target, the raw batch, and the new
+model's logits, first dimension `n`."""
 
 
 class ModelTeacher:
@@ -195,7 +192,7 @@ class ModelTeacher:
     ) -> None:
         self.model, self.task = model, task
         self.adapter = None if adapter is None else bind_adapter(adapter, model)
-        self.classes = table_of(classes, task)
+        self.classes = class_table(classes, task)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = (x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point())
         self._dtype = next(held, None)
@@ -205,7 +202,7 @@ class ModelTeacher:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
         rows = None if self.index is None else rows_of(self.index, raw, len(like))
-        # Of two dimensions the second counts classes, which may be others than those of the new model.
+        # The second of two dimensions counts classes, which may differ from the new model's.
         output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
@@ -215,7 +212,7 @@ class ModelTeacher:
         if self.classes is None:
             return OldAnswers(self.task.right(output, target), output, self.task.margin(output, target))
         output = class_logits(output)
-        wide, new, old = _relaid(output, self.classes, class_logits(like).shape[1])
+        wide, new, old = _reorder_classes(output, self.classes, class_logits(like).shape[1])
         passed = self.task.passed(wide, target) & output.isfinite().all(1)
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
@@ -224,10 +221,10 @@ class ModelTeacher:
         if known is None:
             return
         self._is_checked = True
-        apart, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
-        if bool(apart > OUTPUT_TOLERANCE * size):
+        distance, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
+        if bool(distance > OUTPUT_TOLERANCE * size):
             self.index = None
-            problem = "`index`: samples come back changed, so what the old model said of them is not remembered."
+            problem = "`index`: samples change between epochs, so the old model's outputs are not cached."
             warnings.warn(DataWarning(problem, "leave `index` out where samples are augmented."), stacklevel=2)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
@@ -240,12 +237,12 @@ class ModelTeacher:
         except Exception as error:
             raise ConfigurationError(
                 f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
-                "give it inputs of its own with `OldModel(old, adapter=...)`.",
+                "give it its own inputs with `OldModel(old, adapter=...)`.",
             ) from error
         if not output.ndim or len(output) != n:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
-                "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
+                "it must return one row per sample; give it its own inputs with `OldModel(old, adapter=...)`.",
             )
         return output
 
@@ -261,9 +258,7 @@ class PredictedTeacher:
         self.rows = predictions.splits.get(split, {})
         if not self.rows:
             there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
-            raise ConfigurationError(
-                f"`reference`: no predictions of `{split}`; there are those of {there}.", "add them."
-            )
+            raise ConfigurationError(f"`reference`: no predictions for `{split}`, only for {there}.", "add them.")
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
@@ -293,7 +288,7 @@ def rows_of(index: Index, raw: Any, n: int) -> Tensor:
     return check_per_sample("`index`", found, n, "whole number from 0").long()
 
 
-def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _reorder_classes(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Old logits in the new order of classes, then the old-only classes; and the matching new and old class numbers.
 
     New-only classes get -infinity.

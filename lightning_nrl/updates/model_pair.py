@@ -77,7 +77,7 @@ def evaluate_pair(
     recording: Sequence[Any] = slicing
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
-        # One around the other, so that a single pass notes all.
+        # Nested, so that a single pass records all.
         recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
     with preserve(new.model):
         after = new.run(recording)

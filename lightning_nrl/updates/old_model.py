@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
-"""Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
+"""Old class numbers to new ones, or the names of the old and the new classes, in order."""
 
 
 @runtime_checkable
@@ -73,12 +73,12 @@ class OldModel:
             state = read_state("reference", self.model).items()
             copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
             object.__setattr__(self, "model", copied)
-        table_of(self.classes)
+        class_table(self.classes)
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """Runs the old model over the data, or reads its predictions from the cache."""
         weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
-        table, known, key = table_of(self.classes, task), None, ""
+        table, known, key = class_table(self.classes, task), None, ""
         if self.cache is not None:
             adapter = getattr(self.adapter, "__qualname__", type(self.adapter).__name__)
             how = task, evaluator.precision, table, adapter, like.splits, like.sizes
@@ -148,7 +148,7 @@ class _Adapted:
             yield replace(batch, args=args, kwargs=kwargs)
 
 
-def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
+def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
     """Returns old class numbers to new ones; raises a `ConfigurationError` if two map to one, or without classes."""
     if classes is None:
         return None
@@ -163,7 +163,7 @@ def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int
         table = {i: classes[1].index(name) for i, name in enumerate(classes[0]) if name in classes[1]} if whole else {}
     if not whole or not table or len(set(table.values())) < len(table):
         raise ConfigurationError(
-            f"`classes={classes!r}` does not say which old class is which new one.",
+            f"`classes={classes!r}` does not map old classes to new ones.",
             "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
         )
     return table
@@ -204,14 +204,14 @@ class Update:
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 
-def look_back(
+def evaluate_old(
     reference: Reference,
     evaluator: Evaluator,
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
     """Evaluates the old model once on the sources of all roles (this rank's share); `results` are the new model's."""
-    # At once, since a cache is one file; roles may not share the name of a split.
+    # At once, since a cache is one file; split names are unique over roles.
     together = [source for own in sources.values() for source in own]
     found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
     return Update({role: found.only(results[role].splits) for role in sources})

@@ -16,7 +16,7 @@ import torch
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -28,7 +28,7 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 class Line(NamedTuple):
     """One line of a CSV file, and what its error messages need."""
 
-    where: str  # the argument, the file and the number of the line
+    where: str  # argument, file and line number
     hint: str
     values: dict[str, str]
 
@@ -115,7 +115,7 @@ class Predictions:
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
             if not named and not judged:
-                raise line.refused("there is neither a prediction nor `passed`")
+                raise line.refused("neither `prediction` nor `passed` is given")
             rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
             if at in rows:
                 raise line.refused(f"sample {at} of {line.values['split']!r} is there twice")
@@ -170,7 +170,7 @@ class Predictions:
                 there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
                 raise ConfigurationError(
                     f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
-                    f"({missing[:5]}); there are those of {there}.",
+                    f"({missing[:5]}), only those of {there}.",
                     "give one for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
@@ -207,6 +207,19 @@ class Predictions:
         sizes = tuple(map(len, self.splits.values()))
         table = SampleResults(tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing)
         return self.results(table)
+
+
+Ids = Mapping[str, Sequence[int]]
+"""Data-set positions by split."""
+
+
+def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
+    """Parses ids by split, from a CSV file or a mapping; bare positions get an empty split name, None no ids."""
+    found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
+    found = found if isinstance(found, Mapping) else {"": found}
+    lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())
+    check_kind("ids", found, lists, "list of samples", "ids={'test': [3, 17]}")
+    return found
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:

@@ -27,7 +27,7 @@ from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
-from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule
+from lightning_nrl.updates.rules import MaxNegativeFlipRate, Rule, RuleResult
 
 
 def release(
@@ -118,7 +118,7 @@ def check_reference(argument: str, old: Any) -> Reference:
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-        raise ConfigurationError(f"`{argument}=None`: there is nothing to compare with.", hint)
+        raise ConfigurationError(f"`{argument}=None`: nothing to compare with.", hint)
     return found
 
 
@@ -192,7 +192,7 @@ class ReleaseReport(Report):
     """
 
     status: Literal["accepted", "refused"]
-    findings: tuple[Finding, ...]
+    findings: tuple[RuleResult, ...]
     rows: tuple[ReleaseRow, ...]
     broken_ids: Mapping[str, Sequence[int]]
     repaired_ids: Mapping[str, Sequence[int]]
@@ -290,7 +290,7 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         upper = Bound.at_level(counts.broken, counts.n, level).upper
         return ReleaseRow(split, name, counts, upper, p_worse(counts.broken, counts.repaired))
 
-    # The limits of the slices hold together (Bonferroni); an empty one has the limit 1 and needs no part of the level.
+    # Joint limits of the slices (Bonferroni); an empty slice has the limit 1 and needs no part of the level.
     level = 1 - confidence
     part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
     return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]

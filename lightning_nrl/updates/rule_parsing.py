@@ -13,10 +13,10 @@ from lightning_nrl.updates.rules import AtMostBroken, IsBetter, MaxNegativeFlipR
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "better": IsBetter(), "any": None}
-"""The rule that a release gate adds to those of the user, on every split."""
+"""The rule for every split that a release gate adds to the user's."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Parsers of rules: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+"""Rule parsers: functions of the text, its parts after the name, and the splits, that return None for bad text."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,14 +20,11 @@ from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.stats import Bound, check_confidence, evidence_of, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
-from lightning_nrl.updates.predictions import read_ids
-
-Ids = Mapping[str, Sequence[int]]
-"""Data-set positions, by split."""
+from lightning_nrl.updates.predictions import Ids, parse_ids
 
 
 @dataclass(frozen=True)
-class Finding:
+class RuleResult:
     """Result of one rule: passed or not, and why.
 
     `ids` are data-set positions of the offending samples, by split; empty if it passed.
@@ -36,14 +33,14 @@ class Finding:
     rule: str
     passed: bool
     reason: str
-    ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ids: Ids = field(default_factory=dict)
 
 
 class Rule(ABC):
     """Base class of release rules. Write your own as a frozen dataclass with `check` and `__str__`."""
 
     @abstractmethod
-    def check(self, pair: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> RuleResult:
         """Judges the update; raises a `ConfigurationError` if the data lack what the rule needs."""
 
     @abstractmethod
@@ -100,20 +97,20 @@ class SplitRule(Rule):
         """True if one of `n_parts` parts violates the rule."""
 
     @abstractmethod
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         """Returns the sentences of the reason, without full stops."""
 
-    def check(self, pair: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> RuleResult:
         parts = self._parts(pair)
         worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
         bad = torch.zeros(len(pair.after), dtype=torch.bool)
         for part in worse:
             bad |= part.rows
-        words, splits = self.words(parts), {part.split for part in parts}
+        sentences, splits = self.sentences(parts), {part.split for part in parts}
         outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(part.counts.n for part in parts)
         if outside > 0:
-            words.append(f"{outside:,} samples are in no slice and were not looked at")
-        return Finding(str(self), not worse, f"{'. '.join(words)}.", _broken(pair, bad))
+            sentences.append(f"{outside:,} samples are in no slice and were not looked at")
+        return RuleResult(str(self), not worse, f"{'. '.join(sentences)}.", _broken(pair, bad))
 
     def _parts(self, pair: ModelPair) -> list[Part]:
         found = []
@@ -161,7 +158,7 @@ class AtMostBroken(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return Gate.parse(self.gate).excess_of(counts) > 0
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         return [
             f"{part.name}: {part.counts.broken:,} of {part.counts.passed:,} that were right broke; "
             f"{allowance(Gate.parse(self.gate), part.counts)} ({_accuracies(part.counts)})"
@@ -183,7 +180,7 @@ class IsBetter(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return evidence_of(counts.repaired, counts.broken) != "better"
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         return [
             f"{part.name}: {part.counts.repaired:,} repaired, {part.counts.broken:,} broken, "
             f"{evidence_of(part.counts.repaired, part.counts.broken)} ({_accuracies(part.counts)})"
@@ -223,16 +220,16 @@ class MaxNegativeFlipRate(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return self._bound(counts).upper > self.limit
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
-        words = []
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        sentences = []
         for _, group in groupby(parts, lambda part: part.split):
             bounds = {part.name: self._bound(part.counts) for part in group}
             above = [name for name, bound in bounds.items() if bound.upper > self.limit]
             highest = max(bounds, key=lambda name: bounds[name].upper)
-            words += [self._line(name, bounds[name]) for name in above or [highest]]
+            sentences += [self._line(name, bounds[name]) for name in above or [highest]]
             if not above and len(bounds) > 1:
-                words[-1] += ", the highest"
-        return words
+                sentences[-1] += ", the highest"
+        return sentences
 
     def _bound(self, counts: FlipCounts) -> Bound:
         return Bound.of(counts.broken, counts.n, self.confidence)
@@ -246,27 +243,23 @@ class MaxNegativeFlipRate(SplitRule):
             return text
         needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
         few = f"; that takes {needed:,} samples even where none breaks" if bound.n < needed else ""
-        return f"{text}, not within {_share(self.limit)}{few}"
+        return f"{text}, not within {_exact_percent(self.limit)}{few}"
 
     @property
     def text(self) -> str:
-        sure = "" if self.confidence == 0.95 else f":{_share(self.confidence)}"
-        return f"{'slice-' if self.each_slice else ''}nfr:{_share(self.limit)}{sure}"
+        sure = "" if self.confidence == 0.95 else f":{_exact_percent(self.confidence)}"
+        return f"{'slice-' if self.each_slice else ''}nfr:{_exact_percent(self.limit)}{sure}"
 
 
 @dataclass(frozen=True)
 class NoSliceWorse(SplitRule):
     """Requires that no slice gets worse.
 
-    By *test*, for future data: the one-sided exact sign test of a slice's flips must not have a p-value below `level`,
-    divided by the number of slices. If no slice is worse, the rule fails with probability `level` at most. The result
-    names slices too small for the test; `MaxNegativeFlipRate(each_slice=True)` bounds these.
-
-    By *count*, for a test suite: no slice may have fewer right samples than before.
-
     Attributes:
-        by: `test` or `count`.
-        level: of the test, in (0, 1).
+        by: `test`, for future data: no p-value of the slices' one-sided exact sign tests is below `level`, divided by
+            their number. The result names slices too small for the test; `MaxNegativeFlipRate(each_slice=True)` bounds
+            them. `count`, for a test suite: no slice has fewer right samples than before.
+        level: probability that the rule fails although no slice is worse, in (0, 1).
         splits: names of the splits; empty: all.
 
     Example:
@@ -291,15 +284,15 @@ class NoSliceWorse(SplitRule):
             return counts.broken > counts.repaired
         return p_worse(counts.broken, counts.repaired) < self.level / n_parts
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         n = len(parts)
-        words = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
-        words = words or [f"none of {n:,} slices is worse by {self.by}"]
+        sentences = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
+        sentences = sentences or [f"none of {n:,} slices is worse by {self.by}"]
         mute = [part.name for part in parts if p_worse(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
-            words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
-        return words
+            sentences.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
+        return sentences
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
         p = p_worse(counts.broken, counts.repaired)
@@ -308,7 +301,7 @@ class NoSliceWorse(SplitRule):
 
     @property
     def text(self) -> str:
-        level = "" if self.level == 0.05 or self.by == "count" else f":{_share(self.level)}"
+        level = "" if self.level == 0.05 or self.by == "count" else f":{_exact_percent(self.level)}"
         return f"slices{':count' if self.by == 'count' else level}"
 
 
@@ -335,10 +328,7 @@ class ProtectedIntact(Rule):
         if where is None and self.where is not None:
             where = self.where if isinstance(self.where, Target) else Target.where(self.where)
         object.__setattr__(self, "where", where)
-        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids or {}
-        ids = ids if isinstance(ids, Mapping) else {"": ids}
-        lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in ids.values())
-        check_kind("ids", ids, lists, "list of samples", "ids={'test': [3, 17]}")
+        ids = parse_ids(self.ids)
         if where is None and not any(ids.values()):
             raise ConfigurationError(
                 "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
@@ -352,13 +342,13 @@ class ProtectedIntact(Rule):
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits("ids", tuple(self._by_split(splits)), splits)
 
-    def check(self, pair: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> RuleResult:
         chosen = self._chosen(pair)
         counts = pair.flips.counts(chosen)
         text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         wrong = counts.failing + counts.repaired
         rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
-        return Finding(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
+        return RuleResult(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
 
     def _by_split(self, splits: Sequence[str]) -> Ids:
         if "" not in self._ids:
@@ -378,7 +368,7 @@ class ProtectedIntact(Rule):
             if missing:
                 raise ConfigurationError(
                     f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
-                    "give positions in the data set; what is not there cannot be checked.",
+                    "give positions in the data set; missing samples cannot be checked.",
                 )
             chosen[rows] |= torch.isin(there, wanted)
         for target in self.targets:
@@ -405,5 +395,5 @@ def _accuracies(counts: FlipCounts) -> str:
     return f"accuracy {percent(counts.accuracy_before)}, now {percent(counts.accuracy_after)}"
 
 
-def _share(share: float) -> str:
+def _exact_percent(share: float) -> str:
     return f"{100 * share:.12g}%"

@@ -20,33 +20,31 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl.methods._solvers.qp import solve_dual
 
 # Margins are in units of the median margin of passed data.
-KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # of its margin, a passed sample keeps this part, or so much if less
+KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # a passed sample keeps this part of its margin, at most this much
 HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
-LEAST_KEPT_MARGIN = 0.01  # of the margin required, what a passed sample keeps at least after the scaling at the end
-# Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
-# are not free.
-HEAD_RIDGE = 1e-4
+LEAST_KEPT_MARGIN = 0.01  # part of the required margin that a passed sample keeps after the final scaling
+HEAD_RIDGE = 1e-4  # of the features' mean eigenvalue, added: directions without passed samples are not free
 MAX_PATH_ROUNDS = 31  # of cutting planes
-PAIRS_PER_ROUND = 400  # that are added, the most violated first
-VIOLATION_TOLERANCE = 1e-3  # of the unit, what a violated pair lacks; the rest is scaled away exactly
-# Samples, and logits, computed at once, all of them up to the first. Of more, parts that a processor's cache likes, and
-# only those samples whose margin may be too small.
+PAIRS_PER_ROUND = 400  # added, the most violated first
+VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations exactly
+# Samples and logits in one block. Larger data are processed in cache-sized parts, and only samples whose margin may be
+# too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
 LOGITS_PER_BLOCK = 2**22
-REACH_SLACK = 1.001  # more than what rounding may add to a distance in whitened weights
+REACH_SLACK = 1.001  # covers rounding of distances in whitened weights
 
 
 @dataclass(frozen=True)
 class ConvexHead:
     """A last Linear layer on `n` known samples; processes one block of samples at a time."""
 
-    features: Tensor  # N x d, what the layer gets; with a column of ones if its bias may change and `ones` is false
-    logits: Tensor  # N x C, what it gives
+    features: Tensor  # N x d, inputs; with a column of ones if the bias may change and `ones` is False
+    logits: Tensor  # N x C, outputs
     label: Tensor  # n int64, the true classes
-    targeted: Tensor  # n bool, samples to be repaired; all others are passed and to be kept
-    weight: Tensor | None = None  # n, what the missing margin of a target costs more than that of another
-    rows: Tensor | None = None  # n int64, where the samples are among the N; None: they are all of them
-    ones: bool = False  # whether a column of ones is put beside the features where they are used
+    targeted: Tensor  # n bool, samples to repair; all others are passed samples to keep
+    weight: Tensor | None = None  # n, relative prices of targets
+    rows: Tensor | None = None  # n int64, rows of the samples among the N; None: all
+    ones: bool = False  # True to append a column of ones to the features on use
 
     @property
     def n_features(self) -> int:

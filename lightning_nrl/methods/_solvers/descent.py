@@ -15,10 +15,10 @@ from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, Part, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MAX_SAMPLE_WEIGHT = 10.0  # a loss with a larger weight would drown all others
+MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
-"""From a batch, its rows among the known samples and the logits: a sum over its samples, to be made small."""
+"""Sums the loss over a batch, from the batch, its rows among the known samples, and the logits."""
 
 
 class Descent:
@@ -46,7 +46,7 @@ class Descent:
         given = {id(live[name]): value for name, value in state.items()}
         moving = {id(parameters[name]) for name in problem.scope}
         self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
-        # Without gradients, which would otherwise gather in the live parameters.
+        # Detached, or gradients would accumulate in the live parameters.
         fixed = {k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given}
         self._frozen = fixed | self._given
         self._dtypes = {name: parameters[name].dtype for name in problem.scope}
@@ -97,7 +97,7 @@ class Descent:
                 x.grad = x.grad.where(mask, 0)
         self.optimizer.step()
         for (x, mask), value in zip(self._masked, old, strict=True):
-            # Weight decay moves also what has no gradient.
+            # Weight decay also moves weights without gradients.
             x.detach().copy_(x.detach().where(mask, value))
         self.optimizer.zero_grad()
 
@@ -135,6 +135,6 @@ class Descent:
         *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
         *used, failed = flags.tolist()
         for x, grad, ranks in zip(copies, grads, used, strict=True):
-            # As on one rank: what no loss depends on has no gradient, and weight decay leaves it.
+            # As on one rank: parameters without influence have no gradient, and weight decay skips them.
             x.grad = grad.view_as(x).to(x.dtype) if ranks else None
         return not failed

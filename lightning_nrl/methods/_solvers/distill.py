@@ -24,8 +24,8 @@ from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Renew, Trained
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
-TARGET_EMPHASIS = 3.0  # how much more the loss of a target counts than that of another sample
-EASY_FRACTION = 0.25  # of the easy samples, what an epoch trains on
+TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
+EASY_FRACTION = 0.25  # of the easy samples, per epoch
 
 
 def distill(
@@ -82,7 +82,7 @@ class _Distillation:
         start, began = self.visits, self.deadline.now()
         for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
             if number == 1 and not start:
-                # The first step also warms up.
+                # The first step is a warm-up.
                 start, began = self.visits, self.deadline.now()
             if number == 1 + PACE_STEPS:
                 self._plan(start, began)

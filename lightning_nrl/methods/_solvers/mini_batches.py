@@ -11,7 +11,7 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.methods.problem import Problem
 
-BATCH_SIZE = 128  # samples in one step, over all ranks: what the recipes here were tried with
+BATCH_SIZE = 128  # samples per step over all ranks; the recipes are tuned for it
 
 Part = tuple[Batch, Tensor]
 """Samples of one split, and their rows among the known samples, `n` int64."""
@@ -54,7 +54,7 @@ def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tupl
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])
         sizes = [len(rows) for rows, _ in measured]
-        # One transfer; and later values overwrite earlier ones, which indexing alone would not promise.
+        # One transfer; the loop lets later values overwrite earlier ones, which one indexed write does not guarantee.
         for some, value in zip(rows.split(sizes), values.cpu().split(sizes), strict=True):
             new[some], is_new[some] = value.to(column.dtype), 1.0
     new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
@@ -62,5 +62,5 @@ def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tupl
 
 
 def _batch_size(source: Source) -> int:
-    # Reading a batch to know is slow where workers have to start for it.
+    # Reading a batch to find out is slow if workers must start.
     return getattr(source, "batch_size", None) or len(next(iter(source), ()))

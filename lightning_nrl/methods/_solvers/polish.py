@@ -42,10 +42,10 @@ from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.report.run_records import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
-RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
-HOLDING_STARTS = 3  # from later starts what was repaired may be lost, since it stands in the way
-BISECTIONS = 6  # of the way back, by what is known to be broken
-MAX_COUNTS = 6  # of all known samples on the way back; each may show others that are broken
+RETREAT_FACTOR = 0.9  # of the way from the original weights, kept by a retreat
+HOLDING_STARTS = 3  # later starts may lose repairs, which are in the way
+BISECTIONS = 6  # of the way back, on samples known to be broken
+MAX_COUNTS = 6  # of all known samples on the way back; each may reveal more broken ones
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class PolishResult(Proposal):
     """Weights that break nothing: the given ones and, after steps, all parameters of the scope."""
 
     rounds: int = 0
-    strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
-    course: tuple[TargetCounts, ...] = ()  # what became of the known samples, each time that all were counted
-    stopped: str = ""  # why the rounds ended early; empty if they did not
+    strength: float = 1.0  # 1 without a step back; 0: the original weights
+    course: tuple[TargetCounts, ...] = ()  # of the known samples, each time all were counted
+    stopped: str = ""  # why the rounds ended early, if they did
 
     @property
     def note(self) -> str:
@@ -104,8 +104,7 @@ def polished(
     return proposal, proposal.step(clock.elapsed - began, found.note), found.course
 
 
-Phase = Callable[[], Any]
-"""A method of `_Polish`, which returns the next phase; None: it is done."""
+Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase; None: done
 
 
 def _polish(*arguments: Any) -> PolishResult:
@@ -118,7 +117,7 @@ def _polish(*arguments: Any) -> PolishResult:
 
 
 class _Polish:
-    """A polish in progress. "Open" are broken samples and enforced targets that are not right.
+    """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
 
     `best` breaks nothing; `state` is where the current start began or steps ended; `after` is the last count.
     """
@@ -136,23 +135,23 @@ class _Polish:
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
         self.rounds = self.retreats = self._rounds_left = 0
-        self._fewest_open = self._fewest_ever = math.inf
+        self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
-        # Targets are enforced where no training went before.
+        # Enforced targets get a budget of their own, since no training went before.
         self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
         self.stopped = ""
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
-        self._n_first = 0  # open at the first start
+        self._n_first = 0  # violated at the first start
 
     def start(self) -> Phase | None:
         """Begins with weights that were just counted: the given ones, or those after a retreat."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
-        self._n_first = self._n_first or int(self.active_set.open.sum())
-        if self._is_settled(self.active_set.open):
+        self._n_first = self._n_first or int(self.active_set.violated.sum())
+        if self._is_satisfied(self.active_set.violated):
             self._keep(self.state)
             if not self._may_enforce_again or self._end_of_rounds.is_over():
                 return None
@@ -171,23 +170,23 @@ class _Polish:
             return self._stop_steps()
         self.rounds += 1
         self._rounds_left -= 1
-        is_open = self.active_set.open
-        n_open = int(is_open.sum())
-        total = max(self._n_first, n_open)
-        self.problem.clock.tell(total - n_open, total, broken=int(self.active_set.broken.sum()))
-        if n_open < self._fewest_ever:
-            self._fewest_ever, self._visits_at_low = n_open, self._visits
-        if n_open < self._fewest_open:
+        is_violated = self.active_set.violated
+        n_violated = int(is_violated.sum())
+        total = max(self._n_first, n_violated)
+        self.problem.clock.tell(total - n_violated, total, broken=int(self.active_set.broken.sum()))
+        if n_violated < self._fewest_ever:
+            self._fewest_ever, self._visits_at_low = n_violated, self._visits
+        if n_violated < self._fewest_violated:
             most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
-            self._rounds_left, self._fewest_open = min(MAX_STALLED_ROUNDS, most), n_open
-        return self._verify if self._is_settled(is_open & self.active_set.working) else self._after_round()
+            self._rounds_left, self._fewest_violated = min(MAX_STALLED_ROUNDS, most), n_violated
+        return self._verify if self._is_satisfied(is_violated & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Counts all known samples; open ones join the working set."""
+        """Counts all known samples; violated ones join the working set."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
-        if self._is_settled(self.active_set.open):
+        if self._is_satisfied(self.active_set.violated):
             if not self._keep(state) or not self._may_enforce_again:
                 return None
             self.targets.enforce_again(self.active_set, self._end_of_rounds)
@@ -208,7 +207,7 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets and goes back part of the way; if only targets were open, the weights are a result."""
+        """Gives up targets and goes back part of the way; if only targets were violated, the weights are a result."""
         state = self.descent.state()
         if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)
@@ -247,7 +246,7 @@ class _Polish:
             scaled = between(original, self.state, strength)
             self.after = problem.evaluate(scaled)
             active_set.update(self.after)
-            if self._is_settled(active_set.broken):
+            if self._is_satisfied(active_set.broken):
                 self._take(scaled, strength)
                 return
             rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
@@ -264,15 +263,15 @@ class _Polish:
         """True if targets were suspended, which only limited time causes."""
         return self._deadline.is_set and not self.targets.enforces_all
 
-    def _is_settled(self, is_open: Tensor) -> bool:
-        """True if the gate allows the open samples, `N` bool, and no enforced target is among them."""
-        broken = is_open & self.problem.before.passed
-        if not broken.any() or (is_open & ~broken).any():
-            return not is_open.any()
+    def _is_satisfied(self, is_violated: Tensor) -> bool:
+        """True if the gate allows the violated samples, `N` bool, and no enforced target is among them."""
+        broken = is_violated & self.problem.before.passed
+        if not broken.any() or (is_violated & ~broken).any():
+            return not is_violated.any()
         return not self.problem.excess(self.after, broken)
 
     def _renew_rounds(self) -> None:
-        self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
+        self._rounds_left, self._fewest_violated = MAX_STALLED_ROUNDS, math.inf
 
     def _keep(self, state: State) -> bool:
         return self._take(state, RETREAT_FACTOR**self.retreats)

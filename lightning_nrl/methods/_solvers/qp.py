@@ -38,10 +38,10 @@ from lightning_nrl._utils.interrupts import poll
 class DualSolution(NamedTuple):
     """The solution of a dual; in a batch of `T` programmes every tensor has `T` as its first dimension."""
 
-    values: Tensor  # m, one multiplier a row, from 0 to its limit, where `gram` is; the change is x = A' values
+    values: Tensor  # m, multipliers from 0 to the limits, on the device of `gram`; x = A' values
     value: Tensor  # the dual's value there: a lower bound of the minimum
-    is_solved: Tensor  # bool, whether the conditions of a solution hold to rounding; if not, it is the best found
-    is_feasible: Tensor  # bool, whether the hard rows can be fulfilled; if not, `values` means nothing
+    is_solved: Tensor  # bool, False: the optimality conditions do not hold to rounding, the best found
+    is_feasible: Tensor  # bool, False: the hard rows contradict each other, `values` is meaningless
 
 
 @torch.no_grad()
@@ -76,14 +76,14 @@ def solve_dual(
     return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
 
 
-CONDITIONS_TOLERANCE = 1e-7  # violation of a solution's conditions, in parts of what the rows require
-# Weight of the proximal term beside rows of norm 1, and what it is multiplied with from step to step, down to a least.
-# Large at first, so that few multipliers change sides at once; least as a Cholesky factor in float64 allows.
+CONDITIONS_TOLERANCE = 1e-7  # of the optimality conditions, relative to what the rows require
+# Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at first, so that few
+# multipliers change sides at once; the minimum is what a Cholesky factor in float64 allows.
 PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
-# Proximal steps, all Newton steps, and those in a row that bring one no nearer. Programmes of 200 to 1,500 rows take 5
-# to 10 and 20 to 60; only multipliers a million times as large as others need more.
+# Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of 200 to 1,500 rows
+# take 5 to 10 and 20 to 60; only multipliers a million times as large as others need more.
 MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
-# Hard rows contradict each other if only an x this many times as long as one row needs could fulfil them all.
+# Hard rows are contradictory if x must be this many times as long as for a single row.
 CONTRADICTION_RATIO = 1e6
 
 
@@ -93,7 +93,7 @@ def solve_one(
     """Multipliers, True if they solve the programme to rounding, True if the hard rows are feasible."""
     if not len(required):
         return required, True, True
-    # Rows of norm 1, so that one tolerance and one proximal weight suit them all. A row of zeros stays one.
+    # Rows of norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.
     norm = gram.diagonal().clamp_min(0).sqrt()
     norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
     box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
@@ -198,9 +198,9 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: rows alike up to rounding have no unique multipliers
-MAX_EXCHANGES = 400  # rows let in or out; a programme takes about twice as many as rows bind
-RESIDUAL_TOLERANCE = 1e-6  # of the most that a row requires
+RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: nearly equal rows have no unique multipliers
+MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
+RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,13 +213,13 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
     small = RESIDUAL_TOLERANCE * required.abs().amax(1, keepdim=True)
     values = _best_multiple(values, bounded, required)
     binding = values > 0
-    settled, going = ~binding.any(1), torch.arange(len(gram))
+    converged, going = ~binding.any(1), torch.arange(len(gram))
     for _ in range(MAX_EXCHANGES):
         g, h, b, u, some = gram[going], bounded[going], required[going], values[going], binding[going]
         lacking = torch.where(some, -torch.inf, b - _times(h, u))
         most, new = lacking.max(1)
-        enters = settled[going] & (most > small[going, 0])
-        over = settled[going] & ~enters
+        enters = converged[going] & (most > small[going, 0])
+        over = converged[going] & ~enters
         some[enters, new[enters]] = True
         goal = _solve_equalities(h, b, some)
         bad = some & (goal <= 0)
@@ -227,11 +227,11 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
         length = ratio.amin(1, keepdim=True).clamp_max(1.0)
         leaves = bad & (ratio <= length)
         next_u = torch.where(leaves, 0.0, (u + length * (goal - u)).clamp_min(0))
-        # Rounding alone can let a row in that leaves at once.
+        # Rounding can add a row that leaves at once.
         over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
         values[going] = torch.where(over[:, None], u, next_u)
         binding[going] = some & ~leaves
-        settled[going] = ~bad.any(1)
+        converged[going] = ~bad.any(1)
         over |= _value(g, b, _best_multiple(values[going], g, b)) > max_value
         going = going[~over]
         if not len(going):

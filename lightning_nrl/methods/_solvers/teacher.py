@@ -13,7 +13,7 @@ from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-DISTILLATION_WEIGHT = 5.0  # of the divergence of a taught sample from its teacher, beside its loss
+DISTILLATION_WEIGHT = 5.0  # of a taught sample's divergence from its teacher, relative to its loss
 
 
 class Teacher:

@@ -22,11 +22,9 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-# Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
-# they help the targets, and few samples beside them.
-MOMENT_RIDGE = 0.1
-MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples and positions of a convolution, of a moment
-MAX_FULL_MOMENT = 2048  # larger windows are whitened weight by weight: a root of the whole moment would take minutes
+MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added: directions with few passed samples hardly help unseen failures
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples, and positions of a convolution, per moment
+MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
     passed = before.passed.nonzero().flatten()
     generator = torch.Generator().manual_seed(problem.seed)
     drawn = passed[torch.randperm(len(passed), generator=generator)[:MAX_MOMENT_SAMPLES]]
-    moments = [_empty(site) for site in space.sites]
+    moments = [_zero_moment(site) for site in space.sites]
     for _, calls in _traced(problem, drawn):
         for site, moment in zip(space.sites, moments, strict=True):
             with no_autocast(space.device):
@@ -80,7 +78,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
                     inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
                     inputs = F.pad(inputs, (0, 1), value=1.0) if _has_bias(site) else inputs
                     moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
-    roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
+    roots = tuple(_inverse_root(problem.collective.sum(moment)) for moment in moments)
     outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
     whole = Whitening(space.sites, outputs, roots)
     if whole.size <= max_size:
@@ -140,10 +138,10 @@ def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterat
     for at, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
             layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
-            yield at, [_of_site(site, calls[site.name], len(at), *rest) for site, *rest in layers]
+            yield at, [_site_gradients(site, calls[site.name], len(at), *rest) for site, *rest in layers]
 
 
-def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
+def _site_gradients(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
     parts = []
     for weight, bias in sample_gradients(site.module, calls, n):
         gradient = weight.flatten(2)[:, outputs]
@@ -168,14 +166,14 @@ def _has_bias(site: LayerRef) -> bool:
     return len(site.parameters) > 1
 
 
-def _empty(site: LayerRef) -> Tensor:
+def _zero_moment(site: LayerRef) -> Tensor:
     groups = getattr(site.module, "groups", 1)
     d = site.module.weight[0].numel() + _has_bias(site)
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
     return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
 
 
-def _root(moment: Tensor) -> Tensor:
+def _inverse_root(moment: Tensor) -> Tensor:
     """C^(-1/2) of each group, C scaled to a mean eigenvalue of 1."""
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(1e-30)
