@@ -112,7 +112,7 @@ class Apricot:
                 now = problem.propose("apricot", combined({**start, **now.state}, states, factors))
                 tried += 1
                 found = better([best, now])
-                is_ahead = now.gain - now.broken > ahead.gain - ahead.broken
+                is_ahead = now.value - now.broken > ahead.value - ahead.broken
                 stale = 0 if found is now or is_ahead else stale + 1
                 best, ahead = found or best, now if is_ahead else ahead
         right = int((passed.any(0) & problem.before.targeted).sum())

@@ -234,14 +234,14 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_gain: dict[float, int] = {}  # by gain, the rung with the best net rate, or the first
+    best_of_value: dict[float, int] = {}  # by value, the rung with the best net rate, or the first
     for i in harmless:
-        other = best_of_gain.get(usable[i].gain)
+        other = best_of_value.get(usable[i].value)
         if other is None or net_rate(counts[i]) > net_rate(counts[other]):
-            best_of_gain[usable[i].gain] = i
-    best, *larger = sorted(best_of_gain.values())
+            best_of_value[usable[i].value] = i
+    best, *larger = sorted(best_of_value.values())
     for i in larger:
-        if is_ahead(usable[i].gain, counts[i], usable[best].gain, counts[best]):
+        if is_ahead(usable[i].value, counts[i], usable[best].value, counts[best]):
             best = i
     return best, _choice(results, best)
 

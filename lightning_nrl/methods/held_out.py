@@ -52,17 +52,17 @@ def net_rate(counts: TargetCounts | None) -> float:
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
-def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
+def is_ahead(value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None) -> bool:
     """True if a larger rung is better than a smaller one.
 
-    With more gain, unless its net rate is significantly lower (`MAX_STANDARD_ERRORS` of the difference). With less
-    gain, only if its net rate is significantly higher.
+    If its repairs are worth more, its net rate must not be significantly lower, by `MAX_STANDARD_ERRORS` of the
+    difference. Otherwise its net rate must be significantly higher.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
-    if gain > other_gain:
+    if value > other_value:
         return ahead >= -error
-    return ahead > error and gain >= FEWEST_REPAIRS_SHARE * other_gain
+    return ahead > error and value >= FEWEST_REPAIRS_SHARE * other_value
 
 
 def _variance(counts: TargetCounts | None) -> float:

@@ -135,7 +135,7 @@ class _TrustRegionSteps:
         elif len(tries) > 1 + CORRECTIONS:
             self.radius = length
         best, place = max(clean or tries, key=lambda one: _worth(one[0]))
-        if clean or _worth(best) >= (self.found[-1].gain if self.found else 0.0):
+        if clean or _worth(best) >= (self.found[-1].value if self.found else 0.0):
             self.after, self.change = best.after, place
         self.stalled += 1
         if clean and (not self.found or best.rank > self.found[-1].rank) and best.repaired:
@@ -199,7 +199,7 @@ class _TrustRegionSteps:
 
 
 def _worth(proposal: Proposal) -> float:
-    return proposal.gain - REGRESSION_COST * proposal.harm
+    return proposal.value - REGRESSION_COST * proposal.cost
 
 
 def _margins(results: SampleResults) -> Tensor:

@@ -23,10 +23,10 @@ class Proposal:
         after: results of the deployed model on known data under these weights.
         repaired: number of targets that pass.
         broken: number of known passed samples that no longer pass.
-        gain: value of the repairs, see `SampleResults.weight`; by default `repaired`.
-        harm: cost of the broken samples; infinite if one is protected; by default `broken`.
+        value: of the repairs, see `SampleResults.weight`; by default `repaired`.
+        cost: of the broken samples; infinite if one is protected; by default `broken`.
         missing: repairs that slices lack.
-        excess: `harm` beyond what the gate allows; by default all of it.
+        excess: `cost` beyond what the gate allows; by default all of it.
     """
 
     name: str
@@ -34,22 +34,22 @@ class Proposal:
     after: SampleResults
     repaired: int
     broken: int
-    gain: float = math.nan
-    harm: float = math.nan
+    value: float = math.nan
+    cost: float = math.nan
     missing: int = 0
     excess: float = math.nan
 
     def __post_init__(self) -> None:
-        for name, count in (("gain", self.repaired), ("harm", self.broken)):
+        for name, count in (("value", self.repaired), ("cost", self.broken)):
             if math.isnan(getattr(self, name)):
                 object.__setattr__(self, name, float(count))
         if math.isnan(self.excess):
-            object.__setattr__(self, "excess", self.harm)
+            object.__setattr__(self, "excess", self.cost)
 
     @property
     def rank(self) -> tuple[float, int, float, float]:
-        """Sort key, larger is better: within the gate, fewest missing repairs, most gain, least harm."""
-        return -self.excess, -self.missing, self.gain, -self.harm
+        """Sort key, larger is better: within the gate, fewest missing repairs, most value, least cost."""
+        return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "") -> Step:
         """Returns the step's entry in the report."""

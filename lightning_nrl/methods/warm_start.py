@@ -86,11 +86,11 @@ def warm_started_search(
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **found.state})
     final = better([best, new]) or best
-    gain = _improvement(best, final)
+    improvement = _improvement(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
         was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, gain = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, gain)
-    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {gain}"),))
+        final, improvement = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, improvement)
+    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {improvement}"),))
 
 
 def _step(proposal: Proposal, seconds: float, note: str) -> Step:

@@ -274,7 +274,7 @@ def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
 
 
 SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
-GAIN_ROUNDING = 1e-9  # of sums of sample weights
+VALUE_ROUNDING = 1e-9  # of sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
@@ -289,17 +289,17 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
     # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
     least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     if problem.before.weighted:
-        least = (1 - loss) * proposal.gain - GAIN_ROUNDING
+        least = (1 - loss) * proposal.value - VALUE_ROUNDING
     polishes = not bool(problem.before.margin.isnan().all())
     best, size = proposal, patch.size
-    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.harm)
+    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.cost)
     before = 0.0
     for _ in range(MAX_POLISHED_SIZES if polishes else 1):
         if not 0 < tried < size or (polishes and patch.is_late()):
             break
         if polishes:
             found = patch.polished(tried)
-        good = found.gain >= least and found.harm <= proposal.harm and found.missing <= proposal.missing
+        good = found.value >= least and found.cost <= proposal.cost and found.missing <= proposal.missing
         if good:
             best, size = found, tried
         factor = 0.5 if good else 2.0
@@ -317,8 +317,8 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
         found = patch.problem.propose("sparse", patch.state(middle))
-        enough = found.gain >= least and found.missing <= whole.missing
-        if enough and (most_broken is None or found.harm <= most_broken):
+        enough = found.value >= least and found.missing <= whole.missing
+        if enough and (most_broken is None or found.cost <= most_broken):
             high, best = middle, found
         else:
             low = middle

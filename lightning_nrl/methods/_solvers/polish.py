@@ -277,9 +277,9 @@ class _Polish:
         return self._take(state, RETREAT_FACTOR**self.retreats)
 
     def _take(self, state: State, strength: float) -> bool:
-        """Keeps weights that were just counted if their gain beats the best so far."""
+        """Keeps weights that were just counted if their value beats the best so far."""
         proposal = self.problem.counted("polish", state, self.after)
-        is_better = self.best is None or proposal.gain > self.best.gain
+        is_better = self.best is None or proposal.value > self.best.value
         if is_better:
             self.best = PolishResult(**vars(proposal), rounds=self.rounds, strength=strength)
         return is_better
