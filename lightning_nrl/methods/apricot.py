@@ -83,7 +83,7 @@ class Apricot:
 
     @property
     def wants_checkpoints(self) -> bool:
-        """True if the Trainer's own checkpoints are to be used."""
+        """True if it uses the Trainer's own checkpoints."""
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:

@@ -71,7 +71,7 @@ MAX_LINEARIZATIONS = 10  # 3 to 6 usually suffice
 # After the method
 CURVE_SHARE = 0.1  # of the training's visits, for the curve over strength
 FULL_CURVE_SAMPLES = 4096  # up to this many, all points are counted
-MAX_POLISHES = 3  # of strengths under a limit, each of which may break intact calibration samples
+MAX_POLISHES = 3  # of strengths under a limit; each may break intact calibration samples
 MAX_POLISHED_SIZES = 4  # of a sparse patch, each half of or twice the one before
 
 # Estimates of a diagnosis

@@ -42,7 +42,7 @@ MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its t
 MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
 CORRECTIONS = 2  # further solutions with the same gradients, corrected for misprediction
 STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
-REGRESSION_COST = 3  # in repairs, of weights to step on from that break something for now
+REGRESSION_COST = 3  # in repairs, of weights to step on from although they break something
 # Of a passed sample's missing margin, relative to a target's. Finite, so that broken samples and contradictory
 # gradients leave the programme feasible.
 PASSED_PRICE_FACTOR = 1e3

@@ -97,7 +97,7 @@ class Problem:
         evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
             Methods must not write to the model; all ranks run the same method in step.
         known: this rank's share of the data that a method may use.
-        before: the model's results on known data: `before.targeted` are to be repaired (I_neg), `before.passed` kept.
+        before: the model's results on known data: `before.targeted` to repair (I_neg), `before.passed` to keep.
         space: the layers whose weights are localised and searched.
         scope: names of the parameters that may change; includes those of `space`.
         localizer: chooses the weights to search.
@@ -225,7 +225,7 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """Returns how far the harm of broken samples, `N` bool, exceeds what the gate allows."""
+        """Returns how far the cost of broken samples, `N` bool, exceeds what the gate allows."""
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 

@@ -185,8 +185,8 @@ def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
         parse_json(report)
     own = {name: _change(name, record, tensors) for name, record in read.tensors.items() if record.values_of == name}
     changes = {name: own[record.values_of] for name, record in read.tensors.items()}
-    said = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
-    return {"changes": changes, **said}
+    rest = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
+    return {"changes": changes, **rest}
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:

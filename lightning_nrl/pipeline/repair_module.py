@@ -249,8 +249,8 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
             selection, confidence = builder.line_search.selection, settings.bounds.confidence
             counts = Flips.between(*calibration).counts()
             upper = limit_after(counts.broken, counts.passed, selection, confidence)
-            said = confidence, upper, selection.states, selection.allowed
-            bounds = CalibrationBounds(counts.broken, counts.passed, *said)
+            bound = confidence, upper, selection.states, selection.allowed
+            bounds = CalibrationBounds(counts.broken, counts.passed, *bound)
     return builder.with_candidate(decision, patch, after, later, bounds)
 
 

@@ -149,7 +149,7 @@ def choose_share(
         training: as for `interpolate`.
         tolerance: how far the accuracy may lie below the best of the curve, in [0, 1]; None: takes the largest share,
             whatever it costs.
-        shares: shares to try beside 0, in [0, 1].
+        shares: shares to try besides 0, in [0, 1].
         batches: number of batches of `training` for the statistics; None: all.
         seed: of their order.
         adapter: takes raw batches apart.

@@ -272,7 +272,7 @@ class PredictedTeacher:
         if label is None:
             passed = torch.tensor([bool(right) for _, right in found])
         else:
-            passed = torch.tensor([said for said, _ in found]) == label.cpu()
+            passed = torch.tensor([predicted for predicted, _ in found]) == label.cpu()
         return OldAnswers(passed.to(like.device))
 
 

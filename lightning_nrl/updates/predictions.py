@@ -138,8 +138,8 @@ class Predictions:
         writer = csv.writer(file)
         writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
-            for at, (said, passed) in rows.items():
-                writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+            for at, (predicted, passed) in rows.items():
+                writer.writerow([split, at, predicted if predicted >= 0 else "", "" if passed is None else int(passed)])
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
@@ -151,7 +151,8 @@ class Predictions:
         """Builds predictions from the results of a model."""
         rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
         splits = {
-            split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
+            split: {at: (predicted, passed) for at, predicted, passed in rows[results.of(split)]}
+            for split in results.splits
         }
         return cls(splits, hash_tensors(weights))
 
@@ -161,7 +162,7 @@ class Predictions:
 
     def results(self, like: SampleResults) -> SampleResults:
         """Returns the results on the samples of `like`; losses are 0 if right and 1 if wrong."""
-        said, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
+        predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
             rows, start = self.splits.get(split, {}), like.start(split)
             ids = like.index[like.of(split)].tolist()
@@ -174,9 +175,9 @@ class Predictions:
                     "give one for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
-                said[i], right = rows[at]
+                predicted[i], right = rows[at]
                 if like.label[i] >= 0:
-                    passed[i] = said[i] == like.label[i]
+                    passed[i] = predicted[i] == like.label[i]
                 elif right is not None:
                     passed[i] = right
                 else:
@@ -185,7 +186,7 @@ class Predictions:
                     )
         return replace(
             like,
-            prediction=said,
+            prediction=predicted,
             passed=passed,
             loss=(~passed).to(like.loss),
             margin=torch.full_like(like.margin, torch.nan),

@@ -54,7 +54,7 @@ def release(
         rules: one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices`,
             `slices:count`, `protected:ids.csv`, followed by ` in SPLIT` to limit a rule to one split; or objects of
             `lightning_nrl.updates`.
-        require: a rule for every split beside the others: `not-worse`, no net loss; `better`, a gain by the sign test
+        require: one more rule for every split: `not-worse`, no net loss; `better`, a gain by the sign test
             at 5 %; or `any`, no rule.
         slices: the slice of each sample: a column of the raw batch by its key or place, a function of the batch that
             returns a name or number per sample, its address, or a `Target`, whose samples form one slice.

@@ -199,7 +199,7 @@ class MaxNegativeFlipRate(SplitRule):
     Attributes:
         limit: of the rate, in (0, 1).
         confidence: in (0, 1).
-        each_slice: True to bound every slice beside the whole split.
+        each_slice: True to bound every slice too, not only the whole split.
         splits: names of the splits; empty: all.
 
     Example:
