@@ -1,7 +1,7 @@
-"""How new weights are found: one method a file.
+"""Repair methods, one per file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method, or a searcher: localise, then search. A new method is one
-file with a frozen dataclass that is called with a problem, and a line here.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method, or localises and searches with a searcher. A new method is a
+frozen dataclass that is called with a problem, registered here.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ for _name, _make in BUNDLES.items():
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:
-    """Runs a method on a problem; a `ConfigurationError` if it gives something else than a solution."""
+    """Runs a method on a problem; raises a `ConfigurationError` if it returns anything but a solution."""
     solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
     if not isinstance(solution, Solution):
         raise ConfigurationError(

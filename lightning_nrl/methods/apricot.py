@@ -1,4 +1,4 @@
-"""Weights move toward earlier models that are right where this one fails (Apricot: Zhang and Chan, ASE 2019)."""
+"""Moves weights toward earlier checkpoints that are right where the model fails (Apricot: Zhang and Chan, ASE 2019)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 
-Strategy = Literal["both", "right", "wrong"]
-"""Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
+Strategy = Literal["both", "right", "wrong"]  # toward right and away from wrong models, or one (1 to 3 in the paper)
 
-LONGEST_STEP = 0.2  # what a round may add to the factors of all checkpoints, in sum: with many failures it would leap
+LONGEST_STEP = 0.2  # limit of a round's factors in sum, since many failures would add up
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -32,31 +31,30 @@ NO_CHECKPOINTS_HINT = (
 
 @dataclass(frozen=True, eq=False)
 class Apricot:
-    r"""Moves the weights by what saved checkpoints do on the failed samples, then trains on.
+    r"""Moves the weights along saved checkpoints by the failed samples, then continues training.
 
-    A round moves the weights for each target x that still fails, with C the checkpoints that are right on it and I
-    those that are wrong:
+    A round moves the weights for each target x that still fails, where C are the checkpoints that get x right and I
+    those that get it wrong:
 
     .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
         - \overline{\theta_m - \theta}_{m \in I(x)})
 
-    and all known samples are counted again. The training goes on from the round with the most repaired less broken. The
-    best of all that was counted, within the gate, is proposed.
+    and evaluates all known samples again. Training continues from the round with the most repaired less broken. The
+    best weights within the gate are proposed.
 
     Attributes:
-        checkpoints: paths of Lightning checkpoints or of saved state dicts, modules, or state dicts, of the same
-            architecture; or a folder, whose `*.ckpt` files are meant. None: those that the `ModelCheckpoint` callbacks
-            of the same Trainer have kept (`save_top_k`).
-        strategy: `both`, toward the right ones and away from the wrong ones; `right` or `wrong`, one of the two.
-        rate: r, above 0: how far one sample moves the weights. All of a round move them by at most 0.2 in sum.
-        rounds: how many rounds at most, from 1; each is one pass over the known data.
-        patience: rounds without a better result after which it stops, from 1.
-        epochs: how long the module's own training then goes on, from 0; only where it is known how the
-            model was trained, and where the whole network may change.
-        polish: whether what is then broken beyond the gate is brought back by a polish; not published.
+        checkpoints: paths of Lightning checkpoints or saved state dicts, modules, or state dicts, all of the same
+            architecture; or a folder of `*.ckpt` files. None: the checkpoints that the Trainer's `ModelCheckpoint`
+            callbacks kept (`save_top_k`).
+        strategy: `both`, toward the right ones and away from the wrong ones; `right` or `wrong` for one of the two.
+        rate: r, above 0, the step size per sample. All samples of a round add up to 0.2 at most.
+        rounds: maximum number of rounds, from 1; each is one pass over the known data.
+        patience: rounds without a better result before stopping, from 1.
+        epochs: epochs of continued training, from 0; only if the training is known and the whole network may change.
+        polish: True to polish away what is then broken beyond the gate; not in the paper.
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind or out of its range.
+        ConfigurationError: on construction, for a wrong type or a value out of range.
 
     Example:
         >>> Apricot(checkpoints=["epoch=7.ckpt", "epoch=9.ckpt"], strategy="right").rate
@@ -85,7 +83,7 @@ class Apricot:
 
     @property
     def wants_checkpoints(self) -> bool:
-        """True if those of the Trainer are meant."""
+        """True if it uses the Trainer's own checkpoints."""
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
@@ -93,13 +91,13 @@ class Apricot:
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Moves, counts, and trains on; a `ConfigurationError` if there are no checkpoints, or one does not suit."""
+        """Moves and trains; raises a `ConfigurationError` for missing or unsuitable checkpoints."""
         clock, deadline = problem.clock, problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):
             states = self._states(problem)
             if not states:
-                return Solution(None, "all of `Apricot.checkpoints` have the weights of the model itself.")
+                return Solution(None, "all `Apricot.checkpoints` have the same weights as the model.")
             passed = torch.stack([problem.evaluate(state).passed for state in states])
         best = ahead = now = problem.original("apricot")
         start = {name: value for name, value in current_state(problem.model).items() if name in states[0]}
@@ -114,23 +112,23 @@ class Apricot:
                 now = problem.propose("apricot", combined({**start, **now.state}, states, factors))
                 tried += 1
                 found = better([best, now])
-                is_ahead = now.gain - now.broken > ahead.gain - ahead.broken
+                is_ahead = now.value - now.broken > ahead.value - ahead.broken
                 stale = 0 if found is now or is_ahead else stale + 1
                 best, ahead = found or best, now if is_ahead else ahead
         right = int((passed.any(0) & problem.before.targeted).sum())
         note = f"{len(states)} checkpoints, right on {right:,} of the targets; {tried} round{'s' * (tried != 1)}"
         steps = [best.step(time.perf_counter() - began, note)]
-        further = self._further(problem, ahead, steps)
+        further = self._train_and_polish(problem, ahead, steps)
         best = better([best, *further]) or best
         others = tuple(one for one in (ahead, *further) if one is not best and one.state)
         reason = "" if best.repaired else "no move toward the checkpoints repairs a target within the gate."
         return Solution(best if best.repaired else None, reason, tuple(steps), others)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
-        """The values of the checkpoints that may move; without checkpoints equal to the model."""
+        """Movable tensors of the checkpoints that differ from the model."""
         argument, given = "Apricot.checkpoints", self.checkpoints
         if given is None:
-            raise ConfigurationError("`Apricot.checkpoints`: there are none.", NO_CHECKPOINTS_HINT)
+            raise ConfigurationError("`Apricot.checkpoints` is missing.", NO_CHECKPOINTS_HINT)
         if isinstance(given, (str, Path)):
             given = sorted(Path(given).glob("*.ckpt"))
             if not given:
@@ -149,8 +147,8 @@ class Apricot:
         states = problem.collective.all_or_none(read, "a checkpoint could not be read on another rank.")
         return [state for state in states if any(not torch.equal(value, own[name]) for name, value in state.items())]
 
-    def _further(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
-        """The training goes on from moved weights, then what is broken beyond the gate is brought back by a polish."""
+    def _train_and_polish(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
+        """Continues training from moved weights, then polishes what is broken beyond the gate."""
         training, clock, found = problem.training, problem.clock, [moved]
         if training is not None and problem.whole and self.epochs:
             began = time.perf_counter()
@@ -171,9 +169,9 @@ class Apricot:
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """Factors of M models when n failed samples move the weights, `M` float64; below 0: away from the model.
+    """Returns the step of each of M models, `M` float64, that n failed samples ask for; negative: away from the model.
 
-    `passed`, `M x n` bool, says which samples each model gets right, `weight`, `n`, what each sample counts.
+    `passed`, `M x n` bool, has the samples that each model gets right, `weight`, `n`, the weights of the samples.
     """
     right = passed.to(torch.float64)
     towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)

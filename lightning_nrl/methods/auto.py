@@ -1,4 +1,4 @@
-"""The default: a ladder of rungs, from the least change to the most; held-out samples say which is taken."""
+"""The default method: rungs from the smallest change to the largest; held-out samples choose between them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passe
 
 @dataclass(frozen=True)
 class Auto:
-    """Localises and searches first, then goes as far as it pays.
+    """Localises and searches first, then takes larger steps while they pay off.
 
-    1. `search`: the weights of the chosen layer that matter for the failures are localised, and a swarm searches them
-       from the original weights on, every known passed sample a constraint.
-    2. `exact`: the layer's programmes are solved (`Convex`, or `Linearized` where one inner layer alone may change),
-       and the swarm searches again from there.
-    3. `training`, where more than one layer may change: the training goes on and is polished (`FineTunePolish`). In an
-       update the new model is polished until what it broke is right again (`Polish`), then searched.
+    1. `search`: localises the weights of the chosen layer that matter for the failures and searches them with a swarm,
+       starting from the original weights; every known passed sample is a constraint.
+    2. `exact`: solves the layer's programmes (`Convex`, or `Linearized` if one inner layer alone may change), then
+       searches again from the solution.
+    3. `training`, if more than one layer may change: continues training and polishes (`FineTunePolish`). In an update
+       the new model is polished until what it broke is right again (`Polish`), then searched.
 
-    Each rung is also tried on samples that it may not use. Of those that do no harm there, the one that repairs most
-    targets is taken; of equals the one that does best there. A task without margins has the first rung alone.
+    Each rung is also evaluated on held-out samples. Of the rungs that do no harm there, the one that repairs most
+    targets is taken; ties go to the best on held-out samples. A task without margins has only the first rung.
 
     Attributes:
-        swarm: what searches, a swarm or another searcher.
+        swarm: the searcher, a swarm or another one.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher.
@@ -58,14 +58,14 @@ class Auto:
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Climbs; an `EmptyLocalizationError` if the local search alone can be used and has no weights to search."""
+        """Runs the rungs; raises an `EmptyLocalizationError` if only the search applies and finds no weights."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        results = _Ladder(problem, self.swarm).climbed()
+        results = _Ladder(problem, self.swarm).run()
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
-        # A search of another rung than the one taken found other weights: its course would be no account of these.
+        # The search log must belong to the rung that is taken.
         shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
         return Solution(
             taken.proposal,
@@ -83,7 +83,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class RungResult:
-    """A rung's solution, its seconds with the trial, and a note on how it went."""
+    """Result of a rung; `seconds` include the held-out trial."""
 
     name: str
     solution: Solution
@@ -92,18 +92,18 @@ class RungResult:
 
     @property
     def usable(self) -> Proposal | None:
-        """The proposal, if it repairs a target and keeps within the gate."""
+        """The proposal, if it repairs a target within the gate."""
         proposal = self.solution.proposal
         return proposal if proposal is not None and proposal.repaired and not proposal.excess else None
 
     @property
     def was_cut(self) -> bool:
-        """True if the time was over before its end, or before it began."""
+        """True if time ran out before or during the rung."""
         steps = self.solution.steps
         return not steps or any(CUT in step.note for step in steps)
 
     def record(self, problem: Problem, taken: bool) -> Rung:
-        """The rung as the report has it."""
+        """Returns the rung's entry in the report."""
         proposal, counts = self.solution.proposal, (0, 0, 0, 0)
         if proposal is not None:
             found, live = problem.target_counts(proposal.after), dict(problem.model.named_parameters())
@@ -114,7 +114,7 @@ class RungResult:
 
 
 class _Ladder:
-    """The rungs of a problem, each climbed once; under `max_time` those before the training share a part of it."""
+    """Runs each rung of a problem once; under `max_time` the rungs before training share a part of the time."""
 
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
         self.problem, self.searcher = problem, searcher
@@ -129,8 +129,8 @@ class _Ladder:
         self.shares_time = whole.is_set and share < 1
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
-    def climbed(self) -> list[RungResult]:
-        """Climbs rung by rung; a rung that `max_time` cut is climbed again in the time that training left."""
+    def run(self) -> list[RungResult]:
+        """Runs the rungs; repeats those that `max_time` cut if training leaves time."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -139,12 +139,12 @@ class _Ladder:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
-        found = {name: self._climbed(name, climb) for name, climb in rungs.items()}
+        found = {name: self._run_rung(name, solve) for name, solve in rungs.items()}
         results = {name: result for name, result in found.items() if result is not None}
         if self.shares_time:
             self.end = problem.deadline_of_method()
             for name in [name for name, result in results.items() if name != "training" and result.was_cut]:
-                again, best = self._climbed(name, rungs[name]), results[name].usable
+                again, best = self._run_rung(name, rungs[name]), results[name].usable
                 if again is None:
                     continue
                 is_better = again.usable is not None and (best is None or again.usable.rank > best.rank)
@@ -152,29 +152,26 @@ class _Ladder:
                     results[name] = again
         return list(results.values())
 
-    def _climbed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
-        """Climbs a rung, unless that was done before the process was killed."""
-        return self.problem.work.once(name, partial(self._timed, name, climb), RungResult)
+    def _run_rung(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
+        return self.problem.work.once(name, partial(self._timed, name, solve), RungResult)
 
-    def _timed(self, name: str, climb: Callable[[], Solution | None]) -> RungResult | None:
+    def _timed(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
-        solution = climb()
+        solution = solve()
         if solution is None:
             return None
         note = solution.steps[-1].note if solution.steps else solution.reason
         return RungResult(name, solution, self.problem.clock.elapsed - began, note)
 
     def _search(self) -> Solution:
-        """Localises in the chosen layer and searches from the original weights; no known passed sample may break."""
-
         def search(problem: Problem) -> Solution:
-            return _caught(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
+            return _safely(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
 
         solution = search(self.problem)
-        return self._tried_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
+        return self._add_held_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
 
     def _exact(self) -> Solution | None:
-        """Solves the chosen layer, and searches from there; None where the layer or the model does not suit.
+        """Solves the chosen layer and searches from there; None if the layer or model does not suit.
 
         The held-out counts are those of the solved weights, before the search.
         """
@@ -183,7 +180,7 @@ class _Ladder:
         for method in (convex, Linearized()) if self.is_one_layer else (convex,):
             solve = partial(_solved, method=method)
             try:
-                solution = self._tried_out(solve(self.problem), solve)
+                solution = self._add_held_out(solve(self.problem), solve)
             except ConfigurationError:
                 continue
             if solution.proposal is not None:
@@ -196,7 +193,7 @@ class _Ladder:
         return fine_tune_and_polish(self.problem, self.held_out)
 
     def _polish(self) -> Solution:
-        """Brings back the new model's regressions; nothing is held out, since few samples are like them."""
+        """Polishes away the new model's regressions; holds nothing out, since few samples are like them."""
         solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
         if solution.proposal is None:
             return solution
@@ -204,17 +201,17 @@ class _Ladder:
         return replace(last, steps=(*solution.steps, *last.steps))
 
     def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
-        """A search from a proposal on, which is kept as it is where nothing can be searched."""
+        """Searches from a proposal; keeps it if there is nothing to search."""
         search = partial(warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end)
-        solution = _caught(self.problem, search, base)
+        solution = _safely(self.problem, search, base)
         return replace(solution, proposal=solution.proposal or base)
 
-    def _tried_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """Adds what a trial without the held-out samples does to them, unless that is known."""
+    def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
+        """Adds held-out counts from a run without the held-out samples, unless known."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))
-        # A trial that had no time proposes the original weights, and says so.
+        # Without time a trial proposes the original weights, with a reason.
         if trial.proposal is None or trial.reason:
             return solution
         return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
@@ -224,10 +221,10 @@ class _Ladder:
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """The rung to take and why, in a sentence; without one, why there is none.
+    """Returns the index of the best rung, or None, and the reason in a sentence.
 
-    Rungs that give slices less of what they need than others are out of the question, and so are those that break more
-    held-out samples than they repair, unless there is no other.
+    Skips rungs that leave slices with more missing repairs than others, and rungs that break more held-out samples than
+    they repair if others do not.
     """
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
@@ -237,20 +234,19 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_gain: dict[float, int] = {}  # of rungs that repair as much, the one with the best net rate, or the first
+    best_of_value: dict[float, int] = {}  # by value, the rung with the best net rate, or the first
     for i in harmless:
-        other = best_of_gain.get(usable[i].gain)
+        other = best_of_value.get(usable[i].value)
         if other is None or net_rate(counts[i]) > net_rate(counts[other]):
-            best_of_gain[usable[i].gain] = i
-    best, *larger = sorted(best_of_gain.values())
+            best_of_value[usable[i].value] = i
+    best, *larger = sorted(best_of_value.values())
     for i in larger:
-        if is_ahead(usable[i].gain, counts[i], usable[best].gain, counts[best]):
+        if is_ahead(usable[i].value, counts[i], usable[best].value, counts[best]):
             best = i
     return best, _choice(results, best)
 
 
 def _choice(results: Sequence[RungResult], best: int) -> str:
-    """Why a rung is taken, and what the later ones would have gained."""
     taken = results[best]
     text = f"`{taken.name}` is taken: it {_repairs(taken)}."
     for other in results[best + 1 :]:
@@ -268,8 +264,7 @@ def _repairs(result: RungResult) -> str:
     return f"{text}; of the held-out samples it repairs {counts.repaired:,} and breaks {counts.broken:,}"
 
 
-Counted = tuple[TargetCounts, TargetCounts | None]
-"""Counts of all known samples under some weights, and of held-out ones under the procedure, if it was tried."""
+Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of held-out ones if tried
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
@@ -281,7 +276,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """A point for each level; levels within which nothing was counted are left out."""
+    """Returns the best counts within each level of `PRICE_LEVELS`; skips levels without any."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
@@ -294,7 +289,7 @@ def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
 
 
 def _is_one_layer(problem: Problem) -> bool:
-    """True if one layer alone may change, its bias included."""
+    """True if only one layer may change, bias included."""
     if len(problem.space.sites) != 1:
         return False
     site = problem.space.sites[0]
@@ -304,19 +299,19 @@ def _is_one_layer(problem: Problem) -> bool:
 
 def _solved(problem: Problem, method: Method) -> Solution:
     name = type(method).__name__.lower()
-    return problem.work.once(name, partial(_caught, problem, partial(method, problem), name=name), Solution)
+    return problem.work.once(name, partial(_safely, problem, partial(method, problem), name=name), Solution)
 
 
-def _caught(
+def _safely(
     problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
 ) -> Solution:
-    """Runs a search or a method; where there is nothing to search, or no memory, the step says so."""
+    """Runs a search or method; turns nothing to search, or no memory, into a solution without proposal."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
     except (RuntimeError, MemoryError) as error:
-        # Of several ranks the others would wait for this one for ever.
+        # With several ranks the others would wait for this one forever.
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"

@@ -1,4 +1,4 @@
-"""Repairing a last Linear layer by convex optimisation: a path over strength, its point chosen by cross-validation."""
+"""Repairs a last Linear layer by convex optimisation: a path over strengths, its point chosen by cross-validation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,11 @@ from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
-# What a target's missing margin may cost, in units of what the median target would take if it were the only one.
+# Price of a target's missing margin, in units of what the median target would take on its own.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
-N_FOLDS = 4  # each sample that came in with the failed ones is held out once
-# Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
-# break, so that the whole of it repairs several times as many.
-REGRESSION_PRICE = 1
-# Tried on the deployed model, whose rounding may differ from that of the recording.
+N_FOLDS = 4  # each sample that came in with the failures is held out once
+REGRESSION_PRICE = 1  # in held-out repairs: the path is followed while its steps repair more than they break
+# Tried on the deployed model, which may round differently from the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "no time was left to solve anything."
@@ -41,17 +39,17 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 @dataclass(frozen=True)
 class Convex:
-    """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds.
+    """Repairs a last Linear layer exactly: the least change of logits that breaks no known passed sample, in seconds.
 
     Attributes:
-        patience: the path over strengths ends after this many in a row without a better result on held-out samples;
-            None: it goes to its end. Large strengths take the longest where data contradict each other.
-        seconds: how long it may take.
-        max_pairs: the path ends after a strength whose programme has more rows; None: it does not.
+        patience: strengths in a row without a better held-out result before the path ends; None: no limit. Large
+            strengths are slowest on contradictory data.
+        seconds: time limit.
+        max_pairs: the path ends after a strength whose programme has more rows; None: no limit.
 
     Raises:
-        ConfigurationError: on construction, for a patience below 1; when called, if there are several layers, the
-            layer's output is not the logits, or the task has no classes.
+        ConfigurationError: on construction, for a patience below 1; when called, for several layers, a layer whose
+            output is not the logits, or a task without classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -65,13 +63,13 @@ class Convex:
                 check_whole(f"Convex.{name}", getattr(self, name), 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
-        """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
+        """Raises a `ConfigurationError` unless the layer is the last Linear."""
         _check_layers(recording.space)
-        if any(_read(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
+        if any(_read_chunk(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves along strengths, and takes the strongest that held-out samples speak for."""
+        """Solves along the strengths and takes the best one on held-out samples."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
@@ -81,7 +79,7 @@ class Convex:
         with problem.clock.stage("record"):
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
-            # What is chosen is counted once more by the model that is deployed.
+            # Leaves time to count the choice in the deployed model.
             end = end.earlier(problem.clock.one_pass)
             changes, held_out = _path(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(changes) < len(SLACK_COSTS) and end.is_over()
@@ -109,7 +107,7 @@ class Convex:
             note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
             note += f"; the path was {CUT}" if is_cut else ""
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
-        none = "no change of the layer that held-out samples speak for repairs a target without a regression."
+        none = "no change of the layer that held-out samples support repairs a target without a regression."
         reason = "" if proposal else none
         return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
 
@@ -127,14 +125,14 @@ def _check_layers(space: ParameterSpace) -> None:
 
 def _not_last(space: ParameterSpace) -> ConfigurationError:
     return ConfigurationError(
-        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not what the model returns as logits.",
+        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not the model's logits.",
         "name the last Linear layer, or use `method='linearized'`.",
     )
 
 
 @torch.no_grad()
 def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> tuple[list[Tensor], list[Tensor]]:
-    """The change at each strength, `C x d`, and what is right of held-out samples; one rank solves for all."""
+    """Changes, `C x d`, and correct samples, `N` bool, by strength; the first rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
     right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
@@ -147,14 +145,13 @@ def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) ->
 
 
 def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
-    """The change at each strength, and `N` bool, what is right: in a fold under the change made without it.
+    """Yields the change at each strength, and `N` bool, correct samples, each fold under the change fitted without it.
 
-    A strength that time cuts short is left out, but for the first: the folds for which no time is left change nothing.
+    If time runs out, only the first strength counts; folds without time change nothing.
     """
 
     def is_over() -> bool:
-        # Of this rank, which solves for all.
-        return end.seconds_left <= 0
+        return end.seconds_left <= 0  # of this rank, which solves for all
 
     fold = _folds(problem)
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
@@ -184,14 +181,13 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
 
 
 def _worth(problem: Problem, right: Tensor) -> float:
-    """The weight of repairs less that of regressions."""
     before, weight = problem.before, problem.before.finite_weight
     lost = float(weight[before.passed & ~right].sum())
     return float(weight[before.targeted & right].sum()) - REGRESSION_PRICE * lost
 
 
 def _folds(problem: Problem) -> Tensor:
-    """`N` int64: the fold of each sample that came in with the failed ones, -1 for all others, which never leave."""
+    """Fold of each sample that came in with the failures, `N` int64; -1 for all others, which are never held out."""
     before = problem.before
     fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
@@ -202,7 +198,7 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """The greatest share of a change that breaks nothing when the deployed model runs with it."""
+    """The largest fraction of a change that breaks nothing in the deployed model."""
     for number, share in enumerate(DEPLOYED_FRACTIONS):
         if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
@@ -232,7 +228,7 @@ def _bias_name(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer on the known samples: those that count, `N` bool, and the rest."""
+    """The layer on the known samples: `rows` (`N` bool, those that count) and the rest."""
 
     rows: Tensor
     head: ConvexHead
@@ -240,7 +236,7 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once; a `ConfigurationError` on all ranks if the output is not the logits on one."""
+        """Runs the model once; raises a `ConfigurationError` on all ranks if the output is not the logits on one."""
         before = problem.before
         features, logits = _recorded(problem)
         device, ones = features.device, _bias_name(problem) is not None
@@ -261,7 +257,7 @@ class _KnownHead:
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        """`N` bool, the samples that the layer gets right under a change, `C x d`."""
+        """Samples that the layer gets right under a change (`C x d`), `N` bool."""
         right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
         right[self.rows] = self.head.right(change).cpu()
         for some in self.rest.blocks():
@@ -278,8 +274,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
     except InseparableBatchError as error:
         raise _not_last(problem.space) from error
-    found = _tensors(recording)
-    # On all ranks alike, also where one has no such samples, or none at all.
+    found = _inputs_and_logits(recording)
     if collective.any(found is None):
         raise _not_last(problem.space)
     assert found is not None
@@ -289,18 +284,18 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
-    # One logit a sample is that of class 1 over a 0.
+    # A single logit is that of class 1; class 0 has 0.
     return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
-def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """All inputs and outputs: the recorded tensors themselves, or copies; None unless the layer is the last."""
-    held = _held(recording)
+def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+    """All inputs and outputs, as recorded or copied; None unless the layer is the last."""
+    held = _recorded_tensors(recording)
     n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
     x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
     start = 0
     for chunk in recording.chunks(ROWS_PER_COPY):
-        part = _read(recording, chunk)
+        part = _read_chunk(recording, chunk)
         if part is None:
             return None
         if held is None:
@@ -311,8 +306,8 @@ def _tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     return x, y
 
 
-def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """The recorded tensors, where they are as they are needed, so that they are not there twice."""
+def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+    """The recorded tensors if usable as they are, which saves a copy."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
@@ -323,8 +318,8 @@ def _held(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     return (x, y) if fits and x.dtype == y.dtype else None
 
 
-def _read(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """A chunk's input and output of the layer; None unless the output is what the model returns."""
+def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+    """Inputs and outputs of the layer for a chunk; None unless the output is the model's."""
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)

@@ -1,4 +1,4 @@
-"""Fine-tune, then polish: repair as many samples as possible, then bring back what broke on the way."""
+"""Fine-tune, then polish: repair as many samples as possible, then restore what broke."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
-OWN_RATE = 1e-3  # of AdamW through the owner's `training_step`, where the owner's optimizers hardly repair anything
-HEALTHY_REPAIRS = 1 / 5  # of the targets: training that has repaired this part halfway goes on
-# In the second half of the training, passed samples with the lowest losses are visited less often than all others.
+OWN_RATE = 1e-3  # of AdamW through the user's `training_step`, if the user's optimizers repair hardly anything
+HEALTHY_REPAIRS = 1 / 5  # of the targets: training that repairs this share halfway continues
+# In the second half, passed samples with the lowest losses are visited less often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target likewise, unless held-out samples gain by more than chance: their labels may be wrong.
+# Likewise failures outside the target, whose labels may be wrong, unless held-out samples gain significantly.
 DOUBTED_VISITS = 1 / 5
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """Source of the training steps: the owner's optimizers, AdamW at a rate, or distilled steps."""
+    """Kind of training steps: the user's optimizers, AdamW at a rate, or distilled steps."""
 
     name: str
     rate: float | None = None
@@ -47,9 +47,9 @@ OWN_STEPS = StepKind(f"own steps through training_step, rate {OWN_RATE:g}", OWN_
 
 @dataclass(frozen=True)
 class FineTuned:
-    """Weights after training, and the counts of held-out samples when they were last left out of it.
+    """Weights after training, and the held-out counts from when the held-out samples were last left out.
 
-    `is_done` is false if the training ended halfway because it did not do well.
+    `is_done` is False if the training was stopped halfway for poor results.
     """
 
     proposal: Proposal
@@ -59,25 +59,24 @@ class FineTuned:
 
     @property
     def is_harmful(self) -> bool:
-        """True if more held-out samples break than are repaired, by more than chance."""
+        """True if significantly more held-out samples break than are repaired."""
         return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
 
 
 @dataclass(frozen=True)
 class FineTunePolish:
-    """Repairs under the constraint that no known passed sample breaks.
+    """Continues training on the failures, then polishes until no known passed sample is broken.
 
-    Where the whole network may change and it is known how it was trained, the training goes on from the old weights
-    with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
-    Else, for a layer or a block, it makes distilled steps of its own (`_solvers/distill.py`). Halfway, the losses of
-    all known samples are measured again, and easy samples are visited less often from then on. A polish
-    (`_solvers/polish.py`) then brings back every known passed sample that broke.
+    If the whole network may change and its training is known, training continues from the old weights with the failed
+    data added: this repairs more, and breaks less on unseen data, than training from scratch. Otherwise, for a layer or
+    block, it makes distilled steps (`_solvers/distill.py`). Halfway, it measures all losses again and visits easy
+    samples less often from then on. A polish (`_solvers/polish.py`) then restores every known passed sample that broke.
 
     Attributes:
-        share: of the time that is left, what training and polish may take.
+        share: of the time left, for training and polish together.
 
     Raises:
-        ConfigurationError: on construction, for a share that is not above 0 and at most 1.
+        ConfigurationError: on construction, unless the share is above 0 and at most 1.
     """
 
     trains: ClassVar[bool] = True
@@ -89,16 +88,16 @@ class FineTunePolish:
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Trains and polishes; a `ConfigurationError` if the task has no margins."""
+        """Trains and polishes; raises a `ConfigurationError` if the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         return fine_tune_and_polish(problem, share=self.share)
 
 
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
-    """Trains and polishes; rows that are held out, `N` bool, are left out of the first half of the training.
+    """Trains and polishes; leaves held-out rows, `N` bool, out of the first half of the training.
 
-    If they lose there, they are left out to its end. The solution has their counts from when they were last left out.
-    Without a proposal, its reason says why.
+    If the training loses on them, they stay out to its end. The solution has their counts from when they were last left
+    out. Without a proposal, its `reason` says why.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
@@ -108,7 +107,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
         needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
         return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
     if found.is_harmful:
-        reason = "training that goes on breaks more held-out samples than it repairs."
+        reason = "continued training breaks more held-out samples than it repairs."
         return Solution(None, reason, steps, held_out=found.held_out)
     proposal, step, course = polished(problem, found.proposal, steered=True, deadline=deadline)
     reason = "" if proposal.repaired else "no target was repaired without breaking what is right."
@@ -118,7 +117,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Seconds of a short training: its start, its epochs and pass halfway, and the way back of the polish."""
+    """Returns the seconds of a short training: its start, epochs, pass halfway, and the polish's way back."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
@@ -126,9 +125,9 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Trains with the first kind of steps that does well halfway, or with the last kind; each training is a step.
+    """Trains with the first kind of steps that does well halfway, or the last kind; returns a report step per training.
 
-    If no time is left for the next kind, the weights halfway that repair most are the result.
+    If no time is left for the next kind, the halfway weights with the most repairs are the result.
     """
     kinds = (CONTINUED, OWN_STEPS, DISTILLED) if problem.whole and problem.training is not None else (DISTILLED,)
     found: list[FineTuned] = []
@@ -180,14 +179,14 @@ def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadl
 
 
 class Halfway:
-    """Looks at the weights halfway through a training: returns how often samples are visited from then on, or None.
+    """Checks the weights halfway through a training; returns how often to visit each sample from then on, or None.
 
-    None ends a training that has hardly repaired anything, or is harmful, unless it `is_last`.
+    None stops a training that repairs hardly anything or does harm, unless it `is_last`.
     """
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
-        self.stays_held_out = True  # until the look halfway, which a training that ends early never takes
+        self.stays_held_out = True  # until halfway, which a training that ends early never reaches
         self.held_out: TargetCounts | None = None
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used
@@ -212,7 +211,7 @@ class Halfway:
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:
-        """True if held-out samples gain by more than chance, or many targets are repaired."""
+        """True if significantly more held-out samples are repaired than break, or many targets are repaired."""
         assert self.proposal is not None
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
         gains = self.held_out is not None and _standard_errors(self.held_out) > 1
@@ -220,10 +219,10 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """How often each sample is visited before anything is known of its loss, `N` float64: targets by their weight."""
+    """Returns how often to visit each sample at first, `N` float64: targets by their weight."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 
 def _standard_errors(counts: TargetCounts) -> float:
-    """Net repairs in standard errors, of a Poisson process; 0 without flips."""
+    """Net repairs in standard errors of a Poisson process; 0 without flips."""
     return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))

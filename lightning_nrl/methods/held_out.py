@@ -1,7 +1,6 @@
-"""The effect of a method on samples that it may not use: the one estimate that the default chooses by.
+"""Held-out estimates of what a method does to unseen samples, by which the default chooses.
 
-Half of the samples that came in with the failed ones are held out, since the model was not trained on them: what
-becomes of them is what may be expected of unseen samples like these.
+Half of the samples that came in with the failures are held out, since the model was not trained on them.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
-# Of all known passed samples, where failed and passed data are one data set. Other kinds are cut by as much, or repairs
-# would count for more than breaks.
+# Of all known passed samples, if failed and passed data are one data set. Other kinds shrink alike, or repairs would
+# count more than regressions.
 MAX_HELD_OUT_PASSED = 1 / 5
-MIN_HELD_OUT_FAILURES = 2  # with fewer nothing can be said
+MIN_HELD_OUT_FAILURES = 2  # fewer estimate nothing
 MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; the others are trained on from the beginning
-MAX_STANDARD_ERRORS = 2.0  # where net rates differ by less, chance may have done it
-FEWEST_REPAIRS_SHARE = 0.5  # what repairs less than this part of what a cheaper procedure does is not taken
+MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
+FEWEST_REPAIRS_SHARE = 0.5  # a rung must repair this share of what a cheaper one does
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
-    """The known samples to be held out, `N` bool, the same on every rank; None where there are too few failures."""
+    """Draws the known samples to hold out, `N` bool, the same on every rank; None if there are too few failures."""
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
@@ -49,23 +48,23 @@ def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> Targe
 
 
 def net_rate(counts: TargetCounts | None) -> float:
-    """Repaired less broken held-out samples, for each passed one; 0 without an estimate."""
+    """Returns repaired less broken held-out samples per passed one; 0 without an estimate."""
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
-def is_ahead(gain: float, counts: TargetCounts | None, other_gain: float, other: TargetCounts | None) -> bool:
-    """True if a rung goes before a smaller one: its repairs are worth more, and held-out samples do not say otherwise.
+def is_ahead(value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None) -> bool:
+    """True if a larger rung is better than a smaller one.
 
-    They do if its net rate is lower than the other's by more than chance, `MAX_STANDARD_ERRORS` of the difference. A
-    rung with fewer repairs goes before the other only if its net rate is higher by more than chance.
+    If its repairs are worth more, its net rate must not be significantly lower, by `MAX_STANDARD_ERRORS` of the
+    difference. Otherwise its net rate must be significantly higher.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
-    if gain > other_gain:
+    if value > other_value:
         return ahead >= -error
-    return ahead > error and gain >= FEWEST_REPAIRS_SHARE * other_gain
+    return ahead > error and value >= FEWEST_REPAIRS_SHARE * other_value
 
 
 def _variance(counts: TargetCounts | None) -> float:
-    # Flips come about as by a Poisson process.
+    # Of a Poisson process.
     return 0.0 if counts is None else (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

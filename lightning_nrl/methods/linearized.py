@@ -1,13 +1,13 @@
-"""Repairing any layers by linearized margins: solve, count exactly, step, linearize again. No pass of training.
+"""Repairs any layers by linearised margins: solve, evaluate, step, linearise again; no training passes.
 
 To first order a sample's margin is linear in the weights of any layer. With gradients of some margins at the present
-weights, in coordinates x that measure a change by what it does to passed data, a round seeks
+weights, in coordinates x that measure a change by its effect on passed data, a round solves
 
     min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
 
-where `missing` is what a margin lacks after the step. The deployed model counts each step on all known data: what
-breaks nothing and repairs more is kept; what came near the border is in the next programme. A margin that came out
-other than predicted is required for the difference as well (second-order correction, as in sequential quadratic
+where `missing` is what a margin lacks after the step. Each step is evaluated in the deployed model on all known data. A
+step that breaks nothing and repairs more is kept; samples that came near the boundary join the next programme. The next
+solution also compensates for margins that were mispredicted (second-order correction, as in sequential quadratic
 programming).
 """
 
@@ -34,34 +34,34 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT, Step
 
-# What a passed sample keeps at most, and a target gets, in units of the median margin of passed data. More than for a
-# last layer, since gradients err.
+# Largest margin that a passed sample keeps, and margin of a repaired target, in units of the median margin of passed
+# data. More than for a last layer, since gradients err.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 MAX_STALLED_LINEARIZATIONS = 2  # in a row without a further repair
 MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
 MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
-CORRECTIONS = 2  # solutions with the same gradients, corrected by what the one before broke
+CORRECTIONS = 2  # further solutions with the same gradients, corrected for misprediction
 STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
-REGRESSION_COST = 3  # in repairs, when the next step goes on from weights that break something for the moment
-# Of a passed sample's missing margin, beside a target's. Not infinite: what is broken for the moment, and what the
-# gradients contradict, must not leave the programme without a solution.
+REGRESSION_COST = 3  # in repairs, of weights to step on from although they break something
+# Of a passed sample's missing margin, relative to a target's. Finite, so that broken samples and contradictory
+# gradients leave the programme feasible.
 PASSED_PRICE_FACTOR = 1e3
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a step that broke nothing at once, or something however short
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a full step that broke nothing, or steps that all broke something
 
 
 @dataclass(frozen=True)
 class Linearized:
-    """Repairs any Linear or convolution layers so that no known passed sample breaks, in a few dozen forward passes.
+    """Repairs any Linear or convolution layers without breaking a known passed sample, in a few dozen forward passes.
 
-    A step is the one that moves what the layers give on passed data least, in the mean square, while passed samples
-    keep half of their margin, or a small one that suffices, and targets get one, all to first order. It is found from
-    the gradients of targets and of passed samples near the border, and taken as far as an exact count allows.
+    Each step changes the layers' outputs on passed data least, in the mean square, while passed samples keep half of
+    their margin, or a small sufficient one, and targets get one, all to first order. It is found from the gradients of
+    targets and of passed samples near the boundary, and shortened until an exact evaluation shows no regression.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights; a `ConfigurationError` if there are no margins or gradients of them."""
+        """Steps from the original weights; raises a `ConfigurationError` without margins or gradients."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
         took = FIRST_ROUND_PASSES * clock.one_pass
@@ -85,12 +85,11 @@ class Linearized:
         return Solution(proposal, steps=tuple(run.steps), others=tuple(others))
 
 
-Try = tuple[Proposal, Tensor]
-"""A proposal and its place, `K` whitened coordinates from the original weights."""
+Try = tuple[Proposal, Tensor]  # with its `K` whitened coordinates from the original weights
 
 
 class _TrustRegionSteps:
-    """From the original weights, round by round: proposals that break nothing, each better than the one before."""
+    """Steps from the original weights; each proposal in `found` breaks nothing and is better than the one before."""
 
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before
@@ -98,7 +97,7 @@ class _TrustRegionSteps:
         unit = before.margin_unit
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
-        # Below what is required, so that steps which fulfil it to rounding are not turned down.
+        # Below the required margin, so that steps that reach it up to rounding are accepted.
         rounding = coarse_rounding(problem.evaluator.precision, before)
         self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
@@ -118,7 +117,7 @@ class _TrustRegionSteps:
         return self.found[-1].repaired if self.found else 0
 
     def round(self) -> bool:
-        """Linearises, solves and steps; False where no target's margin depends on the weights."""
+        """Linearises, solves and steps; False if no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
             self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
@@ -136,7 +135,7 @@ class _TrustRegionSteps:
         elif len(tries) > 1 + CORRECTIONS:
             self.radius = length
         best, place = max(clean or tries, key=lambda one: _worth(one[0]))
-        if clean or _worth(best) >= (self.found[-1].gain if self.found else 0.0):
+        if clean or _worth(best) >= (self.found[-1].value if self.found else 0.0):
             self.after, self.change = best.after, place
         self.stalled += 1
         if clean and (not self.found or best.rank > self.found[-1].rank) and best.repaired:
@@ -146,7 +145,7 @@ class _TrustRegionSteps:
         return True
 
     def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
-        """The programme at the present weights, and where these are."""
+        """The programme at the present weights, and their whitened coordinates."""
         before = self.problem.before
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
@@ -157,7 +156,7 @@ class _TrustRegionSteps:
         return _LinearizedMargins(rows, gradients, margin, required, targeted, weight), change.to(gradients)
 
     def _near(self) -> Tensor:
-        """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
+        """Rows of the samples nearest to the boundary; heavy targets count from further away."""
         before, margin = self.problem.before, _margins(self.after)
         targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
@@ -167,7 +166,7 @@ class _TrustRegionSteps:
         return torch.cat([targets, passed]).sort().values
 
     def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
-        """Shorter and shorter steps until one breaks nothing, and in words how far that was."""
+        """Shorter and shorter steps until one breaks nothing, and a note for the report."""
         tries: list[Try] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
@@ -194,31 +193,29 @@ class _TrustRegionSteps:
         return proposal, change
 
     def _is_clean(self, after: SampleResults) -> bool:
-        """True if every known passed sample passes, by a margin that another batch size does not flip."""
+        """True if every known passed sample passes, with a margin that another batch size does not flip."""
         right = after.passed & (_margins(after) >= self.least)
         return not bool((self.problem.before.passed & ~right).any())
 
 
 def _worth(proposal: Proposal) -> float:
-    return proposal.gain - REGRESSION_COST * proposal.harm
+    return proposal.value - REGRESSION_COST * proposal.cost
 
 
 def _margins(results: SampleResults) -> Tensor:
-    """Margins, far below 0 where the model gave something that is not finite."""
+    """Margins; very low where the output is not finite."""
     finite = results.margin.isfinite() & results.loss.isfinite()
     return torch.where(finite, results.margin, -1e6)
 
 
 @dataclass(frozen=True)
 class _LinearizedMargins:
-    """Margins of some samples, to first order."""
-
     rows: Tensor  # m int64, of the known samples
     gradients: Tensor  # m x K
     margin: Tensor  # m, at the present weights
     required: Tensor  # m
     targeted: Tensor  # m bool, targets; the others are kept
-    weight: Tensor | None  # m, what the missing margin of a target costs more than that of another; None: all alike
+    weight: Tensor | None  # m, relative prices of targets; None: equal
 
     @cached_property
     def gram(self) -> Tensor:
@@ -226,16 +223,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price at which the median target would be repaired if it were alone; 0 if no step helps any."""
+        """Price at which the median target would be repaired on its own; 0 if no step helps any."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The step, `K`, and its multipliers, `m`, to start a similar programme from.
-
-        `error`, `m`, is by how much margins came out above what was predicted.
-        """
+        """The step, `K`, and its multipliers, `m`, for a warm start; `error`, `m`, is real minus predicted margins."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

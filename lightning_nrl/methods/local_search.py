@@ -1,4 +1,4 @@
-"""Localise, then search new values for the localised weights (paper, section II), with any searcher."""
+"""Localises weights, then searches new values for them (paper, section II), with any searcher."""
 
 from __future__ import annotations
 
@@ -37,53 +37,52 @@ Elites = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """The aim of a search; `N` is by row of the results."""
+    """Aim of a search; `N` is by row of the results."""
 
-    failed: Tensor  # N bool, fail now: the weights that matter for them are localised
-    passed: Tensor  # N bool, pass now: the weights that matter for them are left out
+    failed: Tensor  # N bool, localises weights that matter for these
+    passed: Tensor  # N bool, avoids weights that matter for these
     constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
     fitness: FitnessFunction
-    reserve: Tensor | None  # N, the margin that each must keep to count as passing; None: any
-    deadline: Deadline  # when it has to be over
-    scored: Tensor | None = None  # N bool, the samples that candidates are to get right; None: the targets (I_neg)
+    reserve: Tensor | None  # N, margin that a sample must keep to count as passing; None: any
+    deadline: Deadline
+    scored: Tensor | None = None  # N bool, samples to get right (I_neg); None: the targets
 
 
 @dataclass(frozen=True)
 class LocalSearchResult:
-    """The result of localisation and search."""
+    """Result of localisation and search."""
 
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best candidate and the course of the search
-    state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
-    n_passed: int  # how many passed samples candidates were scored on
-    notes: tuple[str, ...]  # where known data were kept, and how many samples the search looked at
+    state: State | None  # whole tensors with the best candidate; None: unchanged
+    n_passed: int  # passed samples that candidates were scored on
+    notes: tuple[str, ...]  # storage of the recording, and samples used
 
     @property
     def note(self) -> str:
-        """For a line of the report."""
+        """Note for the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
         cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
         return "; ".join(part for part in (made, cut, *self.notes) if part)
 
     def solution(self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()) -> Solution:
-        """A solution that says which weights were searched, and how."""
+        """Returns a solution that records the localisation and the search."""
         found, result = self.localization, self.search
         return Solution(proposal, reason, tuple(steps), localization=found, result=result, n_passed=self.n_passed)
 
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Weights are localised, and candidates scored, on I_neg and I_pos alone (paper, section II), by any three parts.
+    """Localises weights and scores candidates on I_neg and I_pos alone (paper, section II), with any three parts.
 
     Attributes:
-        searcher: the search algorithm, by name or with its settings.
-        seconds: how long the search may take.
-        localizer: how the weights to be searched are chosen, by name or as an object; None: as the repair says
-            (`SearchOptions.localizer`).
-        fitness: how candidates are ranked, likewise.
+        searcher: the search algorithm, by name or as an object.
+        seconds: time limit of the search.
+        localizer: chooses the weights to search, by name or as an object; None: `SearchOptions.localizer`.
+        fitness: ranks the candidates, by name or as an object; None: `SearchOptions.fitness`.
 
     Raises:
-        ConfigurationError: on construction, for an unknown name or what is no such part.
+        ConfigurationError: on construction, for an unknown name or an unsuitable part.
 
     Example:
         >>> LocalSearch("differential-evolution", localizer="arachne-v2", fitness="arachne-de").fitness
@@ -103,11 +102,11 @@ class LocalSearch:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def with_parts(self, **parts: Any) -> LocalSearch:
-        """Returns this search with other parts; None leaves its own."""
+        """Returns this search with other parts; None keeps its own."""
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises and searches; an `EmptyLocalizationError` if no weight matters for the failed data alone."""
+        """Localises and searches; raises an `EmptyLocalizationError` if no weight matters for the failures alone."""
         searcher: Any = self.searcher
         own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
         problem = replace(problem, **{name: part for name, part in own.items() if part is not None})
@@ -128,7 +127,7 @@ class LocalSearch:
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises and searches from the weights that the model has now; an `EmptyLocalizationError` if there are none."""
+    """Localises and searches from the model's present weights; raises an `EmptyLocalizationError` if there are none."""
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 

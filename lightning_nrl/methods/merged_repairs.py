@@ -1,4 +1,4 @@
-"""Several targets, each repaired on its own, and the repairs merged by coefficients (DRWeightMerge)."""
+"""Repairs several targets separately and merges the repairs by coefficients (DRWeightMerge)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher, 
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 
-OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
+COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
 
 @dataclass(frozen=True, eq=False)
 class MergedRepairs:
-    r"""Repairs parts of the target one by one, each from the original weights, and searches how much of each to take.
+    r"""Repairs parts of the target one by one, each from the original weights, and searches their mixing coefficients.
 
     .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
 
@@ -41,16 +41,15 @@ class MergedRepairs:
     (`SampleOptions.risk`, `importance`, `protected`).
 
     Attributes:
-        parts: `confusion`, one part for each pair of a true class and the one that it is taken for; `label`, one for
-            each true class; or targets, also as text. A target in several parts is repaired in each.
-        most: how many parts at most, from 1; those with the most targets by weight. The others are merged into none.
-        method: how each part is repaired: `arachne` or another published method, `swarm` or another searcher, or an
-            object.
-        searcher: of the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
-        fitness: how coefficients are ranked, likewise; None: as the repair says, else `lexicographic`.
+        parts: `confusion`, one part per pair of true and predicted class; `label`, one per true class; or targets, also
+            as text. A target in several parts is repaired in each.
+        most: maximum number of parts, from 1; the heaviest are taken, the others not repaired.
+        method: repairs each part: `arachne` or another published method, `swarm` or another searcher, or an object.
+        searcher: searches the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
+        fitness: ranks the coefficients, by name or as an object; None: that of the repair, else `lexicographic`.
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind.
+        ConfigurationError: on construction, for a value of the wrong type.
 
     Example:
         >>> MergedRepairs(["confusion 3 -> 5", "label 8"]).most
@@ -73,20 +72,20 @@ class MergedRepairs:
                 raise ConfigurationError("`MergedRepairs.parts` is an empty list.", f"write {hint}.")
             object.__setattr__(self, "parts", tuple(parse_target(part) for part in self.parts))
         check_whole("MergedRepairs.most", self.most, 1)
-        object.__setattr__(self, "method", _parsed(self.method))
+        object.__setattr__(self, "method", _parse_method(self.method))
         if self.searcher is not None:
             object.__setattr__(self, "searcher", SEARCHERS.parse("MergedRepairs.searcher", self.searcher))
         if self.fitness is not None:
             object.__setattr__(self, "fitness", FITNESSES.parse("MergedRepairs.fitness", self.fitness))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Repairs the parts, then searches the coefficients; a `ConfigurationError` if a part does not suit."""
-        chosen = self._chosen(problem)
+        """Repairs the parts, then searches the coefficients; raises a `ConfigurationError` for an unsuitable part."""
+        chosen = self._choose_parts(problem)
         found: list[Proposal] = []
         steps: list[Step] = []
         budget = TIME_SHARE_OF_PARTS * problem.clock.left
         for number, (name, rows) in enumerate(chosen.items()):
-            proposal, step = self._repaired(problem, name, rows, budget / len(chosen))
+            proposal, step = self._repair_part(problem, name, rows, budget / len(chosen))
             steps.append(step)
             if proposal is not None and proposal.repaired:
                 found.append(proposal)
@@ -94,7 +93,7 @@ class MergedRepairs:
         if not found:
             return Solution(None, "no part of the target was repaired.", tuple(steps))
         began = time.perf_counter()
-        searcher: Any = OF_COEFFICIENTS if self.searcher is None else self.searcher
+        searcher: Any = COEFFICIENT_SEARCHER if self.searcher is None else self.searcher
         fitness: Any = problem.fitness if self.fitness is None else self.fitness
         states = [proposal.state for proposal in found]
         with problem.clock.stage("merge"):
@@ -107,8 +106,8 @@ class MergedRepairs:
             return Solution(None, "no mix of the repairs is better than the original weights.", tuple(steps))
         return Solution(best, "", tuple(steps), tuple(found), result=result)
 
-    def _chosen(self, problem: Problem) -> dict[str, Tensor]:
-        """The parts by name, `N` bool each, the largest ones, in the order of their weight."""
+    def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
+        """The heaviest parts by name, `N` bool each."""
         before = problem.before
         found: dict[str, Tensor] = {}
         if isinstance(self.parts, str):
@@ -136,8 +135,8 @@ class MergedRepairs:
         ranked = sorted(found.items(), key=lambda pair: -float(before.weight[pair[1]].sum()))
         return dict(ranked[: self.most])
 
-    def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
-        """Repairs one part as if it were the whole target; counted for the whole target."""
+    def _repair_part(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
+        """Repairs one part as if it were the whole target; counts it for the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         own.seconds.update({"collect": clock.one_pass})
@@ -158,7 +157,7 @@ class MergedRepairs:
         return proposal, proposal.step(took, f"{of_part:,} of {n:,} of this part")
 
 
-def _parsed(method: Any) -> Any:
+def _parse_method(method: Any) -> Any:
     if isinstance(method, str):
         return SEARCHERS.parse("MergedRepairs.method", method) if method in SEARCHERS else bundle(method)
     check_kind("MergedRepairs.method", method, callable(method) or isinstance(method, Searcher), "method", "'arachne'")
@@ -168,7 +167,7 @@ def _parsed(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """How much of each of K changes is best, `K` in [0, 1]; among the first candidates are none, each, and all."""
+    """Returns the best coefficients of K changes, `K` in [0, 1]; first tries none, each, all, and their mean."""
     device, k = problem.space.device, len(states)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
@@ -212,9 +211,9 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
 
 @dataclass(frozen=True)
 class WholeModelScorer:
-    """Candidates are coefficients; each takes a pass of the whole model over all known data.
+    """Scores coefficients by passes of the whole model over all known data.
 
-    As on recorded activations, what rounding could flip in the deployed precision does not pass.
+    As on recorded activations, a sample passes only if rounding in the deployed precision cannot flip it.
     """
 
     problem: Problem
@@ -241,7 +240,7 @@ class WholeModelScorer:
         )
 
     def _row(self, coefficients: Tensor) -> list[float]:
-        """Samples that pass, losses, weights of repairs and regressions, and credits, first of targets."""
+        """Numbers of passing samples, losses, weights of repairs and regressions, and credits; targets first."""
         problem, before = self.problem, self.problem.before
         after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight

@@ -1,4 +1,4 @@
-"""A model's own weights, or weights that were made elsewhere, polished until nothing known is broken."""
+"""Polishes the model's own or given weights until no known sample is broken."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_nrl.report.run_records import Step
 
 @dataclass(frozen=True, eq=False)
 class Polish:
-    """Polishes the model under repair itself, or one of the same architecture that was fine-tuned or retrained.
+    """Polishes the model under repair, or a fine-tuned or retrained model of the same architecture.
 
-    The model itself: small steps go on until its targets are right, and nothing that is right breaks. Another one: the
-    model under repair is the one that it replaces, and known samples that the old one gets right are kept.
+    The model itself: small steps repair its targets without breaking what is right. Given weights: known samples that
+    the model under repair gets right are kept.
 
     Attributes:
-        new: the new model, its state dict, or the path of a Lightning checkpoint or of a saved state dict; None: the
-            model under repair itself.
-        share: of the time that is left, what it may take; the rest is for what comes after it.
+        new: the new model, its state dict, or the path of a Lightning checkpoint or saved state dict; None: the model
+            under repair.
+        share: of the time left, for this method.
 
     Raises:
         ConfigurationError: on construction, if `new` is none of these.
@@ -49,12 +49,12 @@ class Polish:
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
     def check(self, model: nn.Module) -> None:
-        """Refuses weights that cannot be read, or are of another architecture, by a `ConfigurationError`."""
+        """Raises a `ConfigurationError` for weights that cannot be read or do not fit the model."""
         if self.new is not None:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes; a `ConfigurationError` if the new weights do not suit the model, or the task has no margins."""
+        """Polishes; raises a `ConfigurationError` for unsuitable weights or a task without margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()

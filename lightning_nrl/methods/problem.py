@@ -1,4 +1,4 @@
-"""A method, and the problem that it is given: a model, its results on known data, and what may change."""
+"""`Method`, and the `Problem` it gets: a model, its results on known data, and what may change."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
-N_SCORED = 100_000  # known samples that a search looks at, at most, by default
+N_SCORED = 100_000  # default limit of the known samples that a search uses
 LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
 
 
 @dataclass(frozen=True)
 class Trained:
-    """All parameters and persistent buffers after training, and its length in epochs of the known data."""
+    """All parameters and persistent buffers after training, with its length and planned length in epochs."""
 
     state: State
     epochs: float
@@ -40,20 +40,20 @@ class Trained:
 
     @property
     def note(self) -> str:
-        """For a line of the report."""
+        """Note for the report."""
         whole = f"{self.epochs:,.4g} epoch{'s' * (self.epochs != 1)}"
         return whole if self.epochs >= self.planned else f"{whole} of {self.planned:,.4g}, {CUT}"
 
 
 Renew = Callable[[State], Tensor | None]
-"""Returns how often each sample is visited from now on, `N`, by the weights so far; None ends the training."""
+"""Returns from the present weights how often to visit each sample from now on, `N`; None stops the training."""
 
 
 class Training(Protocol):
-    """Goes on with the training of the model, the known failures added to the training data.
+    """Continues training a model with the known failures added to its data.
 
-    One that treats targets differently has `for_targets(targeted)`, which returns the same training told which samples
-    are targets, `N` bool by row of the results.
+    A training that treats targets differently has `for_targets(targeted)`, which returns a copy that knows the targets,
+    `N` bool by row of the results.
     """
 
     @property
@@ -73,15 +73,15 @@ class Training(Protocol):
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy; returns its weights on the model's device, None without time, or if `renew` ends it.
+        """Trains a copy; returns its weights on the model's device, or None without time or if `renew` stops it.
 
         Args:
-            seconds: how long that may take; infinite: as long as the epochs take.
-            seed: of the order of the samples and of all else that is random.
+            seconds: time limit; may be infinite.
+            seed: of the sample order and all other randomness.
             clock: is notified of progress.
-            start: weights to begin with, such as fresh ones; None: the model's own.
-            weight: `N` by row of the results, how often a sample is visited, beside others; None: all alike. An epoch
-                has as many visits as there are known samples.
+            start: initial weights; None: the model's own.
+            weight: `N` by row of the results, how often to visit each sample relative to others; None: all alike. An
+                epoch has as many visits as there are known samples.
             epochs: over all known data; None: as many as the model was trained for.
             rate: of AdamW through the module's `training_step`; None: the module's own optimizers and schedules.
             renew: is called halfway.
@@ -91,31 +91,29 @@ class Training(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, what is known of it, and what may be changed to repair it.
+    """A model, its results on known data, and what may change to repair it.
 
     Attributes:
         evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
-            Nothing may write to the model; all ranks run the same method in step.
-        known: all data that a method may use, this rank's share of it.
-        before: the model's results on known data. `before.targeted` have to be repaired (I_neg), `before.passed` to be
-            kept.
+            Methods must not write to the model; all ranks run the same method in step.
+        known: this rank's share of the data that a method may use.
+        before: the model's results on known data: `before.targeted` to repair (I_neg), `before.passed` to keep.
         space: the layers whose weights are localised and searched.
-        scope: names of the parameters that may be changed at all; `space` is inside.
-        localizer: how weights to be searched are chosen.
-        fitness: how candidates of a swarm are ranked.
+        scope: names of the parameters that may change; includes those of `space`.
+        localizer: chooses the weights to search.
+        fitness: ranks the candidates of a search.
         passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or #pos of them.
-        clock: what stages took, and what is left of the time.
-        seed: of everything random.
-        budget: bytes that the search may use on the device; None takes a share of what is free.
-        n_scored: known samples that a search looks at, at most; what it finds is counted on all.
-        training: goes on with the training; None where it is not known how the model was trained.
-        whole: whether the scope is the whole network, so that training may go on.
-        update: whether the model replaces another one that gets the targets right: they are regressions of it.
-        needed: targets of a slice that have to be repaired at least, by the name of the slice.
+        clock: times the stages and knows the time left.
+        seed: of all randomness.
+        budget: bytes for the search on the device; None: a share of what is free.
+        n_scored: maximum number of known samples that a search uses; its result is evaluated on all.
+        training: continues the training; None if unknown.
+        whole: True if the whole network may change, so that training may continue.
+        update: True if the model replaces another one that gets the targets right.
+        needed: minimum number of repaired targets by slice.
         gate: how many known passed samples may break; by default none.
-        held_out: `N` bool, known samples that no method may use, to try out what it does to others; in `before` they
-            are neither passed nor targeted.
-        unmasked: with samples held out, what the model does on all known data.
+        held_out: `N` bool, known samples that no method may use; in `before` neither passed nor targeted.
+        unmasked: the results on all known data, if samples are held out.
         work: saves the results of finished steps.
     """
 
@@ -142,54 +140,51 @@ class Problem:
 
     @property
     def model(self) -> nn.Module:
-        """The original model."""
         return self.evaluator.model
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
         return device_of(self.model)
 
     @property
     def collective(self) -> Collective:
-        """The ranks that share the data."""
         return self.evaluator.collective
 
     @property
     def used(self) -> Tensor:
-        """`N` bool, the known samples that a method may use: all that are not held out."""
+        """The known samples that a method may use (not held out), `N` bool."""
         return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
 
     @property
     def epochs(self) -> int:
-        """Epochs over all known data that training may take: those of the fit, more where that is seconds' work."""
+        """Epochs that training may take: those of the original fit, more if these take only seconds."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
     def visits(self) -> float:
-        """The budget of a training: a sample run forward is one visit, a training step on it `FORWARD_BACKWARD`."""
+        """Budget of a training: one per sample run forward, `FORWARD_BACKWARD` per sample of a training step."""
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property
     def deadline(self) -> Deadline:
-        """When the repair must be over, agreed upon over ranks."""
+        """Deadline of the repair, the same on all ranks."""
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """When a method must be over that takes a share of the time that is left; its result is judged after it."""
+        """Returns the deadline of a method with a share of the time left; keeps time to judge the result."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """Runs the deployed model on all known data under a state: one forward pass."""
+        """Evaluates the deployed model under a state on all known data, in one forward pass."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
-        """A state as a proposal, counted on all known data."""
+        """Evaluates a state on all known data and returns it as a proposal."""
         return self.counted(name, state, self.evaluate(state))
 
     def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
-        """A state as a proposal, with results that are there already."""
+        """Returns a state with known results as a proposal."""
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in missed_quotas(before, repaired, self.needed).values())
@@ -197,7 +192,7 @@ class Problem:
         return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
     def original(self, name: str) -> Proposal:
-        """The original weights as a proposal; nothing is run for it."""
+        """Returns the original weights as a proposal, without running the model."""
         return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
@@ -205,7 +200,7 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """Returns the problem without some samples, `N` bool, and without their copies in another split."""
+        """Returns the problem without some samples, `N` bool, and their copies in other splits."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -214,7 +209,7 @@ class Problem:
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, the samples that came in with the failed ones: the model was not trained on them."""
+        """Samples that came in with the failures, `N` bool; the model was not trained on them."""
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -222,7 +217,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """`N` bool, these rows and all that are the same place of the same data set, where sources know that."""
+        """Returns these rows and all rows of the same data-set positions, `N` bool, if sources know them."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -230,14 +225,14 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """How much more harm broken samples, `N` bool, are than the gate allows with these results."""
+        """Returns how far the cost of broken samples, `N` bool, exceeds what the gate allows."""
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """Returns the problem where targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
+        """Returns the problem with targets of slices that lack repairs weighted `LACKING_SLICE_FACTOR` times.
 
-        `after` are results on known data under the weights from which the search goes on.
+        `after` are the known results of the weights from which the search continues.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
         return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self
@@ -245,22 +240,22 @@ class Problem:
 
 @runtime_checkable
 class Method(Protocol):
-    """How new weights are found. A method of your own is a frozen dataclass with this call.
+    """A repair method. Write your own as a frozen dataclass with this call.
 
-    It may have more, which is used before the first step of training and has a default:
+    Optional members, used before the first training step:
 
-    - `trains = True`: it goes on with the training where it can; it is checked that this will be possible.
-    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: what it needs of the task and the data.
-    - `check(model)`, `check_recording(recording)`: refuse what does not suit it by a `ConfigurationError`.
-    - `fitness`, `localizer`: how candidates are ranked and weights chosen, unless the user says so; a method that has
-      them even where the user does takes the user's by `with_parts(**parts)`.
-    - `wants_checkpoints`, `with_checkpoints(paths)`: it looks at earlier models and is given those of the Trainer.
+    - `trains = True`: it continues the training where possible, which is checked first.
+    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: its requirements on task and data.
+    - `check(model)`, `check_recording(recording)`: raise a `ConfigurationError` for what does not suit it.
+    - `fitness`, `localizer`: defaults that the user may override; a method with `with_parts(**parts)` gets the user's.
+    - `wants_checkpoints`, `with_checkpoints(paths)`: it gets the checkpoints of the Trainer.
     """
 
     def __call__(self, problem: Problem) -> Solution:
-        """Finds new weights; the model is left as found.
+        """Finds new weights; leaves the model unchanged.
 
-        If there are no weights to choose, it is an `EmptyLocalizationError`; if the method does not suit the model or
-        the task, a `ConfigurationError`.
+        Raises:
+            EmptyLocalizationError: there are no weights to search.
+            ConfigurationError: the method does not suit the model or the task.
         """
         ...

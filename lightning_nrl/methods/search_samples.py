@@ -1,6 +1,6 @@
-"""Which known samples a search looks at, what is recorded of them, and the scorer of its candidates.
+"""The known samples that a search uses, their recording, and the scorer of its candidates.
 
-Of very many samples only a bounded number, so that time and memory are bounded too; what comes of it is counted on all.
+The number of samples is bounded, and with it time and memory; the result is evaluated on all of them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
 FAILED_SHARE = 0.5  # of the samples of a search, at most
-FEW_SHARE = 0.25  # with no larger part of very many samples to be recorded, only these are read
+FEW_SHARE = 0.25  # below this share of very many samples, reads only those to record
 
 
 @dataclass(frozen=True)
 class SampleChoice:
-    """The known samples that a search looks at, `N` bool each by row of the results."""
+    """The known samples that a search uses, `N` bool each by row of the results."""
 
     recorded: Tensor  # all of them
-    representative: Tensor  # the passed ones that were drawn whatever their margin, for means over passed data
-    note: str = ""  # how many of how many, in words; empty if none is left out
+    representative: Tensor  # passed samples drawn at random, for means over passed data
+    note: str = ""  # for the report; empty if all are used
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """Samples that a search may look at, on every rank: fewer than the problem says only where time is short."""
+    """Returns the maximum number of samples of a search, the same on every rank: fewer if time is short."""
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -52,18 +52,17 @@ def n_to_score(problem: Problem, deadline: Deadline) -> int:
 
 
 def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
-    """About how long it takes to prepare a search that looks at `n` known samples, or at all."""
+    """Estimates the seconds to prepare a search on `n` known samples, or on all if there are fewer."""
     size = len(problem.before)
     return min(n, size) * (PREPARATION_PASSES * problem.clock.one_pass / max(1, size) + PREPARATION_SECONDS)
 
 
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
-    """The samples of a search, `most` of them at most.
+    """Chooses at most `most` samples for a search; `failed` are to pass, `passed` to be kept, `N` bool.
 
-    With no more than that, all passed ones: not only those that are asked for, so that a batch's share of a sum is, bit
-    for bit, what it is in a sweep. Else the failed ones, of too many those nearest to the border; half of the rest are
-    passed ones nearest to the border, which candidates break first, and half are drawn from all others. `failed` are
-    to pass, `passed` to be kept, `N` bool.
+    If all fit, takes every passed sample, so that a batch's share of a sum is bit for bit that of a sweep. Otherwise
+    takes the failed ones (nearest to the boundary first), then passed ones: half nearest to the boundary, where
+    candidates break them first, half drawn from the others.
     """
     whole, wanted = failed | passed | before.passed, failed | passed
     if int(whole.sum()) <= most:
@@ -88,7 +87,7 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
 
 
 def _distance(before: SampleResults) -> Tensor:
-    """`N`, how near to the border each sample is, less for what weighs more; by its loss where there are no margins."""
+    """Distance of each sample from the boundary, `N`, divided by its weight; by its loss if there are no margins."""
     if bool(before.margin.isfinite().all()):
         return before.margin.abs() / before.weight.to(before.margin)
     weight = before.weight.to(before.loss)
@@ -101,9 +100,10 @@ def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """The activations of the samples in `keep`, `N` bool by row of the results, under the weights as they are now.
+    """Records the activations of the samples in `keep`, `N` bool by row of the results, under the present weights.
 
-    A layer that cannot be recorded is a `ReplayError` on every rank, if on one.
+    Raises:
+        ReplayError: on every rank, if a layer cannot be recorded on one.
     """
     rows = problem.before.rows
     batches: Iterable[tuple[Batch, Tensor]] = (
@@ -127,7 +127,7 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Scores new values of the weights at `where` on I_neg and I_pos; `reserve`, `N`, is the margin each must keep."""
+    """Builds a scorer for the weights at `where` on I_neg and I_pos; `reserve`, `N`, are the margins to keep."""
     before = problem.before
     return make_scorer(
         recording,
@@ -145,7 +145,7 @@ def scorer_for(
 
 
 def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Returns a function that tells the clock after each iteration what is repaired and broken."""
+    """Returns a callback that reports repaired and broken samples to the clock after each iteration."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
@@ -155,5 +155,5 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Bytes for the recorded activations, and as many for scoring: they share what the search may use."""
+    """Returns the bytes for recorded activations; scoring gets as many."""
     return None if problem.budget is None else max(1, problem.budget // 2)

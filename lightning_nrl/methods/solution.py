@@ -1,4 +1,4 @@
-"""The result of a method: new weights, and their results on known data."""
+"""The result of a method: new weights and their results on known data."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_nrl.search.search_log import SearchResult
 
 @dataclass(frozen=True)
 class Proposal:
-    """New weights, and what they do on known data.
+    """New weights and their results on known data.
 
     Attributes:
-        name: where they come from, such as `fit`, `polish` or `convex`.
-        state: whole tensors; those that are not named stay as they are.
-        after: what the deployed model does on known data under them.
-        repaired: targeted samples that pass.
-        broken: known passed samples that do not pass any more.
-        gain: what the repairs are worth, see `SampleResults.weight`; by default `repaired`.
-        harm: what the broken samples cost, likewise; infinite if one of them is protected.
-        missing: repairs that slices lack of what they need.
-        excess: how much more is broken, by `harm`, than the gate allows; by default all of it.
+        name: their origin, such as `fit`, `polish` or `convex`.
+        state: whole tensors; tensors not named stay unchanged.
+        after: results of the deployed model on known data under these weights.
+        repaired: number of targets that pass.
+        broken: number of known passed samples that no longer pass.
+        value: of the repairs, see `SampleResults.weight`; by default `repaired`.
+        cost: of the broken samples; infinite if one is protected; by default `broken`.
+        missing: repairs that slices lack.
+        excess: `cost` beyond what the gate allows; by default all of it.
     """
 
     name: str
@@ -34,25 +34,25 @@ class Proposal:
     after: SampleResults
     repaired: int
     broken: int
-    gain: float = math.nan
-    harm: float = math.nan
+    value: float = math.nan
+    cost: float = math.nan
     missing: int = 0
     excess: float = math.nan
 
     def __post_init__(self) -> None:
-        for name, count in (("gain", self.repaired), ("harm", self.broken)):
+        for name, count in (("value", self.repaired), ("cost", self.broken)):
             if math.isnan(getattr(self, name)):
                 object.__setattr__(self, name, float(count))
         if math.isnan(self.excess):
-            object.__setattr__(self, "excess", self.harm)
+            object.__setattr__(self, "excess", self.cost)
 
     @property
     def rank(self) -> tuple[float, int, float, float]:
-        """The larger the better: within the gate, then fewest repairs that slices lack, most gain, and least harm."""
-        return -self.excess, -self.missing, self.gain, -self.harm
+        """Sort key, larger is better: within the gate, fewest missing repairs, most value, least cost."""
+        return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "") -> Step:
-        """A line for the report."""
+        """Returns the step's entry in the report."""
         return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
 
 
@@ -61,18 +61,18 @@ class Solution:
     """The result of a method.
 
     Attributes:
-        proposal: the best it has; None if it has nothing better than the original weights.
-        reason: why there is no proposal, in words.
-        steps: what it did, in order.
+        proposal: the best weights; None if nothing beats the original ones.
+        reason: why there is no proposal.
+        steps: the steps taken, in order.
         others: further proposals worth keeping.
-        tried: what became of the known samples under other weights, such as those along a path over strength.
-        localization: which weights a swarm searched, if one did.
-        result: the course of that search.
-        n_passed: passed samples that this search scored; None: those of `Problem.passed`.
-        held_out: what the method does to known samples when it may not use them; None where that was not tried.
-        rungs: of a method that tries several, from the least change to the most.
-        choice: why one of them was taken.
-        price: what was found where some known samples may break.
+        tried: counts of the known samples under other weights, such as those of a path over strengths.
+        localization: the weights that a search changed, if there was one.
+        result: the log of that search.
+        n_passed: number of passed samples it scored; None: those of `Problem.passed`.
+        held_out: counts of known samples that the method could not use; None if not tried.
+        rungs: of a method that tries several, from the smallest change to the largest.
+        choice: why one of the rungs was taken.
+        price: the best results if some known samples may break.
     """
 
     proposal: Proposal | None
@@ -90,5 +90,5 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """The best proposal by `Proposal.rank`, of equals the earlier; None if there is none."""
+    """Returns the best proposal by `Proposal.rank`, the first of equals; None if there is none."""
     return max((proposal for proposal in proposals if proposal is not None), key=lambda one: one.rank, default=None)

@@ -1,7 +1,7 @@
-"""A local search that starts from what other methods propose, and never ends below it.
+"""Local search that starts from other methods' proposals and never ends worse.
 
-The rest of the network is as in the proposal it starts from (the base). Every known passed sample is a constraint, with
-a margin of its own to keep: near misses on known data are misses on unseen data.
+The rest of the network is that of the base, the proposal it starts from. Every known passed sample is a constraint with
+a margin to keep, since near misses on known data are misses on unseen data.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
-KEPT_MARGIN_SHARE = 0.5  # of its margin, what a sample must keep
-SUFFICIENT_MARGIN = 0.04  # suffices, in parts of the median margin of passed samples; a polish brings samples there
+KEPT_MARGIN_SHARE = 0.5  # of its margin that a sample must keep
+SUFFICIENT_MARGIN = 0.04  # of the median margin of passed samples; a polish reaches it
 
 
 def warm_started_search(
@@ -44,12 +44,12 @@ def warm_started_search(
 ) -> Solution:
     """Localises weights of the chosen layers under the base and searches new values for them.
 
-    What passes under the base has to keep half of its margin there, or a small one if that is less; what the base
-    repairs beside the target is a constraint, too. Where no target is left, samples that are right by less than that
-    margin are searched for. The result is the best of base, proposals and what was found.
+    Samples that pass under the base must keep half of their margin, or a small one if that is less; non-targets that
+    the base repairs are constraints too. If no target is left, the search widens the margins of narrow samples. Returns
+    the best of base, proposals and search.
 
-    What the proposals have at the localised weights are elites, the best ones if there are many. The base may be of any
-    part of the network; one of the proposals may have this very state.
+    The proposals' values at the localised weights are elites, best first. The base may change any part of the network;
+    one of the proposals may have this very state.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
@@ -86,11 +86,11 @@ def warm_started_search(
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **found.state})
     final = better([best, new]) or best
-    gain = _gain(best, final)
+    improvement = _improvement(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
         was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, gain = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, gain)
-    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {gain}"),))
+        final, improvement = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, improvement)
+    return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {improvement}"),))
 
 
 def _step(proposal: Proposal, seconds: float, note: str) -> Step:
@@ -98,7 +98,7 @@ def _step(proposal: Proposal, seconds: float, note: str) -> Step:
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
-    """`N` bool, repaired targets, and passed samples that once had more, that are right by less than will do."""
+    """Repaired targets, and passed samples whose margin was sufficient, with an insufficient margin now, `N` bool."""
     before, after, sufficient = problem.before, proposal.after, _sufficient(problem)
     was_wider = before.targeted | (before.passed & (before.margin > sufficient))
     return was_wider & after.passed & (after.margin < sufficient)
@@ -111,7 +111,7 @@ def _sufficient(problem: Problem) -> float:
 def _elites(
     space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
-    """Values of proposals at the localised weights (`where`, `K` int64), best first, none twice: `M x K`."""
+    """The proposals' values at the localised weights (`where`, `K` int64), best first, without duplicates: `M x K`."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]
@@ -126,7 +126,7 @@ def _elites(
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """The margin that each sample must keep: a part of what it has at the start, none if it fails there."""
+    """The margin each sample must keep, `N`: a part of its margin at the start, 0 if it fails there."""
     margin = start.after.margin
     if margin.isnan().all():
         return None
@@ -136,7 +136,7 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 
 
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
-    """The fitness with every passed sample as a hard constraint, but for as many as the gate allows to break."""
+    """The fitness with every passed sample as a hard constraint, up to the number that the gate allows to break."""
     fitness = problem.fitness
     if not hasattr(fitness, "as_constraint"):
         return fitness
@@ -145,7 +145,7 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     return constrained
 
 
-def _gain(best: Proposal, final: Proposal) -> str:
+def _improvement(best: Proposal, final: Proposal) -> str:
     parts = []
     if final.broken != best.broken:
         parts.append(f"{final.broken - best.broken:+,} broken")

@@ -1,7 +1,7 @@
 """A repair from end to end, without Lightning: baseline, method, sparse patch, line search, verdict, report.
 
-In: a model, its known data and `Settings`. Out: an `Outcome`, the report and the repaired weights. The live model is
-left as it is found.
+In: a model, its known data and `Settings`. Out: an `Outcome`, the report and the repaired weights. The live model stays
+unchanged.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint

@@ -1,6 +1,6 @@
-"""The original model's results on all data, the targets, and held-out samples that are known too.
+"""The original model's results on all data, the targets, and the leak check.
 
-Held-out data are not searched: calibration data choose the strength, unseen data are only counted.
+No method uses held-out data: calibration data choose the strength, unseen data are only counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_nrl.evaluation.slices import normalise_weights
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
-from lightning_nrl.updates.old_model import Reference, Update, look_back
+from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Baseline:
     """Results of the original model on all data.
 
     Attributes:
-        known: its results on known data; `targeted` are the failures to repair, without those set aside.
-        before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
-            keeps no more than what the replaced model gets right.
-        held_out: by role with data, those that no search uses, and its results on them.
-        set_aside: `N` bool, known failed samples that are no targets although they are in the target.
-        update: what the replaced model does; None: there is none.
-        leaked: by unseen split with any, how many of its samples are known too.
+        known: on known data; `targeted` are the failures to repair, without those set aside.
+        before: the same, with the samples that must not break as `passed`; differs from `known` only in an update that
+            keeps no more than what the old model gets right.
+        held_out: held-out data and results by role, where there are data.
+        set_aside: `N` bool, known failures in the target that are not repaired.
+        update: results of the old model; None if there is none.
+        leaked: by unseen split with leaks, the number of samples that are also known.
     """
 
     known: SampleResults
@@ -61,7 +61,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Makes a pass over all data; the clock keeps the time of each. Arguments and errors as of `repair_module`."""
+    """Evaluates the model on all data, timed by the clock. Arguments and errors are those of `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -79,7 +79,7 @@ def evaluate_baseline(
     update, own = None, before
     if reference is not None:
         with clock.stage("reference"):
-            update = look_back(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
+            update = evaluate_old(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
         own = update.regressions("known", before)
         others = {role: update.regressions(role, results) for role, results in others.items()}
         before = update.kept(own, settings.samples.keep)
@@ -103,7 +103,7 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data that no search uses: this rank's share of the sources, and what the original model does on all of them."""
+    """Held-out data: this rank's share of the sources, and the original model's results on all of them."""
 
     sources: Sequence[Source]
     before: SampleResults
@@ -113,15 +113,15 @@ class HeldOut:
 
 
 def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """The results on data that no search uses.
+    """Evaluates held-out data.
 
-    Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
-    because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
+    The target of their failures is only reported, so a target that fails, for instance because these data lack a
+    column, is a warning. Other errors are raised, on every rank if on one.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
-        # Where one rank fails, all come here; they try again only if all can.
+        # All ranks get here if one fails; they retry only if all can.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         problem = f"the target's failures are not counted on unseen data: {error}"
@@ -133,10 +133,10 @@ MAX_LISTED_IDS = 10  # in a message
 
 
 class LeakCheck:
-    """Looks for samples of held-out data that are known too, while the model runs over all data anyway.
+    """Finds held-out samples that are also known, while the model runs over all data.
 
-    Samples are the same if they are one place of one data set, seen through subsets and unions, or if their inputs and
-    truths are alike to the bit.
+    Samples are equal if they are the same position of the same data set, seen through subsets and unions, or if their
+    inputs and labels are bitwise equal.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
@@ -147,17 +147,17 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Counts samples of each unseen split that are known or calibration data too; call it after a whole pass.
+        """Counts leaked samples of each unseen split; call it after a whole pass.
 
         Raises:
-            ConfigurationError: calibration samples are known too. They say nothing of data to come.
+            ConfigurationError: calibration samples are also known, so they cannot bound future errors.
         """
         found: dict[str, int] = {}
         others = [source for source in self.known if isinstance(source, RecordingSource)]
         for role in ("calibration", "unseen"):
             own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
             for source in own:
-                again = _again(source, others, collective)
+                again = _leaked_rows(source, others, collective)
                 if not again.any():
                     continue
                 ids = source.index[again].tolist()
@@ -166,18 +166,18 @@ class LeakCheck:
                 if role == "calibration":
                     raise ConfigurationError(
                         f"`calibration`: {what} known data too ({some}).",
-                        "leave them out, from one or the other: a bound holds only of samples that nothing has read.",
+                        "remove them from one of the two: a bound holds only for unused samples.",
                     )
                 found[source.split] = len(ids)
                 problem = f"`unseen`: {what} known or calibration data too ({some})."
-                hint = "leave them out: the counts on unseen data are better than they would be on new data."
+                hint = "remove them: they make the counts on unseen data too good."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
             others += own
         return found
 
 
-def _again(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
-    """Which samples of a source are among those of others, `n` bool, the same on every rank."""
+def _leaked_rows(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
+    """Samples of a source that are among those of others, `n` bool, the same on every rank."""
     keys = source.gathered(collective)
     again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]

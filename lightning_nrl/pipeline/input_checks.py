@@ -38,25 +38,25 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch puts them into one tensor with no other dtype
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch concatenates them with no other dtype
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """The settings that were given, or the default ones; refuses a value of another kind."""
+    """Returns the given settings or the default ones; raises a `ConfigurationError` for another type."""
     settings = Settings() if settings is None else settings
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
     return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from."""
+    """Raises a `ConfigurationError` for anything but sources, repeated splits, or missing `failed` or `passed` data."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
             problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
             raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
-        raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
+        raise ConfigurationError(f"the data have the splits {names}.", "give each split its own name.")
     if not any(source.failed for source in known):
         raise ConfigurationError("`known`: no source is marked `failed`.", "mark the one with the failures to repair.")
     if settings.search.n_passed is not None and not any(source.passed for source in known):
@@ -67,7 +67,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Refuses a limit without calibration data, and one on the target."""
+    """Raises a `ConfigurationError` for a limit without calibration data, or on the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
         raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
@@ -79,7 +79,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Refuses settings that need margins or classes where the task has none, by results on some samples at least."""
+    """Raises a `ConfigurationError` for settings that need margins or classes that the task lacks."""
     check_needs(getattr(settings.method, "needs", ()), before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
@@ -87,7 +87,7 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
 
 
 def check_losses(before: SampleResults) -> None:
-    """Raises an `EvaluationError` that names the samples whose losses are not finite, if there are any."""
+    """Raises an `UnusableSamplesError` that names the samples with non-finite losses."""
     wrong = before.non_finite()
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
@@ -99,7 +99,7 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Refuses known data without a failure in the target, or without a passed sample."""
+    """Raises a `ConfigurationError` if no known sample fails in the target, or none passes."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
@@ -111,9 +111,9 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
 def run_sanity_check(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings, *, reference: Reference | None = None
 ) -> None:
-    """Evaluates a few samples and localises on some of them; the model is left as found.
+    """Evaluates a few samples and localises on some of them; leaves the model unchanged.
 
-    Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
+    Raises the errors of an unsuitable layer, batch, target, task, method or reference.
     """
     model, method = evaluator.model, settings.method
     include_bias, trains = settings.localizer.include_bias, settings.trains
@@ -122,7 +122,7 @@ def run_sanity_check(
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            # Without its cache, which is for all samples.
+            # Without the cache, which covers all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
@@ -134,15 +134,15 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Other methods do without a recording, but for a task without margins.
+            # Methods without `recording` need none, unless the task has no margins.
             if "recording" in getattr(method, "needs", ()) or not has_margins:
                 raise
         except ReplayError:
-            # Training needs no layer of its own.
+            # Training needs no replayable layer.
             if settings.layer != "auto" or not trains or not has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
-            return  # what these few samples say of the weights does not matter yet
+            return  # too few samples to judge
 
 
 def _check_recording(
@@ -163,8 +163,6 @@ def _check_recording(
 
 
 class _LastBatch(RecordingSource):
-    """A source that keeps its last batch."""
-
     batch: Batch | None = None
 
     def __init__(self, source: Source) -> None:
@@ -176,7 +174,7 @@ class _LastBatch(RecordingSource):
 
 
 def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates the samples; an error of the model says what the batch holds and how to take it apart."""
+    """Evaluates the samples; an error of the model describes the batch and suggests an adapter."""
     watched = [_LastBatch(source) for source in sources]
     try:
         with forbid_batch_statistics(evaluator.model):
@@ -196,7 +194,7 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
 
 
 def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Refuses splits whose targets cannot lie in one batch, such as whole labels and one-hot ones."""
+    """Raises for splits whose targets cannot share a batch, such as class numbers and one-hot labels."""
     forms: dict[str, tuple[Any, str]] = {}
     for source in watched:
         target = None if source.batch is None else source.batch.target
@@ -206,5 +204,5 @@ def _check_one_form(watched: Sequence[_LastBatch]) -> None:
     if len({form for form, _ in forms.values()}) > 1:
         found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
         raise ConfigurationError(
-            f"the targets of the data have several forms: {found}.", "give all data targets as those of the training."
+            f"the targets of the data have several forms: {found}.", "give all targets the form that training uses."
         )

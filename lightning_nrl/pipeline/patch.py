@@ -1,4 +1,4 @@
-"""The change from one state of a model to another, as a value and as a file."""
+"""The change from one state of a model to another, as an object and as a file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_pa
 from lightning_nrl.report import RepairReport, installed_versions
 
 PATCH_NAME = "repair.patch.safetensors"
-"""The file that a repair writes beside its checkpoint."""
+"""Name of the patch that a repair writes next to its checkpoint."""
 
 Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The change from one state of a model to another, which can be applied to the first and taken from the second.
+    """The change from one state of a model to another, to apply or revert.
 
-    Patches stack: the base of the second is the result of the first. They are taken back in the opposite order.
+    Patches stack: the base of the second is the result of the first. Revert them in reverse order.
 
     Attributes:
-        changes: by the tensor's name in the state dict; tied tensors share theirs.
-        base: SHA-256 of the whole state before, see `hash_tensors`; `result` likewise of that after.
-        versions: versions of the software that made it, by name.
-        report_json: the report of the repair; empty if there is none.
+        changes: by tensor name in the state dict; tied tensors share theirs.
+        base: SHA-256 of the whole state before (`hash_tensors`).
+        result: SHA-256 of the whole state after.
+        versions: software versions by name.
+        report_json: the report of the repair; may be empty.
 
     Example:
         >>> import torch
@@ -61,15 +62,15 @@ class Patch:
         new: nn.Module | Mapping[str, Any] | str | Path,
         report: RepairReport | None = None,
     ) -> Patch:
-        """The patch that makes one state of a model of another: modules, state dicts, or paths of checkpoints.
+        """Builds the patch from one state of a model to another: modules, state dicts, or paths of checkpoints.
 
         Args:
             old: the state before.
             new: the state after, of the same model.
-            report: of the repair, to be kept in the file.
+            report: of the repair, stored in the patch.
 
         Raises:
-            ConfigurationError: the states are not of one model, or do not differ.
+            ConfigurationError: the states are equal or of different models.
         """
         before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
         if before.keys() != after.keys():
@@ -82,7 +83,7 @@ class Patch:
             if change is not None:
                 changes[name] = shared.setdefault((change.sha256_old, change.sha256_new), change)
         if not changes:
-            raise ConfigurationError("`new` is the same as `old`, to the bit.", "give the state after a change.")
+            raise ConfigurationError("`new` is the same as `old`, bit for bit.", "give the state after a change.")
         json = "" if report is None else report.to_json()
         return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
 
@@ -92,38 +93,38 @@ class Patch:
 
     @property
     def n_changed(self) -> int:
-        """The number of changed values, those of tied tensors once."""
+        """Number of changed values; tied tensors count once."""
         return sum({id(change): change.n_changed for change in self.changes.values()}.values())
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the repair, if the patch has one; a `ConfigurationError` where another version wrote it."""
+        """The report of the repair, if any; raises a `ConfigurationError` if another version wrote it."""
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
     def apply(self, to: Weights) -> Weights:
-        """Puts the new values into a module, which is given back, or into a copy of a state dict.
+        """Writes the new values to a module, which is returned, or to a copy of a state dict.
 
         Raises:
-            ConfigurationError: these are not the weights that the patch was made for; nothing was changed.
+            ConfigurationError: the patch was made for other weights; nothing was changed.
         """
         found: Weights = self._changed(to, undo=False)
         return found
 
     def revert(self, to: Weights) -> Weights:
-        """Puts the old values back, to the bit. Arguments and errors are those of `apply`."""
+        """Restores the old values bit for bit. Arguments and errors are those of `apply`."""
         found: Weights = self._changed(to, undo=True)
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes the patch to a safetensors file, whole or not at all."""
+        """Writes the patch to a safetensors file, atomically."""
         write_patch(path, **vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads what `save` has written.
+        """Reads a file that `save` wrote.
 
         Raises:
-            ConfigurationError: the file is not there, no patch, damaged, or contradicts itself.
+            ConfigurationError: the file is missing, damaged, or no patch.
         """
         return cls(**read_patch(path))
 
@@ -142,10 +143,10 @@ class Patch:
                 made[place] = change.applied(state[name], undo)
             new[name] = made[place]
         if hash_tensors({**state, **new}) != (self.base if undo else self.result):
-            problem = "`patch` does not lead to the weights whose hash it has."
-            raise ConfigurationError(problem, "make the patch anew; nothing was changed.")
+            problem = "`patch` yields other weights than its hash says."
+            raise ConfigurationError(problem, "create the patch again; nothing was changed.")
         if not isinstance(to, nn.Module):
-            copied = copy(to) if isinstance(to, dict) else dict(to)  # of a dict also what torch notes on it
+            copied = copy(to) if isinstance(to, dict) else dict(to)  # keeps torch's attributes of a state dict
             copied.update(new)
             return copied
         live = saved_names(to)
@@ -163,17 +164,17 @@ class Patch:
         found, problem = hash_tensors(state), self._difference(state, undo)
         if found == wanted and not problem:
             return
-        hint = "it fits only the weights that it was made for; apply patches in the order in which they were made."
+        hint = "it fits only the weights it was made for; apply patches in the order they were made."
         if undo:
-            hint = "take back what came after it first: patches are reverted in the opposite order."
+            hint = "revert the later patches first."
         if found == other:
             problem = "these are the weights without it" if undo else "these weights have it already"
             hint = "there is nothing to do."
-        problem = problem or "the tensors that it changes are as they should be, others of the model are not"
+        problem = problem or "the tensors it changes match, others of the model do not"
         raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Which changed tensor is not there, or another one, in words; empty if there is none."""
+        """Describes a changed tensor that is missing or different; empty if all match."""
         wrong = []
         for name, change in self.changes.items():
             if name not in state:
@@ -197,17 +198,17 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def patch_checkpoint(
     patch: Patch, checkpoint: str | Path, out: str | Path, *, undo: bool = False, weights_only: bool = True
 ) -> None:
-    """Writes a checkpoint with a patch applied; all else in it stays as it is.
+    """Writes a checkpoint with a patch applied; everything else in it stays unchanged.
 
     Args:
-        patch: what to apply.
-        checkpoint: of Lightning, or a file with a state dict.
-        out: the file to write, whole or not at all; it may be `checkpoint`.
-        undo: takes the patch out instead.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        patch: the patch.
+        checkpoint: a Lightning checkpoint, or a file with a state dict.
+        out: the file to write, atomically; may be `checkpoint`.
+        undo: True to revert the patch instead.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust the file.
 
     Raises:
-        ConfigurationError: the checkpoint cannot be read, or is not of the weights that the patch was made for.
+        ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.
     """
     hint = "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file."
     found = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)

@@ -1,7 +1,7 @@
-"""The change of one tensor, bit by bit, and a patch as a safetensors file with a hash against damage.
+"""Bitwise changes of tensors, and patches as safetensors files with a hash against damage.
 
-For a tensor `w` the file has `old/w` and `new/w`, and `index/w` where only some of its values are kept. Complex numbers
-are pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of all of it.
+For a tensor `w` the file has `old/w` and `new/w`, and `index/w` if only some values are stored. Complex numbers are
+pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of everything.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError
 
-WHOLE_TENSOR_SHARE = 1 / 3  # where more than this share of a tensor changed, all of it is kept
+WHOLE_TENSOR_SHARE = 1 / 3  # if more of a tensor changed, all of it is stored
+# Integers by size in bytes. Values are compared and copied as integers, so that NaN and -0.0 are preserved.
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers by their size in bytes: values are compared and copied as such, so that each NaN and -0.0 is itself."""
 PATCH_FORMAT = "lightning_nrl.patch.1"
-PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
+PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it again."
 
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
     """The change of one tensor of this shape, on the CPU.
 
-    `index` has `n` ascending flat positions, int32, or int64 for a tensor that needs it, and `old` and `new` the values
-    there; None: they are the whole tensors. Both hashes are of the whole tensor, see `hash_tensors`.
+    `index` has the flat positions, `n` ascending, int32, or int64 for large tensors, of the values in `old` and `new`;
+    None: these are whole tensors. Both hashes are of the whole tensor (`hash_tensors`).
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorChange:
 
     @classmethod
     def between(cls, name: str, old: Tensor, new: Tensor) -> TensorChange | None:
-        """The change from one tensor to another; None if they are the same to the bit.
+        """Returns the change from one tensor to another; None if they are bitwise equal.
 
         Raises:
             ConfigurationError: they differ in shape or dtype, or are not plain dense tensors.
@@ -77,7 +77,7 @@ class TensorChange:
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """A copy of the tensor with the new values in it, or with the old ones; on the tensor's device."""
+        """Returns a copy of the tensor with the new values, or the old ones, on its device."""
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
@@ -87,17 +87,17 @@ class TensorChange:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of one tensor."""
+    """Returns the SHA-256 of one tensor."""
     return hash_tensors({"": tensor})
 
 
 def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """The values of a contiguous tensor at these places; by their bytes, since not every torch can index float8."""
+    """Values of a contiguous tensor at flat positions, by their bytes: not every torch can index float8."""
     return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())[index].view(tensor.dtype).flatten()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bits of a contiguous tensor's values as whole numbers, a view: one a value, two in a row a complex one."""
+    """View of a contiguous tensor's bits as integers: one per value, two per complex value."""
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     return flat.view(WORD_DTYPES[flat.element_size()])
@@ -105,7 +105,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """Metadata of one tensor: see `TensorChange`. One that is tied to another has the values of that one."""
+    """Metadata of a `TensorChange`; `values_of` is the tensor that this one is tied to, or itself."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -133,7 +133,7 @@ def write_patch(
     versions: Mapping[str, str],
     report_json: str,
 ) -> None:
-    """Writes a patch, whole or not at all; arguments as of `Patch`."""
+    """Writes a patch atomically; arguments are those of `Patch`."""
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -152,7 +152,7 @@ def write_patch(
 
 
 def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the arguments of a `Patch` that `write_patch` has written."""
+    """Reads the arguments of a `Patch`; raises a `ConfigurationError` for a damaged or foreign file."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."
@@ -169,7 +169,7 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
-    except Exception as error:  # whatever comes of reading bytes that are no such file
+    except Exception as error:  # foreign bytes can raise anything
         raise ConfigurationError(
             f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
             "give a safetensors file that `Patch.save` has written.",
@@ -179,14 +179,14 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
     header, report = texts["patch"], texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
-        raise ValueError("its content does not have the hash that it names.")
+        raise ValueError("its content does not match its hash.")
     read = PatchHeader.from_json(header)
     if report:
         parse_json(report)
     own = {name: _change(name, record, tensors) for name, record in read.tensors.items() if record.values_of == name}
     changes = {name: own[record.values_of] for name, record in read.tensors.items()}
-    said = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
-    return {"changes": changes, **said}
+    rest = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
+    return {"changes": changes, **rest}
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:
@@ -196,7 +196,7 @@ def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> T
     if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
     if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
-        raise ValueError(f"the positions in `{name}` are not ones of its values.")
+        raise ValueError(f"`{name}` has positions out of range.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 

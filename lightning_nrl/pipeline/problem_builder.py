@@ -1,4 +1,4 @@
-"""Builds the `Problem` of a repair from evaluated data and settings, and the hashes that saved work is known by."""
+"""Builds the `Problem` of a repair, and the hashes that identify saved work."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
+    """Returns I_pos, `N` bool: every known passed sample, or a draw from the passed data (#pos in the paper)."""
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
@@ -82,18 +82,17 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     return drawn
 
 
-FREE = ("save_every",)
-"""Settings that the result does not depend on."""
+NEUTRAL_SETTINGS = ("save_every",)  # do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
-    """Hashes by what messages call them.
+    """Returns the hashes of a repair's inputs, by their names in messages.
 
-    Data are hashed by what the model does on them, sample by sample: who changes an input changes a loss.
+    Data are hashed by the model's results on them, sample by sample: another input has another loss.
     """
     model, training = problem.model, problem.training
     versions = installed_versions()
-    plain = {name: value for name, value in settings.plain().items() if name not in FREE}
+    plain = {name: value for name, value in settings.plain().items() if name not in NEUTRAL_SETTINGS}
     calibration = baseline.held_out.get("calibration")
     surroundings = {
         "task": plain_value(problem.evaluator.task),
@@ -124,7 +123,7 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Hashes of models, states, files and folders that a method was given, which its plain form does not tell apart."""
+    """Hashes of the models, states, files and folders in a method, which its plain form does not tell apart."""
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):

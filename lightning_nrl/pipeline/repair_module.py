@@ -1,4 +1,4 @@
-"""The story of a repair: baseline, method, sparse patch, line search, verdict, report. It never writes to the model."""
+"""The course of a repair: baseline, method, sparse patch, line search, verdict, report. Never writes to the model."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Outcome:
     """The result of a repair.
 
     Attributes:
-        report: what was done, and what came of it.
-        parameters: whole repaired parameters and buffers by the names of the state dict; None unless accepted.
-        changes: what was added to each weight, likewise, on the CPU, accepted or not; None if no candidate was found.
-        views: flipped samples to be shown to a reviewer.
+        report: the report.
+        parameters: whole repaired parameters and buffers by state-dict name; None unless accepted.
+        changes: the change of each weight, whole tensors on the CPU, accepted or not; None without a candidate.
+        views: flipped samples for review.
     """
 
     report: RepairReport
@@ -55,17 +55,17 @@ class Outcome:
 
     @property
     def change(self) -> Tensor | None:
-        """The change of each weight that differs, in one vector; None if no candidate was found."""
+        """The changes of all changed weights in one vector; None without a candidate."""
         if self.changes is None:
             return None
         flat = torch.cat([change.flatten() for change in self.changes.values()])
         return flat[flat != 0]
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the repaired weights into a model of the same parameters, on any device; True if there are any.
+        """Copies the repaired weights into a model with the same parameters, on any device; True if there are any.
 
         Raises:
-            ConfigurationError: a tensor is not in the model, or has another shape; nothing was written.
+            ConfigurationError: a tensor is missing in the model, or has another shape; nothing was written.
         """
         write(model, self.parameters or {})
         return bool(self.parameters)
@@ -83,29 +83,28 @@ def repair_module(
     observer: Observer | None = None,
     work: ResumeStore | None = None,
 ) -> Outcome:
-    """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
+    """Evaluates the model, finds new weights and judges them. Leaves the model unchanged; `Outcome.write` changes it.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` holds what else belongs
-            to it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
-        known: data that the repair may use; all of it is what the gate judges by.
+        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` adds the task, mixed
+            precision, and the ranks that share the data. Each rank gets the same outcome.
+        known: data for the repair; the gate judges by all of it.
         settings: what to repair and how.
-        unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
-        calibration: data that no search uses, to choose the strength by; its marks do not matter.
-        training: goes on with the training, for methods that do; None: they make steps of their own.
-        reference: the model that this one replaces. Targets are the known samples that it gets right and this one
-            wrong, as far as they are in the target.
+        unseen: data that is only counted, before and after an accepted repair; its marks are ignored.
+        calibration: held-out data that choose the strength; its marks are ignored.
+        training: continues the training, for methods that do; None: they make their own steps.
+        reference: the old model that this one replaces. Only known samples that it gets right are targets.
         observer: is notified of progress.
-        work: saves what is done, and has what an earlier process has saved of the same repair; None: nothing is saved.
+        work: saves finished steps and restores those of an earlier process; None: nothing is saved.
 
     Returns:
-        The outcome. That there is nothing to repair, or no way to, is a report, not an exception.
+        The outcome. If nothing can be repaired, its report says why.
 
     Raises:
-        ConfigurationError: the layer, the data, the target or the task cannot be used, or calibration data are
-            known too.
-        EvaluationError: the original model gives losses that are not finite; the samples are named.
-        DeviceMemoryError: the memory does not suffice to count the data; with several ranks, for anything.
+        ConfigurationError: the layer, the data, the target or the task cannot be used, or calibration data are also
+            known.
+        EvaluationError: the original model has non-finite losses; the samples are named.
+        DeviceMemoryError: out of memory while counting the data; with several ranks, at any step.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -150,7 +149,7 @@ def repair_module(
 
 
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """From a problem to an outcome, which is `not repaired` where memory does not suffice."""
+    """Repairs a problem; the outcome is `not repaired` if memory runs out."""
     alone = problem.collective.world_size == 1
     problem.clock.expect(_expected_seconds(problem, builder.settings))
     try:
@@ -161,14 +160,14 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
     except EmptyLocalizationError as error:
         return _give_up(builder, str(error), stacklevel=4)
     except DeviceMemoryError as error:
-        # Other ranks would wait for this one.
+        # Or other ranks would wait for this one.
         if not alone:
             raise
         return _give_up(builder, str(error), stacklevel=4)
 
 
 def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
-    """Seconds that stages are likely to take, as far as they follow from the first pass over the data."""
+    """Estimates the seconds of the stages from the first pass over the data."""
     one_pass = problem.clock.one_pass
     trains = settings.trains and not problem.update and (problem.whole or not isinstance(settings.method, Auto))
     training = problem.visits / max(1, len(problem.before)) * one_pass if trains else 0.0
@@ -202,12 +201,12 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
         )
     builder = replace(builder, line_search=result)
     if result.chosen is None:
-        reason = f"no strength keeps within the limit ({settings.limit})."
+        reason = f"no strength is within the limit ({settings.limit})."
         return Outcome(builder.without_candidate("not repaired", reason))
     saved, patch = to_be_loaded(problem.model, changed(problem.model, result.state), rewritten)
     if not patch:
-        # The polish of a weaker patch, or `eval()`, went all the way back, or the change is below what weights resolve.
-        reason = f"at strength {result.chosen:g} nothing is left of the change."
+        # The polish of a weaker patch, `eval()` or rounding undid the change.
+        reason = f"at strength {result.chosen:g} no weight changes."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
     old = current_state(problem.model)
@@ -231,13 +230,13 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 
 
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
-    """The decision on the deployed model with the patch in it, counted once more on all data, and the report."""
+    """Evaluates the deployed model with the patch on all data once more; returns the report with the decision."""
     settings, baseline = builder.settings, builder.baseline
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:
-            # What only the new model gets right may break, but not for fewer regressions repaired.
+            # Samples that only the new model gets right may break, but no more than regressions are repaired.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
         held_out = baseline.held_out.items() if decision.accepted else ()
@@ -250,8 +249,8 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
             selection, confidence = builder.line_search.selection, settings.bounds.confidence
             counts = Flips.between(*calibration).counts()
             upper = limit_after(counts.broken, counts.passed, selection, confidence)
-            said = confidence, upper, selection.states, selection.allowed
-            bounds = CalibrationBounds(counts.broken, counts.passed, *said)
+            bound = confidence, upper, selection.states, selection.allowed
+            bounds = CalibrationBounds(counts.broken, counts.passed, *bound)
     return builder.with_candidate(decision, patch, after, later, bounds)
 
 
@@ -290,10 +289,11 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """The tensors to save so that `eval()` makes the patch of them, as nearly as the module lets it, and what it makes.
+    """Returns the tensors to save so that `eval()` turns them into the patch, and the result of that.
 
-    As far as either differs from what the model has now; where `train()` and `eval()` are torch's own, both are the
-    patch. The model is in evaluation mode, inside of `preserve`, which gives the tensors that `eval()` has `rewritten`.
+    Only tensors that differ from the model's present ones. If the module does not override `train()`, both are the
+    patch; otherwise the result is as close to it as the module allows. Call it in evaluation mode inside `preserve`,
+    which returns the tensors `rewritten` by `eval()`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch
@@ -316,7 +316,7 @@ def to_be_loaded(
 
 
 def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
-    """The module's own way back by `train()`, the same change before `eval()`, and the weights wanted."""
+    """The weights after the module's own `train()`, the same change applied before `eval()`, and the wanted weights."""
     write(model, wanted)
     model.train()
     yield snapshot(model)

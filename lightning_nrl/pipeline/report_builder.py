@@ -1,4 +1,4 @@
-"""Fills the report of a repair from the results of its stages."""
+"""Builds the report of a repair from the results of its stages."""
 
 from __future__ import annotations
 
@@ -42,13 +42,9 @@ from lightning_nrl.search.search_log import SearchResult
 
 
 def split_report(
-    split: str,
-    role: Role,
-    before: SampleResults,
-    now: SampleResults,
-    margin_edges: tuple[float, ...] = (),
+    split: str, role: Role, before: SampleResults, now: SampleResults, margin_edges: tuple[float, ...] = ()
 ) -> SplitReport:
-    """Counts what became of the samples of one split."""
+    """Counts the flips of one split."""
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
@@ -63,7 +59,7 @@ def split_report(
 
 
 def update_text(splits: Sequence[UpdateSplit]) -> str:
-    """A sentence on the known regressions; empty if no model was replaced."""
+    """Returns a sentence on the known regressions; empty if no model was replaced."""
     known = by_role(splits).get("known")
     if known is None:
         return ""
@@ -74,7 +70,7 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
-    """The samples of some rows, `N` bool, with the reason."""
+    """Returns the samples of some rows, `N` bool, with the reason."""
     splits = [split for split, size in zip(before.splits, before.sizes, strict=True) for _ in range(size)]
     return tuple(
         SetAside(splits[row], int(before.index[row]), int(before.label[row]), int(before.prediction[row]), why)
@@ -97,7 +93,7 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
 
 
 def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
-    """Everything but the candidate itself."""
+    """Returns the search result without its candidate."""
     return SearchReport(
         iterations=result.iterations,
         stopped=result.stopped,
@@ -110,14 +106,14 @@ def search_report(result: SearchResult, n_failed: int | None = None, n_passed: i
 
 
 REPORTED_MARGIN_BINS = 40
-OUTER_MARGIN_SHARE = 0.01  # of all margins lie below the first edge, and as many above the last one
-MARGIN_GROWTH = 1.5  # margins after a repair may be larger by so much and have a bin of their own
+OUTER_MARGIN_SHARE = 0.01  # of all margins below the first edge, and as many above the last
+MARGIN_GROWTH = 1.5  # headroom for margins after a repair
 
 
 def flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
 ) -> tuple[FlippedSample, ...]:
-    """The repaired and the broken samples among some rows, in their order."""
+    """Returns the repaired and broken samples among some rows, in order."""
     chosen = (flips.repaired | flips.broken).nonzero().flatten()
     chosen = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
     columns = {
@@ -136,14 +132,14 @@ def flipped_samples(
 
 
 def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) -> tuple[ConfusionCell, ...]:
-    """Counts predictions of each class, before and after; none without classes."""
+    """Counts predictions of each class, before and after; empty without classes."""
     labels, predictions = before.label[rows], [results.prediction[rows] for results in (before, after)]
     if not _has_classes(labels, predictions[0]):
         return ()
     n_classes = 1 + max(int(column.max()) for column in predictions)
     counts = []
     for prediction in predictions:
-        # One number a pair: to sort rows of two takes ten times as long.
+        # One number per pair: sorting rows of two takes ten times as long.
         pairs, n_pairs = (labels * n_classes + prediction).unique(return_counts=True)
         counts.append(dict(zip(pairs.tolist(), n_pairs.tolist(), strict=True)))
     return tuple(
@@ -153,7 +149,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
 
 
 def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """Counts flips of each class among some rows; none without classes."""
+    """Counts flips per class among some rows; empty without classes."""
     labels = before.label[rows]
     if not _has_classes(labels, before.prediction[rows]):
         return ()
@@ -164,7 +160,7 @@ def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[Clas
 
 
 def margin_edges(margin: Tensor) -> tuple[float, ...]:
-    """Edges of bins of equal width for margins like these, `N`; 0 is one of them. None without finite margins."""
+    """Returns edges of equally wide bins for margins, `N`, with 0 as one edge; empty without finite margins."""
     finite = margin[margin.isfinite()].double()
     if not len(finite):
         return ()
@@ -179,7 +175,7 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
 def margin_histogram(
     before: SampleResults, after: SampleResults, rows: slice, edges: tuple[float, ...]
 ) -> MarginHistogram | None:
-    """Margins of some rows, those that are not finite left out; None without edges."""
+    """Bins the finite margins of some rows, before and after; None without edges."""
     if not edges:
         return None
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
@@ -226,7 +222,7 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """The report of a candidate with the whole tensors `new`; `held_out` and `bounds` if it was accepted."""
+        """Returns the report of a candidate with whole tensors `new`; `held_out` and `bounds` if it was accepted."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before
@@ -252,7 +248,7 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """The report; `after` is what the model does on all data after the repair, nothing where the weights stay."""
+        """The report; `after` are the results on all data after the repair, empty if the weights stay."""
         found, update = self.solution or Solution(None), self._updates(after)
         known, localization = self.baseline.known, found.localization
         n_failed, where = int(known.targeted.sum()), None

@@ -1,4 +1,4 @@
-"""Settings of a repair and its options, and the twelve settings of the paper's Table II."""
+"""Settings of a repair, and the twelve settings of the paper's Table II."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How candidates for new weights are ranked, and over which weights and samples they are searched.
+    """How to rank candidates, and which weights and samples to search.
 
     Attributes:
-        fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1`
-            and `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None: as the
-            method says, else `lexicographic`.
-        localizer: how the weights to be searched are chosen: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`,
-            `gradient`, `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None: as the method says,
-            else `neurecover-lite`.
-        n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
-            all that are known.
-        n_scored: how many known samples a search records, localises on and scores, at most: failed ones, those nearest
-            to the border, and a draw from all others; fewer where `max_time` is too short to prepare it. What it finds
-            is counted, and judged, on all known samples.
-        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
-            activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
-            computed again each time, and the step's note says so.
-        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved. The same
-            call does not repeat saved steps after it was stopped or killed. None: nothing is saved.
+        fitness: ranks the candidates: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1` and
+            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None: that of the
+            method, else `lexicographic`.
+        localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`, `gradient`,
+            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None: that of the method, else
+            `neurecover-lite`.
+        n_passed: number of passed samples to score (#pos in the paper), drawn from the `passed` data; None: all known.
+        n_scored: maximum number of known samples to record, localise on and score: failed ones, those nearest to the
+            boundary, and a draw from the others; fewer if `max_time` is short. The result is judged on all known
+            samples.
+        budget: bytes for the search on the device; None: a share of what is free. Half of it holds recorded activations
+            (a GPU also uses main memory). What does not fit is recomputed, and the step's note says so.
+        save_every: minimum seconds of a step for its result to be saved in a trainer. The same call does not repeat
+            saved steps after it was stopped or killed. None: nothing is saved.
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind or out of its range.
+        ConfigurationError: on construction, for a wrong type or a value out of range.
 
     Example:
         >>> SearchOptions(n_passed=500).n_passed
@@ -76,20 +74,19 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How much of the change that was found is made, and which limits are given for data to come.
+    """How much of the found change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: how much of the change is made, above 0 to 2; None: all of it (1), or more where that repairs more and
-            breaks no known sample and no more of the calibration data.
-        limit: how many calibration samples may break, as a gate such as `tolerance:1%`: the greatest strength within it
-            is taken. None: there is no limit.
-        sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
-            None: no weights are spared.
-        confidence: of the limit that the report gives from calibration data, in (0, 1).
+        strength: the fraction of the change to make, above 0 to 2; None: all of it (1), or more if that repairs more
+            and breaks no known sample and no more of the calibration data.
+        limit: how many calibration samples may break, as a gate such as `tolerance:1%`: takes the greatest strength
+            within it. None: no limit.
+        sparse: the share of repairs, from 0 to below 1, that a patch of fewer changed weights may lose; None: keeps all
+            changed weights.
+        confidence: of the bound from calibration data, in (0, 1).
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind or out of its range, or for a strength and a
-            limit.
+        ConfigurationError: on construction, for a wrong type, a value out of range, or both a strength and a limit.
 
     Example:
         >>> str(BoundOptions(limit="tolerance:1%").limit)
@@ -119,7 +116,7 @@ class BoundOptions:
 
 
 def changed_options(options: Any) -> dict[str, Any]:
-    """The fields of an option object that are not as by default."""
+    """Returns the fields of an option object that differ from the defaults."""
     plain = type(options)()
 
     def same(value: Any, default: Any) -> bool:
@@ -140,20 +137,19 @@ class Settings:
 
     Attributes:
         target: the failures to repair; also as text, such as `label 3`.
-        layer: dotted name of the layer, several names, or `auto`: the last Linear (where there is none, the
-            last convolution), and for methods that train the whole network. For these it may be a block too: all layers
-            inside may change.
-        gate: what a repair must satisfy to be accepted; also as text, such as `tolerance:1%`.
-        method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
-        max_time: seconds that the repair may take; None: no limit, its work is counted by the epochs of the fit.
-        seed: of the samples that are drawn and of the search, from 0 to 2^32 - 1.
-        search: how candidates are ranked and searched.
-        bounds: how much of the change is made, and which limits are given for data to come.
-        samples: what each sample counts.
+        layer: dotted name of a layer, several names, or `auto`: the last Linear (or else the last convolution), and for
+            methods that train the whole network. For these it may be a block too: all layers inside may change.
+        gate: the condition for accepting a repair.
+        method: finds new weights, by name or as an object (see `lightning_nrl.methods`).
+        max_time: time limit in seconds; None: the epochs of the original fit limit the work.
+        seed: of sampling and search, from 0 to 2^32 - 1.
+        search: options of the search.
+        bounds: how much of the change to make, and the bounds to report.
+        samples: weights and roles of the samples.
 
     Raises:
-        ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
-            model, such as whether it has the layer, is checked when the repair begins.
+        ConfigurationError: on construction, for a wrong type or a value out of range. What depends on the model, such
+            as the layer, is checked when the repair begins.
 
     Example:
         >>> Settings(target=Target.label(3)).plain()["target"]
@@ -176,7 +172,7 @@ class Settings:
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
         with_parts = getattr(self.method, "with_parts", None)
         if with_parts is not None:
-            # What the user asked for goes before the method's own parts.
+            # The user's choice overrides the method's.
             own = with_parts(localizer=self.search.localizer, fitness=self.search.fitness)
             object.__setattr__(self, "method", own)
         layer_names(self.layer)
@@ -189,12 +185,12 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """As the user says, else as the method does."""
+        """The user's fitness, else the method's."""
         return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """As the user says, else as the method does."""
+        """The user's localizer, else the method's."""
         return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
@@ -207,7 +203,7 @@ class Settings:
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and text that say the same, the options flat. Equal settings give equal values."""
+        """Returns the settings as JSON-like values, the options flat. Equal settings give equal values."""
         flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
             flat |= _fields(getattr(self, name))
@@ -216,7 +212,7 @@ class Settings:
 
 
 def plain_value(value: Any) -> Any:
-    """A value without memory addresses, since these would tell two equal runs apart."""
+    """Returns a JSON-like value without memory addresses, which would tell equal runs apart."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Target, Gate)):
@@ -249,9 +245,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Table II: the equation of the fitness, its intact weight, whether a regression makes it 0 (pi).
+    """One row of Table II.
 
-    Then the numbers of localised weights (#lw), of sampled passed samples (#pos) and of particles (#p).
+    The equation of the fitness, its intact weight, True if a regression makes it 0 (pi), and the numbers of localised
+    weights (#lw), sampled passed samples (#pos) and particles (#p).
     """
 
     equation: Literal["eq1", "eq2"]
@@ -276,11 +273,11 @@ TABLE_II: dict[str, PaperRow] = {
     "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
     "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
 }
-"""By the paper's ID."""
+"""Rows of Table II by the paper's ID."""
 
 
 def paper_row(row: str) -> PaperRow:
-    """The row with this ID.
+    """Returns the row with this ID.
 
     Raises:
         ConfigurationError: Table II has no such row; the nearest names are given.
@@ -292,14 +289,14 @@ def paper_row(row: str) -> PaperRow:
 
 
 def paper_arguments(row: str) -> dict[str, Any]:
-    """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
+    """Returns arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
 
     Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and under pi a regression makes the fitness 0 (section IV.B). What is found is taken as it is. The gate is
+    and under pi a regression makes the fitness 0 (section IV.B). The result is used at full strength. The gate is
     `accuracy`, the paper's weaker level (section III).
 
     The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`; it stops after
-    100 iterations, or 10 without a better fitness, as Arachne's does (Sohn et al. 2023), on which NeuRecover builds.
+    100 iterations, or 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
     """
     found = paper_row(row)
     fitness = Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero")
@@ -312,7 +309,7 @@ def paper_arguments(row: str) -> dict[str, Any]:
 
 
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's arguments with some more, which go before it; of options, those that differ from the defaults do."""
+    """Returns a row's arguments, overridden by others; of options, only by fields that differ from the defaults."""
     made = {**paper_arguments(row), **arguments}
     search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
     if "search" in arguments:

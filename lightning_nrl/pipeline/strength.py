@@ -1,6 +1,6 @@
-"""The line search along a patch, which chooses its strength, and the search for a sparse patch.
+"""The line search for the strength of a patch, and the search for a sparse patch.
 
-The path leads from the original weights (t = 0) to the patch (t = 1) and a little beyond.
+The path leads from the original weights (t = 0) through the patch (t = 1) to a little beyond.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from lightning_nrl.report import StrengthPoint
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.stats import Selection
 
-PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
-"""Strengths to be counted, the most telling first, since time may be short."""
+PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)  # the most informative first
 
 
 class PatchPath:
-    """Counts of a patch at several strengths, by real forward passes over known and calibration data.
+    """Counts of a patch at several strengths, by forward passes over known and calibration data.
 
-    A patch that breaks nothing at its end may break something half way: a point that is taken there is polished first.
-    `counted` has the points by strength, after their polish; `broken_unpolished` the calibration samples that break
-    before it.
+    A patch that breaks nothing may break something half way: a point that is taken there is polished first. `counted`
+    has the points by strength, after their polish; `broken_unpolished` the calibration samples that break before it.
     """
 
     def __init__(
@@ -57,15 +55,12 @@ class PatchPath:
         return between(current_state(self.problem.model), self.patch, strength)
 
     def count(
-        self,
-        strengths: Iterable[float] = PATH_STRENGTHS,
-        *,
-        after: SampleResults | None = None,
+        self, strengths: Iterable[float] = PATH_STRENGTHS, *, after: SampleResults | None = None
     ) -> tuple[StrengthPoint, ...]:
-        """Counts the patch at several strengths, the most telling first, each by one forward pass.
+        """Counts the patch at several strengths, in order, by one forward pass each.
 
-        Those beyond one above 1 that breaks more than the gate allows are left out, and where time is short the last
-        ones, but never the first. `after` is what the model does on known data at 1, if that is known already.
+        Skips strengths beyond one above 1 that violates the gate, and the last ones if time is short, but never the
+        first. `after` are the known results at 1, if available.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -89,7 +84,7 @@ class PatchPath:
         return self.counted[strength]
 
     def take(self, strength: float) -> State:
-        """The weights at a strength, polished if it lies before the patch and breaks more than the gate allows."""
+        """Returns the weights at a strength, polished if it is below 1 and violates the gate."""
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
             state = polish(self.problem, state, deadline=self.problem.deadline).state
@@ -107,7 +102,7 @@ class PatchPath:
         return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
-        """True within a limit for calibration data and the gate; before the patch what breaks can be polished."""
+        """True within a limit for calibration data and within the gate, or below 1, where a polish can help."""
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
@@ -137,18 +132,16 @@ class PatchPath:
         return replace(point, calibration=held_out.counts(), calibration_harm=harm)
 
 
-LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))
-"""Strengths among which the strongest under a limit is sought, 0.05 to 1.3."""
-
+LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # candidates for the strongest under a limit
+# Sets of weights that calibration data may choose under a limit: each strength, below 1 also polished.
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
-"""Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
 
 
 @dataclass(frozen=True)
 class LineSearchResult:
-    """How far a repair goes: the `chosen` strength of the counted `path`, None if none keeps within the limit.
+    """The `chosen` strength of the counted `path`; None if none keeps within the limit.
 
-    `state` are the weights there, whole tensors, and `selection` is how calibration data chose it.
+    `state` are the weights there, whole tensors, and `selection` says how calibration data chose it.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -167,30 +160,30 @@ def line_search(
     limit: Gate | None = None,
     after: SampleResults | None = None,
 ) -> LineSearchResult:
-    """Counts a patch along its path and says how far to go: see `choose_strength` for the default.
+    """Counts a patch along its path and chooses its strength, by default with `choose_strength`.
 
-    A `fixed` strength is taken whatever is found. Of a `limit` on broken calibration samples the strongest of
-    `LIMIT_STRENGTHS` is taken that is within it and, once polished, within the gate. `after` is what the model does on
-    known data under the patch, if that is known already.
+    A `fixed` strength is always taken. With a `limit` on broken calibration samples, takes the strongest of
+    `LIMIT_STRENGTHS` that is within it and, once polished, within the gate. `after` are the known results under the
+    patch, if available.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths = PATH_STRENGTHS
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)
     if calibration is None:
-        # Nothing is decided: what the patch does on the way to it comes first.
+        # Nothing depends on the points, so those up to the patch come first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
         if len(problem.before) > FULL_CURVE_SAMPLES:
             strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
     points = path.count(strengths, after=after)
     if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
-        # Anything may break but what is protected.
+        # Anything may break except protected samples.
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
     strength, selection = fixed, Selection()
     if strength is None:
-        # Whether something protected breaks at a strength decides which ones are tried.
+        # With protected samples, the strengths tried depend on the data.
         weighted = calibration is not None and calibration.before.weighted
         strength = choose_strength(points)
         selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
@@ -199,9 +192,9 @@ def line_search(
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
-    """The default strength: that of the patch, 1, or one beyond it that is free by calibration data.
+    """Returns the default strength: 1, or a larger one that is free by calibration data.
 
-    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples.
+    That one breaks no known sample, repairs more of the target, and breaks no more calibration samples.
     """
     chosen = _whole_patch(path)
     if chosen is None:
@@ -214,7 +207,7 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
 
 
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
-    """Points beyond the patch that are better than it on known data; calibration data have the last word on them."""
+    """Points beyond the patch that beat it on known data; calibration data decide between them."""
     patch = _whole_patch(path)
     if patch is None or patch.calibration is None:
         return []
@@ -226,7 +219,7 @@ def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
 
 
 def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
-    """Searches between the strongest point that keeps within the limit and the next one, on a finer grid."""
+    """Searches a finer grid between the strongest point within the limit and the next one."""
     low = max((t for t in path.counted if path.within_limit(t, limit)), default=0.0)
     high = min((t for t in path.counted if t > low), default=low)
     finer = [t for t in reversed(LIMIT_STRENGTHS) if low < t < high]
@@ -246,20 +239,20 @@ def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
 
 
 def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
-    """How calibration data chose a strength that was found under a limit.
+    """How calibration data chose a strength under a limit.
 
-    It was sought from strong to weak, which costs least. If all weaker strengths keep within the limit too, it is also
-    one that a walk from weak to strong accepts, and what is said of those holds: the order of `LIMIT_STRENGTHS` and the
-    number of samples that may break are fixed before anything is counted.
+    The search goes from strong to weak, which costs least. If all weaker strengths keep within the limit too, a walk
+    from weak to strong would accept it, so the bound of such a walk holds: the order of `LIMIT_STRENGTHS` and the
+    number of samples that may break are fixed in advance.
     """
-    allowed = _fixed_number(path, limit)
-    if allowed is not None and not path.counted[strength].polished and _is_walked_to(path, strength, allowed):
+    allowed = _fixed_allowance(path, limit)
+    if allowed is not None and not path.counted[strength].polished and _walk_accepts(path, strength, allowed):
         return Selection(LIMIT_STATES, True, allowed)
     return Selection(LIMIT_STATES, allowed is not None)
 
 
-def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
-    """True if a walk from weak to strong accepts a strength; false without time to count all weaker ones."""
+def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
+    """True if a walk from weak to strong accepts a strength; False without time to count all weaker ones."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -271,8 +264,8 @@ def _is_walked_to(path: PatchPath, strength: float, allowed: int) -> bool:
     return True
 
 
-def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
-    """Returns the calibration samples that may break, if that number is fixed and not all of them."""
+def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
+    """Number of calibration samples that may break, if it is fixed and not all of them."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -280,33 +273,33 @@ def _fixed_number(path: PatchPath, limit: Gate) -> int | None:
     return allowed if allowed == limit.allowed(worst) and allowed < now.kept else None
 
 
-SIZE_TOLERANCE = 1.1  # the size is bisected until it is known up to this factor
-GAIN_ROUNDING = 1e-9  # of sums of sample weights
+SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
+VALUE_ROUNDING = 1e-9  # of sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
-    """Looks for the fewest changed weights that keep most repairs and break no more known samples.
+    """Searches the fewest changed weights that keep most repairs and break no more known samples.
 
-    The size is found by bisection, each time by a real count; a share `loss` of the repairs may go. Then what
-    broke is polished away; in that the kept weights alone move. Buffers, such as the statistics of batch norm, stay as
-    the patch has them. The proposal is given back if fewer weights do not do.
+    Bisects the size by real counts; a share `loss` of the repairs may go. Then polishes away what broke, moving only
+    the kept weights. Buffers, such as batch norm statistics, stay as in the patch. Returns the proposal itself if fewer
+    weights do not suffice.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
     # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
     least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     if problem.before.weighted:
-        least = (1 - loss) * proposal.gain - GAIN_ROUNDING
+        least = (1 - loss) * proposal.value - VALUE_ROUNDING
     polishes = not bool(problem.before.margin.isnan().all())
     best, size = proposal, patch.size
-    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.harm)
+    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.cost)
     before = 0.0
     for _ in range(MAX_POLISHED_SIZES if polishes else 1):
         if not 0 < tried < size or (polishes and patch.is_late()):
             break
         if polishes:
             found = patch.polished(tried)
-        good = found.gain >= least and found.harm <= proposal.harm and found.missing <= proposal.missing
+        good = found.value >= least and found.cost <= proposal.cost and found.missing <= proposal.missing
         if good:
             best, size = found, tried
         factor = 0.5 if good else 2.0
@@ -314,18 +307,18 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
             break
         tried, before = int(factor * tried), factor
     note = f"{size:,} of {patch.total:,} weights differ"
-    note += f", {patch.size:,} before" if size < patch.size else "; fewer do not do"
+    note += f", {patch.size:,} before" if size < patch.size else "; fewer do not suffice"
     return best, best.step(problem.clock.now() - began, note)
 
 
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """Bisects the logarithm of the size: repairs worth `least`, at most `most_broken` of known samples (None: any)."""
+    """Bisects the logarithm of the size: repairs worth `least`, at most `most_broken` known samples (None: any)."""
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
         found = patch.problem.propose("sparse", patch.state(middle))
-        enough = found.gain >= least and found.missing <= whole.missing
-        if enough and (most_broken is None or found.harm <= most_broken):
+        enough = found.value >= least and found.missing <= whole.missing
+        if enough and (most_broken is None or found.cost <= most_broken):
             high, best = middle, found
         else:
             low = middle
@@ -333,7 +326,7 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
 
 
 class _SortedPatch:
-    """A patch taken apart: parameters that differ, each under one name, as they were and are, and buffers."""
+    """A patch's changed parameters, each under one name, old and new, and its buffers."""
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem

@@ -1,7 +1,7 @@
-"""Updates: the old model, training that stays close to it, and the release gate between old and new.
+"""Model updates: the old model, training losses that stay close to it, and the release gate between old and new.
 
-In: modules, checkpoints or files of predictions. Out: `OldModel` and `Predictions`, terms of a training loss, weights
-between two models, and a `ReleaseReport` with a verdict for each rule.
+In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`, terms of a training loss, interpolated
+weights, and a `ReleaseReport` with a verdict per rule.
 """
 
 from lightning_nrl.updates.interpolation import choose_share, interpolate
@@ -13,17 +13,16 @@ from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, r
 from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import (
     AtMostBroken,
-    Finding,
     IsBetter,
     MaxNegativeFlipRate,
     NoSliceWorse,
     ProtectedIntact,
     Rule,
+    RuleResult,
 )
 
 __all__ = [
     "AtMostBroken",
-    "Finding",
     "FocalDistillation",
     "Identity",
     "IsBetter",
@@ -39,6 +38,7 @@ __all__ = [
     "ReleaseReport",
     "ReleaseRow",
     "Rule",
+    "RuleResult",
     "choose_share",
     "interpolate",
     "parse_rules",

@@ -1,4 +1,4 @@
-"""Interpolates between new and replaced weights, chooses the share, and estimates batch norm statistics."""
+"""Weight interpolation between old and new model, the choice of the share, and batch norm statistics."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Heading, Page, Renderable, Row, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
-"""Shares of the old weights that are tried."""
-ACCURACY_TOLERANCE = 0.005  # the accuracy that fewer regressions may cost: half a point
+ACCURACY_TOLERANCE = 0.005  # half a point of accuracy for fewer regressions
 
 Data = Source | Iterable[Any]
-"""A source, or batches as a data loader gives them, which can be read again and again."""
+"""A source, or batches that can be read repeatedly, such as a data loader."""
 
 
 @dataclass(frozen=True)
 class SharePoint:
-    """Counts from the old model to weights with one share of the old ones, in [0, 1]."""
+    """Flips from the old model to the weights with one share of the old ones, in [0, 1]."""
 
     share: float
     counts: FlipCounts
@@ -52,14 +51,14 @@ class SharePoint:
 
 @dataclass(frozen=True)
 class ShareChoice(Renderable):
-    """A share of the old weights, and what others would do. `rich.print(choice)` shows it as a table.
+    """The chosen share of the old weights and the curve over all shares. `rich.print(choice)` shows a table.
 
     Attributes:
-        chosen: the largest share whose accuracy is within the tolerance of the best of the curve, and that breaks no
+        chosen: the largest share whose accuracy is within the tolerance of the best of the curve and that breaks no
             more than share 0.
-        curve: all that were tried, from 0, the new model as it is.
-        tolerance: of the accuracy, in [0, 1]; None: the largest share was wanted, whatever it costs.
-        state: the weights and buffers of the chosen share; empty for share 0, which changes nothing.
+        curve: all shares, from 0 (the new model unchanged).
+        tolerance: of the accuracy, in [0, 1]; None: the largest share was taken, whatever it costs.
+        state: weights and buffers of the chosen share; empty for share 0.
     """
 
     chosen: SharePoint
@@ -72,7 +71,7 @@ class ShareChoice(Renderable):
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed."""
+        """Copies the chosen weights into a model of the same architecture; True if that changes anything."""
         write(model, self.state)
         return bool(self.state)
 
@@ -97,17 +96,17 @@ def interpolate(
     training: Data | None = None,
     **estimating: Any,
 ) -> dict[str, Tensor]:
-    """The weights `(1 - share) new + share old`, for `load_state_dict`, with batch norm statistics that fit them.
+    """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch norm statistics.
 
     Wortsman et al. 2022, Robust fine-tuning of zero-shot models (WiSE-FT); against regressions Schumann et al. 2024,
-    Backward compatibility during data updates by weight interpolation (BCWI). It works where the new model was trained
-    on from the old weights: two trainings from scratch end in places with nothing good between them.
+    Backward compatibility during data updates by weight interpolation (BCWI). The new model must have been trained from
+    the old weights: between two trainings from scratch, accuracy collapses.
 
     Args:
-        old: the replaced model, its state dict, or the path of a checkpoint.
-        new: its update, on its device; left as found. An `Evaluator` says in which precision it runs.
-        share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
-        training: data for the statistics of batch norm layers, read once; not needed without such layers.
+        old: the old model, its state dict, or the path of a checkpoint.
+        new: the new model, on its device; unchanged afterwards. An `Evaluator` sets the precision.
+        share: of the old weights, in [0, 1]. At the ends the state is bit for bit that of one of the models.
+        training: data for batch norm statistics, read once; not needed without such layers.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Example:
@@ -137,22 +136,21 @@ def choose_share(
     seed: int = 0,
     adapter: Adapter = unpack,
 ) -> ShareChoice:
-    """Finds the largest share of the old weights that costs next to no accuracy on data set aside.
+    """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
-    The larger the share, the fewer samples break, as a rule; one that breaks more than share 0 is taken only where
-    nothing that breaks as few is within the tolerance. Each share costs a pass over `data`, and one over `training`
-    where the model has batch norm layers.
+    A larger share usually breaks fewer samples. A share that breaks more than share 0 is taken only if no other share
+    is within the tolerance. Each share costs one pass over `data`, and one over `training` if there are batch norm
+    layers.
 
     Args:
         old: as for `interpolate`.
-        new: likewise; its `Evaluator` also says the task and the ranks that share the data.
-        data: to count on, none that the new model was trained on, since there the new model as it is is the most
-            accurate.
+        new: as for `interpolate`; an `Evaluator` also sets the task and the ranks that share the data.
+        data: data that the new model was not trained on; on training data the new model always wins.
         training: as for `interpolate`.
-        tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
-            largest share, whatever it costs.
-        shares: that are tried, in [0, 1], beside 0.
-        batches: how many of `training` the statistics are estimated from; None: all.
+        tolerance: how far the accuracy may lie below the best of the curve, in [0, 1]; None: takes the largest share,
+            whatever it costs.
+        shares: shares to try besides 0, in [0, 1].
+        batches: number of batches of `training` for the statistics; None: all.
         seed: of their order.
         adapter: takes raw batches apart.
     """
@@ -163,31 +161,31 @@ def choose_share(
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
     before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
-    known = _judged(evaluator, before, data, adapter)
+    known = _right_and_class(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
         if 0 < share < 1:
-            # Kept, being small, so that the choice costs no further pass.
+            # Kept, so that the chosen share needs no further pass.
             statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
-        found = _judged(evaluator, mixed, data, adapter)
+        found = _right_and_class(evaluator, mixed, data, adapter)
         if collective.any(not torch.equal(known[:, 1], found[:, 1])):
             raise ConfigurationError(
-                "`data`: a second pass gave other samples than the first.",
+                "`data`: a second pass returned other samples.",
                 "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
         counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
         total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
         if not int(total.sum()):
-            raise ConfigurationError("`data`: there is no sample.", "give data to choose the share on.")
+            raise ConfigurationError("`data` is empty.", "give data to choose the share on.")
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
-    # In counts: the difference of two shares that are each rounded could be a hair too large.
+    # In counts, since the difference of two rounded accuracies could be slightly too large.
     most, alone = max(point.counts.right for point in curve), curve[0].counts
     lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
     within = [point for point in curve if most - point.counts.right <= lost]
     if tolerance is not None:
-        # More share for no fewer regressions is bought for nothing, as between two trainings from scratch.
+        # Between two trainings from scratch a larger share can break more.
         within = [point for point in within if point.counts.broken <= alone.broken] or within
     chosen = max(within, key=lambda point: point.share)
     state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
@@ -195,14 +193,14 @@ def choose_share(
 
 
 def check_share(share: object, argument: str = "share") -> None:
-    """Refuses what is no number from 0 to 1."""
+    """Raises a `ConfigurationError` unless the value is a number from 0 to 1."""
     check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """The cosine of the angle between the weights of two models, in [-1, 1]: 1 for a copy, about 0 for unrelated ones.
+    """Returns the cosine between the weights of two models, in [-1, 1]: 1 for a copy, about 0 if unrelated.
 
-    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models.
+    Skips parameters with one dimension, such as norm scales, which are alike in all models.
     """
     sums = []
     for name, weight in new.named_parameters():
@@ -220,15 +218,15 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
     layers = batch_norms(evaluator.model)
     if layers and training is None:
         raise ConfigurationError(
-            f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
+            f"`training` is missing, but the batch norm layer {next(iter(layers))!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
     with temporary_weights(evaluator.model, state):
         return estimate_statistics(evaluator, [] if training is None else training, **estimating)
 
 
-def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
-    """`n x 2`, which of this rank's samples these weights get right, and their classes; -1 without classes."""
+def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
+    """Correctness and class (-1: unknown) of this rank's samples under a state, `n x 2`."""
 
     def run() -> Tensor:
         rows = [torch.zeros(0, 2, dtype=torch.int64)]
@@ -242,16 +240,15 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
-DEFAULT_BATCH_SIZE = 256  # samples at once from a source that does not say how many
-FEWEST_SAMPLES_AT_ONCE = 4
-"""Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
+DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
+MIN_BATCH_SIZE = 4  # or a rank could get a batch of one, which batch norm refuses
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch norm layers whose statistics follow the training, by name.
+    """Returns the batch norm layers whose statistics follow the training, by name.
 
-    Not those that do not track statistics, as Lightning leaves a frozen one, and those in evaluation mode while the
-    model trains, which is how one freezes them by hand.
+    Skips layers that do not track statistics, as Lightning leaves frozen ones, and layers in evaluation mode inside a
+    model in training mode (frozen by hand).
     """
     return {
         name: layer
@@ -272,17 +269,17 @@ def estimate_statistics(
     seed: int = 0,
     adapter: Adapter = unpack,
 ) -> dict[str, Tensor]:
-    """Means and variances of the inputs of all batch norm layers, averaged over batches, in one pass over data.
+    """Averages the mean and variance of each batch norm layer's inputs over batches, in one pass over the data.
 
-    What Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do after averaging
-    weights. Only batch norm layers are in training mode meanwhile: dropout drops nothing. The model is left as found.
+    As Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do after averaging
+    weights. Only batch norm layers are in training mode, so dropout drops nothing. The model is unchanged afterwards.
 
     Args:
-        model: with the weights that the statistics are to fit, on its device. An `Evaluator` says in which precision it
-            runs, and which ranks share the data: their averages are averaged, each with the weight of its batches.
-        data: a source, read in random order, since batches of sorted data would be unlike each other; or batches as a
-            data loader gives them, read as they come, the last few not too small.
-        batches: how many of them; None: all.
+        model: the model, on its device, with the weights that the statistics must match. An `Evaluator` sets the
+            precision and the ranks that share the data; ranks are weighted by their batches.
+        data: a source, read in random order because sorted data make unlike batches; or batches from a data loader,
+            read in order, the last ones not too small.
+        batches: number of batches; None: all.
         seed: of the random order.
         adapter: takes raw batches apart.
 
@@ -293,7 +290,7 @@ def estimate_statistics(
     layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
-    chosen = _drawn(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
+    chosen = _random_batches(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
 
     def run() -> int:
         n, bound = 0, bind_adapter(adapter, evaluator.model)
@@ -303,17 +300,17 @@ def estimate_statistics(
             n += 1
         return n
 
-    with preserve(evaluator.model), _averaging(layers):
+    with preserve(evaluator.model), _reset_to_average(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
-            raise ConfigurationError("`data`: no batch came for batch norm statistics.", "give data with samples.")
-        return _averaged(layers, collective)
+            raise ConfigurationError("`data` has no batch for batch norm statistics.", "give data with samples.")
+        return _mean_statistics(layers, collective)
 
 
-def _drawn(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
-    """This rank's samples in random order, in batches of about one size, as many as on every other rank."""
+def _random_batches(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
+    """This rank's samples as shuffled batches of similar size; every rank gets the same number of batches."""
     mine = source.positions
-    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), FEWEST_SAMPLES_AT_ONCE)
+    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), MIN_BATCH_SIZE)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
     order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
     parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]
@@ -321,8 +318,8 @@ def _drawn(source: Source, batches: int | None, seed: int, collective: Collectiv
 
 
 @contextmanager
-def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """The layers forget what they know, and give every batch the same weight; to be used inside of `preserve`."""
+def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+    """Resets the layers and makes them average all batches equally; use inside `preserve`."""
     momenta = [layer.momentum for layer in layers.values()]
     try:
         for layer in layers.values():
@@ -335,7 +332,7 @@ def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _averaged(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
+def _mean_statistics(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked

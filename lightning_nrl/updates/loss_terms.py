@@ -1,6 +1,6 @@
-"""Terms of a training loss against regressions, the teachers behind them, and the `Oversampler`.
+"""Training loss terms against regressions, their teachers, and the `Oversampler`.
 
-The mean of a term over the samples of a batch is added to the loss of the training.
+The training adds the mean of a term over the samples of a batch to its loss.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, ch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.logit_cache import EASY_MARGIN, LogitCache
 from lightning_nrl.tasks import Task, class_logits, parse_task
-from lightning_nrl.updates.old_model import Classes, table_of
+from lightning_nrl.updates.old_model import Classes, class_table
 from lightning_nrl.updates.predictions import Predictions
 
 
 @dataclass(frozen=True, eq=False)
 class OldAnswers:
-    """Results of the replaced model on the `n` samples of a batch, on the device of the new model's output.
+    """Outputs of the old model for the `n` samples of a batch, on the device of the new model's output.
 
-    It gets right those of `passed`, `n` bool. Its logits (`output`, first dimension `n`) and its margins, `n`, at least
-    float32, are None where they are not known. For `output` with fewer classes than the new model has, `columns` says
-    which of the new model's these are, int64.
+    `passed`, `n` bool, are the samples it gets right. `output` are its logits, first dimension `n`, and `margin` its
+    margins, `n`, at least float32; None if unknown. `columns`, int64, are the new model's classes in the columns of
+    `output`; None: all, in order.
     """
 
     passed: Tensor
@@ -47,34 +47,34 @@ class OldAnswers:
 
 
 class Term(ABC):
-    """Is added to a training loss; `name` is what its curve is called."""
+    """A term of the training loss; `name` is the name of its curve."""
 
     name: str
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """One number for each of `n` samples, at least float32, not below 0, differentiable in the new logits."""
+        """Returns one value per sample, `n`, at least float32 and at least 0, differentiable in the new logits."""
 
 
 TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
-"""The terms that can be named."""
+"""Terms by name."""
 
 
 @TERMS.register("focal_distillation")
 @dataclass(frozen=True)
 class FocalDistillation(Term):
-    """Distils the replaced model, most of all where it is right (Yan et al. 2021, Positive-Congruent Training).
+    """Distils the old model, most of all where it is right (Yan et al. 2021, Positive-Congruent Training).
 
     `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)`, with the divergence of the
-    task: Kullback-Leibler for `Multiclass`. T^2 keeps the size of gradients when T is changed (Hinton et al. 2015).
-    By default only what the old model gets right is taught; with `focus=0` it is ordinary distillation, which teaches
-    its errors too. Samples on which the old output is not finite are left out.
+    task: Kullback-Leibler for `Multiclass`. T^2 keeps the size of the gradients when T changes (Hinton et al. 2015). By
+    default only samples that the old model gets right are distilled; with `focus=0`, all of them, errors included.
+    Samples with a non-finite old output are skipped.
 
     Attributes:
         weight: of the whole term; above 0.
         base: weight of every sample (alpha in the paper); at least 0.
-        focus: weight that a sample has beyond that if the old model gets it right (beta); at least 0.
-        temperature: T; above 0. The higher, the more the term is about all logits and the less about the top ones.
+        focus: extra weight of samples that the old model gets right (beta); at least 0.
+        temperature: T; above 0. A high temperature weighs all logits, a low one the largest.
     """
 
     weight: float = 1.0
@@ -94,37 +94,36 @@ class FocalDistillation(Term):
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
         if old.output is None:
             raise ConfigurationError(
-                "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
+                "`reference`: distillation needs the old model's logits, not just its predictions.",
                 "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
         taught = output if old.columns is None else class_logits(output)[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
-                "say which old class is which new one: `OldModel(old, classes=...)`.",
+                "map the old classes to the new ones: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
-        # Values that are not finite are replaced by the new output, which teaches nothing.
+        # The new output in place of non-finite values teaches nothing.
         teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
-        apart = task.divergence(taught / self.temperature, teacher / self.temperature, target)
-        focal = self.base + self.focus * old.passed.to(apart)
-        return self.weight * self.temperature**2 * focal * apart * known
+        distance = task.divergence(taught / self.temperature, teacher / self.temperature, target)
+        focal = self.base + self.focus * old.passed.to(distance)
+        return self.weight * self.temperature**2 * focal * distance * known
 
 
 @TERMS.register("margin_hinge")
 @dataclass(frozen=True)
 class MarginHinge(Term):
-    """Asks for a part of the margin that the replaced model had, on samples that it gets right.
+    """Keeps a share of the old model's margin on samples that it gets right.
 
-    `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, the goals of a polish
-    (`methods/_solvers/polish.py`): below 0 no loss is made by being surer than that. Where only predictions of the
-    old model are known the goal is `most`.
+    `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, as in a polish
+    (`methods/_solvers/polish.py`). If only the old model's predictions are known, the goal is `most`.
 
     Attributes:
         weight: of the whole term; above 0.
-        share: the part of the old margin that is asked for; above 0.
-        most: no goal is above this margin, in the unit of the task's margins (logits); above 0.
+        share: of the old margin; above 0.
+        most: upper limit of the goal, in the unit of the task's margins (logits); above 0.
     """
 
     weight: float = 1.0
@@ -147,7 +146,7 @@ class MarginHinge(Term):
             )
         if old.margin is None and math.isinf(self.most):
             raise ConfigurationError(
-                "`reference`: predictions alone give no margin to keep.",
+                "`reference`: predictions have no margin to keep.",
                 "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
         goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
@@ -157,7 +156,7 @@ class MarginHinge(Term):
 
 
 def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
-    """Terms from names, terms, or several; a `ConfigurationError` for none, two of one name, or something else."""
+    """Parses one or several terms; raises a `ConfigurationError` for none, two of one name, or anything else."""
     given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
     terms = tuple(TERMS.parse("term", one) for one in given)
     names = [one.name for one in terms]
@@ -168,23 +167,19 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-OUTPUT_TOLERANCE = 0.02
-"""Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
+OUTPUT_TOLERANCE = 0.02  # of the largest output; rounding changes outputs by less, in any precision and batch size
 Index = Callable[[Any], Any]
-"""The data-set positions of the samples of a raw batch, `n` whole numbers."""
-
-
+"""Returns the data-set positions of a raw batch's samples, `n` whole numbers."""
 ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
-"""Says what the replaced model makes of a batch: what the new model was called with, the truth, the raw batch, and the
-new model's logits, first dimension `n`."""
+"""Returns the old model's outputs for a batch, from the new model's arguments, the target, the raw batch, and the new
+model's logits, first dimension `n`."""
 
 
 class ModelTeacher:
-    """Runs the replaced model, on the device of the new one, in evaluation mode and without gradients.
+    """Runs the old model on the new one's device, in evaluation mode and without gradients.
 
-    `adapter` takes a raw batch apart for it; None: it gets the inputs that the new model got. `index` says which
-    samples a raw batch has, where they are always the same: each is asked about once, as long as there is room (256
-    MiB).
+    `adapter` takes a raw batch apart for it; None: it gets the inputs of the new model. `index` returns the sample
+    positions of a raw batch, if samples never change: their outputs are cached (256 MiB).
     """
 
     def __init__(
@@ -197,7 +192,7 @@ class ModelTeacher:
     ) -> None:
         self.model, self.task = model, task
         self.adapter = None if adapter is None else bind_adapter(adapter, model)
-        self.classes = table_of(classes, task)
+        self.classes = class_table(classes, task)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = (x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point())
         self._dtype = next(held, None)
@@ -207,7 +202,7 @@ class ModelTeacher:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
         rows = None if self.index is None else rows_of(self.index, raw, len(like))
-        # Of two dimensions the second counts classes, which may be others than those of the new model.
+        # The second of two dimensions counts classes, which may differ from the new model's.
         output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
@@ -217,19 +212,19 @@ class ModelTeacher:
         if self.classes is None:
             return OldAnswers(self.task.right(output, target), output, self.task.margin(output, target))
         output = class_logits(output)
-        wide, new, old = _relaid(output, self.classes, class_logits(like).shape[1])
+        wide, new, old = _reorder_classes(output, self.classes, class_logits(like).shape[1])
         passed = self.task.passed(wide, target) & output.isfinite().all(1)
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
     def _check(self, known: Tensor | None, output: Tensor) -> None:
-        """The first samples that come back are asked about twice, to see whether they are still the same."""
+        """Compares the first repeated samples with the cache; drops the cache if they changed."""
         if known is None:
             return
         self._is_checked = True
-        apart, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
-        if bool(apart > OUTPUT_TOLERANCE * size):
+        distance, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
+        if bool(distance > OUTPUT_TOLERANCE * size):
             self.index = None
-            problem = "`index`: samples come back changed, so what the old model said of them is not remembered."
+            problem = "`index`: samples change between epochs, so the old model's outputs are not cached."
             warnings.warn(DataWarning(problem, "leave `index` out where samples are augmented."), stacklevel=2)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
@@ -242,12 +237,12 @@ class ModelTeacher:
         except Exception as error:
             raise ConfigurationError(
                 f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
-                "give it inputs of its own with `OldModel(old, adapter=...)`.",
+                "give it its own inputs with `OldModel(old, adapter=...)`.",
             ) from error
         if not output.ndim or len(output) != n:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
-                "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
+                "it must return one row per sample; give it its own inputs with `OldModel(old, adapter=...)`.",
             )
         return output
 
@@ -256,16 +251,14 @@ class ModelTeacher:
 
 
 class PredictedTeacher:
-    """Knows from a file, of one split, which samples the replaced model gets right, and nothing else."""
+    """Reads from predictions of one split which samples the old model gets right; knows no logits."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
         self.task, self.index, self.split = task, index, split
         self.rows = predictions.splits.get(split, {})
         if not self.rows:
             there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
-            raise ConfigurationError(
-                f"`reference`: no predictions of `{split}`; there are those of {there}.", "add them."
-            )
+            raise ConfigurationError(f"`reference`: no predictions for `{split}`, only for {there}.", "add them.")
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
@@ -279,12 +272,12 @@ class PredictedTeacher:
         if label is None:
             passed = torch.tensor([bool(right) for _, right in found])
         else:
-            passed = torch.tensor([said for said, _ in found]) == label.cpu()
+            passed = torch.tensor([predicted for predicted, _ in found]) == label.cpu()
         return OldAnswers(passed.to(like.device))
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """The positions that a function gives for a raw batch, `n` int64; refuses anything else."""
+    """Returns the positions of a raw batch by `index`, `n` int64; raises a `ConfigurationError` for others."""
     try:
         found = index(raw)
     except Exception as error:
@@ -295,10 +288,10 @@ def rows_of(index: Index, raw: Any, n: int) -> Tensor:
     return check_per_sample("`index`", found, n, "whole number from 0").long()
 
 
-def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Old logits in the new order of classes, those that only the old model has behind them; and the pairs of classes.
+def _reorder_classes(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Old logits in the new order of classes, then the old-only classes; and the matching new and old class numbers.
 
-    Classes that only the new model has are impossible for the old one.
+    New-only classes get -infinity.
     """
     pairs = [(new, old) for old, new in table.items() if old < output.shape[1] and new < classes]
     new, old = torch.tensor(pairs, device=output.device).view(-1, 2).unbind(1)
@@ -310,17 +303,16 @@ def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Ten
 
 
 class Oversampler(Sampler[int]):
-    """Every sample once an epoch in random order, those that a model fails or gets right by a narrow margin more often.
+    """Draws every sample once per epoch in random order, hard samples more often.
 
-    Narrow is a margin below 3/8 of the median margin of passed samples, as in a repair's own fit. The model is the one
-    to replace, or any earlier one. Epochs are the same for a seed; with several processes Lightning gives
-    each a share of them, as it does for any sampler.
+    Hard are samples that a model, such as the one to replace, gets wrong or right by a narrow margin: below 3/8 of the
+    median margin of passed samples, as in a repair. Epochs are reproducible by seed. With several processes Lightning
+    splits each epoch, as for any sampler.
 
     Args:
-        passed: `n` bool, which samples of the data set the model gets right.
-        margin: `n`, how far each is from being wrong; NaN where that is not known. None: only failed ones are seen more
-            often.
-        oversample: how many times an epoch sees a failed or near-border sample, from 1.
+        passed: `n` bool, samples of the data set that the model gets right.
+        margin: `n`, distance from being wrong; NaN where unknown. None: only failed samples are hard.
+        oversample: how many times an epoch has a hard sample, from 1.
         seed: of the orders.
 
     Attributes:
@@ -359,16 +351,16 @@ class Oversampler(Sampler[int]):
         adapter: Adapter = unpack,
         **loader: Any,
     ) -> Oversampler:
-        """One for a data set, from one pass of a model over it. The model and the random state are left as found.
+        """Builds a sampler from one pass of a model over a data set. Leaves the model and random states unchanged.
 
         Args:
-            model: is run where it is, in evaluation mode.
-            data: with a length and an index: that which is trained on, in its order, without augmentation.
-            oversample: as above.
-            seed: as above.
+            model: runs where it is, in evaluation mode.
+            data: the training data set, with a length and an index, without augmentation.
+            oversample: as for the class.
+            seed: as for the class.
             task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
             adapter: takes a batch apart.
-            **loader: arguments of the `DataLoader` that reads it, such as `num_workers` and `collate_fn`.
+            **loader: arguments of the `DataLoader` that reads the data, such as `num_workers` and `collate_fn`.
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
         evaluator = Evaluator(model, parse_task(task))
@@ -381,7 +373,7 @@ class Oversampler(Sampler[int]):
         return cls(torch.cat(passed), torch.cat(margins), oversample, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next, so that a resumed training goes on with other orders than it began with."""
+        """Sets the next epoch, so that a resumed training does not repeat its first orders."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

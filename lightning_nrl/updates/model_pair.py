@@ -1,4 +1,4 @@
-"""`ModelPair`: the results of two models on the same samples, which release rules read."""
+"""`ModelPair`: results of the old and the new model on the same samples, which release rules read."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_nrl.updates.predictions import Predictions
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Both models on `N` samples, row by row.
+    """Results of both models on `N` samples, row by row.
 
     Attributes:
-        before: what the old model does.
-        after: what the new one does on the same samples.
+        before: results of the old model.
+        after: results of the new model.
         slices: names of the slices.
-        group: `N` int64, the number of each sample's slice; -1: in none.
-        marked: `N` bool for each target that a rule asks about: which samples it chooses, right or wrong.
-        flips: what became of each sample.
+        group: `N` int64, the slice number of each sample; -1: none.
+        marked: `N` bool by target of a rule: the samples it selects, right or wrong.
+        flips: of each sample from old to new.
     """
 
     before: SampleResults
@@ -53,7 +53,7 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """`N` bool for each slice that has samples in a split: these samples."""
+        """Returns a mask, `N` bool, for each slice with samples in a split."""
         own = self.rows(split)
         masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
         return {name: mask for name, mask in masks.items() if mask.any()}
@@ -67,17 +67,17 @@ def evaluate_pair(
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """One pass of each model over the data, batch by batch. Models and random states are left as found.
+    """Runs each model over the data once, batch by batch. Leaves models and random states unchanged.
 
-    Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
-    both; targets name further marks of the samples.
+    Each rank passes its share of the splits and gets the full results. The evaluator holds the new model, its task and
+    precision; `targets` are marked in the result.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
     recording: Sequence[Any] = slicing
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
-        # One around the other, so that a single pass notes all.
+        # Nested, so that a single pass records all.
         recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
     with preserve(new.model):
         after = new.run(recording)
@@ -93,7 +93,7 @@ def pair_from_files(
     slices: Mapping[tuple[str, int], str] | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """What two models did on the samples that the new one has predictions for; an empty slice is none."""
+    """Pairs the predictions of two models on the samples that the new one predicts; an empty slice name means none."""
     given = slices or {}
     for split in sorted({split for split, _ in given}):
         own = {at for name, at in given if name == split}
@@ -114,7 +114,7 @@ def pair_from_files(
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
-    """The samples that a target chooses, by the classes that right predictions tell; none where both are wrong."""
+    """Samples that a target selects, by the class that a right prediction reveals; unknown where both are wrong."""
     label = torch.where(before.passed, before.prediction, torch.where(after.passed, after.prediction, -1))
     told = None if bool((before.passed & (label < 0)).any()) else label
     try:
@@ -127,7 +127,7 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """The splits that are asked for, all if none is named; refuses one that is not there."""
+    """Returns the requested splits, or all if none is named; raises a `ConfigurationError` for an unknown one."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(
@@ -137,7 +137,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """Counts samples with old predictions and no new ones, by split; they could be what broke."""
+    """Counts samples with an old but no new prediction, by split; raises a `ConfigurationError` unless allowed."""
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

@@ -1,4 +1,4 @@
-"""`OldModel` and `Reference`: the replaced model, and the samples that it gets right."""
+"""`OldModel` and `Reference`: the model to replace, and the samples that it gets right."""
 
 from __future__ import annotations
 
@@ -26,34 +26,33 @@ from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
-"""Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
+"""Old class numbers to new ones, or the names of the old and the new classes, in order."""
 
 
 @runtime_checkable
 class Reference(Protocol):
-    """Knows which samples the replaced model gets right."""
+    """Knows which samples the old model gets right."""
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Runs the replaced model on this rank's share of data; only `prediction` and `passed` are meaningful.
+        """Returns the old model's results on this rank's share of data; only `prediction` and `passed` are meaningful.
 
-        The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
+        The evaluator holds the new model, its task and precision; `like` are the new model's results on the same data.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class OldModel:
-    """The replaced model itself.
+    """The old model itself.
 
     Attributes:
-        model: a module of any architecture; or the new one's architecture with other weights: a state dict, the path of
-            a Lightning checkpoint or of a saved state dict. Of a state dict a copy is taken, since that of a module
-            changes when the module is trained on.
-        adapter: takes a batch of the data loader apart for it, where it needs other inputs than the new model.
-        classes: where its outputs are not those of the new model: `{old class: new class}`, or the names of both. A
-            class that the new model does not have is never right.
-        cache: a file for its predictions. They are read from there if none was edited and weights, samples, labels,
-            classes, task and precision are the same, else computed and written there. Inputs are not compared: delete
-            the file when they change.
+        model: a module of any architecture; or, for the new model's architecture, a state dict or the path of a
+            checkpoint or saved state dict. A state dict is copied, since training its module would change it.
+        adapter: takes a batch of the data loader apart, if the old model needs other inputs than the new one.
+        classes: if the outputs differ: `{old class: new class}`, or the names of both. A class that the new model lacks
+            counts as wrong.
+        cache: a file for its predictions. It is used if it was not edited and weights, samples, labels, classes, task
+            and precision are the same; otherwise it is rewritten. Inputs are not compared: delete the file when they
+            change.
 
     Example::
 
@@ -74,12 +73,12 @@ class OldModel:
             state = read_state("reference", self.model).items()
             copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
             object.__setattr__(self, "model", copied)
-        table_of(self.classes)
+        class_table(self.classes)
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Runs it over the data, unless its predictions are in the cache."""
+        """Runs the old model over the data, or reads its predictions from the cache."""
         weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
-        table, known, key = table_of(self.classes, task), None, ""
+        table, known, key = class_table(self.classes, task), None, ""
         if self.cache is not None:
             adapter = getattr(self.adapter, "__qualname__", type(self.adapter).__name__)
             how = task, evaluator.precision, table, adapter, like.splits, like.sizes
@@ -98,7 +97,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Its state dict; of weights alone in the dtypes and on the device of a model of the same architecture."""
+        """Returns its state dict; bare weights take the dtypes and device of the new `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -125,7 +124,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """A reference from what a user may write: a path, a module, a state dict, predictions, or nothing."""
+    """Parses a reference from a path, a module, a state dict or predictions; None stays None."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -135,7 +134,7 @@ def parse_reference(reference: Any) -> Reference | None:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A source whose batches are taken apart in another way."""
+    """A source with another adapter."""
 
     source: Source
     adapter: Adapter
@@ -149,8 +148,8 @@ class _Adapted:
             yield replace(batch, args=args, kwargs=kwargs)
 
 
-def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Old class numbers to new ones; refuses two old classes that are one new class, and a task without classes."""
+def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
+    """Returns old class numbers to new ones; raises a `ConfigurationError` if two map to one, or without classes."""
     if classes is None:
         return None
     if task is not None and not isinstance(task, Multiclass):
@@ -164,14 +163,14 @@ def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int
         table = {i: classes[1].index(name) for i, name in enumerate(classes[0]) if name in classes[1]} if whole else {}
     if not whole or not table or len(set(table.values())) < len(table):
         raise ConfigurationError(
-            f"`classes={classes!r}` does not say which old class is which new one.",
+            f"`classes={classes!r}` does not map old classes to new ones.",
             "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
         )
     return table
 
 
 class _MappedMulticlass(Multiclass):
-    """Right is the old model's class, as the new model numbers it."""
+    """Multiclass with predictions mapped to the new model's class numbers."""
 
     def __init__(self, table: Mapping[int, int]) -> None:
         self.table = table
@@ -192,27 +191,27 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """Results of the replaced model by role, in the row order of the new model's results."""
+    """Results of the old model by role, in the row order of the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """The new model's results; of its targeted failures those stay marked that the replaced model gets right."""
+        """Returns the new model's results with only those targets that the old model gets right."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """The new model's known results, with those samples marked as passed that may not break."""
+        """Returns the new model's known results, `passed` limited to the samples that must not break."""
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 
-def look_back(
+def evaluate_old(
     reference: Reference,
     evaluator: Evaluator,
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
-    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them."""
-    # At once, since a cache is one file; roles may not share the name of a split.
+    """Evaluates the old model once on the sources of all roles (this rank's share); `results` are the new model's."""
+    # At once, since a cache is one file; split names are unique over roles.
     together = [source for own in sources.values() for source in own]
     found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
     return Update({role: found.only(results[role].splits) for role in sources})

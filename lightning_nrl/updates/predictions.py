@@ -1,4 +1,4 @@
-"""`Predictions`: a model's predictions as a CSV file, for a model that may no longer exist."""
+"""`Predictions`: the predictions of a model that may no longer exist, from a CSV file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -26,9 +26,9 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 
 class Line(NamedTuple):
-    """One line of a file, with what is needed to refuse it."""
+    """One line of a CSV file, and what its error messages need."""
 
-    where: str  # the argument, the file and the number of the line
+    where: str  # argument, file and line number
     hint: str
     values: dict[str, str]
 
@@ -49,10 +49,10 @@ class Line(NamedTuple):
 
 
 def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
-    """Reads a CSV file in UTF-8 with a header, line by line; empty lines and further columns are left out.
+    """Reads a UTF-8 CSV file with a header, line by line; a `ConfigurationError` names a line that cannot be read.
 
-    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. The values of
-    an optional column that is not there are empty. A first line that begins with `WEIGHTS` is no part of the table.
+    A value never spans lines, so a stray quote costs one line only. Empty lines are skipped, missing optional columns
+    are empty. A first line that begins with `WEIGHTS` is not part of the table.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
@@ -89,14 +89,14 @@ Rows = Mapping[int, tuple[int, bool | None]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions by split and data-set position, the ids that reports give.
+    """Predictions by split and position in the data set, the ids that reports use.
 
-    As a file: CSV with the columns `split`, `id` and `prediction`, the number of the class as the new model counts;
-    or `passed` (1 or 0) for tasks without classes.
+    As a file: CSV with the columns `split`, `id` and `prediction`, the class number of the new model; or `passed` (1 or
+    0) for tasks without classes.
 
     Attributes:
         splits: by the names of the splits.
-        weights: which weights they are of, as a hash; None where that is not known.
+        weights: hash of the model's weights; None if unknown.
         seal: SHA-256 of a cache's rows and of what they depend on; empty for other files.
 
     Example::
@@ -110,12 +110,12 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
-        """Reads a file; a `ConfigurationError` names a line that cannot be read, and a sample that is there twice."""
+        """Reads a file; a `ConfigurationError` names a line that cannot be read, or repeats a sample."""
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
             if not named and not judged:
-                raise line.refused("there is neither a prediction nor `passed`")
+                raise line.refused("neither `prediction` nor `passed` is given")
             rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
             if at in rows:
                 raise line.refused(f"sample {at} of {line.values['split']!r} is there twice")
@@ -128,7 +128,7 @@ class Predictions:
         return cls(splits, weights, seal)
 
     def save(self, path: str | Path) -> None:
-        """Writes a file that `read` reads; it is there as a whole or not at all."""
+        """Writes a file for `read`, atomically."""
         first = "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         replacing(path, lambda part: part.write_bytes((first + self._table()).encode()))
@@ -138,30 +138,31 @@ class Predictions:
         writer = csv.writer(file)
         writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
-            for at, (said, passed) in rows.items():
-                writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+            for at, (predicted, passed) in rows.items():
+                writer.writerow([split, at, predicted if predicted >= 0 else "", "" if passed is None else int(passed)])
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
-        """Returns the same predictions with the seal of a key, which says what they depend on."""
+        """Returns the same predictions sealed with a key that says what they depend on."""
         return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
 
     @classmethod
     def of(cls, results: SampleResults, weights: State) -> Predictions:
-        """Those of a model whose results are known."""
+        """Builds predictions from the results of a model."""
         rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
         splits = {
-            split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
+            split: {at: (predicted, passed) for at, predicted, passed in rows[results.of(split)]}
+            for split in results.splits
         }
         return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Returns the results on the samples of `like`; no model is run (see `Reference`)."""
+        """Returns the results on the samples of `like`; runs no model (see `Reference`)."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """As a table of the same samples as another one; losses are 0 where right and 1 where wrong."""
-        said, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
+        """Returns the results on the samples of `like`; losses are 0 if right and 1 if wrong."""
+        predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
             rows, start = self.splits.get(split, {}), like.start(split)
             ids = like.index[like.of(split)].tolist()
@@ -170,13 +171,13 @@ class Predictions:
                 there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
                 raise ConfigurationError(
                     f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
-                    f"({missing[:5]}); there are those of {there}.",
+                    f"({missing[:5]}), only those of {there}.",
                     "give one for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
-                said[i], right = rows[at]
+                predicted[i], right = rows[at]
                 if like.label[i] >= 0:
-                    passed[i] = said[i] == like.label[i]
+                    passed[i] = predicted[i] == like.label[i]
                 elif right is not None:
                     passed[i] = right
                 else:
@@ -185,7 +186,7 @@ class Predictions:
                     )
         return replace(
             like,
-            prediction=said,
+            prediction=predicted,
             passed=passed,
             loss=(~passed).to(like.loss),
             margin=torch.full_like(like.margin, torch.nan),
@@ -194,7 +195,7 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """Returns the results of the file alone; a `ConfigurationError` where it lacks `passed`."""
+        """Returns the results of the file alone; raises a `ConfigurationError` if it lacks `passed`."""
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
@@ -209,8 +210,21 @@ class Predictions:
         return self.results(table)
 
 
+Ids = Mapping[str, Sequence[int]]
+"""Data-set positions by split."""
+
+
+def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
+    """Parses ids by split, from a CSV file or a mapping; bare positions get an empty split name, None no ids."""
+    found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
+    found = found if isinstance(found, Mapping) else {"": found}
+    lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())
+    check_kind("ids", found, lists, "list of samples", "ids={'test': [3, 17]}")
+    return found
+
+
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Samples in a CSV file with the columns `split` and `id`."""
+    """Reads sample ids by split from a CSV file with the columns `split` and `id`."""
     found: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
@@ -220,7 +234,7 @@ def read_ids(path: str | Path) -> dict[str, list[int]]:
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
-    """Slices in a CSV file with the columns `split`, `id` and `slice`."""
+    """Reads the slice of each sample from a CSV file with the columns `split`, `id` and `slice`."""
     found: dict[tuple[str, int], str] = {}
     for line in read_csv("slices", path, ("split", "id", "slice")):
         sample = line.values["split"], line.whole_number("id")

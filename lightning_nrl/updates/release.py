@@ -1,4 +1,4 @@
-"""`release` judges whether a new model may replace the old one; `ReleaseReport` says why."""
+"""`release` decides if a new model may replace the old one; `ReleaseReport` has the verdict and the reasons."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
-from lightning_nrl.updates.rules import Finding, MaxNegativeFlipRate, Rule
+from lightning_nrl.updates.rules import MaxNegativeFlipRate, Rule, RuleResult
 
 
 def release(
@@ -40,25 +40,25 @@ def release(
     slices: str | int | Slices | None = None,
     seeds: Mapping[str, int] | None = None,
 ) -> ReleaseReport:
-    """Judges whether a new model may replace the old one, by one pass of each over the data.
+    """Decides if a new model may replace the old one, by one pass of each model over the data.
 
-    The data are read batch by batch, so they may be larger than memory: a few numbers a sample are kept. Both models
-    and the random states are left as found. Of the report: `accepted`, `reasons`, `exit_status` for `sys.exit`.
+    Reads the data batch by batch, so they may exceed memory. Leaves models and random states unchanged. See the
+    report's `accepted`, `reasons`, and `exit_status` for `sys.exit`.
 
     Args:
-        new: the new model, on its device. An `Evaluator` says what else there is to say of it: the task, mixed
-            precision, the ranks that share the data. Each rank gets the same report.
+        new: the new model, on its device. An `Evaluator` sets the task, the precision, and the ranks that share the
+            data; each rank gets the same report.
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an `OldModel`.
-        data: the splits, such as a `TensorSource`. Where a rule promises something of data to come, nothing may have
-            looked at them before.
-        rules: what must hold, one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`,
-            `slices`, `slices:count`, `protected:ids.csv`, with ` in SPLIT` behind it if it is for one split; or objects
-            of `lightning_nrl.updates`.
-        require: what each split must satisfy beside the rules: `not-worse`, no net loss; `better`, a gain that the sign
-            test shows at 5 %; or `any`.
-        slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
-            that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
-        seeds: what the data and the models depend on, to be noted in the report.
+        data: the splits, such as a `TensorSource`. Bounds for future data hold only if no training or model choice used
+            them.
+        rules: one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices`,
+            `slices:count`, `protected:ids.csv`, followed by ` in SPLIT` to limit a rule to one split; or objects of
+            `lightning_nrl.updates`.
+        require: one more rule for every split: `not-worse`, no net loss; `better`, a gain by the sign test
+            at 5 %; or `any`, no rule.
+        slices: the slice of each sample: a column of the raw batch by its key or place, a function of the batch that
+            returns a name or number per sample, its address, or a `Target`, whose samples form one slice.
+        seeds: seeds of data and models, noted in the report.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """As `release`, with what both models do on each sample; `name` is what the new model is called in the report."""
+    """Does the work of `release`; also returns both models' results. `name` names the new model in the report."""
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
@@ -114,11 +114,11 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """Parses the old model; refuses None and what cannot be one."""
+    """Parses the old model; raises a `ConfigurationError` for None."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-        raise ConfigurationError(f"`{argument}=None`: there is nothing to compare with.", hint)
+        raise ConfigurationError(f"`{argument}=None`: nothing to compare with.", hint)
     return found
 
 
@@ -133,10 +133,7 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model is meant: a class, or the path of a file, and the SHA-256 of its weights, see `hash_tensors`.
-
-    It is empty if only predictions are known, not their weights.
-    """
+    """Class or file path of a model, and the SHA-256 of its weights (`hash_tensors`), empty if unknown."""
 
     name: str
     sha256: str = ""
@@ -144,15 +141,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class ReleaseRow(Derives):
-    """Counts of one split, or of one slice of it.
+    """Counts of one split or slice.
 
     Attributes:
-        split: its name.
-        slice: its name; empty for the whole split.
-        counts: from the old model to the new one.
-        upper: upper limit on the negative flip rate, in (0, 1], at the report's confidence; those of the slices of one
-            split hold together.
-        p_worse: the p-value of the one-sided sign test that more break than are repaired.
+        split: name of the split.
+        slice: name of the slice; empty for the whole split.
+        counts: flips from the old model to the new one.
+        upper: upper limit of the negative flip rate, in (0, 1], at the report's confidence; joint over the slices of a
+            split.
+        p_worse: p-value of the one-sided sign test that more samples break than are repaired.
     """
 
     split: str
@@ -163,7 +160,7 @@ class ReleaseRow(Derives):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Every number by name: accuracies, and the metrics of `lightning_nrl.evaluation.metrics`."""
+        """Accuracies and the metrics of `lightning_nrl.evaluation.metrics`, by name."""
         rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
         accuracies = {"accuracy_before": self.counts.accuracy_before, "accuracy_after": self.counts.accuracy_after}
         return {**accuracies, **rates}
@@ -175,27 +172,27 @@ class ReleaseRow(Derives):
 
 @dataclass(frozen=True)
 class ReleaseReport(Report):
-    """The decision whether a new model may replace the old one. `rich.print(report)` shows it as a page.
+    """The decision if a new model may replace the old one. `rich.print(report)` shows it as a page.
 
     Attributes:
         status: `accepted` if every rule is satisfied, else `refused`.
-        findings: what each rule says, in the order in which they were given.
+        findings: the results of the rules, in their order.
         rows: each split, followed by its slices.
         broken_ids: data-set positions of all broken samples, by split.
-        repaired_ids: likewise of the repaired ones.
+        repaired_ids: data-set positions of all repaired samples, by split.
         confidence: of the limits in the rows, in (0, 1).
-        new: which model it is about.
-        old: which one it is to replace.
+        new: the new model.
+        old: the model to replace.
         task: what right means, in words.
-        precision: in which both were run.
-        missing: how many samples the old model has predictions for and the new one none, by split. None may be missing
-            unless the user allows it; with models, which see the same data, none ever is.
-        seeds: what the run depends on, by name.
-        files: paths of what was written, by kind.
+        precision: of both runs.
+        missing: number of samples with an old but no new prediction, by split; only for prediction files, if the user
+            allows it.
+        seeds: seeds by name.
+        files: paths of the written files, by kind.
     """
 
     status: Literal["accepted", "refused"]
-    findings: tuple[Finding, ...]
+    findings: tuple[RuleResult, ...]
     rows: tuple[ReleaseRow, ...]
     broken_ids: Mapping[str, Sequence[int]]
     repaired_ids: Mapping[str, Sequence[int]]
@@ -214,12 +211,12 @@ class ReleaseReport(Report):
 
     @property
     def exit_status(self) -> int:
-        """For `sys.exit`: 0 if accepted, 1 if refused."""
+        """Exit status for `sys.exit`: 0 if accepted, 1 if refused."""
         return 0 if self.accepted else 1
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it was refused, a sentence for each rule that is not satisfied; empty if it was accepted."""
+        """One sentence per rule that is not satisfied; empty if accepted."""
         return tuple(f"{finding.rule}: {finding.reason}" for finding in self.findings if not finding.passed)
 
     @property
@@ -268,9 +265,9 @@ def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[st
 
 
 def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> ReleaseReport:
-    """Asks every rule, and writes down what was found; `decided_on` are further fields of the report.
+    """Checks every rule and builds the report; `decided_on` are its remaining fields.
 
-    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %.
+    The limits in the rows use the confidence of the first `MaxNegativeFlipRate` rule, else 95 %.
     """
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)
@@ -293,7 +290,7 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         upper = Bound.at_level(counts.broken, counts.n, level).upper
         return ReleaseRow(split, name, counts, upper, p_worse(counts.broken, counts.repaired))
 
-    # The limits of the slices hold together (Bonferroni); an empty one has the limit 1 and needs no part of the level.
+    # Joint limits of the slices (Bonferroni); an empty slice has the limit 1 and needs no part of the level.
     level = 1 - confidence
     part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
     return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]

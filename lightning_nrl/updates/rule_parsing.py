@@ -1,4 +1,4 @@
-"""Rules from text, as arguments and the command line give them."""
+"""Parses release rules from text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_nrl.updates.rules import AtMostBroken, IsBetter, MaxNegativeFlipR
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "better": IsBetter(), "any": None}
-"""The rule that a release gate adds to those of the user, on every split."""
+"""The rule for every split that a release gate adds to the user's."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Parsers of rules: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+"""Rule parsers: functions of the text, its parts after the name, and the splits, that return None for bad text."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
-    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read.
+    """Parses one or several rules; raises a `ConfigurationError` for none, or one that cannot be read.
 
     `require` adds a rule of `REQUIRED`, unless it is among them.
     """
@@ -34,7 +34,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
+    """Parses a rule from text, one of `RULES.forms` with your own numbers; returns a `Rule` unchanged.
 
     All but `protected` may end with ` in SPLIT, SPLIT`.
 

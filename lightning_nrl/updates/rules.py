@@ -1,10 +1,10 @@
-"""Rules that a new model must satisfy to replace the old one."""
+"""Release rules that a new model must satisfy to replace the old one."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,43 +20,40 @@ from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.stats import Bound, check_confidence, evidence_of, p_worse, percent_up, show_confidence
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
-from lightning_nrl.updates.predictions import read_ids
-
-Ids = Mapping[str, Sequence[int]]
-"""Data-set positions, by split."""
+from lightning_nrl.updates.predictions import Ids, parse_ids
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Result of one rule: whether the new model satisfies it, and why, in figures.
+class RuleResult:
+    """Result of one rule: passed or not, and why.
 
-    `ids` are data-set positions of the samples that it objects to, by split; empty if it passed.
+    `ids` are data-set positions of the offending samples, by split; empty if it passed.
     """
 
     rule: str
     passed: bool
     reason: str
-    ids: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ids: Ids = field(default_factory=dict)
 
 
 class Rule(ABC):
-    """One condition on an update. A rule of your own is a frozen dataclass with `check` and `__str__`."""
+    """Base class of release rules. Write your own as a frozen dataclass with `check` and `__str__`."""
 
     @abstractmethod
-    def check(self, pair: ModelPair) -> Finding:
-        """Judges the update; a `ConfigurationError` if the rule asks for what the data do not have."""
+    def check(self, pair: ModelPair) -> RuleResult:
+        """Judges the update; raises a `ConfigurationError` if the data lack what the rule needs."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """The rule, as text."""
+        """Returns the rule as text."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Refuses data for which the rule has no meaning, before any model runs."""
+        """Raises a `ConfigurationError` for unsuitable data, before any model runs."""
         return None
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Targets whose samples the rule needs; `ModelPair.marked` has them."""
+        """Targets whose samples the rule needs in `ModelPair.marked`."""
         return ()
 
 
@@ -70,7 +67,7 @@ class Part(NamedTuple):
 
 
 class SplitRule(Rule):
-    """Base of rules that count parts of the data: each of some splits, or their slices."""
+    """Base class of rules that count flips in splits or their slices."""
 
     splits: tuple[str, ...]
     whole_splits: bool = True
@@ -79,7 +76,7 @@ class SplitRule(Rule):
     @property
     @abstractmethod
     def text(self) -> str:
-        """The rule, as text, without the splits."""
+        """The rule as text, without its splits."""
 
     def __post_init__(self) -> None:
         names = (self.splits,) if isinstance(self.splits, str) else self.splits
@@ -97,23 +94,23 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if the rule objects to one of `n_parts` parts."""
+        """True if one of `n_parts` parts violates the rule."""
 
     @abstractmethod
-    def words(self, parts: Sequence[Part]) -> list[str]:
-        """The sentences of the reason, without full stops."""
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        """Returns the sentences of the reason, without full stops."""
 
-    def check(self, pair: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> RuleResult:
         parts = self._parts(pair)
         worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
         bad = torch.zeros(len(pair.after), dtype=torch.bool)
         for part in worse:
             bad |= part.rows
-        words, splits = self.words(parts), {part.split for part in parts}
+        sentences, splits = self.sentences(parts), {part.split for part in parts}
         outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(part.counts.n for part in parts)
         if outside > 0:
-            words.append(f"{outside:,} samples are in no slice and were not looked at")
-        return Finding(str(self), not worse, f"{'. '.join(words)}.", _broken(pair, bad))
+            sentences.append(f"{outside:,} samples are in no slice and were not looked at")
+        return RuleResult(str(self), not worse, f"{'. '.join(sentences)}.", _broken(pair, bad))
 
     def _parts(self, pair: ModelPair) -> list[Part]:
         found = []
@@ -137,12 +134,12 @@ class SplitRule(Rule):
 
 @dataclass(frozen=True)
 class AtMostBroken(SplitRule):
-    """In each split no more samples are broken than a gate allows.
+    """Allows at most as many broken samples per split as a gate does.
 
     Attributes:
-        gate: `instance`: none, for data that must not break; `accuracy`: no more than are repaired, which is to say
-            that accuracy does not fall; `tolerance:3` or `tolerance:1%`; or a `Gate`.
-        splits: on which splits; empty: on each.
+        gate: `instance`: none; `accuracy`: no more than are repaired, so accuracy does not fall; `tolerance:3` or
+            `tolerance:1%`; or a `Gate`.
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(AtMostBroken("accuracy", splits=("test",)))
@@ -161,7 +158,7 @@ class AtMostBroken(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return Gate.parse(self.gate).excess_of(counts) > 0
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         return [
             f"{part.name}: {part.counts.broken:,} of {part.counts.passed:,} that were right broke; "
             f"{allowance(Gate.parse(self.gate), part.counts)} ({_accuracies(part.counts)})"
@@ -175,7 +172,7 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """In each split more samples were repaired than broke, by the sign test at 5 %."""
+    """Requires more repaired than broken samples in each split, by the sign test at 5 %."""
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -183,7 +180,7 @@ class IsBetter(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return evidence_of(counts.repaired, counts.broken) != "better"
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         return [
             f"{part.name}: {part.counts.repaired:,} repaired, {part.counts.broken:,} broken, "
             f"{evidence_of(part.counts.repaired, part.counts.broken)} ({_accuracies(part.counts)})"
@@ -193,17 +190,17 @@ class IsBetter(SplitRule):
 
 @dataclass(frozen=True)
 class MaxNegativeFlipRate(SplitRule):
-    """In each split the negative flip rate, broken of all, is below a limit with a confidence.
+    """Bounds the negative flip rate (broken of all) in each split, with a confidence.
 
-    What must be within it is the upper limit of Clopper and Pearson (`report.stats`). It speaks of data to come only if
-    no training and no choice of a model has looked at the split. Several splits, or slices, need no correction: a wrong
-    model must pass where it is wrong, and passes all with a probability of 1 - confidence at most.
+    Compares the upper limit of Clopper and Pearson (`report.stats`) with `limit`. It holds for future data only if no
+    training or model choice used the split. Several splits or slices need no correction: a model that violates the
+    limit anywhere passes with probability 1 - confidence at most.
 
     Attributes:
-        limit: on the rate, in (0, 1).
+        limit: of the rate, in (0, 1).
         confidence: in (0, 1).
-        each_slice: every slice must be below the limit, not only the whole split.
-        splits: on which splits; empty: on each.
+        each_slice: True to bound every slice too, not only the whole split.
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(MaxNegativeFlipRate(0.01, 0.99))
@@ -223,16 +220,16 @@ class MaxNegativeFlipRate(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return self._bound(counts).upper > self.limit
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
-        words = []
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        sentences = []
         for _, group in groupby(parts, lambda part: part.split):
             bounds = {part.name: self._bound(part.counts) for part in group}
             above = [name for name, bound in bounds.items() if bound.upper > self.limit]
             highest = max(bounds, key=lambda name: bounds[name].upper)
-            words += [self._line(name, bounds[name]) for name in above or [highest]]
+            sentences += [self._line(name, bounds[name]) for name in above or [highest]]
             if not above and len(bounds) > 1:
-                words[-1] += ", the highest"
-        return words
+                sentences[-1] += ", the highest"
+        return sentences
 
     def _bound(self, counts: FlipCounts) -> Bound:
         return Bound.of(counts.broken, counts.n, self.confidence)
@@ -246,29 +243,24 @@ class MaxNegativeFlipRate(SplitRule):
             return text
         needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
         few = f"; that takes {needed:,} samples even where none breaks" if bound.n < needed else ""
-        return f"{text}, not within {_share(self.limit)}{few}"
+        return f"{text}, not within {_exact_percent(self.limit)}{few}"
 
     @property
     def text(self) -> str:
-        sure = "" if self.confidence == 0.95 else f":{_share(self.confidence)}"
-        return f"{'slice-' if self.each_slice else ''}nfr:{_share(self.limit)}{sure}"
+        sure = "" if self.confidence == 0.95 else f":{_exact_percent(self.confidence)}"
+        return f"{'slice-' if self.each_slice else ''}nfr:{_exact_percent(self.limit)}{sure}"
 
 
 @dataclass(frozen=True)
 class NoSliceWorse(SplitRule):
-    """No slice is worse than before.
-
-    By *test*, for a sample of data to come: a slice is worse if chance breaks that many of its changed samples with
-    a probability below `level` (exact sign test, one-sided). The level is divided by the number of slices, so that an
-    update that makes none worse fails in at most that share of cases. Passing proves nothing of a small slice, and the
-    finding names those too small for the test; `MaxNegativeFlipRate(each_slice=True)` proves something.
-
-    By *count*, for a suite of cases: a slice is worse if fewer of its samples are right than before.
+    """Requires that no slice gets worse.
 
     Attributes:
-        by: `test` or `count`.
-        level: of the test, in (0, 1).
-        splits: on which splits; empty: on each.
+        by: `test`, for future data: no p-value of the slices' one-sided exact sign tests is below `level`, divided by
+            their number. The result names slices too small for the test; `MaxNegativeFlipRate(each_slice=True)` bounds
+            them. `count`, for a test suite: no slice has fewer right samples than before.
+        level: probability that the rule fails although no slice is worse, in (0, 1).
+        splits: names of the splits; empty: all.
 
     Example:
         >>> print(NoSliceWorse("count"))
@@ -292,15 +284,15 @@ class NoSliceWorse(SplitRule):
             return counts.broken > counts.repaired
         return p_worse(counts.broken, counts.repaired) < self.level / n_parts
 
-    def words(self, parts: Sequence[Part]) -> list[str]:
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
         n = len(parts)
-        words = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
-        words = words or [f"none of {n:,} slices is worse by {self.by}"]
+        sentences = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
+        sentences = sentences or [f"none of {n:,} slices is worse by {self.by}"]
         mute = [part.name for part in parts if p_worse(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
-            words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
-        return words
+            sentences.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
+        return sentences
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
         p = p_worse(counts.broken, counts.repaired)
@@ -309,19 +301,18 @@ class NoSliceWorse(SplitRule):
 
     @property
     def text(self) -> str:
-        level = "" if self.level == 0.05 or self.by == "count" else f":{_share(self.level)}"
+        level = "" if self.level == 0.05 or self.by == "count" else f":{_exact_percent(self.level)}"
         return f"slices{':count' if self.by == 'count' else level}"
 
 
 @dataclass(frozen=True, eq=False)
 class ProtectedIntact(Rule):
-    """Every protected sample that was right is right still.
+    """Requires that no protected sample breaks.
 
     Attributes:
-        ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
-            positions alone where there is one split.
-        where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
-            its address; a target also as text, such as `label 3`.
+        ids: sample positions by split, or alone if there is one split; or a CSV file with the columns `split` and `id`.
+        where: further samples, by a `Target`, also as text such as `label 3`, a predicate on the raw batch, or its
+            address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))
@@ -337,10 +328,7 @@ class ProtectedIntact(Rule):
         if where is None and self.where is not None:
             where = self.where if isinstance(self.where, Target) else Target.where(self.where)
         object.__setattr__(self, "where", where)
-        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids or {}
-        ids = ids if isinstance(ids, Mapping) else {"": ids}
-        lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in ids.values())
-        check_kind("ids", ids, lists, "list of samples", "ids={'test': [3, 17]}")
+        ids = parse_ids(self.ids)
         if where is None and not any(ids.values()):
             raise ConfigurationError(
                 "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
@@ -354,13 +342,13 @@ class ProtectedIntact(Rule):
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits("ids", tuple(self._by_split(splits)), splits)
 
-    def check(self, pair: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> RuleResult:
         chosen = self._chosen(pair)
         counts = pair.flips.counts(chosen)
         text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         wrong = counts.failing + counts.repaired
         rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
-        return Finding(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
+        return RuleResult(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
 
     def _by_split(self, splits: Sequence[str]) -> Ids:
         if "" not in self._ids:
@@ -380,7 +368,7 @@ class ProtectedIntact(Rule):
             if missing:
                 raise ConfigurationError(
                     f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
-                    "give positions in the data set; what is not there cannot be checked.",
+                    "give positions in the data set; missing samples cannot be checked.",
                 )
             chosen[rows] |= torch.isin(there, wanted)
         for target in self.targets:
@@ -407,5 +395,5 @@ def _accuracies(counts: FlipCounts) -> str:
     return f"accuracy {percent(counts.accuracy_before)}, now {percent(counts.accuracy_after)}"
 
 
-def _share(share: float) -> str:
+def _exact_percent(share: float) -> str:
     return f"{100 * share:.12g}%"

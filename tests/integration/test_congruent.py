@@ -262,7 +262,7 @@ def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: 
     assert same(*both)
     with pytest.raises(ConfigurationError, match="found by the index of a sample"):
         PositiveCongruentTraining(known, MarginHinge(most=0.5))
-    with pytest.raises(ConfigurationError, match="predictions alone cannot be distilled"):
+    with pytest.raises(ConfigurationError, match="distillation needs the old model"):
         fit(tmp_path, Classifier(), PositiveCongruentTraining(known, index=third), data=data)
 
 
@@ -282,7 +282,7 @@ def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp
         both.append(model)
     for a, b in zip(*(model.parameters() for model in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ConfigurationError, match=r"returned \[32, 11\], the new one \[32, 10\]\.\nHINT: say which old"):
+    with pytest.raises(ConfigurationError, match=r"returned \[32, 11\], the new one \[32, 10\]\.\nHINT: map the old"):
         fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)))
 
 

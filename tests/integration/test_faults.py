@@ -255,7 +255,7 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
         ("mlp", "auto", Polish(Classifier("cnn")), "`Polish.new` has 'network.1.weight' in the shape"),
         ("cnn", "network.3", "convex", "repairs one last Linear layer"),
         ("mlp", ["network.1", "network.3"], "convex", "repairs one last Linear layer"),
-        ("mlp", "network.1", "convex", "is not what the model returns as logits"),
+        ("mlp", "network.1", "convex", "is not the model's logits"),
     ],
 )
 def test_what_is_known_before_is_said_before(

@@ -59,7 +59,7 @@ def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samp
         model[0].load_state_dict({"weight": torch.eye(2)})
         own = make_problem(model, shares(sources, collective.rank, 2), collective=collective)
         assert len(list(own.known[0])) == 1 - collective.rank
-        with pytest.raises(ConfigurationError, match="the output of `layer='0'` is not what the model returns"):
+        with pytest.raises(ConfigurationError, match="the output of `layer='0'` is not the model's logits"):
             Convex()(own)
         return "refused"
 

@@ -208,7 +208,7 @@ def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
     # Five broken and none repaired are 2.2 standard errors.
     solution, _ = trained_on_a_line(threshold(-3.0), REVERSED, range(5))
     assert solution.proposal is None
-    assert solution.reason == "training that goes on breaks more held-out samples than it repairs."
+    assert solution.reason == "continued training breaks more held-out samples than it repairs."
     assert solution.held_out is not None
     assert (solution.held_out.repaired, solution.held_out.broken) == (0, 5)
     # Four are 2.
@@ -460,9 +460,9 @@ def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) 
 
 
 def test_without_checkpoints_it_says_how_to_keep_some(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"there are none\.[\s\S]*save_top_k=5"):
+    with pytest.raises(ConfigurationError, match=r"is missing\.[\s\S]*save_top_k=5"):
         METHODS.parse("method", "apricot")(on_a_line())
     with pytest.raises(ConfigurationError, match="is no folder with checkpoints"):
         Apricot(tmp_path)(on_a_line())
     same_as_model = Apricot([threshold(0.75)])(on_a_line())
-    assert same_as_model.reason == "all of `Apricot.checkpoints` have the weights of the model itself."
+    assert same_as_model.reason == "all `Apricot.checkpoints` have the same weights as the model."

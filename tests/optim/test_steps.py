@@ -258,7 +258,7 @@ def test_a_polish_scales_back() -> None:
     found = polish(problem, new)
     assert (found.broken, found.rounds) == (0, 0)
     assert 0 <= found.strength < 1
-    assert math.isfinite(found.gain)
+    assert math.isfinite(found.value)
 
 
 def results(problem: Problem) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_another_model_is_refused_and_stays() -> None:
     nn.init.zeros_(other[0].bias)
     before = copied(other)
     for state, problem in (
-        (other, "others of the model are not"),
+        (other, "others of the model do not"),
         (changed(old, "3.weight", 3, 1.0), "1 of the 1 tensors that it changes have other values, such as `3.weight`"),
         ({"w": torch.zeros(3)}, "the model has no tensor `3.weight`"),
         ({name: value.double() for name, value in old.items()}, "is torch.float64 .3, 8., and torch.float32"),
@@ -134,10 +134,10 @@ def test_patches_stack_and_come_off_in_order() -> None:
     one, two = Patch.between(first, second), Patch.between(second, third)
     assert one.result == two.base
     model = network()
-    with pytest.raises(ConfigurationError, match=r"(?s)cannot be applied.*in the order in which they were made"):
+    with pytest.raises(ConfigurationError, match=r"(?s)cannot be applied.*in the order they were made"):
         two.apply(model)
     two.apply(one.apply(model))
-    with pytest.raises(ConfigurationError, match=r"(?s)cannot be reverted.*came after it first"):
+    with pytest.raises(ConfigurationError, match=r"(?s)cannot be reverted.*revert the later patches first"):
         one.revert(model)
     with pytest.raises(ConfigurationError, match="these weights have it already"):
         two.apply(model)

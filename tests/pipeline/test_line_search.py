@@ -153,7 +153,7 @@ def test_where_no_strength_keeps_within_the_limit_nothing_is_changed() -> None:
     answers = trained()(everywhere).argmax(1)
     model, outcome = repaired([TensorSource(everywhere, answers, split="calibration")], limit="instance")
     assert outcome.report.status == "not repaired"
-    assert outcome.report.reason == "no strength keeps within the limit (instance)."
+    assert outcome.report.reason == "no strength is within the limit (instance)."
     assert outcome.report.strength
     assert not outcome.write(model)
 

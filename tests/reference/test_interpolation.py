@@ -150,7 +150,7 @@ def test_what_is_no_share_is_refused(share: Any) -> None:
 
 def test_batch_norm_needs_training_data() -> None:
     old, new, data = pair()
-    with pytest.raises(ConfigurationError, match="`training`: there are none, and the batch norm layer '1' needs new"):
+    with pytest.raises(ConfigurationError, match="`training` is missing, but the batch norm layer '1' needs new"):
         choose_share(old, new, data)
     assert choose_share(old, new, data, shares=[]).share == 0
 
@@ -160,9 +160,9 @@ def once() -> Any:
 
 
 def test_data_that_cannot_be_read_twice_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`data`: a second pass gave other samples than the first"):
+    with pytest.raises(ConfigurationError, match="`data`: a second pass returned other samples"):
         chosen(once())
-    with pytest.raises(ConfigurationError, match="`data`: there is no sample"):
+    with pytest.raises(ConfigurationError, match="`data` is empty"):
         chosen([])
 
 
@@ -264,5 +264,5 @@ def test_ranks_count_by_their_batches() -> None:
 
 
 def test_data_without_a_batch_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="no batch came for batch norm statistics"):
+    with pytest.raises(ConfigurationError, match="no batch for batch norm statistics"):
         estimate_statistics(norm(), [])

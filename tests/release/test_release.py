@@ -150,7 +150,7 @@ def test_ranks_come_to_the_same_report() -> None:
     ("arguments", "message"),
     [
         ({"new": "new.ckpt"}, "`new='new.ckpt'` is no model"),
-        ({"old": None}, "`old=None`: there is nothing to compare with"),
+        ({"old": None}, "`old=None`: nothing to compare with"),
         ({"old": "nowhere.ckpt"}, "is not there"),
         ({"data": torch.zeros(3)}, "`data`: found a Tensor, not a list of sources"),
         ({"data": []}, "`data`: found a list, not a list of sources"),
@@ -318,7 +318,7 @@ def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.Ca
         ("new", "test,1_0,1,1", "`id` is '1_0'"),
         ("new", f"test,0,1,1,{'x' * 200_000}", "line 2 cannot be read (field larger"),
         ("new", "test,0,1", "3 values for 4 columns"),
-        ("new", "test,0,,", "neither a prediction nor `passed`"),
+        ("new", "test,0,,", "neither `prediction` nor `passed` is given"),
         ("new", "", "4 of 4 samples of `test`"),
         ("ids", 'test,0\n"test,1\ntest,2', "line 3 cannot be read"),
         ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' is there twice"),

@@ -18,13 +18,13 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.report.stats import p_worse, upper_limit
 from lightning_nrl.updates import (
     AtMostBroken,
-    Finding,
     IsBetter,
     MaxNegativeFlipRate,
     ModelPair,
     NoSliceWorse,
     ProtectedIntact,
     Rule,
+    RuleResult,
 )
 from lightning_nrl.updates.release import Identity, make_report
 from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
@@ -47,7 +47,7 @@ def table(letters: str, splits: dict[str, str], which: int) -> SampleResults:
 
 
 def test_nothing_may_break_in_any_split() -> None:
-    assert AtMostBroken().check(seen(suite="kkr", test="kf")) == Finding(
+    assert AtMostBroken().check(seen(suite="kkr", test="kf")) == RuleResult(
         "instance",
         True,
         "suite: 0 of 2 that were right broke; the gate allows none (accuracy 66.67 %, now 100.00 %). "
@@ -132,7 +132,7 @@ def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
 def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
     assert IsBetter().check(seen(test="r" * 6)).passed  # p = 2 / 2^6
     five = IsBetter().check(seen(test="r" * 5))  # p = 2 / 2^5
-    assert five == Finding(
+    assert five == RuleResult(
         "better", False, "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %)."
     )
     assert IsBetter().check(seen(suite="k", test="b" * 6)).ids == {"test": [100, 101, 102, 103, 104, 105]}
@@ -148,7 +148,7 @@ def test_a_requirement_is_one_more_rule() -> None:
 
 def test_protected_samples_must_stay_right() -> None:
     data = seen(suite="kbr", test="kbf")
-    assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == Finding(
+    assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == RuleResult(
         "protected:3 samples",
         True,
         "0 of 1 protected samples that were right broke; 2 more were wrong before, 1 of these are right now.",
@@ -249,8 +249,8 @@ def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(text: str, t
 class FewRepaired(Rule):
     """A rule of one's own."""
 
-    def check(self, pair: ModelPair) -> Finding:
-        return Finding(str(self), int(pair.flips.repaired.sum()) < 2, "few were repaired.")
+    def check(self, pair: ModelPair) -> RuleResult:
+        return RuleResult(str(self), int(pair.flips.repaired.sum()) < 2, "few were repaired.")
 
     def __str__(self) -> str:
         return "few"

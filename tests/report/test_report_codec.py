@@ -44,7 +44,7 @@ from lightning_nrl.report import (
 from lightning_nrl.report.provenance import DataIdentity, Provenance
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
-from lightning_nrl.updates.rules import Finding
+from lightning_nrl.updates.rules import RuleResult
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 SPLIT = SplitReport(
@@ -93,7 +93,7 @@ REPORTS: dict[str, Record] = {
     ),
     "release": ReleaseReport(
         status="refused",
-        findings=(Finding("instance", False, "test: 1 broke.", {"test": [9]}),),
+        findings=(RuleResult("instance", False, "test: 1 broke.", {"test": [9]}),),
         rows=(ReleaseRow("test", "", FLIPS, 0.5, 0.75), ReleaseRow("test", "day", FlipCounts(0, 0, 0, 0), 1.0, 1.0)),
         broken_ids={"test": [9]},
         repaired_ids={"test": [1, 2]},

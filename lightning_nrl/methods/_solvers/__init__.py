@@ -1,4 +1,4 @@
-"""Distilled fits, polishes with an active set, whitened layers, quadratic programmes.
+"""Distilled fits, active-set polishes, layer whitening, quadratic programmes.
 
-In: a problem and weights to start from. Out: weights that break less, or the smallest change that does what is asked.
+In: a problem and initial weights. Out: weights that break less, or the smallest change that meets the constraints.
 """

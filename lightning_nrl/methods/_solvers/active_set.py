@@ -1,8 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. The few that come close are the working set,
-whose margins are measured again and again. Those closer still are active: steps are on their hinge losses, each with a
-multiplier that grows while its constraint is violated. As many others are rehearsed, which holds the model in place.
+Every known passed sample is a constraint: its margin must stay above 0. Samples close to it form the working set, whose
+margins are measured in every round. The closest are active: steps descend their hinge losses, each with a multiplier
+that grows while its constraint is violated. As many others are rehearsed, which keeps the model in place.
 """
 
 from __future__ import annotations
@@ -22,32 +22,31 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS, FORWARD_BACKWARD
 from lightning_nrl.methods.problem import Problem
 
-# Margins are meant for a median margin of passed samples of `REFERENCE_MARGIN`; they grow and shrink with it.
+# The margins below scale with the median margin of passed samples, relative to `REFERENCE_MARGIN`.
 REFERENCE_MARGIN = 8.0
 SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
-HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed up to this, or to this part of what they had
-HINGE_OVER_REQUIRED = 1.2  # at least this many times as far as required
-TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would be paid for by passed samples
+HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed up to this, or this part of their old margin
+HINGE_OVER_REQUIRED = 1.2  # at least this multiple of the required margin
+TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would cost passed samples
 REACHABLE_MARGIN = 0.3  # failing targets this close to being right are tried too
 ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # below the first samples are active, below the second followed
-MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples further away, drawn once, that hold the model where it is
-MAX_WORKING_SET = 64 * BATCH_SIZE  # followed samples, so that a round stays short however much is known
-POLISH_RATE = 5e-5  # of Adam; each step moves unmeasured samples too, so small steps are better than few
-# Faster for each broken sample, and for each open one while targets are enforced: hundreds are out of reach of small
+MAX_REHEARSED = 8 * BATCH_SIZE  # random passed samples further away that hold the model in place
+MAX_WORKING_SET = 64 * BATCH_SIZE  # keeps rounds short on large data
+POLISH_RATE = 5e-5  # of Adam; small, since each step moves unmeasured samples too
+# Faster for each broken, or while targets are enforced violated, sample: hundreds are out of reach of small
 # steps, and few are not worth large ones.
-RATE_PER_BROKEN_SAMPLE, RATE_PER_OPEN_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
-MAX_OPEN_TO_MEASURE = 32  # with more open, the margins measured during the steps suffice to go on
-MIN_STEPS_PER_ROUND = 8  # few samples are gone through several times in a round
-MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of an open sample, each round; half precisions end at some 60,000
+RATE_PER_BROKEN_SAMPLE, RATE_PER_VIOLATED_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
+MAX_VIOLATED_TO_MEASURE = 32  # with more, the margins measured during the steps suffice
+MIN_STEPS_PER_ROUND = 8  # a round repeats few samples
+MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of a violated sample, each round; half precisions end at some 60,000
 
 
 class ActiveSet:
-    """Margins of all known samples as last measured, NaN where the loss is not finite, and the working set.
+    """Last measured margins of all known samples, NaN where the loss is not finite, and the working set.
 
-    A sample of the working set has a teacher: the given state where it is right, else the original model. `enforced`,
-    `N` bool, are targets that steps go on for however far from right they are; its owner may change it between rounds.
-    Without `holds_repairs` no step is made for a sample that the original model fails, nor is it held where it is,
-    unless it is enforced.
+    A sample of the working set is taught by the given state if that is right, else by the original model. `enforced`,
+    `N` bool, are targets to pursue at any distance; the owner may change it between rounds. Without `holds_repairs`,
+    samples that the original model fails are neither attempted nor held, unless enforced.
     """
 
     def __init__(
@@ -65,12 +64,12 @@ class ActiveSet:
         least = HINGE_MARGIN_RATIO * 0.05 * self._unit
         hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(least, HINGE_MARGIN * self._unit)
         hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
-        # Steps end at the hinge, which must be beyond what is required.
+        # Steps end at the hinge, which must exceed the required margin.
         self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required.nan_to_num(0.0))
         weight = before.weight.float()
         self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
         self.multiplier = torch.where(before.passed, weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
-        # Failing targets that count more are tried from further away.
+        # Heavier failing targets are attempted from further away.
         reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
         self._reachable = -self._unit * REACHABLE_MARGIN * reach
         self._right = after.passed & (before.passed | self._held)
@@ -83,41 +82,41 @@ class ActiveSet:
 
     @property
     def broken(self) -> Tensor:
-        """`N` bool: passed samples without the margin that is required of them."""
+        """Passed samples below their required margin, `N` bool."""
         return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
-    def open(self) -> Tensor:
-        """`N` bool: broken samples, and enforced targets that are not right yet."""
+    def violated(self) -> Tensor:
+        """Broken samples and enforced targets that are not right yet, `N` bool."""
         return self.broken | (self.enforced & ~(self.margin >= self._required))
 
     @property
     def infeasible(self) -> Tensor:
-        """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
+        """Broken samples without a finite loss, `N` bool: no step repairs them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
 
     def update(self, after: SampleResults) -> None:
-        """Takes the margins of all known samples; those that came close to the boundary join the working set."""
+        """Sets the margins of all known samples; samples near the boundary join the working set."""
         self.margin = _margins(after)
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """True if any of some passed samples, by row, is broken under a state."""
+        """True if a state breaks any of some passed samples, by row."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Steps on the active samples and as many rehearsed ones, then their margins again; returns the visits."""
+        """Steps on the active and as many rehearsed samples, then measures their margins; returns the visits."""
         before = self.problem.before
-        self.multiplier[self.open] *= MULTIPLIER_GROWTH
+        self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
         near = self.margin < self._unit * ACTIVE_MARGIN
-        pursued = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
-        pursued = (pursued & self._held) | (self.enforced & near)
-        is_active = self.working & ((before.passed & near) | pursued)
+        attempted = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
+        attempted = (attempted & self._held) | (self.enforced & near)
+        is_active = self.working & ((before.passed & near) | attempted)
         active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
         rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
-        weight = self._weight * torch.where(before.passed | self.enforced, self.multiplier, pursued.float())
+        weight = self._weight * torch.where(before.passed | self.enforced, self.multiplier, attempted.float())
         # One transfer a round.
         table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1).to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
@@ -131,8 +130,8 @@ class ActiveSet:
             divergence = self.problem.evaluator.task.divergence(output, taught, batch.target)
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
-        n_open = int(self.open.sum())
-        factor = (RATE_PER_OPEN_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE) * n_open
+        n_violated = int(self.violated.sum())
+        factor = (RATE_PER_VIOLATED_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE) * n_violated
         rate = POLISH_RATE * min(max(1.0, factor), MAX_RATE_FACTOR)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
@@ -143,7 +142,7 @@ class ActiveSet:
         for parts in load_batches(self.problem, batches):
             descent.step(parts, loss, rate=rate)
         self.margin = merge_measurements(self.problem, self.margin, measured)
-        if not self.enforced.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
+        if not self.enforced.any() or int(self.violated.sum()) <= MAX_VIOLATED_TO_MEASURE:
             self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
             visits += len(active)
         return visits
@@ -176,16 +175,13 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
+    """Margins; NaN where the loss is not finite, and below 0 for a lost tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
 
 class TargetSchedule:
-    """Targets that steps go on for, however far from being right they are.
-
-    `wanted`, `N` bool, are not given up for good; `enforced`, always the same tensor, are pursued at present.
-    """
+    """Targets to pursue at any distance, `N` bool: `wanted` until given up, `enforced` (one tensor) right now."""
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
         self._weight = problem.before.weight
@@ -197,30 +193,29 @@ class TargetSchedule:
         return torch.equal(self.enforced, self.wanted)
 
     def begin(self, deadline: Deadline) -> None:
-        """Enforces targets for some rounds or a part of the time, if that is limited."""
         self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all that are wanted, for twice as many rounds."""
+        """Enforces all wanted targets, for twice as many rounds."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Drops what is not right for the time being, where the rounds or the time for it are over."""
+        """Suspends targets that are not right once their rounds or time are used up."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
-            self.enforced &= ~active_set.open
+            self.enforced &= ~active_set.violated
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Drops for good the lesser half, by weight, of what is not right; all where they weigh the same.
+        """Gives up the lighter half of the targets that are not right; all if they weigh the same.
 
-        If all are right and something is broken all the same, those with the largest multiplier are in its way.
+        If all are right but something is broken, gives up those with the largest multipliers.
         """
         weight, multiplier = self._weight, active_set.multiplier
-        late = self.enforced & active_set.open
+        late = self.enforced & active_set.violated
         if not late.any() and self.enforced.any():
             late = self.enforced & (multiplier >= multiplier[self.enforced].max())
         if late.any():

@@ -1,9 +1,9 @@
-"""Changing a last Linear layer is a convex problem: with its inputs at hand, every margin is linear in its weights.
+"""The convex problem of changing a last Linear layer: given its inputs, every margin is linear in its weights.
 
 For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
-weights. Sought is the D that moves the logits of passed data least, in the mean square, while every passed sample keeps
-a part of its margin (hard) and targets get one (each at a price: the strength). Of very many rows, pairs of a sample
-and a rival class, few ever bind: only those that a solution violates are added (cutting planes, Kelley 1960).
+weights. The best D moves the logits of passed data least, in the mean square, while every passed sample keeps a part of
+its margin (hard) and targets get one (each at a price: the strength). Of the many rows, pairs of a sample and a rival
+class, few bind: only violated ones are added (cutting planes, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -20,33 +20,31 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl.methods._solvers.qp import solve_dual
 
 # Margins are in units of the median margin of passed data.
-KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # of its margin, a passed sample keeps this part, or so much if less
+KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # a passed sample keeps this part of its margin, at most this much
 HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
-LEAST_KEPT_MARGIN = 0.01  # of the margin required, what a passed sample keeps at least after the scaling at the end
-# Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
-# are not free.
-HEAD_RIDGE = 1e-4
+LEAST_KEPT_MARGIN = 0.01  # part of the required margin that a passed sample keeps after the final scaling
+HEAD_RIDGE = 1e-4  # of the features' mean eigenvalue, added: directions without passed samples are not free
 MAX_PATH_ROUNDS = 31  # of cutting planes
-PAIRS_PER_ROUND = 400  # that are added, the most violated first
-VIOLATION_TOLERANCE = 1e-3  # of the unit, what a violated pair lacks; the rest is scaled away exactly
-# Samples, and logits, computed at once, all of them up to the first. Of more, parts that a processor's cache likes, and
-# only those samples whose margin may be too small.
+PAIRS_PER_ROUND = 400  # added, the most violated first
+VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations exactly
+# Samples and logits in one block. Larger data are processed in cache-sized parts, and only samples whose margin may be
+# too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
 LOGITS_PER_BLOCK = 2**22
-REACH_SLACK = 1.001  # more than what rounding may add to a distance in whitened weights
+REACH_SLACK = 1.001  # covers rounding of distances in whitened weights
 
 
 @dataclass(frozen=True)
 class ConvexHead:
-    """A last Linear layer on `n` known samples. Beside its tensors it holds a block of samples at once."""
+    """A last Linear layer on `n` known samples; processes one block of samples at a time."""
 
-    features: Tensor  # N x d, what the layer gets; with a column of ones if its bias may change and `ones` is false
-    logits: Tensor  # N x C, what it gives
+    features: Tensor  # N x d, inputs; with a column of ones if the bias may change and `ones` is False
+    logits: Tensor  # N x C, outputs
     label: Tensor  # n int64, the true classes
-    targeted: Tensor  # n bool, samples to be repaired; all others are passed and to be kept
-    weight: Tensor | None = None  # n, what the missing margin of a target costs more than that of another
-    rows: Tensor | None = None  # n int64, where the samples are among the N; None: they are all of them
-    ones: bool = False  # whether a column of ones is put beside the features where they are used
+    targeted: Tensor  # n bool, samples to repair; all others are passed samples to keep
+    weight: Tensor | None = None  # n, relative prices of targets
+    rows: Tensor | None = None  # n int64, rows of the samples among the N; None: all
+    ones: bool = False  # True to append a column of ones to the features on use
 
     @property
     def n_features(self) -> int:
@@ -54,11 +52,10 @@ class ConvexHead:
 
     @property
     def is_large(self) -> bool:
-        """True if the samples do not fit in one block."""
         return len(self.label) > ROWS_PER_BLOCK or len(self.label) * self.logits.shape[1] > LOGITS_PER_BLOCK
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
-        """Samples, all or chosen ones (int64), block by block."""
+        """Yields all or chosen samples (int64) in blocks."""
         n = len(self.label) if chosen is None else len(chosen)
         size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
         for start in range(0, n, size):
@@ -73,12 +70,11 @@ class ConvexHead:
         return self.logits[some if self.rows is None else self.rows[some]]
 
     def margins(self, some: Tensor | slice) -> Tensor:
-        """`m x C`: the margin of some samples over each class, infinite over their own."""
+        """Margins of some samples over each class, `m x C`, infinite over their own."""
         return margins_over_rivals(self.outputs(some), self.label[some])
 
     @cached_property
     def narrowest(self) -> Tensor:
-        """`n`, the least margin of each sample."""
         return torch.cat([self.margins(some).amin(1) for some in self.blocks()])
 
     @cached_property
@@ -87,13 +83,12 @@ class ConvexHead:
 
     @cached_property
     def required(self) -> Tensor:
-        """`n`, the margin that each sample is to have."""
         kept = (KEPT_MARGIN_RATIO * self.narrowest).clamp(max=MAX_KEPT_MARGIN * self.unit)
         return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
 
     @cached_property
     def root(self) -> Tensor:
-        """`d x d`: C^(-1/2), where C is the second moment of the features of passed data."""
+        """C^(-1/2), `d x d`, where C is the second moment of the features of passed data."""
         dtype, passed = widest(self.features.device), ~self.targeted
         moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
         for some in self.blocks():
@@ -106,28 +101,25 @@ class ConvexHead:
         return root
 
     def white(self, rows: Tensor) -> Tensor:
-        """`n x d`: the features of some samples in coordinates in which the passed ones have a second moment of 1."""
+        """Whitened features of some samples, `m x d`: those of passed data have a second moment of 1."""
         return self.inputs(rows).to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
-        """The logits of some samples, `m x C`, under a change of the weights, `C x d`."""
+        """Logits of some samples, `m x C`, under a change of the weights, `C x d`."""
         return self.outputs(some) + self.inputs(some) @ change.T.to(self.features)
 
     @cached_property
     def reach(self) -> Tensor:
-        """`n`: how far two classes' weights must move apart, in whitened weights, before a margin can be too small.
+        """How far two classes' whitened weights must move apart before a margin can be too small, `n`.
 
-        That margin moves by no more than this distance times the length of the whitened features (Cauchy, Schwarz).
+        A margin moves by no more than this distance times the length of the whitened features (Cauchy, Schwarz).
         """
         root = self.root.to(self.features)
         length = torch.cat([(self.inputs(some) @ root).norm(dim=1) for some in self.blocks()])
         return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
-        """Of some samples, `n` bool, those whose margin may be less than required under a change, `m` int64.
-
-        None, which stands for all, where there are no more samples than in a block.
-        """
+        """Samples, `m` int64, whose margin a change may push below the required one; None: all, in one block."""
         if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
@@ -135,7 +127,7 @@ class ConvexHead:
         return (among & (self.reach <= apart[self.label])).nonzero().flatten()
 
     def right(self, change: Tensor) -> Tensor:
-        """`n` bool, which samples the layer gets right under a change of the weights, `C x d`."""
+        """Samples that the layer gets right under a change (`C x d`), `n` bool."""
         right = ~self.targeted
         for some in self.blocks(self.reached(change, torch.ones_like(right))):
             right[some] = self.changed(change, some).argmax(1) == self.label[some]
@@ -149,12 +141,11 @@ def regularization_path(
     is_over: Callable[[], bool] = lambda: False,
     max_pairs: int | None = None,
 ) -> Iterator[Tensor]:
-    """The best change at each strength, weakest first, each solved from the one before.
+    """Yields the best change at each strength, weakest first, each warm-started from the one before.
 
-    Each is `C x d` and leaves right every passed sample that counts (`used`, `N` bool), with what the scaling left of
-    the margin required. A strength is the price of a target's missing margin, in units of what the median target would
-    take if it were the only one. Once time `is_over` no step is made and no pair added, and the scaling loses more. The
-    path ends with the first programme of more than `max_pairs`.
+    Each is `C x d` and breaks no passed sample among `used`, `N` bool. A strength is the price of a target's missing
+    margin, in units of what the median target would take on its own. Once `is_over`, no step is made and no pair added,
+    so the scaling loses more. The path ends after the first programme of more than `max_pairs`.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -173,7 +164,7 @@ def regularization_path(
 
 
 class _PairProgramme:
-    """The programme of one price under some pairs of a sample and a class; `change`, `C x d`, is whitened."""
+    """The programme at one price with some pairs of sample and class; `change`, `C x d`, is whitened."""
 
     def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
         self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
@@ -183,7 +174,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
-        """Goes on at another price of a target's missing margin, with the pairs that bind."""
+        """Sets another price of a target's missing margin; keeps the binding pairs."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
@@ -206,7 +197,7 @@ class _PairProgramme:
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
-        """Adds the pairs that lack most of the margin required."""
+        """Adds the most violated pairs."""
         head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
         codes, lacks = [self._code[:0]], [head.required[:0]]
         for some in head.blocks(head.reached(change, self.used)):
@@ -226,7 +217,7 @@ class _PairProgramme:
 
 
 def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
-    """The greatest part of a change that leaves every passed sample at least a hundredth of the margin required."""
+    """The largest fraction of a change that leaves every passed sample `LEAST_KEPT_MARGIN` of its required margin."""
     passed = used & ~head.targeted
     least = 1.0
     for some in head.blocks(head.reached(change, passed)):
@@ -247,7 +238,7 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Solves and adds violated rows in turns, while there are any; True if none is violated at the end."""
+    """Alternates solving and adding violated rows; True if none is violated at the end."""
     for _ in range(max_rounds):
         solve()
         if not add_violated():
@@ -258,13 +249,13 @@ def add_cutting_planes(
 
 
 def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
-    """The label's logit above each other one, `n x C`; infinite at the label itself."""
+    """The label's logit minus each other one, `n x C`; infinite at the label."""
     own = label[:, None]
     return (logits.gather(1, own) - logits).scatter(1, own, float("inf"))
 
 
 def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
-    """1 at the label and -1 at the rival, `... x C`, in the dtype of `like`: GPUs multiply no matrices of integers."""
+    """1 at the label and -1 at the rival, `... x C`, in the dtype of `like`: GPUs multiply no integer matrices."""
     n_classes = like.shape[-1]
     return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
 
@@ -275,5 +266,5 @@ def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
 
 
 def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
-    """The change of the weights that is the sum of pairs by their multipliers, `... C x d`; the same in every run."""
+    """Sum of pairs weighted by multipliers, a change of the weights, `... C x d`; deterministic."""
     return (sides * multipliers[..., None]).mT @ features

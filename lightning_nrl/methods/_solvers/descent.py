@@ -1,4 +1,4 @@
-"""Gradient steps on weights of a copy: as deployed, over all known splits and ranks, the live model left alone."""
+"""Gradient steps on a copy of the weights: as deployed, over all known splits and ranks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, Part, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MAX_SAMPLE_WEIGHT = 10.0  # a loss with a larger weight would drown all others
+MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
-"""From a batch, its rows among the known samples and the logits: a sum over its samples, to be made small."""
+"""Sums the loss over a batch, from the batch, its rows among the known samples, and the logits."""
 
 
 class Descent:
-    """Weights that take steps.
+    """Weights that take gradient steps; the live model stays unchanged.
 
-    Batch norm and dropout work as deployed, since the model stays in evaluation mode. Steps are taken on float32
-    copies, because steps that are smaller than the rounding of a half precision would be lost; the model runs on them
-    in its own dtype. Where a mini-batch does not fit in memory, its gradient is summed over smaller forward passes.
+    The model stays in evaluation mode, so batch norm and dropout work as deployed. Steps are on float32 copies, since
+    half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
+    its gradient is summed over smaller forward passes.
 
-    The parameters in `problem.scope` move from `state`, whose values beyond the scope stay. The optimizer must not care
-    for the scale of the loss, such as Adam: losses are sums over samples, so that they add up over splits and ranks and
-    do not vanish in half precision. `masks` say by name of a parameter which of its weights may move.
+    The parameters in `problem.scope` move from `state`, whose other values stay. Losses are sums over samples, so that
+    they add up over splits and ranks and do not vanish in half precision; the optimizer must be scale-invariant, such
+    as Adam. `masks` select movable weights by parameter name.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Descent:
         given = {id(live[name]): value for name, value in state.items()}
         moving = {id(parameters[name]) for name in problem.scope}
         self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
-        # Without gradients, which would otherwise gather in the live parameters.
+        # Detached, or gradients would accumulate in the live parameters.
         fixed = {k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given}
         self._frozen = fixed | self._given
         self._dtypes = {name: parameters[name].dtype for name in problem.scope}
@@ -63,21 +63,22 @@ class Descent:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """The weights as they are now, in the dtypes of the model, with what was given beyond the scope."""
+        """The current weights in the model's dtypes, with the given values beyond the scope."""
         moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
         return {**self._given, **moved}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the model runs on the weights as they are now, and gradients lead to them."""
+        """Runs the model on the current weights inside the block, with gradients to them."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """One step on this rank's share of a mini-batch, the gradients summed over splits and ranks.
+        """Steps once on this rank's share of a mini-batch, gradients summed over splits and ranks.
 
-        If a single sample does not fit in the memory of one rank, it is a `DeviceMemoryError` on all, and no step.
+        Raises:
+            DeviceMemoryError: on all ranks, without a step, if a single sample exceeds the memory of one.
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate
@@ -96,12 +97,12 @@ class Descent:
                 x.grad = x.grad.where(mask, 0)
         self.optimizer.step()
         for (x, mask), value in zip(self._masked, old, strict=True):
-            # Weight decay moves also what has no gradient.
+            # Weight decay also moves weights without gradients.
             x.detach().copy_(x.detach().where(mask, value))
         self.optimizer.zero_grad()
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
-        """Leaves the gradient of the loss over this rank's parts in the copies; False if memory did not suffice."""
+        """Accumulates the gradient of this rank's parts in the copies; False if out of memory."""
 
         def work() -> bool:
             with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
@@ -126,7 +127,7 @@ class Descent:
                 yield from pieces
 
     def _sum_gradients(self, has_fitted: bool) -> bool:
-        """Sums gradients over ranks; False if memory did not suffice on one."""
+        """Sums gradients over ranks; False if one is out of memory."""
         copies = list(self._copies.values())
         mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
         flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
@@ -134,6 +135,6 @@ class Descent:
         *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
         *used, failed = flags.tolist()
         for x, grad, ranks in zip(copies, grads, used, strict=True):
-            # As on one rank: what no loss depends on has no gradient, and weight decay leaves it.
+            # As on one rank: parameters without influence have no gradient, and weight decay skips them.
             x.grad = grad.view_as(x).to(x.dtype) if ranks else None
         return not failed

@@ -1,7 +1,7 @@
-"""Fine-tuning with distillation: steps that repair targets, for one layer, a block or a whole network as deployed.
+"""Fine-tuning with distillation of one layer, a block or a whole network as deployed.
 
-Every known sample is trained on; passed samples are held to what the original model says of them. Hard samples are
-mined: those that are right by a wide margin, before and now, are left out of most epochs.
+Trains on every known sample; distils passed samples from the original model. Skips easy samples, right by a wide margin
+before and now, in most epochs.
 """
 
 from __future__ import annotations
@@ -24,25 +24,21 @@ from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Renew, Trained
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
-TARGET_EMPHASIS = 3.0  # how much more the loss of a target counts than that of another sample
-EASY_FRACTION = 0.25  # of the easy samples, what an epoch trains on
+TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
+EASY_FRACTION = 0.25  # of the easy samples, per epoch
 
 
 def distill(
-    problem: Problem,
-    *,
-    deadline: Deadline | None = None,
-    weight: Tensor | None = None,
-    renew: Renew | None = None,
+    problem: Problem, *, deadline: Deadline | None = None, weight: Tensor | None = None, renew: Renew | None = None
 ) -> Trained | None:
-    """Steps on known data from the original weights, of the parameters in the problem's scope.
+    """Takes steps on known data from the original weights of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
-    Samples whose `weight`, `N`, is 0 are left out. The time of the first steps says how many there are before a
-    deadline, the same on every rank; the schedule ends with them. Where a single sample does not fit in memory, the
-    last step that fitted is the last one, with a warning. None if `renew`, which is called halfway, ends it.
+    Skips samples whose `weight`, `N`, is 0. The pace of the first steps sets the number of steps before a deadline, the
+    same on every rank; the schedule ends with them. If a single sample exceeds the memory, training ends with a
+    warning. Returns None if `renew`, called halfway, stops it.
     """
     run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
     rows, has_renewed = run.used.nonzero().flatten(), renew is None
@@ -62,7 +58,7 @@ def distill(
 
 
 class _Distillation:
-    """A fit in progress: margins as last measured, and how many visits of samples were made and are planned."""
+    """A fit in progress: last measured margins, and the visits made and planned."""
 
     def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
         before = problem.before
@@ -80,13 +76,13 @@ class _Distillation:
         self.planned = self.most = problem.epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
-        """Steps on these rows in random order; whether there is time for another epoch."""
+        """Steps on these rows in random order; True if there is time for another epoch."""
         batches = shuffled_batches(rows, self._generator)
         measured: list[tuple[Tensor, Tensor]] = []
         start, began = self.visits, self.deadline.now()
         for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
             if number == 1 and not start:
-                # The first step also warms up.
+                # The first step is a warm-up.
                 start, began = self.visits, self.deadline.now()
             if number == 1 + PACE_STEPS:
                 self._plan(start, began)
@@ -104,7 +100,6 @@ class _Distillation:
         return self.visits < self.planned
 
     def hard_and_some_easy(self) -> Tensor:
-        """Rows for the next epoch: all but the easy ones, and a random part of these."""
         easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
         is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
         return (is_drawn & self.used).nonzero().flatten()
@@ -120,7 +115,7 @@ class _Distillation:
         return (of_loss * task.loss(output, batch.target)).sum() + (of_divergence * divergence).sum()
 
     def _plan(self, start: int, began: float) -> None:
-        """Plans visits by the time that is left and the pace since `start`; the first rank's answer."""
+        """Plans visits by the time left and the pace since `start`; the first rank decides."""
         if self.deadline.is_set and self.visits > start:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(self.most, self.visits + int(more))

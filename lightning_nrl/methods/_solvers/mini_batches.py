@@ -1,4 +1,4 @@
-"""Mini-batches of chosen rows over all known splits and ranks, and what was measured on them."""
+"""Mini-batches of chosen rows over all known splits and ranks, and measurements on them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.methods.problem import Problem
 
-BATCH_SIZE = 128  # samples in one step, over all ranks: what the recipes here were tried with
+BATCH_SIZE = 128  # samples per step over all ranks; the recipes are tuned for it
 
 Part = tuple[Batch, Tensor]
 """Samples of one split, and their rows among the known samples, `n` int64."""
 
 
 def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE) -> list[Tensor]:
-    """Rows in random order, in mini-batches of about the same size, at most `size`."""
+    """Rows in random order, in mini-batches of similar size, at most `size`."""
     if not len(rows):
         return []
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """This rank's share of mini-batches of rows, each as parts of one split, none larger than that split's batches."""
+    """Loads this rank's share of mini-batches of rows, as parts of one split, none larger than that split's batches."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
@@ -49,12 +49,12 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A column over all known samples, `N`, with new values at the rows that any rank measured; of several the last."""
+    """A column over all known samples, `N`, with the last values that any rank measured."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])
         sizes = [len(rows) for rows, _ in measured]
-        # One transfer; and later values overwrite earlier ones, which indexing alone would not promise.
+        # One transfer; the loop lets later values overwrite earlier ones, which one indexed write does not guarantee.
         for some, value in zip(rows.split(sizes), values.cpu().split(sizes), strict=True):
             new[some], is_new[some] = value.to(column.dtype), 1.0
     new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
@@ -62,5 +62,5 @@ def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tupl
 
 
 def _batch_size(source: Source) -> int:
-    # Reading a batch to know is slow where workers have to start for it.
+    # Reading a batch to find out is slow if workers must start.
     return getattr(source, "batch_size", None) or len(next(iter(source), ()))

@@ -1,14 +1,12 @@
 """Polish: small steps near the decision boundary until new weights break nothing that the original ones get right.
 
-New weights repair much and break a little. What they break lies near the boundary; steps on it bring it back, and hold
-what was repaired. Of all the weights on the way that break nothing, counted on all known samples, those whose repairs
-are worth most are the result; the original ones are the last resort. What the gate allows to break may stay broken
-("nothing broken" below: no more than that).
+New weights repair much and break a little. The broken samples lie near the boundary; steps on them restore them and
+hold the repairs. The result is the best iterate that breaks nothing, counted on all known samples; the original weights
+are the last resort. The gate may allow some to stay broken ("nothing broken" below: no more than that).
 
-A polish **enforces** failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
-limited it lets those that are not right go after some rounds, so that what broke on their behalf can be mended, and
-enforces them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
-that are still not right.
+On request a polish **enforces** failing targets at any distance (`TargetSchedule`). In limited time it suspends those
+that are not right after some rounds, repairs what broke on their behalf, and enforces them again once nothing is
+broken. Each retreat **gives up** the lighter half of the targets that are still not right.
 """
 
 from __future__ import annotations
@@ -44,20 +42,20 @@ from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.report.run_records import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
-RETREAT_FACTOR = 0.9  # of the way from the original weights, what a retreat leaves, where fewer samples are broken
-HOLDING_STARTS = 3  # from later starts what was repaired may be lost, since it stands in the way
-BISECTIONS = 6  # of the way back, by what is known to be broken
-MAX_COUNTS = 6  # of all known samples on the way back; each may show others that are broken
+RETREAT_FACTOR = 0.9  # of the way from the original weights, kept by a retreat
+HOLDING_STARTS = 3  # later starts may lose repairs, which are in the way
+BISECTIONS = 6  # of the way back, on samples known to be broken
+MAX_COUNTS = 6  # of all known samples on the way back; each may reveal more broken ones
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope."""
+    """Weights that break nothing: the given ones and, after steps, all parameters of the scope."""
 
     rounds: int = 0
-    strength: float = 1.0  # 1 if the steps sufficed; else how far from the original weights (0) it went back
-    course: tuple[TargetCounts, ...] = ()  # what became of the known samples, each time that all were counted
-    stopped: str = ""  # why the rounds ended early; empty if they did not
+    strength: float = 1.0  # 1 without a step back; 0: the original weights
+    course: tuple[TargetCounts, ...] = ()  # of the known samples, each time all were counted
+    stopped: str = ""  # why the rounds ended early, if they did
 
     @property
     def note(self) -> str:
@@ -75,11 +73,11 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
+    """Steps from a state until no known passed sample is broken; if that fails, steps back until none is.
 
-    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` is when it has to
-    be over, save for a few forward passes over known data. `after` is what the model does under the given state, if
-    that is known. With `enforce` steps go on for all failing targets, else only for those that are nearly right.
+    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` may be exceeded
+    by a few forward passes over known data. `after` are the known results of the given state, if available. `enforce`
+    pursues all failing targets, else only nearly right ones are.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
@@ -92,9 +90,9 @@ def polish(
 def polished(
     problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, enforce: bool = False
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
-    """A proposal polished as a stage of a repair; the step of the report, and all counts on the way.
+    """Polishes a proposal as a stage of a repair; returns the result, its report step, and all counts on the way.
 
-    `steered`: slices that lack repairs count more. Without a `deadline` it has all that is left for methods.
+    `steered`: slices that lack repairs count more. `deadline`: None for all the time left to methods.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -106,8 +104,7 @@ def polished(
     return proposal, proposal.step(clock.elapsed - began, found.note), found.course
 
 
-Phase = Callable[[], Any]
-"""A method of `_Polish`, which returns the next phase; None: it is done."""
+Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase; None: done
 
 
 def _polish(*arguments: Any) -> PolishResult:
@@ -120,9 +117,9 @@ def _polish(*arguments: Any) -> PolishResult:
 
 
 class _Polish:
-    """A polish in progress. "Open" are broken samples, and enforced targets that are not right.
+    """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
 
-    `best` breaks nothing; `state` is where the present start began or steps ended; `after` is the last count.
+    `best` breaks nothing; `state` is where the current start began or steps ended; `after` is the last count.
     """
 
     def __init__(
@@ -138,23 +135,23 @@ class _Polish:
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
         self.rounds = self.retreats = self._rounds_left = 0
-        self._fewest_open = self._fewest_ever = math.inf
+        self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
-        # Targets are enforced where no training went before.
+        # Enforced targets get a budget of their own, since no training went before.
         self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
         self.stopped = ""
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
-        self._n_first = 0  # open at the first start
+        self._n_first = 0  # violated at the first start
 
     def start(self) -> Phase | None:
         """Begins with weights that were just counted: the given ones, or those after a retreat."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
-        self._n_first = self._n_first or int(self.active_set.open.sum())
-        if self._is_settled(self.active_set.open):
+        self._n_first = self._n_first or int(self.active_set.violated.sum())
+        if self._is_satisfied(self.active_set.violated):
             self._keep(self.state)
             if not self._may_enforce_again or self._end_of_rounds.is_over():
                 return None
@@ -166,7 +163,6 @@ class _Polish:
         return self._step
 
     def _step(self) -> Phase:
-        """One round of steps on the active samples."""
         self.targets.before_round(self.active_set)
         try:
             self._visits += self.active_set.round(self.descent) / self._budget
@@ -174,23 +170,23 @@ class _Polish:
             return self._stop_steps()
         self.rounds += 1
         self._rounds_left -= 1
-        is_open = self.active_set.open
-        n_open = int(is_open.sum())
-        total = max(self._n_first, n_open)
-        self.problem.clock.tell(total - n_open, total, broken=int(self.active_set.broken.sum()))
-        if n_open < self._fewest_ever:
-            self._fewest_ever, self._visits_at_low = n_open, self._visits
-        if n_open < self._fewest_open:
+        is_violated = self.active_set.violated
+        n_violated = int(is_violated.sum())
+        total = max(self._n_first, n_violated)
+        self.problem.clock.tell(total - n_violated, total, broken=int(self.active_set.broken.sum()))
+        if n_violated < self._fewest_ever:
+            self._fewest_ever, self._visits_at_low = n_violated, self._visits
+        if n_violated < self._fewest_violated:
             most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
-            self._rounds_left, self._fewest_open = min(MAX_STALLED_ROUNDS, most), n_open
-        return self._verify if self._is_settled(is_open & self.active_set.working) else self._after_round()
+            self._rounds_left, self._fewest_violated = min(MAX_STALLED_ROUNDS, most), n_violated
+        return self._verify if self._is_satisfied(is_violated & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Counts all known samples; what is open among them joins the working set."""
+        """Counts all known samples; violated ones join the working set."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
-        if self._is_settled(self.active_set.open):
+        if self._is_satisfied(self.active_set.violated):
             if not self._keep(state) or not self._may_enforce_again:
                 return None
             self.targets.enforce_again(self.active_set, self._end_of_rounds)
@@ -211,7 +207,7 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets and goes back a part of the way; if only these were open, the weights are a result."""
+        """Gives up targets and goes back part of the way; if only targets were violated, the weights are a result."""
         state = self.descent.state()
         if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)
@@ -228,10 +224,10 @@ class _Polish:
         return self._scale_back
 
     def _scale_back(self) -> None:
-        """Goes as far back towards the original weights as it takes for nothing to be broken.
+        """Goes back towards the original weights until nothing is broken.
 
-        A bisection by what is broken, then a count of all known samples, which may show others for the next bisection.
-        Where that does not end, or time is over after the first count, it is the original weights.
+        Bisects on the samples known to be broken, then counts all, which may reveal more for the next bisection. Falls
+        back to the original weights if that does not end, or time runs out after the first count.
         """
         problem, active_set = self.problem, self.active_set
         original, strength = snapshot(problem.model), 1.0
@@ -250,7 +246,7 @@ class _Polish:
             scaled = between(original, self.state, strength)
             self.after = problem.evaluate(scaled)
             active_set.update(self.after)
-            if self._is_settled(active_set.broken):
+            if self._is_satisfied(active_set.broken):
                 self._take(scaled, strength)
                 return
             rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
@@ -259,37 +255,37 @@ class _Polish:
 
     @property
     def _end_of_rounds(self) -> Deadline:
-        """When rounds must end, so that the way back can be counted."""
+        """Deadline of the rounds, which leaves time to count the way back."""
         return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
 
     @property
     def _may_enforce_again(self) -> bool:
-        """True if targets were let go, as happens only where time is limited."""
+        """True if targets were suspended, which only limited time causes."""
         return self._deadline.is_set and not self.targets.enforces_all
 
-    def _is_settled(self, is_open: Tensor) -> bool:
-        """True if open samples, `N` bool, are no more than the gate allows, and no enforced targets."""
-        broken = is_open & self.problem.before.passed
-        if not broken.any() or (is_open & ~broken).any():
-            return not is_open.any()
+    def _is_satisfied(self, is_violated: Tensor) -> bool:
+        """True if the gate allows the violated samples, `N` bool, and no enforced target is among them."""
+        broken = is_violated & self.problem.before.passed
+        if not broken.any() or (is_violated & ~broken).any():
+            return not is_violated.any()
         return not self.problem.excess(self.after, broken)
 
     def _renew_rounds(self) -> None:
-        self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
+        self._rounds_left, self._fewest_violated = MAX_STALLED_ROUNDS, math.inf
 
     def _keep(self, state: State) -> bool:
         return self._take(state, RETREAT_FACTOR**self.retreats)
 
     def _take(self, state: State, strength: float) -> bool:
-        """Takes weights that were just counted as a result, if their repairs are worth more than the best so far."""
+        """Keeps weights that were just counted if their value beats the best so far."""
         proposal = self.problem.counted("polish", state, self.after)
-        is_better = self.best is None or proposal.gain > self.best.gain
+        is_better = self.best is None or proposal.value > self.best.value
         if is_better:
             self.best = PolishResult(**vars(proposal), rounds=self.rounds, strength=strength)
         return is_better
 
     def _count(self, state: State) -> SampleResults:
-        """Counts all known samples under a state, and keeps how long that took."""
+        """Counts all known samples under a state; updates the time of a pass."""
         began = self._deadline.now()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))

@@ -1,24 +1,24 @@
-"""The smallest change that does what rows of a linear system ask: quadratic programmes, solved in their dual.
+"""Quadratic programmes for the smallest change that meets linear constraints, solved in their dual.
 
 A programme is
 
     min over x, s >= 0   1/2 |x|^2 + sum_i limit_i * s_i     so that   A x + s >= required,
 
-where a row with an infinite limit is hard: its s is 0. Its dual has one multiplier a row and bounds alone,
+where a row with an infinite limit is hard: its s is 0. Its dual has one multiplier per row and only bounds,
 
     max over a   required' a - 1/2 a' K a     so that   0 <= a <= limit,     K = A A',
 
-and x = A' a. Its value at any a is a lower bound of the minimum; it grows without limit exactly where no x fulfils the
-hard rows.
+and x = A' a. Its value at any a is a lower bound of the minimum; it is unbounded exactly if the hard rows are
+infeasible.
 
-There are two solvers, each far too slow at what the other is for: 955 rows take the Newton method 0.2 s and the
-active-set method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: a GPU would wait
-for the host some 30,000 times a repair.
+There are two solvers, each far too slow for the other's task: 955 rows take the Newton method 0.2 s and the active-set
+method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: a GPU would wait for the host
+some 30,000 times per repair.
 
-- One large dual, singular where there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
+- One large dual, singular if there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
   semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
-- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which lets one row in or out
-  at a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the same up to a factor, and
+- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which adds or drops one row at
+  a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the same up to a factor, and
   bounded.
 """
 
@@ -36,12 +36,12 @@ from lightning_nrl._utils.interrupts import poll
 
 
 class DualSolution(NamedTuple):
-    """The solution of a dual; of a batch of `T` programmes every tensor has `T` as its first dimension."""
+    """The solution of a dual; in a batch of `T` programmes every tensor has `T` as its first dimension."""
 
-    values: Tensor  # m, one multiplier a row, from 0 to its limit, where `gram` is; the change is x = A' values
+    values: Tensor  # m, multipliers from 0 to the limits, on the device of `gram`; x = A' values
     value: Tensor  # the dual's value there: a lower bound of the minimum
-    is_solved: Tensor  # bool, whether the conditions of a solution hold to rounding; if not, it is the best found
-    is_feasible: Tensor  # bool, whether the hard rows can be fulfilled; if not, `values` means nothing
+    is_solved: Tensor  # bool, False: the optimality conditions do not hold to rounding, the best found
+    is_feasible: Tensor  # bool, False: the hard rows contradict each other, `values` is meaningless
 
 
 @torch.no_grad()
@@ -57,13 +57,12 @@ def solve_dual(
     """Solves one programme, or many small ones at once, in float64 on the CPU.
 
     Args:
-        gram: `m x m`, K = A A', products of the rows; or `T x m x m`. A row of zeros that requires 0 is none.
-        required: `m` or `T x m`, what each row must give at least.
+        gram: `m x m`, K = A A', products of the rows; or `T x m x m`. A row of zeros that requires 0 is ignored.
+        required: `m` or `T x m`, lower bounds of the rows.
         limit: `m`, from 0, of one programme; infinite for a hard row. None: all rows are hard.
-        start: like `required`, multipliers to begin with, such as those of a similar programme; None: 0.
-        max_value: programmes of a batch whose value exceeds it are left as they are then, as not feasible. Without it
-            each of them must have a solution.
-        is_over: of one programme, asked at each step whether time is over; then the best so far is given.
+        start: like `required`, initial multipliers, such as those of a similar programme; None: 0.
+        max_value: stops programmes of a batch whose value exceeds it, as infeasible. Without it all must be feasible.
+        is_over: of one programme, asked at each step: True to stop with the best so far.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -77,24 +76,24 @@ def solve_dual(
     return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
 
 
-CONDITIONS_TOLERANCE = 1e-7  # violation of a solution's conditions, in parts of what the rows require
-# Weight of the proximal term beside rows of norm 1, and what it is multiplied with from step to step, down to a least.
-# Large at first, so that few multipliers change sides at once; least as a Cholesky factor in float64 allows.
+CONDITIONS_TOLERANCE = 1e-7  # of the optimality conditions, relative to what the rows require
+# Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at first, so that few
+# multipliers change sides at once; the minimum is what a Cholesky factor in float64 allows.
 PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
-# Proximal steps, all Newton steps, and those in a row that bring one no nearer. Programmes of 200 to 1,500 rows take 5
-# to 10 and 20 to 60; only multipliers a million times as large as others need more.
+# Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of 200 to 1,500 rows
+# take 5 to 10 and 20 to 60; only multipliers a million times as large as others need more.
 MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
-# Hard rows contradict each other if only an x this many times as long as one row needs could fulfil them all.
+# Hard rows are contradictory if x must be this many times as long as for a single row.
 CONTRADICTION_RATIO = 1e6
 
 
 def solve_one(
     gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Multipliers, whether they are a solution to rounding, and whether the hard rows can be fulfilled."""
+    """Multipliers, True if they solve the programme to rounding, True if the hard rows are feasible."""
     if not len(required):
         return required, True, True
-    # Rows of norm 1, so that one tolerance and one proximal weight suit them all. A row of zeros stays one.
+    # Rows of norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.
     norm = gram.diagonal().clamp_min(0).sqrt()
     norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
     box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
@@ -114,13 +113,13 @@ class _Box:
         return values.clamp_min(0).minimum(self.limit)
 
     def residual(self, values: Tensor) -> float:
-        """By how much the conditions of a solution are violated, in units of `required`."""
+        """Largest violation of the optimality conditions, in units of `required`."""
         gradient = self.gram @ values - self.required
         at_bound = ((values <= 0) & (gradient > 0)) | ((values >= self.limit) & (gradient < 0))
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
     def is_contradictory(self, change: Tensor) -> bool:
-        """True if multipliers that grow without end prove hard rows contradictory (Farkas).
+        """True if diverging multipliers prove the hard rows contradictory (Farkas).
 
         With d >= 0 on hard rows, any x that fulfils them has |A' d| |x| >= d' A x >= d' required.
         """
@@ -131,7 +130,7 @@ class _Box:
 
 
 def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
-    """Each step solves the dual plus a distance from where the step before ended, which weighs less and less."""
+    """Each step solves the dual plus a shrinking penalty on the distance from the step before."""
     scale = max(float(box.required.abs().amax()), 1e-30)
     best, least, weight, steps_left = values, box.residual(values), PROXIMAL_WEIGHT, MAX_NEWTON_STEPS
     wanted = 0.1 * scale
@@ -183,7 +182,7 @@ def _newton(
 
 
 def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Tensor, direction: Tensor) -> float:
-    """How far to go, at most once the direction: where the slope along it, which only rises, is 0."""
+    """Step length in [0, 1] where the slope along the direction, which only rises, is 0."""
     along = box.gram @ direction
 
     def slope(t: float) -> float:
@@ -199,13 +198,13 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: rows alike up to rounding have no unique multipliers
-MAX_EXCHANGES = 400  # rows let in or out; a programme takes about twice as many as rows bind
-RESIDUAL_TOLERANCE = 1e-6  # of the most that a row requires
+RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: nearly equal rows have no unique multipliers
+MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
+RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Multipliers `T x m`, the dual's value `T`, and whether the method ended by itself, `T` bool."""
+    """Multipliers `T x m`, the dual's value `T`, and True where the method converged, `T` bool."""
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
     jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -214,13 +213,13 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
     small = RESIDUAL_TOLERANCE * required.abs().amax(1, keepdim=True)
     values = _best_multiple(values, bounded, required)
     binding = values > 0
-    settled, going = ~binding.any(1), torch.arange(len(gram))
+    converged, going = ~binding.any(1), torch.arange(len(gram))
     for _ in range(MAX_EXCHANGES):
         g, h, b, u, some = gram[going], bounded[going], required[going], values[going], binding[going]
         lacking = torch.where(some, -torch.inf, b - _times(h, u))
         most, new = lacking.max(1)
-        enters = settled[going] & (most > small[going, 0])
-        over = settled[going] & ~enters
+        enters = converged[going] & (most > small[going, 0])
+        over = converged[going] & ~enters
         some[enters, new[enters]] = True
         goal = _solve_equalities(h, b, some)
         bad = some & (goal <= 0)
@@ -228,11 +227,11 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
         length = ratio.amin(1, keepdim=True).clamp_max(1.0)
         leaves = bad & (ratio <= length)
         next_u = torch.where(leaves, 0.0, (u + length * (goal - u)).clamp_min(0))
-        # Rounding alone can let a row in that leaves at once.
+        # Rounding can add a row that leaves at once.
         over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
         values[going] = torch.where(over[:, None], u, next_u)
         binding[going] = some & ~leaves
-        settled[going] = ~bad.any(1)
+        converged[going] = ~bad.any(1)
         over |= _value(g, b, _best_multiple(values[going], g, b)) > max_value
         going = going[~over]
         if not len(going):
@@ -244,7 +243,7 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
 
 
 def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
-    """Multipliers for which the binding rows hold with equality, 0 elsewhere; not finite where there are none."""
+    """Multipliers for which the binding rows hold with equality, 0 elsewhere; not finite if there are none."""
     width = max(1, int(binding.sum(1).amax()))
     at = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     some = binding.gather(1, at)
@@ -257,7 +256,7 @@ def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor
 
 
 def _best_multiple(values: Tensor, gram: Tensor, required: Tensor) -> Tensor:
-    """The multiple of each programme's multipliers that has the largest value."""
+    """The multiple of each programme's multipliers with the largest value."""
     rise, curve = (required * values).sum(1), (values * _times(gram, values)).sum(1)
     return values * (rise.clamp_min(0) / curve.clamp_min(torch.finfo(gram.dtype).tiny))[:, None]
 

@@ -1,4 +1,4 @@
-"""Teachers: the logits that other weights, or another model, give for known samples, each computed once."""
+"""Teachers: logits of known samples under other weights, each computed once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-DISTILLATION_WEIGHT = 5.0  # of the divergence of a taught sample from its teacher, beside its loss
+DISTILLATION_WEIGHT = 5.0  # of a taught sample's divergence from its teacher, relative to its loss
 
 
 class Teacher:
-    """The logits that other weights give for a batch, cached sample by sample.
-
-    Each known sample has one of the states as its teacher; `which`, `N` int64 on the CPU, is its number.
-    """
+    """Logits of a batch under other weights, cached by sample; `which`, `N` int64 on the CPU, selects the state."""
 
     def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
         own = live_tensors(problem.model)
@@ -31,7 +28,7 @@ class Teacher:
         self._cache = LogitCache(len(which))
 
     def prepare(self, rows: Tensor) -> None:
-        """Runs for rows that are not cached yet, alone: a batch that holds one of them would run as a whole."""
+        """Fills the cache for some rows, without others: a batch with one uncached row would run as a whole."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
@@ -42,7 +39,7 @@ class Teacher:
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
         """The logits of a batch by its rows among the known samples, `n` int64 on the CPU.
 
-        `shape` is that of the logits, where it depends on the batch as in one that is padded to its longest sample.
+        `shape` is that of the logits, if it depends on the batch, such as one padded to its longest sample.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:

@@ -1,8 +1,8 @@
-"""Changes of layers in units in which all of them move what the layers give by the same amount.
+"""Changes of layers in whitened coordinates: equal steps move the layers' outputs equally.
 
-A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data,
-a change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
-measure a change by what it does to what is right. Gradients of margins come in the same coordinates.
+A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data, a
+change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
+measure a change by its effect on passed data. Gradients of margins use the same coordinates.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-# Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
-# they help the targets, and few samples beside them.
-MOMENT_RIDGE = 0.1
-MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples and positions of a convolution, of a moment
-MAX_FULL_MOMENT = 2048  # larger windows are whitened weight by weight: a root of the whole moment would take minutes
+MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added: directions with few passed samples hardly help unseen failures
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples, and positions of a convolution, per moment
+MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Coordinates of changes, one set a layer, behind each other: `K` in all.
+    """Concatenated coordinates of the changes of several layers, `K` in all.
 
-    `outputs` are of each layer the output channels whose weights may move, int64; `roots` C^(-1/2) by group of them,
-    `groups x d x d`, or `groups x d` where it is diagonal. `d` has one for the bias where it may move.
+    `outputs` are the movable output channels of each layer, int64; `roots` C^(-1/2) by group, `groups x d x d`, or
+    `groups x d` if diagonal. `d` includes the bias if that may move.
     """
 
     sites: tuple[LayerRef, ...]
@@ -63,16 +61,16 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Whitens the layers of a problem by passed data, with at most about `max_size` coordinates.
+    """Whitens the layers of a problem by passed data, with about `max_size` coordinates at most.
 
-    Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
-    with the greatest squared gradients of their margins.
+    If the layers have more weights, each keeps the output channels with the largest squared gradients of target
+    margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
     generator = torch.Generator().manual_seed(problem.seed)
     drawn = passed[torch.randperm(len(passed), generator=generator)[:MAX_MOMENT_SAMPLES]]
-    moments = [_empty(site) for site in space.sites]
+    moments = [_zero_moment(site) for site in space.sites]
     for _, calls in _traced(problem, drawn):
         for site, moment in zip(space.sites, moments, strict=True):
             with no_autocast(space.device):
@@ -80,7 +78,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
                     inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
                     inputs = F.pad(inputs, (0, 1), value=1.0) if _has_bias(site) else inputs
                     moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
-    roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
+    roots = tuple(_inverse_root(problem.collective.sum(moment)) for moment in moments)
     outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
     whole = Whitening(space.sites, outputs, roots)
     if whole.size <= max_size:
@@ -111,7 +109,7 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients do not reach a layer."""
+    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients miss a layer."""
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
@@ -136,14 +134,14 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
 
 
 def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Rows and whitened gradients of this rank's share, of each layer `n x outputs x d`."""
+    """Rows and whitened gradients of this rank's share, `n x outputs x d` per layer."""
     for at, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
             layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
-            yield at, [_of_site(site, calls[site.name], len(at), *rest) for site, *rest in layers]
+            yield at, [_site_gradients(site, calls[site.name], len(at), *rest) for site, *rest in layers]
 
 
-def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
+def _site_gradients(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
     parts = []
     for weight, bias in sample_gradients(site.module, calls, n):
         gradient = weight.flatten(2)[:, outputs]
@@ -154,7 +152,7 @@ def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, ro
 
 
 def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
-    """`n x outputs x d` times C^(-1/2), which is symmetric: from coordinates to weights, and gradients back."""
+    """`n x outputs x d` times C^(-1/2), which is symmetric: maps coordinates to weights, and gradients back."""
     root = root.to(x.dtype)
     group = outputs // (len(site.module.weight) // len(root))
     if root.ndim == 2:
@@ -168,14 +166,14 @@ def _has_bias(site: LayerRef) -> bool:
     return len(site.parameters) > 1
 
 
-def _empty(site: LayerRef) -> Tensor:
+def _zero_moment(site: LayerRef) -> Tensor:
     groups = getattr(site.module, "groups", 1)
     d = site.module.weight[0].numel() + _has_bias(site)
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
     return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
 
 
-def _root(moment: Tensor) -> Tensor:
+def _inverse_root(moment: Tensor) -> Tensor:
     """C^(-1/2) of each group, C scaled to a mean eigenvalue of 1."""
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(1e-30)
