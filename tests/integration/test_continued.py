@@ -47,7 +47,8 @@ def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: 
     assert sum(split.repaired for split in report.candidate) > 0
     assert same(trained, before)
     report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01))
-    assert (report.status, report.reason) == ("not repaired", "no time.")
+    assert report.status == "not repaired"
+    assert report.reason.startswith("no time.")
 
 
 def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trained_path: Path) -> None:

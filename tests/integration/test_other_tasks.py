@@ -164,7 +164,7 @@ def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, lea
     was, now = by_split(case, old, data), by_split(case, new, data)
     for split in callback.report.update:
         assert split.now.broken == int((was[split.split] & ~now[split.split]).sum())
-    assert (tmp_path / "old.csv").read_text().splitlines()[0].endswith(repr(case.task))
+    assert (tmp_path / "old.csv").read_text().startswith("# weights ")
 
 
 def test_validations_count_regressions_of_any_task(tmp_path: Path, learned: Any) -> None:
@@ -246,8 +246,10 @@ def test_the_task_of_a_cache_must_be_the_same(tmp_path: Path) -> None:
     case = CASES["multilabel"]
     data, old = case.make()
     reference = OldModel(old, cache=tmp_path / "old.csv")
+    seals = set()
     for task in (Multilabel(), Multilabel(wrong=1)):
         _, new = case.make()
         given = arguments(case, task=task, reference=reference, method=SWARM, max_time=2)
         quiet_trainer(tmp_path, RegressionFreeRepair(**given), max_epochs=1).fit(new, datamodule=data)
-        assert (tmp_path / "old.csv").read_text().splitlines()[0].endswith(repr(task))
+        seals.add((tmp_path / "old.csv").read_text().splitlines()[0])
+    assert len(seals) == 2

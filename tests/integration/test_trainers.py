@@ -122,7 +122,7 @@ def test_progress_is_shown_below_the_trainers(tmp_path: Path, capsys: pytest.Cap
     fit(tmp_path, TQDMProgressBar(), quick_repair(), enable_progress_bar=True)
     _, training, said = capsys.readouterr().out.partition("12/12")
     assert training
-    assert {"collect", "search", "judge"} <= set(re.findall(r"Repair: (\w+)", said))
+    assert {"counting", "searching"} <= set(re.findall(r"Repair: (\w+)", said))
 
 
 def test_a_row_of_the_papers_table_repairs(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.repair_files import REPAIRED_FILES, REPORT_FILES, ResultBox, report_files, write_report
+from lightning_nrl._trainer.repair_files import REPORT_FILES, ResultBox, report_files, write_report
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
-from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
 
 
@@ -70,12 +69,6 @@ def test_a_fast_run_has_no_files_and_the_first_rank_makes_the_folder(tmp_path: P
 def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -> None:
     with pytest.raises(ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"):
         folder_of(dirpath, trainer_in(root))
-
-
-def test_no_patch_is_named_where_none_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_file, "find_spec", lambda name: None)
-    kinds = list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0])
-    assert kinds == ["checkpoint", "json", "markdown", "html"]
 
 
 @pytest.fixture(scope="module")
