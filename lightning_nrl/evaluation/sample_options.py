@@ -79,6 +79,10 @@ class SampleOptions:
             or `"doubtful"`, those whose label looks wrong. They are listed in the report.
         keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
             `reference`, only what both of them get right.
+
+    Example:
+        >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas
+        {'night': 0.5}
     """
 
     importance: Any = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import has_own_modes, preserve
+from lightning_nrl._utils.preserve import has_own_modes, preserve_state
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, live_tensors, snapshot, temporary_weights, write
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -118,7 +118,7 @@ def repair_module(
         called=evaluator.called,
         trains=settings.trains,
     )
-    with preserve(evaluator.model) as rewritten:
+    with preserve_state(evaluator.model) as rewritten:
         evaluate = partial(
             evaluate_baseline, evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock
         )
@@ -293,7 +293,7 @@ def to_be_loaded(
     """The tensors to save so that `eval()` makes the patch of them, as nearly as the module lets it, and what it makes.
 
     As far as either differs from what the model has now; where `train()` and `eval()` are torch's own, both are the
-    patch. The model is in evaluation mode, inside of `preserve`, which gives the tensors that `eval()` has `rewritten`.
+    patch. The model is in evaluation mode, inside of `preserve_state`, which gives the tensors `rewritten` by `eval()`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, between, device_of, snapshot, temporary_weights, write
 from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
@@ -238,7 +238,7 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
             rows.append(torch.stack([right.long(), classes], 1).cpu())
         return torch.cat(rows)
 
-    with preserve(evaluator.model), temporary_weights(evaluator.model, state):
+    with preserve_state(evaluator.model), temporary_weights(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
@@ -303,7 +303,7 @@ def estimate_statistics(
             n += 1
         return n
 
-    with preserve(evaluator.model), _averaging(layers):
+    with preserve_state(evaluator.model), _averaging(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
             raise ConfigurationError("`data`: no batch came for batch norm statistics.", "give data with samples.")
@@ -322,7 +322,7 @@ def _drawn(source: Source, batches: int | None, seed: int, collective: Collectiv
 
 @contextmanager
 def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """The layers forget what they know, and give every batch the same weight; to be used inside of `preserve`."""
+    """The layers forget what they know, and give every batch the same weight; to be used inside of `preserve_state`."""
     momenta = [layer.momentum for layer in layers.values()]
     try:
         for layer in layers.values():
