@@ -114,7 +114,7 @@ class ContinuedTraining:
             return None
         before = {**current_state(self.model), **run.start}
         if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
-            problem = f"the training of {type(self.model).__name__} went on for a repair and changed nothing."
+            problem = f"continuing the training of {type(self.model).__name__} for a repair changed nothing."
             hint = "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method."
             rank_zero_warn(TrainingWarning(problem, hint))
         return trained
@@ -292,7 +292,7 @@ class AugmentingCollate:
             changed = self.augment(given)
         except Exception as error:
             problem = f"`augment` raised {type(error).__name__}: {first_line(error)}."
-            hint = "it is called with a batch of targets as the data loader gives it."
+            hint = "it gets a batch of targets as the data loader returns it."
             raise ConfigurationError(problem, hint) from error
         return changed if not others else _concatenate_batches(self.collate(others), changed)
 
@@ -307,7 +307,7 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
     first, spec = pytree.tree_flatten(one, is_leaf=is_list)
     second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
     cause: Exception | None = None
-    problem = f"the batch that it gives has {len(second)} parts, the others have {len(first)}"
+    problem = f"its batch has {len(second)} parts, the others have {len(first)}"
     if spec == other_spec:
         try:
             return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)

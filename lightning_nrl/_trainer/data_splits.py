@@ -120,7 +120,7 @@ class DataRequest:
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
             problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
-            hint = "add one: what a model gets wrong of other data says more; or `data=DataOptions(failed='train')`."
+            hint = "add one, since failures on other data say more, or set `data=DataOptions(failed='train')`."
             rank_zero_warn(DataWarning(problem, hint))
         others: dict[str, Sequence[NamedLoader]] = {"known": (*passed, *failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)

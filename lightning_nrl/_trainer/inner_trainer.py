@@ -266,7 +266,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
     if n_fatal and not fatal:
-        raise OtherRankError("the training that goes on failed on another rank.", "look at its own error.")
+        raise OtherRankError("the continued training failed on another rank.", "look at its own error.")
     if error is not None:
         raise error
     if n_stuck:

@@ -328,7 +328,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
             f"(relative distance {apart:.2g}); {losses}"
         )
         if not is_model_adapter:
-            hint = "do in `forward` all that the step does to a batch, or " + ADAPTER_HINT
+            hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
             raise ConfigurationError(f"{found}.", hint)
         rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter gives what is deployed."))
         return

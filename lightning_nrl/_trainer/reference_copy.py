@@ -25,7 +25,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-        what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
+        what = "there is no model to compare with" if found is None else "it cannot be asked for outputs"
         raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     return found
 
@@ -40,9 +40,7 @@ def parse_with_weights(reference: object) -> OldModel:
     for name in ("adapter", "classes"):
         if getattr(found, name) is not None:
             problem = f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model."
-            raise ConfigurationError(
-                problem, "only weights of one architecture with one meaning lie between each other."
-            )
+            raise ConfigurationError(problem, "only weights with the same inputs and outputs can be interpolated.")
     return found
 
 

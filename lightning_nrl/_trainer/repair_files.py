@@ -282,7 +282,7 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
             except Exception as error:  # such as a store that MLflow cannot open
                 own = found
                 problem = f"{type(logger).__name__} names no folder ({_short(error)}); files go below {own}."
-                rank_zero_warn(LoggingWarning(problem, "say where by `dirpath=`; look at the logger's own settings."))
+                rank_zero_warn(LoggingWarning(problem, "set `dirpath=`, or check the logger's settings."))
             found = trainer.strategy.broadcast(str(own))
     if "://" in str(found):
         problem = f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder."

@@ -173,7 +173,7 @@ def find_forward_pass(
         what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
     else:
         what = f"`training_step` calls the model {len(found)} times"
-    raise ConfigurationError(f"{what}, so it is not known which output the term is for.", ONE_LINE)
+    raise ConfigurationError(f"{what}, so the output for the term is ambiguous.", ONE_LINE)
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:

@@ -54,9 +54,9 @@ STAGES = {
     "solve": "solving the layer",
     "linearize": "linearizing the layer",
     "fit": "training with the failures",
-    "polish": "bringing back what broke",
+    "polish": "polishing the weights",
     "sparse": "changing fewer weights",
-    "strength": "trying how far to go",
+    "strength": "choosing the strength",
     "judge": "counting the result",
 }
 """Descriptions of stages; other stages are shown by name."""

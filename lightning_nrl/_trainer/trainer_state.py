@@ -202,11 +202,11 @@ def handle_signals(
             yield
     except (KeyboardInterrupt, SystemExit):
         if is_decided():
-            _say("The repair was over before: its files and the weights are those of its report.")
+            _say("The repair had finished: files and weights are those of its report.")
         else:
             place = saved_in()
-            text = "The repair was stopped: the weights are as training left them, and it has written no files."
-            _say(text if place is None else f"{text} The same call resumes with the steps that are finished ({place}).")
+            text = "The repair was stopped: the weights are unchanged, and no files were written."
+            _say(text if place is None else f"{text} The same call resumes after the finished steps ({place}).")
         raise
 
 

@@ -79,7 +79,7 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         else:
             found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
         others = len(wrong) + len(more) - 1
-        hint = "give weights of the same architecture, or the module itself where another architecture will do."
+        hint = "give weights of the same architecture, or the module itself if the architecture may differ."
         raise ConfigurationError(f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint)
     return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 

@@ -116,5 +116,5 @@ def _peer_errors() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        hint = "look at that rank's own error; the weights here are those of before."
+        hint = "look at that rank's own error; the weights here are unchanged."
         raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error

@@ -113,7 +113,7 @@ class ResumeStore:
             found = self._find(self._folder, origin)
         self._resumes = collective.any(found)
         if self._resumes:
-            clock.announce(f"Repair: resumes with the steps finished before ({self._folder}).")
+            clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
         """Returns the saved result of a step, or runs it; the same on all ranks. See `from_bytes` for `hint`."""
@@ -157,7 +157,7 @@ class ResumeStore:
                 file.unlink(missing_ok=True)
         except Exception as error:
             problem = f"a repair cannot be saved while it works, in {folder} ({type(error).__name__}: {error})."
-            warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
+            warnings.warn(FilesWarning(problem, "make room; without it, a stopped repair starts again."), stacklevel=3)
             self._folder = None
 
     def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
@@ -178,7 +178,7 @@ class ResumeStore:
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
             message = f"{self._folder}: {name!r} is not used, {problem}."
-            warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=3)
+            warnings.warn(FilesWarning(message, "that part of the repair runs again."), stacklevel=3)
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
@@ -198,6 +198,6 @@ class ResumeStore:
             newest = max(others, key=lambda path: path.stat().st_mtime)
             other = dict(json.loads(newest.read_text(encoding="utf-8")))
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
-            why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
-            self._clock.announce(f"Repair: begins anew, since {why}.")
+            why = f"{newest.parent} is of one with other {differ}; delete it if you do not need it"
+            self._clock.announce(f"Repair: starts again, since {why}.")
         return False

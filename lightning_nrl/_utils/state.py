@@ -160,12 +160,12 @@ def check_saved(model: nn.Module, names: Iterable[str]) -> None:
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:
-        raise ConfigurationError(
-            f"`model`: its `state_dict` does not save {missing[0]!r} as it is; what is loaded would not be what was "
-            "repaired.",
+        problem = f"its `state_dict` does not save {missing[0]!r} as it is, so loading it would undo the repair."
+        hint = (
             "put the weights that it saves, such as a moving average, into the model before the repair, name a "
-            "`layer` that is saved, or save all that is trained.",
+            "`layer` that is saved, or save all that is trained."
         )
+        raise ConfigurationError(f"`model`: {problem}", hint)
 
 
 def _place(value: Tensor) -> tuple[int, torch.Size, torch.device]:

@@ -94,7 +94,7 @@ class PositiveCongruentTraining(CallbackBase):
             raise ConfigurationError("`callbacks`: there are several PositiveCongruentTraining.", hint)
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the very model that is trained.", hint)
+            raise ConfigurationError("`reference` is the model in training.", hint)
         self._outputs.attach(pl_module)
 
     @override

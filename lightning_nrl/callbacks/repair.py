@@ -201,7 +201,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `trainer.test()` without a model loads the best checkpoint of the fit, from before the repair.
         if self._is_changed(pl_module):
-            problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
+            problem = f"the test uses other weights than the repaired ones: {trainer.ckpt_path or 'others'} was loaded."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
                 hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
@@ -243,7 +243,7 @@ class RegressionFreeRepair(RepairCallback):
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
                 problem = f"the report in the checkpoint cannot be read ({first_line(error)})"
-                hint = "training goes on without it; the weights are those of the checkpoint."
+                hint = "training continues without it; the weights are those of the checkpoint."
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def repair_now(

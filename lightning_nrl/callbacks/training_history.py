@@ -148,7 +148,7 @@ class TrainingHistory(CallbackBase):
             self._resumed = found
             return
         problem = f"`TrainingHistory`: the state in the checkpoint names no folder (found a {type(found).__name__})"
-        hint = "the training goes on with a record of its own; give `dirpath` to go on with the old one."
+        hint = "training continues with a new record; give `dirpath` to continue the old one."
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +164,7 @@ class TrainingHistory(CallbackBase):
                     write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
                     problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
-                    hint = "make room, or give it another `dirpath`; the training goes on, and later steps are tried."
+                    hint = "make room, or give it another `dirpath`; training continues, and tries later steps."
                     warnings.warn(FilesWarning(problem, hint), stacklevel=2)
             numbers = self._learning_numbers(results)
             track_numbers(numbers, trainer.loggers, step=trainer.global_step, what="history of the training")

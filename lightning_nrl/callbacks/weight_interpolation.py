@@ -127,7 +127,7 @@ class WeightInterpolation(CallbackBase):
         check_order(self, trainer, what="the interpolation")
         if self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the very model that is trained.", hint)
+            raise ConfigurationError("`reference` is the model in training.", hint)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,11 +149,9 @@ class WeightInterpolation(CallbackBase):
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
-            problem = (
-                f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between two "
-                "trainings from scratch is good for nothing."
-            )
-            hint = "train on from the old weights: `model.load_state_dict(...)` before `fit`."
+            where = f"the weights do not begin near those of `reference` (cosine {cosine:.2f})"
+            problem = f"{where}, and an interpolation of two trainings from scratch is useless."
+            hint = "start from the old weights: `model.load_state_dict(...)` before `fit`."
             rank_zero_warn(TrainingWarning(problem, hint))
 
     @override

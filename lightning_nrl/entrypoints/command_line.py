@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNWRITABLE_STATUS if isinstance(error, UnwritableFolderError) else FAILURE_STATUS
     except Exception:
         traceback.print_exc()
-        print("error: the command broke off as above; nothing was decided.", file=sys.stderr)
+        print("error: the command failed as shown above; nothing was decided.", file=sys.stderr)
     return FAILURE_STATUS
 
 

@@ -128,7 +128,7 @@ class _ProjectArguments:
         self.defaults = parser.get_defaults().repair
         self.config = parser.parse_args(args)
         if not any(self.config.get(name) for name in ("ckpt_path", "old", "new")):
-            problem = "`ckpt_path` is not given, and the model has no trained weights without."
+            problem = "`ckpt_path` is not given, so the model has no trained weights."
             hint = f"add --ckpt_path best.ckpt, or --ckpt_path {OWN_WEIGHTS} if its own code loads them."
             raise ConfigurationError(problem, hint)
 

@@ -63,7 +63,7 @@ def dry_fit(
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
-        problem = f"{type(trainer.strategy).__name__} starts processes of its own, and results stay in them."
+        problem = f"{type(trainer.strategy).__name__} starts processes of its own, which keep the results."
         raise ConfigurationError(f"`strategy`: {problem}", "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
@@ -193,7 +193,7 @@ def repair(
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
         hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
-        raise RepairError("the repair was made in another process, its report is in the files alone.", hint)
+        raise RepairError("the repair ran in another process, and its report is only in the files.", hint)
     return callback.report
 
 
