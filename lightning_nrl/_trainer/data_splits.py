@@ -223,7 +223,7 @@ class SplitLoaders:
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
-    """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
+    """Returns the trainer's data loader of a split (`train`, `val`, `repair` or `test`), or None."""
     if split in ("train", "val"):
         ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
         given = ready if ready is not None else given_loaders(trainer, split)
@@ -244,13 +244,13 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     except Exception:
         if split != "test" or data is None:
             raise
-        # Only now: a data module may split its data anew in every `setup`.
+        # Only if needed, since `setup` may split the data again.
         data.setup("test")
         return hook()
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """Returns the number of batches that `overfit_batches` leaves of a loader; None: all."""
+    """Returns the batches per loader under `overfit_batches`; None: all."""
     share = overfit_batches(trainer)
     return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
 

@@ -89,7 +89,7 @@ def find_normalization(dataset: object) -> Normalization | None:
     """Returns the statistics of the last `Normalize` transform, as in torchvision, of a data set or of one inside."""
     found: Normalization | None = None
     for one in _nested_objects(dataset):
-        if type(one).__name__ == "Normalize":  # of whatever library
+        if type(one).__name__ == "Normalize":  # of any library
             mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
             if mean and std and len(mean) == len(std):
                 found = mean, std

@@ -140,7 +140,7 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Lightning, which has said all of it about the outer trainer."""
+    """Silences Lightning, which has printed the same for the outer trainer."""
     levels = {logger: logger.level for logger in map(logging.getLogger, LOGGER_NAMES)}
     try:
         for logger in levels:

@@ -180,7 +180,7 @@ def _check_checkpoint(
 
 
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
-    # For another format, and with objects in the file, only what was to be written is known.
+    # Files of other formats, or with objects, are not loaded; take the state dict given to the writer.
     given: Mapping[str, Any] = writer.state_dict if isinstance(writer.state_dict, Mapping) else {}
     if path is None:
         return given

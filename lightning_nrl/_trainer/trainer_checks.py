@@ -70,7 +70,7 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses callbacks whose change of the weights would undo that of this one, or the reverse."""
+    """Refuses an order of callbacks in which one undoes another's change of the weights."""
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
     behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING_CALLBACKS, *earlier))]

@@ -124,7 +124,7 @@ class RepairProgress:
             self._draw()
 
     def announce(self, text: str) -> None:
-        """Prints a sentence, above the bar if there is one."""
+        """Prints a sentence, above the bar if any."""
         bar = self._trainer.progress_bar_callback
         if bar is not None and self._line is not None:
             bar.print(text)
@@ -253,7 +253,7 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """A small repair before training, on one batch of each split; warns if training could not go on for it."""
+        """Tries a repair before training, on one batch of each split; warns if training could not continue for it."""
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)

@@ -18,7 +18,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(eq=False)
 class Registry(Generic[T]):
-    """Classes or functions by name, each of which makes an object.
+    """Registry of factories by name.
 
     Args:
         kind: kind of the objects for messages, such as `Task`.

@@ -97,7 +97,7 @@ class ResumeStore:
         self._path, self._number = "", 0  # of the current step, and the number of steps inside
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results of the same work; for all ranks, of which the first reads and writes.
+        """Looks for results of the same work; for all ranks, though only the first reads and writes.
 
         `origin` has hashes of everything that affects the results, by name for messages.
         """

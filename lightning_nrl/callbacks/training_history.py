@@ -108,7 +108,7 @@ class TrainingHistory(CallbackBase):
         self.folder, self.seconds, self._last, self._ever_right = folder, 0.0, None, {}
         self.recorded = find_splits(self.splits, SplitLoaders(trainer, pl_module))
 
-        def earlier() -> None:
+        def read_earlier_record() -> None:
             if trainer.is_global_zero:
                 forget_after(folder, trainer.global_step if trainer.global_step else -1)
                 if any(folder.glob("point-*.pt")):
@@ -116,7 +116,7 @@ class TrainingHistory(CallbackBase):
                     self._ever_right = {split: record.passed.any(0) for split, record in found.items()}
 
         failed = "the record of an earlier training could not be read on another rank."
-        Collective.current(pl_module.device).all_or_none(earlier, failed)
+        Collective.current(pl_module.device).all_or_none(read_earlier_record, failed)
 
     @override
     def on_train_batch_end(
