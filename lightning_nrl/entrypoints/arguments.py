@@ -30,7 +30,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
 """Options with an effect, by function; for others all but `start_from`."""
 
 REFUSALS = {
-    "compare": "a comparison only counts, and accepts and writes nothing",
+    "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
     "sweep": "a sweep runs searches to their end, and judges and accepts nothing",
 }
 INSTEAD = {
