@@ -7,7 +7,7 @@ from platform import python_version
 
 
 def main() -> int:
-    """Runs the command that the shell gave; prints versions without the seconds that torch takes to be imported."""
+    """Runs the command of the shell; prints versions without the seconds for an import of torch."""
     if sys.argv[1:] == ["--version"]:
         with suppress(PackageNotFoundError):
             found = [f"{name} {version(name)}" for name in ("lightning_nrl", "torch", "pytorch-lightning")]

@@ -1,4 +1,4 @@
-"""What the package raises and warns of. A message names the argument, says what was found, and ends with a hint."""
+"""Errors and warnings. Each message names the argument, says what was found, and ends with a hint."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ __all__ = [
     "explain",
 ]
 
-OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, marks that turn the direction of writing, surrogates."""
+CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters except tab and newline, marks for the direction of writing, surrogates."""
 
 
 class RepairError(Exception):
-    """Base of everything that this package raises on purpose, of a problem and a hint what to do about it."""
+    """Base of all errors of this package, made of a problem and a hint how to solve it."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
 
 
 class ConfigurationError(RepairError, ValueError):
-    """An argument cannot be used as given; found before training wherever it can be."""
+    """An argument is invalid; raised before training if possible."""
 
 
 class UnwritableFolderError(ConfigurationError):
-    """The files of a repair cannot be written to the folder that is meant."""
+    """The folder for the files of a repair is not writable."""
 
 
 class TargetError(ConfigurationError):
-    """A target cannot say of some data which of their samples it chooses."""
+    """A target cannot be applied to the samples of some data."""
 
 
 class EvaluationError(RepairError):
@@ -62,7 +62,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some `samples` (positions by split) cannot be evaluated: they have no class, or no finite loss."""
+    """Some `samples` (positions by split) have no class, or no finite loss."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)
@@ -70,15 +70,15 @@ class UnusableSamplesError(EvaluationError):
 
 
 class OtherRankError(EvaluationError):
-    """Another rank failed; its own error says why."""
+    """Another rank failed, for the reason in its own error."""
 
 
 class DeviceMemoryError(RepairError):
-    """The memory of the device does not suffice, however little is done at once."""
+    """The device has too little memory even for the smallest batches."""
 
 
 class EmptyLocalizationError(RepairError):
-    """No weight matters for the failed data without mattering for the passed data too."""
+    """No weight affects the failed data more than the passed data."""
 
 
 class ReplayError(RepairError):
@@ -86,57 +86,57 @@ class ReplayError(RepairError):
 
 
 class InseparableBatchError(ReplayError):
-    """Samples cannot be taken out of a batch, such as one of graphs, and the layer is not the last one."""
+    """Samples of a batch cannot be separated, such as graphs, and the layer is not the last one."""
 
 
 class RepairWarning(UserWarning):
-    """Base of every warning of this package, so that they can be filtered together; made like an error."""
+    """Base of all warnings of this package, made like an error."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
 
 
 class NotRepairedWarning(RepairWarning):
-    """The repair ended without new weights; the model is as training left it."""
+    """A repair ended without new weights; the model is unchanged."""
 
 
 class DataWarning(RepairWarning):
-    """The data is not what a repair can rely on, such as samples that change from pass to pass."""
+    """The data are unreliable, such as samples that change from pass to pass."""
 
 
 class TrainingWarning(RepairWarning):
-    """Something around the training is not as asked for, such as a training that cannot go on."""
+    """The training differs from the request, for instance because it cannot continue."""
 
 
 class PerformanceWarning(RepairWarning):
-    """The result is the same, but takes longer than it has to."""
+    """The result is correct, but takes longer than necessary."""
 
 
 class FilesWarning(RepairWarning):
-    """A file could not be written, or is damaged and not used; the result is not affected."""
+    """A file could not be written, or is damaged and ignored; the result is not affected."""
 
 
 class LoggingWarning(RepairWarning):
-    """A logger took no result; result and files are not affected."""
+    """A logger failed; result and files are not affected."""
 
 
 def explain(problem: str, hint: str) -> str:
-    """Joins what was found with what to do about it, in the one form that all messages have."""
+    """Joins a problem and its hint to a message."""
     return visible(f"{problem}\nHINT: {hint}")
 
 
 def visible(text: str) -> str:
-    """Returns text in which what a terminal would obey, and a lone surrogate, is written out, such as ESC."""
-    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escapes control characters, which a terminal would obey, and lone surrogates."""
+    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(error: object) -> str:
-    """Returns an error's message without its hint, or what else follows its first line."""
+    """Returns the first line of an error's message, without its hint."""
     return str(error).strip().partition("\n")[0]
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Refuses a word that is not among the choices, and names the one that was probably meant."""
+    """Refuses a word that is not among the choices, with the nearest one as a hint."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
@@ -147,13 +147,13 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Refuses a value that does not fit its argument, and a class where an object of it is meant."""
+    """Refuses a value that does not fit its argument, or is a class instead of an object."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
 
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuses what is no whole number from `least` to `most`."""
+    """Refuses a value that is no whole number from `least` to `most`."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
@@ -171,7 +171,7 @@ def check_real(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Refuses what is no finite number within limits."""
+    """Refuses a value that is no finite number within limits."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

@@ -1,4 +1,4 @@
-"""Continues the training of a LightningModule with the known failures added to its data."""
+"""Continued training of a LightningModule with the known failures added to its data."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods.problem import Renew, Trained
 
 Augment = Callable[[Any], Any]
-"""Takes a batch of targets as the data loader gives it, and gives another one."""
+"""Maps a batch of targets, as the data loader returns it, to another batch."""
 
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Trains a copy of a module by its own step, optimizers and augmentation (see `lightning_nrl.methods.Training`)."""
+    """Training of a copy of a module with its own step and optimizers (see `lightning_nrl.methods.Training`)."""
 
     trainer: Trainer
     model: LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
-    left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
-    trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
-    augment: Augment | None = None  # changes a batch of targets
-    targeted: Tensor | None = None  # N bool by row of the results, which samples are targets; None: none is known
-    modes: tuple[bool, ...] = field(default=(), repr=False)  # the training flag of each part; (): as it is now
+    left_out: tuple[type, ...] = ()  # callback classes that the copy drops
+    trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: that of the trainer
+    augment: Augment | None = None
+    targeted: Tensor | None = None  # N bool, the targets; None: unknown
+    modes: tuple[bool, ...] = field(default=(), repr=False)  # training flag of each submodule; (): the current ones
 
     def __post_init__(self) -> None:
         if not self.modes:
-            # Once only: while a repair works, the model is in evaluation mode.
+            # Read once: during a repair, the model is in evaluation mode.
             whole = self.model.training
             modes = tuple(module.training or not whole for module in self.model.modules())
             object.__setattr__(self, "modes", modes)
         if self.trained_on is None:
-            # Once only: a data module may make its data anew every time.
+            # Read once: a data module may create its data again on each call.
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """Returns a copy that knows which samples, `N` bool by row of the results, are targets."""
+        """Returns a copy with the mask of target samples, `N` bool."""
         return replace(self, targeted=targeted)
 
     @property
     def obstacle(self) -> str:
-        """Why training cannot go on, on any rank; empty if it can. Reads two samples, trains nothing."""
+        """Reason why no rank can continue the training, or an empty text. Reads two samples, trains nothing."""
         ranks = Collective.current(self.model.device)
         found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
         return ranks.first_text(found)
@@ -81,9 +81,9 @@ class ContinuedTraining:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
         if len(loaders_in(self.trained_on)) > 1:
-            return ""  # each loader goes on with its own samples
+            return ""  # each loader keeps its own samples
         with random_state():
-            return _cannot_collate(self._parts(), self._like().collate_fn)
+            return _cannot_collate(self._known_datasets(), self._template_loader().collate_fn)
 
     def __call__(
         self,
@@ -97,78 +97,71 @@ class ContinuedTraining:
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
+        """Trains a copy; leaves the model, its trainer, its loggers and the global random state unchanged.
 
-        With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
-        seed gives the same weights. None if `renew` ends it, the weights are not finite or training cannot go on.
+        With a time limit, times a few steps first and trains as many epochs as fit. Without a limit, the same seed
+        gives the same weights. Returns None if `renew` stops it, weights are not finite or training is impossible.
         """
-        end, course = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
+        end, run = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
         epochs = self.epochs if epochs is None else epochs
-        if (course.rate is not None and not self.model.automatic_optimization) or self.warn():
+        if (run.rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                trained = self._trained(end, clock, epochs, course, folder)
+                trained = self._trained(end, clock, epochs, run, folder)
         except CannotTrainError as error:
             self._warn(Collective.current(self.model.device).first_text(str(error)))
             return None
-        before = {**current_state(self.model), **course.start}
+        before = {**current_state(self.model), **run.start}
         if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
-            rank_zero_warn(
-                TrainingWarning(
-                    f"the training of {type(self.model).__name__} went on for a repair and changed nothing.",
-                    "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method.",
-                )
-            )
+            problem = f"continuing the training of {type(self.model).__name__} for a repair changed nothing."
+            hint = "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method."
+            rank_zero_warn(TrainingWarning(problem, hint))
         return trained
 
     def warn(self) -> bool:
-        """Warns if training cannot go on; true if it did."""
-        obstacle = self.obstacle
-        if obstacle:
+        """Warns if the training cannot continue; returns True then."""
+        if obstacle := self.obstacle:
             self._warn(obstacle)
         return bool(obstacle)
 
     def _warn(self, obstacle: str) -> None:
-        rank_zero_warn(
-            TrainingWarning(
-                f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle.rstrip('.')}.",
-                "the repair makes steps of its own instead.",
-            )
-        )
+        name, reason = type(self.model).__name__, obstacle.rstrip(".")
+        problem = f"the training of {name} cannot go on for a repair: {reason}."
+        rank_zero_warn(TrainingWarning(problem, "the repair makes steps of its own instead."))
 
-    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _TrainingRun, folder: str) -> Trained | None:
+    def _trained(self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
-            self._fit(pace, epochs, replace(course, renew=None), folder)
+            self._fit(pace, epochs, replace(run, renew=None), folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < 1:
             return None
-        # One epoch has no half: it becomes two of half the visits.
-        parts = 2 if epochs == 1 and course.renew is not None else 1
+        # `renew` runs at half time, so one epoch becomes two with half of the samples each.
+        parts = 2 if epochs == 1 and run.renew is not None else 1
         budget = TimeBudget(end, collective, clock)
-        state = self._fit(budget, epochs, course, folder, parts)
+        state = self._fit(budget, epochs, run, folder, parts)
         if budget.has_ended:
             return None
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
         done = budget.epochs_done / parts
-        # Without a limit, only the module itself has ended it early.
+        # Without a limit, only the module itself can have stopped early.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
-    def _fit(self, budget: TimeBudget, epochs: int, course: _TrainingRun, folder: str, parts: int = 1) -> State:
-        outer, seed = self.trainer, course.seed
+    def _fit(self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1) -> State:
+        outer, seed = self.trainer, run.seed
 
         def copies() -> tuple[LightningModule, Trainer, Any]:
             live = current_state(self.model)
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
-            how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": course.rate}
+            how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": run.rate}
             try:
-                model = copied_module(self.model, {**live, **course.start}, self.modes, **how)
-                loader = self._loader(seed, course.weight, parts)
+                model = copied_module(self.model, {**live, **run.start}, self.modes, **how)
+                loader = self._loader(seed, run.weight, parts)
                 trainer = inner_trainer(outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder)
             except Exception as error:
                 why = f"it or its trainer cannot be copied ({describe_failure(error)})"
@@ -176,32 +169,29 @@ class ContinuedTraining:
             return model, trainer, loader
 
         with random_state(), torch.enable_grad():
-            # Ranks drop out and augment each in its own way.
+            # Each rank draws its own dropout and augmentation.
             seed_all((seed + outer.global_rank) % 2**32)
-            # A fit waits for all ranks when it begins.
             model, trainer, loader = budget.on_all_ranks(copies)
             data = data_module_of(outer)
             given: dict[str, Any] = {"train_dataloaders": loader}
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
-            if course.renew is not None:
-                sampler = loader.sampler if isinstance(loader, DataLoader) else loader  # of several, none has weights
-                budget.halfway = partial(_renewed, course.renew, sampler)
+            if run.renew is not None:
+                sampler = (
+                    loader.sampler if isinstance(loader, DataLoader) else loader
+                )  # several loaders have no weights
+                budget.halfway = partial(_renew_weights, run.renew, sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
-        # Adapters are merged then, as they are in the model that is repaired.
+        # `eval` merges adapters, as in the model to repair.
         state = snapshot(budget.on_all_ranks(model.eval))
         del model, trainer, loader, given
-        gc.collect()  # they refer to each other, and may be large
+        gc.collect()  # large reference cycles
         return state
 
     def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> Any:
-        """All training data, read as the outer trainer reads its own; an epoch is one of `n_parts` of the visits.
-
-        Of several loaders each goes on as it was, with its own samples.
-        """
         if len(loaders_in(self.trained_on)) > 1:
             return combined_like(self.trainer, self.trained_on, lambda like: self._shuffled(like, like.dataset, seed))
-        like, parts = self._like(), self._parts()
+        like, parts = self._template_loader(), self._known_datasets()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
         how: dict[str, Any] = {"weight": weight, "parts": n_parts, "size": batch_size_of(sized)}
@@ -221,7 +211,7 @@ class ContinuedTraining:
         **how: Any,
     ) -> DataLoader[Any]:
         size, share = size or batch_size_of(like), (self.trainer.global_rank, self.trainer.world_size)
-        sampler = Shuffled(len(data), seed, *share, weight=weight, parts=parts)
+        sampler = ShuffledSampler(len(data), seed, *share, weight=weight, parts=parts)
         return loader_like(
             like,
             data,
@@ -234,19 +224,18 @@ class ContinuedTraining:
             **how,
         )
 
-    def _parts(self) -> list[Dataset[Any]]:
-        """Returns the data sets of the known splits; passed data as a view that augments, if there is one."""
-        like, parts = self._like(), []
+    def _known_datasets(self) -> list[Dataset[Any]]:
+        like, parts = self._template_loader(), []
         for source in self.known:
             data = source.loader.dataset
+            # Prefer the training view of the passed data, which augments.
             if source.passed and not source.failed and len(like.dataset) == len(data):  # type: ignore[arg-type]
                 data = like.dataset
             whole = source.draws == 1 and len(source.index) == len(data)  # type: ignore[arg-type]
             parts.append(data if whole else Subset(data, source.index.tolist()))
         return parts
 
-    def _like(self) -> DataLoader[Any]:
-        """The loader whose batches the module was trained on; where it is not known, that of the passed data."""
+    def _template_loader(self) -> DataLoader[Any]:
         loader = self.trained_on
         if isinstance(loader, DataLoader) and loader.batch_sampler is not None and isinstance(loader.dataset, Sized):
             return loader
@@ -255,8 +244,6 @@ class ContinuedTraining:
 
 @dataclass(frozen=True)
 class _TrainingRun:
-    """How a copy is trained; see `lightning_nrl.methods.Training`."""
-
     seed: int
     start: State
     weight: Tensor | None
@@ -264,8 +251,7 @@ class _TrainingRun:
     renew: Renew | None
 
 
-def _renewed(renew: Renew, sampler: Any, model: LightningModule) -> bool:
-    """Sets how often samples are visited from now on, by the weights of the copy in training; false if it ends here."""
+def _renew_weights(renew: Renew, sampler: Any, model: LightningModule) -> bool:
     with random_state():
         with eval_mode(model):
             state = snapshot(model)
@@ -277,7 +263,7 @@ def _renewed(renew: Renew, sampler: Any, model: LightningModule) -> bool:
 
 
 class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Samples of a data set, each with whether it is marked; `marked` is `n` bool."""
+    """Data set of pairs: a sample and its mark, one of `marked`, `n` bool."""
 
     def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
         self.data, self.marked = data, marked
@@ -291,7 +277,7 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Puts marked samples together, changes that batch, and joins it with the batch of the others, which come first."""
+    """Collate function that augments the marked samples and appends them to the batch of the others."""
 
     collate: Callable[[list[Any]], Any]
     augment: Augment
@@ -305,16 +291,13 @@ class AugmentingCollate:
         try:
             changed = self.augment(given)
         except Exception as error:
-            raise ConfigurationError(
-                f"`augment` raised {type(error).__name__}: {first_line(error)}.",
-                "it is called with a batch of targets as the data loader gives it.",
-            ) from error
-        return changed if not others else _joined(self.collate(others), changed)
+            problem = f"`augment` raised {type(error).__name__}: {first_line(error)}."
+            hint = "it gets a batch of targets as the data loader returns it."
+            raise ConfigurationError(problem, hint) from error
+        return changed if not others else _concatenate_batches(self.collate(others), changed)
 
 
-def _joined(one: Any, other: Any) -> Any:
-    """Two batches as one: tensors and lists behind each other, all else as in the first."""
-
+def _concatenate_batches(one: Any, other: Any) -> Any:
     def is_list(x: Any) -> bool:
         return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
 
@@ -324,20 +307,18 @@ def _joined(one: Any, other: Any) -> Any:
     first, spec = pytree.tree_flatten(one, is_leaf=is_list)
     second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
     cause: Exception | None = None
-    problem = f"the batch that it gives has {len(second)} parts, the others have {len(first)}"
+    problem = f"its batch has {len(second)} parts, the others have {len(first)}"
     if spec == other_spec:
         try:
             return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)
         except (RuntimeError, TypeError, AttributeError) as error:
             cause, problem = error, first_line(error)
-    raise ConfigurationError(
-        f"`augment`: {problem}.",
-        "give a batch of the same form, with tensors of the same sizes but for the number of samples.",
-    ) from cause
+    hint = "give a batch of the same form, with tensors of the same sizes but for the number of samples."
+    raise ConfigurationError(f"`augment`: {problem}.", hint) from cause
 
 
-class Shuffled(Sampler[int]):
-    """`n / parts` samples in random order, shared among ranks, each drawn in proportion to its `weight`, `n`."""
+class ShuffledSampler(Sampler[int]):
+    """Sampler of `n / parts` samples in random order, split over ranks and drawn in proportion to `weight`, `n`."""
 
     def __init__(
         self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None, parts: int = 1
@@ -349,18 +330,17 @@ class Shuffled(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self._all, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
-            order = self._drawn(order, self.weight)
+            order = self._draw_weighted(order, self.weight)
         yield from order[: self._n][self._rank :: self._world_size][: len(self)].tolist()
 
-    def _drawn(self, order: Tensor, weight: Tensor) -> Tensor:
-        """Samples in random order, each as often as it weighs: the fraction of a weight by chance."""
+    def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
+        # A sample of weight 2.3 is drawn twice, and with a chance of 0.3 a third time.
         allowed = order[weight[order] > 0]
         weight = (weight / weight.mean())[order]
         chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
         drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
         if len(drawn) < self._n:
-            # What is too few is made up for by the first ones, once more.
             drawn = torch.cat([drawn, allowed.repeat(-(-self._n // max(1, len(allowed))))])
         return drawn[: self._n]
 
@@ -369,7 +349,6 @@ class Shuffled(Sampler[int]):
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
-    """Why samples of several data sets do not make one batch; empty if they do."""
     what = "its samples cannot be read"
     try:
         samples = [part[0] for part in parts]

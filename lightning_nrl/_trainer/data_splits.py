@@ -1,4 +1,4 @@
-"""`DataOptions`, and the loaders of the known, unseen and calibration data that they name."""
+"""`DataOptions`, and the loaders of the known, unseen and calibration data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_nrl._trainer.loaders import (
 )
 from lightning_nrl._trainer.random_transforms import draws_at_random, with_validation_view
 from lightning_nrl._trainer.trainer_state import make_evaluator
-from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.sample_identity import base_samples, is_among
@@ -44,30 +44,33 @@ from lightning_nrl.updates.interpolation import ShareChoice
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Sources of known data, the way their batches are read, and the trained weights to repair.
+    """Sources of the known data, the adapter for their batches, and the weights to repair.
 
-    All samples of the passed and the failed data are known data, and the gate counts them.
+    All samples of the passed and the failed data are known data, and the gate counts all of them.
 
     Attributes:
-        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `test`, `repair`, a DataLoader,
-            or several of them. Of several data loaders, `val` means all and `val:1` the second.
-        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else all
+        passed: source of the passed samples: `auto` (the train data), `train`, `val`, `test`, `repair`, a DataLoader,
+            or several of them. With several data loaders, `val` means all and `val:1` the second.
+        failed: source of the failures: `auto` (the data module's `repair_dataloader()` if it has one, else all
             validation data), or as for `passed`.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or runs the module on them as it is
-            deployed, `f(module, batch) -> (logits, target)`; the function, or its address,
-            `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
-        draws: how many fixed draws of each known sample are counted where its data set draws at random, as
-            augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
-        render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
-            its address; None: the input is shown as an image, a table or tokens, whatever it looks like.
-        augment: changes the targets that training goes on with: `f(batch) -> batch` of a batch of targets as the data
-            loader gives it, or its address. It may give more samples than it gets, or draw at random. What is counted
-            are the samples as they are. None: only your own augmentation.
-        start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
+        adapter: function, or its address `package.module:function`. Either splits a batch,
+            `f(batch) -> (args, kwargs, target)`, or runs the module, `f(module, batch) -> (logits, target)`. None:
+            batches are `(x, y, *extras)` or mappings with the usual keys.
+        draws: number of fixed draws per known sample if its data set draws at random, as augmentation does; from 1.
+            Each draw counts as a sample.
+        render: function of a sample, or its address, that returns an image or text for the report. None: an image, a
+            table or tokens, by the shape of the input.
+        augment: augments the targets when training continues: `f(batch) -> batch`, or its address. It may draw at
+            random and return more samples than it gets. Counts use the samples without it. None: only the data set's
+            own augmentation.
+        start_from: `last`: the weights at the end of training; `best`: the weights of the best checkpoint.
 
     Raises:
-        ConfigurationError: on construction, for what is no split, no data loader that can be read by index, no
-            function, or another word.
+        ConfigurationError: on construction, for an invalid split, data loader, function or choice.
+
+    Example:
+        >>> DataOptions(passed="train", failed=["val", "test"], draws=2).failed
+        ('val', 'test')
     """
 
     passed: str | DataLoader[Any] | Sequence[str | DataLoader[Any]] = "auto"
@@ -92,13 +95,13 @@ class DataOptions:
         check_choice("start_from", self.start_from, ("last", "best"))
 
 
-Found = tuple[DataLoader[Any], str]
-"""A data loader and the name that reports use for it."""
+NamedLoader = tuple[DataLoader[Any], str]
+"""A data loader and its name in reports."""
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Which data are known, unseen and calibration data, as the user said it: a data loader, a split's name or None."""
+    """Known, unseen and calibration data as the user named them: a data loader, a split or None."""
 
     known: DataOptions
     unseen: str | DataLoader[Any] | None = None
@@ -109,15 +112,17 @@ class DataRequest:
         for argument, given in (("unseen", self.unseen), ("calibration", self.calibration)):
             object.__setattr__(self, argument, check_data(argument, given, optional=True))
 
-    def find(self, loaders: SplitLoaders) -> tuple[list[Found], list[Found], Found | None, Found | None]:
-        """Passed, failed, unseen and calibration data; the last two may not be used for anything else."""
+    def find(
+        self, loaders: SplitLoaders
+    ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
+        """Returns passed, failed, unseen and calibration data; the last two must serve no other purpose."""
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
             problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
-            hint = "add one: what a model gets wrong of other data says more; or `data=DataOptions(failed='train')`."
+            hint = "add one, since failures on other data say more, or set `data=DataOptions(failed='train')`."
             rank_zero_warn(DataWarning(problem, hint))
-        others: dict[str, Sequence[Found]] = {"known": (*passed, *failed)}
+        others: dict[str, Sequence[NamedLoader]] = {"known": (*passed, *failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)
         others["unseen"] = () if unseen is None else (unseen,)
         return passed, failed, unseen, self._find_held_out("calibration", self.calibration, others, loaders)
@@ -126,24 +131,21 @@ class DataRequest:
         self,
         argument: str,
         value: str | DataLoader[Any] | None,
-        others: Mapping[str, Sequence[Found]],
+        others: Mapping[str, Sequence[NamedLoader]],
         loaders: SplitLoaders,
-    ) -> Found | None:
-        """Data that share no sample with others, by kind.
-
-        Calibration data that do are refused: they would void the bound. Unseen data are counted without such samples,
-        unless all of them are known.
-        """
+    ) -> NamedLoader | None:
+        # Calibration data must not share a sample with other data, which would void the bound. Unseen data are counted
+        # without such samples.
         if value is None:
             return None
-        found = _only(find_data(argument, value, loaders, optional=True))
-        samples = _identity(found[0])
+        found = _single_loader(find_data(argument, value, loaders, optional=True))
+        samples = _sample_identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
                 raise ConfigurationError(
                     f"`{argument}={value!r}` is {kind} data too.", "name a split that is used for nothing else."
                 )
-            common = int(is_among(samples, _identity(loader)).sum())
+            common = int(is_among(samples, _sample_identity(loader)).sum())
             if common and (argument == "calibration" or common == len(samples)):
                 some = f"{common} of its {len(samples)} samples"
                 raise ConfigurationError(
@@ -155,7 +157,7 @@ class DataRequest:
     def sources(
         self, loaders: SplitLoaders, **how: Any
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
-        """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
+        """Returns the sources of the known, the unseen and the calibration splits; `how` goes to `make_source`."""
         how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": cast(Adapter, self.known.adapter)}
         passed, failed, *held_out = self.find(loaders)
 
@@ -168,8 +170,8 @@ class DataRequest:
 
         known = []
         for loader, split in passed:
-            own = _identity(loader, as_read=True)
-            twins = [x for x in failed if x[1] == split or torch.equal(_identity(x[0], as_read=True), own)]
+            own = _sample_identity(loader, as_read=True)
+            twins = [x for x in failed if x[1] == split or torch.equal(_sample_identity(x[0], as_read=True), own)]
             failed = [one for one in failed if one not in twins]
             named = [x for x in ((loader, split), *twins) if split_and_loader(x[1])[0] in SPLITS]
             known.append(make(*[*named, *twins, (loader, split)][0], passed=True, failed=bool(twins)))
@@ -180,14 +182,14 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class SplitLoaders:
-    """A trainer's data loaders, each asked for once: a data module may make its data anew every time."""
+    """Cache of a trainer's data loaders, since a data module may create its data again on each call."""
 
     trainer: Trainer
     model: LightningModule
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
-        """The data loader of a split, or None; of several, `val:1` is the second, or the one with the key `1`."""
+        """Returns the data loader of a split or None; `val:1` is the second of several, or that with the key `1`."""
         split, which = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
@@ -201,18 +203,18 @@ class SplitLoaders:
             )
         return named[which]
 
-    def named(self, split: str) -> list[Found]:
-        """The loaders of a split: `val`, or of several `val:0`, `val:1` or `val:key`; not checked."""
+    def named(self, split: str) -> list[NamedLoader]:
+        """Returns the unchecked loaders of a split by name: `val`, or of several `val:0`, `val:1` or `val:key`."""
         several = loaders_in(self.get(split))
         return [(one, split if len(several) == 1 else f"{split}:{which}") for which, one in several.items()]
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
-        """A sentence for a report on the loaders of the fit that hold samples of none of these sources, or empty."""
+        """Returns a sentence for the report on loaders of the fit with samples in no source, or no text."""
         counted, names = torch.cat([source.identity for source in sources]), [source.split for source in sources]
         missing = []
         for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
             try:
-                covered = name in names or bool(is_among(_identity(check_loader(loader, name)), counted).all())
+                covered = name in names or bool(is_among(_sample_identity(check_loader(loader, name)), counted).all())
             except ConfigurationError:  # it cannot be read by index
                 covered = False
             if loader is not None and not covered:
@@ -221,7 +223,7 @@ class SplitLoaders:
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
-    """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
+    """Returns the trainer's data loader of a split (`train`, `val`, `repair` or `test`), or None."""
     if split in ("train", "val"):
         ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
         given = ready if ready is not None else given_loaders(trainer, split)
@@ -242,19 +244,19 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     except Exception:
         if split != "test" or data is None:
             raise
-        # Only now: a data module may split its data anew in every `setup`.
+        # Only if needed, since `setup` may split the data again.
         data.setup("test")
         return hook()
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """Returns the number of batches that `overfit_batches` leaves of a loader; None: all."""
+    """Returns the batches per loader under `overfit_batches`; None: all."""
     share = overfit_batches(trainer)
     return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
 
 
 def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
-    """Sentences for a report on what the trainer's limits of batches mean for known data."""
+    """Returns sentences for the report on the effect of the trainer's batch limits on known data."""
     if batch_limit(trainer):
         return ""
     sentences = []
@@ -274,11 +276,8 @@ def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
 
 def find_data(
     argument: str, value: Any, loaders: SplitLoaders, automatic: Sequence[str] = (), *, optional: bool = False
-) -> list[Found]:
-    """The data loaders that are meant, and their names: all of a split that has several.
-
-    `auto` is the first of the `automatic` splits that is there.
-    """
+) -> list[NamedLoader]:
+    """Returns all data loaders that an argument names; `auto` is the first existing split of `automatic`."""
     if isinstance(value, tuple):
         named = [(one, f"{argument}:{i}" if isinstance(one, DataLoader) else argument) for i, one in enumerate(value)]
         return [found for one, name in named for found in find_data(name, one, loaders, automatic)]
@@ -295,20 +294,18 @@ def find_data(
     )
 
 
-def _only(found: Sequence[Found]) -> Found:
-    """The one data loader that was found; refuses several."""
+def _single_loader(found: Sequence[NamedLoader]) -> NamedLoader:
     split = split_and_loader(found[0][1])[0]
     loader = check_loader({split_and_loader(name)[1]: one for one, name in found}, split)
     return loader, found[0][1]
 
 
-def _identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
-    """The samples of a loader, in order, as pairs of data set and place (`base_samples`)."""
+def _sample_identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
     return base_samples(loader.dataset, sample_index(loader), as_read=as_read)
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
-    """Returns the splits to be recorded; `auto`: training and validation data that can be."""
+    """Returns the splits to record; `auto` is all training and validation data that can be read by index."""
     if splits != ("auto",):
         for split in splits:
             sample_index(check_loader(loaders.get(split), split))
@@ -332,9 +329,9 @@ def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ..
 def run_splits(
     splits: Sequence[str], trainer: Trainer, model: LightningModule, task: Task, adapter: Adapter
 ) -> SampleResults:
-    """Evaluates the model on all samples of some splits; modes and random states stay as found."""
+    """Evaluates the model on all samples of some splits; restores modes and random states."""
     limit = batch_limit(trainer)
-    with random_state(), validating(trainer), torch.no_grad(), preserve(model):
+    with random_state(), validating(trainer), torch.no_grad(), preserve_state(model):
         model.eval()
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": adapter, "limit": limit}
@@ -342,8 +339,8 @@ def run_splits(
         return make_evaluator(trainer, model, task).run(sources)
 
 
-def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
-    """The calibration data; None if there are none and none are needed."""
+def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> NamedLoader | None:
+    """Returns the calibration data; None if they are missing and not needed."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
@@ -351,10 +348,10 @@ def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders,
     return find_one("calibration", given, loaders, f", or {do_without}")
 
 
-def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
-    """The one data loader that is meant, and its name."""
+def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> NamedLoader:
+    """Returns the single data loader that an argument names."""
     try:
-        return _only(find_data(argument, given, loaders))
+        return _single_loader(find_data(argument, given, loaders))
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."
@@ -362,7 +359,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Numbers for loggers: accuracy and negative flip rate on calibration data, before and after."""
+    """Returns numbers for loggers: accuracy and negative flip rate on calibration data, before and after."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

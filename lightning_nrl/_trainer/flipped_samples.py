@@ -1,4 +1,4 @@
-"""How flipped samples are shown to a reader: the user's way, else as an image, a table or a text."""
+"""Views of flipped samples for a reader: rendered by the user's function, else an image, a table or text."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from lightning_nrl.report.splits import FlippedSample
 from lightning_nrl.report.tables import flipped_splits, most_telling
 
 Render = Callable[[Any], Any]
-"""Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
+"""Maps a sample of the data set to an image (see `to_pixels`) or text."""
 Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
-"""Means and standard deviations of channels, by which a data set has normalised its images."""
+"""Means and standard deviations of the channels of normalised images."""
 
-FEWEST_PIXELS = 4  # a side of less is no picture
-TABLE_VALUES, TOKENS = 24, 120  # more are not listed
-ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
+FEWEST_PIXELS = 4  # per side
+TABLE_VALUES, TOKENS = 24, 120  # at most, per sample
+ROUNDING = 0.02  # tolerance around [0, 1] of a denormalised image
 DEEPEST, MOST_VISITED = 12, 200
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
-"""Of each split, at most."""
+"""Largest number of views per split."""
 
 
 def display(
     x: Tensor, sample: Any = None, normalization: Normalization | None = None, *, convolves: bool = True
 ) -> Pixels | str | None:
-    """A model's input for one sample as an image, `height x width x 3`, or text; None for what cannot be shown.
+    """Returns a model's input for one sample as an image, `height x width x 3`, or text; None if neither fits.
 
-    Whole numbers in a row are tokens, others a table. All else is an image if the model convolves in two dimensions,
-    if it has one or three channels, or if it is of bytes: a series of features is none. Of more than three channels it
-    shows the first three, of a film the middle; not normalized, it is stretched from black to white.
+    A vector of integers is text (tokens), a vector of floats a table. Anything else is an image if the model has 2D
+    convolutions, or if it has one or three channels or is uint8. Shows the first three channels and the middle frame
+    of a video; stretches values outside of [0, 1] from black to white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
         return None
     if x.ndim == 1 and not (x.is_floating_point() or x.dtype == torch.bool):
-        return _words(sample) or _tokens(x)
+        return _longest_text(sample) or _tokens(x)
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
         return _table(x.flatten())
     has_channels = x.ndim > 2 and any(size in (1, 3) for size in x.shape)
@@ -62,9 +62,10 @@ def display(
 
 
 def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
-    """An image as `height x width x 3` uint8; None for what is none.
+    """Converts an image to `height x width x 3` uint8; returns None if it is no image.
 
-    It has 1 or 3 channels first or last, or none, in uint8 or in [0, 1], or is `stretched` from black to white.
+    Accepts uint8 or floats in [0, 1] with 1 or 3 channels, first or last, or without channels; any floats if
+    `stretched` from black to white.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -85,18 +86,17 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """The last `Normalize` in a data set's attributes and in the data sets that it wraps, as torchvision has them."""
+    """Returns the statistics of the last `Normalize` transform, as in torchvision, of a data set or of one inside."""
     found: Normalization | None = None
-    for one in _parts(dataset):
-        if type(one).__name__ == "Normalize":  # of whatever library
+    for one in _nested_objects(dataset):
+        if type(one).__name__ == "Normalize":  # of any library
             mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
             if mean and std and len(mean) == len(std):
                 found = mean, std
     return found
 
 
-def _parts(dataset: object) -> Iterator[object]:
-    """An object, and what lies in its attributes, lists and mappings, not for ever deep."""
+def _nested_objects(dataset: object) -> Iterator[object]:
     seen: set[int] = set()
     waiting: list[tuple[object, int]] = [(dataset, 0)]
     while waiting and len(seen) < MOST_VISITED:
@@ -107,7 +107,7 @@ def _parts(dataset: object) -> Iterator[object]:
         yield one
         if depth < DEEPEST:
             inside = one if isinstance(one, (list, tuple)) else list(getattr(one, "__dict__", {}).values())
-            few = inside if len(inside) <= MOST_VISITED else ()  # samples, no transforms
+            few = inside if len(inside) <= MOST_VISITED else ()  # longer lists hold samples, not transforms
             parts = (part for part in few if not isinstance(part, (Tensor, type, str)))
             waiting += [
                 (part, depth + 1) for part in parts if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
@@ -122,7 +122,6 @@ def _numbers(values: Any) -> tuple[float, ...]:
 
 
 def _as_image(x: Tensor) -> Tensor | None:
-    """`height x width`, or `1 or 3 x height x width`, of whatever has height and width."""
     if x.ndim == 2:
         return x
     if x.ndim == 3:
@@ -136,7 +135,6 @@ def _as_image(x: Tensor) -> Tensor | None:
 
 
 def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor | None:
-    """The image in [0, 1]; None if that normalisation cannot be its own."""
     if normalization is None or not image.is_floating_point():
         return None
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
@@ -147,8 +145,7 @@ def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor 
     return shown if float(shown.min()) >= -ROUNDING and float(shown.max()) <= 1 + ROUNDING else None
 
 
-def _words(sample: Any) -> str:
-    """The longest text that a sample holds."""
+def _longest_text(sample: Any) -> str:
     parts = (
         list(sample.values()) if isinstance(sample, Mapping) else sample if isinstance(sample, (list, tuple)) else []
     )
@@ -168,7 +165,7 @@ def _table(x: Tensor) -> str:
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
 ) -> tuple[SampleView, ...]:
-    """Views of the broken and the most telling repaired samples of each split; what cannot be rendered is left out."""
+    """Returns views of the broken and the most telling repaired samples of each split; omits unsuitable ones."""
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
@@ -178,7 +175,7 @@ def sample_views(
             chosen = [one for flip, n in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:n]]
             if chosen and split.split in by_split:
                 found += _views(report, by_split[split.split], chosen, render, convolves)
-    except Exception as error:  # the user's data set or function; no picture is worth a repair
+    except Exception as error:  # of the user's code; a missing picture must not cost the repair
         problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition("\n")[0]
         rank_zero_warn(DataWarning(f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."))
     return tuple(found)
@@ -211,7 +208,7 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """The first `classes` of an innermost data set, as torchvision's have them; empty where none has any."""
+    """Returns the first `classes` of a data set, as in torchvision, or an empty tuple."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)

@@ -1,4 +1,4 @@
-"""A trainer inside a trainer: it trains a copy of the module in time, shows nothing and keeps nothing."""
+"""A silent inner trainer that trains a copy of the module within a time budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_nrl._trainer.lightning.packages import (
     class_for,
 )
 from lightning_nrl._trainer.lightning.private_parts import release_copy, shared_with_copies
-from lightning_nrl._trainer.step_outputs import nothing
+from lightning_nrl._trainer.step_outputs import no_op
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.state import State, write
@@ -41,15 +41,15 @@ from lightning_nrl.methods.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, T
 
 Result = TypeVar("Result")
 
-LEFT_OUT = callback_kinds(
+DROPPED_CALLBACKS = callback_kinds(
     "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder LearningRateMonitor ModelSummary "
     "ProgressBar Timer"
 )
-"""Callbacks of a module that tune, save, show or stop, which is not theirs to do here."""
+"""Callbacks of a module that tune, save, print or stop, which the outer trainer does."""
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
-"""Packages whose lines are not where a user looks for a mistake."""
+"""Packages whose lines are not the user's own."""
 WARM_UP_SHARE = 0.1
-"""Share of the steps of a substitute AdamW in which its rate rises."""
+"""Share of the warm-up in the steps of a substitute AdamW."""
 
 
 def copied_module(
@@ -61,19 +61,24 @@ def copied_module(
     left_out: tuple[type, ...] = (),
     rate: float | None = None,
 ) -> LightningModule:
-    """A copy to be trained in place of the module, which stays as it is, its trainer included.
+    """Copies a module for training; leaves the module and its trainer unchanged.
 
-    All of its hooks run, except those that fetch data and those after training, which save, export or report. `state`
-    is put in after `setup`, which may make layers anew; `modes` are the training flags of `module.modules()`; `shared`
-    is what the copy shares with the module, such as data sets, and so is what cannot be copied, such as locks and open
-    files; callbacks of `left_out` and `LEFT_OUT` are dropped. With a `rate` it gets AdamW for its own optimizers.
+    The copy runs all of its hooks but those that fetch data and those after training, which save, export or report.
+
+    Args:
+        module: the module to copy.
+        state: weights that the copy gets after `setup`, which may create layers again.
+        modes: training flags of `module.modules()`.
+        shared: objects that the copy shares with the module, such as data sets, as it does locks and open files.
+        left_out: callbacks that are dropped, besides `DROPPED_CALLBACKS`.
+        rate: learning rate of an AdamW that replaces the module's own optimizers; None: its own.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
-    with torch.no_grad():  # else those of scripted modules would not be leaves
+    with torch.no_grad():  # so that parameters of scripted modules stay leaves
         try:
             new = copy.deepcopy(module, dict(memo))
         except Exception:
-            new = copy.deepcopy(module, {**memo, **_not_copied(module, memo)})
+            new = copy.deepcopy(module, {**memo, **_uncopyable(module, memo)})
     for old, own in zip(module.parameters(), new.parameters(), strict=True):
         own.requires_grad_(old.requires_grad)
     release_copy(new)
@@ -81,36 +86,39 @@ def copied_module(
         part.training = training
     callbacks = new.configure_callbacks
     hooks: dict[str, Callable[..., Any]] = {
-        "prepare_data": nothing,
+        "prepare_data": no_op,
         "configure_model": partial(write, new, state),
-        "configure_callbacks": lambda: _kept(callbacks(), left_out),
-        "on_train_end": nothing,
-        "on_fit_end": nothing,
+        "configure_callbacks": lambda: _kept_callbacks(callbacks(), left_out),
+        "on_train_end": no_op,
+        "on_fit_end": no_op,
     }
     if rate is not None:
-        hooks |= {"configure_optimizers": lambda: _adamw(new, rate), "lr_scheduler_step": _step_schedule}
+        hooks |= {
+            "configure_optimizers": lambda: _adamw(new, rate),
+            "lr_scheduler_step": lambda scheduler, metric: scheduler.step(),
+        }
     for name, hook in hooks.items():
         setattr(new, name, hook)
     return new
 
 
 def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
-    """A data module with the same data and batch hooks, another trainer to ask, and another loader for training."""
+    """Copies a data module, with the same data and batch hooks, for another trainer and another training loader."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
-        setattr(new, name, nothing)
+        setattr(new, name, no_op)
     new.train_dataloader = lambda: loader  # type: ignore[method-assign]
     return new
 
 
 def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
-    """A trainer for `epochs` of `batches` on the outer one's device, with its precision, clipping and accumulation."""
+    """Returns a trainer with the outer one's device, precision, clipping and accumulation."""
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
         strategy=class_for(outer, "pytorch.strategies.SingleDeviceStrategy")(device),
         devices=1,
-        # Whatever cluster there is, the outer trainer deals with it.
+        # The outer trainer handles the cluster.
         plugins=[class_for(outer, "fabric.plugins.environments.LightningEnvironment")()],
         precision=outer.precision,
         max_epochs=epochs,
@@ -132,22 +140,21 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning says nothing about a trainer: all of it was said about the outer one."""
-    loggers = [logging.getLogger(name) for name in LOGGER_NAMES]
-    levels = [logger.level for logger in loggers]
+    """Silences Lightning, which has printed the same for the outer trainer."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGER_NAMES)}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
 class NullExperiment:
-    """Takes whatever is done to it and does nothing, as an experiment that nobody reads."""
+    """A logger experiment that accepts any call and does nothing."""
 
     def __getattr__(self, name: str) -> NullExperiment:
         if name.startswith("__"):
@@ -165,7 +172,7 @@ class NullExperiment:
 
 
 class NullLogger(DummyLoggerBase):
-    """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`."""
+    """A logger that writes nothing. Lightning's own fails on `self.logger.experiment.config.update(...)`."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -192,7 +199,6 @@ class NullLogger(DummyLoggerBase):
 
 
 def _adamw(module: LightningModule, rate: float) -> dict[str, Any]:
-    """AdamW whose rate rises over the first steps and falls to 0 along a cosine."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     total = max(1, int(module.trainer.estimated_stepping_batches))
@@ -206,17 +212,12 @@ def _adamw(module: LightningModule, rate: float) -> dict[str, Any]:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _step_schedule(scheduler: Any, metric: Any) -> None:
-    scheduler.step()
-
-
-def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:
+def _kept_callbacks(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:
     found = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-    return [callback for callback in found if not isinstance(callback, (*LEFT_OUT, *left_out))]
+    return [callback for callback in found if not isinstance(callback, (*DROPPED_CALLBACKS, *left_out))]
 
 
-def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """Finds attributes of modules that cannot be copied, by identity; a result of a graph without the graph."""
+def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def search(value: Any) -> None:
@@ -224,7 +225,7 @@ def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
             return
         if isinstance(value, Tensor):
             if not value.is_leaf:
-                found[id(value)] = value.detach().clone()
+                found[id(value)] = value.detach().clone()  # a result, without its graph
             return
         inside = value.values() if isinstance(value, dict) else value
         if isinstance(inside, (list, tuple, set, type({}.values()))):
@@ -244,11 +245,11 @@ def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
 
 
 class CannotTrainError(RepairError):
-    """The training cannot go on; the message says why, unless another rank's does."""
+    """The training cannot continue. The message is empty if it failed on another rank."""
 
 
 def describe_failure(error: Exception) -> str:
-    """Returns the kind and message of an error, and the deepest line outside of torch, Lightning and this package."""
+    """Describes an error by class, message and its deepest line outside of torch, Lightning and this package."""
     places = list(traceback.walk_tb(error.__traceback__))
     own = [place for place in places if place[0].f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES]
     frame, line = (own or places)[-1]
@@ -257,16 +258,15 @@ def describe_failure(error: Exception) -> str:
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Meeting of ranks that train, before any exchange, at the end and on failure; true if the time of any is over.
+    """Synchronises the ranks in training; returns True if the time of any is over, raises if any has failed.
 
-    Every meeting exchanges the same three numbers, so that a rank that fails anywhere meets the others wherever they
-    wait next, and all leave the training in one way.
+    Every call exchanges the same three numbers, so a rank that fails anywhere meets the others wherever they wait next.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
     if n_fatal and not fatal:
-        raise OtherRankError("the training that goes on failed on another rank.", "look at its own error.")
+        raise OtherRankError("the continued training failed on another rank.", "look at its own error.")
     if error is not None:
         raise error
     if n_stuck:
@@ -275,7 +275,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(CallbackBase):
-    """Keeps ranks in step, stops at `end`, and reports progress."""
+    """Callback that keeps ranks in step, stops at `end` and reports progress."""
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
@@ -286,25 +286,21 @@ class TimeBudget(CallbackBase):
 
     @property
     def epochs_done(self) -> float:
-        """Epochs that were trained."""
         return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Runs a part of the training, which all ranks end or none does.
-
-        Any exception but this package's own becomes a `CannotTrainError`.
-        """
+        """Runs work that succeeds on all ranks or raises on all; other errors become a `CannotTrainError`."""
         failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
             if self._has_met_failure:
-                raise  # the rank that failed has met this one already
+                raise  # the ranks have exchanged it already
             failure = error
         if isinstance(failure, ConfigurationError):
             failure = CannotTrainError(first_line(failure))
         elif failure is not None and not isinstance(failure, RepairError):
-            # Without its traceback, which may hold what did not fit in memory.
+            # Drop the traceback, which may hold tensors that did not fit in memory.
             failure = CannotTrainError(describe_failure(failure))
         check_ranks(self._collective, failure)
         return result
@@ -312,15 +308,15 @@ class TimeBudget(CallbackBase):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
-            # What is measured on validation data is not there.
+            # Schedules may ask for validation metrics, which do not exist here.
             config.strict = False
         if not pl_module.automatic_optimization:
-            # Steps of several optimizers all count; schedules have asked by now.
+            # The steps of several optimizers all count; schedules have read it by now.
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages gradients over ranks; those that are accumulated are the same on all ranks, and stay so."""
+        """Averages gradients over ranks; accumulated ones are the same on all ranks and stay so."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)
@@ -357,7 +353,7 @@ class TimeBudget(CallbackBase):
 
 
 class TrainingTrial(TimeBudget):
-    """Stops after a few batches; `epochs` then tells how many fit in the time until `end`."""
+    """Callback that times a few batches and stops; `epochs` then estimates how many fit until `end`."""
 
     def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()
@@ -389,7 +385,7 @@ class TrainingTrial(TimeBudget):
 
 @torch.no_grad()
 def _average_gradients(model: LightningModule, collective: Collective) -> None:
-    """Parameters without a gradient on some ranks count as 0 there; without one on any rank they stay without."""
+    # A parameter without a gradient counts as 0; without one on any rank it stays without.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
     parameters = [parameter for parameter, n in zip(parameters, ranks.tolist(), strict=True) if n]

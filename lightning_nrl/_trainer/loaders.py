@@ -1,4 +1,4 @@
-"""Reads the user's data loaders for a repair: in order, each sample once, as validation reads it."""
+"""Sources that read the user's data loaders in order, each sample once, as in validation."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from lightning_nrl.errors import ConfigurationError, RepairError
 
 
 class SeededDataset(Dataset[Any]):
-    """Another data set, read with random numbers that depend on a seed and on the position of the sample alone.
+    """A data set whose random numbers depend on a seed and the position of the sample alone.
 
-    Of `n` samples, position `i + k * n` is draw `k` of sample `i`. Until a sample draws from the global generators of
-    torch (on the CPU), numpy or `random` (`draws`), batches are read without seeds, and once more if one does.
+    With `n` samples, position `i + k * n` is draw `k` of sample `i`. Seeds nothing until a sample draws from the global
+    generators of torch (on the CPU), numpy or `random` (`draws`); then that batch is read again.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -51,7 +51,6 @@ class SeededDataset(Dataset[Any]):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, index: Sequence[int]) -> list[Any]:
-        """Torch's data loaders read batches by this."""
         found, n, samples = CpuRandomState.current(), len(self), list[Any]()
         if not self.draws:
             places = [i % n for i in index]
@@ -70,7 +69,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
-    """Starts a worker whose `get_worker_info` tells of the user's own data set."""
+    """Starts a worker whose `get_worker_info` shows the user's own data set."""
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, SeededDataset):
         # torch locks the attributes of this object.
@@ -84,19 +83,19 @@ SPLITS = ("train", "val", "repair", "test")
 
 @dataclass(frozen=True)
 class LoaderSource:
-    """A split read through a data loader, this rank's share of it (see `lightning_nrl.data.batch.Source`)."""
+    """This rank's share of a split, read through a data loader (see `lightning_nrl.data.batch.Source`)."""
 
     split: str
     passed: bool
     failed: bool
-    index: Tensor  # data-set positions of all its samples, over all ranks; of several draws one after another
-    positions: Tensor  # this rank's places in that order
-    loader: DataLoader[Any]  # the user's, with the data set as the user made it
-    samples: SeededDataset  # what is read: that data set, or a view of it, each sample with one draw
-    transfer: Callable[[Any], Any]  # brings a raw batch to the device, as Lightning does in validation
+    index: Tensor  # data-set positions of all samples of all ranks, draw after draw
+    positions: Tensor  # this rank's rows of `index`
+    loader: DataLoader[Any]  # the user's own
+    samples: SeededDataset  # the data set, or a view of it
+    transfer: Callable[[Any], Any]  # moves a raw batch to the device, as Lightning does in validation
     adapter: Adapter = unpack
-    seed: int = 0  # what a model that draws random numbers is seeded with at every pass
-    draws: int = 1  # how often each sample is in the split, each time with random numbers of its own
+    seed: int = 0  # of the model's random numbers, set at every pass
+    draws: int = 1  # number of draws of each sample
 
     @property
     def batch_size(self) -> int:
@@ -104,59 +103,56 @@ class LoaderSource:
 
     @property
     def identity(self) -> Tensor:
-        """`n x 2`, the data set and the place of each sample, seen through subsets and unions."""
+        """Data set and position of each sample inside subsets and unions, `n x 2`."""
         return base_samples(self.loader.dataset, self.index)
 
     @property
     def has_validation_view(self) -> bool:
-        """True if the data set is read with the transform of the validation data."""
+        """True if the validation transform replaces the data set's own."""
         return self.samples.dataset is not self.loader.dataset
 
     def first_batch(self) -> Any:
-        """The first raw batch of the split on the device, the same on every rank; seeds the global generators."""
+        """Returns the first raw batch on the device, the same on every rank; seeds the global generators."""
         seed_all(self.seed)
         first = torch.arange(len(self.index))[: self.batch_size]
-        raw = self.transfer(self.loader.collate_fn(self.samples.__getitems__(self._codes(first))))
-        self._taken_apart(raw)  # says what does not fit
+        raw = self.transfer(self.loader.collate_fn(self.samples.__getitems__(self._draw_indices(first))))
+        self._unpack(raw)  # raises if the adapter does not fit
         return raw
 
     def __iter__(self) -> Iterator[Batch]:
         seed_all(self.seed)
         at = 0
-        for raw in self._read(batch_size=self.batch_size, sampler=self._codes(self.positions)):
+        for raw in self._read(batch_size=self.batch_size, sampler=self._draw_indices(self.positions)):
             raw = self.transfer(raw)
-            args, kwargs, target, n = self._taken_apart(raw)
+            args, kwargs, target, n = self._unpack(raw)
             expected = min(self.batch_size, len(self.positions) - at)
             if n != expected:
-                raise ConfigurationError(
-                    f"`{self.split}` data: a batch of {expected} samples came with {n} targets.\n{describe(raw)}",
-                    f"the target's first dimension must count samples; {adapter_hint(raw)}",
-                )
+                problem = f"`{self.split}` data: a batch of {expected} samples came with {n} targets.\n{describe(raw)}"
+                hint = f"the target's first dimension must count samples; {adapter_hint(raw)}"
+                raise ConfigurationError(problem, hint)
             yield Batch(args, target, self.positions[at : at + n], kwargs, raw)
             at += n
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Reads chosen samples, the same as in an ordinary pass."""
-        chosen = [self._codes(position) for position in batches]
+        """Yields chosen batches of samples, with the values of an ordinary pass."""
+        chosen = [self._draw_indices(position) for position in batches]
         for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
             yield Batch(args, target, position, kwargs, raw)
 
-    def _taken_apart(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
+    def _unpack(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
         try:
             args, kwargs, target = self.adapter(raw)
             return args, kwargs, target, length_of(target)
         except RepairError:
             raise
         except Exception as error:
-            raise ConfigurationError(
-                f"`adapter` raised {type(error).__name__} on `{self.split}` data: {error}\n{describe(raw)}",
-                adapter_hint(raw),
-            ) from error
+            problem = f"`adapter` raised {type(error).__name__} on `{self.split}` data: {error}\n{describe(raw)}"
+            raise ConfigurationError(problem, adapter_hint(raw)) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """Returns the split with several draws of each sample; each draw counts as a sample."""
+        """Returns the split with several draws per sample, each counted as a sample."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -166,8 +162,7 @@ class LoaderSource:
         place = kept.cumsum(0) - 1
         return replace(self, index=self.index[kept], positions=place[self.positions[kept[self.positions]]])
 
-    def _codes(self, positions: Tensor) -> list[int]:
-        """Some places as `SeededDataset` numbers samples and draws."""
+    def _draw_indices(self, positions: Tensor) -> list[int]:
         draw = positions // max(1, len(self.index) // self.draws)
         return (self.index[positions] + draw * len(self.samples)).tolist()
 
@@ -191,9 +186,9 @@ def make_source(
     limit: int | None = None,
     whole: bool = False,
 ) -> LoaderSource:
-    """A source that each rank reads its own samples of once, in order, nothing dropped or padded.
+    """Returns a source in which each rank reads its own samples once, in order, none dropped or padded.
 
-    `limit`: the number of batches to read, for `fast_dev_run`; `whole`: each rank reads all samples.
+    `limit` is the number of batches, for `fast_dev_run`; with `whole`, each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
@@ -209,7 +204,7 @@ def make_source(
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
-    """The batch size of a loader; an average, where a batch sampler of the user's own does not say."""
+    """Returns the batch size of a loader, or the average if a custom batch sampler has none."""
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     said: int | None = loader.batch_size or getattr(sampler, "batch_size", None)
     if said or not isinstance(sampler, Sized) or not len(sampler):
@@ -218,7 +213,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
-    """A loader of other samples that reads and collates as a loader does, by as many workers."""
+    """Copies a loader for other samples, with its collate function, workers and pinning."""
     if loader.num_workers:
         for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
             arguments[name] = getattr(loader, name)
@@ -230,13 +225,13 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
-    """`val:1` as the split and the number or key of one of its loaders."""
+    """Splits `val:1` into the split and the number or key of a loader."""
     split, _, which = name.partition(":")
     return split, which
 
 
 def loaders_in(given: Any) -> Mapping[str, Any]:
-    """The loaders in a list, a mapping or a `CombinedLoader`, by number or key; a single one is number 0."""
+    """Returns the loaders of a list, a mapping or a `CombinedLoader` by number or key; a single one has number 0."""
     given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         return {str(key): loader for key, loader in given.items()}
@@ -244,7 +239,7 @@ def loaders_in(given: Any) -> Mapping[str, Any]:
 
 
 def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
-    """The one data loader in what the user gave; refuses what cannot be read by index, with the hint `instead`."""
+    """Returns the single data loader given; refuses one that cannot be read by index, with the hint `instead`."""
 
     def refused(problem: str, hint: str) -> ConfigurationError:
         return ConfigurationError(f"`{split}` data: {problem}.", instead or hint)
@@ -271,19 +266,18 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
 def check_data(
     argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
 ) -> str | DataLoader[Any] | None:
-    """The name of a split, the one data loader in what was given, or None; refuses all else."""
+    """Returns the name of a split, the single data loader given, or None; refuses anything else."""
     known = (*names, *(f"{name}:{split_and_loader(value)[1]}" for name in SPLITS)) if isinstance(value, str) else names
     if (isinstance(value, str) and value not in known) or (value is None and not optional):
-        raise ConfigurationError(
-            f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
-        )
+        hint = f"write one of {list(names)} or pass a DataLoader."
+        raise ConfigurationError(f"`{argument}={value!r}` is no split.", hint)
     return value if isinstance(value, str) or value is None else check_loader(value, argument)
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
-    """Positions of the samples of a loader, ascending: those that its sampler is over, else the whole data set.
+    """Returns the data-set positions that a loader's sampler covers, ascending; by default the whole data set.
 
-    A sampler of the user's own is over a subset if it draws the same one twice; one with weights, over those above 0.
+    A custom sampler covers a subset if it draws the same one twice; a weighted one, the samples of weight above 0.
     """
     n = len(loader.dataset)  # type: ignore[arg-type]
     outer, sampler = sampler_of(loader)
@@ -294,20 +288,19 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
         return sampler.weights.cpu().nonzero().flatten()
     makes_batches = outer is sampler and type(loader.batch_sampler) is not BatchSampler
     own = loader.batch_sampler if makes_batches else sampler
-    # Over several ranks each would draw its own share.
+    # With several ranks, each would draw its own share.
     shared = isinstance(own, DistributedSampler) or (is_initialized() and get_world_size() > 1)
     if shared or isinstance(own, (SequentialSampler, RandomSampler, WeightedRandomSampler)):
         return torch.arange(n)
     with random_state():
-        first, second = _drawn(own, n), _drawn(own, n)
+        first, second = _drawn_positions(own, n), _drawn_positions(own, n)
     return torch.tensor(sorted(first)) if first and first == second else torch.arange(n)
 
 
-def _drawn(sampler: Any, n: int) -> set[int] | None:
-    """The positions that a copy of a sampler draws; None where it cannot be copied, or draws what is no position."""
+def _drawn_positions(sampler: Any, n: int) -> set[int] | None:
     found: set[int] = set()
     try:
-        # One that never ends draws no more than as many batches as there are samples.
+        # A sampler may be endless, and its state must not change.
         for item in islice(copy.deepcopy(sampler), n):
             found |= {int(i) for i in item} if isinstance(item, Iterable) else {int(item)}
     except Exception:
@@ -316,12 +309,12 @@ def _drawn(sampler: Any, n: int) -> set[int] | None:
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
-    """An adapter from a function or its address, by default `unpack`."""
+    """Returns an adapter given as a function or its address, by default `unpack`."""
     return unpack if adapter is None else as_adapter(import_function("adapter", adapter))
 
 
 def length_of(target: Any) -> int:
-    """The number of samples of a target."""
+    """Returns the number of samples of a target."""
     if isinstance(target, Mapping):
         target = next(iter(target.values()))
     if isinstance(target, Sequence) and target and isinstance(target[0], Tensor):

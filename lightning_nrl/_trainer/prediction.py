@@ -1,4 +1,4 @@
-"""Reads logits from a module as it is deployed, and checks its layers and its own step against them."""
+"""Logits of a module as it is deployed, and a check of its own steps against them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.step_outputs import hooked, nothing, replaced
+from lightning_nrl._trainer.step_outputs import forward_hooks, no_op, replaced
 from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
-from lightning_nrl._utils.preserve import attributes_kept, preserve, seed_all
+from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, first_line
@@ -29,26 +29,26 @@ from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task, class_logits
 
-SAME_OUTPUT_TOLERANCE = 1e-3  # share of the largest value by which two ways to the same outputs may differ
-FEWEST_PROBABILITIES = 8  # samples; fewer logits, one each, may lie between 0 and 1 by chance
-LAYER_TOLERANCE = 1e-3  # relative distance by which a layer's inputs or outputs may differ between two ways to the same
-SEEDS_OF_AUGMENTATION = 4  # how often a step that augments at random is run, to see how far its inputs spread
-SPREAD_FACTOR = 3.0  # how much farther than from each other its inputs may lie from ours, on average
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above this multiple of the module's own plus the offset
+SAME_OUTPUT_TOLERANCE = 1e-3  # tolerance between two ways to the same outputs, relative to the largest
+FEWEST_PROBABILITIES = 8  # samples; a few logits may lie between 0 and 1 by chance
+LAYER_TOLERANCE = 1e-3  # relative distance between two ways to a layer's inputs and outputs
+SEEDS_OF_AUGMENTATION = 4  # runs of a step, to see whether it augments
+SPREAD_FACTOR = 3.0  # largest mean distance to our inputs, in mean distances of augmented ones
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above own * factor + offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
-"""Changes of a layer's output that show whether logits depend on it: those of other samples, smaller ones. A model
-knows their kind; a NaN that becomes an index would end the work of a GPU."""
+"""Changes of a layer's output that show whether logits depend on it. Both keep typical values, since a NaN that becomes
+an index would crash a GPU."""
 
 Calls = list[tuple[Tensor, Tensor]]
-"""The inputs and outputs of a layer, call by call."""
+"""Inputs and outputs of a layer, by call."""
 
 
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator that knows which layers are called, and sources whose batches are run as deployed.
+    """Returns an evaluator with the layers that are called, and sources whose adapter runs the module as deployed.
 
-    Both are found out on the first batch of the first source; the first split is checked against the module's own step.
+    Uses the first batch of the first source; checks the first split against the module's own steps.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -59,13 +59,13 @@ def open_sources(
     raw = ranks.all_or_none(first.first_batch, failed)
     adapter = deployed_adapter(model, evaluator, first.adapter, raw)
     found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    # The prediction may fail on one rank alone; the layer is chosen by what the first one knows.
+    # The prediction may fail on one rank only; all take the layers of the first.
     called = ranks.first_bytes(json.dumps(called_layers(model, evaluator, adapter, raw)).encode())
     evaluator = replace(evaluator, called=json.loads(called))
 
     def check() -> None:
-        if not _is_drawn(model, evaluator, adapter, raw):
-            return _check_own_step(trainer, model, evaluator, found[0])
+        if not _is_random(model, evaluator, adapter, raw):
+            return _check_step(trainer, model, evaluator, found[0])
         problem = "`model`: its predictions are drawn at random in evaluation mode, as by dropout that stays on."
         hint = "all counts hold for one fixed draw; draw `if self.training`, or " + ADAPTER_HINT
         return rank_zero_warn(DataWarning(problem, hint))
@@ -75,13 +75,12 @@ def open_sources(
 
 
 @torch.no_grad()
-def _is_drawn(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> bool:
-    """True if a prediction changes with the seed; False too where it cannot be run."""
+def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> bool:
     args, kwargs, target = adapter(raw)
     found = []
     with suppress(Exception):
         for seed in (0, 1):
-            with _as_evaluated(model, evaluator):
+            with _evaluation_context(model, evaluator):
                 seed_all(seed)
                 logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
                 found += [] if logits is None else [logits.nan_to_num()]
@@ -90,11 +89,11 @@ def _is_drawn(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any
 
 @dataclass(frozen=True)
 class PredictStep(ModelCall):
-    """The prediction by a module's own `predict_step`; of a model without one by its forward."""
+    """Prediction by a module's own `predict_step`, or by its forward if it has none."""
 
     adapter: Adapter  # for a model without a `predict_step`
     task: Task
-    on_inputs: bool = False  # whether it takes the inputs alone, as data for prediction have them
+    on_inputs: bool = False  # True: `predict_step` takes the inputs without targets
     gives_probabilities: bool = False
 
     def __call__(self, model: nn.Module, raw: Any) -> Any:
@@ -114,24 +113,23 @@ class PredictStep(ModelCall):
 
 
 def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
-    """An adapter whose inputs are the raw batch itself, for a call that takes it."""
     return (call, raw), {}, adapter(raw)[2]
 
 
 @torch.no_grad()
 def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any) -> Adapter:
-    """The adapter that runs batches as the module is deployed: by `predict_step`, if `forward` predicts otherwise.
+    """Returns an adapter that runs the module as deployed: by `predict_step` if `forward` predicts something else.
 
-    Where `predict_step` gives no logits, or cannot be run, `forward` stands for it, if it predicts the same.
+    Falls back to `forward` if `predict_step` fails, or returns no logits and `forward` predicts the same.
     """
     if isinstance(adapter, ModelAdapter):
         return adapter
     task, name = evaluator.task, type(model).__name__
     args, kwargs, target = adapter(raw)
 
-    def tried(call: Callable[[], Any]) -> Any:
+    def result_or_error(call: Callable[[], Any]) -> Any:
         try:
-            with _as_evaluated(model, evaluator):
+            with _evaluation_context(model, evaluator):
                 found = call()
         except Exception as error:
             found = error
@@ -139,16 +137,14 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
         failed_somewhere = evaluator.collective.any(failed)
         return OtherRankError("it failed on another rank.") if failed_somewhere and not failed else found
 
-    forward = tried(partial(run_model, model, args, kwargs))
+    forward = result_or_error(partial(run_model, model, args, kwargs))
     if not overrides(model, "predict_step"):
         if isinstance(forward, NotImplementedError) and 'required "forward"' in str(forward):
-            raise ConfigurationError(
-                f"`model`: {name} has no `forward` and no `predict_step`, so it is not known what it predicts.",
-                ADAPTER_HINT,
-            ) from forward
-        return adapter  # whatever else is wrong is said when the model is evaluated
+            problem = f"`model`: {name} has no `forward` and no `predict_step`, so it is not known what it predicts."
+            raise ConfigurationError(problem, ADAPTER_HINT) from forward
+        return adapter  # the evaluation reports any other problem
     calls = [PredictStep(adapter, task, on_inputs) for on_inputs in (False, True)[: 1 + bool(args)]]
-    results = ((call, tried(partial(call, model, raw))) for call in calls)
+    results = ((call, result_or_error(partial(call, model, raw))) for call in calls)
     call, output = next(((c, found) for c, found in results if not isinstance(found, Exception)), (None, None))
     logits = None if isinstance(forward, Exception) else _logits(task, forward, target)
     if call is None:
@@ -162,10 +158,8 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
     if own is None:
         kind = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         if logits is None or not _predicts_same(output, task.prediction(logits)):
-            raise ConfigurationError(
-                f"`model`: `predict_step` of {name} gives {kind}, no logits, and `forward` does not predict the same.",
-                ADAPTER_HINT,
-            )
+            problem = f"`predict_step` of {name} gives {kind}, no logits, and `forward` does not predict the same."
+            raise ConfigurationError(f"`model`: {problem}", ADAPTER_HINT)
         _warn(f"gives {kind}, no logits")
         return adapter
     probable = _are_probabilities(own, task)
@@ -180,7 +174,6 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
 
 
 def _logits(task: Task, output: Any, target: Any) -> Tensor | None:
-    """The logits in an output, None where it holds none that fit the task."""
     try:
         logits = task.logits(output)
         task.check(logits, target)
@@ -213,8 +206,8 @@ def _warn(problem: str) -> None:
 
 
 def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: Any) -> None:
-    with _as_evaluated(model, evaluator):
-        called = _called(model, partial(call, model, raw))
+    with _evaluation_context(model, evaluator):
+        called = _call_order(model, partial(call, model, raw))
         layers = layers_of(model)
         probe = OutputProbe({name: layers[name] for name in called[-1:]})
         with torch.enable_grad(), probe.hooked():
@@ -228,46 +221,46 @@ def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, 
 
 
 @contextmanager
-def _as_evaluated(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
-    """As in an evaluation, with the same random numbers each time; all is left as found."""
-    with preserve(model), evaluator.context(), force_eager():
+def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
+    with preserve_state(model), evaluator.context(), force_eager():
         seed_all(0)
         yield
 
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """The layers that the prediction calls, by dotted name in the order of last calls; None where it cannot be run.
+    """Returns the names of the layers that the prediction calls, in the order of their last calls; None if it fails.
 
-    The last Linear layers are left out if they have no part in the logits, such as a second head.
+    Omits Linear layers at the end that do not affect the logits, such as a second head.
     """
     args, kwargs, _ = adapter(raw)
     run = partial(run_model, model, args, kwargs)
     try:
-        with _as_evaluated(model, evaluator):
-            called = _called(model, run)
+        with _evaluation_context(model, evaluator):
+            called = _call_order(model, run)
     except Exception:
         return None
     linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
     if len(linear) > 1:
-        with _as_evaluated(model, evaluator):
-            idle = _idle_at_end(linear, partial(_logits_with, model, lambda: evaluator.task.logits(run())))
+        with _evaluation_context(model, evaluator):
+            idle = _unused_last_layers(
+                linear, partial(_logits_after_change, model, lambda: evaluator.task.logits(run()))
+            )
         called = [name for name in called if name not in idle]
     return called
 
 
-def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+def _call_order(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     calls: list[str] = []
-    with hooked(layers_of(model), lambda name, args, output: calls.append(name)):
+    with forward_hooks(layers_of(model), lambda name, args, output: calls.append(name)):
         run()
     return list(dict.fromkeys(reversed(calls)))[::-1]
 
 
-def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
-    """The last layers that the logits do not need, up to the first that they do; likewise of those not frozen."""
+def _unused_last_layers(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
     logits = run()
     needed, idle = set[str](), set[str]()
-    # `auto` takes the last one that is not frozen, others the last one.
+    # `auto` takes the last layer that is not frozen, other choices the last one, so both orders matter.
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
@@ -279,29 +272,26 @@ def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]
     return idle
 
 
-def _logits_with(
+def _logits_after_change(
     model: nn.Module,
     run: Callable[[], Tensor],
     layer: nn.Module | None = None,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | None:
-    """The logits after a change of a layer's output; None where that raises."""
     layers = {} if layer is None else {"": layer}
-    with attributes_kept(model), hooked(layers, lambda name, args, output: change and change(output)):
+    with preserve_attributes(model), forward_hooks(layers, lambda name, args, output: change and change(output)):
         seed_all(0)
         try:
-            return run().clone()  # a model may write the next ones into the same memory
+            return run().clone()  # a model may reuse the memory of its outputs
         except Exception:
             return None
 
 
-def _check_own_step(
-    trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
-) -> None:
-    """Refuses a module whose own step gives the network something else than our evaluation, on the first known batch.
+def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]) -> None:
+    """Refuses a module whose own step feeds the network other inputs than our evaluation, on the first known batch.
 
-    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. An adapter
-    that runs the module itself is right, and so the difference a warning.
+    Takes `validation_step`, or `training_step` if that is missing or does not call the last layer. Only warns if the
+    adapter runs the module itself.
     """
     if not known or evaluator.called is None:
         return
@@ -318,7 +308,7 @@ def _check_own_step(
                 evaluator.task.check(logits, target)
                 loss = float(evaluator.task.loss(logits, target).mean())
         except Exception:
-            return  # what does not fit is said when the model is evaluated
+            return  # the evaluation reports it
         run = partial(_run_step, trainer, model, evaluator, layers, step, source)
         own = run(seed=0)
         if own is None:
@@ -341,14 +331,14 @@ def _check_own_step(
             f"(relative distance {apart:.2g}); {losses}"
         )
         if not is_model_adapter:
-            hint = "do in `forward` all that the step does to a batch, or " + ADAPTER_HINT
+            hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
             raise ConfigurationError(f"{found}.", hint)
         rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter gives what is deployed."))
         return
 
 
 def _is_augmented(own: Calls, ours: Calls, run: Callable[..., tuple[Calls, float] | None]) -> bool:
-    """True if the step's inputs differ from ours no more than from seed to seed."""
+    # Augmented inputs differ from ours no more than from seed to seed.
     runs = [own]
     for seed in range(1, SEEDS_OF_AUGMENTATION):
         again = run(seed=seed)
@@ -370,14 +360,13 @@ def _run_step(
     *,
     seed: int,
 ) -> tuple[Calls, float] | None:
-    """The calls of the layers in a step, and its loss or NaN; None where it cannot be run at this time."""
     raw = source.first_batch()
     with ExitStack() as stack:
         stack.enter_context(untracked(trainer))
         for part in model.modules():
             if isinstance(part, LightningModule):
-                stack.enter_context(replaced(part, log=nothing, log_dict=nothing))
-        stack.enter_context(attributes_kept(model))
+                stack.enter_context(replaced(part, log=no_op, log_dict=no_op))
+        stack.enter_context(preserve_attributes(model))
         calls = stack.enter_context(_recording(model, evaluator, layers))
         seed_all(seed)
         try:
@@ -390,21 +379,20 @@ def _run_step(
 
 @contextmanager
 def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
-    """As in an evaluation, without gradients; the calls of layers are noted."""
     calls: Calls = []
 
     def note(name: str, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
 
-    with _as_evaluated(model, evaluator), torch.no_grad(), hooked(layers, note):
+    with _evaluation_context(model, evaluator), torch.no_grad(), forward_hooks(layers, note):
         yield calls
 
 
 def _distances(calls: Calls, others: Calls) -> Iterator[float]:
-    """Distances between calls of one shape, relative to the smaller, so that they are large whichever is scaled."""
+    # Relative to the smaller norm, so that a distance is large whichever of the two is scaled.
     for a in calls:
         for b in others:
-            # A step may put several views of a batch side by side.
+            # A step may concatenate several views of a batch.
             parts = zip(*(x.split(len(y)) for x, y in zip(a, b, strict=True) if len(y)), strict=False)
             for part in parts:
                 pairs = list(zip(part, b, strict=True))

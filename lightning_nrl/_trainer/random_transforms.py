@@ -1,4 +1,4 @@
-"""Detects data sets that draw at random, and reads them with the validation transform where that fits."""
+"""Detection of data sets that draw at random, and their validation transforms."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
 
 MAX_SAMPLES_CHECKED = 32
-"""Samples of a split that are read twice: those that change are noticed with 95 % if they are a tenth."""
+"""Samples of a split that are read twice. If a tenth of all change, one is among these with a probability of 95 %."""
 
 
 def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
-    """Counts samples that change though read twice with the same random numbers; notes if any are drawn."""
+    """Counts samples that change between two reads with the same random numbers; sets `samples.draws` if any draws."""
 
     def read(i: int) -> list[Any]:
         found = []
@@ -37,7 +37,7 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
         for i in positions:
             stays = is_same(*read(i))
             if not stays and not samples.draws:
-                # Some ask for the seed and draw nothing.
+                # Some read the seed and draw nothing.
                 samples.draws = True
                 stays = is_same(*read(i))
             unstable += not stays
@@ -45,7 +45,7 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
-    """Counts samples of a batch that change, or swap places, when the batch is put together in reverse order."""
+    """Counts samples of a batch that change or swap places when the batch is collated in reverse order."""
     n = len(positions)
 
     def rows(order: Sequence[int]) -> list[Tensor]:
@@ -69,13 +69,13 @@ def _checked_positions(source: LoaderSource) -> list[int]:
 
 
 def draws_at_random(source: LoaderSource) -> bool:
-    """True if reading some samples of a source depends on random numbers."""
+    """True if some samples of a source depend on random numbers."""
     check_stability(source.samples, _checked_positions(source), source.loader.collate_fn)
     return source.samples.draws
 
 
 def report_stability(sources: Sequence[LoaderSource]) -> str:
-    """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee."""
+    """Returns sentences for the report on splits that draw at random, and on those without a guarantee."""
     sentences = []
     for source in sources:
         positions = _checked_positions(source)
@@ -109,7 +109,7 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """True if two samples or batches hold the same tensors, arrays, numbers and texts; all else counts as the same."""
+    """True if two samples or batches hold equal tensors, arrays, numbers and texts; ignores anything else."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16:  # which numpy lacks
         a, b = a.float(), b.float()
     if isinstance(a, (Tensor, np.ndarray)):
@@ -122,17 +122,17 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 TRANSFORMS = ("transform", "transforms")
-"""Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
+"""Attributes that hold the transforms of torchvision's data sets."""
 
 Transforms = Mapping[type, Mapping[str, Any]]
 """Transforms of the validation data by class of data set."""
 
 
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
-    """The source, read with the validation data's `transform` where that can be shown to give the same samples.
+    """Returns a source with the validation data's `transform` if its own draws at random and the other one fits.
 
-    That is where its data set draws at random, and the transform of validation data of the same class draws nothing and
-    gives the same targets, and inputs of the same types and dimensions, for some samples.
+    It fits if it belongs to a data set of the same class, draws nothing, and gives some samples the same targets, and
+    inputs of the same types and dimensions.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):
@@ -146,20 +146,18 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
         fits = stable and all(
             _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
         )
-    except Exception:  # the user's code, with a transform that it was not made for
+    except Exception:  # of the user's code with a foreign transform
         fits = False
     return replace(source, samples=view) if fits else source
 
 
 def _is_same_sample(source: LoaderSource, own: Any, other: Any) -> bool:
-    """True if two batches have the same targets, and inputs of the same types and numbers of dimensions."""
     (*inputs, target), (*other_inputs, other_target) = source.adapter(own), source.adapter(other)
     kinds, other_kinds = ([(x.dtype, x.ndim) for x in tensors_in(part)] for part in (inputs, other_inputs))
     return kinds == other_kinds and is_same(target, other_target)
 
 
 def _transforms_of(loaders: Any) -> Transforms:
-    """The transforms of the innermost validation data sets by class; a class with several is left out."""
     found: dict[type, Mapping[str, Any]] = {}
     ambiguous = set()
     for dataset in innermost_datasets(loaders):
@@ -171,7 +169,7 @@ def _transforms_of(loaders: Any) -> Transforms:
 
 
 def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
-    """The data sets in loaders, subsets and unions."""
+    """Yields the data sets inside loaders, subsets and unions."""
     if isinstance(data, (Mapping, list, tuple)) or hasattr(data, "iterables"):
         for one in loaders_in(data).values():
             yield from innermost_datasets(one)
@@ -188,21 +186,20 @@ def _own_transforms(dataset: Dataset[Any]) -> dict[str, Any]:
 
 
 def _with_transforms(dataset: Dataset[Any], transforms: Transforms) -> Dataset[Any]:
-    """The data set with transforms replaced in a copy; itself where there is nothing to replace."""
     if isinstance(dataset, Subset):
         inner = _with_transforms(dataset.dataset, transforms)
-        return dataset if inner is dataset.dataset else _replaced(dataset, {"dataset": inner})
+        return dataset if inner is dataset.dataset else _copy_with(dataset, {"dataset": inner})
     if isinstance(dataset, ConcatDataset):
         parts: Sequence[Dataset[Any]] = [_with_transforms(part, transforms) for part in dataset.datasets]
         unchanged = all(new is old for new, old in zip(parts, dataset.datasets, strict=True))
-        return dataset if unchanged else _replaced(dataset, {"datasets": parts})
+        return dataset if unchanged else _copy_with(dataset, {"datasets": parts})
     own, new = _own_transforms(dataset), transforms.get(type(dataset), {})
     if own.keys() != new.keys() or all(own[name] is new[name] for name in own):
         return dataset
-    return _replaced(dataset, new)
+    return _copy_with(dataset, new)
 
 
-def _replaced(dataset: Dataset[Any], attributes: Mapping[str, Any]) -> Dataset[Any]:
+def _copy_with(dataset: Dataset[Any], attributes: Mapping[str, Any]) -> Dataset[Any]:
     view = copy.copy(dataset)
     vars(view).update(attributes)
     return view

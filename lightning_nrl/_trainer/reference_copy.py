@@ -1,4 +1,4 @@
-"""The replaced model beside the one that is trained: a module of its own, on the same device."""
+"""The replaced model as a module on the device of the new one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """The replaced model, if it can be asked for outputs."""
+    """Returns the replaced model; refuses one without outputs."""
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-        what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
+        what = "there is no model to compare with" if found is None else "it cannot be asked for outputs"
         raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     return found
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """The replaced model, if it has weights that go with those of the new one as they are."""
+    """Returns the replaced model; refuses one whose weights cannot be interpolated with the new ones."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there is nothing to go back to" if found is None else "it has no weights"
@@ -39,17 +39,15 @@ def parse_with_weights(reference: object) -> OldModel:
         raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     for name in ("adapter", "classes"):
         if getattr(found, name) is not None:
-            raise ConfigurationError(
-                f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
-                "only weights of one architecture with one meaning lie between each other.",
-            )
+            problem = f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model."
+            raise ConfigurationError(problem, "only weights with the same inputs and outputs can be interpolated.")
     return found
 
 
 def reference_module(
     trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
-    """The replaced model, or a copy with its weights, on the device of the new one, in evaluation mode in `held`."""
+    """Returns the replaced model, or a copy with its weights, on the new one's device, in `eval` mode within `held`."""
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)
@@ -66,11 +64,8 @@ def _copy(trainer: Trainer, module: LightningModule, given: State | str | Path) 
     try:
         new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
     except Exception as error:
-        raise ConfigurationError(
-            f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
-            f"({type(error).__name__}: {error}).",
-            "load the old model yourself and give the module.",
-        ) from error
+        what = f"{type(module).__name__} cannot be copied to hold the old weights ({type(error).__name__}: {error})."
+        raise ConfigurationError(f"`reference`: {what}", "load the old model yourself and give the module.") from error
     write(new, state)
     new.trainer = trainer
     return new

@@ -1,4 +1,4 @@
-"""Writes the files of a repair together, prints its report, and finds its folders."""
+"""Files, folders and printed report of a repair."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_
 from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
-MARKS = ("html", "markdown", "json")
-"""Reports, in the order in which they are put in their places, after pictures: where `report.json` is, all is."""
+PAGE_KINDS = ("html", "markdown", "json")
+"""Reports in the order of their commit, after pictures: once `report.json` is in place, all files are."""
 
 NOT_JUDGED = "it would not hold"
 FILE_PREFIX = "lightning_nrl-"
 
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
-    """Files of one report, by kind and in one folder, written beside their places; `commit` puts them there.
+    """Files of one report, by kind, staged by the first rank and moved to their folder by `commit`.
 
-    The first rank writes. `names` are what else a run may have left there, which must not stay.
+    `names` are the other files that an earlier run may have left there; `commit` removes or renames them.
     """
 
     def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
         self._files = {kind: Path(path) for kind, path in files.items()}
         self._trainer = trainer
-        self._problems: dict[str, str] = {}  # why files are missing, by kind
-        self._direct: set[str] = set()  # kinds that are written to their place by a plugin of the user's
+        self._problems: dict[str, str] = {}  # reasons for missing files, by kind
+        self._direct: set[str] = set()  # kinds that the user's own plugin writes in place
         self._stage: StagedFiles | None = None
         if files and (trainer is None or trainer.is_global_zero):
-            # Pictures of an earlier run must not stay beside this report.
-            marks = [SAMPLES_FOLDER, *(self._files[kind].name for kind in MARKS if kind in self._files)]
+            # Pictures of an earlier run do not belong to this report.
+            marks = [SAMPLES_FOLDER, *(self._files[kind].name for kind in PAGE_KINDS if kind in self._files)]
             others = dict.fromkeys((*(path.name for path in self._files.values()), *names))
             all_names = [*(name for name in others if name not in marks), *marks]
             self._stage = StagedFiles(next(iter(self._files.values())).parent, all_names, marks)
@@ -76,18 +76,18 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 
     def write(self, kind: str, write: Callable[[Path], object]) -> None:
         if self._stage is not None and kind in self._files:
-            with self._noting(kind):
+            with self._record_problem(kind):
                 self._stage.write(self._files[kind].name, write)
 
     @contextmanager
-    def _noting(self, kind: str) -> Iterator[None]:
+    def _record_problem(self, kind: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self._problems[kind] = _short(error)
 
     def patch(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """The change from the model as it is to one with these parameters."""
+        """Stages the patch from the current model to one with these parameters."""
 
         def write(path: Path) -> None:
             old = model.state_dict()
@@ -97,7 +97,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self.write("patch", write)
 
     def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """Saves the trainer's checkpoint, and reads it back: it has to hold what was judged. Called by all ranks."""
+        """Stages the trainer's checkpoint and checks that it holds the judged weights; for all ranks."""
         trainer, path = self._trainer, self._files.get("checkpoint")
         if trainer is None or path is None:
             return
@@ -116,11 +116,11 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         if writer.is_plain:
             self.write("checkpoint", check)
         elif self._stage is not None:
-            with self._noting("checkpoint"):
+            with self._record_problem("checkpoint"):
                 check(None)
 
     def reports(self, report: AnyReport, views: Sequence[SampleView] = (), changes: State | None = None) -> AnyReport:
-        """Writes the pages and the JSON of a report, which names the files that could be written."""
+        """Stages the pages and the JSON of a report; returns it with the written files."""
         self._write_text("markdown", lambda: self._named(report).to_markdown())
         self._write_text("html", lambda: self._named(report).to_html(views, changes))
         self._write_text("json", lambda: self._named(report).to_json())
@@ -133,7 +133,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self.write(kind, lambda path: path.write_text(text(), encoding="utf-8"))
 
     def commit(self) -> None:
-        """Puts all that was written in its place; `tell` warns of what cannot be put there."""
+        """Moves all staged files to their folder; notes failures for `warn_missing`."""
         if self._stage is None:
             return
         try:
@@ -146,8 +146,8 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         for path in kept:
             rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
 
-    def tell(self, report: AnyReport, accepted: bool = False) -> AnyReport:
-        """Warns of missing files; returns the report with those that exist, the same on all ranks."""
+    def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
+        """Warns of missing files; returns the report with the existing ones, the same on all ranks."""
         if self._problems:
             folder = next(iter(self._files.values())).parent
             missing = "; ".join(f"`{self._files[kind].name}` ({why})" for kind, why in self._problems.items())
@@ -180,7 +180,7 @@ def _check_checkpoint(
 
 
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
-    """The state dict in a checkpoint; where it holds objects too, or is of another format, as it was to be written."""
+    # Files of other formats, or with objects, are not loaded; take the state dict given to the writer.
     given: Mapping[str, Any] = writer.state_dict if isinstance(writer.state_dict, Mapping) else {}
     if path is None:
         return given
@@ -190,7 +190,7 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
     except Exception as error:
         if not REFUSED_OBJECT.search(str(error)):
             raise
-        # Objects are not read here. That the file is whole is known without.
+        # Check the file without loading its objects.
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
         if broken is not None:
@@ -199,7 +199,6 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
 
 
 def _difference(found: Mapping[str, Any], report: RepairReport, model: nn.Module, parameters: State) -> str:
-    """Says which judged tensors a state dict lacks, or has otherwise; empty if none. Names may differ."""
     names, judged = saved_names(model), {**current_state(model), **parameters}
     own = {names[key]: value for key, value in found.items() if key in names and isinstance(value, Tensor)}
     if report.hashes is not None and hash_tensors(own) == report.hashes.model_after:
@@ -230,7 +229,7 @@ def _short(error: Exception) -> str:
 
 
 class ResultBox:
-    """Brings a text back from other processes, such as those of `ddp_spawn`, to the one that made the box."""
+    """Passes a text from other processes, such as those of `ddp_spawn`, to the process that made the box."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -238,14 +237,14 @@ class ResultBox:
         weakref.finalize(self, _remove, self._path, self._process)
 
     def put(self, text: Callable[[], str]) -> None:
-        """Leaves a text for the process that made the box; in that process itself does nothing."""
+        """Leaves a text for the process that made the box; does nothing in that process."""
         if os.getpid() != self._process:
             with suppress(OSError):
                 remove_stale(self._path.parent, f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*")
                 write_text(self._path, text())
 
     def take(self) -> str:
-        """The text that another process has left since the last call; empty if none has."""
+        """Returns the text that another process left since the last call, or an empty one."""
         if os.getpid() != self._process:
             return ""
         try:
@@ -266,9 +265,9 @@ REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_F
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
-    """The folder that the user named, or one of this name in the run's log folder; called on all ranks.
+    """Returns the user's folder, or one with this name in the run's log folder; for all ranks.
 
-    W&B and MLflow share one `save_dir` among all runs, so theirs is `<save_dir>/<name>/<version>`.
+    W&B and MLflow share one `save_dir` among all runs, so for them it is `<save_dir>/<name>/<version>`.
     """
     found: Any = dirpath
     if found is None:
@@ -280,21 +279,19 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
                     version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
                     parts = [str(part) for part in (logger.name, version) if part is not None]
                     own = os.path.join(logger.save_dir or found, *parts)
-            except Exception as error:  # a store that MLflow cannot open, or does not take any more
+            except Exception as error:  # such as a store that MLflow cannot open
                 own = found
                 problem = f"{type(logger).__name__} names no folder ({_short(error)}); files go below {own}."
-                rank_zero_warn(LoggingWarning(problem, "say where by `dirpath=`; look at the logger's own settings."))
+                rank_zero_warn(LoggingWarning(problem, "set `dirpath=`, or check the logger's settings."))
             found = trainer.strategy.broadcast(str(own))
     if "://" in str(found):
-        raise ConfigurationError(
-            f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
-            "pass a local folder as `dirpath=`, and copy it where it should be.",
-        )
+        problem = f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder."
+        raise ConfigurationError(problem, "pass a local folder as `dirpath=`, and copy it where it should be.")
     return Path(found) if dirpath is not None else Path(found) / name
 
 
 def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
-    """Refuses, before any work, a folder that cannot be written to; called on all ranks."""
+    """Refuses a folder that cannot be written to; for all ranks, before any work."""
     folder = base_folder(dirpath, trainer, name)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     fits = bool(batch_limit(trainer)) or (place.is_dir() and os.access(place, os.W_OK | os.X_OK))
@@ -304,7 +301,7 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
 
 
 def parse_prefix(prefix: str, default: str) -> str:
-    """A prefix of tags, without a slash at the end."""
+    """Returns a prefix of tags without a slash at the end."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
@@ -313,15 +310,15 @@ def parse_prefix(prefix: str, default: str) -> str:
 def report_files(
     dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """The paths of a report's files by kind, and its name in logs; no files in a `fast_dev_run`. Called on all ranks.
+    """Returns the paths of a report's files by kind, none in a `fast_dev_run`, and its name in logs; for all ranks.
 
-    In the run's folder that is the first of `name`, `name-1` ... without a report.
+    The name is the first of `name`, `name-1`, ... without a report in the run's folder.
     """
     if batch_limit(trainer):
         return {}, name
     place = base_folder(dirpath, trainer, name)
     if trainer.is_global_zero:
-        with suppress(OSError):  # files that cannot be written there are told of by `SavedFiles`
+        with suppress(OSError):  # `SavedFiles` reports it
             place = place if dirpath is not None else next_free(place, "report.json")
             place.mkdir(parents=True, exist_ok=True)
     made = trainer.strategy.broadcast(str(place))
@@ -331,13 +328,13 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes the report and other files of it by kind; returns the report with the files that could be written."""
+    """Writes the report and `others` by kind; returns the report with the written files."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)
         written = files.reports(report, views)
         files.commit()
-        return files.tell(written)
+        return files.warn_missing(written)
 
 
 def show(report: Renderable) -> None:
@@ -354,7 +351,7 @@ def announce(
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
-    """Logs and prints what is decided and saved; what goes wrong here is a warning. Tags begin with `name`."""
+    """Logs and prints a saved repair, with tags that begin with `name`; warns of errors."""
     try:
         if trainer.is_global_zero:
             log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
@@ -363,7 +360,7 @@ def announce(
                 show(report)
                 if text := _about_best(report, trainer):
                     print(text)
-        # As tensors, these outlive processes that a strategy has started.
+        # Tensors survive the end of processes that a strategy has started.
         numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
         trainer.callback_metrics.update(numbers)
     except Exception as error:
@@ -372,7 +369,6 @@ def announce(
 
 
 def _about_best(report: RepairReport, trainer: Trainer) -> str:
-    """Returns a warning about `trainer.test()` without a model; empty if none is due."""
     checkpoint = trainer.checkpoint_callback
     best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     path = report.files.get("checkpoint", "")
@@ -382,8 +378,10 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
     return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
 
 
-def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> ResumeStore:
-    """A store for steps of `every` seconds, which also looks into folders of earlier runs; called on all ranks."""
+def resume_store(
+    dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair"
+) -> ResumeStore:
+    """Returns a store for steps of `every` seconds or more, which also finds those of earlier runs; for all ranks."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

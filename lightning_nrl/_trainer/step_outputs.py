@@ -1,4 +1,4 @@
-"""Hooks on a module's own steps: record logits, add to the loss, follow a hook."""
+"""Hooks on a module's own steps: recorded logits, an additional loss term, followers of a hook."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
 )
-"""Advice for steps to which the term cannot be added from outside."""
+"""Hint for steps to which the term cannot be added from outside."""
 
 
 @contextmanager
-def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """Inside, `hook(name, args, output)` is called after each call of a layer, and what it returns is the output."""
+def forward_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """Registers `hook(name, args, output)` on layers for a block; what it returns replaces the output."""
     with ExitStack() as stack:
         for name, layer in layers.items():
             handle = layer.register_forward_hook(lambda module, args, output, name=name: hook(name, args, output))
@@ -39,8 +39,7 @@ def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]
 
 @dataclass
 class _RecordedCalls:
-    """State of the hooks, kept small so that copies of the model stay small."""
-
+    # Apart from `OutputCapture`, since copies of the model copy it with the hooks.
     active: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
@@ -51,9 +50,9 @@ def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: A
 
 
 class OutputCapture:
-    """Records calls of a module and of parts of it, between `begin` and `end`.
+    """Recorder for the calls of a module and its parts, between `begin` and `end`.
 
-    Hooks stay all the time, since code that `torch.compile` has made does not see hooks that come later.
+    The hooks stay in place, since code compiled by `torch.compile` ignores hooks that come later.
     """
 
     def __init__(self) -> None:
@@ -61,7 +60,7 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Records parts by their dotted names; an empty one is the module itself. Earlier names go first."""
+        """Records parts by dotted name, in this order of preference; an empty name is the module itself."""
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
@@ -79,17 +78,17 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Returns what the module returned for these arguments in the batch, else in its first call, else None."""
+        """Returns the output for these arguments, else that of the first call, else None."""
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends a batch; returns the first part that was called and its calls, but for that of a `redirected` step."""
+        """Ends a batch; returns the first part with calls, and its calls without that of a `redirected` step."""
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
         for name, calls in self._recorded.calls.items():
-            # The call around the step ends last, with what the step returned.
+            # The last call is then the step itself.
             made = calls[:-1] if redirected and not name else list(calls)
             calls.clear()
             found = found if found[1] else (name, made)
@@ -97,7 +96,7 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model, and finds out at the first call the outermost part that returns what the model does, if any."""
+    """Calls a model; the first call finds the outermost part with the model's own output, if any, as `parts`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -107,14 +106,14 @@ class Probe:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
         last: dict[str, Any] = {}
-        with hooked(dict(_parts(self.model)), lambda name, args, output: last.update({name: output})):
+        with forward_hooks(dict(_parts(self.model)), lambda name, args, output: last.update({name: output})):
             output = run_model(self.model, args, kwargs)
         self.parts = tuple(name for name, _ in _parts(self.model) if last.get(name) is output)[:1]
         return output
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All parts by name, outer ones first; of those whose calls are compiled neither they nor their insides."""
+    # Hooks do not run inside of compiled parts.
     if is_compiled(model):
         return
     for name, part in model.named_children():
@@ -125,14 +124,14 @@ def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def same_objects(a: Any, b: Any) -> bool:
-    """True if two sequences or mappings hold the very same objects."""
+    """True if two sequences or mappings hold identical objects."""
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
-    """Returns the logits of `n` samples in an output; None where it holds none."""
+    """Returns the logits of `n` samples in an output, or None."""
     with suppress(ConfigurationError):
         logits = task.logits(output)
         if logits.ndim and len(logits) == n:
@@ -141,7 +140,7 @@ def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
 
 
 class ForwardPass(NamedTuple):
-    """The forward pass of a training step: what went in, and the logits that came out."""
+    """Inputs and logits of the forward pass in a training step."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -151,9 +150,10 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
 ) -> ForwardPass:
-    """The one call of a step that is about its batch; refuses none, and several that could be it.
+    """Returns the one call of a step that takes its batch, of `n` samples with these arguments.
 
-    `args` and `kwargs` are what the model would be called with for this batch of `n` samples.
+    Raises:
+        ConfigurationError: no call fits, or several do.
     """
     found = []
     for given, named, output in calls:
@@ -164,7 +164,7 @@ def find_forward_pass(
     plain = [call for call, same in found if same]
     if len(plain) == 1:
         return plain[0]
-    # What goes into a part need not be what goes into the model.
+    # The inputs of a part may differ from those of the model.
     if len(found) == 1 and not name:
         return found[0][0]
     if not found:
@@ -173,26 +173,24 @@ def find_forward_pass(
         what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
     else:
         what = f"`training_step` calls the model {len(found)} times"
-    raise ConfigurationError(f"{what}, so it is not known which output the term is for.", ONE_LINE)
+    raise ConfigurationError(f"{what}, so the output for the term is ambiguous.", ONE_LINE)
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to what a training step returned: a loss, a mapping with a `loss`, or None for no step."""
+    """Adds a scalar to the result of a training step: a loss, a mapping with a `loss`, or None for a skipped step."""
     if result is None:
         return None
     if isinstance(result, Tensor):
         return result + term.to(result.device)
     if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
         return {**result, "loss": result["loss"] + term.to(result["loss"].device)}
-    raise ConfigurationError(
-        f"`training_step` returned a {type(result).__name__} without a loss.",
-        "return the loss, or a dict with the key 'loss'.",
-    )
+    problem = f"`training_step` returned a {type(result).__name__} without a loss."
+    raise ConfigurationError(problem, "return the loss, or a dict with the key 'loss'.")
 
 
 @contextmanager
 def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module has other methods; afterwards its own again."""
+    """Replaces methods of a module for a block."""
     own = {name: vars(module)[name] for name in methods if name in vars(module)}
     vars(module).update(methods)
     try:
@@ -203,13 +201,12 @@ def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator
         vars(module).update(own)
 
 
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of a method that is left out."""
+def no_op(*args: Any, **kwargs: Any) -> None:
+    """Replaces a method that must not run."""
 
 
 class _FollowedHook:
-    """In place of a hook for one call; Lightning calls the hooks of most callbacks before that of the module."""
-
+    # Lightning calls the hooks of most callbacks before that of the module.
     def __init__(self, module: LightningModule, name: str) -> None:
         self.module, self.name = module, name
         self.own = {key: value for key, value in vars(module).items() if key == name}
@@ -223,7 +220,7 @@ class _FollowedHook:
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        # What follows the module's hook does not follow that of a copy.
+        # A copy of the module has no followers.
         return {**vars(self), "followers": []}
 
     def release(self) -> None:
@@ -232,7 +229,7 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Runs something after the next call of a module's hook, and after earlier followers."""
+    """Runs `follower` after the next call of a module's hook and after earlier followers."""
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)
@@ -241,7 +238,7 @@ def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]
 
 
 def release_hook(module: LightningModule, name: str) -> None:
-    """Gives the module its own hook again, without followers."""
+    """Restores the module's own hook without followers."""
     found = vars(module).get(name)
     if isinstance(found, _FollowedHook):
         found.release()

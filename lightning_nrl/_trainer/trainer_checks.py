@@ -1,4 +1,4 @@
-"""Refuses, before training starts, trainers under which a repair cannot be made."""
+"""Checks, before training starts, that a repair is possible under a trainer."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from lightning_nrl._trainer.lightning.packages import Callback, Trainer, callbac
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, data_module_of, original_module
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
-SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
-"""Prefixes of strategies under which no process holds whole layers."""
-ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")  # of those whose devices are none of torch's own
-SPREAD = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
-"""Classes of parameters and modules that are sharded over ranks."""
-OVERWRITING = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
-"""Callbacks that change the weights when training ends."""
+SHARDING_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+"""Prefixes of strategies that shard layers over processes."""
+UNTESTED_STRATEGIES = (
+    "SingleDeviceXLA",
+    "SingleTPU",
+    "HPU",
+    "SingleHPU",
+)
+SHARDED_CLASSES = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
+"""Classes of sharded parameters and modules."""
+OVERWRITING_CALLBACKS = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
+"""Callbacks that write weights when training ends."""
 
 
 def check_packages(trainer: Any, **others: object) -> None:
-    """Refuses a trainer that is none, and callbacks, loggers, data and `others` of Lightning's other package."""
+    """Refuses a trainer of another class, and callbacks, loggers, data and `others` of Lightning's other package."""
     if not isinstance(trainer, Trainer):
-        raise ConfigurationError(
-            f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
-            "give a Trainer of `lightning.pytorch` or of `pytorch_lightning`.",
-        )
+        found = f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`."
+        raise ConfigurationError(found, "give a Trainer of `lightning.pytorch` or of `pytorch_lightning`.")
     own = packages_of(trainer)[0]
     attached: list[tuple[str, object]] = [("callbacks", callback) for callback in callbacks_of(trainer)]
     attached += [("logger", logger) for logger in trainer.loggers]
     for argument, thing in (*others.items(), *attached, ("datamodule", data_module_of(trainer))):
         packages = packages_of(original_module(thing) if isinstance(thing, nn.Module) else thing)
         if packages and own not in packages:
-            raise ConfigurationError(
-                f"`{argument}`: {type(thing).__name__} is of `{packages[0]}`, the Trainer of `{own}`.",
-                "import all of it from one of them; their classes do not mix.",
-            )
+            problem = f"`{argument}`: {type(thing).__name__} is of `{packages[0]}`, the Trainer of `{own}`."
+            raise ConfigurationError(problem, "import all of it from one of them; their classes do not mix.")
 
 
 def check_strategy(
@@ -43,24 +44,22 @@ def check_strategy(
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
-    """Refuses strategies that shard the model, and those of XLA and HPUs."""
+    """Refuses strategies that shard the model, and those for XLA and HPUs."""
     names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    if any(name.startswith(SHARDED) or "Sharded" in name for name in names):
+    if any(name.startswith(SHARDING_STRATEGIES) or "Sharded" in name for name in names):
         raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {why}.", hint)
-    if any(name.startswith(ELSEWHERE) for name in names):
+    if any(name.startswith(UNTESTED_STRATEGIES) for name in names):
         raise ConfigurationError(f"`strategy`: {names[0]} has a device of XLA or Habana, which was never tried.", hint)
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuses a model that its own code has sharded, by `fully_shard`, `FullyShardedDataParallel` or `DTensor`s."""
+    """Refuses a model that its own code has sharded (`fully_shard`, `FullyShardedDataParallel`, `DTensor`)."""
     for name, part in [*model.named_modules(), *model.named_parameters()]:
-        kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SPREAD), None)
+        kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SHARDED_CLASSES), None)
         if kind is not None:
-            raise ConfigurationError(
-                f"`model`: {name or type(part).__name__!r} is a {kind}, which is split over ranks; a repair needs "
-                "layers whole.",
-                "train so, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded.",
-            )
+            problem = f"{name or type(part).__name__!r} is a {kind}, split over ranks; a repair needs layers whole."
+            hint = "train so, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded."
+            raise ConfigurationError(f"`model`: {problem}", hint)
 
 
 def check_order(
@@ -71,42 +70,33 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses callbacks before or after this one where one change of the weights undoes another."""
+    """Refuses an order of callbacks in which one undoes another's change of the weights."""
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
-    behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING, *earlier))]
+    behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING_CALLBACKS, *earlier))]
     if behind:
-        raise ConfigurationError(
-            f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
-            f"put {type(callback).__name__} after it.",
-        )
+        problem = f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it."
+        raise ConfigurationError(problem, f"put {type(callback).__name__} after it.")
     before = [c for c in callbacks[:place] if isinstance(c, (kind, *earlier))]
     if start_from == "best" and before:
         repairs = isinstance(before[0], kind)
         whose = "the repair before this one" if repairs else f"{type(before[0]).__name__} before it"
-        hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
-        raise ConfigurationError(
-            f"`start_from='best'`: the best checkpoint lacks what {whose} does.",
-            hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
-        )
+        hint = "leave `start_from='best'` out; the repair goes on from what it left."
+        if repairs:
+            hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
+        raise ConfigurationError(f"`start_from='best'`: the best checkpoint lacks what {whose} does.", hint)
 
 
 def check_twins(callback: Callback, trainer: Trainer) -> None:
-    """Refuses two callbacks of one kind whose states a checkpoint could not tell apart."""
+    """Refuses two callbacks of one class with the same key in a checkpoint."""
     twins = [c for c in callbacks_of(trainer) if type(c) is type(callback) and c.state_key == callback.state_key]
     if len(twins) > 1:
-        name = type(callback).__name__
-        raise ConfigurationError(
-            f"`callbacks`: there are {len(twins)} {name} of the same layer and target.",
-            "leave one of them out, or name another `layer` or `target`.",
-        )
+        problem = f"`callbacks`: there are {len(twins)} {type(callback).__name__} of the same layer and target."
+        raise ConfigurationError(problem, "leave one of them out, or name another `layer` or `target`.")
 
 
 def warn_without_step() -> None:
-    """Warns that a fit without a training step leaves nothing repaired."""
-    rank_zero_warn(
-        NotRepairedWarning(
-            "no repair was made, because no training step ran (training was complete, skipped or stopped).",
-            "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
-        )
-    )
+    """Warns that a fit without a training step made no repair."""
+    problem = "no repair was made, because no training step ran (training was complete, skipped or stopped)."
+    hint = "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`."
+    rank_zero_warn(NotRepairedWarning(problem, hint))

@@ -1,4 +1,4 @@
-"""Runs a repair inside a fit: hands the trainer's module and data to the core, and shows its progress."""
+"""A repair inside a fit, with the trainer's module and data, and its progress bar."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ STAGES = {
     "solve": "solving the layer",
     "linearize": "linearizing the layer",
     "fit": "training with the failures",
-    "polish": "bringing back what broke",
+    "polish": "polishing the weights",
     "sparse": "changing fewer weights",
-    "strength": "trying how far to go",
+    "strength": "choosing the strength",
     "judge": "counting the result",
 }
-"""Stages in words; others are shown by their names."""
-MOST_SHARE = 0.99  # of the bar, before the end
-MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
+"""Descriptions of stages; other stages are shown by name."""
+MOST_SHARE = 0.99  # of the bar, until the end
+MIN_ANNOUNCED_SECONDS = 3.0  # shorter repairs are not announced
 
 
 @dataclass
-class _OpenStage:
+class _ActiveStage:
     name: str
     began: float
     done: int = 0
@@ -74,17 +74,17 @@ class _OpenStage:
 
 
 class RepairProgress:
-    """Shows one bar for a repair beside the trainer's: rich with rich, tqdm with tqdm.
+    """Progress bar of a repair below the trainer's own, with rich or tqdm as that has it.
 
-    It says in words what is being done, and once that can be told, how long the whole repair takes from now on.
+    Shows the stage in words, and the time left once it can be estimated.
     """
 
     now: Clock = staticmethod(time.perf_counter)
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._line = _line_beside(trainer)
-        self._open: list[_OpenStage] = []
+        self._line = _progress_line(trainer)
+        self._open: list[_ActiveStage] = []
         self._expected: dict[str, float] = {}
         self._began, self._end, self._share = self.now(), math.inf, 0.0
 
@@ -93,7 +93,7 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Plans the rest of the repair, and announces how long it takes."""
+        """Takes the expected seconds of the stages to come, and announces their sum."""
         self._expected, self._end = dict(seconds), self.now() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
@@ -101,22 +101,22 @@ class RepairProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Says what is being done; a stage inside another takes its place."""
-        if name in self._expected and name != "judge":  # what comes before is over, or was left out
+        """Shows a stage; one inside another replaces it for that time."""
+        if name in self._expected and name != "judge":  # earlier stages are over or skipped
             planned = list(self._expected.items())
             self._expected = dict(planned[list(self._expected).index(name) :])
-        self._open.append(_OpenStage(name, self.now()))
+        self._open.append(_ActiveStage(name, self.now()))
         self._draw()
         try:
             yield
         finally:
             self._open.pop()
-            if name != "judge":  # methods count on their way, too
+            if name != "judge":  # methods judge candidates too
                 self._expected.pop(name, None)
             self._draw()
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows how far the stage is, and its best candidate's counts."""
+        """Shows the progress of a stage, and the counts of its best candidate."""
         if self._open:
             stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
             note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
@@ -124,7 +124,7 @@ class RepairProgress:
             self._draw()
 
     def announce(self, text: str) -> None:
-        """Prints a sentence, above the bar if there is one."""
+        """Prints a sentence, above the bar if any."""
         bar = self._trainer.progress_bar_callback
         if bar is not None and self._line is not None:
             bar.print(text)
@@ -143,7 +143,6 @@ class RepairProgress:
         self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{stage.note}{rest}", share)
 
     def _seconds_left(self) -> float | None:
-        """Seconds of the stages in progress and of those to come; None while a stage cannot be told."""
         left = sum(seconds for name, seconds in self._expected.items() if name not in {one.name for one in self._open})
         for stage in self._open:
             spent = self.now() - stage.began
@@ -156,18 +155,16 @@ class RepairProgress:
         return min(left, max(0.0, self._end - self.now()))
 
 
-def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
+def _progress_line(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     bar = trainer.progress_bar_callback
     if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None
     rich = bar.progress if isinstance(bar, RichProgressBar) else None
-    # Lightning has no display before its first loop.
+    # Lightning starts its display with the first loop.
     return _RichLine(rich) if rich is not None and rich.live.is_started else _TqdmLine()
 
 
 class _TqdmLine:
-    """A plain tqdm, which finds a free row below bars that are still open."""
-
     def __init__(self) -> None:
         self._bar: Any = None
 
@@ -175,7 +172,7 @@ class _TqdmLine:
         from tqdm.auto import tqdm
 
         if self._bar is None:
-            # On stdout as Lightning's, so that both are drawn in step.
+            # On stdout like Lightning's bar, to be drawn in order.
             how: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "file": sys.stdout}
             self._bar = tqdm(total=100, desc=text, bar_format="{desc} ...", **how)
         self._bar.bar_format = "{desc} ..." if share is None else "{desc} {percentage:3.0f}%|{bar}|"
@@ -186,14 +183,12 @@ class _TqdmLine:
         if self._bar is not None:
             below_others = self._bar.pos != 0
             self._bar.close()
-            # Lightning's bar is still open, with the cursor on its line.
+            # The cursor is still on the line of Lightning's bar.
             if below_others:
                 print()
 
 
 class _RichLine:
-    """A task in the display of Lightning's bar."""
-
     def __init__(self, lightning: Progress) -> None:
         self._lightning = lightning
         self._task: Any = None
@@ -203,7 +198,6 @@ class _RichLine:
         if self._task is None:
             self._task = self._lightning.add_task(text, total=total)
         self._lightning.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
-        # It is drawn only on demand.
         self._lightning.refresh()
 
     def close(self) -> None:
@@ -212,13 +206,13 @@ class _RichLine:
             self._lightning.refresh()
 
 
-PASSES_THAT_LEAVE_OUT = 6
-"""Each names the unusable samples of one split, or those whose losses are not finite."""
+MAX_EXCLUSION_RUNS = 6
+"""Runs of a repair that may end with unusable samples, which the next run leaves out."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained module and its data, as they are inside a fit."""
+    """A trained module and its data inside a fit."""
 
     model: LightningModule
     known: list[LoaderSource]
@@ -227,22 +221,21 @@ class TrainedModel:
     training: ContinuedTraining
     evaluator: Evaluator
     observer: RepairProgress | None = None
-    notes: str = ""  # sentences on limits of batches, and on splits that draw at random, for the report
+    notes: str = ""  # sentences on the data for the report
 
     @property
     def sources(self) -> list[LoaderSource]:
-        """The sources of all splits."""
         return [*self.known, *self.unseen, *self.calibration]
 
     def without(self, error: UnusableSamplesError) -> TrainedModel:
-        """Leaves out the samples that an error names, with a warning; raises it if they are more than half a split."""
+        """Leaves out the samples of an error, with a warning; raises it if they are more than half of a split."""
         data = {role: getattr(self, role) for role in ("known", "unseen", "calibration")}
         for role, sources in data.items():
             data[role] = [
                 one.without(error.samples[one.split]) if error.samples.get(one.split) else one for one in sources
             ]
             if any(2 * len(new.index) < len(old.index) for new, old in zip(data[role], sources, strict=True)):
-                raise error  # it is not about samples
+                raise error
         problem, _, hint = str(error).partition("\nHINT: ")
         rank_zero_warn(DataWarning(f"left out: {problem}", hint))
         notes = f"Left out: {problem} {self.notes}".rstrip()
@@ -251,7 +244,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """Settings of a repair for the core, and how its data are found in a trainer."""
+    """A repair of a trainer's model: settings, data and replaced model."""
 
     settings: Settings
     task: Task
@@ -260,12 +253,12 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """A small repair before training, on one batch of each split; warns if training could not go on for it."""
+        """Tries a repair before training, on one batch of each split; warns if training could not continue for it."""
         settings, method = self.settings, self.settings.method
-        if getattr(method, "wants_checkpoints", False) and not _keeping_best(trainer):
+        if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
         with random_state(), validating(trainer):
-            few = self._trained(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
+            few = self._open_data(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
             history = _history_callback(settings, trainer)
             if history is not None:
                 # The record is still to be made.
@@ -282,10 +275,10 @@ class TrainerRepair:
         epochs: int,
         work: ResumeStore | None = None,
     ) -> Outcome:
-        """Searches a repair after a training of `epochs`; all is left as found, see `opened`."""
+        """Searches a repair after a training of `epochs`; changes nothing, see `opened`."""
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
-            for tries_left in range(PASSES_THAT_LEAVE_OUT, -1, -1):
+            for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
                 try:
                     outcome = repair_module(
                         trained.evaluator,
@@ -313,10 +306,10 @@ class TrainerRepair:
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """The model with all its data, as in validation, while progress is shown; `whole`: each rank reads all."""
+        """Opens the model and its data as in validation, with a progress bar; `whole`: each rank reads all."""
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
-            found = self._trained(loaders, epochs, limit=batch_limit(trainer), whole=whole)
+            found = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
             sentences = (
                 loaders.not_counted(found.sources),
                 describe_limits(trainer, found.known),
@@ -324,7 +317,7 @@ class TrainerRepair:
             )
             yield replace(found, observer=progress, notes=" ".join(filter(None, sentences)))
 
-    def _trained(self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool) -> TrainedModel:
+    def _open_data(self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool) -> TrainedModel:
         trainer, model = loaders.trainer, loaders.model
         data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
         evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, *data)
@@ -334,14 +327,12 @@ class TrainerRepair:
 
 
 def _history_callback(settings: Settings, trainer: Trainer) -> Any:
-    """The callback that records the training, `TrainingHistory`, if the localizer wants its record."""
     if not getattr(settings.localizer, "wants_history", False):
         return None
     return next((one for one in callbacks_of(trainer) if hasattr(one, "recorded") and hasattr(one, "folder")), None)
 
 
 def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
-    """Gives the localizer the recorded history, and the method the best checkpoints, if they want them."""
     method: Any = settings.method
     localizer: Any = settings.localizer
     history = _history_callback(settings, trainer)
@@ -349,22 +340,21 @@ def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
         localizer = localizer.with_history(str(history.folder))
         settings = replace(settings, search=replace(settings.search, localizer=localizer))
     if getattr(method, "wants_checkpoints", False):
-        paths = [path for callback in _keeping_best(trainer) for path in sorted(callback.best_k_models)]
+        paths = [path for callback in _best_checkpoint_callbacks(trainer) for path in sorted(callback.best_k_models)]
         settings = replace(settings, method=method.with_checkpoints(paths)) if paths else settings
     return settings
 
 
-def _keeping_best(trainer: Trainer) -> list[ModelCheckpoint]:
+def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
     found = [one for one in callbacks_of(trainer) if isinstance(one, ModelCheckpoint)]
     return [one for one in found if one.monitor is not None and one.save_top_k != 0]
 
 
 def _check_recorded(settings: Settings, history: Any, known: Sequence[LoaderSource]) -> None:
-    """Refuses a record that has nothing of the failures: no regression among them would be known."""
+    # A record of other splits knows no regression among the failures.
     failing = [source.split for source in known if source.failed]
     if history.recorded and not set(failing) & set(history.recorded):
         wanted = [*history.recorded, *failing]
-        raise ConfigurationError(
-            f"`callbacks`: TrainingHistory records {list(history.recorded)}, the failures are in {failing}.",
-            f"{type(settings.localizer).__name__} needs a record of them: `TrainingHistory(splits={wanted})`.",
-        )
+        problem = f"`callbacks`: TrainingHistory records {list(history.recorded)}, the failures are in {failing}."
+        hint = f"{type(settings.localizer).__name__} needs a record of them: `TrainingHistory(splits={wanted})`."
+        raise ConfigurationError(problem, hint)

@@ -1,4 +1,4 @@
-"""Borrows a trainer and its model for a repair, and restores both; starting weights, epochs and the time of the fit."""
+"""State of a trainer and its model around a repair: callbacks, starting weights, epochs, signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
+from lightning_nrl._trainer.inner_trainer import DROPPED_CALLBACKS, NullLogger
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.packages import (
     Callback,
@@ -37,33 +37,33 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-TUNING = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
-"""Callbacks that train before training, or load other weights than a checkpoint's state dict."""
+TUNING_CALLBACKS = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
+"""Callbacks that train before `fit` does, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
-"""Epochs assumed if the length of the training is unknown: half of the usual number."""
+"""Epochs of a training of unknown length: half of the usual number."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
-"""Metrics that a trainer keeps of its last training and clears when the next one begins."""
+"""Metrics of a trainer that the next fit clears."""
 
 
 @dataclass
 class StartingWeights:
-    """The weights that were loaded for a repair."""
+    """Weights loaded for a repair."""
 
-    keep: bool = False  # whether they stay in the model
-    path: str = ""  # of the checkpoint that they come from
+    keep: bool = False  # True: they stay in the model
+    path: str = ""  # of their checkpoint, if any
 
 
 @contextmanager
-def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
-    """The trainer for one fit that makes no step, with one callback more and without those of `TUNING`.
+def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
+    """Prepares a trainer for one fit without steps: adds a callback and drops `TUNING_CALLBACKS`.
 
-    Its callbacks, limits and metrics and the global random states are as found afterwards.
+    Restores callbacks, limits, metrics and global random states on exit.
     """
     loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
     trainer.num_sanity_val_steps = 0
-    set_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, TUNING)), callback])
+    set_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, TUNING_CALLBACKS)), callback])
     try:
         with random_state(), reading_checkpoints(trainer, "ckpt_path", weights_only=weights_only):
             yield
@@ -78,10 +78,10 @@ def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True)
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """The trainer with loggers that write nothing, without callbacks that tune, show, save or stop but those kept."""
+    """Disables a trainer's loggers, and all callbacks that tune, print, save or stop but those kept."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
-    stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, LEFT_OUT)]
+    stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, DROPPED_CALLBACKS)]
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer.loggers = [NullLogger(folder) for _ in loggers]
@@ -97,12 +97,11 @@ def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBa
 
 @contextmanager
 def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
-    """The model that a repair starts from, the same on all ranks: as it is (`last`) or as in the `best` checkpoint.
+    """Loads the weights to repair, the same on all ranks: the current ones (`last`) or the `best` checkpoint.
 
     Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
-    Lightning ends a validation by flags alone, so that an adapter that `eval()` merged into the weights stays in them:
-    what is in training mode goes there once more, by its own `train()`. All of it comes back bit for bit afterwards,
-    unless `keep` was set.
+    Lightning ends a validation by setting flags, which leaves adapters merged by `eval()` in the weights, so modules in
+    training mode call their own `train()` again. Restores everything bit by bit on exit, unless `keep` was set.
     """
     path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
@@ -150,21 +149,17 @@ def _best_path(trainer: Trainer) -> str:
     checkpoint = trainer.checkpoint_callback
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
-        rank_zero_warn(
-            TrainingWarning(
-                "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
-                "add a ModelCheckpoint with `monitor=`.",
-            )
-        )
+        problem = "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights."
+        rank_zero_warn(TrainingWarning(problem, "add a ModelCheckpoint with `monitor=`."))
     return path
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """Epochs of a training, at least 1; epochs that limits cut short are added up."""
+    """Returns the epochs of a training, at least 1, by batches if limits cut epochs short."""
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
-        with suppress(TypeError):  # there are data without a length
+        with suppress(TypeError):  # data without a length
             epochs = min(epochs, round(_batches_of(trainer) / len(loader)))
     return max(1, epochs)
 
@@ -174,7 +169,7 @@ def _batches_of(trainer: Trainer) -> int:
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """Epochs that a checkpoint was trained for, at least 1; `ASSUMED_EPOCHS` where it does not say."""
+    """Returns the epochs of a checkpoint, at least 1, or `ASSUMED_EPOCHS` if it has no count."""
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:
@@ -182,7 +177,7 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 
 
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
-    """A module as its trainer runs it: on its device, in its precision, its ranks sharing the data."""
+    """Returns an evaluator with the trainer's device, precision and ranks."""
     return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))
 
 
@@ -192,14 +187,14 @@ def handle_signals(
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Inside, signals end the repair as Lightning ends a fit, which itself looks at them between batches only."""
+    """Ends a repair on a signal as Lightning ends a fit, which itself checks signals only between batches."""
 
     def terminated() -> BaseException:
         launcher = trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGTERM)
         error: BaseException = class_for(trainer, "pytorch.utilities.exceptions.SIGTERMException")()
-        error.code = 128 + signal.SIGTERM  # type: ignore[attr-defined]  # as a shell has it; without, it is 0: success
+        error.code = 128 + signal.SIGTERM  # type: ignore[attr-defined]  # the default, 0, means success
         return error
 
     try:
@@ -207,11 +202,11 @@ def handle_signals(
             yield
     except (KeyboardInterrupt, SystemExit):
         if is_decided():
-            _say("The repair was over before: its files and the weights are those of its report.")
+            _say("The repair had finished: files and weights are those of its report.")
         else:
             place = saved_in()
-            text = "The repair was stopped: the weights are as training left them, and it has written no files."
-            _say(text if place is None else f"{text} The same call resumes with the steps that are finished ({place}).")
+            text = "The repair was stopped: the weights are unchanged, and no files were written."
+            _say(text if place is None else f"{text} The same call resumes after the finished steps ({place}).")
         raise
 
 

@@ -1,4 +1,4 @@
-"""Shared tools of all packages: ranks, precision, weights as tensors, time, files, names.
+"""Shared tools: ranks, precision, weights as tensors, time, files, names.
 
-In: modules, tensors, values. Out: the same, or what was asked of them. Knows nothing of repairs.
+In: modules, tensors, values. Out: the same, without any knowledge of repairs.
 """

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-UNFINISHED, EARLIER = ".unfinished-", "earlier-"  # prefixes of the staging folder and of files that are replaced
-STALE_SECONDS = 24 * 3600.0  # the age of what was left by a process that was killed
+UNFINISHED, EARLIER = ".unfinished-", "earlier-"  # prefixes of the staging folder and of replaced files
+STALE_SECONDS = 24 * 3600.0  # age of files that a killed process left
 
 
 def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -35,20 +35,19 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_stale(folder: Path, *patterns: str) -> None:
-    """Removes files and folders that match and are older than `STALE_SECONDS`."""
+    """Removes matching files and folders older than `STALE_SECONDS`."""
     for pattern in patterns:
         for left in folder.glob(pattern):
-            with suppress(OSError):  # of another user
+            with suppress(OSError):  # files of another user
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class StagedFiles:
-    """Files that are written in a hidden folder inside their own one and moved to their places together.
+    """Files staged in a hidden subfolder and moved to their folder together.
 
-    `names` are all files of a run; `marks` those of them that describe the others, such as a report. `commit` removes
-    the old marks first and places the new ones last, so a folder with a mark holds files of one run, whenever the
-    process is killed.
+    `names` are all files of a run; `marks` are those that describe the others, such as a report. `commit` removes old
+    marks first and adds new ones last, so that a folder with a mark holds files of one run, even after a kill.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], marks: Sequence[str]) -> None:
@@ -56,7 +55,7 @@ class StagedFiles:
         self._others = [name for name in names if name not in marks]
         self._marks = [name for name in names if name in marks]
         self._stage: Path | None = None
-        self.placed: list[str] = []  # what `commit` has moved
+        self.placed: list[str] = []  # files moved by `commit`
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +65,7 @@ class StagedFiles:
             shutil.rmtree(self._stage, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Stages a file; an exception leaves nothing of it."""
+        """Stages a file; removes it on an exception."""
         path = self.place(name)
         try:
             write(path)
@@ -78,7 +77,7 @@ class StagedFiles:
             raise
 
     def place(self, name: str) -> Path:
-        """Returns the path of a file until `commit`."""
+        """Returns the staging path of a file."""
         if self._stage is None:
             remove_stale(self.folder, f"{UNFINISHED}*")
             self._stage = Path(tempfile.mkdtemp(dir=self.folder, prefix=UNFINISHED))
@@ -89,10 +88,10 @@ class StagedFiles:
         return self._stage is not None and (self._stage / name).exists()
 
     def commit(self, there: Container[str] = ()) -> list[Path]:
-        """Moves the staged files to their places; without any, all stays as it is.
+        """Moves the staged files, if any, to their folder; returns the new paths of renamed earlier files.
 
-        An earlier file that is neither staged nor `there`, placed by others for this run, may be the only copy of a
-        model. It is renamed, and its new path returned; an earlier mark is removed.
+        Renames an earlier file without a successor, staged or already `there`, since it may be the only copy of a
+        model. Removes earlier marks.
         """
         if self._stage is None or not any(self._stage.iterdir()):
             return []
@@ -113,7 +112,7 @@ class StagedFiles:
 
 
 def _move(path: Path, to: Path) -> None:
-    if to.is_dir():  # a checkpoint of several files; nothing can be put in the place of a folder
+    if to.is_dir():  # such as a sharded checkpoint; a folder cannot be replaced
         shutil.rmtree(to)
     path.replace(to)
 
@@ -126,19 +125,19 @@ def _remove(path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Writes a file to the disk, with the permissions of `open`, not the owner's alone as of a temporary file."""
     _make_durable(path)
+    # A temporary file is private; give it the permissions of `open`.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def _make_durable(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    # Of a folder, `fsync` writes the names.
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
-        if path.is_dir():  # not every system lets a folder be opened
+        if path.is_dir():  # some systems cannot open a folder
             return
         raise
     try:

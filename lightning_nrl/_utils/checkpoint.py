@@ -1,4 +1,4 @@
-"""Weights read from a file or a module, and fitted to a model of the same architecture."""
+"""Weights read from a file or a module, and matched to a model of the same architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """Returns the state dict of a module, of a checkpoint, or of a file, which is read with `weights_only=True`."""
+    """Returns the state dict of a module, a checkpoint, or a file, read with `weights_only=True`."""
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, Mapping):
@@ -29,7 +29,7 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
 
 
 def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """Reads a checkpoint, or a file with a state dict, to the CPU; `hint` says what to give in place of a bad one."""
+    """Reads a checkpoint, or a file with a state dict, to the CPU; `hint` is for unreadable ones."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
@@ -42,7 +42,7 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
 
 
 def _check_sums(argument: str, path: str | Path) -> None:
-    """Warns of a damaged zip file, since torch does not compare checksums."""
+    # Torch does not compare the checksums of a zip file.
     try:
         file = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
@@ -50,7 +50,7 @@ def _check_sums(argument: str, path: str | Path) -> None:
     with file:
         try:
             damaged = file.testzip()
-        except Exception as error:  # what comes of reading damaged bytes
+        except Exception as error:  # of damaged bytes
             damaged = type(error).__name__
     if damaged is not None:
         problem = f"`{argument}`: {str(path)!r} is damaged, its checksum of {damaged!r} does not fit."
@@ -58,7 +58,7 @@ def _check_sums(argument: str, path: str | Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Says why a checkpoint cannot be read, without torch's lines of advice and escape codes."""
+    """Returns why a checkpoint cannot be read, without torch's advice and escape codes."""
     text = first_line(error).partition(". In PyTorch")[0]
     if refused := REFUSED_OBJECT.search(str(error)):
         text = f"it holds objects, such as a `{refused[1]}`"
@@ -66,7 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns tensors in the dtypes and on the devices of the model's; refuses missing, further and misshapen ones."""
+    """Converts tensors to the model's dtypes and devices; refuses missing, unknown and misshapen ones."""
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
@@ -79,7 +79,7 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         else:
             found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
         others = len(wrong) + len(more) - 1
-        hint = "give weights of the same architecture, or the module itself where another architecture will do."
+        hint = "give weights of the same architecture, or the module itself if the architecture may differ."
         raise ConfigurationError(f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint)
     return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 

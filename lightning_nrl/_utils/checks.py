@@ -1,4 +1,4 @@
-"""Checks of values that a user gave."""
+"""Checks of user input."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Kind = Literal["bool", "number", "whole number from 0"]
 
 
 def as_tensor(value: Any) -> Any:
-    """Converts an array or a list of numbers or bools; returns anything else as it is."""
+    """Converts an array or a list of numbers or bools to a tensor; returns other values unchanged."""
     if isinstance(value, Tensor):
         return value
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):  # lists of different lengths, of tensors elsewhere or with gradients
+    except (ValueError, TypeError, RuntimeError):  # ragged lists, or tensors on a GPU or with gradients
         return value
     if array.shape == (0,) and isinstance(value, (list, tuple)):
         return torch.zeros(0, dtype=torch.bool)
@@ -38,9 +38,9 @@ def check_per_sample(
     *,
     tensors_only: bool = False,
 ) -> Tensor:
-    """Returns a tensor of one value for each of `n` samples; refuses anything else that `what` returned.
+    """Returns a tensor of one value for each of `n` samples; refuses other results of `what`.
 
-    Other shapes would be broadcast silently, such as `n x 1` against `n`. A bool is a number too.
+    Other shapes, such as `n x 1`, would be broadcast silently. Bools count as numbers.
     """
     found = value if tensors_only else as_tensor(value)
     if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
@@ -59,7 +59,7 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
 
 
 def described(value: Any) -> str:
-    """Describes a value where a tensor was expected."""
+    """Describes a value that should be a tensor."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
     return f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
@@ -80,14 +80,14 @@ def check_class(argument: str, value: Any) -> int:
 
 
 def count_or_share(value: Any) -> int | float | None:
-    """Returns a whole number from 0 as int, a share in [0, 1] as float, None for anything else."""
+    """Returns a whole number from 0 as int, a share in [0, 1] as float, else None."""
     if isinstance(value, Integral):
         return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
     return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Reads a whole number, or a share, also in percent: `5`, `0.5`, `50%`."""
+    """Parses a whole number, or a share, also in percent: `5`, `0.5`, `50%`."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

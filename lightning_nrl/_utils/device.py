@@ -21,20 +21,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T | None:
-    """Returns `work()`, or None if memory ran out and this is not the last try; frees torch's cache then."""
+    """Returns `work()`, or None if memory runs out before the last try; frees torch's cache then."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if last_try or not is_out_of_memory(error):
             raise
-    # Not in the handler: until it is left, the traceback holds what did not fit.
+    # After the handler, whose traceback holds the tensors.
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
 
 
 def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = True) -> T:
-    """Returns `work()`, tried again if memory ran out; other ranks would not know, so only where there is `alone` one.
+    """Returns `work()`, with a second try if memory runs out; only if `alone`, since other ranks would not know.
 
     Raises:
         DeviceMemoryError: memory ran out again while `doing`, such as "the search ran".
@@ -52,7 +52,7 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
     raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
 
 
-Context = Callable[[], AbstractContextManager[Any]]  # is entered around every forward pass, such as autocast
+Context = Callable[[], AbstractContextManager[Any]]  # entered for each forward pass, such as autocast
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -70,20 +70,20 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def may_use_tf32(by_cudnn: bool = True) -> bool:
-    """True if float32 products, and `by_cudnn` convolutions, may be computed in TensorFloat-32 on a GPU."""
+    """True if float32 products, and `by_cudnn` convolutions, may use TensorFloat-32 on a GPU."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     try:
         return bool(matmul.allow_tf32 or (by_cudnn and cudnn.allow_tf32))
-    except RuntimeError:  # set by `fp32_precision`, which cannot be mixed with the older flags
+    except RuntimeError:  # `fp32_precision` is set, which excludes the older flags
         return matmul.fp32_precision == "tf32" or (by_cudnn and cudnn.fp32_precision == "tf32")
 
 
 @contextmanager
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
-    """Makes gradients the same in every run, since cuDNN's faster kernels add in any order.
+    """Disables cuDNN kernels with random summation order, so that gradients are the same in every run.
 
-    In evaluation mode cuDNN has no gradients of recurrent layers, so a `model` with such layers does without it.
+    Disables all of cuDNN for a `model` with recurrent layers, for which it has no gradients in evaluation mode.
     """
     cudnn: Any = torch.backends.cudnn
     recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())

@@ -35,7 +35,7 @@ class Collective:
 
     @classmethod
     def current(cls, device: torch.device) -> Collective:
-        """Returns the default process group for a model on this device, or a single process."""
+        """Returns the default process group for a model on this device, or a single rank."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
@@ -48,10 +48,10 @@ class Collective:
             x = x.long()
         if self.world_size == 1:
             return x
-        # Not every backend adds half precisions.
+        # Some backends cannot add half precision.
         wide = torch.float32 if x.is_floating_point() and x.element_size() < 4 else x.dtype
         total = x.to(self.device, wide, copy=True)
-        with _answered():
+        with _peer_errors():
             dist.all_reduce(total)
         return total.to(x.device, x.dtype)
 
@@ -60,7 +60,7 @@ class Collective:
         if self.world_size == 1:
             return [x]
         rows = [x] * self.world_size
-        with _answered():
+        with _peer_errors():
             dist.all_gather_object(rows, x.detach().to("cpu", copy=True))
         return [row.to(x.device) for row in rows]
 
@@ -82,10 +82,10 @@ class Collective:
         return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """Returns this rank's `work()`, which exchanges nothing; if one rank fails all do, so that none waits for ever.
+        """Returns this rank's `work()`, which exchanges nothing; if one rank fails all raise, so that none waits.
 
-        An error of this package is raised on every rank. If a rank has any other error, each raises its own, and those
-        without one an `OtherRankError` that says what `failed`.
+        An error of this package is raised on every rank. Other errors are raised on their own ranks, with an
+        `OtherRankError` about what `failed` elsewhere.
         """
         error: Exception | None = None
         try:
@@ -94,7 +94,7 @@ class Collective:
             error = caught
         if not self.any(error is not None):
             return result
-        # The nearest class of this package; None for any other error, and for none.
+        # The nearest class of this package, or None.
         kind = next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)
         elsewhere = OtherRankError(failed, "look at that rank's own error.")
         if self.any(error is not None and kind is None):
@@ -105,17 +105,16 @@ class Collective:
         raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
-        """Returns the first rank's values on every rank, whatever rounding did elsewhere."""
+        """Returns the first rank's values on every rank, which may differ by rounding."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    """Raises OtherRankError if another rank has ended or does not answer in time."""
+def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        hint = "look at that rank's own error; the weights here are those of before."
+        hint = "look at that rank's own error; the weights here are unchanged."
         raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error

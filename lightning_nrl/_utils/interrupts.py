@@ -1,7 +1,7 @@
-"""Handles Ctrl-C and SIGTERM while work is done on a live model.
+"""Ctrl-C and SIGTERM during work on a live model.
 
-A signal is noted, and raised where the work calls `poll`, so that whoever holds other weights for a while restores
-them. Work that does not ask for `OVERDUE_SECONDS` is interrupted where it is, but never inside `defer_signals`.
+A signal is noted and raised at the next `poll`, so that temporary weights are removed first. Work without a `poll` for
+`OVERDUE_SECONDS` is interrupted anywhere but inside of `defer_signals`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ OVERDUE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-    """Ends the work; `interruptible` raises the signal's own exception in its place."""
+    """Ends the work; `interruptible` replaces it by the signal's own exception."""
 
 
 @dataclass
-class _Watch:
-    """Signals of the work in progress, at most one piece at a time, in the main thread."""
-
-    current: ClassVar[_Watch | None] = None
+class _SignalWatch:
+    current: ClassVar[_SignalWatch | None] = None
     say: Callable[[str], None]
-    noted: int = 0  # the signal that ends the work
+    noted: int = 0  # the first signal, or 0
     is_raised: bool = False
     depth: int = 0  # of `defer_signals`
     overdue: float = 0.0
@@ -41,7 +39,7 @@ class _Watch:
             _handle_in_worker(signum)
             return
         if self.noted:
-            # Again, or by the timer: whoever works has not asked for long.
+            # A second signal, or the timer: the work has not polled for long.
             if not self.is_raised and not self.depth and time.monotonic() >= self.overdue:
                 self._raise()
             return
@@ -62,15 +60,15 @@ class _Watch:
 
 
 def poll() -> None:
-    """Raises `Interrupted` if a signal came; to be called often, where an exception does no harm."""
-    if _Watch.current is not None:
-        _Watch.current.poll()
+    """Raises `Interrupted` after a signal; for frequent calls where an exception does no harm."""
+    if _SignalWatch.current is not None:
+        _SignalWatch.current.poll()
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
     """Defers signals until the block ends."""
-    watch = _Watch.current
+    watch = _SignalWatch.current
     if watch is None:
         yield
         return
@@ -84,34 +82,34 @@ def defer_signals() -> Iterator[None]:
 
 @contextmanager
 def interruptible(*, terminated: Callable[[], BaseException], say: Callable[[str], None]) -> Iterator[None]:
-    """Raises KeyboardInterrupt for Ctrl-C and `terminated()` for SIGTERM where work asks; `say` prints what happens.
+    """Raises KeyboardInterrupt for Ctrl-C and `terminated()` for SIGTERM where work polls; `say` prints a message.
 
-    Handlers are restored afterwards. A signal that is ignored stays ignored, and outside of the main thread, where
-    Python handles no signals, nothing is done.
+    Restores the handlers on exit. Ignored signals stay ignored. Has no effect outside of the main thread, where Python
+    handles no signals.
     """
-    if _Watch.current is not None or threading.current_thread() is not threading.main_thread():
+    if _SignalWatch.current is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _Watch(say)
+    watch = _SignalWatch(say)
     before: dict[signal.Signals, Any] = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
         found = signal.getsignal(signum)
         if found is not signal.SIG_IGN:
             before[signum] = found
             signal.signal(signum, watch.handle)
-    _Watch.current = watch
+    _SignalWatch.current = watch
     try:
         yield
         watch.poll()
     except (Interrupted, SystemExit):
-        # A trainer inside sees a SIGTERM too, and ends with the status of success.
+        # An inner trainer that sees the SIGTERM exits with status 0.
         if not watch.noted:
             raise
         raise (KeyboardInterrupt() if watch.noted == signal.SIGINT else terminated()) from None
     finally:
         if watch.timer is not None:
             watch.timer.cancel()
-        _Watch.current = None
+        _SignalWatch.current = None
         for signum, handler in before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
@@ -124,7 +122,7 @@ def _signal_main_thread(signum: int) -> None:
 
 
 def _handle_in_worker(signum: int) -> None:
-    """A worker of a data loader inherits these handlers; Ctrl-C is for the process that started it."""
+    # Data loader workers inherit the handlers; Ctrl-C is for their parent.
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)

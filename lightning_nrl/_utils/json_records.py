@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_nrl.errors import ConfigurationError
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # made once: json.dumps makes one a call
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # once, since json.dumps makes one per call
 
 T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
@@ -23,57 +23,57 @@ TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", s
 LONGEST_SHOWN = 60  # characters of a value in a message
 PLAIN_HINT = "give what `to_json` has written."
 
-UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is neither written nor read
+UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is not in the JSON
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Metadata of a field whose own fields are written beside the others, with a prefix."""
+    """Returns metadata of a field whose own fields are written inline, with a prefix."""
     return {"flat": prefix}
 
 
 def null_is(value: float) -> Mapping[str, Any]:
-    """Metadata of a number for which null means `value`, not NaN."""
+    """Returns metadata of a number whose null means `value` instead of NaN."""
     return {"null": value}
 
 
 class Derives:
-    """A dataclass that is written with more than its fields."""
+    """Dataclass that is written with derived values."""
 
     @property
     def derived(self) -> Mapping[str, object]:
-        """Values computed from the fields; they are written with them and not read."""
+        """Values computed from the fields, written but not read."""
         return {}
 
 
 class Record(Derives):
-    """A dataclass that is written as JSON and read again."""
+    """Dataclass with a JSON form."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain dicts, lists, text and numbers, with what follows from them; infinities are NaN."""
+        """Returns plain dicts, lists, text and numbers, with derived values; infinities become NaN."""
         return cast(dict[str, Any], to_plain(self))
 
     def to_json(self) -> str:
-        """Returns strict JSON: a number that is not finite is null."""
+        """Returns strict JSON, with null for numbers that are not finite."""
         return dumps(self.to_dict()) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` returns.
+        """Reads the result of `to_dict`.
 
         Raises:
-            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+            ConfigurationError: a value is missing, unknown, of another type or infinite; the message has its path.
         """
         return from_plain(cls, data)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` returns; null for a number is NaN. Raises as `from_dict` does."""
+        """Reads the result of `to_json`, with NaN for null; raises like `from_dict`."""
         return cls.from_dict(parse_json(text))
 
 
 def to_plain(value: Any) -> Any:
-    """Returns dicts, lists, text, numbers, bools and None for dataclasses, arrays and others; infinities are NaN."""
-    # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
+    """Converts dataclasses, arrays and others to dicts, lists, text, numbers, bools and None; infinities to NaN."""
+    # Exact types, since a checkpoint with a numpy float, a subclass, does not load with weights_only=True.
     if type(value) is float:
         return math.nan if math.isinf(value) else value
     if value is None or type(value) in (bool, int, str):
@@ -90,7 +90,7 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """Returns strict JSON; lists of numbers or words, and objects of such in a list, are on one line each."""
+    """Returns strict JSON with one line for each list of scalars, and for each object of scalars in a list."""
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
@@ -105,7 +105,6 @@ def dumps(value: Any, indent: str = "") -> str:
 
 
 def _one_line(value: Any) -> str:
-    """Returns an object of scalars as text; empty for anything else."""
     if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
         return ""
     return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
@@ -125,12 +124,12 @@ def _plain_record(record: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads what `to_plain` returns for a dataclass; refuses what does not fit or is infinite, null is NaN."""
+    """Reads the result of `to_plain` as a dataclass, with NaN for null; refuses unfit and infinite values."""
     return cast(T, _read(kind, data, ""))
 
 
 def parse_json(text: str) -> Any:
-    """Reads strict JSON: no key twice in an object, no NaN or Infinity."""
+    """Parses strict JSON, without repeated keys, NaN or Infinity."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
@@ -182,7 +181,6 @@ def _read_float(value: Any, path: str, null: float) -> float:
 
 
 def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
-    """Reads a dataclass with all of its fields and no others; what follows from them is not read."""
     names = set[str]()
 
     def item(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Restores weights, flags, attributes and random states of a live model after use."""
+"""Restoring of weights, flags, attributes and random states of a live model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for comparisons bit by bit
-PRESERVED: set[int] = set()  # identities of the parameters whose copies are held
-MAX_ITEMS_KEPT = 10_000  # lists and dicts with more are data, no state of a step
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for bitwise comparisons
+PRESERVED: set[int] = set()  # identities of parameters with a copy
+MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are data
 
 
 @contextmanager
-def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Sets evaluation mode as `eval_mode` does; restores the random states too, since some models draw in it."""
-    # Inference mode would forbid the gradients that localisation needs.
+def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
+    """Sets evaluation mode like `eval_mode`, and restores random states too, since some models draw in it."""
+    # Localisation needs gradients.
     with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
         yield rewritten
 
@@ -31,14 +31,14 @@ def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """Sets evaluation mode; restores parameters, buffers and flags, bit by bit, on exit.
 
-    Yields the values before `eval()` of the tensors that `eval()` wrote to, by their identities.
+    Yields the earlier values of tensors that `eval()` wrote to, by identity.
 
-    Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that `eval()` merges. So
-    the way back is the modules' own `train()`; then every tensor is compared with a copy (`_version` does not see
-    `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep identity and memory, since
-    optimizers hold them, and only what differs is written. Nested uses share one copy.
+    Models may write to their own weights: `Embedding(max_norm=)`, clamps in `forward`, adapters that `eval()` merges.
+    So this calls the modules' own `train()`, compares every tensor with a copy (`_version` misses
+    `weight.data.clamp_()`), and restores flags such as `merged`. Parameters keep identity and memory, which optimizers
+    hold. Nested uses share one copy.
     """
-    modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted one has none
+    modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted module has none
     flags = [module.training for module in modules]
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
@@ -68,7 +68,7 @@ def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
 
 
 def has_own_modes(model: nn.Module) -> bool:
-    """True if a module does more in `train()` or `eval()` than torch does, such as merging an adapter."""
+    """True if a module overrides `train()` or `eval()`, for instance to merge an adapter."""
     return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
 
 
@@ -77,21 +77,21 @@ def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
     for module, training in zip(modules, flags, strict=True):
         if module.training != training:
             module.train(training)
-    # A module with two parents is overruled by the second.
+    # The second parent of a module may have changed it.
     for module, training in zip(modules, flags, strict=True):
         module.training = training
 
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """Restores the global random states of torch, numpy and Python; Lightning's `isolate_rng` does not after errors."""
+    """Restores the global random states of torch, numpy and Python, unlike `isolate_rng` also after errors."""
     cpu = CpuRandomState.current()
     states: list[tuple[Callable[[Any], None], Any]] = []
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
     elif cuda.is_available():
-        # To ask for its state would start CUDA. When it starts, it takes the last seed that torch was given.
+        # Reading its state would start CUDA, which takes the last seed of torch when it starts.
         states.append((cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
@@ -116,7 +116,7 @@ class CpuRandomState:
         return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
 
     def is_current(self) -> bool:
-        """True if the generators have not moved since."""
+        """True if the generators are still in these states."""
         now = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())
@@ -134,7 +134,7 @@ class CpuRandomState:
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
     seed_cpu(seed)
-    # Without a device, torch would keep the seed for later, with the stack of each call: milliseconds.
+    # Without a device, torch would keep the seed for later with a stack trace, which takes milliseconds.
     if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
         torch.manual_seed(seed)
 
@@ -147,7 +147,7 @@ def seed_cpu(seed: int) -> None:
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """Returns 64 bits for the i-th of many generators (splitmix64, Steele et al. 2014)."""
+    """Returns a 64-bit seed for the i-th generator (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -155,8 +155,6 @@ def mixed_seed(seed: int, i: int) -> int:
 
 
 class _TensorSnapshot:
-    """Parameters or buffers of one module, without those of its children, and a copy of their values."""
-
     def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
         self._tensors = tensors
         self._values: dict[str, Tensor | None] = dict(tensors.items())
@@ -171,7 +169,7 @@ class _TensorSnapshot:
         tensors, values = self._tensors, self._values
         now = [name for name, _ in tensors.items()]  # scripted modules have no other iterator
         if [name for name in now if name in values] != list(values):
-            # Optimizers count parameters in their order.
+            # Optimizers rely on the order of parameters.
             later = {name: value for name, value in tensors.items() if name not in values}
             for name in now:
                 del tensors[name]
@@ -191,12 +189,10 @@ def _has_values(value: Tensor) -> bool:
 
 
 def _is_copied_once(value: Tensor) -> bool:
-    """False for a parameter without values or with a copy, and for what stands in for a parameter."""
     return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
 
 
 def _copy(value: Tensor) -> Tensor:
-    """Copies a tensor on its device if there is room, else to main memory."""
     try:
         return value.clone()
     except torch.OutOfMemoryError:
@@ -204,7 +200,6 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _is_at(value: Tensor, memory: Tensor) -> bool:
-    """True if a tensor is a view of this memory, read in the same way."""
     if (value.device, value.dtype, value.layout) != (memory.device, memory.dtype, memory.layout):
         return False
     if value.layout != torch.strided:
@@ -213,7 +208,7 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
-    """True if two tensors are equal bit by bit; sparse ones are not compared, and copied in any case."""
+    # Sparse tensors are not compared but always copied.
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
@@ -221,8 +216,8 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restores attributes of modules, with the tensors, lists and dicts in them, such as states of metrics."""
+def preserve_attributes(model: nn.Module) -> Iterator[None]:
+    """Restores attributes of modules and the tensors, lists and dicts inside, such as states of metrics."""
     restores: list[Callable[[], None]] = []
     for module in model.modules():
         attributes = vars(module)

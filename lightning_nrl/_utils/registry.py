@@ -1,4 +1,4 @@
-"""`Registry`: objects by name, for arguments, YAML and command lines; and import of functions by address."""
+"""`Registry` of objects by name, and import of functions by address."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(eq=False)
 class Registry(Generic[T]):
-    """Names, and the class or function that makes the object of each.
+    """Registry of factories by name.
 
     Args:
-        kind: what the objects are, for messages, such as `Task`.
-        example: what to write where a value is neither a name nor such an object, which `fits`.
-        include: registries whose names count too, after its own.
-        group: of entry points by which other distributions add names, `lightning_nrl.<group>`: classes or functions
-            that are called without arguments. Empty: none.
+        kind: kind of the objects for messages, such as `Task`.
+        example: example of a valid value for messages.
+        fits: predicate of such an object.
+        include: registries whose names are known too.
+        group: group of entry points, `lightning_nrl.<group>`, of classes or functions without arguments from other
+            distributions. Empty: none.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -45,7 +46,7 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """A decorator that names a class or a function; `forms` are its texts if they say more, as `tolerance:1%`."""
+        """Returns a decorator that adds a class or function; `forms` are texts with arguments, as `tolerance:1%`."""
 
         def add(factory: Factory) -> Factory:
             if any(name in registry._factories for registry in (self, *self.include)):
@@ -64,7 +65,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        """Entry points of other distributions; the package's own names, and the first of equal ones, win."""
+        # Names of this package come first, then the first of equal ones.
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
             if point.name not in self._factories:
@@ -73,11 +74,11 @@ class Registry(Generic[T]):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Returns an example of each way to write an object as text."""
+        """Example texts of all objects."""
         return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """Returns what makes the object of a name; refuses an unknown one and names the nearest."""
+        """Returns the class or function of a name; refuses an unknown name, with the nearest one as a hint."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -104,7 +105,7 @@ class Registry(Generic[T]):
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """Returns the object of a name, with its default settings; an object as it is."""
+        """Returns the default object of a name; returns an object unchanged."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -112,7 +113,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns the error for text that says more than a `name` and cannot be read; `found`: argument and value."""
+        """Returns the error for unreadable text with a `name` and arguments; `found` is argument and value."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
@@ -121,7 +122,7 @@ class Registry(Generic[T]):
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that is given itself or by its address, `package.module:function` or with a dot."""
+    """Returns a function given directly or by its address, `package.module:function` or with a dot."""
     found: Any = value
     if isinstance(value, str):
         try:

@@ -1,7 +1,7 @@
-"""Saved results of finished steps, which the same call does not repeat after a kill.
+"""Saved results of finished steps, which the same call reuses after a kill.
 
-A repair takes the same steps in the same order each time, so a step is known by its number and those of the steps
-around it. The folder is named after a hash of all that the results depend on.
+A repair takes the same steps in the same order each time, so numbers identify a step and the steps around it. The name
+of the folder is a hash of everything that affects the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAGIC = b"lightning_nrl saved value 2\n"
 
 
 def to_bytes(value: Any) -> bytes:
-    """Returns a value as bytes with a checksum."""
+    """Serialises a value with a checksum."""
     stream = io.BytesIO()
     torch.save(value, stream)
     content = stream.getbuffer()
@@ -38,10 +38,13 @@ def to_bytes(value: Any) -> bytes:
 
 
 def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
-    """Returns the value of `to_bytes`.
+    """Deserialises the result of `to_bytes`.
 
-    `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value; tensors that
-    were not on the CPU go to `device`. Raises ValueError, also if memory runs out.
+    `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value. Tensors from
+    other devices than the CPU go to `device`.
+
+    Raises:
+        ValueError: the data are damaged or unexpected, or memory runs out.
     """
     start, target = len(MAGIC), str(device or "cpu")
     view = memoryview(data)
@@ -62,7 +65,6 @@ def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None
 
 
 def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
-    """Finds the dataclasses and named tuples in a type hint and in their fields."""
     for part in get_args(hint):
         _records(part, found)
     is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
@@ -80,24 +82,24 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Saves the results of steps that take `every` seconds or more in a folder in `parent`, if there is one.
+    """Saves the results of steps of `every` seconds or more in a folder in `parent`; None: saves nothing.
 
-    `elsewhere` are the parents of earlier runs, the newest first.
+    `elsewhere` are the parent folders of earlier runs, the newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
         self._parent, self._elsewhere, self._every = parent, elsewhere, every
         self._clock, self._collective, self._device = StageTimer(), Collective(), torch.device("cpu")
         self._origin = ""
-        self._folder: Path | None = None  # of the first rank, as long as it can be written
+        self._folder: Path | None = None  # of the first rank, while it is writable
         self._made: list[Path] = []
         self._is_active = self._resumes = False
-        self._path, self._number = "", 0  # of the step in progress, and how many began inside it
+        self._path, self._number = "", 0  # of the current step, and the number of steps inside
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results of the same work, on all ranks; the first one reads and writes.
+        """Looks for results of the same work; for all ranks, though only the first reads and writes.
 
-        `origin` has hashes of all that the results depend on, by the names that messages use.
+        `origin` has hashes of everything that affects the results, by name for messages.
         """
         if self._parent is None:
             return
@@ -111,10 +113,10 @@ class ResumeStore:
             found = self._find(self._folder, origin)
         self._resumes = collective.any(found)
         if self._resumes:
-            clock.announce(f"Repair: resumes with the steps finished before ({self._folder}).")
+            clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs it; all ranks get the same. See `from_bytes` for `hint`."""
+        """Returns the saved result of a step, or runs it; the same on all ranks. See `from_bytes` for `hint`."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -144,7 +146,7 @@ class ResumeStore:
     def _write(self, folder: Path, result: Any) -> None:
         try:
             data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
-        except Exception:  # what a user's own method returns need not be savable
+        except Exception:  # results of custom methods may not be serialisable
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,11 +157,10 @@ class ResumeStore:
                 file.unlink(missing_ok=True)
         except Exception as error:
             problem = f"a repair cannot be saved while it works, in {folder} ({type(error).__name__}: {error})."
-            warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
+            warnings.warn(FilesWarning(problem, "make room; without it, a stopped repair starts again."), stacklevel=3)
             self._folder = None
 
     def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
-        """Returns the saved result and its time on all ranks; None on all if one cannot read it."""
         data, name = b"", f"{self._path[:-1]}{FINISHED}"
         if self._folder is not None:
             with suppress(OSError, MemoryError):
@@ -177,16 +178,16 @@ class ResumeStore:
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
             message = f"{self._folder}: {name!r} is not used, {problem}."
-            warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=3)
+            warnings.warn(FilesWarning(message, "that part of the repair runs again."), stacklevel=3)
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        """True if work of this origin is saved; that of an earlier run is moved here."""
+        # Results of an earlier run are moved to this one.
         for place in (folder, *(place / folder.name for place in self._elsewhere)):
             with suppress(OSError):
                 if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
                     if place != folder:
-                        # Should the earlier run be alive, it makes a new one.
+                        # If the earlier run is still alive, it makes a new folder.
                         shutil.rmtree(folder, ignore_errors=True)
                         folder.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(place, folder)
@@ -197,6 +198,6 @@ class ResumeStore:
             newest = max(others, key=lambda path: path.stat().st_mtime)
             other = dict(json.loads(newest.read_text(encoding="utf-8")))
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
-            why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
-            self._clock.announce(f"Repair: begins anew, since {why}.")
+            why = f"{newest.parent} is of one with other {differ}; delete it if you do not need it"
+            self._clock.announce(f"Repair: starts again, since {why}.")
         return False

@@ -1,4 +1,4 @@
-"""A model's state by name, as whole tensors: read, interpolate, hash, write for a while or for good."""
+"""State of a model as tensors by name: reading, interpolation, hashes, temporary and permanent writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the first parameter or buffer; the CPU if there is none."""
+    """Returns the device of the first parameter or buffer, or the CPU without any."""
     held = next(iter((*model.parameters(), *model.buffers())), None)
     return torch.device("cpu") if held is None else held.device
 
@@ -32,7 +32,7 @@ def device_of(model: nn.Module) -> torch.device:
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
     """Returns the tensors that differ from the live ones, a shared one under each of its names.
 
-    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU.
+    The state may be on another device, since Lightning moves the model to the CPU after a fit on a GPU.
 
     Raises:
         ConfigurationError: a name is not in the model, or has another shape there.
@@ -45,9 +45,9 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 @contextmanager
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Runs the model with these tensors, then with its own again, the very same objects; raises what `changed` does.
+    """Replaces tensors of the model for a block, then restores the original objects; raises like `changed`.
 
-    A shared tensor is replaced in all modules, where `torch.func.functional_call` would leave new weights behind.
+    Replaces a shared tensor in all modules, where `torch.func.functional_call` would leave new weights behind.
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -68,7 +68,7 @@ def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
 
 @torch.no_grad()
 def write(model: nn.Module, state: State) -> None:
-    """Copies tensors into the model for good, or none of them if `changed` would raise."""
+    """Copies tensors into the model; raises like `changed`, before any copy."""
     live = _checked(model, state)
     for name, value in state.items():
         live[name].copy_(value)
@@ -76,9 +76,9 @@ def write(model: nn.Module, state: State) -> None:
 
 @torch.no_grad()
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
-    """Returns old + t (new - old) at a strength t, by the names of `new`, to the bit at 0 and 1.
+    """Returns old + t (new - old) for a strength t, by the names of `new`; exact at 0 and 1.
 
-    Integers, such as a count of batches, are those of `new` from t = 1/2 on. Variances of batch norm stay from 0 on.
+    Takes integers, such as batch counts, from `new` for t >= 1/2. Clamps variances of batch norm to 0 or more.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}
@@ -97,7 +97,7 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """Returns base + sum of factor * (state - base) for the floating-point tensors that some state has."""
+    """Returns base + sum of factor * (state - base) for the floating-point tensors of all states."""
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
         value = base[name]
@@ -115,7 +115,7 @@ def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str,
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the model's own parameters and persistent buffers, whatever its `state_dict` leaves out or renames."""
+    """Returns the model's parameters and persistent buffers, even if a custom `state_dict` omits or renames them."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
@@ -132,9 +132,9 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Maps names in the state dict to those of the live tensors whose values they save.
+    """Maps names in the state dict to the names of the live tensors that they save.
 
-    A `state_dict` of the user's own may leave tensors out, rename them, or save others, such as a moving average.
+    A custom `state_dict` may omit or rename tensors, or save others, such as a moving average.
     """
     live, state = live_tensors(model), model.state_dict()
     places = {_place(value): name for name, value in live.items()}
@@ -156,16 +156,16 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_saved(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model whose state dict lacks some of these tensors, or saves others in their place."""
+    """Refuses a model whose state dict omits or replaces some of these tensors."""
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:
-        raise ConfigurationError(
-            f"`model`: its `state_dict` does not save {missing[0]!r} as it is; what is loaded would not be what was "
-            "repaired.",
+        problem = f"its `state_dict` does not save {missing[0]!r} as it is, so loading it would undo the repair."
+        hint = (
             "put the weights that it saves, such as a moving average, into the model before the repair, name a "
-            "`layer` that is saved, or save all that is trained.",
+            "`layer` that is saved, or save all that is trained."
         )
+        raise ConfigurationError(f"`model`: {problem}", hint)
 
 
 def _place(value: Tensor) -> tuple[int, torch.Size, torch.device]:
@@ -192,7 +192,7 @@ def hash_file(path: Path) -> str:
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
     """Returns the SHA-256, in hexadecimal digits, of names, dtypes, shapes and bytes of the tensors of a state dict.
 
-    It is the same on every device, in every order of the names and with any strides.
+    Does not depend on devices, strides or the order of names.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,4 +1,4 @@
-"""The clock of a repair: time by stage, deadlines, progress."""
+"""Time of a repair: stages, deadlines, progress."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 
-Clock = Callable[[], float]  # seconds, from any beginning
+Clock = Callable[[], float]  # seconds since any start
 
 
 class Observer(Protocol):
-    """Follows how a repair goes on."""
+    """Observer of a repair's progress."""
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Is entered around a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""
+        """Returns a context for a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Is called after some steps of a stage, with the best candidate's counts if there are any."""
+        """Takes the steps of a stage, and the best candidate's counts if any."""
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Is called with the seconds that stages to come are likely to take, and `most`, what all of it may take."""
+        """Takes the expected seconds of the stages to come, and the time limit `most`."""
 
     def announce(self, text: str) -> None:
-        """Is called before something that takes longer than a few seconds, with a sentence for the screen."""
+        """Takes a sentence for the user before work that needs more than a few seconds."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """When work has to be over, in seconds of the clock `now`; infinite without a limit.
+    """End of the work in seconds of the clock `now`; infinite without a limit.
 
-    Ranks ask in step and get one answer, so that none goes on alone; without a limit nothing is exchanged.
+    All ranks ask together and get one answer; without a limit, nothing is exchanged.
     """
 
     end: float = math.inf
@@ -50,12 +50,12 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds left on this rank: infinite without a limit, below 0 afterwards."""
+        """Seconds left on this rank, below 0 after the end."""
         poll()
         return self.end - self.now()
 
     def agreed_seconds_left(self) -> float:
-        """Seconds left on the first rank, to plan by."""
+        """Returns the seconds left on the first rank."""
         if not self.is_set:
             return self.seconds_left
         return float(self.collective.agreed(torch.tensor(self.seconds_left, dtype=torch.float64)))
@@ -74,12 +74,12 @@ class Deadline:
         return replace(self, end=self.end - seconds)
 
     def within(self, seconds: float) -> Deadline:
-        """A deadline `seconds` from now, but no later than this one."""
+        """Returns a deadline in `seconds` from now, but no later than this one."""
         return replace(self, end=min(self.end, self.now() + seconds))
 
 
 class StageTimer:
-    """Seconds spent in each stage, in order, out of `max_time` from now on; tells an observer."""
+    """Timer of stages within `max_time`, which informs an observer."""
 
     def __init__(
         self, observer: Observer | None = None, max_time: float | None = None, now: Clock | None = None
@@ -102,23 +102,23 @@ class StageTimer:
 
     @property
     def left(self) -> float:
-        """Seconds until the repair must be over; infinite without a limit."""
+        """Seconds until the end of `max_time`; infinite without a limit."""
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Continues from the time of an earlier process; deadlines stay where they are in the time of the repair."""
+        """Continues from the times of an earlier process, which count for deadlines."""
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
         self.seconds.update(seconds)
 
     @property
     def one_pass(self) -> float:
-        """Seconds of the first forward pass over all known data, by which methods keep time for further ones."""
+        """Seconds of the first forward pass over all known data, the estimate for further ones."""
         return self.seconds.get("collect", 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage; a stage inside another takes its time from the outer one."""
+        """Times a stage, not counting stages inside."""
         poll()
         self.seconds.setdefault(name, 0.0)
         start, inside = self.now(), sum(self.seconds.values())
@@ -144,5 +144,5 @@ class StageTimer:
 
 
 def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of stages for a report, rounded to three decimals."""
+    """Returns the seconds of stages rounded to three decimals."""
     return {name: round(spent, 3) for name, spent in seconds.items()}

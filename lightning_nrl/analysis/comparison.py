@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_nrl._utils.atomic_files import write_text
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
@@ -85,7 +85,7 @@ def compare_module(
     check_sources(known, unseen, settings)
     include_bias = settings.localizer.include_bias
     layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
-    with preserve(model):
+    with preserve_state(model):
         collecting = StageTimer(observer)
         bare = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
         baseline = evaluate_baseline(evaluator, known, bare, unseen=unseen, clock=collecting)
@@ -95,7 +95,7 @@ def compare_module(
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():
-            with preserve(model):
+            with preserve_state(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
                 clock.seconds.update(collecting.seconds)  # methods reserve time for passes over the data by these

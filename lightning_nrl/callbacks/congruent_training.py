@@ -1,4 +1,4 @@
-"""The callback `PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the loss."""
+"""`PositiveCongruentTraining` and `regression_loss`, a loss term against regressions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_nrl._trainer.reference_copy import parse_teacher, reference_modul
 from lightning_nrl._trainer.repair_files import parse_prefix
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.checks import check_per_sample
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
@@ -33,25 +33,24 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 class PositiveCongruentTraining(CallbackBase):
-    """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
+    """Adds a loss term that keeps the new model right where the replaced one is right.
 
-    The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
-    Model Updates. The term is about the output that `training_step` gets from `self(x)`, and is added to the loss that
-    it returns; where that cannot be known, an error in the first step says so, and `regression_loss` does it in one
-    line of the step. Terms are logged as `regression/<name>`. The replaced model is no part of the module, its
-    checkpoints or its optimizer.
+    Idea and default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model Updates.
+    The term uses the output of `self(x)` in `training_step` and is added to the loss that the step returns. If the
+    callback cannot tell which output that is, the first step raises an error; then call `regression_loss` in the step.
+    Logs terms as `regression/<name>`. The replaced model stays outside of the module, its checkpoints and optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
-            predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
-        term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
+            predictions, which is enough for a `MarginHinge` with a `most`.
+        term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
             (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
-        index: a function of the batch, or its address, that returns the data-set positions of its samples: the replaced
-            model then sees each sample once, without augmentation. Needed for predictions from a file. None: it sees
-            each batch as the new model does.
-        prefix: of tags.
-        task: as of `RegressionFreeRepair`.
-        adapter: as of `DataOptions`; not one that runs the module.
+        index: function of a batch, or its address, that returns the data-set positions of its samples. The replaced
+            model then sees each sample once, without augmentation. Required for predictions from a file. None: the
+            replaced model sees the same batches as the new one.
+        prefix: prefix of logged tags.
+        task: as in `RegressionFreeRepair`.
+        adapter: as in `DataOptions`, but not one that runs the module.
 
     Example::
 
@@ -95,7 +94,7 @@ class PositiveCongruentTraining(CallbackBase):
             raise ConfigurationError("`callbacks`: there are several PositiveCongruentTraining.", hint)
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the very model that is trained.", hint)
+            raise ConfigurationError("`reference` is the model in training.", hint)
         self._outputs.attach(pl_module)
 
     @override
@@ -106,7 +105,7 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        # For the time of a batch: copies that are made between batches would keep calling the original.
+        # Only during a batch, since a copy made between batches would call the original step.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
@@ -119,7 +118,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A batch that was skipped has no end.
+        # A skipped batch has no end.
         self._step.close()
 
     @override
@@ -170,7 +169,6 @@ class PositiveCongruentTraining(CallbackBase):
 
     @torch.no_grad()
     def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Runs both models on the first batch, to find what does not fit before anything is trained."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         old = self.reference
         if isinstance(old, Predictions):
@@ -180,7 +178,7 @@ class PositiveCongruentTraining(CallbackBase):
             model = reference_module(trainer, pl_module, old.model, self._held)
             teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
         probe = step_outputs.Probe(pl_module)
-        with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
+        with preserve_state(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
             except Exception as error:
@@ -203,15 +201,15 @@ class PositiveCongruentTraining(CallbackBase):
 
 
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
-    """Returns the scalar that `PositiveCongruentTraining` adds to the loss, for a `training_step` that adds it itself.
+    """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it itself.
 
-    Needed if the step optimises by itself, calls the model several times, or mixes samples and labels. Without such a
-    callback, and outside of training, it is 0.
+    Needed if the step uses manual optimisation, calls the model several times, or mixes samples and labels. Returns 0
+    without the callback and outside of training.
 
     Args:
-        module: the module whose step it is.
-        batch: what `output` is for, as the data loader gives it: for augmented inputs `(augmented, labels)`.
-        output: what the model returned, with its gradients.
+        module: the module of the step.
+        batch: the batch of `output` as the data loader returns it; for augmented inputs `(augmented, labels)`.
+        output: output of the model, with gradients.
 
     Example::
 

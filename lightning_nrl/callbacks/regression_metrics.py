@@ -1,4 +1,4 @@
-"""The callback `RegressionMetrics`, which counts regressions against the replaced model in every validation."""
+"""`RegressionMetrics`, which counts regressions against the replaced model in every validation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import update_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
@@ -40,36 +40,33 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """Results of the replaced model on the `n` samples that this rank validates, in their order. On the CPU."""
+    """Results of the replaced model on the `n` validation samples of this rank, in their order, on the CPU."""
 
     loader: DataLoader[Any]
     order: list[list[int]]  # data-set positions, batch by batch
-    starts: tuple[int, ...]  # the place of each batch's first sample, and last of all `n`
-    passed: Tensor  # `n` bool, whether the replaced model gets them right
-    label: Tensor  # `n` int64, true classes; -1 where the task has none
-    once: Tensor  # `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks
-    group: Tensor  # `n` int64, the number of each sample's slice; -1: in none
-    names: tuple[str, ...]  # the slices, the same on every rank
-    parts: tuple[str, ...]  # the part of the new model that returns what the model does (`Probe`)
-    adapter: Adapter  # with which batches are run as the new model is deployed
+    starts: tuple[int, ...]  # row of the first sample of each batch, then `n`
+    passed: Tensor  # `n` bool, right by the replaced model
+    label: Tensor  # `n` int64, true classes, or -1 if the task has none
+    once: Tensor  # `n` bool, False for copies that only pad the last batches of ranks
+    group: Tensor  # `n` int64, number of the slice, or -1
+    names: tuple[str, ...]  # of slices, the same on every rank
+    parts: tuple[str, ...]  # the part of the new model with its output (see `Probe`)
+    adapter: Adapter  # runs batches as the new model is deployed
 
 
 def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
     found = validation_loaders(trainer)
     if found is None:
-        raise ConfigurationError(
-            "`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`."
-        )
+        hint = "add a `val_dataloader` and a `validation_step`."
+        raise ConfigurationError("`RegressionMetrics`: nothing is validated.", hint)
     loaders, limits, mode = found
     if not dataloader < len(loaders):
-        raise ConfigurationError(
-            f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
-        )
+        problem = f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders."
+        raise ConfigurationError(problem, "count them from 0.")
     if len(loaders) > 1 and mode != "sequential":
-        raise ConfigurationError(
-            f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} in one batch.",
-            "give the validation data loaders as a list, so that they are read one after the other.",
-        )
+        problem = f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} in one batch."
+        hint = "give the validation data loaders as a list, so that they are read one after the other."
+        raise ConfigurationError(problem, hint)
     hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
     loader = check_loader(loaders[dataloader], "val", hint)
     most = limits[dataloader]
@@ -86,7 +83,7 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model on the validation data, with one pass of each model. All are left as found."""
+    """Evaluates the replaced model on the validation data, with one pass of each model; changes neither."""
     collective = Collective.current(model.device)
     loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
@@ -99,7 +96,7 @@ def evaluate_reference(
         evaluator, ((source,),) = open_sources(trainer, model, task, [source])
         recorder = SliceRecorder(source, slices, task)
         probe = Probe(model)
-        with preserve(model):
+        with preserve_state(model):
             new = evaluator.run([recorder], forward=probe)
         answers = reference.answers(evaluator, [source], new)
     names, group = recorder.named(collective)
@@ -119,7 +116,7 @@ def evaluate_reference(
 
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
-    """True if the validation data are still those that the replaced model was asked about."""
+    """True if the validation data are still those of the known results."""
     loader, most = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
@@ -134,14 +131,13 @@ def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[in
         found, again = ([list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2))
         if found == again:
             return found
-    raise ConfigurationError(
-        f"`val` data: {type(inside).__name__} gives the samples in another order each time.",
-        "validate without shuffling, so that each sample can be matched with what the replaced model does on it.",
-    )
+    problem = f"`val` data: {type(inside).__name__} gives the samples in another order each time."
+    hint = "validate without shuffling, so that each sample can be matched with what the replaced model does on it."
+    raise ConfigurationError(problem, hint)
 
 
 def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
-    """Rank by rank, which samples come for the first time, as ranks validate side by side."""
+    # Ranks validate in parallel, batch by batch.
     when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
     order = when.argsort()
     _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
@@ -151,7 +147,7 @@ def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FlipCounter:
-    """The counts of one validation so far, on the device; nothing waits for it before the end."""
+    """Counter of one validation on the device, without synchronisation before the end."""
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
@@ -162,18 +158,17 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the size that a batch should have; 0 if there should be no such batch."""
+        """Returns the expected size of a batch, or 0 if none is expected."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """One batch: `m` bool, whether the new model is right, and `m` int64, the true classes."""
+        """Adds a batch of `m` samples: `right`, `m` bool, by the new model, and true classes, `m` int64."""
         expected = self.size(batch_idx)
         if right.shape != (expected,):
-            raise ConfigurationError(
-                f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}.",
-                "validate the same samples each time; a collate function must neither drop nor add any.",
-            )
+            problem = f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}."
+            hint = "validate the same samples each time; a collate function must neither drop nor add any."
+            raise ConfigurationError(problem, hint)
         rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
         self.new[rows] = right.to(self.new.device)
         self.counted[rows] = True
@@ -181,40 +176,38 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """The names of the slices, and `1 + S x 4`, kept, broken, repaired and failing, of all and of each slice."""
+        """Returns slice names, and counts of kept, broken, repaired and failing samples, `(1 + S) x 4`, all first."""
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
         flips = torch.zeros(len(known.names) + 1, 4, dtype=torch.int64)
-        # Samples in no slice go into the first row, which is then that of all.
+        # Samples in no slice go into the first row, which is overwritten.
         flips.index_add_(0, known.group + 1, masks.long())
         flips[0] = masks.sum(0)
         total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
         if total[-1]:
-            raise ConfigurationError(
-                f"`val` data: {int(total[-1])} samples have another label than when training began.",
-                "validate the same samples in the same order each time.",
-            )
+            problem = f"`val` data: {int(total[-1])} samples have another label than when training began."
+            raise ConfigurationError(problem, "validate the same samples in the same order each time.")
         return known.names, total[:-1].view(-1, 4)
 
 
 class RegressionMetrics(CallbackBase):
-    """Logs in every validation what the new model breaks and repairs of what the replaced one does.
+    """Logs in every validation how many samples the new model breaks and repairs against the replaced one.
 
-    It logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
-    `reference_accuracy`, where `ModelCheckpoint` and `EarlyStopping` find them. The model's outputs are those that its
-    own `validation_step` makes: no second pass over the data. The replaced model makes one pass, before training.
+    Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
+    `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping`. Uses the outputs of `validation_step`, without a
+    second pass over the data. The replaced model makes one pass before training.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint or of its predictions (CSV, split `val`), or
             an `OldModel`.
-        slices: counts slices too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or place,
-            or a function of it or its address, with a name or number for each sample, or one bool (the slice has the
-            column's name); or a `Target`.
-        prefix: of tags.
-        dataloader: which validation data loader is counted, where there are several.
-        task: as of `RegressionFreeRepair`.
-        adapter: as of `DataOptions`.
+        slices: slices to count too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or
+            position, or a function of it or its address, with a name or number for each sample, or a bool (the slice
+            has the column's name); or a `Target`.
+        prefix: prefix of logged tags.
+        dataloader: number of the validation data loader to count.
+        task: as in `RegressionFreeRepair`.
+        adapter: as in `DataOptions`.
 
     Example::
 
@@ -271,7 +264,7 @@ class RegressionMetrics(CallbackBase):
         if trainer.sanity_checking:
             return
         known = self._reference_results
-        # Data loaders may be made anew while training.
+        # Data loaders may be created again during training.
         if known is None or not is_same_validation(known, trainer, self.dataloader):
             known = self._evaluate_reference(trainer, pl_module)
         self._counter = FlipCounter(known, pl_module.device)
@@ -321,7 +314,7 @@ class RegressionMetrics(CallbackBase):
         tags = (self.prefix, *(f"{self.prefix}/{tag}" for tag in map(slice_tags(names).get, names)))
         rows = zip(tags, (update_numbers(FlipCounts(*row)) for row in counts.tolist()), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
-        # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
+        # The counts are the same on every rank; `sync_dist` silences a warning of Lightning.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:

@@ -1,4 +1,4 @@
-"""The callback `ReleaseGate`, which runs the release gate in `trainer.test` or `trainer.validate`."""
+"""`ReleaseGate`, which runs the release gate in `trainer.test` or `trainer.validate`."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ from lightning_nrl.updates.rule_parsing import Require
 
 
 class ReleaseGate(CallbackBase):
-    """Judges in `trainer.test` or `trainer.validate` whether the model may replace the one in use.
+    """Decides in `trainer.test` or `trainer.validate` if the model may replace the one in use.
 
-    After the test itself, each model makes one pass over all of its data, each sample once, in the precision of the
-    trainer. The verdict is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md` and
-    `report.html`, with `predictions.csv` of the new model: the `reference` of the next release.
+    After the test, each model makes one pass over the data in the precision of the trainer. The decision is printed,
+    logged and written to `<log_dir>/release/` as `report.json`, `report.md` and `report.html`, with the new model's
+    `predictions.csv`, the `reference` for the next release.
 
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
-        rules: what must hold, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
-        require: what each split must satisfy beside the rules: `not-worse`, no net loss; `better`, a gain that the sign
-            test shows at 5 %; or `any`.
-        slices: as of `RegressionMetrics`.
-        splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
-            `test-1` and so on. A single one is called `test`, or `val` in `validate`.
-        task: as of `RegressionFreeRepair`.
-        adapter: as of `DataOptions`.
-        seed: for random transforms of the data.
+        rules: the rules to satisfy, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
+        require: a further condition for each split: `not-worse`, no net loss; `better`, a gain that is significant at
+            5 % in the sign test; or `any`.
+        slices: as in `RegressionMetrics`.
+        splits: names for several data loaders; None: the keys of a mapping, else `test-0`, `test-1` and so on. A single
+            one is called `test`, or `val` in `validate`.
+        task: as in `RegressionFreeRepair`.
+        adapter: as in `DataOptions`.
+        seed: seed for random transforms of the data.
         dirpath: folder for the files; None: `<log_dir>/release`.
-        verbose: whether the verdict is printed.
+        verbose: True: print the decision.
 
     Attributes:
-        report: the verdict, once it is there; None before.
+        report: the decision; None before it is made.
 
     Example::
 
@@ -112,7 +112,7 @@ class ReleaseGate(CallbackBase):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in the validation of a fit, which releases nothing.
+        # Not in the validation of a fit.
         if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 
@@ -144,7 +144,7 @@ class ReleaseGate(CallbackBase):
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
             if self.verbose:
                 show(self.report)
-        # The numbers are the same on every rank; `sync_dist` keeps Lightning from doubting it.
+        # The numbers are the same on every rank; `sync_dist` silences a warning of Lightning.
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 

@@ -1,4 +1,4 @@
-"""The Lightning shell of a repair: hooks and checks, in order; `lightning_nrl.pipeline` makes the repair."""
+"""`RegressionFreeRepair`: hooks and checks around the repair of `lightning_nrl.pipeline`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lightning_nrl.updates.old_model import Reference, parse_reference
 
 
 class RepairCallback(CallbackBase):
-    """A callback that repairs the model of its trainer."""
+    """Base of callbacks that repair the model of their trainer."""
 
     settings: Settings
     data: DataOptions
@@ -58,44 +58,44 @@ class RepairCallback(CallbackBase):
 
 
 class RegressionFreeRepair(RepairCallback):
-    """Repairs the model that `fit` has trained, and keeps what worked working.
+    """Repairs the failures of a model after `fit` without breaking samples that it gets right.
 
-    After training, the callback collects what the model gets right and wrong, and searches new values for weights of a
-    layer that matter for the failures and not for the rest. As far as it pays, it then solves that layer, and where
-    more may change, training goes on and what broke is polished away. The result is accepted only if it passes the gate
-    on all known data. The callback writes `repaired.ckpt`, the weight change (`repair.patch.safetensors`),
-    `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves the repaired weights in the
-    model. If nothing is accepted, the weights stay as training left them.
+    After training, the callback evaluates the known data, then searches new values for weights of one layer that affect
+    the failures more than other samples. Next it solves the layer and, where the whole network may change, continues
+    the training and polishes the weights until no known sample is broken. It takes the result that repairs most without
+    harm to held-out samples, if that passes the gate on all known data. Then it writes `repaired.ckpt`, the weight
+    change (`repair.patch.safetensors`), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and
+    leaves the repaired weights in the model. Otherwise the weights stay unchanged.
 
     Args:
         target: the failures to repair, such as `Target.label(3)` or `"label 3"`; None: all.
-        layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
-            there is none, the last convolution) is searched, and training may change the whole network.
-        gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
-            `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
-        method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
+        layer: dotted name of the layer or block to repair, several names, or `auto`: searches the last Linear layer
+            (without one, the last convolution), and training may change the whole network.
+        gate: condition for acceptance: `instance` (no known passed sample broken), `instance-in-target` (none in the
+            target), `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
+        method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
-        task: what passed and loss mean: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or an
-            object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: one class a sample, from logits.
+        task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or
+            an object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: `multiclass`.
         reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
-            of its predictions, or an `OldModel`. Known samples that it gets right and the new one wrong are repaired.
-        unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a
-            DataLoader or None.
-        calibration: data that no search looks at, to choose the strength by: `val`, `test`, a DataLoader or None.
-        data: where known data come from, how their batches are read, and which weights are repaired: `DataOptions`.
-        samples: what each sample counts, slices, and samples that may not break: `SampleOptions`.
-        search: how candidates are ranked and searched: `SearchOptions`.
-        bounds: how much of the change is made, and what is said of other samples: `BoundOptions`.
-        max_time: seconds that the repair may take; None: no limit, its work is counted by the epochs of the fit.
-        seed: the same seed gives the same repair.
+            of its predictions, or an `OldModel`. Repairs known samples that only the old model gets right.
+        unseen: data that the repair never uses, counted before and after for the report: `test`, `val`, a DataLoader
+            or None.
+        calibration: data that no search uses, to choose the strength: `val`, `test`, a DataLoader or None.
+        data: sources of known data, the adapter for batches, and the weights to repair: `DataOptions`.
+        samples: weights of samples, slices, and protected samples: `SampleOptions`.
+        search: ranking, localisation and size of the search: `SearchOptions`.
+        bounds: strength of the change, and bounds for other samples: `BoundOptions`.
+        max_time: limit in seconds; None: no limit, the work depends on the epochs of the fit.
+        seed: seed of the repair; the same seed gives the same repair.
         dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
-        verbose: whether the report is printed at the end.
+        verbose: True: print the report at the end.
 
     Attributes:
-        report: what was done, once it is done.
+        report: the report; None before the repair.
 
     Raises:
-        ConfigurationError: an argument that cannot be used, as early as that can be known.
+        ConfigurationError: an invalid argument, raised as early as possible.
 
     Example::
 
@@ -156,15 +156,15 @@ class RegressionFreeRepair(RepairCallback):
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """Makes a callback with the settings of one row of the paper's Table II, such as `EXP-B1` (docs/paper.md).
+        """Returns a callback with the settings of a row of the paper's Table II, such as `EXP-B1` (see docs/paper.md).
 
-        Further arguments of the constructor go before those of the row.
+        Further arguments override those of the row.
         """
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """The report, once the repair is done; also if a strategy did it in processes of its own."""
+        """The report after a repair, also from processes that a strategy started; None before."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -175,18 +175,18 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """The repaired checkpoint; None unless a repair was accepted, so that `test` takes the model as it is."""
+        """Path of the repaired checkpoint; None without an accepted repair, and `test` then takes the current model."""
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
     def patch_path(self) -> str | None:
-        """The weight change as a file, for `Patch.load`; None without an accepted repair."""
+        """Path of the weight change, for `Patch.load`; None without an accepted repair."""
         return None if self.report is None else self.report.files.get("patch")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer_checks.check_whole(pl_module)
-        if self.settings.layer != "auto":  # which takes a layer that the prediction calls
+        if self.settings.layer != "auto":
             find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
 
@@ -199,9 +199,9 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
+        # `trainer.test()` without a model loads the best checkpoint of the fit, from before the repair.
         if self._is_changed(pl_module):
-            problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
+            problem = f"the test uses other weights than the repaired ones: {trainer.ckpt_path or 'others'} was loaded."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
                 hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
@@ -218,13 +218,13 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.add_to(checkpoint, pl_module, self.state_key)
+        self.add_to_checkpoint(checkpoint, pl_module, self.state_key)
 
-    def add_to(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
-        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key.
+    def add_to_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
+        """Adds the repaired weights to a checkpoint, and the report under the callback's `state_key`.
 
-        Weights go there while `repaired.ckpt` is saved, before the live weights change, and as long as the live layer
-        holds them. Weight averaging would save its average instead, and load the live weights over it.
+        Adds weights while `repaired.ckpt` is saved, before the live weights change, and as long as the model holds
+        them. Weight averaging would save its average instead.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
@@ -237,43 +237,43 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # `state_dict` is not there: Lightning would refuse twins before `setup` says why.
+        # Without a `state_dict`, since Lightning would refuse equal callbacks before `setup` explains it.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
                 problem = f"the report in the checkpoint cannot be read ({first_line(error)})"
-                hint = "training goes on without it; the weights are those of the checkpoint."
+                hint = "training continues without it; the weights are those of the checkpoint."
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Searches a repair in a fit, saves it, writes it into the model, logs and prints it under this name."""
+        """Searches a repair within a fit, saves it, writes it to the model, and logs and prints it."""
         self._name = name
         self.report = self._parameters = None
         with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
-            logged = self.save(trainer, pl_module, outcome, start)
+            logged = self.save_outcome(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
         return outcome
 
-    def training_went_on(self, pl_module: LightningModule) -> None:
+    def forget_stale_weights(self, pl_module: LightningModule) -> None:
         """Forgets repaired weights that further training has changed."""
         if self._is_changed(pl_module):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches a repair of a model trained for `epochs`, by default those of this fit; changes nothing."""
-        self._work = repair_files.saved_work(self._folder, trainer, self.settings.search.save_every, self._name)
+        """Searches a repair of a model trained for `epochs`, by default those of the fit; changes nothing."""
+        self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
-    def save(
+    def save_outcome(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files, and the repaired weights into the model once the files are there; returns the logged name.
+        """Writes the files, then the repaired weights to the model; returns the name in logs.
 
-        A file that cannot be written costs a warning.
+        Warns of files that cannot be written.
         """
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
@@ -295,7 +295,7 @@ class RegressionFreeRepair(RepairCallback):
                     if start is not None:
                         start.keep = accepted
                     self._work.done()
-                self.report = report = saved.tell(report, accepted)
+                self.report = report = saved.warn_missing(report, accepted)
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
         except BaseException:
@@ -313,11 +313,10 @@ class RegressionFreeRepair(RepairCallback):
         repair_files.announce(self.report, trainer, name, **how)
 
     def handle_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Handles Ctrl-C and SIGTERM within seconds, and says what becomes of the repair."""
+        """Handles Ctrl-C and SIGTERM within seconds, and prints the state of the repair."""
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
-        """True if the model holds other weights than the repaired ones."""
         return bool(self._parameters and changed(pl_module, self._parameters))
 
     @property

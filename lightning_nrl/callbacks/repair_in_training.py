@@ -1,4 +1,4 @@
-"""Repairs within a training, at chosen epochs, from which the training goes on."""
+"""`RepairInTraining`, which repairs at chosen epochs of a training."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.report import RepairReport
 
-HOOK = "on_train_epoch_end"  # of the module: repairs follow it
+HOOK = "on_train_epoch_end"  # of the module, before repairs
 
 
 class RepairInTraining(RepairCallback):
-    """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
+    """Repairs the model at the end of chosen epochs too, and continues the training from accepted repairs.
 
     Each repair is one of `RegressionFreeRepair`, right after the module's own `on_train_epoch_end` and before callbacks
-    that save or stop by a metric. It promises nothing of what the training does to samples afterwards. States of
-    optimizers and schedules stay as they are. Files go to `<log_dir>/repair-step-<step>/`, and logs have that name; the
-    repair at the end is called `repair`.
+    that save or stop by a metric. Further training may break samples again. States of optimizers and schedules do not
+    change. Files go to `<log_dir>/repair-step-<step>/`, also the name in logs; the repair at the end is `repair`.
 
-    A repair takes as long as one at the end would, by default as many epochs as the training had so far: give a
-    `max_time`, or a method that takes seconds (`convex`, `swarm`).
+    A repair may take as many epochs as the training had so far. Set a `max_time`, or take a method that needs seconds
+    (`convex`, `swarm`).
 
     Args:
-        every_n_epochs: epochs between two repairs; None: none by the count of epochs.
-        monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
-            worse than its best since the last repair. A repaired model is validated once more for it, without logging.
-        mode: `min` or `max`, which is best.
-        min_delta: how much worse it has to be at least, from 0.
-        at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
-        **arguments: those of `RegressionFreeRepair`.
+        every_n_epochs: epochs between two repairs; None: repairs only by `monitor`.
+        monitor: name of a validation metric, such as that of a slice. Repairs at the end of an epoch if the metric is
+            worse than its best since the last repair, and validates once more afterwards, without logging.
+        mode: `min` or `max`, the better direction of the metric.
+        min_delta: smallest change of the metric that counts as worse, from 0.
+        at_end: True: also repairs when training ends, unless a repair followed the last step.
+        **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:
-        repair: the `RegressionFreeRepair` that makes each of them, with what it says of the last one.
-        reports: of all repairs of this training, the oldest first.
+        repair: the `RegressionFreeRepair` that makes the repairs, with the report of the last one.
+        reports: reports of all repairs of this training, the oldest first.
 
     Example::
 
@@ -102,7 +101,7 @@ class RepairInTraining(RepairCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._best = None  # of an earlier training; that of a checkpoint is loaded after this
+            self._best = None  # a checkpoint is loaded after this
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,13 +110,13 @@ class RepairInTraining(RepairCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_train_start(trainer, pl_module)
-        release_hook(pl_module, HOOK)  # of a training that ended where no callback heard of it
+        release_hook(pl_module, HOOK)  # left by a training that ended without notice
         self.reports, self._last_step, self._warned = [], None, False
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning calls callbacks before the module, whose changes belong to the repair.
-        follow_hook(pl_module, HOOK, partial(self._epoch_ends, trainer, pl_module))
+        # Lightning calls callbacks before the module, whose hook may change weights.
+        follow_hook(pl_module, HOOK, partial(self._repair_if_due, trainer, pl_module))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -127,9 +126,9 @@ class RepairInTraining(RepairCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
             self.repair.on_train_end(trainer, pl_module)
-            self._done(trainer)
+            self._record_report(trainer)
         else:
-            self.repair.training_went_on(pl_module)
+            self.repair.forget_stale_weights(pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,8 +140,8 @@ class RepairInTraining(RepairCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.repair.add_to(checkpoint, pl_module, self.state_key)
-        # Not in `state_dict`, for which Lightning would refuse twins before `setup` says why.
+        self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
+        # Without a `state_dict`, since Lightning would refuse equal callbacks before `setup` explains it.
         if self._best is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
 
@@ -159,29 +158,29 @@ class RepairInTraining(RepairCallback):
             self._best = found
             return
         what = f"`best` in the checkpoint is no finite number (found a {type(found).__name__})"
-        hint = "training goes on, and the next validation is the first that counts."
+        hint = "training continues, and the next validation is the first that counts."
         rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
 
-    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first one decides.
         if trainer.strategy.broadcast(self._is_due(trainer)):
             self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
+        measured, self._best = self._best, None  # not in `repaired.ckpt`, which has other weights
         outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
-        self._done(trainer)
-        self._best = measured if outcome.parameters is None else self._measured(trainer)
+        self._record_report(trainer)
+        self._best = measured if outcome.parameters is None else self._validated_again(trainer)
 
-    def _done(self, trainer: Trainer) -> None:
+    def _record_report(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
         assert self.repair.report is not None
         self.reports.append(self.repair.report)
 
-    def _measured(self, trainer: Trainer) -> float | None:
+    def _validated_again(self, trainer: Trainer) -> float | None:
         if self.monitor is None or not trainer.enable_validation:
             return None
-        # All ranks validate or none does, whatever each of them logs.
+        # All ranks validate or none does.
         if not trainer.strategy.broadcast(self.monitor in trainer.callback_metrics):
             return None
         with random_state(), untracked(trainer, kept=()):
@@ -197,7 +196,7 @@ class RepairInTraining(RepairCallback):
         if self.monitor not in trainer.callback_metrics:
             if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
-                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged, so no repair follows it."
+                problem = f"`monitor={self.monitor!r}`: no metric of that name was logged, so it triggers no repair."
                 hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
                 rank_zero_warn(TrainingWarning(problem, hint))
             return due
@@ -207,6 +206,6 @@ class RepairInTraining(RepairCallback):
             return due
         best = value if self._best is None else sign * self._best
         due |= value > best + self.min_delta
-        # After a repair that is refused, what it was made for is the measure.
+        # After a refused repair, the value that triggered it is the new reference.
         self._best = sign * (value if due else min(best, value))
         return due

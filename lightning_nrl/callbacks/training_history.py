@@ -1,4 +1,4 @@
-"""A record of what a training does to each sample at every epoch, with the weights of some layers."""
+"""`TrainingHistory`, which records the results of each sample at every epoch, and weights of some layers."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ from lightning_nrl.tasks import Task, parse_task
 
 
 class TrainingHistory(CallbackBase):
-    """Records in every epoch which samples are right, their losses, and the weights of some layers, in a folder.
+    """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
-    `NeuRecover` localises by it, forgetting curves go to loggers, `TrainingRecord.read(folder)` reads it. A training
-    that is resumed goes on with its record. Each point takes one pass over all splits, in evaluation mode: record less
-    often (`every_n_epochs=5`) if that is too slow. The training itself stays the same to the bit.
+    `NeuRecover` localises with the record, and `TrainingRecord.read(folder)` reads it. A resumed training continues its
+    record. Each record takes one pass over all splits in evaluation mode; record less often (`every_n_epochs=5`) if
+    that is too slow. Does not change the training itself.
 
-    It logs, by split, `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
-    `never_learned` (never right so far); with up to 20 classes also for each, as `history_val/forgotten/3`. At the end
-    of the training TensorBoard gets a figure of each split.
+    Logs for each split `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
+    `never_learned` (never right so far), and for up to 20 classes `history_val/forgotten/3`. TensorBoard gets a figure
+    of each split at the end.
 
     Args:
-        splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data,
-            those that are there.
+        splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data.
         every_n_epochs: epochs between two records.
-        every_n_steps: optimiser steps between two records instead.
-        layers: whose weights are kept: `auto` (the layer that a repair would take), dotted names, or `all`.
-        dirpath: the folder; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
-        prefix: of tags.
-        task: as of `RegressionFreeRepair`.
-        adapter: as of `DataOptions`.
+        every_n_steps: optimiser steps between two records, instead of epochs.
+        layers: layers to record: `auto` (the layer that a repair would search), dotted names, or `all`.
+        dirpath: folder of the record; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
+        prefix: prefix of logged tags.
+        task: as in `RegressionFreeRepair`.
+        adapter: as in `DataOptions`.
 
     Attributes:
-        folder: where the record is, once training has begun.
-        recorded: the splits of this training, once it has begun.
-        seconds: what the records of this training have taken.
+        folder: folder of the record; None before training.
+        recorded: splits of this training; empty before it.
+        seconds: time spent on the records of this training.
 
     Example::
 
@@ -92,32 +91,32 @@ class TrainingHistory(CallbackBase):
         self._resumed: str | None = None
         self.seconds = 0.0
         self._last: int | None = None
-        self._was_right: dict[str, Tensor] = {}  # by split, the samples that were right at some record
+        self._ever_right: dict[str, Tensor] = {}  # by split, samples that were right at some record
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage == "fit":
             check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-            self._names(pl_module)
+            self._layer_names(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = base_folder(self.dirpath, trainer, "history")
         if self.dirpath is None and self._resumed is not None and trainer.global_step:
             folder = Path(self._resumed)
-        self.folder, self.seconds, self._last, self._was_right = folder, 0.0, None, {}
+        self.folder, self.seconds, self._last, self._ever_right = folder, 0.0, None, {}
         self.recorded = find_splits(self.splits, SplitLoaders(trainer, pl_module))
 
-        def earlier() -> None:
+        def read_earlier_record() -> None:
             if trainer.is_global_zero:
                 forget_after(folder, trainer.global_step if trainer.global_step else -1)
                 if any(folder.glob("point-*.pt")):
                     found = TrainingRecord.read(folder).splits
-                    self._was_right = {split: record.passed.any(0) for split, record in found.items()}
+                    self._ever_right = {split: record.passed.any(0) for split, record in found.items()}
 
         failed = "the record of an earlier training could not be read on another rank."
-        Collective.current(pl_module.device).all_or_none(earlier, failed)
+        Collective.current(pl_module.device).all_or_none(read_earlier_record, failed)
 
     @override
     def on_train_batch_end(
@@ -149,39 +148,39 @@ class TrainingHistory(CallbackBase):
             self._resumed = found
             return
         problem = f"`TrainingHistory`: the state in the checkpoint names no folder (found a {type(found).__name__})"
-        hint = "the training goes on with a record of its own; give `dirpath` to go on with the old one."
+        hint = "training continues with a new record; give `dirpath` to continue the old one."
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a point; to be called on all ranks. Modes and random states are restored."""
+        """Writes a record; for all ranks. Restores modes and random states."""
         began = time.perf_counter()
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step
         if trainer.is_global_zero and self.folder is not None:
             if not batch_limit(trainer):
                 parameters = dict(pl_module.named_parameters())
-                weights = {name: parameters[name] for name in self._names(pl_module)}
+                weights = {name: parameters[name] for name in self._layer_names(pl_module)}
                 try:
                     write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
                     problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
-                    hint = "make room, or give it another `dirpath`; the training goes on, and later steps are tried."
+                    hint = "make room, or give it another `dirpath`; training continues, and tries later steps."
                     warnings.warn(FilesWarning(problem, hint), stacklevel=2)
-            numbers = self._learned(results)
+            numbers = self._learning_numbers(results)
             track_numbers(numbers, trainer.loggers, step=trainer.global_step, what="history of the training")
         self.seconds += time.perf_counter() - began
 
-    def _names(self, model: LightningModule) -> list[str]:
+    def _layer_names(self, model: LightningModule) -> list[str]:
         if self.layers == "all":
             return [name for name, _ in model.named_parameters()]
         return list(find_layers(model, self.layers, include_bias=True).parameters)
 
-    def _learned(self, results: SampleResults) -> dict[str, float]:
+    def _learning_numbers(self, results: SampleResults) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for split in results.splits:
             own = results.of(split)
             right = results.passed[own]
-            self._was_right[split] = right | self._was_right.get(split, right)
-            learning = Learning(results.label[own], right, self._was_right[split])
+            self._ever_right[split] = right | self._ever_right.get(split, right)
+            learning = Learning(results.label[own], right, self._ever_right[split])
             numbers |= learning.numbers(self.prefix, split)
         return numbers

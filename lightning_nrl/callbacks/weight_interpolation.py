@@ -1,4 +1,4 @@
-"""Interpolation of the trained weights with those of the replaced model."""
+"""`WeightInterpolation` of the trained weights with those of the replaced model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
@@ -41,38 +41,38 @@ from lightning_nrl.updates.interpolation import (
 from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
-"""Weights with a smaller cosine did not begin at the old ones: those of two random beginnings have about 0."""
+"""Smallest cosine of weights trained from the old ones; two random initialisations have about 0."""
 
 
 class WeightInterpolation(CallbackBase):
-    """After `fit`, moves the weights a share back to those of the replaced model: `(1 - share) new + share old`.
+    """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new + share old`.
 
-    Fewer samples break, for little or no accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI). The new
-    model has to be trained on from the old weights: `new.load_state_dict(...)` before `fit`. Put it before
-    `RegressionFreeRepair`, which then repairs what is left.
+    This breaks fewer samples for little or no accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI).
+    Training must start from the old weights: `new.load_state_dict(...)` before `fit`. Put this callback before
+    `RegressionFreeRepair`, which then repairs the remaining failures.
 
-    It logs `interpolation/share`, and of the calibration data `accuracy`, `nfr`, the negative flip rate, and both as
-    they were `_before`. Checkpoints of the training, averages of weights and states of optimizers stay as they are:
-    save the result with `trainer.save_checkpoint`.
+    Logs `interpolation/share`, and on calibration data `accuracy` and `nfr`, the negative flip rate, both also as
+    `..._before`. Does not change checkpoints of the training, weight averages or optimizer states; save the result with
+    `trainer.save_checkpoint`.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel` of one.
-        share: of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 with an accuracy on calibration
-            data within `tolerance` of the best of them.
-        tolerance: how much accuracy fewer regressions may cost: 0.005 is half a point.
-        calibration: data to choose the share on, and to count on: `val`, `test`, `repair` or a DataLoader; none that
-            was trained on. None, or no such data: a share that is given is not counted.
-        statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, best one
+        share: share of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 whose accuracy on
+            calibration data is within `tolerance` of the best.
+        tolerance: accuracy to give up for fewer regressions; 0.005 is half a percentage point.
+        calibration: data to choose and count on, not trained on: `val`, `test`, `repair` or a DataLoader. None: no
+            counts, for a given share only.
+        statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, preferably
             without augmentation.
-        batches: how many batches of them, in random order; None: all, one pass for each share.
-        prefix: of tags.
-        task: as of `RegressionFreeRepair`.
-        adapter: as of `DataOptions`.
-        seed: of the order of batches for statistics, and of random transforms of the data.
-        verbose: whether the choice is printed.
+        batches: number of batches for statistics, in random order; None: all, in one pass for each share.
+        prefix: prefix of logged tags.
+        task: as in `RegressionFreeRepair`.
+        adapter: as in `DataOptions`.
+        seed: seed for the order of statistics batches and for random transforms.
+        verbose: True: print the choice.
 
     Attributes:
-        choice: the share, and what others would do, once it is chosen; None where nothing is counted.
+        choice: the chosen share and the alternatives; None without counts.
 
     Example::
 
@@ -127,11 +127,11 @@ class WeightInterpolation(CallbackBase):
         check_order(self, trainer, what="the interpolation")
         if self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the very model that is trained.", hint)
+            raise ConfigurationError("`reference` is the model in training.", hint)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Read now and kept, since training may overwrite the very file.
+        # Read before training, which may overwrite the file.
         self._reference_state = read_state("reference", self.reference.model)
         fitting("reference", self._reference_state, pl_module)
         self.choice, self._changed = None, False
@@ -139,21 +139,19 @@ class WeightInterpolation(CallbackBase):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
-            # Of as many batches each rank has some samples: batch norm needs more than one.
+            # Each rank needs several samples for batch norm.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             evaluator = make_evaluator(trainer, pl_module, self.task)
             if counted is not None:
-                with preserve(pl_module):
+                with preserve_state(pl_module):
                     evaluator.run([counted])
             if training is not None:
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
-            problem = (
-                f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between two "
-                "trainings from scratch is good for nothing."
-            )
-            hint = "train on from the old weights: `model.load_state_dict(...)` before `fit`."
+            where = f"the weights do not begin near those of `reference` (cosine {cosine:.2f})"
+            problem = f"{where}, and an interpolation of two trainings from scratch is useless."
+            hint = "start from the old weights: `model.load_state_dict(...)` before `fit`."
             rank_zero_warn(TrainingWarning(problem, hint))
 
     @override
@@ -180,7 +178,7 @@ class WeightInterpolation(CallbackBase):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Where it was stopped before its first step, another work than training was done.
+        # A fit that stops before its first step does not train.
         if self._reference_state and not trainer.should_stop:
             problem = "the weights were not interpolated, because no training step ran (it was complete or skipped)."
             hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
@@ -195,7 +193,6 @@ class WeightInterpolation(CallbackBase):
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
-        """Returns data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
         loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
         counted = find_calibration(self.calibration, loaders, needed=chosen)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
 from lightning_nrl.errors import ConfigurationError
 
@@ -297,7 +297,7 @@ class ModelAdapter:
                 "`adapter`: f(module, batch) -> (logits, target) cannot be used here, where inputs are needed.",
                 "give f(batch) -> (args, kwargs, target).",
             )
-        with torch.no_grad(), preserve(self.model):
+        with torch.no_grad(), preserve_state(self.model):
             _, target = _pair(self.adapt(self.model, raw))
         return (_AdapterCall(self.adapt), raw), {}, target
 

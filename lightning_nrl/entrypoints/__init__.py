@@ -1,4 +1,4 @@
-"""Functions that take a Trainer and a trained model: repair, diagnose, compare, sweep. None of them trains.
+"""Functions for a Trainer and a trained model: repair, diagnose, compare, sweep.
 
 In: a Trainer, a LightningModule and its data. Out: a `RepairReport`, `Diagnosis`, `Comparison` or `SweepResult`.
 """

@@ -1,4 +1,4 @@
-"""Arguments that a function passes on to `RegressionFreeRepair`, and the model that it is given."""
+"""Checks of a function's model, and of its arguments for `RegressionFreeRepair`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.settings import OPTIONS, changed_options
 
 OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
-"""The arguments of a repair that are option objects."""
+"""Classes of option objects, by argument of a repair."""
 
-SEARCHES = "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
+SEARCH_OPTION_NAMES = (
+    "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
+)
 USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "compare": (*SEARCHES.split(), "augment", "n_scored", "max_time", "seed"),
-    "sweep": (*SEARCHES.split(), "method", "calibration", "set_aside", "dirpath"),
+    "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
+    "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options with an effect. `repair` and `diagnose` take all but `start_from`."""
+"""Options with an effect, by function; for others all but `start_from`."""
 
 REFUSALS = {
-    "compare": "a comparison counts what methods give, and accepts and writes nothing",
+    "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
     "sweep": "a sweep runs searches to their end, and judges and accepts nothing",
 }
 INSTEAD = {
@@ -38,7 +40,7 @@ INSTEAD = {
 
 
 def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses options that have no effect; of an option object, those that are not as by default."""
+    """Refuses options without an effect; of an option object, only those that differ from the default."""
     given: dict[str, Any] = {}
     for name, value in arguments.items():
         given |= changed_options(value) if isinstance(value, tuple(OPTION_CLASSES.values())) else {name: value}
@@ -54,14 +56,14 @@ def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if an argument, or any option in it, has an effect."""
+    """True if an argument, or some option in it, has an effect."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
     return not names.isdisjoint(USED_OPTIONS[entry_point])
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """Makes a callback; refuses unknown arguments, for which it names the nearest, and those without effect here."""
+    """Returns a callback; refuses unknown arguments, with the nearest known one as a hint, and those without effect."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
     inside = {
         field.name: f"`{name}={kind.__name__}({field.name}=...)`"
@@ -78,10 +80,9 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
 
 
 def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses a plain module, which has neither data nor a training that a Trainer knows; a compiled one is none."""
+    """Refuses a model that is no LightningModule, compiled or not."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, LightningModule):
-        raise ConfigurationError(
-            f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule.",
-            f"give a LightningModule; for a plain PyTorch module there is `{without_lightning}`.",
-        )
+        problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."
+        hint = f"give a LightningModule; for a plain PyTorch module there is `{without_lightning}`."
+        raise ConfigurationError(problem, hint)

@@ -1,7 +1,7 @@
 """The script `lightning-nrl`: repairs, diagnoses and compares a project, decides on a release, applies patches.
 
-In: arguments, YAML as LightningCLI writes it, files. Out: what is printed and written, and an exit status: 0 fine, 1
-not accepted, 2 an error, 3 files that cannot be written.
+Reads arguments, YAML as LightningCLI writes it, and files. Exit status: 0 success, 1 not accepted, 2 an error, 3 files
+that cannot be written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PAGE_WIDTH = 120  # characters
 
 
 def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
-    """Writes a checkpoint with a patch applied, or taken out again."""
+    """Writes a checkpoint with a patch applied or reverted."""
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "taken out" if undo else "applied"
@@ -51,7 +51,7 @@ def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool =
 
 
 def inspect_file(file: str) -> int:
-    """Prints what a patch, a checkpoint or a report holds."""
+    """Prints the contents of a patch, a checkpoint or a report."""
     path = Path(file)
     if path.suffix == ".safetensors":
         page = _page_of_patch(Patch.load(path))
@@ -64,7 +64,7 @@ def inspect_file(file: str) -> int:
 
 
 def show_report(file: str, out: str | None) -> int:
-    """Prints a report as Markdown, or writes it to a file as Markdown or HTML."""
+    """Prints a report as Markdown, or writes it as Markdown or HTML."""
     report = read_report(file)
     if out is None:
         print(report.to_markdown(), end="")
@@ -75,7 +75,7 @@ def show_report(file: str, out: str | None) -> int:
 
 
 def read_report(path: str | Path) -> Report:
-    """Reads the report in a JSON file or a patch."""
+    """Reads the report of a JSON file or a patch."""
     path = Path(path)
     if path.suffix == ".safetensors":
         found = Patch.load(path).report
@@ -131,7 +131,7 @@ def decide_release(
     allow_missing: list[str],
     out: str | None,
 ) -> int:
-    """Judges two files of predictions; the exit status is 1 for a refusal and for nothing else."""
+    """Decides on a release from two files of predictions; returns 1 only for a refusal."""
     rules, sliced = parse_rules(rule or ["instance"], require), None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for one in rules:
@@ -157,7 +157,7 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project; says so if it is not what `require` asks for."""
+    """Repairs the model of a project; returns 1 if the result does not meet `require`."""
     require = project.own["require"] or "any"
     if require != "any" and "unseen" not in project.options:
         problem = f"`require={require}` judges data that the repair never looks at, and `unseen` names none."
@@ -190,10 +190,7 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison; options of a repair without effect here are left out.
-
-    With an old and a new checkpoint it is the test with a `ReleaseGate` that compares them.
-    """
+    """Prints a comparison of methods, or tests a new checkpoint against an old one with a `ReleaseGate`."""
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
         options = {name: value for name, value in project.options.items() if is_used("compare", name)}
@@ -215,7 +212,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose, and its arguments; None: those of a project."""
+    """A command: function, purpose, and arguments (None: those of a project)."""
 
     run: Callable[..., int]
     purpose: str
@@ -252,26 +249,26 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command(inspect_file, "show what a patch, a repaired checkpoint or a report holds", INSPECT),
     "report": Command(show_report, "write the report of a repair or of a release as Markdown", REPORT),
 }
-"""By name, what runs a command and what it is for."""
+"""All commands by name."""
 
 FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 fine, 1 not accepted, 2 an error, 3 files that cannot be written."""
+    """Runs a command; returns the exit status: 0 success, 1 not accepted, 2 an error, 3 unwritable files."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
-        sys.path.insert(0, "")  # The user's modules are in the folder where the script is called.
+        sys.path.insert(0, "")  # for the user's modules in the current folder
     try:
         return _run(given)
-    except SystemExit as end:  # of a parser, which has said why
+    except SystemExit as end:  # of a parser, which has printed why
         return end.code if isinstance(end.code, int) else FAILURE_STATUS * bool(end.code)
     except (RepairError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNWRITABLE_STATUS if isinstance(error, UnwritableFolderError) else FAILURE_STATUS
     except Exception:
         traceback.print_exc()
-        print("error: the command broke off as above; nothing was decided.", file=sys.stderr)
+        print("error: the command failed as shown above; nothing was decided.", file=sys.stderr)
     return FAILURE_STATUS
 
 

@@ -1,4 +1,4 @@
-"""A project from YAML and arguments, made by LightningCLI, with the arguments of its repair."""
+"""Projects read from YAML and arguments by LightningCLI, with the arguments of a repair."""
 
 from __future__ import annotations
 
@@ -47,23 +47,22 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "require": (Require, REQUIRE),
     },
 }
-"""Arguments that one command has beside those of every project, with their types and help."""
+"""Further arguments of a command, with types and help."""
 
 
 @dataclass(frozen=True)
 class Project:
     """Model, data and options of a command."""
 
-    source: dict[str, Any]  # trainer, model, data module and checkpoint, by argument
-    options: dict[str, Any]  # arguments of `RegressionFreeRepair` that are not as by default
-    own: dict[str, Any]  # see `OWN_ARGUMENTS`
+    source: dict[str, Any]  # arguments for trainer, model, data module and checkpoint
+    options: dict[str, Any]  # arguments of `RegressionFreeRepair` that differ from the defaults
+    own: dict[str, Any]  # further arguments, see `OWN_ARGUMENTS`
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads arguments of LightningCLI without a subcommand, with `ckpt_path`, `weights_only`, `repair` and its own.
+    """Reads the arguments of LightningCLI without a subcommand, and those of the command.
 
-    The `RegressionFreeRepair` among the trainer's callbacks, if there is one, says how to repair, and `repair` goes
-    before it.
+    A `RegressionFreeRepair` among the trainer's callbacks sets arguments of the repair; `repair` overrides them.
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -72,7 +71,7 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
     if not RequirementCache(NEEDED):
         hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
-    sketch = _sketch(program, arguments)
+    sketch = _early_arguments(program, arguments)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
     try:
         cli = kind(
@@ -83,7 +82,7 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
             parser_kwargs={"prog": program, "description": purpose},
         )
     except ValueError as error:
-        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # what jsonargparse has made of ours
+        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # our error in jsonargparse's
         if isinstance(error, RepairError) or listed is None:
             raise
         raise ConfigurationError(listed[1], listed[2]) from None
@@ -99,7 +98,6 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
 
 
 def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
-    """Prints help for the arguments of this package; those of LightningCLI are named."""
     usage = f"{program} --config config.yaml --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
     lightning = (
         "LightningCLI's arguments are taken too, without subcommands: --config, --model, --data, --trainer.ARGUMENT, "
@@ -120,7 +118,7 @@ def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tupl
 
 
 class _ProjectArguments:
-    """Hooks of LightningCLI that add arguments."""
+    """Mixin for LightningCLI with further arguments."""
 
     own: Mapping[str, tuple[Any, str]]
     config: Any
@@ -130,7 +128,7 @@ class _ProjectArguments:
         self.defaults = parser.get_defaults().repair
         self.config = parser.parse_args(args)
         if not any(self.config.get(name) for name in ("ckpt_path", "old", "new")):
-            problem = "`ckpt_path` is not given, and the model has no trained weights without."
+            problem = "`ckpt_path` is not given, so the model has no trained weights."
             hint = f"add --ckpt_path best.ckpt, or --ckpt_path {OWN_WEIGHTS} if its own code loads them."
             raise ConfigurationError(problem, hint)
 
@@ -140,7 +138,7 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves arguments of the trainer's `RegressionFreeRepair` to `repair`, unless given there."""
+        """Moves arguments of the trainer's `RegressionFreeRepair` to `repair`, unless set there."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
@@ -155,8 +153,8 @@ class _ProjectArguments:
         return {name: made[name] for name in vars(made) if given[name] != self.defaults[name]}
 
 
-def _sketch(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
-    """Returns `model`, `data` and `ckpt_path`, which have to be known before the arguments can be parsed."""
+def _early_arguments(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
+    # `model`, `data` and `ckpt_path` are needed to make the parser.
     parser = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for name in ("model", "data"):
@@ -171,7 +169,7 @@ def _sketch(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
 
 
 def _from_checkpoint(sketch: Mapping[str, str | None]) -> Iterator[str]:
-    """Yields arguments for a model and data that are not named, if the checkpoint is one of LightningCLI."""
+    # LightningCLI saves the classes of model and data in the checkpoint.
     missing = [name for name in HYPER_PARAMETERS if sketch[name] is None]
     if not missing or sketch["ckpt_path"] in (None, OWN_WEIGHTS):
         return
@@ -195,7 +193,7 @@ def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
             hint = "give YAML, such as the config.yaml that LightningCLI writes; a checkpoint is `--ckpt_path`."
             raise ConfigurationError(f"`config={str(path)!r}` is no text.", hint) from error
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # The parser says what is wrong with it.
+            continue  # the parser explains it
         if isinstance(found, dict):
             yield found
 
@@ -207,12 +205,12 @@ def _class_path(entry: object) -> str | None:
 
 
 def _cli_class(model: str | None) -> Any:
-    """Returns LightningCLI of the package of the model's class, else of the first that is installed."""
+    # Of the package of the model, else of the first installed one.
     pairs = list(zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True))
     try:
         kind: Any = None if model is None else import_function("model", model)
     except ConfigurationError:
-        kind = None  # LightningCLI says what is wrong with it.
+        kind = None  # LightningCLI explains it
     found = [cli for base, cli in pairs if isinstance(kind, type) and issubclass(kind, base)]
     return (found or [pairs[0][1]])[0]
 

@@ -19,9 +19,9 @@ from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import (
     ASSUMED_EPOCHS,
-    borrowed,
     epochs_of,
     epochs_saved,
+    prepared_for_dry_fit,
     starting_weights,
     untracked,
 )
@@ -43,7 +43,7 @@ from lightning_nrl.pipeline.repair_module import Outcome
 from lightning_nrl.report import RepairReport, Report
 
 Result = TypeVar("Result", bound=Report)
-Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs that the model was trained for
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs of the training
 
 
 def dry_fit(
@@ -57,14 +57,13 @@ def dry_fit(
     whole: bool = False,
     **data: Any,
 ) -> Result:
-    """Returns the result of work that changes nothing: model, trainer and random state stay as they are.
+    """Runs work in a `fit` without steps and returns its result; leaves model, trainer and random state unchanged.
 
-    `callback` says which data, task and seed are meant; `data` are arguments of `fit`; each rank reads all of them if
-    `whole`.
+    Takes data options, task and seed from `callback`; `data` are arguments of `fit`; with `whole`, each rank reads all.
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
-        problem = f"{type(trainer.strategy).__name__} starts processes of its own, and results stay in them."
+        problem = f"{type(trainer.strategy).__name__} starts processes of its own, which keep the results."
         raise ConfigurationError(f"`strategy`: {problem}", "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
@@ -82,7 +81,7 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Turns a `fit` into work on the model without a step; an outcome of it is saved, logged and written."""
+    """Makes the next `fit` run work without steps; saves and logs its outcome, if any, and writes it to the model."""
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."
@@ -92,7 +91,7 @@ def without_training(
         raise ConfigurationError(problem, "use a trainer without a minimum of training.")
     check_strategy(trainer)
     inside = _WithoutTraining(callback, work, trainer)
-    with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
+    with warnings.catch_warnings(), prepared_for_dry_fit(trainer, inside, weights_only=weights_only):
         ignored = (
             "The number of training batches|`max_epochs` was not set|Be aware that when using `ckpt_path`, callbacks"
         )
@@ -101,13 +100,11 @@ def without_training(
 
 
 class _WithoutTraining(CallbackBase):
-    """Works at the start of a fit and stops it before its first step."""
-
     def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: Trainer) -> None:
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
-        # The trainer knows how long it trained a module before; a checkpoint that is loaded knows better.
+        # The length of the training, unless a checkpoint to load has it.
         fitted = trainer.fit_loop.epoch_progress.current.ready > 0
         self._fitted = trainer.lightning_module if fitted else None
         self._epochs = epochs_of(trainer) if fitted else ASSUMED_EPOCHS
@@ -123,8 +120,8 @@ class _WithoutTraining(CallbackBase):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Without a limit, a checkpoint may have any number of epochs. Before, optimizers were configured, and schedules
-        # may have asked how long training is.
+        # A checkpoint may have more epochs than the limit. Not set earlier, since schedules read it when optimizers are
+        # configured.
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
@@ -135,10 +132,10 @@ class _WithoutTraining(CallbackBase):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
+        """Saves the outcome, after Lightning has loaded optimizer states and the step count."""
         if self.outcome is not None:
             with self.callback.handle_signals(trainer):
-                name = self.callback.save(trainer, pl_module, self.outcome)
+                name = self.callback.save_outcome(trainer, pl_module, self.outcome)
             self.callback.announce(trainer, self.outcome, name)
 
     @override
@@ -158,24 +155,24 @@ def repair(
     callback: RegressionFreeRepair | None = None,
     **arguments: Any,
 ) -> RepairReport:
-    """Repairs a trained model: the same report, files and logs as after training, and no training.
+    """Repairs a trained model, with the report, files and logs of a repair after `fit`.
 
     Args:
-        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
-        model: the module, trained, or to be filled from `ckpt_path`.
-        train_dataloaders: passed samples, unless a data module has them.
-        val_dataloaders: failed samples, unless a data module has them.
-        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
-        ckpt_path: a checkpoint of the model; None: the model as it is.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
-        callback: a `RegressionFreeRepair` that says how to repair, such as one of `from_paper`.
+        trainer: a trainer for the model, used for one `fit` without steps.
+        model: the trained module, or one to load from `ckpt_path`.
+        train_dataloaders: passed samples, unless the data module has them.
+        val_dataloaders: failed samples, unless the data module has them.
+        datamodule: data module, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: checkpoint of the model; None: the current weights.
+        weights_only: True: refuse a checkpoint with other objects than tensors and plain values; False: trust it.
+        callback: a `RegressionFreeRepair` with all settings, such as one of `from_paper`.
         **arguments: arguments of `RegressionFreeRepair` instead, such as `target=Target.label(3)`.
 
     Returns:
         The report. Its `files["checkpoint"]` is the repaired checkpoint; the model holds the repaired weights.
 
     Raises:
-        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
+        ConfigurationError: an argument is invalid, or the trainer has a repair of its own or a minimum of training.
 
     Example::
 
@@ -196,7 +193,7 @@ def repair(
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
         hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
-        raise RepairError("the repair was made in another process, its report is in the files alone.", hint)
+        raise RepairError("the repair ran in another process, and its report is only in the files.", hint)
     return callback.report
 
 
@@ -212,20 +209,20 @@ def diagnose(
     history: str | Path | None = None,
     **arguments: Any,
 ) -> Diagnosis:
-    """Says before a repair what can be fixed, what stands in the way, where there is room, what it costs, what to do.
+    """Diagnoses before a repair which failures can be repaired, which constraints oppose it, and what it costs.
 
-    It takes about as long as two evaluations of the known data and some seconds. The model keeps its weights, the
-    trainer and its logs stay as they are, and no file is written. Trainer, model, data and checkpoint are given as to
-    `repair`, and so are further arguments: `target`, `task`, `data` and `seed` matter here.
+    Takes about two evaluations of the known data and some seconds. Changes neither model nor trainer, and writes no
+    file. All arguments but `history` are those of `repair`; of the further ones `target`, `task`, `data` and `seed`
+    have an effect.
 
-    `history` is the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
-    forgotten, and which of the former have a label that looks wrong.
+    `history` is a folder written by `TrainingHistory`. The notes then list targets that were never learned, with those
+    whose label looks wrong, and targets that were forgotten.
 
     Returns:
-        The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` says what to do.
+        The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next step.
 
     Raises:
-        EvaluationError: the model gives losses that are not finite; the samples are named.
+        EvaluationError: the losses of some samples, which it names, are not finite.
 
     Example::
 
@@ -257,15 +254,14 @@ def compare(
     unseen: str | DataLoader[Any] | None = "test",
     **arguments: Any,
 ) -> Comparison:
-    """Runs repairs and what people do instead of a repair on one trained model, and counts what each fixes and breaks.
+    """Runs repair methods and baselines on one trained model, and counts what each repairs and breaks.
 
-    Each method starts from the same weights with the same seed, and may take `max_time`, retraining excepted. The model
-    keeps its weights; the trainer, its logs and the random state stay as they are, and no file is written. Trainer,
-    model, data and checkpoint are given as to `repair`, and so are further arguments; docs/options.md says which have
-    an effect, others are refused.
+    Each method starts from the same weights with the same seed and may take `max_time`; only retraining may take
+    longer. Changes neither model nor trainer nor random state, and writes no file. Trainer, model, data, checkpoint and
+    further arguments are those of `repair`; refuses those without an effect (see docs/options.md).
 
-    `methods` are names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
-    mapping; None: every method and baseline that has a name.
+    `methods` are names such as `finetune-polish` and `fine-tuning`, or objects, or a mapping of both by name; None: all
+    named methods and baselines.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
@@ -305,15 +301,14 @@ def sweep(
 ) -> SweepResult:
     """Runs the paper's search with many settings and seeds on one trained model, and counts what each run does.
 
-    Each run finds, bit for bit, what `repair` finds with the same arguments, at a fraction of the time: data are read
-    once and many swarms searched at a time. The model keeps its weights, the trainer and the random state stay as they
-    are. Ranks share out the runs. Trainer, model, data and checkpoint are given as to `repair`, and so are further
-    arguments, such as `method=ParticleSwarm(...)` and `search=SearchOptions(...)` for what settings leave open;
-    docs/options.md says which have an effect, others are refused.
+    Each run returns the weights of `repair` with the same arguments, bit by bit, in a fraction of the time, since it
+    reads data once and searches many swarms together. Ranks share the runs. Changes neither model nor trainer nor
+    random state. Trainer, model, data, checkpoint and further arguments are those of `repair`, such as
+    `method=ParticleSwarm(...)` and `search=SearchOptions(...)`; refuses those without an effect (see docs/options.md).
 
-    `settings` are a `Grid` or mappings of arguments. `seeds` are a list, or how many from 0 on. Files are written to
-    `dirpath` alone: the table and the weights, and a second call with it makes only the runs that are missing. `log`
-    says what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
+    `settings` are a `Grid` or mappings of arguments. `seeds` are a list, or their number from 0 on. `dirpath` gets the
+    table and the weights; a second call with the same folder makes only the missing runs. `log` chooses the rows of
+    TensorBoard's HParams tab: each `setting`, with its means, each `run`, or `none`.
 
     Returns:
         The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.

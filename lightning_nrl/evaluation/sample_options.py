@@ -73,6 +73,10 @@ class SampleOptions:
             labels that look wrong. The report lists them.
         keep: samples that may not break in an update: those that either model gets right (`both`), or only those that
             both get right (`reference`).
+
+    Example:
+        >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas
+        {'night': 0.5}
     """
 
     importance: Any = None

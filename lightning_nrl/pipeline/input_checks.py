@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import is_out_of_memory
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data.adapters import adapter_hint, describe
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
@@ -119,7 +119,7 @@ def run_sanity_check(
     include_bias, trains = settings.localizer.include_bias, settings.trains
     space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains)
     check_saved(model, space.parameters)
-    with preserve(model):
+    with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
             # Without the cache, which covers all samples.

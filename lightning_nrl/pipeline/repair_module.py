@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import has_own_modes, preserve
+from lightning_nrl._utils.preserve import has_own_modes, preserve_state
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, live_tensors, snapshot, temporary_weights, write
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -117,7 +117,7 @@ def repair_module(
         called=evaluator.called,
         trains=settings.trains,
     )
-    with preserve(evaluator.model) as rewritten:
+    with preserve_state(evaluator.model) as rewritten:
         evaluate = partial(
             evaluate_baseline, evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock
         )
@@ -292,8 +292,8 @@ def to_be_loaded(
     """Returns the tensors to save so that `eval()` turns them into the patch, and the result of that.
 
     Only tensors that differ from the model's present ones. If the module does not override `train()`, both are the
-    patch; otherwise the result is as close to it as the module allows. Call it in evaluation mode inside `preserve`,
-    which returns the tensors `rewritten` by `eval()`.
+    patch; otherwise the result is as close to it as the module allows. Call it in evaluation mode inside
+    `preserve_state`, which returns the tensors `rewritten` by `eval()`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch

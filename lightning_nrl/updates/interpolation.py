@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, between, device_of, snapshot, temporary_weights, write
 from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
@@ -236,7 +236,7 @@ def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Ad
             rows.append(torch.stack([right.long(), classes], 1).cpu())
         return torch.cat(rows)
 
-    with preserve(evaluator.model), temporary_weights(evaluator.model, state):
+    with preserve_state(evaluator.model), temporary_weights(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
@@ -300,7 +300,7 @@ def estimate_statistics(
             n += 1
         return n
 
-    with preserve(evaluator.model), _reset_to_average(layers):
+    with preserve_state(evaluator.model), _reset_to_average(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
             raise ConfigurationError("`data` has no batch for batch norm statistics.", "give data with samples.")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.device import at_least_float32
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, run_model
@@ -365,7 +365,7 @@ class Oversampler(Sampler[int]):
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
         evaluator = Evaluator(model, parse_task(task))
         passed, margins = [], []
-        with preserve(model), torch.no_grad():
+        with preserve_state(model), torch.no_grad():
             for output, target in evaluator.outputs(DataLoader(data, **{"batch_size": 256, **loader}), adapter):
                 passed.append(evaluator.task.right(output, target))
                 margin = evaluator.task.margin(output, target)

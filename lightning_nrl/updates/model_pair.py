@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, TargetError
@@ -79,7 +79,7 @@ def evaluate_pair(
     for target in targets:
         # Nested, so that a single pass records all.
         recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
-    with preserve(new.model):
+    with preserve_state(new.model):
         after = new.run(recording)
         before = old.answers(new, data, after)
     names, group = common_names([source.named(ranks) for source in slicing])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.device import is_out_of_memory
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
@@ -108,7 +108,7 @@ class OldModel:
         seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
         here, home = device_of(evaluator.model), device_of(model)
         try:
-            with preserve(model):
+            with preserve_state(model):
                 evaluator = replace(evaluator, model=model.to(here))
                 return evaluator.run(seen) if model is self.model else evaluator.run_with(weights, seen)
         except Exception as error:

@@ -374,7 +374,7 @@ class Pairs(Digits):
 
 def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp_path: Path) -> None:
     untouched, model = Classifier(), Classifier()
-    with pytest.raises(ConfigurationError, match="`reference` is the very model that is trained"):
+    with pytest.raises(ConfigurationError, match="`reference` is the model in training"):
         fit(tmp_path, old, PositiveCongruentTraining(old))
     with pytest.raises(ConfigurationError, match="there are several PositiveCongruentTraining"):
         fit(tmp_path, model, PositiveCongruentTraining(old), PositiveCongruentTraining(old))

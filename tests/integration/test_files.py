@@ -47,7 +47,7 @@ class Repaired:
         callback = self.callback
         callback.dirpath, callback.verbose = folder or self.folder, True
         outcome = self.outcome if outcome is None else outcome
-        name = callback.save(self.trainer, self.model, outcome)
+        name = callback.save_outcome(self.trainer, self.model, outcome)
         callback.announce(self.trainer, outcome, name)
         return callback.report
 
@@ -297,7 +297,7 @@ def save_for_ever(folder: Path, connection: Connection, draws: bool) -> None:
         hashes = replace(outcome.report.hashes, model_after=hash_tensors({**state, **new}))
         report = replace(outcome.report, reason=f"Run {number}.", hashes=hashes)
         one = replace(outcome, report=report, parameters=new)
-        callback.announce(trainer, one, callback.save(trainer, model, one))
+        callback.announce(trainer, one, callback.save_outcome(trainer, model, one))
         connection.send("saved")
 
 

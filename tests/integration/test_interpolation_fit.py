@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_before_training(trained_path: Path, traine
     assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
     assert "or a number as `share=` with `calibration=None`" in message
     message = refused(tmp_path, WeightInterpolation(trained), model=trained)
-    assert message.startswith("`reference` is the very model")
+    assert message.startswith("`reference` is the model in training")
     message = refused(tmp_path, WeightInterpolation(trained_path, adapter=lambda batch: ((batch[0],), {}, batch[0])))
     assert message.startswith("`task`:")
 

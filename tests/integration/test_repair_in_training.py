@@ -110,7 +110,7 @@ def test_a_metric_that_is_worse_than_its_best_calls_for_a_repair(
 
 def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_validation(tmp_path: Path) -> None:
     repair = in_training(monitor="slice", at_end=False)
-    with pytest.warns(TrainingWarning, match="nothing of that name was logged, so no repair follows it"):
+    with pytest.warns(TrainingWarning, match="no metric of that name was logged, so it triggers no repair"):
         fit(tmp_path, repair, epochs=1)
     assert repair.reports == []
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def test_a_stop_of_the_last_repair_is_not_said_to_come_after_it(tmp_path: Path, 
     assert len(repair.reports) == 1
     said = capsys.readouterr().err
     assert "The repair was stopped" in said
-    assert "The repair was over before" not in said
+    assert "The repair had finished" not in said
 
 
 def test_a_record_behind_it_is_of_the_weights_before_the_repair(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
     said = capsys.readouterr().err
     name = "Ctrl-C" if signum == "SIGINT" else signum
     assert f"{name}: the repair stops." in said
-    assert "The repair was stopped: the weights are as training left them, and it has written no files." in said
+    assert "The repair was stopped: the weights are unchanged, and no files were written." in said
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

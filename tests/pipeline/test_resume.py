@@ -105,7 +105,7 @@ def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
     found, observer, work = repaired(tmp_path, method=method)
-    assert "resumes with the steps finished before" in observer.said
+    assert "resumes after the finished steps" in observer.said
     assert_same(whole(method), found)
     work.done()
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import OtherRankError
 
@@ -93,7 +93,7 @@ class Continue(Callback):
     def outcome(self, trainer: Trainer, model: Any, failure: str, seconds: float) -> str:
         data = DataLoader(TensorDataset(*blobs(32, 1.5)), 4, collate_fn=collate)
         Net.failure = failure
-        with validating(trainer), preserve(model):
+        with validating(trainer), preserve_state(model):
             known = [make_source(data, "train", trainer=trainer, model=model, passed=True, failed=True)]
             try:
                 training = ContinuedTraining(trainer, model, known, 3)

@@ -33,10 +33,10 @@ from toy_repairs import blobs
 
 from lightning_nrl._trainer import continue_training as continuing_module
 from lightning_nrl._trainer import inner_trainer as course_module
-from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
+from lightning_nrl._trainer.continue_training import ContinuedTraining, ShuffledSampler
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 
@@ -105,7 +105,7 @@ class Continue(Callback):
             how = {"left_out": (Continue,), "trained_on": self.given.get("trained_on")}
             training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), **how)
             before = picture(trainer, pl_module)
-            with preserve(pl_module):
+            with preserve_state(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.
                 training = training.for_targets(torch.zeros(sum(len(one.index) for one in known), dtype=torch.bool))
                 for seed in seeds:
@@ -566,12 +566,16 @@ def test_from_halfway_on_samples_are_visited_by_their_new_weights(epochs: int) -
 
 def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_them() -> None:
     weight = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 3.0])
-    drawn = Shuffled(6, 0, weight=weight)
+    drawn = ShuffledSampler(6, 0, weight=weight)
     visits = torch.tensor([[*drawn] for _ in range(500)])
     torch.testing.assert_close(visits.flatten().bincount(minlength=6) / 500, weight, atol=0.1, rtol=0)
-    ranks = [Shuffled(6, 0, rank, 2, weight=weight) for rank in (0, 1)]
+    ranks = [ShuffledSampler(6, 0, rank, 2, weight=weight) for rank in (0, 1)]
     assert torch.tensor([[[*rank] for rank in ranks] for _ in range(500)]).mT.flatten(1).equal(visits)
-    assert [len([*Shuffled(7, 0, rank, ranks, parts=2)]) for rank, ranks in ((0, 1), (0, 2), (1, 2))] == [3, 1, 1]
+    assert [len([*ShuffledSampler(7, 0, rank, ranks, parts=2)]) for rank, ranks in ((0, 1), (0, 2), (1, 2))] == [
+        3,
+        1,
+        1,
+    ]
 
 
 def test_a_module_that_ends_an_epoch_early_is_not_said_to_be_cut_by_the_time() -> None:

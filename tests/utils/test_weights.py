@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Target, repair_module
-from lightning_nrl._utils.preserve import eval_mode, preserve, random_state
+from lightning_nrl._utils.preserve import eval_mode, preserve_state, random_state
 from lightning_nrl._utils.state import (
     between,
     changed,
@@ -293,7 +293,7 @@ def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_me
     model = Rewritten()
     parameters = dict(model.named_parameters())
     memory = {name: value.data_ptr() for name, value in parameters.items()}
-    with preserve(model):
+    with preserve_state(model):
         assert model.merged
         assert torch.equal(model.written, torch.ones(2))
         assert model.swapped.shape == (3,)

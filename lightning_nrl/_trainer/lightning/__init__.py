@@ -1,4 +1,4 @@
-"""All imports from Lightning, from whichever of its two packages is used.
+"""All imports from Lightning's two packages.
 
-In: a trainer, a module or a callback of either. Out: classes that stand for both, and Lightning's private parts.
+In: a trainer, a module or a callback of either. Out: classes that cover both, and access to private parts.
 """

@@ -1,4 +1,4 @@
-"""How a trainer reads and writes checkpoints: it reads only plain ones, and a written file is there at once."""
+"""Reading and writing of a trainer's checkpoints: safe loading, and synchronous writing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load th
 def reading_checkpoints(
     trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
-    """Inside, the trainer reads only checkpoints of tensors and plain values, unless `weights_only` is false.
+    """Lets a trainer read only checkpoints of tensors and plain values for a block, unless `weights_only` is false.
 
-    Lightning 2.5 runs whatever code a checkpoint has; 2.6 leaves it to torch, but not for URLs. A checkpoint plugin of
-    the user's own with another format reads as it does.
+    Lightning 2.5 runs any code in a checkpoint; 2.6 leaves it to torch, but not for URLs. Has no effect on a custom
+    checkpoint plugin of another format.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
@@ -54,12 +54,10 @@ def reading_checkpoints(
 
 
 class _CheckpointReader(WrappingCheckpointIOBase):
-    """Stores checkpoints as another plugin does, and reads only what it may."""
-
     def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
         super().__init__(stored)
         self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
-        self.path = ""  # what was read last
+        self.path = ""  # of the last checkpoint read
 
     @override
     def teardown(self) -> None:
@@ -86,9 +84,9 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Writes as Lightning does, without the system's folder for temporary files, or as the user's plugin does.
+    """Writes as Lightning does, but without the system's temporary folder, or as the user's own plugin does.
 
-    An exception is kept as `error`, since other ranks would wait for ever for the one that writes.
+    Keeps an exception as `error`, since other ranks would wait forever for the one that writes.
     """
 
     def __init__(self, stored: CheckpointIO) -> None:
@@ -100,12 +98,12 @@ class CheckpointWriter(WrappingCheckpointIOBase):
             inner = inner.checkpoint_io
         self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")  # `torch.load` reads the file
         self.error: Exception | None = None
-        self.state_dict: Any = None  # what was to be written under this name
+        self.state_dict: Any = None  # of the checkpoint to write
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         self.state_dict = checkpoint.get("state_dict")
-        if self.error is not None:  # there is no place for it
+        if self.error is not None:  # no folder to write to
             return
         try:
             if self.is_plain:
@@ -118,7 +116,7 @@ class CheckpointWriter(WrappingCheckpointIOBase):
 
 @contextmanager
 def writing_checkpoint(trainer: Trainer) -> Iterator[CheckpointWriter]:
-    """Inside, the trainer's checkpoints are written by the writer that is given."""
+    """Replaces the trainer's checkpoint plugin by a `CheckpointWriter` for a block."""
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
     writer = CheckpointWriter(stored)

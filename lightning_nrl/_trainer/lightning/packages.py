@@ -1,7 +1,7 @@
-"""`pytorch_lightning` and `lightning.pytorch`, two copies of one library: whichever is installed, or both.
+"""Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both are installed.
 
-A class here is the union of both, for annotations and `isinstance`; a `...Base` derives from both; what is constructed
-comes from the package of its trainer, by `class_for`. To mypy each is the class of `pytorch_lightning`.
+A class here is the union of both, for annotations and `isinstance`; a `...Base` derives from both; `class_for` returns
+the class to construct. mypy sees the classes of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn as rank_zero_warn
 from torch import nn
 
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-"""Each package, and the one that it is built on."""
+"""The packages, each with its Fabric package."""
 LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports what is installed, so that the class of a callback can derive from both; the first keeps its logger."""
+    """Imports the installed packages, so that a callback can derive from both; the first one keeps its logger."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []
@@ -46,7 +46,7 @@ PACKAGES = installed_packages()
 
 
 def classes(path: str) -> tuple[type[Any], ...]:
-    """A class of each installed package that has it, by its path: `pytorch.` or `fabric.`, module, name."""
+    """Returns the class at a path, `pytorch.` or `fabric.`, module, name, of each installed package that has it."""
     found = (_find(package.__name__, path) for package in PACKAGES)
     return tuple(kind for kind in found if kind is not None)
 
@@ -58,7 +58,7 @@ def _find(package: str, path: str) -> Any:
 
 
 def callback_kinds(names: str) -> tuple[type[Any], ...]:
-    """Lightning's callbacks of these names, as far as the installed version has them."""
+    """Returns Lightning's callbacks of these names in the installed version."""
     return tuple(kind for name in names.split() for kind in classes(f"pytorch.callbacks.{name}"))
 
 
@@ -67,7 +67,6 @@ def _union(path: str) -> Any:
 
 
 def _base(path: str) -> Any:
-    """A class that derives from that of each package. No class is made where there is one package."""
     kinds = classes(path)
     return kinds[0] if len(kinds) == 1 else type(f"{kinds[0].__name__}Base", kinds, {})
 
@@ -114,28 +113,20 @@ else:
     CallbackBase = _base("pytorch.Callback")
     WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
-    # What derives from a user's module too: a base of the other package would go before the user's own class.
+    # Its subclasses derive from a user's module too, whose methods a base of the other package would override.
     LightningModuleMixin = nn.Module
 
 
 def packages_of(thing: object) -> list[str]:
-    """The names of the packages whose Trainer, module, data module, callback or logger something is."""
-    return [
-        package.__name__
-        for package in PACKAGES
-        if isinstance(
-            thing,
-            (
-                package.Trainer,
-                package.LightningModule,
-                package.LightningDataModule,
-                package.Callback,
-                package.loggers.Logger,
-            ),
-        )
-    ]
+    """Returns the names of the packages whose Trainer, module, data module, callback or logger `thing` is."""
+
+    def kinds(package: Any) -> tuple[type[Any], ...]:
+        modules = (package.LightningModule, package.LightningDataModule)
+        return (package.Trainer, *modules, package.Callback, package.loggers.Logger)
+
+    return [package.__name__ for package in PACKAGES if isinstance(thing, kinds(package))]
 
 
 def class_for(trainer: Trainer, path: str) -> Any:
-    """The class that goes with a trainer, of its own package, by its path (see `classes`)."""
+    """Returns the class at a path (see `classes`) of a trainer's own package."""
     return _find(packages_of(trainer)[0], path)

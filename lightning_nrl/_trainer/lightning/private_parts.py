@@ -1,7 +1,4 @@
-"""The one place that touches what Lightning does not promise to keep, tried with 2.5 and 2.6.
-
-Each function says which private part it touches. Attributes that are public but have no types are here too.
-"""
+"""All access to private or untyped parts of Lightning, tested with 2.5 and 2.6; each docstring names the part."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl.data.batch import with_plain_tensors
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-"""Methods that Lightning replaces on a compiled module by functions bound to that module."""
+"""Methods of a compiled module that Lightning replaces by bound functions."""
 
 
 def _untyped(trainer: Trainer) -> Any:
@@ -32,17 +29,17 @@ def _untyped(trainer: Trainer) -> Any:
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer; `Trainer.callbacks` has no type."""
+    """Returns a trainer's callbacks; `Trainer.callbacks` has no type."""
     return cast("list[Callback]", _untyped(trainer).callbacks)
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Gives a trainer other callbacks."""
+    """Replaces a trainer's callbacks."""
     _untyped(trainer).callbacks = callbacks
 
 
 def data_module_of(trainer: Trainer) -> LightningDataModule | None:
-    """The data module of a trainer's last call; `Trainer.datamodule` has no type."""
+    """Returns the data module of a trainer's last call; `Trainer.datamodule` has no type."""
     return cast("LightningDataModule | None", _untyped(trainer).datamodule)
 
 
@@ -52,17 +49,17 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
+    """Returns `overfit_batches`: a number of batches, a share of them, or 0. The attribute has no type."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 
 def state_key_of(callback: Callback, **what: Any) -> str:
-    """Returns the key of a callback's state in a checkpoint, told apart by `what`."""
+    """Returns the key of a callback's state in a checkpoint, with `what` to tell callbacks of one class apart."""
     return callback._generate_state_key(**what)
 
 
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:
-    """The hyperparameters of the module and the data module that a fit logs by itself (`_log_hyperparams`)."""
+    """Returns the hyperparameters of module and data module that a fit logs (`_log_hyperparams`)."""
     holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
     logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
     found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
@@ -70,19 +67,19 @@ def logged_hparams(trainer: Trainer) -> dict[str, Any]:
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer of a module; where it has none, `LightningModule.trainer` raises (`_trainer`)."""
+    """Returns the trainer of a module or None, where `LightningModule.trainer` raises (`_trainer`)."""
     return module._trainer
 
 
 def overrides(module: LightningModule, name: str) -> bool:
-    """True if a module has a step or hook of its own, not the one that every LightningModule has."""
+    """True if a module overrides a step or hook of LightningModule."""
     owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
     return owner is not None and owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
 
 
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
-    """The trainer says that it validates (`state.stage`), so that augmentation which asks it is left to training."""
+    """Sets the trainer's stage to validation for a block, so that augmentation that checks it stays off."""
     stage = trainer.state.stage
     trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
@@ -92,33 +89,33 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A raw batch of plain tensors, on the device as validation has it (`_on_before_batch_transfer`)."""
+    """Moves a raw batch to the device as validation does, as plain tensors (`_on_before_batch_transfer`)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
-    """The data loaders of `train` or `val` that `fit` was given (`_data_source`); None where hooks make them."""
+    """Returns the `train` or `val` loaders given to `fit`, or None if hooks create them (`_data_source`)."""
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
 
 
 def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
-    """A `CombinedLoader` of changed loaders that mixes batches as that of a fit does (`_combined_loader`, `_mode`)."""
+    """Returns a `CombinedLoader` of changed loaders with the mode of the fit (`_combined_loader`, `_mode`)."""
     combined = trainer.fit_loop._combined_loader
     mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
     inside = pytree.tree_map(change, getattr(given, "iterables", given))
     found = class_for(trainer, "pytorch.utilities.CombinedLoader")(inside, mode)
-    iter(found)  # before, it has no length
+    iter(found)  # sets its length
     return found
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """The loaders that a trainer in `fit` or `validate` validates on, their limits of batches, and how they are mixed.
+    """Returns the validation loaders of `fit` or `validate`, their batch limits and their mode, or None.
 
-    `_combined_loader` and its `_mode`; `val_dataloaders` gives the user's nesting instead. None: there are none.
+    Reads `_combined_loader` and its `_mode`, since `val_dataloaders` has the user's nesting.
     """
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
@@ -131,9 +128,9 @@ def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], 
 
 
 def rerun_validation(trainer: Trainer) -> None:
-    """Validates within a fit once more, so that the trainer's metrics are those of the model as it is now.
+    """Validates once more within a fit, which updates the trainer's metrics.
 
-    What the loop and the logger connector count and know of the hook that calls this stays as found.
+    Restores the counters of the loop and the logger connector, and the current hook.
     """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
@@ -149,7 +146,7 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
-    """The sampler of a loader as it is, and the user's own inside of Lightning's distributed wrapper (`_sampler`)."""
+    """Returns the sampler of a loader, and the user's own inside of Lightning's distributed wrapper (`_sampler`)."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
@@ -158,13 +155,13 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`)."""
+    """Returns the module inside of the result of `torch.compile`, else the module itself (`_orig_mod`)."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if calls are compiled, so that hooks inside do not run (torch's `_compiled_call_impl`, `_compiler_ctx`)."""
+    """True if calls are compiled, so that hooks inside do not run (`_compiled_call_impl`, `_compiler_ctx`)."""
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -176,7 +173,7 @@ def shared_with_copies(module: nn.Module) -> list[object]:
 
 
 def release_copy(copy: nn.Module) -> None:
-    """Makes a deep copy of a module one that no trainer has seen and that is not compiled."""
+    """Detaches a deep copy of a module from its trainer, and undoes its compilation."""
     for part in copy.modules():
         if isinstance(part, LightningModule):
             part._trainer = part._current_fx_name = None
@@ -188,7 +185,7 @@ def release_copy(copy: nn.Module) -> None:
 
 
 def starts_own_processes(trainer: Trainer) -> bool:
-    """True if a trainer works in processes that it starts, as under `ddp_spawn` (classes of `Strategy.launcher`)."""
+    """True if a trainer works in processes that it starts, as with `ddp_spawn` (class of `Strategy.launcher`)."""
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))

@@ -1,4 +1,4 @@
-"""Samples that a training has learned, forgotten and never learned so far, as numbers and as figures."""
+"""Numbers and figures of the samples that a training has learned, forgotten and never learned."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import RecordedSplit
 from lightning_nrl.report._figures import INK, new_figure, style_axes
 
-MOST_CLASSES = 20  # classes up to which curves are logged for each
-HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so text must be large
+MOST_CLASSES = 20  # with more classes, no curves for each
+HISTORY_CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 
 
 @dataclass(frozen=True)
 class Learning:
-    """The `n` samples of one split after some records; of all records, `right` and `was_right` are `records x n`."""
+    """Learned samples of a split of `n` after one record; after all, `right` and `was_right` are `records x n`."""
 
     label: Tensor  # n int64
     right: Tensor  # n bool, right at the last record
@@ -31,7 +31,7 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Each sample in one of three: right now; right before and wrong now; never right."""
+        """Masks of samples that are right now, were right before, and were never right."""
         return {
             "learned": self.right,
             "forgotten": self.was_right & ~self.right,
@@ -40,7 +40,7 @@ class Learning:
 
     @property
     def classes(self) -> list[int]:
-        """The classes, if there are several, but not too many for curves of each."""
+        """The classes, or none if there is one or too many for separate curves."""
         found = self.label.unique().tolist()
         return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
 
@@ -49,7 +49,7 @@ class Learning:
         return [counts[one] for one in self.classes]
 
     def numbers(self, prefix: str, split: str) -> dict[str, float]:
-        """Counts by tag: `<prefix>/<split>/learned` and so on; `<prefix>_<split>/forgotten/3` of class 3."""
+        """Returns counts by tag: `<prefix>/<split>/learned` and so on, `<prefix>_<split>/forgotten/3` for class 3."""
         found = {}
         for name, mask in self.masks.items():
             found[f"{prefix}/{split}/{name}"] = float(mask.sum())
@@ -60,7 +60,7 @@ class Learning:
 
 
 def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
-    """Matplotlib figures by title: counts by epoch, and what is wrong at the end by class."""
+    """Returns Matplotlib figures by title: counts by epoch, and wrong samples at the end by class."""
     last = Learning.of(record.splits[split])
     figures = {split: _curves(record, split)}
     if last.classes:

@@ -1,4 +1,4 @@
-"""Writes reports to all loggers of a trainer; a logger that fails costs a warning, never the repair."""
+"""Reports in all loggers of a trainer. A logger that fails causes a warning and never stops a repair."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ASKED: Mapping[str, Plain] = {
     **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
     **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
 }
-"""Columns of what a repair was asked for, each with a value of its type; the tab shows five, sorted by name."""
+"""Columns for the settings of a repair, with a value of each type; the tab shows the first five by name."""
 MEASURED = tuple(
     f"repair/{name}"
     for name in (
@@ -49,13 +49,13 @@ MEASURED = tuple(
         *("evidence", "unseen_accuracy", "known_regressions", "unseen_regressions"),
     )
 )
-"""Columns of what came of it; the tab shows the first five."""
+"""Columns for its results; the tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
 LONGEST_TEXT = 60  # characters
 MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
-"""The settings and the results of a row."""
+"""Settings and results of a row."""
 
 
 @rank_zero_only
@@ -66,7 +66,7 @@ def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
 
 @rank_zero_only
 def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
-    """Has TensorBoard's HParams tab show a repair beside training, which is about to log these hyperparameters."""
+    """Declares the columns of a repair for TensorBoard's HParams tab, before training logs these hyperparameters."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -77,7 +77,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to every logger that takes one; its numbers go with the metrics."""
+    """Writes the page of a release decision to every logger that takes pages."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -129,16 +129,15 @@ def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name
 
 
 def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
-    """Writes to every logger; one that raises is warned of and left, the others go on."""
+    """Writes to every logger; warns of those that raise."""
     for logger in loggers:
         try:
             write(logger)
         except Exception as error:
-            rank_zero_warn(
-                f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
-                f"The {what} itself and its files are not affected.",
-                category=LoggingWarning,
+            problem = (
+                f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}."
             )
+            rank_zero_warn(f"{problem} The {what} itself and its files are not affected.", category=LoggingWarning)
 
 
 def _write(log: RepairLog, logger: Logger) -> None:
@@ -148,15 +147,15 @@ def _write(log: RepairLog, logger: Logger) -> None:
         for step, scalars in log.points:
             logger.log_metrics(scalars, step=step)
     if run := _run_of(logger):
-        # Files before pictures: should one of these fail, the report is there.
+        # Files first, since a picture may fail.
         run.upload(log.files, log.name, log.step)
         run.write(log)
-    # Now, as the process may end before loggers are finalised.
+    # The process may end before loggers are finalised.
     logger.save()
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:
-    """TensorBoard's writer; None for any other logger."""
+    """Returns TensorBoard's writer, or None for any other logger."""
     writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
     return writer if isinstance(writer, SummaryWriter) else None
 
@@ -168,12 +167,11 @@ def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
 
 
 def safe_name(title: str) -> str:
-    """A title without what Windows allows in no name of a file."""
+    """Replaces characters that Windows forbids in file names."""
     return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 
 def _write_row(writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None) -> None:
-    """Writes the row of a repair to the run in which its scalars are; with training's hyperparameters, if any."""
     values = {**_flat(trained or {}), **_asked(report)}
     _, start, end = hparams(values, {})
     for summary in (_experiment(trained or {}), start, end):
@@ -199,7 +197,7 @@ def _asked(report: RepairReport) -> dict[str, Plain]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
-    """Nested settings as one level, named as Lightning names them; what is None is left out, the rest is text."""
+    # With Lightning's names for nested keys.
     found: dict[str, Plain] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -223,10 +221,8 @@ def _kind(settings: Any, key: str) -> Any:
 
 
 def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
-    """Writes a repair to a sub-run of the training's run, since the HParams tab needs a run for a row.
-
-    Tags are the same in each, so that two repairs stand in one card. Curves are figures: smoothing would bend scalars.
-    """
+    # In a sub-run, since the HParams tab needs a run for each row; all have the same tags, so that two repairs share
+    # one card. Curves are figures, since the smoothing of scalars would distort them.
     report, step = log.report, log.step
     with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
         for tag, value in final_numbers(report).items():
@@ -240,13 +236,12 @@ def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
         if bool((flat != 0).any()):
             run.add_histogram("repair_weights/change", flat[flat != 0], step)
         _write_row(run, report, log.hparams)
-        _write_pictures(log, run)
+        _write_pictures(log, run)  # last, since a figure may fail
 
 
 def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
-    """Last, since a figure that cannot be drawn should cost no numbers."""
     if log.drawn:
-        # A capital sorts before all numbers.
+        # The capital sorts it first.
         run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
         for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
             for title, figure in figures.items():
@@ -262,7 +257,7 @@ def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Figures, tables and files for W&B, written by the logger's own methods."""
+    """A W&B run, written to by the logger's own methods."""
 
     logger: WandbLogger
 
@@ -313,7 +308,7 @@ def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """Figures, tables and files for MLflow, in a folder of the run's artifacts."""
+    """An MLflow run, with a folder of artifacts for each repair."""
 
     logger: MLFlowLogger
 
@@ -326,7 +321,7 @@ class MlflowRun:
         for title, views in log.texts.items():
             text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
             client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
-        if log.flipped and find_spec("pandas") is not None:  # with which MLflow writes tables
+        if log.flipped and find_spec("pandas") is not None:  # which MLflow needs for tables
             columns = {column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)}
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 

@@ -1,4 +1,4 @@
-"""Everything that a repair logs: numbers, figures, pictures of samples, tables and files, each made once."""
+"""Contents of a repair's log: numbers, figures, pictures of samples, tables and files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, revi
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.tables import flipped_rows
 
-CARD = (4.2, 3.0)  # inches; loggers show figures small, so text must be large
+CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
-"""Kinds of files that go to loggers; checkpoints are large, and each logger has rules of its own for them."""
+"""Kinds of files for loggers, without checkpoints, for which each logger has rules of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class RepairLog:
-    """A repair as it is logged."""
+    """A repair to log."""
 
     report: RepairReport
-    step: int  # of the training, at which the repair was made
-    name: str = "repair"  # what tags and sub-runs begin with; another one for a second repair in the same log
-    changes: Mapping[str, Tensor] | None = None  # what was added to each weight, whole tensors by name
+    step: int  # training step of the repair
+    name: str = "repair"  # prefix of tags and sub-runs
+    changes: Mapping[str, Tensor] | None = None  # changes of whole tensors by name
     views: Sequence[SampleView] = ()
-    hparams: Mapping[str, Any] | None = None  # those of training, if it has logged them
+    hparams: Mapping[str, Any] | None = None  # logged by training
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
-        """All numbers with their steps: iterations of the search, strengths in percent, and that of the training."""
+        """All numbers by step: iteration of the search, strength in percent, or step of the training."""
         search = enumerate(search_curves(self.report, self.name))
         strength = strength_curves(self.report, self.name).items()
         return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
@@ -53,13 +53,13 @@ class RepairLog:
         """Figures by title, without the summary; empty without matplotlib."""
         figures = reviewer_figures(self.report, self.changes) if self.drawn else {}
         for title, figure in figures.items():
-            if title != SEARCH_TITLE:  # four panels
+            if title != SEARCH_TITLE:  # which has four panels
                 figure.set_size_inches(*CARD)
         return figures
 
     @cached_property
     def galleries(self) -> dict[str, Any]:
-        """Captioned pictures of flipped samples as figures, by flip and split; empty without matplotlib."""
+        """Figures of flipped samples with captions, by flip and split; empty without matplotlib."""
         return gallery_figures(self.views) if self.drawn else {}
 
     @cached_property
@@ -80,7 +80,7 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the files for loggers that exist, by kind."""
+    """Returns the existing files for loggers by kind."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
 
 

@@ -1,8 +1,8 @@
-"""A report as numbers for loggers: pure functions to dicts of tag and value.
+"""Numbers of a report for loggers, by tag.
 
-TensorBoard and others make a group of what stands before the first slash: `<name>/` has the few numbers that a reviewer
-decides on, `<name>_numbers/` all others, `<name>_search/` and `<name>_strength/` the curves. What is not finite is left
-out: several loggers refuse or misdraw it.
+Loggers group tags by the part before the first slash: `<name>/` has the few numbers for a decision, `<name>_numbers/`
+all others, `<name>_search/` and `<name>_strength/` the curves. Omits numbers that are not finite, which several loggers
+refuse or misdraw.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SEARCH_CURVES = {
     "loss_passed": "loss_passed",
     "diversity": "diversity",
 }
-"""Tags by the names of `SearchHistory`. Its `intact` is logged as `broken`, the number that ought to be 0."""
+"""Tags by the names of `SearchHistory`. Its `intact` is logged as `broken`, which should be 0."""
 EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the headline numbers, the most important first; twelve cards at most, unless it is an update.
+    """Returns the headline numbers, the most important first; at most twelve unless it is an update.
 
-    `known_...` and `unseen_...` pool the splits of a role under the weights that the model has now; in an update
-    `..._regressions` and `..._nfr` are against the replaced model. `refused_...` are of refused weights.
+    `known_...` and `unseen_...` pool the splits of a role under the current weights; in an update, `..._regressions`
+    and `..._nfr` are against the replaced model. `refused_...` belong to refused weights.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     if report.verdict.source != "none":
@@ -65,14 +65,14 @@ def _headline(split: SplitReport) -> Scalars:
 
 
 def update_numbers(counts: FlipCounts) -> Scalars:
-    """Returns rates, counts and accuracies of a model against the one that it replaces; NaN where undefined."""
+    """Returns rates, counts and accuracies of a model against the replaced one; NaN where undefined."""
     numbers = {rate.short: rate.of(counts) for rate in UPDATE_RATES}
     numbers |= {"broken": counts.broken, "repaired": counts.repaired}
     return numbers | {"accuracy": counts.accuracy_after, "reference_accuracy": counts.accuracy_before}
 
 
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
-    """The verdict (`accepted`, 1 or 0) and the numbers of every split, `<name>/<split>/...`, and of its slices."""
+    """Returns the verdict (`accepted`, 1 or 0) and the numbers of splits, `<name>/<split>/...`, and slices."""
     found: Scalars = {"accepted": float(report.accepted)}
     tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
@@ -83,7 +83,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """All other single numbers: of splits, slices, rungs and weights, and the seconds of the repair."""
+    """Returns all other single numbers: of splits, slices, rungs and weights, and the seconds of the repair."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
@@ -107,12 +107,12 @@ def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """All single points: the outcome and the further numbers."""
+    """Returns all single numbers: the outcome and the further ones."""
     return outcome(report, name) | further_numbers(report, name)
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """The search, one dict an iteration from 0; `repaired` and `broken` are those of the best candidate so far."""
+    """Returns one dict per iteration of the search, with the counts of the best candidate so far."""
     search = report.search
     if search is None:
         return []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import Observer, StageTimer, rounded_seconds
 from lightning_nrl.analysis.diagnosis._last_layer import (
     REQUIRED_MARGIN,
@@ -163,7 +163,7 @@ def diagnose_module(
     check_sources(known, (), settings)
     record = TrainingRecord.read(history) if isinstance(history, (str, Path)) else history
     head, layer = last_linear(evaluator.model, evaluator.called)
-    with preserve(evaluator.model):
+    with preserve_state(evaluator.model):
         with clock.stage("collect"):
             seen = collect_features(evaluator, known, layer, settings.target)
         results = seen.results

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.sweep.batch_search import BatchSearch, Recount, RunRequest, batches
@@ -70,7 +70,7 @@ def sweep_module(
     layers = find_scope(evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called)
     # Each rank evaluates all data, since the ranks share the runs, not the data.
     own, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
-    with preserve(evaluator.model):
+    with preserve_state(evaluator.model):
         found = evaluate_baseline(own, known, base, unseen=unseen, calibration=calibration, clock=clock)
         check_targets(found.before, base)
         problem = build_problem(own, known, found.before, layers, base, clock=clock)
