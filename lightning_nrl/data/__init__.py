@@ -1,8 +1,4 @@
-"""Known and unseen data: batches, sources of them, and the samples that a target chooses.
-
-In: what the user's data loaders give. Out: `Batch` and `Source`, one form for all that follows, and `Target`, the
-condition that selects the failures to repair.
-"""
+"""Data: `Batch` and `Source`, the common form of what data loaders return, and `Target`, which selects failures."""
 
 from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter, Batch, Source, TensorSource

@@ -1,7 +1,7 @@
-"""Which weights are worth searching: the impact of each, and the sets they are chosen by.
+"""Localisation: choose the weights to search.
 
-In: the model on known data, and which samples fail and pass. Out: a `Localization`. A new way is one file with a
-`Localizer` in it, registered in `LOCALIZERS`.
+Input: the model on known data and the masks of failed and passed samples. Output: a `Localization`. To add a method,
+write a `Localizer` and register it in `LOCALIZERS`.
 """
 
 from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front

@@ -1,7 +1,4 @@
-"""Tasks: the meaning of "passed" and "loss" for one sample.
-
-In: what the model gives, and the truth. Out: passed, loss and margin of each sample. All other packages ask a task.
-"""
+"""Tasks: what "right" means and how large the loss and margin of each sample are, given outputs and targets."""
 
 from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel
 from lightning_nrl.tasks.custom import Custom, NamedHead

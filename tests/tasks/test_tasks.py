@@ -186,8 +186,8 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("regression", r"does not say enough.\nHINT: write Regression\(tolerance=0.1\)"),
-        ("custom", "does not say enough"),
+        ("regression", r"needs arguments.\nHINT: write Regression\(tolerance=0.1\)"),
+        ("custom", "needs arguments"),
         ("multi-label", "did you mean 'multilabel'"),
         (Multilabel, "is no Task"),
         (3, "is no Task"),
@@ -428,8 +428,8 @@ def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> No
         ({"passed": lambda o, t: [True, False]}, "`Custom.passed` returned list"),
         ({"passed": lambda o, t: far(o, t)}, "`Custom.passed` returned torch.float32"),
         ({"loss": lambda o, t: far(o, t).mean()}, r"`Custom.loss` returned torch.float32 \[\] for a batch"),
-        ({"margin": far}, "`Custom.margin` gave 3 for a sample that did not pass"),
-        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` gave -0.25 for a sample that passed \(2 such"),
+        ({"margin": far}, "`Custom.margin` returned 3 for a sample that did not pass"),
+        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` returned -0.25 for a sample that passed \(2 such"),
     ],
 )
 def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:
