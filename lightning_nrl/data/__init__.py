@@ -1,4 +1,8 @@
-"""Data: `Batch` and `Source`, the common form of what data loaders return, and `Target`, which selects failures."""
+"""Data: batches, their sources, and targets.
+
+In: batches from the user's data loaders. Out: `Batch` and `Source`, one common form, and `Target`, which selects the
+failures to repair.
+"""
 
 from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter, Batch, Source, TensorSource

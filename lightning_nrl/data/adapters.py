@@ -56,8 +56,7 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        named: dict[str, Any] = value._asdict()
-        return named
+        return dict(value._asdict())
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, not a mapping
     return None
@@ -188,7 +187,7 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
         return _unpack_named(raw, named, signature)
     if isinstance(raw, Sequence) and not isinstance(raw, (str, bytes)) and len(raw) >= 2:
         return _unpack_sequence(raw, signature)
-    raise _unknown(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
+    raise _unknown_structure(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
 
 
 def _named(raw: Any) -> Mapping[str, Any] | None:
@@ -200,7 +199,7 @@ def _named(raw: Any) -> Mapping[str, Any] | None:
 def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None) -> Unpacked:
     names, key = sorted(map(str, named)), _target_key(named)
     if key is None:
-        raise _unknown(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
+        raise _unknown_structure(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
     target = _only_value(named[key])
     rest = {name: value for name, value in named.items() if name != key}
     inner = _only_value(rest)
@@ -230,7 +229,7 @@ def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignatur
     if nested or (signature is not None and len(signature.required) == 1):
         return (raw,), {}, target
     if not tensors:
-        raise _unknown(raw, f"a batch with the keys {names} has no tensor beside the target")
+        raise _unknown_structure(raw, f"a batch with the keys {names} has no tensor besides the target")
     return (), tensors, target
 
 
@@ -271,7 +270,7 @@ def _is_whole_batch(parameter: inspect.Parameter) -> bool:
     return parameter.name == "batch" or kind in ("dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding")
 
 
-def _unknown(raw: Any, problem: str) -> ConfigurationError:
+def _unknown_structure(raw: Any, problem: str) -> ConfigurationError:
     return ConfigurationError(f"`adapter`: {problem}.\n{describe(raw)}", adapter_hint(raw))
 
 
@@ -307,7 +306,7 @@ class ModelAdapter:
 def as_adapter(function: Callable[..., Any]) -> Adapter:
     """Converts a function into an adapter; with two required parameters, f(module, batch), it runs the model."""
     if isinstance(function, nn.Module):
-        hint = "give a function, f(batch) -> (args, kwargs, target); a replaced model is the `reference=`."
+        hint = "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
         raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
     return ModelAdapter(function) if required_parameters(function) == 2 else function
 

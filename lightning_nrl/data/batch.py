@@ -127,10 +127,10 @@ def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.de
         if isinstance(batch, Batch):
             yield batch.args, batch.kwargs, batch.target
         else:
-            yield adapter(_moved(batch, device))
+            yield adapter(_move(batch, device))
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def _move(x: Any, device: torch.device) -> Any:
     def can_move(part: Any) -> bool:
         return callable(getattr(part, "to", None))
 

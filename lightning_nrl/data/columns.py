@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -62,10 +62,9 @@ def find_column(argument: str, value: Any) -> Column:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return Field(value)
     if callable(value) and not isinstance(value, type):
-        function: Callable[[Any], Any] = value
-        return function
+        return cast("Column", value)
     raise ConfigurationError(
-        f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",
+        f"`{argument}`: a value of type {type(value).__name__} is not a column of a batch.",
         "give a key or a position in the batch, a function of the batch, its address, or a Target.",
     )
 

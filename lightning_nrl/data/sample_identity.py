@@ -73,7 +73,7 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
     for name, inner in own.items():
         if not (isinstance(inner, Dataset) and isinstance(inner, Sized)):
             continue
-        asked = _asked_for(dataset, name, tried.tolist())
+        asked = _requested_positions(dataset, name, tried.tolist())
         for listed in (range(len(inner)), *(x for x in own.values() if not isinstance(x, Dataset))):
             with suppress(Exception):  # not a list of positions
                 operator.index(listed[0])
@@ -83,7 +83,7 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
     return None
 
 
-def _asked_for(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
+def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
     """Returns the first position that each sample requests from the data set in attribute `name`, up to an error."""
     view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
 
@@ -129,7 +129,7 @@ def content_keys(batch: Batch) -> Tensor:
             continue
         x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
         columns = x.reshape(n, -1)
-        weights = _weights(place, columns.shape[1]).to(x.device)
+        weights = _hash_weights(place, columns.shape[1]).to(x.device)
         own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
         for some, weight in zip(*(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True):
             numbers = _as_integers(some)
@@ -145,7 +145,7 @@ def _has_samples(batch: Batch) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _weights(seed: int, n: int) -> Tensor:
+def _hash_weights(seed: int, n: int) -> Tensor:
     """Draws `2 x n` int64 on the CPU; a larger `n` only appends columns."""
     generator = torch.Generator("cpu").manual_seed(seed)
     halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")

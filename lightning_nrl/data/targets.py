@@ -122,7 +122,7 @@ class Label(Target):
         object.__setattr__(self, "label", check_class("label", self.label))
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _classes(self, label).eq(self.label).cpu()
+        return _required(self, label).eq(self.label).cpu()
 
     def __str__(self) -> str:
         return f"label {self.label}"
@@ -140,15 +140,15 @@ class Confusion(Target):
         object.__setattr__(self, "predicted", check_class("predicted", self.predicted))
         if self.true == self.predicted:
             raise ConfigurationError(
-                f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
+                f"`target`: confusion {self} is not a failure: the true and the predicted class are the same.",
                 f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
             )
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return (_classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)).cpu()
+        return (_required(self, label).eq(self.true) & _required(self, prediction).eq(self.predicted)).cpu()
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _classes(self, label).eq(self.true).cpu()
+        return _required(self, label).eq(self.true).cpu()
 
     def __str__(self) -> str:
         return f"confusion {self.true} -> {self.predicted}"
@@ -212,7 +212,7 @@ class TargetPair(Target):
 
     def __str__(self) -> str:
         other = Or if isinstance(self, And) else And
-        return f"{_grouped(self.left, other)} {self.word} {_grouped(self.right, And, Or)}"
+        return f"{_parenthesized(self.left, other)} {self.word} {_parenthesized(self.right, And, Or)}"
 
 
 class And(TargetPair):
@@ -250,10 +250,10 @@ class Not(Target):
         return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
-        return f"not {_grouped(self.target, And, Or)}"
+        return f"not {_parenthesized(self.target, And, Or)}"
 
 
-def _grouped(target: Target, *kinds: type[Target]) -> str:
+def _parenthesized(target: Target, *kinds: type[Target]) -> str:
     return f"({target})" if isinstance(target, kinds) else str(target)
 
 
@@ -261,12 +261,12 @@ def _check_targets(kind: str, *targets: Any) -> None:
     for target in targets:
         if not isinstance(target, Target):
             raise ConfigurationError(
-                f"`target`: {kind} was given {target!r}, which is no Target.",
+                f"`target`: {kind} was given {target!r}, which is not a Target.",
                 "combine targets such as `Target.label(k)` and `Target.where(predicate)`.",
             )
 
 
-def _classes(target: Target, classes: Tensor | None) -> Tensor:
+def _required(target: Target, classes: Tensor | None) -> Tensor:
     if classes is None:
         raise TargetError(
             f"`target`: '{target}' asks for classes, and the task has none.",
@@ -292,7 +292,7 @@ def parse_target(target: str | Target) -> Target:
     """
     if isinstance(target, str):
         try:
-            return _TargetReader(target).read()
+            return _TargetParser(target).parse()
         except RecursionError as error:
             raise TargetError("`target`: the text is nested too deeply.", TARGET_HINT) from error
     check_kind("target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'")
@@ -307,52 +307,50 @@ def target_in(text: str) -> Target | None:
         return None
 
 
-class _TargetReader:
-    """Recursive-descent parser of a target."""
-
+class _TargetParser:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.words: list[str] = [*TARGET_WORD.findall(text), ""]
 
-    def read(self) -> Target:
-        found = self.either()
+    def parse(self) -> Target:
+        found = self.parse_or()
         self.take("", "`and`, `or` or the end")
         return found
 
-    def either(self) -> Target:
-        found = self.both()
+    def parse_or(self) -> Target:
+        found = self.parse_and()
         while self.words[self.at] == "or":
             self.at += 1
-            found = Or(found, self.both())
+            found = Or(found, self.parse_and())
         return found
 
-    def both(self) -> Target:
-        found = self.single()
+    def parse_and(self) -> Target:
+        found = self.parse_not()
         while self.words[self.at] == "and":
             self.at += 1
-            found = And(found, self.single())
+            found = And(found, self.parse_not())
         return found
 
-    def single(self) -> Target:
+    def parse_not(self) -> Target:
         word = self.take(r"not|\(|all|label|confusion|where", "a condition")
         if word == "not":
-            return Not(self.single())
+            return Not(self.parse_not())
         if word == "(":
-            found = self.either()
+            found = self.parse_or()
             self.take(r"\)", "`)`")
             return found
         if word == "label":
-            return Label(self.class_number())
+            return Label(self.parse_class())
         if word == "confusion":
-            true = self.class_number()
+            true = self.parse_class()
             self.take("->", "`->`")
-            return Confusion(true, self.class_number())
+            return Confusion(true, self.parse_class())
         if word == "where":
             return Where(self.take(r".*[.:].*", "the address of a function, such as `package.module:function`"))
         self.at += self.words[self.at] == "failures"
         return AllFailures()
 
-    def class_number(self) -> int:
+    def parse_class(self) -> int:
         return int(self.take(r"[0-9]{1,18}", "a class number from 0"))
 
     def take(self, pattern: str, expected: str) -> str:

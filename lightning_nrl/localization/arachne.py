@@ -13,9 +13,9 @@ from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
-from lightning_nrl.localization.impact import check_called, flat_part, measure, probed, summed_up
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
-from lightning_nrl.localization.neurecover_lite import places
+from lightning_nrl.localization.impact import accumulated, check_called, flat_part, measure, replay_with_probe
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, make_localization
+from lightning_nrl.localization.neurecover_lite import rank_impacts
 
 TOP_PER_FAILURE = 20  # candidate weights per failed sample in Arachne
 
@@ -47,7 +47,7 @@ class Arachne:
         n_g = self.n_g or max(TOP_PER_FAILURE * int(failed.sum()), self.n_weights or 0)
         top = impact.backward.argsort(descending=True, stable=True)[:n_g].sort().values
         weights = top[first_fronts(impact.backward[top], impact.forward[top], self.n_weights)]
-        return localized(weights, len(top), self.n_weights, total)
+        return make_localization(weights, len(top), self.n_weights, total)
 
 
 @LOCALIZERS.register("arachne-v2")
@@ -79,7 +79,7 @@ class ArachneV2:
             costs.append((gradient, contribution(recording, evaluator, rows)))
         gradient, forward = (of_failed / (1 + of_passed) for of_failed, of_passed in zip(*costs, strict=True))
         weights = first_fronts(gradient, forward, self.n_weights)
-        return localized(weights, len(gradient), self.n_weights, len(gradient))
+        return make_localization(weights, len(gradient), self.n_weights, len(gradient))
 
 
 MAX_OUTPUTS = 32
@@ -103,7 +103,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
         share, influence, positions, samples = sums
-        probe, outputs = probed(recording, chunk, _largest)
+        probe, outputs = replay_with_probe(recording, chunk, _largest)
         samples.add_(len(chunk.rows))
         with no_autocast(share.device):
             for column in outputs.unbind(1):
@@ -118,7 +118,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
                 positions[i] += uses_per_weight(site.module, output)
 
     sizes = [space.size, n_neurons, len(space.sites), 1]
-    share, influence, positions, _ = summed_up(recording, evaluator, rows_mask, sizes, add)
+    share, influence, positions, _ = accumulated(recording, evaluator, rows_mask, sizes, add)
     impact = torch.zeros_like(share)
     for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
         check_called(site, uses)
@@ -175,7 +175,7 @@ def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:
         return left[pareto_front(one[left], other[left])]
-    worse_rank = torch.maximum(places(one), places(other))
+    worse_rank = torch.maximum(rank_impacts(one), rank_impacts(other))
     taken = left[:0]
     while len(taken) < n_weights and len(left):
         front = pareto_front(one[left], other[left])

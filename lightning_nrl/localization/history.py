@@ -19,7 +19,7 @@ from lightning_nrl.localization.localizer import Localizer
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownData:
     """Known data for a `DataLocalizer`, with the model's results on them."""
 
     evaluator: Evaluator
@@ -39,7 +39,7 @@ class HistoryPoint:
 class History(Protocol):
     """Earlier points of a training, oldest first."""
 
-    def points(self, known: Known) -> list[HistoryPoint]:
+    def points(self, known: KnownData) -> list[HistoryPoint]:
         """Returns the points, the same on every rank."""
 
 
@@ -55,11 +55,11 @@ class DataLocalizer(Protocol):
     def include_bias(self) -> bool:
         """True if biases may be chosen too."""
 
-    def on(self, known: Known) -> Localizer:
+    def on(self, known: KnownData) -> Localizer:
         """Returns the localizer for these data."""
 
 
-def on_data(localizer: Localizer, known: Known) -> Localizer:
+def on_data(localizer: Localizer, known: KnownData) -> Localizer:
     """Resolves a `DataLocalizer` with the known data; returns any other localizer unchanged."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
@@ -74,14 +74,12 @@ class CheckpointHistory:
 
     checkpoints: Sequence[nn.Module | State | str | Path]
 
-    def points(self, known: Known) -> list[HistoryPoint]:
+    def points(self, known: KnownData) -> list[HistoryPoint]:
         """Evaluates each checkpoint; raises a `ConfigurationError` if one cannot be read or does not fit the model."""
-        return [self._point(checkpoint, known) for checkpoint in self.checkpoints]
-
-    def _point(self, checkpoint: Any, known: Known) -> HistoryPoint:
-        argument = "NeuRecover.history"
-        state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)
-        passed = known.evaluator.run_with(state, known.sources).passed
-        return HistoryPoint(
-            passed.to(torch.int8), torch.cat([state[name].flatten() for name in known.space.parameters])
-        )
+        points, argument = [], "NeuRecover.history"
+        for checkpoint in self.checkpoints:
+            state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)
+            passed = known.evaluator.run_with(state, known.sources).passed.to(torch.int8)
+            weights = torch.cat([state[name].flatten() for name in known.space.parameters])
+            points.append(HistoryPoint(passed, weights))
+        return points

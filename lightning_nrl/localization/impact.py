@@ -31,7 +31,7 @@ from lightning_nrl.localization.localizer import (
     Replay,
     check_numbers,
     default_n_weights,
-    localized,
+    make_localization,
 )
 
 Aggregation = Literal["mean_gradient", "per_sample"]
@@ -85,7 +85,7 @@ def measure(
     by_sample = aggregation == "per_sample"
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
-        gradient, inputs, positions, strayed, samples = sums
+        gradient, inputs, positions, mixed, samples = sums
         n = len(chunk.rows)
         own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
 
@@ -93,14 +93,14 @@ def measure(
             each = evaluator.task.loss(logits, chunk.target)
             return each if own is None else each * own.to(each)
 
-        calls, astray = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
+        calls, is_mixed = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
         samples.add_(n if own is None else own.sum())
-        strayed.add_(astray)
+        mixed.add_(is_mixed)
         with no_autocast(gradient.device):
             for i, site in enumerate(space.sites):
                 here, layer = slice(site.offset, site.offset + site.size), site.module
                 if (by_sample or own is not None) and calls[i] and not is_by_sample(calls[i], n):
-                    strayed[i] += 1
+                    mixed[i] += 1
                     continue
                 for x, g in calls[i]:
                     count: float = uses_per_weight(layer, g)
@@ -115,10 +115,10 @@ def measure(
                     gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
 
     sizes = [space.size, space.size, sites, sites, 1]
-    return _mean(space, *summed_up(recording, evaluator, rows_mask, sizes, add))
+    return _mean(space, *accumulated(recording, evaluator, rows_mask, sizes, add))
 
 
-def summed_up(
+def accumulated(
     recording: Replay,
     evaluator: Evaluator,
     rows_mask: Tensor,
@@ -148,9 +148,7 @@ def summed_up(
         size //= 2
     sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
     if not sums[-1].item():
-        raise EvaluationError(
-            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
-        )
+        raise EvaluationError("`rows_mask` marks no sample.", "mark at least one sample on one rank.")
     return sums
 
 
@@ -166,19 +164,19 @@ def _calls(
     The mask is only computed if `check`: True where a sample's loss has a gradient at the rows of another sample.
     """
     sites = recording.space.sites
-    probe, made = probed(recording, chunk, values)
-    strayed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
+    probe, made = replay_with_probe(recording, chunk, values)
+    mixed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
     if check:
         half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
         first = (torch.arange(len(made), device=made.device) < half).to(made.dtype)
         for name, gradient in zip(probe.called, probe.gradients(made, first, retain_graph=True), strict=True):
             g = as_rows(sites[order[name]].module, gradient)
-            strayed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
+            mixed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
     calls = probe.calls(made)
-    return [calls[site.name] for site in sites], strayed
+    return [calls[site.name] for site in sites], mixed
 
 
-def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
+def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
     """Replays a chunk with a probe at the outputs of all sites; returns the probe and `values(logits)`."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
@@ -220,10 +218,10 @@ def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mean(
-    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, strayed: Tensor, samples: Tensor
+    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, mixed: Tensor, samples: Tensor
 ) -> Impact:
-    for site, count, astray in zip(space.sites, positions.tolist(), strayed.tolist(), strict=True):
-        if astray:
+    for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
+        if is_mixed:
             raise ReplayError(
                 f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
@@ -262,4 +260,4 @@ class ByGradient:
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]
         weights = top[gradient[top] > 0].sort().values
-        return localized(weights, len(weights), wanted, len(gradient))
+        return make_localization(weights, len(weights), wanted, len(gradient))

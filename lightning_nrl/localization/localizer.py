@@ -67,12 +67,12 @@ LOCALIZERS: Registry[Localizer] = Registry(
 """Localizers by name."""
 
 
-def localized(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
+def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
     """Builds a `Localization`; raises an `EmptyLocalizationError` if `weights` is empty."""
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",
-            "choose another layer: this one has no influence on what these samples are taken for.",
+            "choose another layer: this one does not affect the predictions of these samples.",
         )
     return Localization(weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total})
 
@@ -134,4 +134,4 @@ class RandomWeights:
         total = recording.space.size
         wanted = self.n_weights or default_n_weights(total)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
-        return localized(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)
+        return make_localization(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)

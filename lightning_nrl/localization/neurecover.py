@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, Known
+from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, KnownData
 from lightning_nrl.localization.impact import Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, default_n_weights
-from lightning_nrl.localization.neurecover_lite import nearest, places, sizes_at
+from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
 from lightning_nrl.localization.training_record import FolderHistory
 
 
@@ -76,7 +76,7 @@ class NeuRecover:
     def with_history(self, folder: str) -> NeuRecover:
         return replace(self, history=folder)
 
-    def on(self, known: Known) -> OnHistory:
+    def on(self, known: KnownData) -> HistoryLocalizer:
         """Reads the history, evaluating checkpoints on the known data, and returns the localizer for these data."""
         history = _history_of(self.history)
         if history is None:
@@ -91,11 +91,11 @@ class NeuRecover:
             points = points[:-1]
         if not points:
             raise ConfigurationError(
-                "`NeuRecover.history` has no point before the model as it is.", "give at least one earlier checkpoint."
+                "`NeuRecover.history` has no point before the current model.", "give at least one earlier checkpoint."
             )
         points = [*points, now]
         flips = TrainingFlips.between(points if self.last is None else points[-self.last - 1 :], self.decay)
-        return OnHistory(self, flips)
+        return HistoryLocalizer(self, flips)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Raises a `ConfigurationError`: `on(known)` returns the localizer to call."""
@@ -128,7 +128,7 @@ class TrainingFlips:
 
 
 @dataclass(frozen=True)
-class OnHistory:
+class HistoryLocalizer:
     """NeuRecover with its history read."""
 
     settings: NeuRecover
@@ -143,7 +143,7 @@ class OnHistory:
         if not regressed.any():
             raise EmptyLocalizationError(
                 f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
-                "record more often, or data that the targets are from (`TrainingHistory(splits=[...])`), give more "
+                "record more often, record the targets' splits (`TrainingHistory(splits=[...])`), give more "
                 "checkpoints, or use `neurecover-lite`, which needs no history.",
             )
         deg = measure(recording, evaluator, regressed > 0, weight=regressed)
@@ -202,11 +202,9 @@ def localize_by_history(
             f"regressions, all of them among the {sizes['passed']} that matter for improvements.",
             "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
         )
-    tops = [
-        min(site.size, int(s * site.size * rate + 0.5))
-        for site, s in zip(space.sites, suspicious.tolist(), strict=True)
-    ]
-    return Localization(weights, sum(tops), n_weights, sizes)
+    suspicion = zip(space.sites, suspicious.tolist(), strict=True)
+    n_top = sum(min(site.size, int(s * site.size * rate + 0.5)) for site, s in suspicion)
+    return Localization(weights, n_top, n_weights, sizes)
 
 
 def suspiciousness(deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor) -> Tensor:
@@ -225,8 +223,7 @@ def _history_of(given: Any) -> History | None:
     if isinstance(given, (str, Path)):
         return FolderHistory(Path(given))
     if given is None or (hasattr(given, "points") and not isinstance(given, type)):
-        history: History | None = given
-        return history
+        return cast("History | None", given)
     argument, listed = "NeuRecover.history", isinstance(given, Sequence) and not isinstance(given, bytes)
     check_kind(argument, given, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
     if not given:
@@ -235,4 +232,4 @@ def _history_of(given: Any) -> History | None:
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
-    return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
+    return torch.stack([rank_impacts(impact) for impact in impacts]).amax(0).to(impacts[0])

@@ -85,7 +85,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
         chosen = n_g
     at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
     if not at["localized"]:
-        raise _empty(sizes["localized"], chosen, at)
+        raise _empty_error(sizes["localized"], chosen, at)
     weights = ((enter <= chosen) & (leave > chosen)).nonzero().squeeze(1)
     return Localization(weights, chosen, n_weights, at)
 
@@ -105,10 +105,10 @@ def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
 
 
 def _first_n_g(impact: Impact) -> Tensor:
-    return torch.maximum(places(impact.backward), places(impact.forward))
+    return torch.maximum(rank_impacts(impact.backward), rank_impacts(impact.forward))
 
 
-def places(impact: Tensor) -> Tensor:
+def rank_impacts(impact: Tensor) -> Tensor:
     """Ranks impacts from 1, the largest first, ties in the order of the weight space."""
     order = impact.argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
@@ -119,7 +119,7 @@ def nearest(sizes: Tensor, size: int) -> int:
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
-def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
+def _empty_error(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
     candidates = localized.nonzero().squeeze(1)
     if len(candidates):
         nearest = int(candidates[(candidates - n_g).abs().argmin()])

@@ -21,11 +21,11 @@ from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization.history import HistoryPoint, Known
+from lightning_nrl.localization.history import HistoryPoint, KnownData
 
 SAMPLES_FILE = "samples.pt"
 POINT_FILE = re.compile(r"point-(\d+)\.pt")
-RECORD_HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."
+RECORD_HINT = "give the folder written by `TrainingHistory`, by default `<log_dir>/history`."
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,20 @@ class TrainingRecord:
         """Reads a folder; raises a `ConfigurationError` if it has no record or a damaged one."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
-            raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", RECORD_HINT)
+            raise ConfigurationError(f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT)
         samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
         found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         try:
             splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
             points = tuple(RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found)
             if not all(isinstance(value, Tensor) for point in points for value in point.weights.values()):
-                raise ValueError("its weights are no tensors")
+                raise ValueError("its weights are not tensors")
             return cls(points, splits)
         except Exception as error:  # files with other contents can raise anything
             problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
-            raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
+            raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
-    def history(self, known: Known) -> list[HistoryPoint]:
+    def history(self, known: KnownData) -> list[HistoryPoint]:
         """Returns the points as NeuRecover needs them; samples without a record are unknown.
 
         Raises:
@@ -125,7 +125,7 @@ class TrainingRecord:
         return there + before.start(split), found[there]
 
     def _point(
-        self, i: int, point: RecordedPoint, known: Known, rows: Mapping[str, tuple[Tensor, Tensor]]
+        self, i: int, point: RecordedPoint, known: KnownData, rows: Mapping[str, tuple[Tensor, Tensor]]
     ) -> HistoryPoint:
         names = list(known.space.parameters)
         lacking = [name for name in names if name not in point.weights]
@@ -146,7 +146,7 @@ class FolderHistory:
 
     folder: Path
 
-    def points(self, known: Known) -> list[HistoryPoint]:
+    def points(self, known: KnownData) -> list[HistoryPoint]:
         return TrainingRecord.read(self.folder).history(known)
 
 

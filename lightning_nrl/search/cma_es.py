@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import of_origin
+from lightning_nrl.search.first_positions import broadcast_stat
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin, check_numbers
 
 Covariance = Literal["auto", "full", "diagonal"]
@@ -70,7 +70,7 @@ class CmaEs:
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Evolution:
         original, first = origin.original, origin.first_candidates
-        step = of_origin(origin.stats.std, origin).clamp_min(torch.finfo(original.dtype).tiny)
+        step = broadcast_stat(origin.stats.std, origin).clamp_min(torch.finfo(original.dtype).tiny)
         drawn = self.sigma * step * streams.normal(original[:, None], self.population, original.shape[1])
         if origin.searched is not None:
             drawn = drawn.masked_fill(~origin.searched, 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
+from lightning_nrl.search.first_positions import Start, broadcast_stat, check_start, first_positions
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 
@@ -71,7 +71,7 @@ class DifferentialEvolution:
         check_real(f"{name}.crossover", self.crossover, "share", "give a share from 0 to 1.", least=0, most=1)
         check_real(f"{name}.reach", self.reach, "number", "give a finite number of at least 1.", least=1)
         for number in ("factor_min", "factor_max"):
-            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite one from 0.", least=0)
+            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite number from 0.", least=0)
         if self.factor_min > self.factor_max:
             raise ConfigurationError(
                 f"`{name}.factor_min={self.factor_min!r}` is above `factor_max={self.factor_max!r}`.",
@@ -84,7 +84,7 @@ class DifferentialEvolution:
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Population:
         members = first_positions(origin, streams, self.population, self.start, self.scale_min, self.scale_max)
-        lowest, highest = of_origin(origin.stats.lowest, origin), of_origin(origin.stats.highest, origin)
+        lowest, highest = broadcast_stat(origin.stats.lowest, origin), broadcast_stat(origin.stats.highest, origin)
         return Population(
             members=members,
             fitness=torch.full(members.shape[:2], -math.inf, dtype=widest(members.device), device=members.device),

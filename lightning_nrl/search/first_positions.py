@@ -29,7 +29,7 @@ def first_positions(
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
-    mean, std = of_origin(origin.stats.mean, origin), of_origin(origin.stats.std, origin)
+    mean, std = broadcast_stat(origin.stats.mean, origin), broadcast_stat(origin.stats.std, origin)
     half = {"local": n, "normal": 1}.get(start, (n + 1) // 2)
     still = half if start == "paper" else 1
     scale = torch.ones(n, 1, dtype=dtype, device=device)
@@ -49,7 +49,7 @@ def first_positions(
     return position
 
 
-def of_origin(x: float | Tensor, origin: SearchOrigin) -> Tensor:
+def broadcast_stat(x: float | Tensor, origin: SearchOrigin) -> Tensor:
     """Reshapes a statistic of the layer's weights to broadcast to `S x P x K` candidates."""
     original = origin.original
     x = torch.as_tensor(x, dtype=original.dtype, device=original.device)

@@ -53,7 +53,7 @@ class Fitness:
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
 
-    With sample weights (`Scores.gain`, `Scores.harm`), counts and the loss on I_neg are weighted, and the loss part is
+    With sample weights (`Scores.value`, `Scores.cost`), counts and the loss on I_neg are weighted, and the loss part is
     multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. A candidate whose loss is NaN or
     infinite gets minus infinity.
 
@@ -134,7 +134,7 @@ class Fitness:
         The lexicographic order of the counts is exact up to a million samples of each kind; in float32 (MPS), while
         broken * (|I_neg| + 1) is below 2^22.
         """
-        gain, intact, loss_failed, loss_passed = scores.columns()
+        repaired, intact, loss_failed, loss_passed = scores.columns()
         _, _, before_failed, before_passed = original.columns()
         excess = (scores.n_passed - intact - self.tolerated).clamp(min=0)
 
@@ -143,12 +143,12 @@ class Fitness:
             loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
             before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
             fall = (before - loss) / (before.abs() + self.delta)
-            return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
+            return repaired + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
 
         if self.kind == "lexicographic":
             value = lexicographic()
         else:
-            value = gain / scores.n_failed + self.alpha * (intact / scores.n_passed)
+            value = repaired / scores.n_failed + self.alpha * (intact / scores.n_passed)
             of_failed = self._loss_term(loss_failed, before_failed)
             if self.kind == "eq1":
                 value = value + of_failed + self._loss_term(loss_passed, before_passed)

@@ -160,7 +160,7 @@ def _results(
             fitness=history.best[-1].item(),
             original_fitness=original_fitness[s].item(),
             iterations=len(history) - 1,
-            stopped=_reason(rows[len(history) - 1, -1, s], len(history) - 1, method),
+            stopped=_stop_reason(rows[len(history) - 1, -1, s], len(history) - 1, method),
             history=history,
             seconds=seconds,
         )
@@ -196,7 +196,7 @@ def _score(
     return scored
 
 
-def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
+def _stop_reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
     if iterations == method.iterations:
         return f"all {iterations} iterations were made"
     return TIME_WAS_OVER if stale < method.patience else f"no better fitness in {method.patience} iterations"
@@ -207,7 +207,7 @@ def _check_original(before: Scores) -> None:
     if not bool(sound.all()):
         raise EvaluationError(
             "The original weights have a loss that is NaN or infinite on the known data.",
-            "look at these samples with the model as it is, or leave them out of the data.",
+            "look for inputs with a loss of NaN, or leave these samples out of the data.",
         )
 
 
@@ -218,5 +218,5 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
     if not fits or not torch.allclose(given, first, rtol=0.0, atol=0.0, equal_nan=True):
         raise ConfigurationError(
             f"`searcher`: {type(method).__name__}.init does not begin with the original weights and the elites.",
-            "return `S x n_candidates x K` candidates, `SearchOrigin.first_candidates` as the first of them.",
+            "return `S x n_candidates x K` candidates that begin with `SearchOrigin.first_candidates`.",
         )

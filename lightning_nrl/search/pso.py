@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
+from lightning_nrl.search.first_positions import Start, broadcast_stat, check_start, first_positions
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 CHI = 0.7298  # 2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)
@@ -91,7 +91,9 @@ class ParticleSwarm:
         check_start(self, particles=2)
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name in COEFFICIENTS[self.constants]:
-            check_real(f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite one from 0.", least=0)
+            check_real(
+                f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite number from 0.", least=0
+            )
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
         if not slow <= fast or not fast:
             raise ConfigurationError(
@@ -114,7 +116,7 @@ class ParticleSwarm:
         if origin.searched is not None:
             free = free & origin.searched
         device = position.device
-        lowest, highest = (of_origin(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
+        lowest, highest = (broadcast_stat(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
         worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
         return Swarm(
             position=position,

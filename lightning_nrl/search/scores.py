@@ -21,18 +21,18 @@ class Scores:
     loss_passed: Tensor  # S x P, mean loss over I_pos
     n_failed: int | Tensor  # |I_neg|, a number or S x 1
     n_passed: int | Tensor  # |I_pos|, a number or S x 1
-    gain: Tensor | None = None  # S x P, total weight of the patched samples, at most |I_neg|; None: their number
-    harm: Tensor | None = None  # S x P whole numbers, total weight of broken samples of I_pos; None: their number
+    value: Tensor | None = None  # S x P, total weight of the patched samples, at most |I_neg|; None: their number
+    cost: Tensor | None = None  # S x P whole numbers, total weight of broken samples of I_pos; None: their number
     least: float = 1.0  # smallest weight of a sample of I_neg, from 0 to 1
     credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
     credit_passed: Tensor | None = None  # S x P, the same sum over I_pos
 
     def columns(self) -> tuple[Tensor, ...]:
         """Returns weighted counts of repaired and kept samples and both losses, `S x P` each, in the widest dtype."""
-        gain = self.patched if self.gain is None else self.gain
-        kept = self.intact if self.harm is None else self.n_passed - self.harm
+        repaired = self.patched if self.value is None else self.value
+        kept = self.intact if self.cost is None else self.n_passed - self.cost
         dtype = widest(self.patched.device)
-        return gain.to(dtype), kept.to(dtype), self.loss_failed.to(dtype), self.loss_passed.to(dtype)
+        return repaired.to(dtype), kept.to(dtype), self.loss_failed.to(dtype), self.loss_passed.to(dtype)
 
     def finite(self, value: Tensor) -> Tensor:
         """Replaces values by minus infinity where a loss or the value itself is NaN or infinite."""

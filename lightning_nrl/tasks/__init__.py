@@ -1,4 +1,7 @@
-"""Tasks: what "right" means and how large the loss and margin of each sample are, given outputs and targets."""
+"""Tasks: define when a sample is right.
+
+In: the model's outputs and the targets. Out: passed, loss and margin of each sample.
+"""
 
 from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel
 from lightning_nrl.tasks.custom import Custom, NamedHead

@@ -40,7 +40,7 @@ class Multiclass(Task):
         if len(label) and int(label.max()) >= classes:  # on a GPU, such a label would abort the process
             raise ConfigurationError(
                 f"`task`: there is a label {int(label.max())}, and the model returned {list(output.shape)} logits.",
-                f"give labels from 0 to {classes - 1}; numbers to be predicted are for `Regression(tolerance=...)`.",
+                f"give labels from 0 to {classes - 1}; for numeric targets use `Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Multiclass(Task):
         if output.ndim not in (1, 2) or output.shape[1:] == (0,):
             raise ConfigurationError(
                 f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                "return one logit for each class, of two classes one will do, or pass a `Task` that fits as `task=`.",
+                "return one logit for each class (one is enough for two classes), or pass another `Task` as `task=`.",
             )
         return class_logits(output).argmax(1)
 
@@ -85,14 +85,14 @@ class Multiclass(Task):
             fits = target.shape[1] == classes and bool((rows >= 0).all())
             if not fits or bool(((rows.sum(1) - 1).abs() > PROBABILITY_ROUNDING).any()):
                 raise ConfigurationError(
-                    f"`task`: multiclass found {described(target)} that are no probabilities of {classes} classes.",
-                    "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
-                    "`task='multilabel'`.",
+                    f"`task`: multiclass found {described(target)} that are not probabilities of {classes} classes.",
+                    "give class numbers [samples], or rows that add up to 1; for several labels per sample "
+                    "use `task='multilabel'`.",
                 )
         elif target.is_floating_point() and bool((target != target.round()).any()):
             raise ConfigurationError(
-                "`task`: multiclass needs whole labels, and found others.",
-                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+                "`task`: multiclass needs whole labels, found fractions.",
+                "for numeric targets use `task=Regression(tolerance=...)`.",
             )
 
 
@@ -167,7 +167,7 @@ class Multilabel(Task):
         if other.any():
             raise ConfigurationError(
                 f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
-                "set `ignore_index` if that one means not known.",
+                "set `ignore_index` to the value of unknown labels.",
             )
         fewest = int(known.sum(1).min()) if len(known) else output.shape[1]
         if fewest <= self.wrong:

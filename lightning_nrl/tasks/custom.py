@@ -167,6 +167,6 @@ class NamedHead(Task):
         if isinstance(value, (tuple, list)) and isinstance(self.name, int) and -len(value) <= self.name < len(value):
             return value[self.name]
         raise ConfigurationError(
-            f"`NamedHead.name={self.name!r}` is no part of the {what}.\n{describe(value, what)}",
+            f"`NamedHead.name={self.name!r}` is not in the {what}.\n{describe(value, what)}",
             "give the key, field or position of a head.",
         )

@@ -97,7 +97,7 @@ class ElementsTask(Task):
         if wrong.any():
             raise ConfigurationError(
                 f"`task`: there is a label {given[wrong][0]:g}, and the model returned {n_classes} logits an element.",
-                f"labels are whole numbers from 0 to {n_classes - 1}; set `ignore_index` if that one means no class.",
+                f"use labels from 0 to {n_classes - 1}; set `ignore_index` to the label of ignored elements.",
             )
         empty = int((~counts.flatten(1).any(1)).sum())
         if empty:
@@ -261,7 +261,7 @@ class Segmentation(ElementsTask):
             return
         if not isinstance(self.classes, (list, tuple)) or not self.classes or not all(map(is_class, self.classes)):
             raise ConfigurationError(
-                f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,)."
+                f"`Segmentation.classes={self.classes!r}` are not class numbers.", "give class numbers, such as (1,)."
             )
         object.__setattr__(self, "classes", tuple(self.classes))
 
@@ -308,7 +308,7 @@ class Segmentation(ElementsTask):
         if output.ndim < 3 or output.shape[1] < 1:
             raise ConfigurationError(
                 f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
-                "return one logit for each class and pixel; for two classes one logit a pixel will do.",
+                "return one logit for each class and pixel; one logit per pixel is enough for two classes.",
             )
         return class_logits(output)
 

@@ -62,7 +62,7 @@ class Regression(Task):
         if wrong:
             raise ConfigurationError(
                 f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
-                "leave samples without a known truth out of the data.",
+                "leave samples without a known target out of the data.",
             )
 
     def passed(self, output: Tensor, target: Any) -> Tensor:

@@ -76,7 +76,7 @@ class Task(ABC):
             found = tensors[0] if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list))) else None
         if found is None:
             raise ConfigurationError(
-                f"`task`: no tensor of logits in what the model's forward returned.\n{describe(output, 'output')}",
+                f"`task`: no tensor of logits in the output of the model's forward.\n{describe(output, 'output')}",
                 "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of your own that "
                 "overrides `logits`.",
             )

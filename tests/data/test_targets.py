@@ -100,7 +100,7 @@ def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
         (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),  # type: ignore[arg-type]
         *((lambda x=x: Target.label(x), "`label=.*is no class") for x in (-1, 2.0, "3", None, True, np.True_)),
         *((lambda x=x: Target.confusion(*x), "is no class") for x in ((-1, 2), (2, -1), (1.5, 2), (0, "1"))),
-        (lambda: Target.confusion(3, 3), r"(?s)confusion 3 -> 3 is no failure.*Target.label\(3\)"),
+        (lambda: Target.confusion(3, 3), r"(?s)confusion 3 -> 3 is not a failure.*Target.label\(3\)"),
         (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
     ],
 )
@@ -204,7 +204,7 @@ def test_text_may_be_written_as_people_write_it(text: str, target: Target) -> No
         ("(label 3", r"expected `\)`"),
         ("label 3)", r"found `\)`"),
         ("confusion 3 5", "expected `->`"),
-        ("confusion 3 -> 3", "is no failure"),
+        ("confusion 3 -> 3", "is not a failure"),
         ("where occluded", "the address of a function"),
         ("where no.such.module:f", "was not found"),
         ("where os.path:exists extra", "found `extra`"),
