@@ -49,8 +49,7 @@ class Source(Protocol):
 
     Attributes:
         split: name in reports, such as `train` or `repair`.
-        passed: True if the sample of passed data (#pos) may be drawn from here. Passed samples of every known split are
-            kept.
+        passed: True if the #pos passed samples are drawn from this split. Those of every known split are kept anyway.
         failed: True if failed samples are candidates for repair.
         index: `n` int64, positions in the data set, in the order of the split, over all ranks.
         positions: int64, this rank's share, as positions in the split.
@@ -190,8 +189,8 @@ class TensorSource:
             keyword arguments.
         targets: targets, first dimension `n`; for `Multiclass`, `n` whole numbers.
         split: name in reports.
-        passed: True if the `n_passed` passed samples may be drawn from here. Passed samples of every known split are
-            kept.
+        passed: True if the `n_passed` passed samples are drawn from this split. Those of every known split are kept
+            anyway.
         failed: True if failed samples are candidates for repair.
         extras: further tensors, first dimension `n`. A predicate of `Target.where` gets batches of
             `(inputs, targets, *extras)`.

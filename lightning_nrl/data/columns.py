@@ -52,7 +52,7 @@ def find_column(argument: str, value: Any) -> Column:
     """Parses a column.
 
     Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its address
-    (`package.module:function`), and a target, also as text (`"label 3"`).
+    (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a colon or dot is an address.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):

@@ -13,7 +13,7 @@ from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
-from lightning_nrl.localization.impact import accumulated, check_called, flat_part, measure, replay_with_probe
+from lightning_nrl.localization.impact import accumulate, check_called, flat_part, measure, replay_with_probe
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, make_localization
 from lightning_nrl.localization.neurecover_lite import rank_impacts
 
@@ -118,7 +118,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
                 positions[i] += uses_per_weight(site.module, output)
 
     sizes = [space.size, n_neurons, len(space.sites), 1]
-    share, influence, positions, _ = accumulated(recording, evaluator, rows_mask, sizes, add)
+    share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
     impact = torch.zeros_like(share)
     for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
         check_called(site, uses)

@@ -115,20 +115,20 @@ def measure(
                     gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
 
     sizes = [space.size, space.size, sites, sites, 1]
-    return _mean(space, *accumulated(recording, evaluator, rows_mask, sizes, add))
+    return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
 
 
-def accumulated(
+def accumulate(
     recording: Replay,
     evaluator: Evaluator,
     rows_mask: Tensor,
     sizes: Sequence[int],
     add: Callable[[Sequence[Tensor], Any, bool], None],
 ) -> tuple[Tensor, ...]:
-    """Accumulates sums of the given sizes over the marked samples of all ranks.
+    """Accumulates vectors of the given sizes over the marked samples of all ranks.
 
     `add(sums, chunk, first)` adds a chunk of up to `SAMPLES_PER_PASS` samples, fewer if memory runs out; `first`
-    marks the first chunk of more than one sample. The last sum is the number of samples.
+    marks the first chunk of more than one sample. The last vector has the number of samples.
     """
     space = recording.space
 

@@ -17,12 +17,16 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 
 @dataclass(frozen=True)
 class Localization:
-    """Weights to search (paper, section II.1, step ii)."""
+    """Weights to search (paper, section II.1, step ii).
+
+    `sizes` has the sizes of the sets: `failed` is |B_failed & F_failed|, `passed` is |B_passed & F_passed|, `both` is
+    the size of their intersection, `localized` is K and `total` is W.
+    """
 
     weights: Tensor  # K int64, flat positions in the weight space, ascending
     n_g: int  # number of top weights in each of the four sets
     requested: int | None  # requested number of weights (#lw); None if N_g was given
-    sizes: dict[str, int]  # failed: |B_failed & F_failed|, passed: likewise, both: |failed & passed|, localized, total
+    sizes: dict[str, int]
 
 
 class Replay(Protocol):

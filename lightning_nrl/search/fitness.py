@@ -32,7 +32,7 @@ LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
 INFEASIBLE_RANKINGS = ("ranked", "zero")
 
 FEASIBLE_FLOOR = -(2.0**20)
-"""With `perfect_intact`, feasible candidates rank at or above this value and infeasible ones below it."""
+"""With `perfect_intact`, feasible candidates rank at or above this value, infeasible ones at or below it."""
 
 SMALLEST_UNCHANGED = 2.0**-10
 """With `infeasible="zero"`, feasible fitnesses below this are mapped to smaller positive numbers."""

@@ -185,7 +185,7 @@ class Multilabel(Task):
         return masked_mean(each, known)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
-        """Returns the smallest distance of a logit to the right side of the threshold, without the `wrong` smallest."""
+        """Returns the smallest signed distance of a logit from the threshold, `n`, leaving out the `wrong` smallest."""
         output = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
         each = torch.where(target == 1, output, -output)
         each = torch.where(each.isnan(), -torch.inf, each)

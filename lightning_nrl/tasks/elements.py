@@ -151,8 +151,8 @@ def _cross_entropy(elements: Elements) -> Tensor:
 class Sequence(ElementsTask):
     """Token classification: a sequence is right if all its tokens, or a given share of them, are.
 
-    A token is right if the arg max of its logits is its class. The margin of a sequence is the smallest token margin,
-    without as many of the smallest as may be wrong.
+    A token is right if the arg max of its logits is its class. The margin of a sequence is that of its least certain
+    token, after leaving out as many tokens as may be wrong.
 
     Attributes:
         share: share of the counted tokens that must be right, above 0 to 1.
