@@ -1,7 +1,7 @@
-"""Known and unseen data: batches, sources of them, and the samples that a target chooses.
+"""Data: batches, their sources, and targets.
 
-In: what the user's data loaders give. Out: `Batch` and `Source`, one form for all that follows, and `Target`, the
-condition that selects the failures to repair.
+In: batches from the user's data loaders. Out: `Batch` and `Source`, one common form, and `Target`, which selects the
+failures to repair.
 """
 
 from lightning_nrl.data.adapters import unpack

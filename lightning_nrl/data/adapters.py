@@ -1,4 +1,4 @@
-"""Adapters: what a batch holds, how it is taken apart by default, and adapters that run the model themselves."""
+"""Adapters: the default one, `unpack`, and adapters that run the model themselves."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
 from lightning_nrl.errors import ConfigurationError
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
-"""Usual names of the truth. Where there are several, the first of this list is it."""
+"""Usual names of the target, by priority."""
 
 FUTURE_KEYS = ("future_target", "future_values")
-"""Names of the truth in forecasts, as darts and Hugging Face have them, beside the past as input."""
+"""Names of forecasting targets in darts and Hugging Face."""
 
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
-"""Usual names of a model's only input."""
+"""Usual names of a model's only input, by priority."""
 
-ADAPTER_HINT = """give what is deployed as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
+ADAPTER_HINT = """pass the model's prediction as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
 
     def predict(module, batch):
         x, y = batch
-        logits = module.net(x)  # as your own step makes them: normalised, embedded, chosen
+        logits = module.net(x)  # as in your own step, with its preprocessing
         return logits, y
 """
 
@@ -37,7 +37,7 @@ MAX_STRUCTURE_LINES, MAX_STRUCTURE_DEPTH, MAX_SHOWN_ITEMS = 12, 4, 3
 
 @runtime_checkable
 class Graphs(Protocol):
-    """Graphs in one object with fields by name, as torch_geometric has them."""
+    """Batch of graphs with named fields, as in torch_geometric."""
 
     @property
     def num_nodes(self) -> int | None: ...
@@ -48,7 +48,7 @@ class Graphs(Protocol):
 
 
 def fields_of(value: Any) -> Mapping[str, Any] | None:
-    """The fields of a mapping, a data class, a named tuple or a batch of graphs, by name; None for anything else."""
+    """Returns the fields of a mapping, data class, named tuple or batch of graphs; None for anything else."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (type, Tensor)):
@@ -56,22 +56,21 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        named: dict[str, Any] = value._asdict()
-        return named
+        return dict(value._asdict())
     if isinstance(value, Graphs):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118, it is no mapping
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118, not a mapping
     return None
 
 
 class _Part(NamedTuple):
-    path: str  # as Python writes it, from the batch on
-    name: str  # the last key in it
+    path: str  # Python expression, from the batch on
+    name: str  # last key of the path
     depth: int
     value: Any
 
 
 def describe(raw: Any, name: str = "batch") -> str:
-    """The structure of a batch or an output: types, names, shapes and dtypes, a line each, at most about a dozen."""
+    """Lists the types, names, shapes and dtypes in a batch or an output, in at most `MAX_STRUCTURE_LINES` lines."""
     lines = [f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)]
     if len(lines) > MAX_STRUCTURE_LINES:
         lines[MAX_STRUCTURE_LINES - 1 :] = [f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"]
@@ -79,7 +78,7 @@ def describe(raw: Any, name: str = "batch") -> str:
 
 
 def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
-    """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
+    """Writes an adapter to paste, with the names in this batch; input and target are guesses."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
@@ -107,7 +106,7 @@ def _items(value: Any, path: str) -> list[tuple[str, str, Any]]:
         by_key = isinstance(value, Mapping)
         return [(f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x) for key, x in named.items()]
     if isinstance(value, (list, tuple)):
-        # Of many, such as one for each sample, the first say enough.
+        # The first items are enough for long lists, such as one item per sample.
         most = len(value) if len(value) <= 2 * MAX_SHOWN_ITEMS else MAX_SHOWN_ITEMS
         return [(f"{path}[{i}]", f"[{i}]", x) for i, x in enumerate(value[:most])]
     return []
@@ -124,9 +123,10 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """The parameters of a model's forward, without `*args` and `**kwargs`; those without a default are `required`.
+    """Parameters of a model's forward, without `*args` and `**kwargs`.
 
-    With `takes_mapping` its one parameter is a whole batch, by its annotation or because it is called `batch`.
+    `required` are those without a default; `takes_mapping` is True if the only one is a whole batch, by its annotation
+    or the name `batch`.
     """
 
     names: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class ForwardSignature:
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
-        """That of a module; None where it takes whatever comes, as wrapped modules do."""
+        """Inspects a module's forward; None if it takes `*args`, as wrapped modules do, or has no signature."""
         try:
             parameters = inspect.signature(module.forward).parameters.values()
         except (TypeError, ValueError):
@@ -155,7 +155,7 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """An adapter for one module: `unpack` gets what its forward takes, one that runs the module gets the module."""
+    """Binds an adapter to a module: `unpack` to its forward's signature, a `ModelAdapter` to the module itself."""
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
@@ -163,21 +163,22 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 
 
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
-    """The default adapter: takes `(x, y, *extras)`, mappings, named tuples, data classes and graphs.
+    """Splits a batch into model inputs and target: the default adapter.
 
-    In `(x, y, *extras)` x may be a tuple of inputs, passed as arguments if forward takes that many.
+    In `(x, y, *extras)`, x may be a tuple of inputs, passed as arguments if forward takes that many.
 
-    Where there are names, the truth is the first of `TARGET_KEYS`. A forward with one parameter gets the field of its
-    name, or the one of `INPUT_KEYS`, or the only tensor; the whole batch if its annotation is a mapping, if it is
-    called `batch`, or if nothing else suits. A forward with several gets the fields of their names. `**kwargs` get
-    every tensor but the truth. Inputs may be nested (`{"inputs": {...}, "targets": ...}`), and so may the batch
-    (`{"batch": ...}`). Without a signature one usual input goes by position, or all tensors do by their names.
+    In mappings, named tuples, data classes and graphs, the target is the first of `TARGET_KEYS`. A forward with one
+    parameter gets the field of that name, one of `INPUT_KEYS` or the only tensor; or the whole batch if the parameter
+    is annotated as a mapping or named `batch`, or nothing else fits. A forward with several parameters gets the fields
+    of those names, and `**kwargs` every tensor except the target. The inputs (`{"inputs": {...}, "targets": ...}`) or
+    the whole batch (`{"batch": ...}`) may be nested. Without a signature, a usual input is passed by position, else
+    all tensors by name.
 
     Returns:
         `(args, kwargs, target)`.
 
     Raises:
-        ConfigurationError: the batch has no shape that is known here.
+        ConfigurationError: the batch has an unknown structure.
     """
     named = _named(raw)
     if named is not None:
@@ -186,11 +187,11 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
         return _unpack_named(raw, named, signature)
     if isinstance(raw, Sequence) and not isinstance(raw, (str, bytes)) and len(raw) >= 2:
         return _unpack_sequence(raw, signature)
-    raise _unknown(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
+    raise _unknown_structure(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
 
 
 def _named(raw: Any) -> Mapping[str, Any] | None:
-    """The fields of a batch; a named tuple without a usual name of the truth, such as a plain pair, is a sequence."""
+    """Returns the fields of a batch, or None for a sequence, such as a named tuple without a usual target name."""
     named = fields_of(raw)
     return None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
 
@@ -198,7 +199,7 @@ def _named(raw: Any) -> Mapping[str, Any] | None:
 def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None) -> Unpacked:
     names, key = sorted(map(str, named)), _target_key(named)
     if key is None:
-        raise _unknown(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
+        raise _unknown_structure(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
     target = _only_value(named[key])
     rest = {name: value for name, value in named.items() if name != key}
     inner = _only_value(rest)
@@ -228,7 +229,7 @@ def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignatur
     if nested or (signature is not None and len(signature.required) == 1):
         return (raw,), {}, target
     if not tensors:
-        raise _unknown(raw, f"a batch with the keys {names} has no tensor beside the target")
+        raise _unknown_structure(raw, f"a batch with the keys {names} has no tensor besides the target")
     return (), tensors, target
 
 
@@ -269,7 +270,7 @@ def _is_whole_batch(parameter: inspect.Parameter) -> bool:
     return parameter.name == "batch" or kind in ("dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding")
 
 
-def _unknown(raw: Any, problem: str) -> ConfigurationError:
+def _unknown_structure(raw: Any, problem: str) -> ConfigurationError:
     return ConfigurationError(f"`adapter`: {problem}.\n{describe(raw)}", adapter_hint(raw))
 
 
@@ -283,13 +284,13 @@ class _AdapterCall(ModelCall):
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter that runs the model itself: `adapt(module, batch) -> (logits, target)`.
+    """Adapter that runs the model itself: `adapt(module, batch) -> (logits, target)`.
 
-    It is run once more for each batch that is read, without gradients, for the target.
+    It runs once more for each batch read, without gradients, to get the target.
     """
 
     adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
-    model: nn.Module | None = None  # whose predictions it is asked for; see `bind_adapter`
+    model: nn.Module | None = None  # set by `bind_adapter`
 
     def __call__(self, raw: Any) -> Unpacked:
         if self.model is None:
@@ -303,15 +304,15 @@ class ModelAdapter:
 
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:
-    """The adapter that a function is: one of two required parameters runs the model, f(module, batch)."""
+    """Converts a function into an adapter; with two required parameters, f(module, batch), it runs the model."""
     if isinstance(function, nn.Module):
-        hint = "give a function, f(batch) -> (args, kwargs, target); a replaced model is the `reference=`."
+        hint = "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
         raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
     return ModelAdapter(function) if required_parameters(function) == 2 else function
 
 
 def required_parameters(function: Callable[..., Any]) -> int:
-    """Counts positional parameters without a default; 0 if the function does not say."""
+    """Counts positional parameters without a default; 0 for a function without a signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Batches of data, sources of them, and `TensorSource`: a split whose samples are tensors in memory."""
+"""Batches, data sources, and `TensorSource`, a split of tensors in memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, check_whole
 
 Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""`(args, kwargs, target)`: what the model is called with, and the truth."""
+"""`(args, kwargs, target)`: arguments of the model, and the target."""
 Adapter = Callable[[Any], Unpacked]
-"""Turns a raw batch into `(args, kwargs, target)`: what the model is called with, and the truth."""
+"""Converts a raw batch into `(args, kwargs, target)`."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Batch:
 
     Attributes:
         args: positional arguments of the model's forward.
-        kwargs: its keyword arguments.
-        target: the truth, first dimension `n`.
-        position: `n` int64 on the CPU, each sample's place in the order of its split, from 0.
-        raw: the batch as the data loader gave it, extras included, for a target's predicate.
+        kwargs: keyword arguments of the model's forward.
+        target: targets, first dimension `n`.
+        position: `n` int64 on the CPU, position of each sample in its split, from 0.
+        raw: the batch as returned by the data loader, for predicates.
     """
 
     args: tuple[Any, ...]
@@ -45,14 +45,14 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Known or unseen data of one split, readable again and again in the same order.
+    """Known or unseen data of one split, iterable repeatedly in the same order.
 
     Attributes:
-        split: the name that reports use, such as `train` or `repair`.
-        passed: whether a sample of passed data (#pos) is drawn from it. Passed samples of every known split are kept.
-        failed: whether its failed samples are candidates for repair.
-        index: `n` int64, each sample's position in its data set, in the order of the split and over all ranks.
-        positions: int64, the places in that order that are this rank's share.
+        split: name in reports, such as `train` or `repair`.
+        passed: True if the #pos passed samples are drawn from this split. Those of every known split are kept anyway.
+        failed: True if failed samples are candidates for repair.
+        index: `n` int64, positions in the data set, in the order of the split, over all ranks.
+        positions: int64, this rank's share, as positions in the split.
     """
 
     @property
@@ -71,23 +71,23 @@ class Source(Protocol):
     def positions(self) -> Tensor: ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's share, in evaluation order."""
+        """Yields this rank's share in evaluation order."""
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples of this rank's share, one batch for each tensor of places (`Batch.position`)."""
+        """Yields one batch for each tensor of positions (`Batch.position`) in this rank's share."""
 
 
 class RecordingSource:
-    """A source handed on as it is; what a function makes of each batch is kept.
+    """Source that wraps another and records a value of each batch.
 
-    `note` gives a tensor for each batch, one row a sample; `empty` is such a tensor without rows.
+    `note` returns a tensor for a batch, one row per sample; `empty` is such a tensor without rows.
     """
 
     def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
         self.source, self.note, self.empty = source, note, empty
         self.split, self.passed, self.failed = source.split, source.passed, source.failed
         self.index, self.positions = source.index, source.positions
-        self.noted: list[tuple[Tensor, Tensor]] = []  # positions and what was noted, by batch of the last pass
+        self.noted: list[tuple[Tensor, Tensor]] = []  # positions and recorded values per batch of the last pass
 
     def __iter__(self) -> Iterator[Batch]:
         self.noted = []
@@ -99,18 +99,18 @@ class RecordingSource:
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
-        """Returns notes on all ranks' samples of the last pass, on the CPU, in the order of the source."""
+        """Gathers the last pass's recorded values from all ranks, on the CPU, in the order of the source."""
         positions, noted = zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
         values, order = (torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions))
         return values[order.argsort()]
 
 
 class ModelCall(ABC):
-    """Runs a model on a raw batch. It stands first in the `args` of a `Batch`, the raw batch second (`run_model`)."""
+    """Function that runs a model on a raw batch. `Batch.args` is then `(call, raw)`; see `run_model`."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:
-        """Runs the model with gradients; `raw` may hold some of the batch's samples only."""
+        """Runs the model with gradients; `raw` may have only some of the batch's samples."""
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -121,15 +121,15 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.device) -> Iterator[Unpacked]:
-    """Batches as `(args, kwargs, target)`: those of a source, or raw ones, which are moved and taken apart."""
+    """Yields batches as `(args, kwargs, target)`; raw ones are moved to the device and passed to the adapter."""
     for batch in batches:
         if isinstance(batch, Batch):
             yield batch.args, batch.kwargs, batch.target
         else:
-            yield adapter(_moved(batch, device))
+            yield adapter(_move(batch, device))
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def _move(x: Any, device: torch.device) -> Any:
     def can_move(part: Any) -> bool:
         return callable(getattr(part, "to", None))
 
@@ -139,10 +139,7 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 
 def with_plain_tensors(tree: Any) -> Any:
-    """Returns a batch or an output with plain tensors in place of tensors with metadata, such as MONAI's `MetaTensor`.
-
-    Tensors that are stored in another way, such as nested ones, stay as they are.
-    """
+    """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`, by plain tensors."""
 
     def plain(x: Tensor) -> Tensor:
         values_inside = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -152,10 +149,9 @@ def with_plain_tensors(tree: Any) -> Any:
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
-    """True if some of `n` samples can be taken from a batch's inputs by indexing each of their tensors.
+    """True if samples can be selected from the inputs by indexing, as the first dimension of each tensor is `n`.
 
-    So it is where every tensor counts the samples in its first dimension. Graphs in one object, packed sequences and
-    lists of numbers or texts can only be read again, by `Source.draw`.
+    Samples of graphs, packed sequences and lists of numbers or texts have to be read again by `Source.draw`.
     """
 
     def is_whole(x: Any) -> bool:
@@ -170,7 +166,7 @@ def is_sliceable(inputs: Any, n: int) -> bool:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested sequences and mappings, the latter in the order of their keys."""
+    """Yields the tensors in nested sequences and mappings, by sorted keys."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -186,19 +182,20 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TensorSource:
-    """A split of `n` samples that are tensors (a `lightning_nrl.data.Source`).
+    """Split of `n` samples in memory (a `lightning_nrl.data.Source`).
 
     Attributes:
-        inputs: what the model is called with, first dimension `n`: a tensor, a tuple of them for several positional
-            arguments, or a mapping for keyword arguments.
-        targets: the truth, first dimension `n`; for `Multiclass` `n` whole numbers.
-        split: the name that reports use.
-        passed: whether `n_passed` passed samples are drawn from it. Passed samples of every known split are kept.
-        failed: whether its failed samples are candidates for repair.
-        extras: tensors of what else is known of the samples, first dimension `n`. A predicate of `Target.where` gets
-            `(inputs, targets, *extras)`, a batch of each.
-        batch_size: samples that the model runs on at once.
-        device: where batches are moved to, the model's; None leaves them where they are.
+        inputs: model inputs, first dimension `n`: a tensor, a tuple for several positional arguments, or a mapping for
+            keyword arguments.
+        targets: targets, first dimension `n`; for `Multiclass`, `n` whole numbers.
+        split: name in reports.
+        passed: True if the `n_passed` passed samples are drawn from this split. Those of every known split are kept
+            anyway.
+        failed: True if failed samples are candidates for repair.
+        extras: further tensors, first dimension `n`. A predicate of `Target.where` gets batches of
+            `(inputs, targets, *extras)`.
+        batch_size: samples per batch.
+        device: the model's device, to which batches are moved; None: no move.
 
     Example:
         >>> x, y = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])
@@ -230,17 +227,17 @@ class TensorSource:
 
     @property
     def index(self) -> Tensor:
-        """`n` int64: a sample's position in the tensors is its id in reports."""
+        """Positions in the tensors, `n` int64, which are the sample ids in reports."""
         return torch.arange(len(self))
 
     @property
     def positions(self) -> Tensor:
-        """All places: tensors in memory are not shared out."""
+        """All positions: tensors in memory are not divided among ranks."""
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.batch_size):
-            # A slice copies nothing.
+            # A slice, which does not copy.
             part = slice(start, min(start + self.batch_size, len(self)))
             yield self._batch(self.index[part], part)
 

@@ -1,10 +1,10 @@
-"""Columns of a batch other than inputs and truth, named in one form everywhere."""
+"""Columns of a batch other than inputs and target, such as slices and sample weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -15,12 +15,12 @@ from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
 
 Column = Callable[[Any], Any] | Target
-"""Takes a batch as the data loader gave it and gives one value a sample; or a target, which gives bools."""
+"""Maps a raw batch to one value per sample; or a target, which gives bools."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A column of a batch by its key, where batches are mappings, or by its place, where they are sequences.
+    """Column of a batch, by key if batches are mappings or by position if they are sequences.
 
     Example:
         >>> Field(2)(([0.1, 0.2], [3, 5], ["day", "night"]))
@@ -31,7 +31,7 @@ class Field:
 
     @property
     def __name__(self) -> str:
-        """Name of the slice that this column marks."""
+        """Name of the slice in reports."""
         return self.name if isinstance(self.name, str) else f"column {self.name}"
 
     def __call__(self, raw: Any) -> Any:
@@ -49,10 +49,10 @@ class Field:
 
 
 def find_column(argument: str, value: Any) -> Column:
-    """The column that an argument stands for.
+    """Parses a column.
 
-    A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address (`package.module:function`),
-    or a target, also as text (`"label 3"`). Other text with a colon or a dot is an address.
+    Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its address
+    (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a colon or dot is an address.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):
@@ -62,11 +62,10 @@ def find_column(argument: str, value: Any) -> Column:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return Field(value)
     if callable(value) and not isinstance(value, type):
-        function: Callable[[Any], Any] = value
-        return function
+        return cast("Column", value)
     raise ConfigurationError(
-        f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",
-        "give a key or a place in the batch, a function of the batch, its address, or a Target.",
+        f"`{argument}`: a value of type {type(value).__name__} is not a column of a batch.",
+        "give a key or a position in the batch, a function of the batch, its address, or a Target.",
     )
 
 
@@ -77,12 +76,12 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
     except Exception as error:
         raise ConfigurationError(
             f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            "it is called with a batch as the data loader gives it; what a model makes of a sample, such as a "
-            "confusion, is not there and is no slice.",
+            "it is called with a batch as the data loader returns it; predictions, such as a confusion needs, are not "
+            "available.",
         ) from error
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0."""
+    """Evaluates a column as `n` float64 on the CPU; bools become 1 and 0."""
     found = column_values(argument, column, batch, label)
     return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

@@ -1,6 +1,6 @@
-"""Which samples of two data sets are the same: by data set and index where these are known, else by their content.
+"""Sample identity across data sets: by data set and index if known, else by a hash of the content.
 
-Either way a sample is known by two 64-bit numbers, a row of a tensor.
+Either way a sample's key is two 64-bit integers, a row of a tensor.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
-COLUMNS_AT_ONCE = 2**14  # numbers of a sample that are made integers at once, eight bytes each
+COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
 MAX_SAMPLES_TRIED = 8
-"""Samples of a data set that are read to see which samples of a data set inside it they are made of."""
+"""Samples that are read from a wrapping data set to find their positions in the wrapped one."""
 
 
 @runtime_checkable
 class Identified(Protocol):
-    """A source that knows its data set and positions in it."""
+    """Source that knows its data set and the positions in it."""
 
     @property
     def identity(self) -> Tensor:
-        """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
+        """Data set and position in it of each sample of `Source.index`, `n x 2` int64."""
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
-    """`n x 2` int64, the innermost data set of each sample and its place there, through subsets and unions.
+    """Resolves positions in a data set to the innermost data sets, through subsets, unions and wrappers.
 
-    So it is through data sets that change the samples of another one, such as those that augment, unless `as_read`.
-    The first number means something in this process alone. `index` is `n` int64, places in `dataset`.
+    Args:
+        dataset: the outermost data set.
+        index: `n` int64, positions in `dataset`.
+        as_read: stop at data sets that change the samples of another one, such as those that augment.
+
+    Returns:
+        `n x 2` int64: the `id` of the data set, valid in this process only, and the position in it.
     """
     if isinstance(dataset, Subset):
         inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
@@ -59,18 +64,18 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
 
 
 def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
-    """The data set whose samples another one changes, and their places there, if some samples show these.
+    """Returns the data set that another one wraps, and the positions there, if reading some samples reveals them.
 
-    Sample `i` is made of sample `i` inside, or of that which a list of the data set says.
+    Sample `i` must come from sample `i` of the inner data set, or from the entry `i` of a list in the outer one.
     """
     own = getattr(dataset, "__dict__", {})
     tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
     for name, inner in own.items():
         if not (isinstance(inner, Dataset) and isinstance(inner, Sized)):
             continue
-        asked = _asked_for(dataset, name, tried.tolist())
+        asked = _requested_positions(dataset, name, tried.tolist())
         for listed in (range(len(inner)), *(x for x in own.values() if not isinstance(x, Dataset))):
-            with suppress(Exception):  # what lists no places
+            with suppress(Exception):  # not a list of positions
                 operator.index(listed[0])
                 places = torch.as_tensor(listed)
                 if places[tried % len(places)].tolist() == asked:
@@ -78,8 +83,8 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
     return None
 
 
-def _asked_for(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
-    """The first sample that each of some samples asks of the data set in an attribute, as far as these can be read."""
+def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
+    """Returns the first position that each sample requests from the data set in attribute `name`, up to an error."""
     view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
 
     def noted(self: Any, i: Any) -> Any:
@@ -97,22 +102,22 @@ def _asked_for(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list
 
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:
-    """Which samples, `n x 2`, are among others, `m x 2`: `n` bool."""
+    """Marks the samples, `n x 2`, that are among others, `m x 2`: `n` bool."""
     _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
     return torch.isin(number[: len(samples)], number[len(samples) :])
 
 
 def content_recorder(source: Source) -> RecordingSource:
-    """A source that notes a key of each sample's content, `n x 2` int64, without waiting for the device."""
+    """Wraps a source to record the content key of each sample, `n x 2` int64, without synchronising the device."""
     return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def content_keys(batch: Batch) -> Tensor:
-    """Two 64-bit numbers for each sample, alike for samples whose inputs and truths are alike to the bit: `n x 2`.
+    """Hashes inputs and targets of each sample to two 64-bit integers, `n x 2`, equal for bit-identical samples.
 
-    Each is a sum of the numbers in a sample with random weights, modulo 2^64, so that two samples that differ share
-    both with a probability below 2^-64. Zeros count nothing: sequences may be padded to different lengths. Where it
-    cannot be said which of the inputs belong to a sample, no two samples are alike.
+    Each is a sum with random weights modulo 2^64, so that different samples collide with probability below 2^-64. Zeros
+    do not count, since sequences may be padded to different lengths. If inputs cannot be assigned to samples, all keys
+    are random.
     """
     n = len(batch)
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
@@ -124,7 +129,7 @@ def content_keys(batch: Batch) -> Tensor:
             continue
         x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
         columns = x.reshape(n, -1)
-        weights = _weights(place, columns.shape[1]).to(x.device)
+        weights = _hash_weights(place, columns.shape[1]).to(x.device)
         own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
         for some, weight in zip(*(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True):
             numbers = _as_integers(some)
@@ -134,21 +139,21 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs are tensors, and one of several dimensions has a row a sample, as images have."""
+    """True if all inputs are tensors, and one with several dimensions has a row per sample, as images have."""
     leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
     return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
 
 
 @lru_cache(maxsize=16)
-def _weights(seed: int, n: int) -> Tensor:
-    """`2 x n` random int64 on the CPU, the first ones the same whatever n is."""
+def _hash_weights(seed: int, n: int) -> Tensor:
+    """Draws `2 x n` int64 on the CPU; a larger `n` only appends columns."""
     generator = torch.Generator("cpu").manual_seed(seed)
     halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")
     return (halves[..., 0] * 2**32 + halves[..., 1]).T
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    """The bits of numbers as int64; -0.0 as 0.0."""
+    """Converts the bits of numbers to int64, with -0.0 as 0.0."""
     if not x.is_floating_point():
         return x.long()
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,7 +1,7 @@
-"""Targets, the failures to repair: a small tree of conditions on samples.
+"""Targets: conditions that select the failures to repair.
 
 Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine
-them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readable with `str`.
+them with `&`, `|` and `~`. Targets are immutable and comparable; `str` describes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 
 Predicate = Callable[[Any], Any]
-"""Takes a batch as the data loader gave it, extras included; gives one bool a sample: a tensor, an array or a list."""
+"""Maps a batch as returned by the data loader to one bool per sample: a tensor, an array or a list."""
 
 TARGET_WORD = re.compile(r"->|[()]|(?:(?!->)[^\s()])+")
 TARGET_HINT = (
@@ -32,7 +32,7 @@ TARGET_HINT = (
 
 
 class Target(ABC):
-    """Selects samples; those among them that the model gets wrong are repaired.
+    """Condition on samples; the failures that meet it are repaired.
 
     Example:
         >>> print(Target.label(3) | Target.confusion(3, 5))
@@ -43,47 +43,46 @@ class Target(ABC):
 
     @abstractmethod
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """The chosen samples of a batch, right or wrong; the caller keeps those that failed.
+        """Selects samples of a batch, right or wrong; the caller keeps the failures.
 
         Args:
             batch: `n` samples.
-            label: `n` int64, true classes; None where the task has none.
-            prediction: `n` int64, predicted classes; None where the task has none.
+            label: `n` int64, true classes; None if the task has no classes.
+            prediction: `n` int64, predicted classes; None if the task has no classes.
 
         Returns:
-            `n` bool on the CPU, where results are kept.
+            `n` bool on the CPU.
         """
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Returns samples of the targeted kind, right or wrong (the paper's class to be repaired).
+        """Selects samples of the targeted kind, right or wrong (the paper's class to be repaired).
 
-        They are those that the target would choose if they failed, whatever they were taken for: a condition on the
-        predicted class counts as fulfilled. So a confusion covers its true class.
+        Conditions on the predicted class are ignored: a confusion covers its true class.
         """
         return self.select(batch, label, prediction)
 
     @abstractmethod
     def __str__(self) -> str:
-        """The condition in words, as reports print it; `parse_target` reads it if predicates are addresses."""
+        """Describes the condition; `parse_target` can read the text if predicates are addresses."""
 
     @staticmethod
     def all() -> Target:
-        """Every failure."""
+        """Selects every failure."""
         return AllFailures()
 
     @staticmethod
     def label(label: int) -> Target:
-        """Failures whose true class is `label`."""
+        """Selects failures of class `label`."""
         return Label(label)
 
     @staticmethod
     def confusion(true: int, predicted: int) -> Target:
-        """Failures of class `true` that the model takes for class `predicted`."""
+        """Selects failures of class `true` predicted as class `predicted`."""
         return Confusion(true, predicted)
 
     @staticmethod
     def where(predicate: Predicate | str, name: str | None = None) -> Target:
-        """Failures with an attribute that need not be a class, such as "partly occluded"; arguments as of `Where`."""
+        """Selects failures by a predicate on the batch, such as "partly occluded"; arguments as in `Where`."""
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
@@ -96,7 +95,7 @@ class Target(ABC):
         return Not(self)
 
     def __bool__(self) -> bool:
-        """Refused: `a and b` would silently give `b`, `a or b` would give `a`."""
+        # Else `a and b` would silently give `b`, and `a or b` would give `a`.
         problem = "`target`: a Target is neither true nor false."
         raise TypeError(explain(problem, "combine targets with `&`, `|` and `~`."))
 
@@ -116,14 +115,14 @@ class AllFailures(Target):
 class Label(Target):
     """Samples of one true class, a whole number from 0."""
 
-    # An explicit field, since a dataclass would take the inherited constructor of the same name for its default.
+    # `field()`, since the inherited static method `label` would become the default.
     label: int = field()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", check_class("label", self.label))
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _classes(self, label).eq(self.label).cpu()
+        return _required(self, label).eq(self.label).cpu()
 
     def __str__(self) -> str:
         return f"label {self.label}"
@@ -131,7 +130,7 @@ class Label(Target):
 
 @dataclass(frozen=True)
 class Confusion(Target):
-    """Samples of one class that the model takes for another."""
+    """Samples of class `true` predicted as class `predicted`."""
 
     true: int
     predicted: int
@@ -141,15 +140,15 @@ class Confusion(Target):
         object.__setattr__(self, "predicted", check_class("predicted", self.predicted))
         if self.true == self.predicted:
             raise ConfigurationError(
-                f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
+                f"`target`: confusion {self} is not a failure: the true and the predicted class are the same.",
                 f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
             )
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return (_classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)).cpu()
+        return (_required(self, label).eq(self.true) & _required(self, prediction).eq(self.predicted)).cpu()
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _classes(self, label).eq(self.true).cpu()
+        return _required(self, label).eq(self.true).cpu()
 
     def __str__(self) -> str:
         return f"confusion {self.true} -> {self.predicted}"
@@ -160,8 +159,8 @@ class Where(Target):
     """Samples for which a predicate on the batch is true.
 
     Attributes:
-        predicate: a function of the raw batch that returns one bool a sample, or its address, `package.mod:function`.
-        name: what reports call it; None for the function's own name, or its address.
+        predicate: function of the raw batch that returns one bool per sample, or its address, `package.mod:function`.
+        name: name in reports; None: the function's name or address.
     """
 
     predicate: str | Predicate
@@ -177,7 +176,7 @@ class Where(Target):
         except Exception as error:
             raise TargetError(
                 f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
-                "it is called with the whole batch as the data loader gives it, extras included.",
+                "it is called with the whole batch as the data loader returns it.",
             ) from error
         what = f"`target`: the predicate of '{self}'"
         return check_per_sample(what, found, len(batch), "bool", TargetError).cpu()
@@ -192,7 +191,7 @@ class Where(Target):
 
 @dataclass(frozen=True)
 class TargetPair(Target):
-    """Two targets, combined."""
+    """Combination of two targets."""
 
     left: Target
     right: Target
@@ -213,24 +212,24 @@ class TargetPair(Target):
 
     def __str__(self) -> str:
         other = Or if isinstance(self, And) else And
-        return f"{_grouped(self.left, other)} {self.word} {_grouped(self.right, And, Or)}"
+        return f"{_parenthesized(self.left, other)} {self.word} {_parenthesized(self.right, And, Or)}"
 
 
 class And(TargetPair):
-    """Samples that both targets choose."""
+    """Samples that both targets select."""
 
     word, combine = "and", torch.logical_and
 
 
 class Or(TargetPair):
-    """Samples that at least one of two targets chooses."""
+    """Samples that at least one of two targets selects."""
 
     word, combine = "or", torch.logical_or
 
 
 @dataclass(frozen=True)
 class Not(Target):
-    """Samples that a target does not choose."""
+    """Samples that a target does not select."""
 
     target: Target
 
@@ -247,14 +246,14 @@ class Not(Target):
         if isinstance(inner, (And, Or)):
             either = Or if isinstance(inner, And) else And
             return either(Not(inner.left), Not(inner.right)).covers(batch, label, prediction)
-        # As if it were right: then no confusion chooses it.
+        # With the label as prediction, no confusion applies.
         return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
-        return f"not {_grouped(self.target, And, Or)}"
+        return f"not {_parenthesized(self.target, And, Or)}"
 
 
-def _grouped(target: Target, *kinds: type[Target]) -> str:
+def _parenthesized(target: Target, *kinds: type[Target]) -> str:
     return f"({target})" if isinstance(target, kinds) else str(target)
 
 
@@ -262,12 +261,12 @@ def _check_targets(kind: str, *targets: Any) -> None:
     for target in targets:
         if not isinstance(target, Target):
             raise ConfigurationError(
-                f"`target`: {kind} was given {target!r}, which is no Target.",
-                "combine what `Target.label(k)`, `Target.where(predicate)` and the like give.",
+                f"`target`: {kind} was given {target!r}, which is not a Target.",
+                "combine targets such as `Target.label(k)` and `Target.where(predicate)`.",
             )
 
 
-def _classes(target: Target, classes: Tensor | None) -> Tensor:
+def _required(target: Target, classes: Tensor | None) -> Tensor:
     if classes is None:
         raise TargetError(
             f"`target`: '{target}' asks for classes, and the task has none.",
@@ -283,9 +282,9 @@ def classes_in(target: Target) -> set[int]:
 
 
 def parse_target(target: str | Target) -> Target:
-    """Reads a target from text, as `str(target)` gives it; a target is given back as it is.
+    """Parses the text of a target, as returned by `str(target)`; returns a target unchanged.
 
-    `not` binds more closely than `and`, and `and` more closely than `or`. A predicate is named by its address.
+    `not` binds tighter than `and`, and `and` tighter than `or`. Predicates are written as addresses.
 
     Example:
         >>> parse_target("label 3 and not confusion 3 -> 5") == Target.label(3) & ~Target.confusion(3, 5)
@@ -293,7 +292,7 @@ def parse_target(target: str | Target) -> Target:
     """
     if isinstance(target, str):
         try:
-            return _TargetReader(target).read()
+            return _TargetParser(target).parse()
         except RecursionError as error:
             raise TargetError("`target`: the text is nested too deeply.", TARGET_HINT) from error
     check_kind("target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'")
@@ -301,60 +300,58 @@ def parse_target(target: str | Target) -> Target:
 
 
 def target_in(text: str) -> Target | None:
-    """The target that a text of several words stands for; None for a word by itself, and for what is no target."""
+    """Parses a target of several words; None for a single word and for any other text."""
     try:
         return parse_target(text) if len(text.split()) > 1 else None
     except TargetError:
         return None
 
 
-class _TargetReader:
-    """Reads the words of a target from left to right, by recursive descent."""
-
+class _TargetParser:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.words: list[str] = [*TARGET_WORD.findall(text), ""]
 
-    def read(self) -> Target:
-        found = self.either()
+    def parse(self) -> Target:
+        found = self.parse_or()
         self.take("", "`and`, `or` or the end")
         return found
 
-    def either(self) -> Target:
-        found = self.both()
+    def parse_or(self) -> Target:
+        found = self.parse_and()
         while self.words[self.at] == "or":
             self.at += 1
-            found = Or(found, self.both())
+            found = Or(found, self.parse_and())
         return found
 
-    def both(self) -> Target:
-        found = self.single()
+    def parse_and(self) -> Target:
+        found = self.parse_not()
         while self.words[self.at] == "and":
             self.at += 1
-            found = And(found, self.single())
+            found = And(found, self.parse_not())
         return found
 
-    def single(self) -> Target:
+    def parse_not(self) -> Target:
         word = self.take(r"not|\(|all|label|confusion|where", "a condition")
         if word == "not":
-            return Not(self.single())
+            return Not(self.parse_not())
         if word == "(":
-            found = self.either()
+            found = self.parse_or()
             self.take(r"\)", "`)`")
             return found
         if word == "label":
-            return Label(self.class_number())
+            return Label(self.parse_class())
         if word == "confusion":
-            true = self.class_number()
+            true = self.parse_class()
             self.take("->", "`->`")
-            return Confusion(true, self.class_number())
+            return Confusion(true, self.parse_class())
         if word == "where":
             return Where(self.take(r".*[.:].*", "the address of a function, such as `package.module:function`"))
         self.at += self.words[self.at] == "failures"
         return AllFailures()
 
-    def class_number(self) -> int:
-        return int(self.take(r"[0-9]{1,18}", "a class, a whole number from 0"))
+    def parse_class(self) -> int:
+        return int(self.take(r"[0-9]{1,18}", "a class number from 0"))
 
     def take(self, pattern: str, expected: str) -> str:
         word = self.words[self.at]
@@ -362,6 +359,6 @@ class _TargetReader:
             self.at += 1
             return word
         text, word, before = (shorten(part, 60) for part in (self.text, word, self.words[self.at - 1]))
-        place = f" behind `{before}`" if self.at else ""
+        place = f" after `{before}`" if self.at else ""
         found = f"`{word}`" if word else "the end"
-        raise TargetError(f"`target='{text}'`: {expected} was expected{place}, and {found} found.", TARGET_HINT)
+        raise TargetError(f"`target='{text}'`: expected {expected}{place}, found {found}.", TARGET_HINT)

@@ -1,11 +1,18 @@
-"""Which weights are worth searching: the impact of each, and the sets they are chosen by.
+"""Localisation: choose the weights to search.
 
-In: the model on known data, and which samples fail and pass. Out: a `Localization`. A new way is one file with a
-`Localizer` in it, registered in `LOCALIZERS`.
+In: the model on known data and masks of the failed and passed samples. Out: a `Localization`. To add a method, write a
+`Localizer` and register it in `LOCALIZERS`.
 """
 
 from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front
-from lightning_nrl.localization.history import CheckpointHistory, DataLocalizer, History, HistoryPoint, Known, on_data
+from lightning_nrl.localization.history import (
+    CheckpointHistory,
+    DataLocalizer,
+    History,
+    HistoryPoint,
+    KnownData,
+    on_data,
+)
 from lightning_nrl.localization.impact import Aggregation, ByGradient, Impact, measure
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,
@@ -31,7 +38,7 @@ __all__ = [
     "History",
     "HistoryPoint",
     "Impact",
-    "Known",
+    "KnownData",
     "Localization",
     "Localizer",
     "NeuRecover",

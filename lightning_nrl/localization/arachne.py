@@ -1,7 +1,4 @@
-"""Arachne's localisation: the Pareto front of gradient and forward impact (Sohn, Kang, Yoo 2019, 2022).
-
-`Arachne` looks at the failed data alone. `ArachneV2` looks for what matters for the failed and little for the passed.
-"""
+"""Arachne's localisation: the Pareto front of gradient and forward impact (Sohn, Kang, Yoo 2019, 2022)."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
-from lightning_nrl.localization.impact import check_called, flat_part, measure, probed, summed_up
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, localized
-from lightning_nrl.localization.neurecover_lite import places
+from lightning_nrl.localization.impact import accumulate, check_called, flat_part, measure, replay_with_probe
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, make_localization
+from lightning_nrl.localization.neurecover_lite import rank_impacts
 
-TOP_PER_FAILURE = 20  # weights that Arachne looks at for each failed sample
+TOP_PER_FAILURE = 20  # candidate weights per failed sample in Arachne
 
 
 @LOCALIZERS.register("arachne")
@@ -28,14 +25,13 @@ TOP_PER_FAILURE = 20  # weights that Arachne looks at for each failed sample
 class Arachne:
     """Localises the weights on the Pareto front of |dL/dw| and mean |o_i w_ij| on the failed samples (Arachne, 2019).
 
-    Of all weights the `n_g` with the largest gradient come into question; passed samples are not looked at.
+    Only the `n_g` weights with the largest gradient are candidates. Passed samples are not used.
 
     Attributes:
-        n_weights: how many weights to localise: further fronts are added until that number is reached. None: the
-            first front, as published.
-        n_g: how many weights of largest gradient come into question; None: 20 for each failed sample, as published, and
-            no fewer than `n_weights`.
-        include_bias: whether biases may be localised too.
+        n_weights: number of weights to localise: further fronts are added until it is reached. None: the first front,
+            as published.
+        n_g: number of candidate weights; None: 20 per failed sample, as published, and at least `n_weights`.
+        include_bias: True to localise biases too.
     """
 
     n_weights: int | None = None
@@ -51,23 +47,22 @@ class Arachne:
         n_g = self.n_g or max(TOP_PER_FAILURE * int(failed.sum()), self.n_weights or 0)
         top = impact.backward.argsort(descending=True, stable=True)[:n_g].sort().values
         weights = top[first_fronts(impact.backward[top], impact.forward[top], self.n_weights)]
-        return localized(weights, len(top), self.n_weights, total)
+        return make_localization(weights, len(top), self.n_weights, total)
 
 
 @LOCALIZERS.register("arachne-v2")
 @dataclass(frozen=True)
 class ArachneV2:
-    r"""Localises the weights that matter for the failed samples and little for the passed (Arachne, TOSEM 2022).
+    r"""Localises weights with a high impact on failed and a low impact on passed samples (Arachne, TOSEM 2022).
 
-    The Pareto front of two costs of all weights, each `cost(failed) / (1 + cost(passed))`: the gradient loss
-    :math:`|\sum dL/dw|` and the forward impact (`contribution`). Where the published method draws as many passed
-    samples as there are failed ones, stratified by label, all are measured here and their sum counts as if they were so
-    many: the same on average, and nothing is drawn.
+    The result is the Pareto front of two costs, each `cost(failed) / (1 + cost(passed))`: the gradient loss
+    :math:`|\sum dL/dw|` and the forward impact (`contribution`). The published method draws as many passed as failed
+    samples, stratified by label; here all passed samples are measured and their sum is scaled to that number.
 
     Attributes:
-        n_weights: how many weights to localise: further fronts are added until that number is reached. None: the
-            first front, as published.
-        include_bias: whether biases may be localised too.
+        n_weights: number of weights to localise: further fronts are added until it is reached. None: the first front,
+            as published.
+        include_bias: True to localise biases too.
     """
 
     n_weights: int | None = None
@@ -84,22 +79,20 @@ class ArachneV2:
             costs.append((gradient, contribution(recording, evaluator, rows)))
         gradient, forward = (of_failed / (1 + of_passed) for of_failed, of_passed in zip(*costs, strict=True))
         weights = first_fronts(gradient, forward, self.n_weights)
-        return localized(weights, len(gradient), self.n_weights, len(gradient))
+        return make_localization(weights, len(gradient), self.n_weights, len(gradient))
 
 
-MOST_OUTPUTS = 32
-"""Number of largest outputs that a neuron's influence is measured on; each takes a backward pass."""
+MAX_OUTPUTS = 32
+"""Number of largest outputs on which a neuron's influence is measured; each needs a backward pass."""
 
 
 def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> Tensor:
-    r"""Forward impact of every weight on the marked samples (Sohn, Kang, Yoo 2022), `W`, never negative.
+    r"""Measures the forward impact of every weight on the marked samples (Sohn, Kang, Yoo 2022), `W`, at least 0.
 
     .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
 
-    with the mean over samples and positions above each factor, and z the `MOST_OUTPUTS`
-    largest outputs of a sample. The gradient of their sum does not work: softmax ignores that direction.
-
-    Arguments and errors are those of `measure`.
+    with means over samples and positions, and z the `MAX_OUTPUTS` largest outputs of a sample. Arguments and errors are
+    those of `measure`.
     """
     space = recording.space
     own: dict[str, tuple[LayerRef, int, slice]] = {}
@@ -110,7 +103,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
         share, influence, positions, samples = sums
-        probe, outputs = probed(recording, chunk, _largest)
+        probe, outputs = replay_with_probe(recording, chunk, _largest)
         samples.add_(len(chunk.rows))
         with no_autocast(share.device):
             for column in outputs.unbind(1):
@@ -125,7 +118,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
                 positions[i] += uses_per_weight(site.module, output)
 
     sizes = [space.size, n_neurons, len(space.sites), 1]
-    share, influence, positions, _ = summed_up(recording, evaluator, rows_mask, sizes, add)
+    share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
     impact = torch.zeros_like(share)
     for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
         check_called(site, uses)
@@ -138,11 +131,11 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
 def _largest(logits: Tensor) -> Tensor:
     outputs = logits.flatten(1)
-    return outputs.topk(min(MOST_OUTPUTS, outputs.shape[1]), 1).values
+    return outputs.topk(min(MAX_OUTPUTS, outputs.shape[1]), 1).values
 
 
 def _share(site: LayerRef, x: Tensor) -> Tensor:
-    """Sums each weight's share in its neuron over rows and positions of absolute inputs `r x ...`."""
+    """Sums each weight's share of its neuron's input over rows and positions of absolute inputs `r x ...`."""
     layer = site.module
     weight = layer.weight.detach().abs().to(x)
     bias = layer.bias.detach().abs().to(x) if site.include_bias and layer.bias is not None else None
@@ -153,9 +146,9 @@ def _share(site: LayerRef, x: Tensor) -> Tensor:
 
 
 def pareto_front(one: Tensor, other: Tensor) -> Tensor:
-    """Returns `W` bool, the weights that no other one dominates; larger is better in both of `one` and `other`, `W`.
+    """Marks the weights that no other weight dominates, `W` bool; larger is better in `one` and `other`, `W` each.
 
-    A weight dominates another if it is at least as good in both and better in one, so equal ones are in it together.
+    A weight dominates another if it is at least as good in both and better in one. Ties are all on the front.
 
     Example:
         >>> pareto_front(torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 2.0]))
@@ -166,7 +159,7 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
     a, b = one[order], other[order]
     before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
     leads = b > before
-    # Of equal weights the first one leads; the others are where its place is the last that led.
+    # Of tied weights the first leads; the others are on the front if they equal the last leader before them.
     rows = torch.arange(len(order), device=order.device)
     leader = torch.where(leads, rows, 0).cummax(0).values
     front = leads | ((a == a[leader]) & (b == b[leader]))
@@ -174,15 +167,15 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
-    """Returns positions of weights, ascending: the Pareto front, or as many weights as asked for, front after front.
+    """Returns the positions, ascending, of the Pareto front, or of `n_weights` weights front by front.
 
-    Of the last front those are taken first whose worse rank of the two is best, and of equal ones the first. Weights
-    that are 0 in both are never taken.
+    The last front is cut by the worse of a weight's two ranks, then by position. Weights that are 0 in both are never
+    taken.
     """
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:
         return left[pareto_front(one[left], other[left])]
-    worse_rank = torch.maximum(places(one), places(other))
+    worse_rank = torch.maximum(rank_impacts(one), rank_impacts(other))
     taken = left[:0]
     while len(taken) < n_weights and len(left):
         front = pareto_front(one[left], other[left])

@@ -1,4 +1,4 @@
-"""Earlier points of a training: their weights, and which known samples were right."""
+"""Earlier points of a training: their weights and their results on the known data."""
 
 from __future__ import annotations
 
@@ -19,68 +19,67 @@ from lightning_nrl.localization.localizer import Localizer
 
 
 @dataclass(frozen=True)
-class Known:
-    """The data that a localiser of `DataLocalizer` may look at, and what the model does on them."""
+class KnownData:
+    """Known data for a `DataLocalizer`, with the model's results on them."""
 
     evaluator: Evaluator
-    sources: Sequence[Any]  # this rank's share of the known data, a `Source` each
-    before: SampleResults  # what the model does on all of them
+    sources: Sequence[Any]  # this rank's share of the known data, `Source` objects
+    before: SampleResults  # results of the model before the repair
     space: ParameterSpace  # the layers whose weights are localised
 
 
 @dataclass(frozen=True)
 class HistoryPoint:
-    """The model at one point of its training."""
+    """Model at one point of its training."""
 
-    passed: Tensor  # N int8 by row of the results: 1 right, 0 wrong, -1 not known
-    weights: Tensor  # W, of the layers to be repaired, in the order of the weight space
+    passed: Tensor  # N int8 by row of the results: 1 right, 0 wrong, -1 unknown
+    weights: Tensor  # W, of the layers to repair, in the order of the weight space
 
 
 class History(Protocol):
-    """Earlier points of a training, the oldest first."""
+    """Earlier points of a training, oldest first."""
 
-    def points(self, known: Known) -> list[HistoryPoint]:
-        """Returns the data of each point, the same on every rank."""
+    def points(self, known: KnownData) -> list[HistoryPoint]:
+        """Returns the points, the same on every rank."""
 
 
 @runtime_checkable
 class DataLocalizer(Protocol):
-    """A localiser that looks at more than a recording of the model as it is now.
+    """Localizer that needs the known data and earlier models, not only a recording of the current model.
 
-    With `wants_history`, it is given the folder of a `TrainingHistory` in the same Trainer by `with_history(folder)`.
+    If `wants_history` is True, `with_history(folder)` is called with the folder of a `TrainingHistory` in the same
+    Trainer.
     """
 
     @property
     def include_bias(self) -> bool:
-        """As that of a `Localizer`."""
+        """True if biases may be chosen too."""
 
-    def on(self, known: Known) -> Localizer:
-        """Returns the localiser for these data."""
+    def on(self, known: KnownData) -> Localizer:
+        """Returns the localizer for these data."""
 
 
-def on_data(localizer: Localizer, known: Known) -> Localizer:
-    """Returns the localiser to be called: of a `DataLocalizer` that for the data, any other one as it is."""
+def on_data(localizer: Localizer, known: KnownData) -> Localizer:
+    """Resolves a `DataLocalizer` with the known data; returns any other localizer unchanged."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """Checkpoints of one training, the oldest first; each is run once over the known data.
+    """Checkpoints of one training, oldest first; each is evaluated once on the known data.
 
     Attributes:
-        checkpoints: paths of Lightning checkpoints or of saved state dicts, modules, or state dicts.
+        checkpoints: paths of Lightning checkpoints or saved state dicts, modules, or state dicts.
     """
 
     checkpoints: Sequence[nn.Module | State | str | Path]
 
-    def points(self, known: Known) -> list[HistoryPoint]:
-        """Runs the model with the weights of each; a `ConfigurationError` if one cannot be read or does not fit."""
-        return [self._point(checkpoint, known) for checkpoint in self.checkpoints]
-
-    def _point(self, checkpoint: Any, known: Known) -> HistoryPoint:
-        argument = "NeuRecover.history"
-        state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)
-        passed = known.evaluator.run_with(state, known.sources).passed
-        return HistoryPoint(
-            passed.to(torch.int8), torch.cat([state[name].flatten() for name in known.space.parameters])
-        )
+    def points(self, known: KnownData) -> list[HistoryPoint]:
+        """Evaluates each checkpoint; raises a `ConfigurationError` if one cannot be read or does not fit the model."""
+        points, argument = [], "NeuRecover.history"
+        for checkpoint in self.checkpoints:
+            state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)
+            passed = known.evaluator.run_with(state, known.sources).passed.to(torch.int8)
+            weights = torch.cat([state[name].flatten() for name in known.space.parameters])
+            points.append(HistoryPoint(passed, weights))
+        return points

@@ -31,23 +31,23 @@ from lightning_nrl.localization.localizer import (
     Replay,
     check_numbers,
     default_n_weights,
-    localized,
+    make_localization,
 )
 
 Aggregation = Literal["mean_gradient", "per_sample"]
-"""How gradients are combined to a backward impact: |their mean|, or the mean of each sample's |gradient|."""
+"""Aggregation of gradients into a backward impact: |mean gradient|, or the mean of each sample's |gradient|."""
 
 SAMPLES_PER_PASS = 64
-"""Most samples that run forward and backward at once, as few as in a small training step; halved where memory ends."""
+"""Samples per forward and backward pass, as in a small training step; halved if memory runs out."""
 
 
 @dataclass(frozen=True)
 class Impact:
-    """How much each weight matters for some data (paper, section II.1, step i)."""
+    """Impact of each weight on some samples (paper, section II.1, step i)."""
 
-    backward: Tensor  # W, the loss gradient's size for each weight, never negative
-    forward: Tensor  # W, the size of what each weight passes on, never negative
-    n_samples: int  # how many samples it was measured on
+    backward: Tensor  # W, absolute loss gradient, at least 0
+    forward: Tensor  # W, absolute contribution to the neuron's input, at least 0
+    n_samples: int  # number of samples measured
 
 
 def measure(
@@ -60,25 +60,24 @@ def measure(
 ) -> Impact:
     """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
-    Backward is `dL/dw_ij = dL/do_j * do_j/dw_ij`: the absolute value of its mean over samples, or the mean of its
-    absolute value. Forward is `o_i * w_ij`: the mean of its absolute value. A convolution's weight meets many inputs:
-    its gradient is the sum over positions, its forward impact the mean over samples and positions, padding included.
-    A bias passes on itself. Ranks add up their sums.
+    The backward impact is `dL/dw_ij = dL/do_j * do_j/dw_ij`, aggregated over samples; the forward impact is the mean of
+    `|o_i * w_ij|`. For a convolution, gradients are summed over positions and forward impacts averaged over samples and
+    positions, padding included. The forward impact of a bias is its absolute value. Sums are reduced over ranks.
 
     Args:
         recording: the model on the known data of this rank.
-        evaluator: what gives each sample's loss, and the ranks that share the data.
-        rows_mask: `N` bool, the samples to measure on, by row of the results.
-        aggregation: how the gradients of many samples become one number.
-        weight: `N`, above 0 at marked rows, what each sample counts in the means; None: all alike.
+        evaluator: supplies the task's losses and the ranks that share the data.
+        rows_mask: `N` bool by row of the results, the samples to measure.
+        aggregation: aggregation of gradients over samples.
+        weight: `N`, sample weights in the means, above 0 at marked rows; None: equal weights.
 
     Returns:
-        In the order of the weight space, on its device, in float64 (float32 where the device has no float64).
+        Impacts in the order of the weight space, on its device, in float64 (float32 where float64 is not supported).
 
     Raises:
-        ConfigurationError: an unknown aggregation.
+        ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called or its output detached; for `per_sample` or with weights, samples that are
+        ReplayError: a layer is never called or its output is detached; for `per_sample` or with weights, samples are
             not the first dimension of its input.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
@@ -86,7 +85,7 @@ def measure(
     by_sample = aggregation == "per_sample"
 
     def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
-        gradient, inputs, positions, strayed, samples = sums
+        gradient, inputs, positions, mixed, samples = sums
         n = len(chunk.rows)
         own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
 
@@ -94,14 +93,14 @@ def measure(
             each = evaluator.task.loss(logits, chunk.target)
             return each if own is None else each * own.to(each)
 
-        calls, astray = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
+        calls, is_mixed = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
         samples.add_(n if own is None else own.sum())
-        strayed.add_(astray)
+        mixed.add_(is_mixed)
         with no_autocast(gradient.device):
             for i, site in enumerate(space.sites):
                 here, layer = slice(site.offset, site.offset + site.size), site.module
                 if (by_sample or own is not None) and calls[i] and not is_by_sample(calls[i], n):
-                    strayed[i] += 1
+                    mixed[i] += 1
                     continue
                 for x, g in calls[i]:
                     count: float = uses_per_weight(layer, g)
@@ -116,20 +115,20 @@ def measure(
                     gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
 
     sizes = [space.size, space.size, sites, sites, 1]
-    return _mean(space, *summed_up(recording, evaluator, rows_mask, sizes, add))
+    return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
 
 
-def summed_up(
+def accumulate(
     recording: Replay,
     evaluator: Evaluator,
     rows_mask: Tensor,
     sizes: Sequence[int],
     add: Callable[[Sequence[Tensor], Any, bool], None],
 ) -> tuple[Tensor, ...]:
-    """Returns sums over the marked samples of all ranks, of such sizes.
+    """Accumulates vectors of the given sizes over the marked samples of all ranks.
 
-    `add(sums, chunk, first)` adds a chunk; the `first` one has more than one sample. Chunks are of `SAMPLES_PER_PASS`
-    samples, or of as many as memory allows.
+    `add(sums, chunk, first)` adds a chunk of up to `SAMPLES_PER_PASS` samples, fewer if memory runs out; `first`
+    marks the first chunk of more than one sample. The last vector has the number of samples.
     """
     space = recording.space
 
@@ -144,14 +143,12 @@ def summed_up(
 
     found, size = None, SAMPLES_PER_PASS
     while found is None:
-        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
+        # Ranks do not communicate here, so each may reduce its own pass size.
         found = none_if_out_of_memory(partial(work, size), last_try=size == 1)
         size //= 2
     sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
     if not sums[-1].item():
-        raise EvaluationError(
-            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
-        )
+        raise EvaluationError("`rows_mask` marks no sample.", "mark at least one sample on one rank.")
     return sums
 
 
@@ -162,25 +159,25 @@ def _scaled(x: Tensor, weight: Tensor) -> Tensor:
 def _calls(
     recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Returns the calls of each site, with the gradients of `values` of the logits, one number a sample.
+    """Returns the calls of each site with gradients of `values(logits)`, `n`, and a mask of sites with mixed samples.
 
-    If `check`, also at which sites the rows of a sample are not those where its gradient is.
+    The mask is only computed if `check`: True where a sample's loss has a gradient at the rows of another sample.
     """
     sites = recording.space.sites
-    probe, made = probed(recording, chunk, values)
-    strayed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
+    probe, made = replay_with_probe(recording, chunk, values)
+    mixed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
     if check:
         half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
         first = (torch.arange(len(made), device=made.device) < half).to(made.dtype)
         for name, gradient in zip(probe.called, probe.gradients(made, first, retain_graph=True), strict=True):
             g = as_rows(sites[order[name]].module, gradient)
-            strayed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
+            mixed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
     calls = probe.calls(made)
-    return [calls[site.name] for site in sites], strayed
+    return [calls[site.name] for site in sites], mixed
 
 
-def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
-    """Returns a probe at the outputs of all sites, and `values` of the logits, which must depend on these outputs."""
+def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
+    """Replays a chunk with a probe at the outputs of all sites; returns the probe and `values(logits)`."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
         logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
@@ -197,7 +194,7 @@ def probed(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) ->
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
-        # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
+        # With one position |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are needed.
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
         return flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
@@ -207,7 +204,7 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
 
 
 def check_called(site: LayerRef, count: float) -> None:
-    """Refuses a layer that was called on nothing."""
+    """Raises a `ReplayError` if a layer was never called."""
     if not count:
         raise ReplayError(
             f"`layer={site.name!r}` is never called when the model runs.",
@@ -216,15 +213,15 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns a site's part of the flat vector."""
+    """Flattens a site's weight and bias into its part of the weight vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
 def _mean(
-    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, strayed: Tensor, samples: Tensor
+    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, mixed: Tensor, samples: Tensor
 ) -> Impact:
-    for site, count, astray in zip(space.sites, positions.tolist(), strayed.tolist(), strict=True):
-        if astray:
+    for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
+        if is_mixed:
             raise ReplayError(
                 f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
@@ -244,11 +241,11 @@ def _mean(
 @LOCALIZERS.register("gradient")
 @dataclass(frozen=True)
 class ByGradient:
-    """Localises the weights with the largest mean loss gradient on the failed samples, whatever the passed ones say.
+    """Localises the weights with the largest mean loss gradient on the failed samples.
 
     Attributes:
-        n_weights: how many; None: as many as `default_n_weights` says.
-        include_bias: whether biases may be localised too.
+        n_weights: number of weights to localise; None: `default_n_weights`.
+        include_bias: True to localise biases too.
     """
 
     n_weights: int | None = None
@@ -258,9 +255,9 @@ class ByGradient:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Takes the largest gradients, of equal ones the first; weights without any are left out."""
+        """Returns the weights with the largest nonzero gradients; on ties, the first."""
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]
         weights = top[gradient[top] > 0].sort().values
-        return localized(weights, len(weights), wanted, len(gradient))
+        return make_localization(weights, len(weights), wanted, len(gradient))

@@ -1,4 +1,4 @@
-"""The protocol of a localizer, its result, the registry, and the two simplest: all weights, random weights."""
+"""The interface of a localizer, its result, the registry, and two baselines: all weights and random weights."""
 
 from __future__ import annotations
 
@@ -17,75 +17,81 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 
 @dataclass(frozen=True)
 class Localization:
-    """The weights to be searched (paper, section II.1, step ii).
+    """Weights to search (paper, section II.1, step ii).
 
-    `sizes` are those of the sets on the way: `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|, `both`
-    = size of their intersection, `localized` = K, `total` = W.
+    `sizes` has the sizes of the sets: `failed` is |B_failed & F_failed|, `passed` is |B_passed & F_passed|, `both` is
+    the size of their intersection, `localized` is K and `total` is W.
     """
 
     weights: Tensor  # K int64, flat positions in the weight space, ascending
-    n_g: int  # how many top weights each of the four sets had
-    requested: int | None  # the #lw that was asked for; None if N_g was given
+    n_g: int  # number of top weights in each of the four sets
+    requested: int | None  # requested number of weights (#lw); None if N_g was given
     sizes: dict[str, int]
 
 
 class Replay(Protocol):
-    """A recording: known data in chunks, and the model run on them with layers' outputs replaced."""
+    """Recording of the model on known data, which can be replayed with edited layer outputs."""
 
     @property
     def space(self) -> ParameterSpace:
-        """The layers to be repaired."""
+        """The layers to repair."""
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
+        """Yields chunks of at most `size` samples, those marked in `keep`, `N` bool by row of the results."""
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """Returns the logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
+        """Returns the logits of a chunk with each layer's output replaced by `edit(site, input, output)`."""
 
 
 @runtime_checkable
 class Localizer(Protocol):
-    """Chooses the weights to be searched. One of your own is a frozen dataclass with this call."""
+    """Chooses the weights to search. Write your own as a frozen dataclass with this call."""
 
     @property
     def include_bias(self) -> bool:
-        """True if biases may be chosen too: the weight space is made accordingly."""
+        """True if biases may be chosen too; the weight space then contains them."""
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Localises from a recording of this rank's data, or raises an `EmptyLocalizationError`.
+        """Chooses weights from a recording of this rank's data.
 
-        `evaluator` has the task and the ranks; `failed` and `passed` are `N` bool by row of the results, the samples to
-        be repaired (I_neg) and to be kept (I_pos).
+        Args:
+            recording: the model on the known data of this rank.
+            evaluator: supplies the task and the ranks.
+            failed: `N` bool by row of the results, the samples to repair (I_neg).
+            passed: `N` bool, the samples to keep (I_pos).
+
+        Raises:
+            EmptyLocalizationError: no weight qualifies.
         """
 
 
 LOCALIZERS: Registry[Localizer] = Registry(
     "Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer), group="localizers"
 )
-"""The ways of localising that can be named."""
+"""Localizers by name."""
 
 
-def localized(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """Makes a localisation by some order of the weights; an `EmptyLocalizationError` if there are none."""
+def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
+    """Builds a `Localization`; raises an `EmptyLocalizationError` if `weights` is empty."""
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",
-            "choose another layer: this one has no influence on what these samples are taken for.",
+            "choose another layer: this one does not affect the predictions of these samples.",
         )
     return Localization(weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total})
 
 
 def check_numbers(**numbers: int | None) -> None:
-    """Refuses numbers that are given and are not whole or below 1."""
+    """Raises a `ConfigurationError` unless each number is None or a whole number from 1."""
     for name, number in numbers.items():
         if number is not None:
             check_whole(name, number, 1)
 
 
 def default_n_weights(total: int) -> int:
-    """Returns how many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
+    """Returns the default number of weights to localise: a tenth of the layer, at least 32, at most 309.
 
-    The limits are those of the three runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
+    The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1).
 
     Example:
         >>> [default_n_weights(total) for total in (224, 640, 589_824)]
@@ -97,7 +103,7 @@ def default_n_weights(total: int) -> int:
 @LOCALIZERS.register("all")
 @dataclass(frozen=True)
 class AllWeights:
-    """Takes every weight of the layer, whatever the data; biases too if `include_bias` says so."""
+    """Chooses every weight of the layer, and every bias if `include_bias` is True."""
 
     include_bias: bool = False
 
@@ -111,13 +117,12 @@ class AllWeights:
 @LOCALIZERS.register("random")
 @dataclass(frozen=True)
 class RandomWeights:
-    """Draws weights without looking at the data, each with the same probability.
+    """Draws weights uniformly at random, independently of the data.
 
     Attributes:
-        n_weights: how many; None: as many as `default_n_weights` says. All, if the layer has no more.
-        seed: of the draw, from 0 to 2^32 - 1. That of the repair does not matter: several repairs search the same
-            weights.
-        include_bias: whether biases may be drawn too.
+        n_weights: number of weights, at most the layer's; None: `default_n_weights`.
+        seed: seed of the draw, from 0 to 2^32 - 1. The repair's seed has no effect.
+        include_bias: True to draw biases too.
     """
 
     n_weights: int | None = None
@@ -129,8 +134,8 @@ class RandomWeights:
         check_whole("seed", self.seed, 0, 2**32 - 1)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Draws on the CPU, so that every device and every rank has the same weights."""
+        # On the CPU, so that every device and every rank draws the same weights.
         total = recording.space.size
         wanted = self.n_weights or default_n_weights(total)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
-        return localized(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)
+        return make_localization(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)

@@ -1,7 +1,7 @@
-"""NeuRecover's localisation: weights that matter where training lost samples, and not where it won some (Tokui 2022).
+"""NeuRecover's localisation, from the history of the training (Tokui et al. 2022).
 
-A training goes through points, its epochs or its checkpoints, and ends at the model as it is. Between two points in a
-row a sample may turn from right to wrong (a regression) or from wrong to right (an improvement).
+The history is a sequence of points (epochs or checkpoints) that ends at the current model. Between consecutive points a
+sample may turn from right to wrong (a regression) or from wrong to right (an improvement).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,38 +17,37 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, Known
+from lightning_nrl.localization.history import CheckpointHistory, History, HistoryPoint, KnownData
 from lightning_nrl.localization.impact import Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, default_n_weights
-from lightning_nrl.localization.neurecover_lite import nearest, places, sizes_at
+from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
 from lightning_nrl.localization.training_record import FolderHistory
 
 
 @LOCALIZERS.register("neurecover")
 @dataclass(frozen=True)
 class NeuRecover:
-    r"""Localises by what training did to weights and samples.
+    r"""Localises weights by the history of the training.
 
-    In each layer `(F_deg & G_deg & D) - (F_imp & G_imp)`: the top weights by forward impact F and by gradient G on the
-    regressions (deg), by the change D of the weight, and by both impacts on the improvements (imp). A layer of n
-    weights has the top `round(n * s * rate)`, with its suspiciousness
+    In each layer the result is `(F_deg & G_deg & D) - (F_imp & G_imp)`: the top weights by forward impact F, gradient G
+    (both on the regressions, deg) and weight change D, minus the top weights by F and G on the improvements (imp).
+    In a layer of n weights the top sets have `round(n * s * rate)` weights, with the suspiciousness
 
     .. math:: s = \frac{F_{deg}}{F_{deg} + F_{imp}} \cdot \overline{|\Delta w|}
 
-    of mean impacts, both factors divided by the largest of all layers. Regressions are targets (I_neg) that were right
-    before, improvements are passed samples (I_pos) that were wrong.
+    of mean impacts, both factors divided by their maximum over layers. Regressions are targets (I_neg) that used to be
+    right, improvements are passed samples (I_pos) that used to be wrong.
 
     Attributes:
-        history: earlier points of the training, the oldest first: a list of checkpoints (paths, modules, state dicts),
-            the folder that `TrainingHistory` has written, or an object with `points`. None: that of a
-            `TrainingHistory` in the same Trainer.
-        n_weights: how many weights to localise; the nearest number that can be reached is taken. None, with `rate` None
-            too, leaves the choice to `default_n_weights`.
-        rate: the share of the weights of the most suspicious layer that are the top ones, above 0 to 1, instead.
-        last: how many steps of the training count, from the last one back; 1 is the published method, which compares
-            the last two points. None: all.
-        decay: what a flip and a change of a step count of what they count in the step after it, above 0 to 1.
-        include_bias: whether biases may be localised too.
+        history: earlier points of the training, oldest first: a list of checkpoints (paths, modules, state dicts), a
+            folder written by `TrainingHistory`, or an object with `points`. None: the folder of a `TrainingHistory` in
+            the same Trainer.
+        n_weights: number of weights to localise; the nearest reachable number is used. None, with `rate` None too:
+            `default_n_weights`.
+        rate: share of weights in the top sets of the most suspicious layer, above 0 to 1; replaces `n_weights`.
+        last: number of most recent steps to use; 1, the published method, compares the last two points. None: all.
+        decay: weight of a step relative to the next one, above 0 to 1.
+        include_bias: True to localise biases too.
     """
 
     history: str | Path | Sequence[Any] | History | None = None
@@ -71,14 +70,14 @@ class NeuRecover:
 
     @property
     def wants_history(self) -> bool:
-        """True if the record of a `TrainingHistory` in the same Trainer is meant."""
+        """True if the folder of a `TrainingHistory` in the same Trainer is needed."""
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
         return replace(self, history=folder)
 
-    def on(self, known: Known) -> OnHistory:
-        """Returns the localiser for these data: reads the history, running checkpoints once over the data."""
+    def on(self, known: KnownData) -> HistoryLocalizer:
+        """Reads the history, evaluating checkpoints on the known data, and returns the localizer for these data."""
         history = _history_of(self.history)
         if history is None:
             raise ConfigurationError(
@@ -92,31 +91,30 @@ class NeuRecover:
             points = points[:-1]
         if not points:
             raise ConfigurationError(
-                "`NeuRecover.history` has no point before the model as it is.", "give at least one earlier checkpoint."
+                "`NeuRecover.history` has no point before the current model.", "give at least one earlier checkpoint."
             )
         points = [*points, now]
         flips = TrainingFlips.between(points if self.last is None else points[-self.last - 1 :], self.decay)
-        return OnHistory(self, flips)
+        return HistoryLocalizer(self, flips)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Refuses: `on(known)` returns the localiser to be called."""
+        """Raises a `ConfigurationError`: `on(known)` returns the localizer to call."""
         raise ConfigurationError(
-            "`localizer`: NeuRecover does not have the known data.",
-            "call `NeuRecover.on(known)`, then what it gives.",
+            "`localizer`: NeuRecover does not have the known data.", "call the localizer that `on(known)` returns."
         )
 
 
 @dataclass(frozen=True)
 class TrainingFlips:
-    """Flips during a training; later ones count more."""
+    """Flips of samples and changes of weights during a training, with a higher weight for later steps."""
 
-    regressed: Tensor  # N, 0 where a sample never turned from right to wrong
-    improved: Tensor  # N, 0 where it never turned from wrong to right
-    change: Tensor  # W, mean size of the change of each weight in a step
+    regressed: Tensor  # N, weighted number of flips from right to wrong
+    improved: Tensor  # N, weighted number of flips from wrong to right
+    change: Tensor  # W, weighted mean of each weight's absolute change per step
 
     @classmethod
     def between(cls, points: Sequence[HistoryPoint], decay: float) -> TrainingFlips:
-        """Of at least two points in a row; a sample not known at one of two points did not flip between them."""
+        """Compares at least two consecutive points; a sample unknown at either of two points did not flip."""
         regressed = improved = torch.zeros(len(points[0].passed), dtype=torch.float64)
         change, total = torch.zeros(len(points[0].weights), dtype=torch.float64), 0.0
         for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
@@ -130,8 +128,8 @@ class TrainingFlips:
 
 
 @dataclass(frozen=True)
-class OnHistory:
-    """NeuRecover's localisation where the history is known."""
+class HistoryLocalizer:
+    """NeuRecover with its history read."""
 
     settings: NeuRecover
     flips: TrainingFlips
@@ -145,7 +143,7 @@ class OnHistory:
         if not regressed.any():
             raise EmptyLocalizationError(
                 f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
-                "record more often, or data that the targets are from (`TrainingHistory(splits=[...])`), give more "
+                "record more often, record the targets' splits (`TrainingHistory(splits=[...])`), give more "
                 "checkpoints, or use `neurecover-lite`, which needs no history.",
             )
         deg = measure(recording, evaluator, regressed > 0, weight=regressed)
@@ -165,11 +163,13 @@ def localize_by_history(
 ) -> Localization:
     """Localises by NeuRecover's set operation in every layer (see `NeuRecover`).
 
-    Of all rates that leave any weight the one is taken whose number of weights is nearest to the request, the smallest
-    if several are equally near.
-
-    `deg` and `imp` are impacts on regressions and improvements (None: there are none), `change`, `W`, is how much each
-    weight changed.
+    Args:
+        space: the layers.
+        deg: impacts on the regressions.
+        imp: impacts on the improvements; None: no improvements.
+        change: `W`, absolute change of each weight.
+        n_weights: requested number of weights; the rate that comes nearest is used, the smallest on a tie.
+        rate: share of weights in the top sets, instead of `n_weights`.
 
     Raises:
         EmptyLocalizationError: no weight is left.
@@ -182,7 +182,7 @@ def localize_by_history(
         if not s:
             continue
         per_rank = 1 / (s * (own.stop - own.start))
-        # A weight of rank k is among the top ones from round(n s rate) = k on.
+        # A weight of rank k enters the top set where round(n s rate) = k.
         worst = _worst_rank(deg.forward[own], deg.backward[own], change[own])
         enter[own] = (worst - 0.5) * per_rank
         if imp is not None:
@@ -202,15 +202,13 @@ def localize_by_history(
             f"regressions, all of them among the {sizes['passed']} that matter for improvements.",
             "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
         )
-    tops = [
-        min(site.size, int(s * site.size * rate + 0.5))
-        for site, s in zip(space.sites, suspicious.tolist(), strict=True)
-    ]
-    return Localization(weights, sum(tops), n_weights, sizes)
+    suspicion = zip(space.sites, suspicious.tolist(), strict=True)
+    n_top = sum(min(site.size, int(s * site.size * rate + 0.5)) for site, s in suspicion)
+    return Localization(weights, n_top, n_weights, sizes)
 
 
 def suspiciousness(deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor) -> Tensor:
-    """Returns how suspicious each layer is, from 0 to 1; both factors are 1 for the layer that has most of them."""
+    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`)."""
 
     def means(x: Tensor) -> Tensor:
         return torch.stack([x[own].mean() for own in layers])
@@ -225,8 +223,7 @@ def _history_of(given: Any) -> History | None:
     if isinstance(given, (str, Path)):
         return FolderHistory(Path(given))
     if given is None or (hasattr(given, "points") and not isinstance(given, type)):
-        history: History | None = given
-        return history
+        return cast("History | None", given)
     argument, listed = "NeuRecover.history", isinstance(given, Sequence) and not isinstance(given, bytes)
     check_kind(argument, given, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
     if not given:
@@ -235,4 +232,4 @@ def _history_of(given: Any) -> History | None:
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
-    return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
+    return torch.stack([rank_impacts(impact) for impact in impacts]).amax(0).to(impacts[0])

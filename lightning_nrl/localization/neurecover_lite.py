@@ -1,8 +1,8 @@
-"""NeuRecoverLite's localisation: weights that matter for the failed data and not for the passed (paper, section II.1).
+"""NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data (paper, section II.1).
 
-One number, N_g, decides how many weights remain, and not in one direction: none at 0, none again when each of the
-four sets holds every weight. So sizes are tabled for all N_g at once. A weight is in `B_failed & F_failed` from the N_g
-on that equals the worse of its two ranks; likewise for the passed data. It is localised for every N_g between the two.
+The number of localised weights is not monotonic in N_g, so sizes are computed for all N_g at once. A weight enters
+`B_failed & F_failed` at the N_g equal to the worse of its two ranks, likewise for the passed data, and is localised for
+every N_g between the two.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Repla
 @LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
 class NeuRecoverLite:
-    """Localises the weights that matter for the failed samples and not for the passed.
+    """Localises weights with a high impact on the failed samples but not on the passed.
 
     Attributes:
-        n_weights: how many weights to localise (#lw); the nearest number that can be reached is taken. None, with `n_g`
-            None too, leaves the choice to `default_n_weights`.
-        n_g: how many top weights each of the four sets has (N_g), instead of `n_weights`.
-        aggregation: how the gradients of many samples become one backward impact: `mean_gradient`, the absolute value
-            of their mean, or `per_sample`, the mean of their absolute values.
-        include_bias: whether biases may be localised too.
+        n_weights: number of weights to localise (#lw); the nearest reachable number is used. None, with `n_g` None too:
+            `default_n_weights`.
+        n_g: number of top weights in each of the four sets (N_g); replaces `n_weights`.
+        aggregation: aggregation of gradients over samples: `mean_gradient`, the absolute value of their mean, or
+            `per_sample`, the mean of their absolute values.
+        include_bias: True to localise biases too.
 
     Example:
         >>> NeuRecoverLite(n_weights=32)
@@ -54,17 +54,19 @@ class NeuRecoverLite:
 
 
 def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
-    """Localises the weights that matter for the failed data and not for the passed (paper, section II.1, step ii).
+    """Computes `(B_failed & F_failed) - (B_passed & F_passed)` (paper, section II.1, step ii).
 
-    `(B_failed & F_failed) - (B_passed & F_passed)`, each the top N_g weights of one impact; of equal impacts the one
-    that comes first in the weight space ranks first. Of all N_g that leave any weight the one is taken whose number of
-    weights is nearest to the request; the smallest, if several are equally near, since its weights have the greatest
-    impact on the failed data. The result says what was requested and what was reached.
+    Each set has the top N_g weights by one impact; on ties, the first in the weight space. Given `n_weights`, the N_g
+    whose result is nearest in size is used, the smallest on a tie, since its weights have the greatest impact.
 
-    Of the impacts on failed (I_neg) and passed samples (I_pos); the numbers are those of `NeuRecoverLite`.
+    Args:
+        failed: impacts on the samples to repair (I_neg).
+        passed: impacts on the samples to keep (I_pos).
+        n_weights: as in `NeuRecoverLite`.
+        n_g: as in `NeuRecoverLite`.
 
     Raises:
-        ConfigurationError: a number below 1, both numbers at once, an N_g above the number of weights.
+        ConfigurationError: a number is below 1, both numbers are given, or N_g exceeds the number of weights.
         EmptyLocalizationError: no weight is left.
     """
     _check(n_weights, n_g)
@@ -83,7 +85,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
         chosen = n_g
     at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
     if not at["localized"]:
-        raise _empty(sizes["localized"], chosen, at)
+        raise _empty_error(sizes["localized"], chosen, at)
     weights = ((enter <= chosen) & (leave > chosen)).nonzero().squeeze(1)
     return Localization(weights, chosen, n_weights, at)
 
@@ -95,7 +97,7 @@ def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Returns the sizes in `Localization.sizes` at some thresholds, from where weights enter and leave the set."""
+    """Computes `Localization.sizes` at the thresholds `at`, given the thresholds where weights enter and leave."""
     failed, passed, both = (
         torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
     )
@@ -103,22 +105,21 @@ def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
 
 
 def _first_n_g(impact: Impact) -> Tensor:
-    """Returns the N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
-    return torch.maximum(places(impact.backward), places(impact.forward))
+    return torch.maximum(rank_impacts(impact.backward), rank_impacts(impact.forward))
 
 
-def places(impact: Tensor) -> Tensor:
-    """Returns places from 1, the greatest impact first, equal ones in the order of the weight space."""
+def rank_impacts(impact: Tensor) -> Tensor:
+    """Ranks impacts from 1, the largest first, ties in the order of the weight space."""
     order = impact.argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
 
 
 def nearest(sizes: Tensor, size: int) -> int:
-    """Returns the first place of the size that is nearest to the one wanted, empty sets left out."""
+    """Returns the first index of the nonzero size nearest to `size`."""
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
-def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
+def _empty_error(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
     candidates = localized.nonzero().squeeze(1)
     if len(candidates):
         nearest = int(candidates[(candidates - n_g).abs().argmin()])

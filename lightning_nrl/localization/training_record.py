@@ -1,7 +1,7 @@
-"""The record of a training on disk: which samples were right at which step, their losses, and weights of some layers.
+"""The record of a training on disk: results of each sample and weights of some layers at recorded steps.
 
-A folder with one file a point, named by the step (`point-00000120.pt`), and the samples of each split (`samples.pt`).
-All of it loads with `weights_only=True`.
+The folder has one file per point, named by step (`point-00000120.pt`), and the samples of each split (`samples.pt`).
+All files load with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization.history import HistoryPoint, Known
+from lightning_nrl.localization.history import HistoryPoint, KnownData
 
 SAMPLES_FILE = "samples.pt"
 POINT_FILE = re.compile(r"point-(\d+)\.pt")
-RECORD_HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."
+RECORD_HINT = "give the folder written by `TrainingHistory`, by default `<log_dir>/history`."
 
 
 @dataclass(frozen=True)
 class RecordedSplit:
-    """One split at all points of a training, the oldest first; `T` points, `n` samples.
+    """Results on one split of `n` samples at `T` points of a training, oldest first.
 
     Attributes:
         index: `n` int64, positions in the data set.
-        label: `n` int64, the true class, -1 where the task has none.
+        label: `n` int64, true classes, -1 if the task has no classes.
         passed: `T x n` bool.
         loss: `T x n` float16.
     """
@@ -46,23 +46,23 @@ class RecordedSplit:
 
     @property
     def never_learned(self) -> Tensor:
-        """`n` bool, wrong at every point."""
+        """Samples that are wrong at every point, `n` bool."""
         return ~self.passed.any(0)
 
     @property
     def forgotten(self) -> Tensor:
-        """`n` int64, how often each turned from right to wrong between two points (Toneva et al. 2019)."""
+        """Number of flips from right to wrong per sample, `n` int64 (forgetting events, Toneva et al. 2019)."""
         return (self.passed[:-1] & ~self.passed[1:]).sum(0)
 
     @property
     def first_right(self) -> Tensor:
-        """`n` int64, the first point at which each was right; `T` where it never was."""
+        """First point at which each sample is right, `n` int64; `T` if never."""
         return self.passed.int().argmax(0).masked_fill(self.never_learned, len(self.passed))
 
 
 @dataclass(frozen=True)
 class RecordedPoint:
-    """One point of a training: the step, the epoch, and the weights that were kept."""
+    """One point of a training: step, epoch and the recorded weights."""
 
     step: int
     epoch: int
@@ -71,11 +71,11 @@ class RecordedPoint:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """A record written by `TrainingHistory`: its points, and the samples of its splits.
+    """Record written by `TrainingHistory`.
 
     Attributes:
-        points: the oldest first.
-        splits: by name.
+        points: points of the training, oldest first.
+        splits: results by split name.
     """
 
     points: tuple[RecordedPoint, ...]
@@ -83,26 +83,27 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder; a `ConfigurationError` if there is no record, or it cannot be read."""
+        """Reads a folder; raises a `ConfigurationError` if it has no record or a damaged one."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
-            raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", RECORD_HINT)
+            raise ConfigurationError(f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT)
         samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
         found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         try:
             splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
             points = tuple(RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found)
             if not all(isinstance(value, Tensor) for point in points for value in point.weights.values()):
-                raise ValueError("its weights are no tensors")
+                raise ValueError("its weights are not tensors")
             return cls(points, splits)
-        except Exception as error:  # whatever comes of reading files that hold something else
+        except Exception as error:  # files with other contents can raise anything
             problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
-            raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
+            raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
-    def history(self, known: Known) -> list[HistoryPoint]:
-        """Returns the points as NeuRecover takes them; a sample without a record is unknown.
+    def history(self, known: KnownData) -> list[HistoryPoint]:
+        """Returns the points as NeuRecover needs them; samples without a record are unknown.
 
-        A `ConfigurationError` if the weights of a layer to be repaired were not kept, or nothing of the targets' data.
+        Raises:
+            ConfigurationError: the weights of a layer to repair, or all splits with targets, were not recorded.
         """
         before = known.before
         failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
@@ -115,7 +116,7 @@ class TrainingRecord:
         return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
 
     def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
-        """Returns rows of known samples of a split, and their places in the record."""
+        """Returns the result rows of a split's recorded samples and their positions in the record."""
         recorded = self.splits[split].index
         place = torch.full((int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1)
         place[recorded] = torch.arange(len(recorded))
@@ -124,7 +125,7 @@ class TrainingRecord:
         return there + before.start(split), found[there]
 
     def _point(
-        self, i: int, point: RecordedPoint, known: Known, rows: Mapping[str, tuple[Tensor, Tensor]]
+        self, i: int, point: RecordedPoint, known: KnownData, rows: Mapping[str, tuple[Tensor, Tensor]]
     ) -> HistoryPoint:
         names = list(known.space.parameters)
         lacking = [name for name in names if name not in point.weights]
@@ -141,16 +142,16 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class FolderHistory:
-    """The history in a folder, read when it is asked for."""
+    """History in a folder, read on demand."""
 
     folder: Path
 
-    def points(self, known: Known) -> list[HistoryPoint]:
+    def points(self, known: KnownData) -> list[HistoryPoint]:
         return TrainingRecord.read(self.folder).history(known)
 
 
 def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> None:
-    """Writes the results on all samples at a step, with the weights to be kept."""
+    """Writes the results on all samples and the given weights as the point of a step."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}
@@ -165,7 +166,7 @@ def write_point(folder: Path, step: int, epoch: int, results: SampleResults, wei
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Removes points after a step: those of a training that went on from an earlier checkpoint, or began anew."""
+    """Removes points after a step, left by a training that was restarted or resumed from an earlier checkpoint."""
     for at, file in _point_files(folder).items():
         if at > step:
             file.unlink()
@@ -190,5 +191,5 @@ def _point_files(folder: Path) -> dict[int, Path]:
 
 def _replace(value: Mapping[str, Any], file: Path) -> None:
     held = BytesIO()
-    torch.save(value, held)  # to a file, a full disk is a RuntimeError
+    torch.save(value, held)  # saving to a file would raise a RuntimeError, not an OSError, on a full disk
     replacing(file, lambda path: path.write_bytes(held.getvalue()))

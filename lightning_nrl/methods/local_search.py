@@ -15,7 +15,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Need
-from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
+from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer, on_data
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import (
     choose_samples,
@@ -143,7 +143,7 @@ def _localized_and_searched(
     failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
-        localizer = on_data(problem.localizer, Known(problem.evaluator, problem.known, before, space))
+        localizer = on_data(problem.localizer, KnownData(problem.evaluator, problem.known, before, space))
         localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
     where, n_constrained = localization.weights.to(space.device), int(kept.sum())
     with clock.stage("search"), torch.no_grad():

@@ -31,7 +31,7 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_batch_statistics
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization import Known, on_data
+from lightning_nrl.localization import KnownData, on_data
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
@@ -158,7 +158,7 @@ def _check_recording(
         recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
         if hasattr(method, "check_recording"):
             ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used.")
-        localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
+        localizer = on_data(settings.localizer, KnownData(evaluator, sources, few, space))
         localizer(recording, evaluator, failed=failed, passed=known & ~failed)
 
 

@@ -1,8 +1,7 @@
-"""Searching values for the localised weights: a fitness, a searcher, and the loop that drives it.
+"""Search for new values of the localised weights: fitnesses, searchers and the loop that runs them.
 
-In: the localised weights (`original`), a scorer and how the layer's weights are distributed. Out: a `SearchResult`, the
-best candidate and the course of the search. A new algorithm is one file with a `Searcher` in it, registered in
-`SEARCHERS`.
+In: the localised weights, a scorer and statistics of the layer's weights. Out: a `SearchResult` with the best candidate
+and the history. To add an algorithm, write a `Searcher` and register it in `SEARCHERS`.
 """
 
 from lightning_nrl.search.cma_es import CmaEs

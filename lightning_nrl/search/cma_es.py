@@ -1,6 +1,6 @@
-"""CMA-ES (Hansen 2016) by the library `cmaes`, an extra: `pip install lightning_nrl[cmaes]`.
+"""CMA-ES (Hansen 2016), from the library `cmaes`, an extra: `pip install lightning_nrl[cmaes]`.
 
-The library works on the CPU and on one search at a time. Candidates of all searches are still scored in one call.
+The library runs on the CPU, one search at a time. The candidates of all searches are still scored in one call.
 """
 
 from __future__ import annotations
@@ -14,46 +14,41 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import of_origin
+from lightning_nrl.search.first_positions import broadcast_stat
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin, check_numbers
 
 Covariance = Literal["auto", "full", "diagonal"]
-MOST_FULL = 320
-"""Weights up to which `auto` takes the full covariance matrix: a little above what `default_n_weights` localises."""
+MAX_FULL = 320
+"""Largest number of weights for which `auto` uses the full covariance matrix, just above `default_n_weights`."""
 
 
 class Evolution(NamedTuple):
-    """S independent evolution strategies in mid-flight. The library's objects change when they are told something."""
+    """State of S independent evolution strategies. `tell` changes the library's objects in place."""
 
     candidates: Tensor  # S x P x K
     original: Tensor  # S x K
-    step: Tensor  # broadcasts to S x K, one standard deviation of the layer's weights: the unit of the search
-    seeds: tuple[int, ...]  # one a search
-    strategies: tuple[Any, ...] | None  # one a search; None before the first candidates are scored
-    sizes: tuple[int, ...]  # how many of its K weights each search has
-
-    @property
-    def threshold(self) -> None:
-        """The order of all candidates matters."""
-        return None
+    step: Tensor  # S x K, one standard deviation of the layer's weights: the unit of the search
+    seeds: tuple[int, ...]  # one per search
+    strategies: tuple[Any, ...] | None  # one per search; None before the first candidates are scored
+    sizes: tuple[int, ...]  # number of weights per search; the rest of the K is padding
+    threshold: None = None  # every candidate's rank matters
 
 
 @SEARCHERS.register("cma-es")
 @dataclass(frozen=True)
 class CmaEs:
-    """The search by covariance matrix adaptation and its settings.
+    """Searches by covariance matrix adaptation.
 
-    The first candidates are the original weights, the elites, and some drawn around the original; the strategy begins
-    at the best of them. Weights are searched in standard deviations of their layer. What is found is the best of all
-    that was scored, so it is never worth less than the original weights.
+    The first candidates are the original weights, the elites, and samples around the original; the strategy starts at
+    the best of them. The result is the best candidate scored, so it is never worse than the original weights.
 
     Attributes:
-        population: candidates in a generation, at least 4.
-        iterations: generations at most; 0 only scores the start.
-        patience: generations without a better fitness after which the search stops, at least 1.
-        sigma: the first step, in standard deviations of the layer's weights, above 0.
-        covariance: `full`, which takes memory and time with the square and cube of the number of weights; `diagonal`
-            (sep-CMA-ES, Ros & Hansen 2008); `auto`: `full` up to 320 weights.
+        population: candidates per generation, at least 4.
+        iterations: maximum number of generations; 0 only scores the start.
+        patience: generations without improvement before the search stops, at least 1.
+        sigma: initial step in standard deviations of the layer's weights, above 0.
+        covariance: `full`, with memory quadratic and time cubic in the number of weights; `diagonal` (sep-CMA-ES, Ros &
+            Hansen 2008); `auto`: `full` up to 320 weights.
     """
 
     label: ClassVar[str] = "CMA-ES"
@@ -74,9 +69,8 @@ class CmaEs:
         return self.population
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Evolution:
-        """Scores the original weights, the elites and candidates around the original first."""
         original, first = origin.original, origin.first_candidates
-        step = of_origin(origin.stats.std, origin).clamp_min(torch.finfo(original.dtype).tiny)
+        step = broadcast_stat(origin.stats.std, origin).clamp_min(torch.finfo(original.dtype).tiny)
         drawn = self.sigma * step * streams.normal(original[:, None], self.population, original.shape[1])
         if origin.searched is not None:
             drawn = drawn.masked_fill(~origin.searched, 0.0)
@@ -95,7 +89,7 @@ class CmaEs:
         return state._replace(candidates=candidates)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Begins at the best of the first candidates; afterwards adapts, `fitness` being `S x P`. NaN is worst."""
+        """Starts at the best first candidate, then adapts to `fitness`, `S x P`. NaN ranks last."""
         worth = fitness.double().cpu()
         worth = worth.masked_fill(worth.isnan(), -math.inf)
         if state.strategies is None:
@@ -103,22 +97,20 @@ class CmaEs:
             return state._replace(strategies=tuple(self._strategy(state, s, best[s]) for s in range(len(best))))
         for s, strategy in enumerate(state.strategies):
             if not bool(worth[s].isfinite().any()):
-                continue  # over, or nothing to learn from
+                continue  # the search has ended, or no candidate has a fitness
             own = slice(state.sizes[s])
             points = self._units(state, s, state.candidates[s, :, own]).numpy()
-            # The library minimises, and takes finite numbers only.
+            # The library minimises and accepts finite numbers only.
             costs = (-worth[s]).clamp(max=torch.finfo(torch.float64).max).tolist()
             strategy.tell(list(zip(points, costs, strict=True)))
         return state
 
     def _strategy(self, state: Evolution, s: int, start: Tensor) -> Any:
         n_weights = state.sizes[s]
-        most = {"full": n_weights, "auto": MOST_FULL}.get(self.covariance, 1)  # of one weight both are the same
-        full = n_weights <= most
-        library = _library()
-        kind = library.CMA if full else library.SepCMA
+        limit = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)  # with one weight both are the same
+        strategy = _library().CMA if n_weights <= limit else _library().SepCMA
         mean = self._units(state, s, start[:n_weights]).numpy()
-        return kind(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)
+        return strategy(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)
 
     def _units(self, state: Evolution, s: int, weights: Tensor) -> Tensor:
         own = slice(state.sizes[s])

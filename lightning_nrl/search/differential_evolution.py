@@ -1,4 +1,4 @@
-"""Differential evolution, rand/1/bin (Storn & Price 1997), as Arachne's second version searches with it."""
+"""Differential evolution, rand/1/bin (Storn & Price 1997), as used by Arachne's second version."""
 
 from __future__ import annotations
 
@@ -11,47 +11,46 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
+from lightning_nrl.search.first_positions import Start, broadcast_stat, check_start, first_positions
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 
 class Population(NamedTuple):
-    """Differential evolution in mid-flight: S independent populations of P members over K weights."""
+    """State of differential evolution: S independent populations of P members over K weights."""
 
     members: Tensor  # S x P x K
     fitness: Tensor  # S x P, minus infinity before the first candidates are scored
     candidates: Tensor  # S x P x K, the trials of this generation
-    lowest: Tensor  # broadcasts to S x P x K, no weight falls below
-    highest: Tensor  # no weight rises above
-    searched: Tensor | None  # S x 1 x K bool, False at padding; None: there is none
+    lowest: Tensor  # broadcasts to S x P x K, lower bound of the weights
+    highest: Tensor  # upper bound
+    searched: Tensor | None  # S x 1 x K bool, False at padding; None: no padding
 
     @property
     def threshold(self) -> Tensor:
-        """`S x P`: a trial that is worth as much as its member takes its place."""
+        """Fitness just below each member's, `S x P`, since a trial that ties with its member replaces it."""
         return torch.nextafter(self.fitness, torch.full_like(self.fitness, -math.inf))
 
 
 @SEARCHERS.register("differential-evolution")
 @dataclass(frozen=True)
 class DifferentialEvolution:
-    """The search by differential evolution, rand/1/bin, and its settings.
+    """Searches by differential evolution, rand/1/bin.
 
-    The trial of a member takes each weight with the probability `crossover`, and at least one, from
-    x_a + F (x_b - x_c), where a, b and c are three others drawn at random and F is drawn for each generation; the rest
-    are the member's own. It takes the member's place if it is worth no less. The original weights are a member, and as
-    what is found is the best of all that was scored, it is never worth less than they are.
+    A member's trial takes each weight, and at least one, with probability `crossover` from x_a + F (x_b - x_c), with
+    three other members a, b, c drawn at random and F drawn per generation. The trial replaces the member if it is at
+    least as good. The original weights are a member, and the result is the best candidate scored.
 
     Attributes:
-        population: how many members, at least 4.
-        iterations: generations at most; 0 only scores the start.
-        patience: generations without a better fitness after which the search stops, at least 1.
-        start: where members begin, as for `ParticleSwarm`.
-        scale_min: as of `ParticleSwarm`.
-        scale_max: as of `ParticleSwarm`.
-        crossover: CR, from 0 to 1.
-        factor_min: F is drawn evenly from here, at least 0.
-        factor_max: to here.
-        reach: weights are clipped to this multiple of the layer's lowest and highest, at least 1.
+        population: number of members, at least 4.
+        iterations: maximum number of generations; 0 only scores the start.
+        patience: generations without improvement before the search stops, at least 1.
+        start: initial positions, as in `ParticleSwarm`.
+        scale_min: as in `ParticleSwarm`.
+        scale_max: as in `ParticleSwarm`.
+        crossover: crossover rate CR, from 0 to 1.
+        factor_min: lower end of the uniform distribution of F, at least 0.
+        factor_max: upper end of that distribution.
+        reach: weights are clipped to this multiple of the layer's minimum and maximum, at least 1.
     """
 
     label: ClassVar[str] = "differential evolution"
@@ -72,7 +71,7 @@ class DifferentialEvolution:
         check_real(f"{name}.crossover", self.crossover, "share", "give a share from 0 to 1.", least=0, most=1)
         check_real(f"{name}.reach", self.reach, "number", "give a finite number of at least 1.", least=1)
         for number in ("factor_min", "factor_max"):
-            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite one from 0.", least=0)
+            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite number from 0.", least=0)
         if self.factor_min > self.factor_max:
             raise ConfigurationError(
                 f"`{name}.factor_min={self.factor_min!r}` is above `factor_max={self.factor_max!r}`.",
@@ -84,9 +83,8 @@ class DifferentialEvolution:
         return self.population
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Population:
-        """Places the members as `ParticleSwarm.init` its particles."""
         members = first_positions(origin, streams, self.population, self.start, self.scale_min, self.scale_max)
-        lowest, highest = of_origin(origin.stats.lowest, origin), of_origin(origin.stats.highest, origin)
+        lowest, highest = broadcast_stat(origin.stats.lowest, origin), broadcast_stat(origin.stats.highest, origin)
         return Population(
             members=members,
             fitness=torch.full(members.shape[:2], -math.inf, dtype=widest(members.device), device=members.device),
@@ -104,7 +102,7 @@ class DifferentialEvolution:
         mutant = _members(x, a) + factor * (_members(x, b) - _members(x, c))
         mutant = mutant.clamp(state.lowest, state.highest)
         crossed = streams.uniform(x, n, n_weights) < self.crossover
-        # From the mask, since numbers of the host would make it wait for the device.
+        # Taken from the mask: sizes on the host would force a synchronisation.
         sizes = n_weights if state.searched is None else state.searched.sum(-1).to(x)
         always = (streams.uniform(x, n, 1)[..., 0] * sizes).long().clamp(max=n_weights - 1)
         crossed = crossed.scatter(2, always[..., None], torch.ones_like(crossed[..., :1]))
@@ -113,7 +111,7 @@ class DifferentialEvolution:
         return state._replace(candidates=torch.where(crossed, mutant, x))
 
     def tell(self, state: Population, fitness: Tensor) -> Population:
-        """Keeps the better of each member and its trial, `fitness` being `S x P`; of equals the trial. NaN is worst."""
+        """Keeps the better of each member and its trial by `fitness`, `S x P`; the trial on a tie. NaN ranks last."""
         fitness = fitness.to(state.fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness >= state.fitness
@@ -124,7 +122,7 @@ class DifferentialEvolution:
 
 
 def three_others(uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws three different others for each of P members, all as likely, from numbers in [0, 1), `3 x S x P`.
+    """Draws three distinct other members, uniformly, for each of P from numbers in [0, 1), `3 x S x P`.
 
     Example:
         >>> [others.tolist() for others in three_others(torch.tensor([[[0.0] * 4], [[0.0] * 4], [[0.0] * 4]]))]

@@ -1,4 +1,4 @@
-"""First candidates of a population: around the original weights, drawn from the layer's, or half and half."""
+"""Initial candidates of a population: near the original weights, drawn from the layer's distribution, or both."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
 
 Start = Literal["local", "half", "paper", "normal"]
-"""Kinds of start, from all around the original weights to all but one drawn from N(mean, std) of the layer's."""
+"""Initial distributions, from all candidates near the original weights to all but one drawn from N(mean, std)."""
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""First candidates on the line from the original weights (0) through each elite (1) and beyond."""
+"""Positions of extra candidates on the line from the original weights (0) through each elite (1)."""
 
 
 def first_positions(
     origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
 ) -> Tensor:
-    """Places the first candidates, `S x n x K`, as `ParticleSwarm` describes its start and scales.
+    """Places the first candidates, `S x n x K`; `ParticleSwarm` describes start and scales.
 
-    The first of each search is at the original weights for any kind of start. The next M are at the elites, as many as
-    there is room for on the lines from the original through them, and those of the others that start around the
-    original weights do so around these and the elites in turn.
+    Candidate 0 is the original weights and the next M are the elites. Further candidates lie on the lines from the
+    original weights through the elites, then around the original weights and the elites in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
-    mean, std = of_origin(origin.stats.mean, origin), of_origin(origin.stats.std, origin)
+    mean, std = broadcast_stat(origin.stats.mean, origin), broadcast_stat(origin.stats.std, origin)
     half = {"local": n, "normal": 1}.get(start, (n + 1) // 2)
     still = half if start == "paper" else 1
     scale = torch.ones(n, 1, dtype=dtype, device=device)
@@ -50,15 +49,15 @@ def first_positions(
     return position
 
 
-def of_origin(x: float | Tensor, origin: SearchOrigin) -> Tensor:
-    """Shapes a number of the layer's weights for `S x P x K` candidates."""
+def broadcast_stat(x: float | Tensor, origin: SearchOrigin) -> Tensor:
+    """Reshapes a statistic of the layer's weights to broadcast to `S x P x K` candidates."""
     original = origin.original
     x = torch.as_tensor(x, dtype=original.dtype, device=original.device)
     return x[:, None] if x.ndim == 2 else x
 
 
 def check_start(how: Any, **least: int) -> None:
-    """Checks a searcher's numbers, each with its least value, and its start and scales."""
+    """Checks a searcher's whole numbers against their minimum values, and its start and scales."""
     check_numbers(how, **least)
     name, low, high = type(how).__name__, how.scale_min, how.scale_max
     check_choice(f"{name}.start", how.start, get_args(Start))

@@ -1,6 +1,6 @@
-"""How good a candidate is: the equations of the paper, a ranking with regressions first, and published fitnesses.
+"""Fitness functions: the paper's equations, a lexicographic ranking, and fitnesses of Arachne and NeuRecover.
 
-Pure functions of scores, `S x P -> S x P`; larger is better. L is a mean loss under the candidate.
+They map scores, `S x P`, to values, `S x P`; larger is better. L is a mean loss under the candidate.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
-"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
+"""Maps the candidates' scores, `S x P`, and the original's, `S x 1`, to fitnesses, `S x P`.
 
-Optional members: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
-lets scoring give up early; `as_constraint` makes no broken sample its first aim.
+Optional members: `uses_passed_loss = False` and `uses_credit = True` declare which scores it reads; `most_broken` lets
+scoring stop early; `as_constraint` returns a version that ranks regressions first.
 """
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
@@ -32,47 +32,44 @@ LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
 INFEASIBLE_RANKINGS = ("ranked", "zero")
 
 FEASIBLE_FLOOR = -(2.0**20)
-"""Under perfect intact, feasible candidates are never ranked below this and infeasible ones never above it."""
+"""With `perfect_intact`, feasible candidates rank at or above this value, infeasible ones at or below it."""
 
 SMALLEST_UNCHANGED = 2.0**-10
-"""If infeasible candidates are worth 0, feasible ones worth less than this are given a smaller positive fitness."""
+"""With `infeasible="zero"`, feasible fitnesses below this are mapped to smaller positive numbers."""
 
 
 @dataclass(frozen=True)
 class Fitness:
-    r"""The function that a search maximises.
+    r"""Fitness from the paper's equations or the lexicographic ranking.
 
     With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
     loss terms :math:`l` (see `loss_term`), the kinds are
 
-    - `lexicographic`: fewer broken first, then more repaired, then lower mean loss over I_neg and I_pos together: with
-      that of I_neg alone, a search that can repair no more would go on to push passed samples to the brink. As a
-      number: N_patched + loss part while nothing of I_pos is broken, which is positive; negative otherwise. The loss
-      part is the bounded loss term, squashed into 0 to 1/2 (1/4 for an unchanged loss).
+    - `lexicographic`: fewest broken, then most repaired, then lowest mean loss over I_neg and I_pos. (With the loss on
+      I_neg alone, the search would go on to shrink the margins of passed samples.) The value is N_patched + loss part,
+      which is positive, while nothing of I_pos is broken, and negative otherwise. The loss part is the bounded loss
+      term squashed into 0 to 1/2, 1/4 for an unchanged loss.
     - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
 
-    Where samples have weights (`Scores.gain`, `Scores.harm`), repaired samples count what they weigh, 1 on average over
-    I_neg, broken ones as many times as their weight says; the mean loss on I_neg is weighted; and the loss part is
-    multiplied with the least weight of I_neg, so that no loss outweighs a repair.
-
-    A candidate whose loss is NaN or infinite is worth minus infinity.
+    With sample weights (`Scores.value`, `Scores.cost`), counts and the loss on I_neg are weighted, and the loss part is
+    multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. A candidate whose loss is NaN or
+    infinite gets minus infinity.
 
     Attributes:
-        kind: one of these.
-        alpha: the intact weight of `eq1` and `eq2`, at least 0. See `exchange_rate` for what it buys.
-        beta: the weight of the loss term in `eq2`, at least 0.
-        delta: the small constant in the loss terms, above 0.
-        loss_term: how `eq1` and `eq2` read the paper's loss ratio, with loss L before and L' after the repair:
-            `bounded` is 1 - (L'+d)/(L+d), at most 1; `inverse_ratio` is (L+d)/(L'+d), unbounded, so that driving one
-            loss to 0 outweighs every count; `as_printed` is (L'+d)/(L+d), which grows with the loss.
-        perfect_intact: the paper's pi: any broken sample of I_pos makes a candidate infeasible.
-        infeasible: what pi does then: `ranked` puts infeasible candidates below all feasible ones, in the order of the
-            lexicographic kind, so that a search finds its way back; `zero` gives all of them the paper's 0, and
-            feasible ones that would be worth less, as their losses rose, a small positive number in the same order.
-        tolerated: broken samples of I_pos, by weight, that do not count in the lexicographic order nor make a candidate
-            infeasible, at least 0: what a gate allows.
+        kind: `lexicographic`, `eq1` or `eq2`.
+        alpha: weight of the intact term in `eq1` and `eq2`, at least 0; see `exchange_rate`.
+        beta: weight of the loss term in `eq2`, at least 0.
+        delta: small constant in the loss terms, above 0.
+        loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with loss L before and L' after the repair:
+            `bounded` is 1 - (L'+d)/(L+d), at most 1; `inverse_ratio` is (L+d)/(L'+d), unbounded, so that one loss near
+            0 outweighs every count; `as_printed` is (L'+d)/(L+d), which grows with the loss.
+        perfect_intact: the paper's pi: a candidate that breaks a sample of I_pos is infeasible.
+        infeasible: fitness of infeasible candidates: `ranked` puts them below all feasible ones in lexicographic order;
+            `zero` gives them the paper's 0 and maps feasible fitnesses near or below 0 to small positive numbers.
+        tolerated: total weight of samples of I_pos that may break without any effect on the lexicographic order or on
+            feasibility, at least 0: the gate's tolerance.
 
     Example:
         >>> import torch
@@ -108,17 +105,17 @@ class Fitness:
 
     @property
     def uses_passed_loss(self) -> bool:
-        """False if passed samples that no candidate can break need no scoring."""
+        """False if passed samples that no candidate can break need not be scored."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """Returns this fitness where more broken samples than tolerated, by weight, make a candidate infeasible."""
+        """Returns this fitness with candidates that break more than `tolerated` samples, by weight, infeasible."""
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """Returns how many samples of I_pos a candidate may break and still be worth more than `value`, `S x P`.
+        """Returns how many samples of I_pos a candidate may break and still exceed `value`, `S x P`.
 
-        Whole numbers or infinity; None where breaking more can be made up for. `n_failed` is |I_neg|, as in `Scores`.
+        Whole numbers or infinity; None where other terms can compensate for any number. `n_failed` is |I_neg|.
         """
         any_number = torch.full_like(value, math.inf)
         if self.perfect_intact and self.infeasible == "zero":
@@ -132,12 +129,12 @@ class Fitness:
         return self.tolerated + torch.where(value >= FEASIBLE_FLOOR, 0.0, infeasible)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """The fitness of each candidate, `S x P` float64, from its scores, `S x P`, and those of the original, `S x 1`.
+        """Computes the fitness of each candidate, `S x P` float64, from its scores and the original's, `S x 1`.
 
-        The lexicographic order of the counts is exact up to a million samples of each kind. MPS has float32 only: there
-        it is exact while broken * (|I_neg| + 1) stays below 2^22.
+        The lexicographic order of the counts is exact up to a million samples of each kind; in float32 (MPS), while
+        broken * (|I_neg| + 1) is below 2^22.
         """
-        gain, intact, loss_failed, loss_passed = scores.columns()
+        repaired, intact, loss_failed, loss_passed = scores.columns()
         _, _, before_failed, before_passed = original.columns()
         excess = (scores.n_passed - intact - self.tolerated).clamp(min=0)
 
@@ -146,12 +143,12 @@ class Fitness:
             loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
             before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
             fall = (before - loss) / (before.abs() + self.delta)
-            return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
+            return repaired + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
 
         if self.kind == "lexicographic":
             value = lexicographic()
         else:
-            value = gain / scores.n_failed + self.alpha * (intact / scores.n_passed)
+            value = repaired / scores.n_failed + self.alpha * (intact / scores.n_passed)
             of_failed = self._loss_term(loss_failed, before_failed)
             if self.kind == "eq1":
                 value = value + of_failed + self._loss_term(loss_passed, before_passed)
@@ -171,7 +168,7 @@ class Fitness:
 
 
 FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
-"""Fitnesses by name; a function of a candidate's scores and the original's is one, too."""
+"""Fitnesses by name; any `FitnessFunction` works too."""
 
 for _kind in FITNESS_KINDS:
     FITNESSES.register(_kind)(partial(Fitness, _kind))  # type: ignore[arg-type]
@@ -180,10 +177,7 @@ for _kind in FITNESS_KINDS:
 @FITNESSES.register("arachne")
 @dataclass(frozen=True)
 class ArachneFitness:
-    r"""Arachne's first fitness: :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`.
-
-    Counts, not rates: with more passed than failed samples one of each weighs the same, up to the losses.
-    """
+    r"""Arachne's first fitness, of counts: :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()
@@ -198,7 +192,7 @@ class NeuRecoverFitness:
     .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
 
     Attributes:
-        alpha: the weight of what is kept, at least 0.
+        alpha: weight of the intact term, at least 0.
     """
 
     alpha: float = 1.0
@@ -216,14 +210,14 @@ class NeuRecoverFitness:
 @FITNESSES.register("arachne-de")
 @dataclass(frozen=True)
 class ArachneDEFitness:
-    r"""The fitness of Arachne's second version, with a credit c for each sample: 1 if right, else 1/(loss + 1).
+    r"""Fitness of Arachne's second version, with a credit c for each sample: 1 if right, else 1/(loss + 1).
 
     .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
 
-    Weights of samples do not count.
+    Sample weights are ignored.
 
     Attributes:
-        aggressiveness: a, how many passed samples one failed sample is worth, at least 0.
+        aggressiveness: a, the weight of a failed sample relative to a passed one, at least 0.
     """
 
     uses_credit = True
@@ -234,17 +228,17 @@ class ArachneDEFitness:
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """As of `Fitness`; a `ValueError` if the scores have no credits."""
+        """Computes the fitness as `Fitness` does; raises a `ValueError` if the scores have no credits."""
         if scores.credit_failed is None or scores.credit_passed is None:
             raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
         return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)
 
 
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
-    """Returns the regressions that `eq1` and `eq2` accept for one repair, losses apart: |I_pos| / (alpha * |I_neg|).
+    """Returns the regressions that `eq1` and `eq2` accept per repair, losses aside: |I_pos| / (alpha * |I_neg|).
 
-    One repair earns 1/|I_neg|, one regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
-    regressions: only perfect intact and the lexicographic kind do.
+    A repair earns 1/|I_neg|, a regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
+    regressions; only `perfect_intact` and the lexicographic kind do.
 
     Example:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
@@ -254,17 +248,17 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """True if `Scores.loss_passed` matters to a fitness: unless it says no by `uses_passed_loss`."""
+    """True if a fitness reads `Scores.loss_passed`: unless its `uses_passed_loss` is False."""
     return bool(getattr(fitness, "uses_passed_loss", True))
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness asks for the credits of wrong samples: it says so by `uses_credit`."""
+    """True if a fitness reads the credits of `Scores`: if its `uses_credit` is True."""
     return bool(getattr(fitness, "uses_credit", False))
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """Returns one function for S searches with a fitness each, on a device; equal ones cost no more than one."""
+    """Combines the fitnesses of S searches into one function; equal fitnesses are evaluated together."""
     rows: dict[Fitness, list[int]] = {}
     for row, one in enumerate(fitness):
         rows.setdefault(one, []).append(row)
@@ -282,7 +276,7 @@ def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> Fitn
 
 
 def _positive(value: Tensor) -> Tensor:
-    """Keeps the order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
+    """Maps x below e = `SMALLEST_UNCHANGED` to e^2 / (2 e - x): positive, increasing, and smooth at e."""
     e = SMALLEST_UNCHANGED
     return torch.where(value < e, e**2 / (2 * e - value), value)
 

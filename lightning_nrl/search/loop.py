@@ -1,7 +1,7 @@
-"""The loop that drives any searcher: ask for candidates, score them, tell their fitness, until nothing better comes.
+"""The search loop: ask for candidates, score them, tell their fitness, until the fitness stops improving.
 
-All stays on the device: the host looks whether it is time to stop no more often than once in ten iterations, and a
-search that was over earlier was frozen meanwhile, so that the result does not depend on when the host looks.
+On a GPU the host synchronises once in ten iterations. A search that ended earlier is frozen, so that the result does
+not depend on when the host checks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lightning_nrl.search.searcher import (
     search_dtype,
 )
 
-TIME_WAS_OVER = "time was over"  # why a search ended that a deadline cut short
+TIME_WAS_OVER = "time was over"  # stop reason of a search that hit its deadline
 
 PROGRESS_EVERY = 10
-"""Iterations between two reports, and between two looks at the stop rule where looking makes a device wait."""
+"""Iterations between progress reports, and between checks of the stop rule where a check synchronises a device."""
 
 
 def search(
@@ -49,9 +49,9 @@ def search(
     on_progress: Callable[[int, SearchHistory], None] | None = None,
     check_every: int | None = None,
 ) -> SearchResult:
-    """Looks for better values of the localised weights: `search_many` for one search, without its dimension `S`.
+    """Searches for better values of the localised weights: `search_many` for one search, without dimension `S`.
 
-    Returns the original weights bit for bit if nothing is better.
+    Returns the original weights bit for bit if no candidate is better.
     """
     report = None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
     return search_many(
@@ -83,28 +83,31 @@ def search_many(
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
     check_every: int | None = None,
 ) -> list[SearchResult]:
-    """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
+    """Runs S searches in one batch; each gives bit for bit the result of `search`.
 
-    Results come without padding; `seconds` is the time of all together. The libraries of a GPU may sum in another order
-    where there are other numbers of searches; what is as good but for rounding may then come out otherwise.
+    GPU libraries may sum in another order for another number of searches, which can change the choice between
+    candidates that are equal up to rounding.
 
     Args:
-        scorer: scores candidates of `S x P x K`, in the dtype of `original`; each search may have samples of its own.
-        original: `S x K`, the weights before the repair on the device of the search, padded with finite values.
-        stats: the distribution of the layers' weights; its tensors broadcast to `S x K`.
-        seeds: one a search, the only source of randomness.
-        fitness: what to maximise, one for all or one a search; None: the lexicographic ranking.
-        searcher: the algorithm of every search, by name or with settings of its own.
-        sizes: how many of the K weights each search has. The rest is padding at the end and never moves. None: all.
+        scorer: scores candidates `S x P x K` in the dtype of `original`; each search may have its own samples.
+        original: `S x K`, the weights before the repair, on the search device, padded with finite values.
+        stats: statistics of the layers' weights; tensors broadcast to `S x K`.
+        seeds: one per search, the only source of randomness.
+        fitness: function to maximise, one for all or one per search; None: the lexicographic ranking.
+        searcher: search algorithm, by name or as an object.
+        sizes: number of weights per search; the rest of the K is padding at the end and never moves. None: K.
         elites: `S x M x K`, known good weights, padded likewise, `M` below the number of candidates. They are among the
-            first candidates, and what is found is never worth less than any of them.
-        deadline: looked at once in `check_every` iterations. A search that has one may end elsewhere on another run.
-        on_progress: told after every tenth iteration and at the end how many were made, and each search's history.
-        check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
-            on a CPU, 10 elsewhere. What is found does not depend on it.
+            first candidates, so the result is never worse than any of them.
+        deadline: checked once in `check_every` iterations. With a deadline, results may differ between runs.
+        on_progress: called after every tenth iteration and at the end with the number of iterations and all histories.
+        check_every: iterations between checks of the stop rule, which synchronise the device; None: 1 on a CPU, 10
+            elsewhere. Results do not depend on this number.
+
+    Returns:
+        One result per search, without padding; `seconds` is the time of all searches together.
 
     Raises:
-        ConfigurationError: `seeds`, `fitness` or `sizes` are not one a search.
+        ConfigurationError: `seeds`, `fitness` or `sizes` does not have one entry per search.
         EvaluationError: the loss of a search's original weights is NaN or infinite.
     """
     began = time.perf_counter()
@@ -148,12 +151,7 @@ def search_many(
 
 
 def _results(
-    log: SearchLog,
-    rows: Tensor,
-    method: Searcher[Any],
-    dtype: torch.dtype,
-    original_fitness: Tensor,
-    seconds: float,
+    log: SearchLog, rows: Tensor, method: Searcher[Any], dtype: torch.dtype, original_fitness: Tensor, seconds: float
 ) -> list[SearchResult]:
     ended, found = histories(rows, method.patience), log.best.to(dtype)
     return [
@@ -162,7 +160,7 @@ def _results(
             fitness=history.best[-1].item(),
             original_fitness=original_fitness[s].item(),
             iterations=len(history) - 1,
-            stopped=_reason(rows[len(history) - 1, -1, s], len(history) - 1, method),
+            stopped=_stop_reason(rows[len(history) - 1, -1, s], len(history) - 1, method),
             history=history,
             seconds=seconds,
         )
@@ -182,10 +180,7 @@ def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, e
 def _score(
     scorer: Scorer, state: SearchState, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
 ) -> Scores:
-    """Scores the candidates; a scorer that can give up is told which of them no longer matter.
-
-    Those of a frozen search, `S` bool, do not, whatever they break.
-    """
+    """Scores the candidates, with limits for a scorer that can stop early: -1 for frozen searches, `S` bool."""
     candidates = state.candidates.to(dtype)
     if not getattr(scorer, "gives_up", False):
         return scorer(candidates)
@@ -201,7 +196,7 @@ def _score(
     return scored
 
 
-def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
+def _stop_reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
     if iterations == method.iterations:
         return f"all {iterations} iterations were made"
     return TIME_WAS_OVER if stale < method.patience else f"no better fitness in {method.patience} iterations"
@@ -212,17 +207,16 @@ def _check_original(before: Scores) -> None:
     if not bool(sound.all()):
         raise EvaluationError(
             "The original weights have a loss that is NaN or infinite on the known data.",
-            "look at these samples with the model as it is, or leave them out of the data.",
+            "look for inputs with a loss of NaN, or leave these samples out of the data.",
         )
 
 
 def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin) -> None:
-    """The result is compared with the original weights, and must not be worse than an elite: both have to be scored."""
     first, (n_searches, n_weights) = origin.first_candidates, origin.original.shape
     fits = state.candidates.shape == (n_searches, method.n_candidates, n_weights)
     given = state.candidates[:, : first.shape[1]]
     if not fits or not torch.allclose(given, first, rtol=0.0, atol=0.0, equal_nan=True):
         raise ConfigurationError(
             f"`searcher`: {type(method).__name__}.init does not begin with the original weights and the elites.",
-            "return `S x n_candidates x K` candidates, `SearchOrigin.first_candidates` as the first of them.",
+            "return `S x n_candidates x K` candidates that begin with `SearchOrigin.first_candidates`.",
         )

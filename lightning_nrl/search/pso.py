@@ -1,6 +1,6 @@
-"""Particle swarm optimisation: a state, and `init`, `ask` and `tell` as pure steps (paper, section II.2).
+"""Particle swarm optimisation (paper, section II.2).
 
-S independent swarms of P particles over K weights move in one batch, each, bit for bit, as it would alone.
+S independent swarms run in one batch; each gives bit for bit the result that it gives alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import Start, check_start, first_positions, of_origin
+from lightning_nrl.search.first_positions import Start, broadcast_stat, check_start, first_positions
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 CHI = 0.7298  # 2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)
@@ -23,19 +23,19 @@ COEFFICIENTS = {
     "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
     "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
 }
-"""The sets of constants; speeds are in ranges of the layer's weights."""
+"""Sets of constants; speeds are relative to the range of the layer's weights."""
 
 
 class Swarm(NamedTuple):
-    """A particle swarm in mid-flight: S independent swarms of P particles over K weights."""
+    """State of S independent swarms of P particles over K weights."""
 
     position: Tensor  # S x P x K
     velocity: Tensor  # S x P x K
-    best_position: Tensor  # S x P x K, each particle's own best
+    best_position: Tensor  # S x P x K, each particle's best
     best_fitness: Tensor  # S x P
-    leader: Tensor  # S x K, the best of the whole swarm; the original weights until something is better
+    leader: Tensor  # S x K, the swarm's best; initially the original weights
     leader_fitness: Tensor  # S
-    free: Tensor  # bool, broadcasts to S x P x K: False where nothing ever moves (the elite, padding)
+    free: Tensor  # bool, broadcasts to S x P x K, False at fixed entries (the original weights, padding)
     range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
 
     @property
@@ -44,35 +44,34 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """`S x P`: what is not a particle's own best changes nothing."""
+        """Best fitness of each particle, `S x P`: lower values change nothing."""
         return self.best_fitness
 
 
 @SEARCHERS.register("swarm")
 @dataclass(frozen=True)
 class ParticleSwarm:
-    """The search by particle swarm and its settings. The defaults need no tuning.
+    """Searches by particle swarm optimisation. The defaults need no tuning.
 
     Attributes:
-        particles: how many, at least 2.
-        iterations: steps at most; 0 only scores the start.
-        patience: steps without a better fitness after which the search stops, at least 1.
-        start: where the particles begin, all at rest. `local`: one at the original weights, where it stays, the others
+        particles: number of particles, at least 2.
+        iterations: maximum number of steps; 0 only scores the start.
+        patience: steps without improvement before the search stops, at least 1.
+        start: initial positions; velocities are 0. `local`: one particle fixed at the original weights, the others
             around it. `half`: the same for half of the swarm, the rest drawn from N(mean, std) of the layer's weights.
-            `paper`: half exactly at the original weights and free to move, the rest drawn from N(mean, std). `normal`:
-            one at the original weights, where it stays, all others drawn from N(mean, std).
-        constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, random numbers for every weight, no speed above 0.2 of
-            the range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number a particle
-            and term, every speed between 0.2 and 5 ranges: that lower limit throws the particles that start at the
-            original weights away from them.
-        inertia: what a particle keeps of its velocity, at least 0; None, here and below: as `constants` says.
-        cognitive: the pull to a particle's own best, at least 0.
-        social: the pull to the best of the swarm, at least 0.
-        min_speed: no weight moves more slowly, in ranges of the layer's weights, at least 0.
-        max_speed: no weight moves faster, likewise, above 0 and at least `min_speed`.
-        scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
-            weights, above 0.
-        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
+            `paper`: half exactly at the original weights and free to move, the rest from N(mean, std). `normal`: one
+            fixed at the original weights, the rest from N(mean, std).
+        constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, a random number per weight, speed at most 0.2 of the
+            range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number per particle and
+            term, speed from 0.2 to 5 ranges; the lower limit drives particles away from the original weights.
+        inertia: coefficient of the velocity, at least 0; None, here and below: the value from `constants`.
+        cognitive: coefficient of the pull to the particle's best, at least 0.
+        social: coefficient of the pull to the swarm's best, at least 0.
+        min_speed: minimum speed per weight, in ranges of the layer's weights, at least 0.
+        max_speed: maximum speed per weight, above 0 and at least `min_speed`.
+        scale_min: initial distance of the nearest local particle from the original weights, in standard deviations of
+            the layer's weights, above 0.
+        scale_max: initial distance of the farthest one; the others are spaced logarithmically.
     """
 
     particles: int = 100
@@ -92,7 +91,9 @@ class ParticleSwarm:
         check_start(self, particles=2)
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name in COEFFICIENTS[self.constants]:
-            check_real(f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite one from 0.", least=0)
+            check_real(
+                f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite number from 0.", least=0
+            )
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
         if not slow <= fast or not fast:
             raise ConfigurationError(
@@ -109,19 +110,13 @@ class ParticleSwarm:
         return self.particles
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
-        """Places the particles, at rest.
-
-        The first is at the original weights, the next ones at the elites, as many as there is room for on the lines
-        from the original through them. Of the others, those that start around the original weights do so around these
-        and the elites in turn.
-        """
         original, n = origin.original, self.particles
         position = first_positions(origin, streams, n, self.start, self.scale_min, self.scale_max)
         free = torch.arange(n, device=position.device)[:, None] >= (0 if self.start == "paper" else 1)
         if origin.searched is not None:
             free = free & origin.searched
         device = position.device
-        lowest, highest = (of_origin(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
+        lowest, highest = (broadcast_stat(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
         worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
         return Swarm(
             position=position,
@@ -137,8 +132,7 @@ class ParticleSwarm:
     def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-        v = inertia v + cognitive r_1 (own best - x) + social r_2 (leader - x), x = x + v. In their paper the
-        coefficients are chi, chi phi_1 and chi phi_2.
+        v = inertia v + cognitive r_1 (own best - x) + social r_2 (leader - x), x = x + v.
         """
         x = state.position
         _, n, n_weights = x.shape
@@ -155,7 +149,7 @@ class ParticleSwarm:
         return state._replace(position=x + velocity, velocity=velocity)
 
     def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
-        """Remembers what was best, `fitness` being `S x P`. NaN counts as worst; among equals the earlier stays."""
+        """Updates the best positions by `fitness`, `S x P`. NaN ranks last; on a tie the earlier position stays."""
         fitness = fitness.to(state.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness > state.best_fitness

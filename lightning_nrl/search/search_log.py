@@ -1,7 +1,4 @@
-"""Results of a search, and a log of S searches with a row of numbers per iteration.
-
-Everything stays on the device until `SearchLog.read`.
-"""
+"""Search results, and a log of S searches that stays on the device until `SearchLog.read`."""
 
 from __future__ import annotations
 
@@ -18,18 +15,15 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """One entry an iteration, `T` each, on the CPU. Entry 0 is the starting swarm.
+    """Course of a search: one entry per iteration, `T` each, on the CPU. Entry 0 is the initial population."""
 
-    Candidates with no finite fitness, and those given up because they broke too many, have no part in the mean.
-    """
-
-    best: Tensor  # the best fitness so far
-    mean: Tensor  # of the swarm's fitness; NaN if no candidate has any
+    best: Tensor  # best fitness so far
+    mean: Tensor  # mean of the finite fitnesses; NaN if there are none
     patched: Tensor  # repaired samples of I_neg under the best candidate so far
-    intact: Tensor  # kept samples of I_pos under it
-    loss_failed: Tensor  # mean loss on I_neg under it
-    loss_passed: Tensor  # mean loss on I_pos under it; NaN if the fitness has no use for it
-    diversity: Tensor  # mean over weights of the particles' standard deviation
+    intact: Tensor  # kept samples of I_pos under that candidate
+    loss_failed: Tensor  # its mean loss on I_neg
+    loss_passed: Tensor  # its mean loss on I_pos; NaN if the fitness does not use this loss
+    diversity: Tensor  # standard deviation over candidates, averaged over weights
 
     def __len__(self) -> int:
         return len(self.best)
@@ -37,25 +31,29 @@ class SearchHistory:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best candidate of one run."""
+    """Best candidate of one search."""
 
     values: Tensor  # K, of the localised weights
     fitness: float
-    original_fitness: float  # that of the unchanged weights
-    iterations: int  # how many steps were made
-    stopped: str  # why the search ended, in words
-    history: SearchHistory  # the curve of the search
+    original_fitness: float  # fitness of the unchanged weights
+    iterations: int  # number of steps
+    stopped: str  # reason why the search ended
+    history: SearchHistory
     seconds: float  # wall time
 
 
 N_COLUMNS = len(fields(SearchHistory)) + 1
-"""Numbers kept of each iteration: those of `SearchHistory`, and how many iterations ago the fitness grew."""
+"""Numbers stored per iteration: the fields of `SearchHistory` and the iterations since the last improvement."""
 
 
 class SearchLog:
-    """The best candidates so far, and a history of up to `iterations + 1` iterations.
+    """Best candidates so far and the history of S searches.
 
-    `original`, `S x K`, is in the dtype of the search; `sizes` says how many of the K weights each search has.
+    Args:
+        original: `S x K`, in the dtype of the search.
+        iterations: maximum number of iterations after the first.
+        patience: iterations without improvement after which a search is frozen.
+        sizes: number of weights per search; the rest of the K is padding. None: K.
     """
 
     def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
@@ -72,13 +70,14 @@ class SearchLog:
 
     @property
     def frozen(self) -> Tensor:
-        """`S` bool, searches that are over: no fitness counts any more."""
+        """Searches that have ended, `S` bool."""
         return self.stale >= self.patience
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
-        """Records an iteration of candidates, `S x P x K`; returns their fitness, `S x P`, as it counts.
+        """Records the candidates of an iteration, `S x P x K`, and their scores.
 
-        Minus infinity for NaN and for searches that are over.
+        Returns:
+            Their fitness, `S x P`, minus infinity where it is NaN or the search has ended.
         """
         fitness = fitness.to(self.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)
@@ -100,12 +99,12 @@ class SearchLog:
         return fitness
 
     def read(self) -> Tensor:
-        """Returns the iterations so far, `T x N_COLUMNS x S`, on the CPU. Only here the host waits for the device."""
+        """Copies the iterations so far, `T x N_COLUMNS x S`, to the CPU: the only synchronisation."""
         return self._rows[: self.done + 1].cpu()
 
 
 def histories(rows: Tensor, patience: int) -> list[SearchHistory]:
-    """Returns one history a search, as long as it went on, from what `SearchLog.read` returned."""
+    """Splits the result of `SearchLog.read` into one history per search, cut where the search ended."""
     stale = rows[:, -1]
     length = torch.arange(1, len(rows) + 1, device=rows.device)[:, None]
     ends = torch.where(stale < patience, len(rows), length).amin(0).tolist()

@@ -1,6 +1,6 @@
-"""Tasks: the meaning of "passed" and "loss" for one sample.
+"""Tasks: define when a sample is right.
 
-In: what the model gives, and the truth. Out: passed, loss and margin of each sample. All other packages ask a task.
+In: the model's outputs and the targets. Out: passed, loss and margin of each sample.
 """
 
 from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel

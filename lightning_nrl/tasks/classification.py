@@ -1,4 +1,4 @@
-"""`Multiclass` and `Binary`, one class a sample, and `Multilabel`, any number of labels a sample."""
+"""`Multiclass` and `Binary`, with one class per sample, and `Multilabel`, with any number of labels per sample."""
 
 from __future__ import annotations
 
@@ -16,39 +16,38 @@ from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
 
 PROBABILITY_ROUNDING = 1e-2
-"""How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
+"""Maximum deviation of a sample's total probability from 1, wide enough for half precision."""
 
 
 @TASKS.register("multiclass")
 class Multiclass(Task):
-    """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32.
+    """Multiclass classification from `n x C` logits: a sample is right if the arg max is its class.
 
-    One logit a sample, `n` or `n x 1`, is judged as `Binary` says. The truth is a class number a sample, `n` or
-    `n x 1`, whole or float; or `n x C` probabilities, one-hot or soft. Of probabilities the largest says which class is
-    right, and the loss is the cross entropy with all of them.
+    The loss is cross entropy, in at least float32. One logit per sample, `n` or `n x 1`, is treated as in `Binary`.
+    Targets are class indices, `n` or `n x 1`, of any real dtype, or `n x C` probabilities, one-hot or soft: the most
+    probable class is the true one, and the loss is the cross entropy with all probabilities.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
-        """Refuses counts that do not fit, and a label without a logit, which on a GPU would end the process."""
         self.prediction(output)
         label, classes = self.label(target), class_logits(output).shape[1]
         if len(label) != len(output):
             raise ConfigurationError(
                 f"`task`: the model returned {len(output)} rows of logits for {len(label)} targets.",
-                "the model must give one row a sample; an `adapter` says what it is called with and what the truth is.",
+                "return one row for each sample, or pass an `adapter` that sets the model's inputs and the targets.",
             )
         self._check_values(target, classes)
-        if len(label) and int(label.max()) >= classes:
+        if len(label) and int(label.max()) >= classes:  # on a GPU, such a label would abort the process
             raise ConfigurationError(
                 f"`task`: there is a label {int(label.max())}, and the model returned {list(output.shape)} logits.",
-                f"give labels from 0 to {classes - 1}; numbers to be predicted are for `Regression(tolerance=...)`.",
+                f"give labels from 0 to {classes - 1}; for numeric targets use `Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        # A label below 0 is no class: an `Evaluator` refuses such samples by name, after a whole pass.
+        # Negative labels are not an error here: the `Evaluator` names these samples after a whole pass.
         output = at_least_float32(class_logits(output))
         truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
         return F.cross_entropy(output, truth, reduction="none")
@@ -68,7 +67,7 @@ class Multiclass(Task):
         if output.ndim not in (1, 2) or output.shape[1:] == (0,):
             raise ConfigurationError(
                 f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                "return one logit for each class, of two classes one will do, or pass a `Task` that fits as `task=`.",
+                "return one logit for each class (one is enough for two classes), or pass another `Task` as `task=`.",
             )
         return class_logits(output).argmax(1)
 
@@ -86,14 +85,14 @@ class Multiclass(Task):
             fits = target.shape[1] == classes and bool((rows >= 0).all())
             if not fits or bool(((rows.sum(1) - 1).abs() > PROBABILITY_ROUNDING).any()):
                 raise ConfigurationError(
-                    f"`task`: multiclass found {described(target)} that are no probabilities of {classes} classes.",
-                    "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
-                    "`task='multilabel'`.",
+                    f"`task`: multiclass found {described(target)} that are not probabilities of {classes} classes.",
+                    "give class numbers [samples], or rows that add up to 1; for several labels per sample "
+                    "use `task='multilabel'`.",
                 )
         elif target.is_floating_point() and bool((target != target.round()).any()):
             raise ConfigurationError(
-                "`task`: multiclass needs whole labels, and found others.",
-                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+                "`task`: multiclass needs whole labels, found fractions.",
+                "for numeric targets use `task=Regression(tolerance=...)`.",
             )
 
 
@@ -103,10 +102,10 @@ def _is_soft(target: Tensor) -> bool:
 
 @TASKS.register("binary")
 class Binary(Multiclass):
-    """One of two classes from one logit a sample, `n` or `n x 1`: class 1 above 0, class 0 at 0 and below.
+    """Binary classification from one logit per sample, `n` or `n x 1`: class 1 above 0, else class 0.
 
-    The loss is binary cross entropy. The truth is 0 or 1 a sample, `n` or `n x 1`, of any dtype. `Multiclass`, the
-    default, judges such logits in the same way; this one refuses others.
+    The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype. `Multiclass`, the default, gives
+    the same results for such logits; `Binary` rejects logits of any other shape.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -121,16 +120,15 @@ class Binary(Multiclass):
 @TASKS.register("multilabel")
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Multi-label classification from one logit a label, `n x L`: a sample is right if all of its labels are.
+    """Multi-label classification from one logit per label, `n x L`: a sample is right if all its labels are.
 
-    A label is right if its probability, the sigmoid of the logit, is above the threshold where the label is there and
-    below it where not. Targets are `n x L`, 1 or 0 of any dtype. The loss is binary cross entropy, the mean over
-    labels.
+    A label is right if its probability, the sigmoid of the logit, is above the threshold for target 1 and below it for
+    target 0. Targets are `n x L`, of any dtype. The loss is binary cross entropy, averaged over labels.
 
     Attributes:
-        threshold: of the probability, between 0 and 1.
-        wrong: how many labels of a sample may be wrong and it still passes.
-        ignore_index: the value of labels that are not known and do not count.
+        threshold: probability threshold, between 0 and 1.
+        wrong: number of wrong labels that a right sample may have.
+        ignore_index: value of unknown labels, which do not count.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]])
@@ -169,7 +167,7 @@ class Multilabel(Task):
         if other.any():
             raise ConfigurationError(
                 f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
-                "set `ignore_index` if that one means not known.",
+                "set `ignore_index` to the value of unknown labels.",
             )
         fewest = int(known.sum(1).min()) if len(known) else output.shape[1]
         if fewest <= self.wrong:
@@ -187,7 +185,7 @@ class Multilabel(Task):
         return masked_mean(each, known)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
-        """How far logits are on the right side of the threshold, `n`: the least, the allowed wrong ones left out."""
+        """Returns the smallest signed distance of a logit from the threshold, `n`, leaving out the `wrong` smallest."""
         output = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
         each = torch.where(target == 1, output, -output)
         each = torch.where(each.isnan(), -torch.inf, each)
@@ -202,5 +200,5 @@ class Multilabel(Task):
         return divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
 
     def _known(self, target: Tensor) -> Tensor:
-        # As floats, since a byte cannot be -100.
+        # As floats, since uint8 cannot hold -100.
         return target.float() != self.ignore_index

@@ -1,4 +1,4 @@
-"""`Custom`, a task made of functions, and `NamedHead`, one head of a model with several."""
+"""`Custom`, a task from functions, and `NamedHead`, for a model with several heads."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lightning_nrl.tasks.classification import Multiclass
 from lightning_nrl.tasks.task import Task, parse_task
 
 Judge = Callable[[Tensor, Any], Tensor]
-"""From an output and a target, first dimension `n`, one value a sample, `n`."""
+"""Maps an output and a target, first dimension `n`, to one value per sample, `n`."""
 
-MARGIN_ROUNDING = 1e-4  # margins this small beside the largest of a batch may have the wrong sign
+MARGIN_ROUNDING = 1e-4  # margins below this share of the batch's largest may have the wrong sign
 
 
 class Custom(Task):
-    """Right and wrong by functions of your own, or their addresses as text, `package.module:function`.
+    """Task defined by your own functions or their addresses, `package.module:function`.
 
-    A class of your own, derived from `Task`, can say more: where logits are, what classes and divergence are.
+    Derive from `Task` instead to define logits, classes or the divergence too.
 
     Args:
-        passed: whether each sample is right, `n` bool.
-        loss: each sample's loss, `n`, differentiable, to be made small; with PyTorch's losses that is
-            `reduction="none"` and a mean over all dimensions but the first.
-        margin: how far each sample is from being wrong, `n`, above 0 where it passed and below where not,
-            differentiable. None: there is no such number, and only the swarm can repair.
+        passed: returns `n` bool, True for each right sample.
+        loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use `reduction="none"` and average
+            over all dimensions but the first.
+        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if it passed, else below.
+            None: no margins; then only the swarm can repair.
 
     Example:
         >>> def far(output, target):
@@ -88,9 +88,9 @@ class Custom(Task):
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ConfigurationError(
-                f"`Custom.margin` gave {float(margin[row]):.4g} for a sample that "
-                f"{'passed' if passed[row] else 'did not pass'} ({int(wrong.sum())} such in a batch).",
-                "a margin is above 0 where a sample passed and below 0 where it did not; or leave it out.",
+                f"`Custom.margin` returned {float(margin[row]):.4g} for a sample that "
+                f"{'passed' if passed[row] else 'did not pass'} ({int(wrong.sum())} such samples in a batch).",
+                "return a number above 0 for samples that passed and below 0 for the others, or leave `margin` out.",
             )
 
 
@@ -101,14 +101,14 @@ def _address(function: Judge) -> str:
 
 @dataclass(frozen=True)
 class NamedHead(Task):
-    """One head of a model with several, by the name or the place that its output has; a task judges it.
+    """Applies a task to one head of a model with several outputs.
 
-    Where the target has parts too, the part of the same name is the truth. All else of the output is left out, so name
-    the head's own layer as `layer`.
+    If the target has parts too, the part of the same name is used. Name a layer of this head as `layer`, since other
+    outputs are not protected.
 
     Attributes:
-        name: a key of a mapping, a field of an object, or a place in a tuple.
-        task: what judges it, or its name.
+        name: key, field or position of the head's output.
+        task: task of this head, or its name.
 
     Example:
         >>> import torch
@@ -171,6 +171,6 @@ class NamedHead(Task):
         if isinstance(value, (tuple, list)) and isinstance(self.name, int) and -len(value) <= self.name < len(value):
             return value[self.name]
         raise ConfigurationError(
-            f"`NamedHead.name={self.name!r}` is no part of the {what}.\n{describe(value, what)}",
-            "give the key, the field or the place of a head.",
+            f"`NamedHead.name={self.name!r}` is not in the {what}.\n{describe(value, what)}",
+            "give the key, field or position of a head.",
         )

@@ -1,4 +1,4 @@
-"""`Sequence` and `Segmentation`, tasks with a class for each token or pixel of a sample."""
+"""`Sequence` and `Segmentation`, tasks with a class for each token or pixel."""
 
 from __future__ import annotations
 
@@ -19,28 +19,25 @@ from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits
 
 
 class Elements(NamedTuple):
-    """Samples taken apart: `n` of them with `E` elements of `C` classes each."""
+    """Logits and labels of `n` samples with `E` elements and `C` classes."""
 
     logits: Tensor  # n x C x E, at least float32
     label: Tensor  # n x E int64, 0 where the element is ignored
-    counts: Tensor  # n x E bool, whether the element is not ignored
+    counts: Tensor  # n x E bool, False where the element is ignored
 
     def lead(self) -> Tensor:
-        """The logit of the true class less the largest other one, `n x E`; minus infinity where logits are NaN."""
+        """Returns the true class's logit minus the largest other logit, `n x E`; minus infinity for NaN logits."""
         others = self._others()
-        # Of equals `max` gives one the gradient, `amax` each a part; without gradients `amax` is much faster.
+        # On ties the gradient of `max` goes to one class, that of `amax` to each; `amax` is much faster without.
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """Returns the lead, and the class of that largest other logit, `n x E` int64."""
+        """Returns the lead and the class of the largest other logit, `n x E` int64."""
         best, rival = self._others().max(1)
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """True for each element whose class is the arg max, of equals the first, and whose lead is its reserve or more.
-
-        `n x E` bool of leads, `n x E`, and reserves, `n`.
-        """
+        """Marks elements, `n x E` bool, whose class is the first arg max and whose lead is at least `reserve`, `n`."""
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -54,35 +51,31 @@ class Elements(NamedTuple):
         return torch.where(lead.isnan(), -torch.inf, lead)
 
     def mean(self, values: Tensor) -> Tensor:
-        """`n`, the mean of `n x E` values over the elements that are not ignored; 0 where all are."""
         return masked_mean(values, self.counts)
 
 
 class ElementsTask(Task):
-    """Base of tasks with a class for each element. The loss is cross entropy, the mean over a sample's elements.
+    """Base class of tasks with a class per element; the loss is cross entropy, averaged over a sample's elements.
 
-    A subclass is a frozen dataclass with `ignore_index`, and says where the classes are.
+    Subclasses are frozen dataclasses with a field `ignore_index`.
     """
 
     ignore_index: int
 
     @abstractmethod
     def classes_first(self, output: Tensor) -> Tensor:
-        """Returns the logits as `n x C x ...`, `C` at least 2; refuses other shapes."""
+        """Returns the logits as `n x C x ...` with `C` at least 2; raises a `ConfigurationError` for other shapes."""
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """True for each sample that is right, `n` bool, and whose margin is at least its reserve, `n`, if one is given.
-
-        Without ranking elements, as `elements_margin` must.
-        """
+        """Marks the right samples, `n` bool, whose margin is at least `reserve`, `n`, if given; needs no sorting."""
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
-        """The margin of each sample, `n`, differentiable."""
+        """Returns the margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64, with `ndim` dimensions; refuses anything else."""
+        """Returns the true classes, `n x ...` int64 with `ndim` dimensions; raises a `ConfigurationError` otherwise."""
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
@@ -104,7 +97,7 @@ class ElementsTask(Task):
         if wrong.any():
             raise ConfigurationError(
                 f"`task`: there is a label {given[wrong][0]:g}, and the model returned {n_classes} logits an element.",
-                f"labels are whole numbers from 0 to {n_classes - 1}; set `ignore_index` if that one means no class.",
+                f"use labels from 0 to {n_classes - 1}; set `ignore_index` to the label of ignored elements.",
             )
         empty = int((~counts.flatten(1).any(1)).sum())
         if empty:
@@ -125,7 +118,6 @@ class ElementsTask(Task):
     def passed_and_loss(
         self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """The samples are taken apart once, unless a subclass has a rule of its own."""
         own, plain = type(self), ElementsTask
         if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
             return super().passed_and_loss(output, target, reserve, with_loss)
@@ -133,15 +125,14 @@ class ElementsTask(Task):
         return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`, the mean over elements.
+        """Returns the Kullback-Leibler divergence from the teacher's class probabilities, averaged over elements, `n`.
 
-        Those that the target ignores have no part in it.
+        Elements that `target` ignores are left out.
         """
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
     def elements(self, output: Tensor, target: Any) -> Elements:
-        """The samples taken apart; shapes that were not checked must fit."""
         label = self.labels(target, output.ndim - 1).flatten(1)
         counts = label != self.ignore_index
         logits = at_least_float32(self.classes_first(output).flatten(2))
@@ -158,16 +149,15 @@ def _cross_entropy(elements: Elements) -> Tensor:
 @TASKS.register("sequence")
 @dataclass(frozen=True)
 class Sequence(ElementsTask):
-    """Token classification: a sequence is right if its tokens are, all of them or a share.
+    """Token classification: a sequence is right if all its tokens, or a given share of them, are.
 
-    A token is right if its class is the arg max of its logits. The margin of a sequence is that of its least
-    certain token, the allowed number of wrong ones left out.
+    A token is right if the arg max of its logits is its class. The margin of a sequence is that of its least certain
+    token, after leaving out as many tokens as may be wrong.
 
     Attributes:
-        share: of the tokens that are not ignored, how many must be right, above 0 to 1.
-        class_dim: the dimension of the classes in the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are
-            `n x T`.
-        ignore_index: the label of tokens that do not count, such as padding.
+        share: share of the counted tokens that must be right, above 0 to 1.
+        class_dim: class dimension of the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are `n x T`.
+        ignore_index: label of tokens that do not count, such as padding.
 
     Example:
         The second token is wrong, by half a logit.
@@ -197,7 +187,7 @@ class Sequence(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
-        # The margin is the lead at this rank, so at most that many tokens lie below.
+        # The margin is the lead at rank `allowed_wrong`, so at most that many tokens lie below it.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -205,7 +195,7 @@ class Sequence(ElementsTask):
         return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
     def allowed_wrong(self, elements: Elements) -> Tensor:
-        """Returns the tokens of each sample that may be wrong, `n` int64; computed in integers, so 0.7 of 10 is 7."""
+        # In integers, so that 0.7 of 10 is 7.
         n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
         return n - (n * share.numerator + share.denominator - 1) // share.denominator
 
@@ -226,8 +216,8 @@ class Sequence(ElementsTask):
         return super()._shapes_hint(output, label)
 
 
-IOU_ROUNDING = 1e-6  # an IoU this much below the threshold reaches it, so that 3 of 5 are 0.6
-WINDOW = 0.02  # the part of an image's pixels, by rank around the deciding one, whose mean gives the margin's gradient
+IOU_ROUNDING = 1e-6  # tolerance of the threshold, so that 3 of 5 reach 0.6
+WINDOW = 0.02  # share of an image's pixels, ranked around the deciding one, that the margin's gradient averages over
 
 
 @TASKS.register("segmentation")
@@ -235,21 +225,19 @@ WINDOW = 0.02  # the part of an image's pixels, by rank around the deciding one,
 class Segmentation(ElementsTask):
     """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a threshold.
 
-    The mean is over the classes that are present in the image's truth. A pixel is right if its class is the arg max
-    of its logits, else it goes to the best other class. Outputs are `n x C x H x W` (or any number of dimensions of
-    pixels), or `n x 1 x H x W` for two classes, one logit that is above 0 for class 1; targets are `n x H x W` or
-    `n x 1 x H x W`, whole numbers of any dtype or bools.
+    The mean is over the classes present in the image's target. Outputs are `n x C x ...`, such as `n x C x H x W`, or
+    `n x 1 x ...` for two classes, with a logit above 0 for class 1. Targets are `n x ...` or `n x 1 x ...`, whole
+    numbers of any dtype or bools.
 
-    The margin is how many logits the image has to spare: the largest number by which the lead of every pixel's true
-    class could shrink before the IoU falls below the threshold: the lead of one pixel, the deciding one, which is found
-    by ranking pixels. The gradient is the mean over the pixels next to that one in rank, since a single one says little
-    of a whole image (the derivative of a quantile is the mean change of what lies at it).
+    The margin is the largest amount by which the lead (true logit minus best other logit) of every pixel could shrink
+    before the IoU falls below the threshold. It equals the lead of one pixel, found by sorting. Its gradient is the
+    mean over pixels of neighbouring rank, as an estimate of the derivative of a quantile.
 
     Attributes:
-        iou: the threshold, above 0 to 1.
-        classes: the classes that count, such as `(1,)` for the foreground alone; None: all. In an image without any of
-            them all classes count.
-        ignore_index: the label of pixels that do not count; 255 in many data sets.
+        iou: threshold, above 0 to 1.
+        classes: classes that count, such as `(1,)` for the foreground alone; None: all. All count in an image that has
+            none of them.
+        ignore_index: label of pixels that do not count; 255 in many data sets.
 
     Example:
         Three of four pixels are right: the IoU is 2/3 for class 0 and 1/2 for class 1.
@@ -273,7 +261,7 @@ class Segmentation(ElementsTask):
             return
         if not isinstance(self.classes, (list, tuple)) or not self.classes or not all(map(is_class, self.classes)):
             raise ConfigurationError(
-                f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,)."
+                f"`Segmentation.classes={self.classes!r}` are not class numbers.", "give class numbers, such as (1,)."
             )
         object.__setattr__(self, "classes", tuple(self.classes))
 
@@ -295,14 +283,14 @@ class Segmentation(ElementsTask):
         return self._reaches(elements, elements.label, rival, elements.counts, elements.right(lead, reserve))
 
     def elements_margin(self, elements: Elements) -> Tensor:
-        """The lead of the deciding pixel, `n`: with all more certain ones right, it is the one that is needed too."""
+        """Returns the lead of the deciding pixel, `n`: the last pixel, by rank, that the IoU needs to be right."""
         lead, rival = elements.lead_and_rival()
         order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-        # Ignored pixels come last, also after those that are infinitely wrong.
+        # Ignored pixels come last, after those with a lead of minus infinity.
         order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))
         lead, label, rival, counts = (x.gather(1, order) for x in (lead, elements.label, rival, elements.counts))
         rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
-        # How many pixels must be right, by halving: with none the IoU is 0, with all it is 1.
+        # Bisection for the number of pixels that must be right: with none the IoU is 0, with all it is 1.
         none, enough = torch.zeros_like(n), n.clamp_min(1)
         for _ in range(lead.shape[1].bit_length()):
             middle = (none + enough) // 2
@@ -320,7 +308,7 @@ class Segmentation(ElementsTask):
         if output.ndim < 3 or output.shape[1] < 1:
             raise ConfigurationError(
                 f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
-                "return one logit for each class and pixel; for two classes one logit a pixel will do.",
+                "return one logit for each class and pixel; one logit per pixel is enough for two classes.",
             )
         return class_logits(output)
 
@@ -330,7 +318,7 @@ class Segmentation(ElementsTask):
         return super().labels(target, ndim)
 
     def _reaches(self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor) -> Tensor:
-        """`n` bool, whether the IoU does if some pixels are right and the others are taken for their rivals."""
+        """Marks images, `n` bool, that reach the IoU if pixels not in `right` get their rival class."""
         zeros = torch.zeros(elements.logits.shape[:2], dtype=widest(label.device), device=label.device)
 
         def of_class(where: Tensor, chosen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Regression`, a task whose numbers are right within a tolerance."""
+"""`Regression`, a task with numeric targets and a tolerance."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from lightning_nrl.tasks.task import Task
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Regression: a sample is right if each of its outputs is closer to its target than a tolerance.
+    """Regression: a sample is right if every output is within a tolerance of its target.
 
-    Outputs and targets are `n`, `n x 1`, `n x D` or of any further shape, in the same units. Errors are measured in
-    tolerances: the margin is 1 less the largest error of a sample, so 1 for a perfect output and below 0 for one out of
-    tolerance. The loss is the Huber loss of the same errors, the mean over outputs: quadratic within the tolerance,
-    linear beyond it, so that no outlier drowns all others.
+    Outputs and targets have equal sizes, `n` or `n x ...`. Errors are divided by the tolerance. The margin is 1 minus
+    the largest error of a sample: 1 for a perfect output, below 0 outside the tolerance. The loss is the Huber loss of
+    these errors, averaged over outputs, so that single outliers do not dominate.
 
     Attributes:
-        tolerance: the error that is too large, above 0, in the units of the target.
-        relative: what is added to it for each unit of the target's size, such as 0.05 for 5 % of the target.
+        tolerance: absolute tolerance, above 0, in the units of the target.
+        relative: relative tolerance, added to it, such as 0.05 for 5 % of the target.
 
     Example:
         >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])
@@ -52,7 +51,7 @@ class Regression(Task):
         if not isinstance(target, Tensor) or target.is_complex():
             raise ConfigurationError(
                 f"`task`: regression needs a tensor of numbers as target, found {described(target)}.",
-                "pass an `adapter` that gives one.",
+                "pass an `adapter` that returns one.",
             )
         if output.shape[:1] != target.shape[:1] or output.numel() != target.numel() or not output.ndim:
             raise ConfigurationError(
@@ -63,7 +62,7 @@ class Regression(Task):
         if wrong:
             raise ConfigurationError(
                 f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
-                "leave samples without a known truth out of the data.",
+                "leave samples without a known target out of the data.",
             )
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
@@ -81,7 +80,7 @@ class Regression(Task):
         return self._errors(output, teacher, target).square().mean(1)
 
     def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:
-        """`n x D`, differences in tolerances."""
+        """Returns differences in units of the tolerance, `n x D`."""
         output, other = (_rows(at_least_float32(x)) for x in (output, other))
         if not self.relative or target is None:
             return (output - other) / self.tolerance

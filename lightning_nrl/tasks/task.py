@@ -1,4 +1,4 @@
-"""The meaning of "passed" and "loss" for one sample. Everything else in the package asks a `Task`."""
+"""The `Task` interface and its registry."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
-"""Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
+"""Names of the logits in outputs with named fields, as in Hugging Face and torchvision."""
 
 
 class Task(ABC):
-    """Decides, sample by sample, what is right and how wrong the rest is.
+    """Decides for each sample whether its output is right, and computes its loss and margin.
 
-    The first dimension of an output counts samples, and so does that of each tensor in a target.
+    The first dimension of an output, and of each tensor in a target, is the number of samples `n`.
     """
 
     @abstractmethod
     def passed(self, output: Tensor, target: Any) -> Tensor:
-        """True for each sample that is right: `n` bool from an output with first dimension `n`."""
+        """Marks the right samples, `n` bool."""
 
     @abstractmethod
     def loss(self, output: Tensor, target: Any) -> Tensor:
-        """Each sample's loss, `n`, at least float32, to be made small."""
+        """Returns the loss of each sample, `n`, at least float32."""
 
     def passed_and_loss(
         self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns `passed` and `loss` in one call, for tasks that share work between them.
+        """Returns `passed` and `loss` in one call, so that a task can share work between them.
 
-        `reserve`, `n`, is the margin that each sample must keep to pass too, for tasks with margins. Without
-        `with_loss` None is returned for the loss.
+        Args:
+            output: the model's logits.
+            target: the targets.
+            reserve: `n`, minimum margin of a sample to pass, for tasks with margins; None: no minimum.
+            with_loss: if False, the loss is None.
         """
         passed = self.passed(output, target)
         if reserve is not None:
@@ -48,21 +51,20 @@ class Task(ABC):
         return passed, self.loss(output, target) if with_loss else None
 
     def right(self, output: Tensor, target: Any) -> Tensor:
-        """True for each sample that counts as right, `n` bool: it passes and its loss is finite."""
+        """Marks the samples that pass with a finite loss, `n` bool."""
         passed, loss = self.passed_and_loss(output, target)
         assert loss is not None
         return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted."""
+        """Raises a `ConfigurationError` if output and target do not fit together; called for each batch."""
         return None
 
     def logits(self, output: Any) -> Tensor:
-        """Returns the tensor to be judged in whatever the model returns.
+        """Returns the logits in the output of a model.
 
-        A tensor is taken as it is. Of an object, a mapping or a named tuple it is the field `logits`, else another of
-        `OUTPUT_KEYS`, else the only tensor with samples; of a sequence the first tensor with samples, so that a loss
-        before it does not matter.
+        These are the output itself if it is a tensor; in an object, mapping or named tuple the first of `OUTPUT_KEYS`,
+        else the only tensor with dimensions; in another sequence the first tensor with dimensions.
         """
         if isinstance(output, Tensor):
             return output
@@ -74,62 +76,61 @@ class Task(ABC):
             found = tensors[0] if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list))) else None
         if found is None:
             raise ConfigurationError(
-                f"`task`: no tensor of logits in what the model's forward returned.\n{describe(output, 'output')}",
+                f"`task`: no tensor of logits in the output of the model's forward.\n{describe(output, 'output')}",
                 "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of your own that "
                 "overrides `logits`.",
             )
         return found
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
+        """Returns the margin of each sample, `n`, differentiable and at least float32: above 0 if passed, else below.
 
-        Differentiable. 0 only on a tie, such as of two logits, which arg max decides. None where the task has no such
-        number; then only methods without gradients can repair.
+        0 only on a tie, such as between two logits. None for a task without margins, which only gradient-free methods
+        can repair.
         """
         return None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """How much each sample's output differs from a teacher's, `n`, at least 0 and differentiable.
+        """Returns the distance of each output from a teacher's, `n`, at least 0 and differentiable.
 
-        The mean squared difference, unless the task knows better. `target` is for tasks whose truth says which parts of
-        an output matter.
+        The default is the mean squared difference. `target` may say which parts of an output to ignore.
         """
         squares = (at_least_float32(output) - at_least_float32(teacher)).square()
         return squares[:, None].flatten(1).mean(1)
 
     def prediction(self, output: Tensor) -> Tensor | None:
-        """The predicted class of each sample, `n` int64, or None where the task has no classes."""
+        """Returns the predicted class of each sample, `n` int64, or None if the task has no classes."""
         return None
 
     def label(self, target: Any) -> Tensor | None:
-        """The true class of each sample, `n` int64, or None where the task has no classes."""
+        """Returns the true class of each sample, `n` int64, or None if the task has no classes."""
         return None
 
     def __repr__(self) -> str:
-        """The task with its numbers and words and without memory addresses: what a cache tells tasks apart by."""
+        """Returns the class with its plain attributes, without memory addresses, so that it can be a cache key."""
         plain = {name: x for name, x in vars(self).items() if x is None or isinstance(x, (bool, int, float, str))}
         return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
 
     def __str__(self) -> str:
-        """The meaning of right in words, as reports print it."""
+        """Describes when a sample is right, for reports."""
         return type(self).__name__
 
 
 def class_logits(output: Tensor) -> Tensor:
-    """Returns logits of two or more classes, `n x C x ...`: a single logit is that of class 1, class 0 has 0."""
+    """Returns logits of two or more classes, `n x C x ...`; a single logit is class 1, class 0 gets 0."""
     output = output[:, None] if output.ndim == 1 else output
-    # The sigmoid of a logit is the softmax of 0 and that logit.
+    # sigmoid(z) = softmax([0, z])[1]
     return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of class probabilities from a teacher's, `n x ...` of `n x C x ...` logits."""
+    """Returns the Kullback-Leibler divergence from a teacher's classes, `n x ...`, for logits `n x C x ...`."""
     new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
     return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
 
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
-    """`n`, the mean of `n x E` values over those that count, `n x E` bool; 0 where none does."""
+    """Averages values, `n x E`, over the entries that count, `n x E` bool; 0 if there are none."""
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
@@ -138,17 +139,17 @@ TASKS: Registry[Task] = Registry(
     "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
     lambda value: isinstance(value, Task),
 )
-"""The tasks that a name alone says."""
+"""Tasks that need no arguments, by name."""
 
 TASKS_WITH_ARGUMENTS = {
     "regression": "Regression(tolerance=0.1), in the units of the target",
     "custom": "Custom(passed=function, loss=function)",
 }
-"""Tasks that a name alone does not say, and what to write."""
+"""Tasks that need arguments, with an example of each."""
 
 
 def parse_task(task: Any) -> Task:
-    """A task from its name or object; None is `Multiclass`.
+    """Returns the task of a name, or a task object unchanged; None is `Multiclass`.
 
     Example:
         >>> parse_task("multilabel")
@@ -157,5 +158,5 @@ def parse_task(task: Any) -> Task:
     name = task.lower() if isinstance(task, str) else "multiclass" if task is None else task
     if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
         hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
-        raise ConfigurationError(f"`task={task!r}` does not say enough.", hint)
+        raise ConfigurationError(f"`task={task!r}` needs arguments.", hint)
     return TASKS.parse("task", name)

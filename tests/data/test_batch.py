@@ -224,7 +224,7 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
         ((X,), "a batch of type tuple is neither"),
         ("xy", "a batch of type str is neither"),
         ({"image": X, "class": Y}, r"the keys \['class', 'image'\] lacks a target key"),
-        ({"label": Y, "text": ["a", "b"]}, "no tensor beside the target"),
+        ({"label": Y, "text": ["a", "b"]}, "no tensor besides the target"),
     ],
 )
 def test_what_is_no_batch_is_refused_with_the_way_out(raw: Any, found: str) -> None:

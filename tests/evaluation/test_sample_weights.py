@@ -115,9 +115,9 @@ def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
     ("arguments", "message"),
     [
         ({"slices": 2, "quotas": {1: 5, "1": 3}}, "`quotas` names the slice '1' twice"),
-        ({"importance": 1.5}, "`importance`: a value of type float is no column"),
+        ({"importance": 1.5}, "`importance`: a value of type float is not a column"),
         ({"importance": "no.such:function"}, "`importance='no.such:function'`"),
-        ({"importance": True}, "type bool is no column"),
+        ({"importance": True}, "type bool is not a column"),
         ({"quotas": {"night": 3}}, "needs slices, and there are none"),
         ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
         ({"slices": 2, "quotas": {"night": "half"}}, "`quotas.'night'.`: 'half' is no number"),

@@ -32,7 +32,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (PositiveCongruentTraining, {"term": "distillation"}, "did you mean 'focal_distillation'"),
     (PositiveCongruentTraining, {"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
     (PositiveCongruentTraining, {"prefix": "/"}, "`prefix='/'` is no name"),
-    (RegressionMetrics, {"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
+    (RegressionMetrics, {"slices": 3.5}, "`slices`: a value of type float is not a column of a batch"),
     (RegressionMetrics, {"prefix": ""}, "`prefix=''` is no name"),
     (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
     (ReleaseGate, {"rules": "nothing"}, "is no rule"),

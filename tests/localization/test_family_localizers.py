@@ -22,7 +22,7 @@ from lightning_nrl.localization import (
     ByGradient,
     HistoryPoint,
     Impact,
-    Known,
+    KnownData,
     Localizer,
     NeuRecover,
     NeuRecoverLite,
@@ -204,7 +204,7 @@ def test_later_flips_count_more():
 @pytest.fixture
 def line():
     problem = on_a_line()
-    return problem, Known(problem.evaluator, problem.known, problem.before, problem.space)
+    return problem, KnownData(problem.evaluator, problem.known, problem.before, problem.space)
 
 
 def test_checkpoints_say_which_samples_were_lost(line, tmp_path):
@@ -229,7 +229,7 @@ def test_checkpoints_say_which_samples_were_lost(line, tmp_path):
     ("history", "message"),
     [
         (None, "has no history of the training"),
-        ([threshold(0.75)], "no point before the model as it is"),
+        ([threshold(0.75)], "no point before the current model"),
         (["missing.ckpt"], r"'missing\.ckpt' cannot be read"),
         ([{"weight": torch.zeros(3, 2)}], "shape"),
     ],

@@ -12,17 +12,17 @@ from toy_problems import on_a_line, threshold
 from lightning_nrl.analysis.diagnosis import DoubtfulLabel, diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnose import history_notes
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.localization import Known, NeuRecover, TrainingRecord
+from lightning_nrl.localization import KnownData, NeuRecover, TrainingRecord
 from lightning_nrl.localization.training_record import forget_after, write_point
 
 
-def recorded(folder: Path, *thresholds: float) -> Known:
+def recorded(folder: Path, *thresholds: float) -> KnownData:
     """A line with the threshold at 0.75, and a record of how it got there; 0.7 and 0.5 are targets, 0.6 passes."""
     problem = on_a_line()
     for step, at in enumerate(thresholds, start=1):
         results = problem.evaluate(threshold(at))
         write_point(folder, step, step - 1, results, threshold(at))
-    return Known(problem.evaluator, problem.known, problem.before, problem.space)
+    return KnownData(problem.evaluator, problem.known, problem.before, problem.space)
 
 
 def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_diagnosis_says_what_was_never_learnt(tmp_path: Path) -> None:
 
 
 def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="holds no record of a training"):
+    with pytest.raises(ConfigurationError, match="contains no training record"):
         TrainingRecord.read(tmp_path)
     known = recorded(tmp_path / "other")
     write_point(tmp_path / "other", 1, 0, known.before, {"bias": torch.zeros(2)})

@@ -55,7 +55,7 @@ def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name: st
     values = values.to(GPU).unsqueeze(0)
     with no_waits():
         scores = scorer(values)
-    assert scores.harm is not None
+    assert scores.cost is not None
 
 
 def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:

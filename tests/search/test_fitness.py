@@ -250,7 +250,7 @@ def test_arachne_de() -> None:
 
 
 def test_weights_of_samples_count_and_losses_that_are_no_numbers_do_not() -> None:
-    weighed = replace(AFTER, gain=torch.tensor([[2.0, 4.0]]), harm=torch.tensor([[3.0, 1.0]]))
+    weighed = replace(AFTER, value=torch.tensor([[2.0, 4.0]]), cost=torch.tensor([[3.0, 1.0]]))
     assert ArachneFitness()(weighed, BEFORE)[0].tolist() == pytest.approx([3 / 2 + 8 / 1.75, 5 / 1 + 10 / 2])
     lost = replace(AFTER, loss_failed=torch.tensor([[math.nan, 0.0]]), loss_passed=torch.tensor([[1.0, math.inf]]))
     for fitness in (ArachneFitness(), NeuRecoverFitness()):

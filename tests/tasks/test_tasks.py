@@ -186,8 +186,8 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("regression", r"does not say enough.\nHINT: write Regression\(tolerance=0.1\)"),
-        ("custom", "does not say enough"),
+        ("regression", r"needs arguments.\nHINT: write Regression\(tolerance=0.1\)"),
+        ("custom", "needs arguments"),
         ("multi-label", "did you mean 'multilabel'"),
         (Multilabel, "is no Task"),
         (3, "is no Task"),
@@ -218,7 +218,7 @@ def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task: Task, shape: tuple
 @pytest.mark.parametrize(
     ("task", "output", "target", "message"),
     [
-        (Multiclass(), torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1.0]), r"for `task=Regression\(tolerance=...\)`"),
+        (Multiclass(), torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1.0]), r"use `task=Regression\(tolerance=...\)`"),
         (Multiclass(), torch.zeros(3, 1), torch.tensor([0, 1, 2]), r"a label 2, .* \[3, 1\] logits[\s\S]*from 0 to 1"),
         (Binary(), torch.zeros(3, 2), torch.tensor([0, 1, 1]), r"needs one logit a sample, .* \[3, 2\]"),
     ],
@@ -296,8 +296,8 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
     ("target", "found"),
     [
         (torch.tensor([0.0, 0.5, 1.0]), "needs whole labels"),
-        (torch.eye(3), "no probabilities of 2 classes"),
-        (torch.tensor([[1, 1], [0, 1], [1, 0]]), "no probabilities of 2 classes"),
+        (torch.eye(3), "not probabilities of 2 classes"),
+        (torch.tensor([[1, 1], [0, 1], [1, 0]]), "not probabilities of 2 classes"),
         (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
     ],
 )
@@ -373,7 +373,7 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: An
 
 
 def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
-    with pytest.raises(ConfigurationError, match=r"no part of the output[\s\S]*colour: float32 \[2, 5\]"):
+    with pytest.raises(ConfigurationError, match=r"not in the output[\s\S]*colour: float32 \[2, 5\]"):
         NamedHead("digit").logits({"colour": OTHER_HEAD})
 
 
@@ -435,8 +435,8 @@ def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> No
         ({"passed": lambda o, t: [True, False]}, "`Custom.passed` returned list"),
         ({"passed": lambda o, t: far(o, t)}, "`Custom.passed` returned torch.float32"),
         ({"loss": lambda o, t: far(o, t).mean()}, r"`Custom.loss` returned torch.float32 \[\] for a batch"),
-        ({"margin": far}, "`Custom.margin` gave 3 for a sample that did not pass"),
-        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` gave -0.25 for a sample that passed \(2 such"),
+        ({"margin": far}, "`Custom.margin` returned 3 for a sample that did not pass"),
+        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` returned -0.25 for a sample that passed \(2 such"),
     ],
 )
 def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts, flip_masks
-from lightning_nrl.localization import Known, Localization, on_data
+from lightning_nrl.localization import KnownData, Localization, on_data
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
 from lightning_nrl.pipeline.problem_builder import passed_rows
@@ -74,7 +74,7 @@ class BatchSearch:
                 return found
         recording = self.recording
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
-            on = on_data(localizer, Known(problem.evaluator, problem.known, problem.before, problem.space))
+            on = on_data(localizer, KnownData(problem.evaluator, problem.known, problem.before, problem.space))
             localized = on(recording, problem.evaluator, failed=problem.before.targeted, passed=passed)
         self._localized.append((localizer, passed, localized))
         return localized

@@ -1,8 +1,8 @@
-"""Known data as the first repaired layer sees it: what comes before it is run once and kept.
+"""Cache of the known data at the first repaired layer; everything before that layer is run once.
 
-Samples whose passes look alike form a group. Of each tensor that was there when the layer was first called, a group
-keeps the values of all samples if they reach the model's output other than through that layer, and one sample's values,
-for its shape, if they do not. `recording.record` makes it.
+Samples whose passes have the same structure form a group. Of each tensor that exists when the layer is first called, a
+group keeps all samples' values if they reach the output by another way than that layer, else one sample's shape.
+`recording.record` builds the cache.
 """
 
 from __future__ import annotations
@@ -23,36 +23,32 @@ from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_all,
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs, LayerEdit
 
 Recompute = Callable[[Tensor], list[Tensor]]
-"""Makes the stored tensors of samples again, by their rows in the results."""
+"""Recomputes the stored tensors of samples, given their rows in the results."""
 
-
-class _StoredTensor:
-    """Stands where a stored tensor goes."""
-
-
-STORED_TENSOR = _StoredTensor()
+STORED_TENSOR = object()
+"""Placeholder of a stored tensor among the constants of a `ReplayGroup`."""
 
 
 @dataclass
 class ReplayGroup:
-    """Passes that look alike. Of equal stored tensors one is kept, in memory or of one batch, the rest made again."""
+    """Samples whose passes have the same structure, with their stored tensors: in memory, or recomputed by batch."""
 
-    plan: ReplayPlan | None  # how they are resumed; None: they are run as a whole
-    layouts: list[SampleLayout]  # where the samples are in each stored tensor
-    device: torch.device  # where the stored tensors are kept
-    spec: pytree.TreeSpec | None = None  # the tree of model inputs, if they are run as a whole
-    constants: list[Any] = field(default_factory=list)  # what stands in it where no stored tensor does
-    recomputed: bool = False  # whether the stored tensors are made again each time
-    same: tuple[int, ...] = ()  # for each stored tensor the first one that is equal to it, itself where none is
-    expected: int = 0  # samples for which memory is taken from the first batch on; what comes beyond them is joined
+    plan: ReplayPlan | None  # how to resume the passes; None: the whole model is run
+    layouts: list[SampleLayout]  # of each stored tensor
+    device: torch.device  # device of the stored tensors
+    spec: pytree.TreeSpec | None = None  # tree of the model inputs, if the whole model is run
+    constants: list[Any] = field(default_factory=list)  # leaves of that tree, `STORED_TENSOR` at stored tensors
+    recomputed: bool = False  # True if stored tensors are recomputed each time
+    same: tuple[int, ...] = ()  # for each stored tensor the index of the first equal one; only that one is kept
+    expected: int = 0  # samples for which memory is allocated at the first batch; later ones are concatenated
     shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors without their first dimension
-    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # of each kept one by batch; one is left at the end
-    filled: dict[int, int] = field(default_factory=dict)  # entries of each first part that are taken
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # kept tensors by batch; `finish` leaves one part
+    filled: dict[int, int] = field(default_factory=dict)  # filled entries of each first part
     again: Recompute | None = None
-    latest: tuple[int, int, dict[int, Tensor]] = (0, 0, {})  # first and last place of what was made last, and what
-    batch: int = 0  # samples of the largest batch
-    targets: list[Any] = field(default_factory=list)  # trees of truths by batch, on the CPU; one is left at the end
-    rows: list[Tensor] = field(default_factory=list)  # in the results, likewise
+    latest: tuple[int, int, dict[int, Tensor]] = (0, 0, {})  # start, stop and tensors of the last recomputation
+    batch: int = 0  # size of the largest batch
+    targets: list[Any] = field(default_factory=list)  # target trees by batch, on the CPU; `finish` leaves one
+    rows: list[Tensor] = field(default_factory=list)  # rows in the results by batch; `finish` leaves one
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +59,7 @@ class ReplayGroup:
         return ReplayGroup(self.plan, self.layouts, device, self.spec, self.constants, recomputed, same)
 
     def add(self, stored: Sequence[Tensor], target: Any, rows: Tensor, again: Recompute | None = None) -> None:
-        """Takes in a batch: its stored tensors, the truth, the rows in the results; `again` is for what is not kept."""
+        """Adds a batch: stored tensors, target, rows in the results, and how to recompute what is not kept."""
         self.same = self.same or tuple(range(len(stored)))
         self.shapes = self.shapes or [x.shape[1:] for x in stored]
         self.again = self.again or again
@@ -82,17 +78,17 @@ class ReplayGroup:
             parts.append(x)
             return
         if not parts:
-            # Its pages are taken as they fill.
+            # The system allocates its pages as they fill.
             parts.append(x.new_empty((reserved, *x.shape[1:])))
         parts[0][start:stop] = x
         self.filled[i] = stop
 
     def finish(self, pin: bool = False) -> None:
-        """Ends the recording; page-locked (`pin`) memory is what a GPU takes without a wait."""
+        """Ends the recording; page-locked (`pin`) memory can be copied to a GPU asynchronously."""
         for i, parts in self.parts.items():
             if i in self.filled:
                 parts[0] = parts[0][: self.filled[i]]
-            whole = _joined(parts, self.layouts[i].dim)
+            whole = _concatenated(parts, self.layouts[i].dim)
             parts[:] = [whole.pin_memory() if pin else whole]
         self.rows = [torch.cat(self.rows)]
         self.targets = [
@@ -100,23 +96,23 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
-        """Returns some samples of all stored tensors, or of the last few; views where nothing has to be moved."""
+        """Returns samples of all stored tensors, or of the `last` ones; views where nothing has to be moved."""
         kept = {i: parts[0] for i, parts in self.parts.items()}
         if self.recomputed:
-            kept, samples = self._made_again(samples)
+            kept, samples = self._recompute_batch(samples)
         wanted = self.same[-last:]
         taken = {i: self.layouts[i].take(kept[i], samples).to(device, non_blocking=True) for i in set(wanted)}
         return [taken[i] for i in wanted]
 
-    def _made_again(self, samples: slice | Tensor) -> tuple[dict[int, Tensor], slice | Tensor]:
-        """Returns tensors and the samples' places in them; with those after them, if together they are one batch."""
+    def _recompute_batch(self, samples: slice | Tensor) -> tuple[dict[int, Tensor], slice | Tensor]:
+        """Recomputes samples, and those after them up to one batch; returns tensors and the positions in them."""
         places = torch.arange(len(self.rows[0]))[samples if isinstance(samples, slice) else samples.cpu()]
         low, high = int(places.min()), int(places.max()) + 1
         if high - low > self.batch:
             return self._stored(self.rows[0][places]), slice(None)
         start, stop, kept = self.latest
         if not kept or low < start or high > stop:
-            self.latest = (0, 0, {})  # so that memory is held once
+            self.latest = (0, 0, {})  # frees the memory first
             start, stop = low, min(low + self.batch, len(self.rows[0]))
             self.latest = start, stop, self._stored(self.rows[0][start:stop])
         return self.latest[2], places - start
@@ -127,7 +123,6 @@ class ReplayGroup:
         return {i: stored[i] for i in set(self.same)}
 
     def inputs(self, stored: Sequence[Tensor]) -> Inputs:
-        """The model inputs, for samples that are run as a whole."""
         source = iter(stored)
         assert self.spec is not None
         args, kwargs = pytree.tree_unflatten(
@@ -136,7 +131,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if samples that are run whole, with `stored` kept, belong to this group too."""
+        """True if the samples of a group without a plan, with tensors `stored`, fit into this group."""
         return (
             self.plan is None
             and self.spec == other.spec
@@ -149,10 +144,10 @@ class ReplayGroup:
 class Chunk:
     """Some samples of one group."""
 
-    group: int  # which group
-    samples: slice | Tensor  # their places in it, on the device where it is kept
+    group: int
+    samples: slice | Tensor  # positions in the group, on the group's device
     rows: Tensor  # n int64 on the CPU, in the results
-    target: Any  # their truth, on the model's device
+    target: Any  # on the model's device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,12 +155,12 @@ class Chunk:
 
 @dataclass
 class ActivationCache:
-    """Known data, ready to be run again from the first repaired layer on."""
+    """Known data, ready to be replayed from the first repaired layer on."""
 
-    model: EditableModel  # with its repaired layers, the task and the context of its passes
+    model: EditableModel
     groups: list[ReplayGroup]
-    rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in the order they are kept
-    fallback_reason: str | None = None  # why some samples are run through the whole model; None if none is
+    rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in stored order
+    fallback_reason: str | None = None  # why some samples need the whole model; None: none do
 
     @property
     def space(self) -> ParameterSpace:
@@ -181,7 +176,7 @@ class ActivationCache:
         return f"activations of {memory}{again:,} samples computed again each time"
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """The recorded samples that `keep`, `N` bool by row of the results, marks, group by group, `size` at most."""
+        """Yields the samples marked in `keep`, `N` bool by row of the results, by group, at most `size` per chunk."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]
@@ -191,7 +186,7 @@ class ActivationCache:
                     continue
                 poll()
                 whole = len(part) == int(part[-1] - part[0]) + 1
-                # Beside the samples themselves, so that taking them makes no device wait for the host.
+                # On the device of the samples, so that indexing does not synchronise.
                 samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part.to(group.device)
                 yield Chunk(number, samples, rows[part], to_device(index_all(group.targets[0], part), device))
 
@@ -219,12 +214,14 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
+        """Resumes the passes at the first site; returns logits of `copies * n` samples, copy by copy.
 
-        `edit` gives the output of each site to go on with, samples in the first dimension. At the site that is called
-        first, input and output are the recorded ones of `n` samples and must not be changed in place; what it returns
-        has `copies * n`, as everything has at later sites. Differentiable in that if gradients are on. Several copies
-        of samples that can only be run as a whole are a `ReplayError`: `rerun` is for those.
+        `edit` maps each site's input and output, samples first, to a new output. At the first site it gets the recorded
+        tensors of `n` samples, which it must not change in place, and returns `copies * n`; later sites have
+        `copies * n`. Differentiable in the new outputs.
+
+        Raises:
+            ReplayError: several copies of samples that need the whole model; use `rerun`.
         """
         group = self.groups[chunk.group]
         stored = group.take(chunk.samples, self.space.device)
@@ -238,14 +235,14 @@ class ActivationCache:
         return self.model.edited_logits(group.inputs(stored), edit)
 
     def rerun(self, chunk: Chunk, where: Tensor, values: Tensor) -> Tensor:
-        """The whole model's logits of `P * n` samples, candidate by candidate, of values `P x K` at flat positions."""
+        """Runs the whole model for candidates `P x K` at flat positions; returns logits of `P * n` samples."""
         group = self.groups[chunk.group]
         inputs = group.inputs(group.take(chunk.samples, self.space.device))
         return torch.cat([self.model.logits(inputs, self.space.changed(where, v)) for v in values])
 
 
 def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGroup, list[Tensor]]:
-    """A group for samples that are run as a whole, without any, and what to store of `n` of them."""
+    """Returns an empty group for samples that need the whole model, and the tensors to store of `n` samples."""
     leaves, spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     stored, constants = [], []
     for x in leaves:
@@ -257,8 +254,8 @@ def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGr
     return ReplayGroup(None, [SampleLayout(0)] * len(stored), device, spec, constants), stored
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    """All parts in one tensor, each given up as soon as it is copied; in main memory pages are taken as they fill."""
+def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
+    """Concatenates parts; frees each as soon as it is copied, so that memory is not held twice."""
     if len(parts) == 1:
         return parts[0]
     shape = list(parts[0].shape)

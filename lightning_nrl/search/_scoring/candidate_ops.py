@@ -1,8 +1,7 @@
-"""Operations on `CandidateTensor`: on what candidates share once, and on the channels that differ for each.
+"""Operations on `CandidateTensor`: once on the shared base, and for each candidate on its differing channels.
 
-First those that treat channels one by one, then those that mix them (a Linear or a convolution adds what the channels
-that differ change in its output), then sums and products. Every handler takes the function and its arguments and
-returns a result, or `NotImplemented` for what it does not know: that gets whole tensors.
+Channelwise operations come first, then those that mix channels (Linear, convolution), then sums and products. A handler
+takes the function and its arguments; if it returns `NotImplemented`, the function is called with whole tensors.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ IN_PLACE = {
     **{getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
     **{getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul")},
 }
-"""Each operation that changes its first argument, and the one that returns a new tensor."""
+"""In-place operations and their out-of-place versions."""
 
 
 def _inplace_position(function: Any) -> int | None:
@@ -68,9 +67,9 @@ INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIV
 
 
 def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
-    """Registers what to do instead of some functions.
+    """Registers a handler of some functions.
 
-    If `alone`, that is done where the first argument alone is a `CandidateTensor`, with its channels at an axis.
+    If `alone`, only the first argument may be a `CandidateTensor`, with its channels at `axis` if given.
     """
 
     def register(handler: Handler) -> Handler:
@@ -137,7 +136,7 @@ def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
     if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
-        return _mean_of_places(x, keepdim=True)
+        return _spatial_mean(x, keepdim=True)
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
@@ -148,15 +147,11 @@ def _reduce(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
     if min(places) <= x.axis:
         return NotImplemented
     if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
-        return _mean_of_places(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
+        return _spatial_mean(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
-def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
-    """Takes the mean over all that comes behind the channels.
-
-    On a CPU as a product with a vector: a sum of few numbers that lie side by side takes several times as long.
-    """
+def _spatial_mean(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
     dims = tuple(range(x.axis + 1, x.ndim))
 
     def mean(t: Tensor, units: Tensor | None) -> Tensor:
@@ -165,6 +160,7 @@ def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
         if flat is None or not fits or t.device.type != "cpu":
             return t.mean(dims, keepdim)
         n = flat.shape[-1]
+        # Several times as fast as `mean` over few contiguous numbers.
         found = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
         return found.view(*found.shape, *[1] * len(dims)) if keepdim else found
 
@@ -276,7 +272,7 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """True if a product may be summed from two parts: not in half precision, where two roundings are not one."""
+    """True if a product may be summed from two parts: not in half precision, which would round twice."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -288,9 +284,9 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if not isinstance(a, CandidateTensor):
         return _onto_plain(apply, a, b, in_place, kwargs) if isinstance(a, Tensor) else NotImplemented
     if isinstance(b, CandidateTensor):
-        out = _shifted(apply, a, b, kwargs)
+        out = _add_identical(apply, a, b, kwargs)
         if out is NotImplemented:
-            out = _both(lambda s, t: apply(s, t, **kwargs), a, b)
+            out = _both_candidates(lambda s, t: apply(s, t, **kwargs), a, b)
     elif isinstance(b, Tensor) and b.ndim:
         out = _with_plain(lambda s, t: apply(s, t, **kwargs), a, b)
     else:
@@ -300,8 +296,8 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     return a.assign(out) if out.shape == a.shape and out.dtype == a.dtype else NotImplemented
 
 
-def _shifted(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
-    """Adds what differs and what does not: only the base moves."""
+def _add_identical(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
+    """Adds a tensor without differing channels to one with a pending difference: only the base changes."""
     if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):
@@ -310,7 +306,7 @@ def _shifted(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, 
     return NotImplemented
 
 
-def _both(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: CandidateTensor) -> Any:
+def _both_candidates(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: CandidateTensor) -> Any:
     if a.copies != b.copies or a.ndim != b.ndim or len(a.base) != len(b.base):
         return NotImplemented
     if a.identical and b.identical:

@@ -1,10 +1,9 @@
-"""A tensor of many candidates that says what they share: one base for all, and the channels in which they differ.
+"""`CandidateTensor`: activations of many candidates as one shared base plus the channels in which they differ.
 
-What comes after a repaired layer is ordinary Python on ordinary tensors. `CandidateTensor` stands in for one: to the
-code it has the samples of all candidates, `P * n` of them; inside it holds `n` samples and the channels that differ.
-Operations that treat channels one by one (activations, batch norm, pooling, sums) run on the base once and on the
-channels that differ; a Linear or a convolution adds what those channels change to its output for the base. Whatever is
-not known here gets the whole tensor, so the result is always that of the plain code.
+To the model's code it is a tensor of `P * n` samples; it stores `n` samples and the differing channels. Channelwise
+operations (activations, batch norm, pooling, sums) run once on the base and on the differing channels; a Linear or a
+convolution adds the effect of those channels to its output for the base. Any other operation gets the whole tensor, so
+results are those of plain code.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""Handlers that replace functions; filled by `candidate_ops`."""
+"""Handlers by function; filled by `candidate_ops`."""
 
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """A difference not yet computed: a sum of products whose factors an affine operation can still be put into.
+    """Difference that is not computed yet, so that a scale per channel can be folded into it.
 
-    `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own; each
-    channel's sum is first multiplied by a factor, `U`, unless that is None.
+    `onto(base, scale)` adds the difference, times `scale` (`U` or None), to `base`, `U x n x ...`, and returns a new
+    tensor `U x P x n x ...`.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
-    scale: Tensor | None = None  # the factor so far
+    scale: Tensor | None = None
 
     def times(self, factor: Tensor) -> LazyDelta:
         return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
 
 
 class CandidateTensor(Tensor):
-    """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`."""
+    """Tensor `P * n x ...` of `n` samples under `P` candidates, candidate by candidate."""
 
-    base: Tensor  # n x ..., what all have where they do not differ; never changed in place
-    axis: int  # the dimension of base, from the front, that counts channels
+    base: Tensor  # n x ..., shared values; never changed in place
+    axis: int  # channel dimension of `base`, not negative
     units: Tensor  # U int64, channels that differ, each once
     copies: int  # P
-    pending: LazyDelta | None  # what is added to the base in those channels; None once it is computed or without any
-    computed: Tensor | None  # P x n x ..., those channels with it; see `changed`
-    materialized: Tensor | None  # the whole tensor, once something has asked for it; from then on it alone counts
+    pending: LazyDelta | None  # difference of those channels, if not computed yet
+    computed: Tensor | None  # P x n x ..., values of those channels; see `changed`
+    materialized: Tensor | None  # the whole tensor, once requested; it then replaces all the above
 
     @staticmethod
     def __new__(
@@ -64,7 +63,7 @@ class CandidateTensor(Tensor):
 
     @property
     def changed(self) -> Tensor:
-        """`P x n x ...` with `U` channels at `axis + 1`, the channels that differ."""
+        """Values of the differing channels, `P x n x ...` with `U` channels at `axis + 1`."""
         if self.computed is None:
             self.computed, self.pending = self.evaluated(), None
         return self.computed
@@ -80,11 +79,10 @@ class CandidateTensor(Tensor):
 
     @property
     def all_differ(self) -> bool:
-        """True if the candidates differ in every channel, so that nothing of the base is left."""
         return self.units.numel() == self.base.shape[self.axis]
 
     def dense(self) -> Tensor:
-        """Returns the whole tensor, in memory of its own; changing it changes this."""
+        """Returns the whole tensor; in-place changes of it change this tensor."""
         if self.materialized is None:
             base, dim = self.base, self.axis
             if self.all_differ:
@@ -97,7 +95,7 @@ class CandidateTensor(Tensor):
         return self.materialized
 
     def dense_view(self) -> Tensor:
-        """Returns the whole tensor, to be read only, in whatever layout costs least."""
+        """Returns the whole tensor for reading, in the cheapest layout."""
         if self.materialized is None and self.all_differ:
             return self._all_changed().flatten(0, 1)
         return self.dense()
@@ -115,7 +113,7 @@ class CandidateTensor(Tensor):
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
-        """Applies a function of samples and their channels (None for all) that treats both one by one."""
+        """Applies a channelwise function `(samples, channels)`, with None for all channels."""
         base = function(self.base, None)
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)

@@ -1,7 +1,4 @@
-"""Chunks of the known data, ready to be run under many candidates at once within a memory budget.
-
-They are as large as the memory allows, and no larger than a processor's cache likes.
-"""
+"""Chunks of the known data, sized for a memory budget and the CPU cache, and their scores under many candidates."""
 
 from __future__ import annotations
 
@@ -30,27 +27,27 @@ from lightning_nrl.tasks import Task
 
 @dataclass
 class ChunkScorer:
-    """`n` samples with all that does not depend on the candidates."""
+    """Scores candidates on `n` samples."""
 
-    cache: ActivationCache  # where they come from
+    cache: ActivationCache
     chunk: Chunk
-    deltas: tuple[LayerDelta, ...]  # the change of each site
+    deltas: tuple[LayerDelta, ...]  # one per site
     where: Tensor  # flat positions of the changed weights
     task: Task
-    rows: int  # candidates times samples that are run at once; halved for good when memory runs out
-    reserve: Tensor | None = None  # n, the margin that a sample must keep to pass; None: any
-    weight: Tensor | None = None  # n, what each sample counts; None: all alike
-    total_weight: float = 0.0  # what all samples count together
-    is_head: bool = False  # whether the samples are in front of a last layer whose output is the model's
-    gathered: GatheredInputs | None = None  # what the first site's change needs of the samples, if there is room
-    head: HeadScorer | None = None  # the samples in front of that last layer, if there is room
+    rows: int  # candidates times samples per pass; halved permanently when memory runs out
+    reserve: Tensor | None = None  # n, minimum margin of a sample to pass; None: no minimum
+    weight: Tensor | None = None  # n, sample weights; None: equal weights
+    total_weight: float = 0.0
+    is_head: bool = False  # True if the layer's output is the model's output
+    gathered: GatheredInputs | None = None  # inputs of the first site's delta, if kept
+    head: HeadScorer | None = None  # scorer of a last layer, if kept
 
     @property
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Keeps what is the same in every call, if it takes at most `room` bytes."""
+        """Precomputes what is the same in every call, if it takes at most `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -59,10 +56,10 @@ class ChunkScorer:
             self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """Runs candidates `P x K`; yields which of them, and what they do on all samples."""
+        """Scores candidates `P x K`; yields slices of them with their sums over all samples."""
 
         def work(_: slice, own: Tensor) -> Sums:
-            # To leave decided samples out, the host has to learn which those are.
+            # Leaving out decided samples would synchronise a GPU.
             if self.is_head and not with_loss and values.device.type == "cpu":
                 return Sums(*(self.head or self._make_head()).count_passed(own[0], self.weight))
             return summed(*self.evaluate(own[0], with_loss), self.weight, with_credit)
@@ -81,7 +78,7 @@ class ChunkScorer:
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns passes `P x n` bool and, if asked for, losses `P x n` of candidates `P x K`."""
+        """Evaluates candidates `P x K`: `passed`, `P x n` bool, and losses, `P x n`, or None without `with_loss`."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         whole = self.rows >= len(self.chunk)
@@ -97,7 +94,7 @@ class ChunkScorer:
     def outputs(
         self, chunk: Chunk, gathered: GatheredInputs | None, values: Tensor, with_loss: bool, reserve: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `evaluate`, of some of the samples, all in one block."""
+        """Evaluates some of the samples in one pass; see `evaluate`."""
         p = len(values)
         if self.cache.is_replayable(chunk):
             logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
@@ -110,28 +107,27 @@ class ChunkScorer:
 
 
 CPU_CACHE_BYTES = 1 << 20
-"""Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
-stay in its cache."""
+"""Bytes of the first site's output, or of a last layer's logits, per pass on a CPU, so that they stay in its cache."""
 CPU_BLOCK_BYTES = 16 << 20
-"""Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
-GPU_BLOCK_BYTES = 256 << 20  # the same on a GPU, enough to keep it busy
-MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples a chunk at most: a GPU is only busy with many of them a launch
+"""Bytes of all tensors per pass on a CPU, up to eight times its cache; smaller passes are dominated by overhead."""
+GPU_BLOCK_BYTES = 256 << 20  # the same on a GPU
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples per chunk; a GPU needs many per launch
 
 
 @torch.no_grad()
 def make_chunk_scorers(
     cache: ActivationCache,
-    deltas: tuple[LayerDelta, ...],  # the change of each site
+    deltas: tuple[LayerDelta, ...],  # one per site
     where: Tensor,  # K int64, flat positions of the changed weights
-    mask: Tensor,  # N bool by row of the results, which samples
+    mask: Tensor,  # N bool by row of the results, the samples
     task: Task,
     *,
-    budget: int,  # bytes that running a block may take
-    room: int,  # bytes that may be kept from one call to the next
-    reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
-    weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
+    budget: int,  # bytes per pass
+    room: int,  # bytes that may be kept between calls
+    reserve: Tensor | None = None,  # N by row of the results, minimum margin to pass; None: no minimum
+    weight: Tensor | None = None,  # N float64 by row of the results, sample weights; None: equal weights
 ) -> list[ChunkScorer]:
-    """Cuts samples into chunks. If memory runs out, chunks are smaller and nothing is kept between calls."""
+    """Divides samples into chunks; if memory runs out, chunks are smaller and nothing is kept between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 
@@ -154,7 +150,7 @@ def make_chunk_scorers(
     for group in cache.chunks(None, mask):
         whole = scorer_of(group, 1)
         if not cache.is_replayable(group):
-            whole.rows = _rows_of_block(whole, budget, 0)
+            whole.rows = _rows_per_pass(whole, budget, 0)
             scorers.append(whole)
             continue
         _, y = cache.activations(next(iter(cache.split(group, 1))))
@@ -165,7 +161,7 @@ def make_chunk_scorers(
             block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
             rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
         else:
-            rows = _rows_of_block(whole, budget, y.nbytes)
+            rows = _rows_per_pass(whole, budget, y.nbytes)
         most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
         samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
         make = partial(scorer_of, rows=rows, is_head=is_head)
@@ -178,8 +174,8 @@ def make_chunk_scorers(
     return scorers
 
 
-def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
-    """Chooses how many rows to run at once, by what a few of them take; the same on every run."""
+def _rows_per_pass(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
+    """Chooses the rows per pass from the memory that a few rows take; deterministic."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
     original = scorer.deltas[0].original
 

@@ -1,8 +1,8 @@
-"""From the inputs of a last layer to what counts: which samples pass and how large their losses are.
+"""Scores candidates of a last layer: computes only changed classes, from the layer's inputs to passes and losses.
 
-Only changed classes are computed. On a CPU each swarm is scored by itself, without samples whose fate is decided. On a
-device many swarms are scored together in as many launches as one takes, padded to a common shape. That shape is made of
-the swarm's own numbers, rounded up a little, so that each takes the same products and sums alone and among others.
+On a CPU each swarm is scored by itself, without samples that all candidates decide alike. On a GPU swarms are padded to
+a common shape and scored together. That shape depends on the swarm's own sizes only, so that results are the same alone
+and in a batch.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lightning_nrl.search._scoring.memory import in_blocks
 from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
-MAX_UNDECIDED_SHARE = 0.75  # decided samples are only left out if at most this share of all is undecided
+MAX_UNDECIDED_SHARE = 0.75  # above this share of undecided samples, all are computed
 
 
 def is_plain_multiclass(task: Task) -> bool:
-    """True if passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
+    """True if a task has the rules of `Multiclass` for passed, margin and loss."""
     rules = ("passed", "loss", "prediction", "margin")
     return all(getattr(type(task), name) == getattr(Multiclass, name) for name in rules)
 
 
 class Sums(NamedTuple):
-    """Results of `p` candidates on all samples of a chunk, `p` each."""
+    """Sums over the samples of a chunk for `p` candidates, `p` each."""
 
-    passed: Tensor  # how many pass
-    weight: Tensor | None  # what these weigh; None: all alike
-    loss: Tensor | None = None  # sum of (weighted) losses; None: not asked for
-    credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not asked for
+    passed: Tensor  # number of passed samples
+    weight: Tensor | None  # their total weight; None: equal weights
+    loss: Tensor | None = None  # sum of (weighted) losses; None: not computed
+    credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not computed
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
@@ -52,34 +52,33 @@ def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_cred
 
 
 def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Counts the samples that pass, and what these weigh; None without weights."""
+    """Counts the passed samples and sums their weights; None without weights."""
     return passed.sum(-1), None if weight is None else torch.where(passed, weight, 0.0).sum(-1)
 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """Tables of `n` samples in front of a last layer whose output is the model's, `U` of its classes changing.
+    """Precomputed values of `n` samples for a last layer with `U` changed classes.
 
-    Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
-    exponentials, and the largest logit before and after the true class, since arg max takes the first of equals. The
-    reserve has no part in the loss.
+    Of the unchanged classes only the largest logit, the sum of exponentials, and the largest logit before the true
+    class are needed, the last because arg max takes the first on ties. The reserve does not affect the loss.
     """
 
     rivals: Tensor  # U x 1 x n, old logits of the changed classes, -inf for the true one
-    true_unit: Tensor  # 1 x 1 x n int64, place of the true class among the changed ones, 0 if it does not change
-    true_logit: Tensor  # n, the true class's old logit, less the reserve
+    true_unit: Tensor  # 1 x 1 x n int64, index of the true class among the changed ones, 0 if unchanged
+    true_logit: Tensor  # n, old logit of the true class minus the reserve
     true_changes: Tensor  # n, 1 if the true class changes, else 0
-    fixed_max: Tensor  # n, the largest logit of the classes that do not change, the true one left out
-    fixed_sum: Tensor  # n, their exponentials, relative to fixed_max, summed
-    fixed_max_before: Tensor  # n, the largest of them before the true class
-    is_before: Tensor  # U x 1 x n bool, which changed classes come before the true one
-    reserve: Tensor | None  # n, how far above all others the true class must be to pass; None: not at all
+    fixed_max: Tensor  # n, largest logit of the unchanged classes without the true one
+    fixed_sum: Tensor  # n, sum of exp(logit - fixed_max) over these classes
+    fixed_max_before: Tensor  # n, largest of these logits before the true class
+    is_before: Tensor  # U x 1 x n bool, changed classes before the true one
+    reserve: Tensor | None  # n, minimum margin to pass; None: no minimum
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for.
+        """Returns `passed`, `P x n` bool, and losses, `P x n`, or None without `with_loss`.
 
-        `z`, `U x P x n`, is what each candidate adds to each changed class; it is used up. All may have one more
-        dimension in front, with tables that have it too.
+        `z`, `U x P x n`, is the change of each logit; it is overwritten. Tables, `z` and results may have one more
+        dimension in front.
         """
         moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
         true = torch.addcmul(self.true_logit, self.true_changes, moved)
@@ -102,10 +101,10 @@ class HeadTables:
 
 @dataclass(frozen=True)
 class HeadScorer(HeadTables):
-    """Samples in front of a last layer whose output is the model's, with the change of that layer."""
+    """Scores candidates of a last layer on some samples."""
 
-    delta: LayerDelta  # the change of the layer
-    gathered: GatheredInputs  # what it needs to know of the samples
+    delta: LayerDelta
+    gathered: GatheredInputs
 
     @property
     def nbytes(self) -> int:
@@ -115,12 +114,11 @@ class HeadScorer(HeadTables):
         return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
 
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Finds samples that surely pass, and those that surely fail, under all candidates `P x K`, `n` bool each.
+        """Finds the samples that pass, and those that fail, under all candidates `P x K`, `n` bool each.
 
-        Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
-        bounds (interval arithmetic). A sample is decided if the bounds of its true class and of the best rival do not
-        meet, with room for rounding between them: `eps * (m + 8)` times the sum of all magnitudes, for sums of `m`
-        products.
+        Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the bounds of
+        its true class and best rival are apart by more than rounding: `eps * (m + 8)` times the sum of all magnitudes,
+        for sums of `m` products.
         """
         change = self.delta.weight_delta(values, self.true_logit.dtype)
         least, most = change.aminmax(dim=0)
@@ -147,7 +145,6 @@ class HeadScorer(HeadTables):
         return true_below > best_above + rounding, true_above + rounding < best_below
 
     def subset(self, samples: Tensor) -> HeadScorer:
-
         def some(x: Tensor) -> Tensor:
             return x.index_select(-1, samples)
 
@@ -157,7 +154,7 @@ class HeadScorer(HeadTables):
         return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Counts samples that each candidate, `P x K`, passes, and their weight; decided ones are not computed."""
+        """Counts the passed samples of each candidate, `P x K`, and sums their weights; skips decided samples."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -175,7 +172,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Prepares samples with old logits `y`, `n x C`, true classes and margins to keep, `n`."""
+    """Builds a scorer from old logits `y`, `n x C`, true classes and minimum margins, `n`."""
     units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
     y = class_logits(y)
     n, c = y.shape
@@ -201,25 +198,24 @@ def make_head_scorer(
 
 
 UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
-"""Sizes are rounded up to one of this many between a power of two and the next, so that few shapes are left. Padding of
-weights costs least, since they are few beside the candidates."""
+"""Sizes are rounded up to one of this many steps per power of two, to limit the number of shapes."""
 
 OF_UNITS = ("rivals", "is_before")  # tables of changed classes
 FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
-"""Values of padded samples and classes, which pass with a loss of 0; 0 for tables not listed."""
+"""Padding of samples and classes, 0 for other tables: padded samples pass with a loss of 0."""
 
 
 class SwarmHead(NamedTuple):
-    """The samples of one role that one swarm scores."""
+    """Scorer of one swarm on the samples of one role (I_neg or I_pos)."""
 
-    swarm: int  # which one
-    columns: Tensor | None  # which of the K values its own weights are, int64; None if they are the first
+    swarm: int
+    columns: Tensor | None  # int64, positions of the swarm's weights among the K values; None: the first ones
     head: HeadScorer
-    weight: Tensor | None  # n, what each sample counts; None: all alike
+    weight: Tensor | None  # n, sample weights; None: equal weights
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Changed classes, weights of a class with its bias, samples: what others in its stack have too."""
+        """Padded sizes: changed classes, weights of a class with its bias, samples."""
         delta, n = self.head.delta, self.head.true_logit.shape[-1]
         most = max((bucket.columns.shape[1] for bucket in delta.buckets), default=0) + delta.site.include_bias
         return rounded_up(len(delta.units), UNIT_STEPS), rounded_up(most, WEIGHT_STEPS), rounded_up(n, SAMPLE_STEPS)
@@ -231,16 +227,16 @@ class SwarmHead(NamedTuple):
 
 @dataclass
 class HeadStack:
-    """Samples of one role of S swarms, padded to `U` changed classes of `m` weights each and `n` samples."""
+    """Scorers of S swarms in one role, padded to `U` changed classes with `m` weights each and `n` samples."""
 
-    swarms: Tensor  # S int64, which swarms
-    original: Tensor  # S x 1 x K, their values as they are now, padded with 0
-    columns: Tensor  # S x 1 x (U * m) int64, which of the K values a weight is; K: it stays
-    x: Tensor  # S x U x m x n, what the weights meet
-    tables: HeadTables  # with a dimension for swarms in front
-    counted: Tensor  # S x 1 x n bool, which samples are no padding
-    weight: Tensor | None  # S x 1 x n, what each counts; None: all alike
-    rows: int  # swarms times candidates times samples that are run at once; halved for good when memory runs out
+    swarms: Tensor  # S int64, swarm numbers
+    original: Tensor  # S x 1 x K, original values, padded with 0
+    columns: Tensor  # S x 1 x (U * m) int64, position of each weight among the K values; K: unchanged
+    x: Tensor  # S x U x m x n, input of each weight
+    tables: HeadTables  # with dimension S in front
+    counted: Tensor  # S x 1 x n bool, False at padding
+    weight: Tensor | None  # S x 1 x n, sample weights; None: equal weights
+    rows: int  # swarms times candidates times samples per pass; halved permanently when memory runs out
     deployed: torch.dtype  # of the weights
 
     @property
@@ -248,7 +244,7 @@ class HeadStack:
         return 0.0 if self.weight is None else self.weight.sum(-1)
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Sums:
-        """Scores the candidates of these swarms, `S x P x K`, on their samples, `S x P` each."""
+        """Scores the candidates of these swarms, `S x P x K`; returns sums, `S x P` each."""
         work = partial(self._run, with_loss, with_credit)
         parts = [found for _, found in in_blocks(self, values, self.x.shape[-1], work)]
 
@@ -259,7 +255,7 @@ class HeadStack:
         return Sums(*map(joined, Sums._fields))  # type: ignore[arg-type]
 
     def _run(self, with_loss: bool, with_credit: bool, which: slice, values: Tensor) -> Sums:
-        tables = _tables(lambda name: _some(getattr(self.tables, name), which))
+        tables = _tables(lambda name: _select(getattr(self.tables, name), which))
         dtype, x = tables.true_logit.dtype, self.x[which]
         (s, p, _), (_, u, m, n) = values.shape, x.shape
         new, old = (w.to(self.deployed).to(dtype) for w in (values, self.original[which]))
@@ -270,28 +266,28 @@ class HeadStack:
         passed, loss = tables.judged(z, with_loss)
         counted = self.counted[which]
         passed &= counted
-        # Padding has a loss of 0, but a credit.
-        found = summed(passed, loss, _some(self.weight, which), with_credit)
+        # Padding has loss 0 but credit 1.
+        found = summed(passed, loss, _select(self.weight, which), with_credit)
         if found.credit is None:
             return found
         return found._replace(credit=found.credit - (~counted).sum(-1))
 
 
 def rounded_up(n: int, steps: int) -> int:
-    """Rounds up to one of `steps` numbers, a power of two, between a power of two and the next."""
+    """Rounds `n` up to one of `steps` values per power of two; `steps` is a power of two."""
     step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
     return -(-n // step) * step
 
 
 def stack_heads(swarms: Sequence[SwarmHead], n_columns: int, block_bytes: int) -> list[HeadStack]:
-    """Stacks swarms of like shape; `n_columns` is K, `block_bytes` what the logits of one block may take."""
+    """Stacks swarms of equal shape; `n_columns` is K, `block_bytes` the limit for the logits of a pass."""
     shapes: dict[tuple[int, int, int], list[SwarmHead]] = {}
     for one in swarms:
         shapes.setdefault(one.shape, []).append(one)
-    return [_stacked(alike, shape, n_columns, block_bytes) for shape, alike in shapes.items()]
+    return [_make_stack(alike, shape, n_columns, block_bytes) for shape, alike in shapes.items()]
 
 
-def _stacked(alike: Sequence[SwarmHead], shape: tuple[int, int, int], n_columns: int, block_bytes: int) -> HeadStack:
+def _make_stack(alike: Sequence[SwarmHead], shape: tuple[int, int, int], n_columns: int, block_bytes: int) -> HeadStack:
     u, m, n = shape
     first = alike[0].head
     device, dtype, deployed = first.true_logit.device, first.true_logit.dtype, first.delta.original.dtype
@@ -342,5 +338,5 @@ def _tables(made: Callable[[str], Tensor | None]) -> HeadTables:
     return HeadTables(*(made(field.name) for field in fields(HeadTables)))  # type: ignore[arg-type]
 
 
-def _some(x: Tensor | None, which: slice) -> Tensor | None:
+def _select(x: Tensor | None, which: slice) -> Tensor | None:
     return None if x is None else x[which]

@@ -1,4 +1,4 @@
-"""How much memory scoring may take, and how much a piece of work takes."""
+"""Memory budget of scoring and measurement of allocations."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ from lightning_nrl._utils.device import none_if_out_of_memory
 
 T = TypeVar("T")
 
-BUDGET_DIVISOR = 4  # the default budget is the free memory divided by this
-
 
 def default_budget(device: torch.device) -> int:
-    """Returns a share of the free memory of a device, in bytes."""
-    return free_memory(device) // BUDGET_DIVISOR
+    """Returns a quarter of the free memory of a device, in bytes."""
+    return free_memory(device) // 4
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that are free on a device; of main memory those that this process may still take."""
+    """Returns the free memory of a device in bytes; for main memory, at most the container's remaining limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     try:
-        # What the system holds in memory of files counts as free, as it does for the system.
-        text = Path("/proc/meminfo").read_text()
-        available = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        available = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
         available = _installed_memory() // 2
     return min([available, *_container_limit()])
@@ -50,7 +46,7 @@ def _installed_memory() -> int:
 
 
 def _container_limit() -> list[int]:
-    """Returns what a container's limit (control groups, version 2) leaves; nothing where there is none."""
+    """Returns the bytes left below a container's limit (control groups, version 2), as a list of one or none."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -61,17 +57,17 @@ def _container_limit() -> list[int]:
 
 
 class InBlocks(Protocol):
-    """Work whose blocks are halved for good when memory runs out."""
+    """Worker with a block size that is halved permanently when memory runs out."""
 
-    rows: int  # candidates times samples that are run at once
+    rows: int  # candidates times samples per block
 
 
 def in_blocks(
     worker: InBlocks, values: Tensor, n: int, work: Callable[[slice, Tensor], T]
 ) -> Iterator[tuple[slice, T]]:
-    """Does the work on `n` samples for candidates `S x P x K`, for as many swarms at once as memory allows.
+    """Runs `work` on `n` samples in blocks of candidates `S x P x K`: several swarms, or part of one.
 
-    Where not even one swarm fits, for some of its candidates. Yields these and what the work gave, in their order.
+    Yields each block's slice of candidates and its result, in order.
     """
     start, candidate, (s, p, _) = 0, 0, values.shape
     while start < s and p:
@@ -87,7 +83,7 @@ def in_blocks(
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
-    """Measures the bytes of the tensors that `work` makes: the most held at any one time, and all together."""
+    """Measures the bytes of the tensors that `work` creates: peak and total."""
     meter = AllocationMeter()
     with meter:
         work()
@@ -95,13 +91,12 @@ def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Inside, follows the storages that operations make, until they are freed."""
+    """Tracks the storages that operations create until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[int, int] = {}  # bytes of each storage, by address
-        self.peak = 0  # the most that was held at any one time
-        self.total = 0  # bytes of all that were ever made
+        self.held: dict[int, int] = {}  # bytes of each live storage, by address
+        self.peak = self.total = 0  # bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -119,5 +114,5 @@ class AllocationMeter(TorchDispatchMode):
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     for x in pytree.tree_leaves(values):
         if isinstance(x, Tensor):
-            with suppress(RuntimeError, NotImplementedError):  # of a kind without storage
+            with suppress(RuntimeError, NotImplementedError):  # tensors without storage
                 yield x.untyped_storage()

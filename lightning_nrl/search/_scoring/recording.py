@@ -1,9 +1,8 @@
-"""Runs a model once over known data and keeps what is needed to resume its passes at the first repaired layer.
+"""Runs a model once over known data and stores what is needed to resume its passes at the first repaired layer.
 
-Nothing is taken on trust. The first pass of each shape is replayed under changed weights and compared with the whole
-model, every later one under the original weights. What cannot be replayed is kept as model inputs and run as a whole:
-slower, as exact. What does not fit in memory is computed again each time; the bytes alone decide that, so that a run
-can be repeated.
+The first pass of each structure is replayed under changed weights, every later one under the original weights, and
+compared with the whole model. Samples that cannot be replayed are stored as model inputs and run through the whole
+model. What does not fit in memory is recomputed each time; the choice depends on sizes only, so that runs repeat.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
-"""Reads samples again, by their rows in the results, ascending: batches with their rows."""
+"""Reads samples again by ascending rows in the results; yields batches with their rows."""
 
 
 @torch.no_grad()
@@ -39,15 +38,17 @@ def record(
     evaluator: Evaluator,
     batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the results, n int64 on the CPU
     space: ParameterSpace,
-    keep: Tensor,  # N bool by row of the results, which samples are wanted
+    keep: Tensor,  # N bool by row of the results, the samples to store
     *,
-    budget: int | None = None,  # bytes of memory on the model's device; None: half of what is free
-    draw: Draw | None = None,  # for what does not fit; None: it is kept in memory all the same
+    budget: int | None = None,  # bytes on the model's device; None: half of the free memory
+    draw: Draw | None = None,  # reads samples that do not fit; None: everything is stored
 ) -> ActivationCache:
-    """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
+    """Records the known data for a repair of `space`; warns if some samples need the whole model.
 
-    Beside a GPU's memory as much main memory is used as a model on the CPU would get by default. A layer that is never
-    called is a `ReplayError`, and so is that there is none.
+    With a GPU, main memory is used too, up to half of what is free.
+
+    Raises:
+        ReplayError: there is no layer, or one is never called.
     """
     if not space.sites:
         raise ReplayError(space.obstacle)
@@ -67,7 +68,7 @@ def record(
         target = batch.target
         if sliceable is None:
             sliceable = can_be_cut(cache.model, inputs, len(rows))
-            # Batches made of other samples might be padded, or put together, in another way.
+            # Otherwise, batches of other samples might be collated differently.
             can_recompute &= sliceable and is_sliceable(inputs, len(rows))
         if len(index) < len(rows):
             target = index_batch(target, index, len(rows))
@@ -77,8 +78,8 @@ def record(
         else:
             group, stored = find_head_group(cache, inputs, len(rows), space.device)
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
-        again = None if draw is None else partial(_stored_again, cache.model, group, draw)
-        group = _place(cache, group, stored, memory, n_wanted, len(index), can_recompute)
+        again = None if draw is None else partial(_recompute_stored, cache.model, group, draw)
+        group = _choose_group(cache, group, stored, memory, n_wanted, len(index), can_recompute)
         group.add(stored, target, rows[index], again)
     for group in cache.groups:
         group.finish(pin=space.device.type == "cuda" and group.device.type == "cpu")
@@ -87,7 +88,7 @@ def record(
         warnings.warn(
             PerformanceWarning(
                 f"`layer`: {cache.fallback_reason}, so every candidate is run through the whole model.",
-                "the repair is as exact, only slower; another layer may be faster.",
+                "the result is the same, only slower; another layer may be faster.",
             ),
             stacklevel=2,
         )
@@ -97,7 +98,7 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs `n` samples; returns their group, added where none is like it, and what to store of them."""
+    """Runs `n` samples; returns their group, a new one if needed, and the tensors to store."""
     model = cache.model
     planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
     live = {name for _, plan in planned for name in plan.live_calls}
@@ -130,14 +131,14 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if the model gives the samples of a batch what it gives two of them, taken from its tensors."""
+    """True if batches can be indexed: two samples taken from a batch give the same logits as in the batch."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
     try:
         few, whole = model.logits(index_batch(inputs, some, n), {}), model.logits(inputs, {})
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if is_out_of_memory(error):  # which says nothing of the batch
+        if is_out_of_memory(error):
             raise
         return False
     return len(whole) == n and same_values(few, whole[some.to(whole.device)])
@@ -146,9 +147,10 @@ def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """As `find_group`, of a batch whose samples nothing but the logits tells apart.
+    """Finds the group of a batch that cannot be indexed; see `find_group`.
 
-    An `InseparableBatchError` unless there is one layer, which gives the logits from one row a sample.
+    Raises:
+        InseparableBatchError: the site is not the only one, or does not return the logits, one row per sample.
     """
     model = cache.model
     trace, logits = model.trace(inputs, lambda name: False)
@@ -183,7 +185,7 @@ def find_head_group(
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """As `find_group`, of a batch that is run as a whole, for a reason that is noted."""
+    """Finds the group of a batch that needs the whole model and records the reason; see `find_group`."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:
@@ -193,17 +195,17 @@ def find_whole_group(
     return new, stored
 
 
-def _place(
+def _choose_group(
     cache: ActivationCache,
     group: ReplayGroup,
     stored: list[Tensor],
     memory: dict[torch.device, int],
-    n_wanted: int,  # samples to be recorded in all
+    n_wanted: int,  # samples to record in total
     n: int,  # samples of this batch
     can_recompute: bool,
 ) -> ReplayGroup:
-    """Returns the group for passes like these that are kept in the same place, made where there is none."""
-    # For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get.
+    """Chooses where to store a batch; returns the group of such passes stored there, a new one if needed."""
+    # Equal tensors are stored once: a block's input also goes into its shortcut.
     same = tuple(
         next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored
     )
@@ -225,7 +227,7 @@ def _place(
 
 
 @torch.no_grad()
-def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
+def _recompute_stored(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
     parts = []
     for batch, own in draw(rows):
         inputs: Inputs = (batch.args, batch.kwargs)
@@ -236,7 +238,7 @@ def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Te
             stored = group.plan.match(trace, inputs, len(own))
         if stored is None:
             raise ReplayError(
-                "`layer`: samples that were read once more took another way through the model than before.",
+                "`layer`: samples that were read again took another path through the model.",
                 "raise `SearchOptions.budget`, so that nothing has to be read again.",
             )
         parts.append(stored)

@@ -1,4 +1,4 @@
-"""How passes of one shape are resumed at the first repaired layer: found by trial, checked against the whole model."""
+"""`ReplayPlan`: resumes passes of one structure at the first repaired layer, checked against the whole model."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from lightning_nrl.search._scoring.traced_model import (
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """One leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant."""
+    """Leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant."""
 
-    layout: SampleLayout | None  # where its samples are; None for a constant
-    live: bool  # whether its values matter; else only its shape does
-    value: Any  # the constant, or one sample of a tensor of samples
-    repeats: bool = True  # whether each copy needs it; the first site's input and output are not
+    layout: SampleLayout | None  # None for a constant
+    live: bool  # False if only the shape matters
+    value: Any  # the constant, or one sample of the tensor
+    repeats: bool = True  # False if not repeated for each copy: the first site's input and output
 
     @property
     def stored(self) -> bool:
@@ -51,9 +51,9 @@ class LeafSpec:
         return self.layout.matches(x.shape, self.value.shape, n)
 
     def rebuild(self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device) -> Any:
-        """Returns the leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`.
+        """Returns the leaf for `copies * n` samples, from the next of `stored` if its values are stored.
 
-        It may be changed in place, but for the first site's input and output.
+        The model may change it in place, except for the first site's input and output.
         """
         if self.layout is None:
             return self.value.clone() if isinstance(self.value, Tensor) else self.value
@@ -69,25 +69,24 @@ class LeafSpec:
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """How passes of one shape are resumed."""
+    """Plan to resume passes of one structure."""
 
-    calls: tuple[str, ...]  # the frontier, see ForwardTrace
-    modules: Mapping[str, nn.Module]  # its modules by name
+    calls: tuple[str, ...]  # the frontier, see `ForwardTrace`
+    modules: Mapping[str, nn.Module]  # modules of the frontier by name
     first: LayerRef  # the site that is called first
-    dims: Mapping[str, int]  # for each site the dimension of its output that counts samples
+    dims: Mapping[str, int]  # sample dimension of each site's output
     spec: pytree.TreeSpec  # of the tree (inputs, outputs of the frontier, input and output of the first site)
-    leaves: tuple[LeafSpec, ...]  # what that tree holds
-    is_last_layer: bool = False  # whether the first site's output is what the model returns: nothing has to be run
+    leaves: tuple[LeafSpec, ...]  # leaves of that tree
+    is_last_layer: bool = False  # True if the model returns the first site's output unchanged
 
     @classmethod
     def of_last_layer(cls, site: LayerRef, x: Tensor, y: Tensor) -> ReplayPlan:
-        """The plan where the layer's output is what the model returns: nothing but its input and output is kept."""
         leaves = [LeafSpec(SampleLayout(0), True, t[:1].clone(), repeats=False) for t in (x, y)]
         spec = pytree.tree_structure((((), {}), [], (x, y)))
         return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
 
     def is_like(self, other: ReplayPlan) -> bool:
-        """True if samples of another plan of a last layer can be kept with those of this one."""
+        """True if samples of another last-layer plan fit into this plan's group."""
         if not self.is_last_layer or self.spec != other.spec:
             return False
         return all(a.matches(b.value, 1) for a, b in zip(self.leaves, other.leaves, strict=True))
@@ -113,11 +112,7 @@ class ReplayPlan:
     def resume(
         self, model: EditableModel, stored: Sequence[Tensor], n: int, edit: LayerEdit, copies: int = 1
     ) -> Tensor:
-        """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
-
-        `edit` is called at every site with samples in the first dimension: at the first one with the recorded input and
-        output of `n` samples, of each of which it returns `copies`, at later ones with those of `copies * n`.
-        """
+        """Resumes `n` stored samples at the first site; see `ActivationCache.replay`."""
         if self.is_last_layer:
             x, y = (t.to(model.space.device) for t in stored[-2:])
             return _copy_if_recorded(edit(self.first, x, y), y)
@@ -143,20 +138,20 @@ class ReplayPlan:
 
 
 def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[Any], pytree.TreeSpec]:
-    """The tree `(inputs, outputs of the frontier, input and output of the first site)` of a traced pass."""
+    """Flattens the tree `(inputs, outputs of the frontier, input and output of the first site)` of a traced pass."""
     args, kwargs = inputs
     return pytree.tree_flatten(((tuple(args), dict(kwargs)), list(trace.outputs), (trace.input, trace.output)))
 
 
 def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
-    """The tensor itself, or a copy if it is the recorded one, which what comes after might change in place."""
+    """Copies `new` if it is the recorded tensor, since later code may change it in place."""
     return new.clone() if new is recorded or (type(new) is Tensor and new.data_ptr() == recorded.data_ptr()) else new
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
-    """Returns a plan for passes like this one, of `n` samples, or why there is none.
+    """Returns a plan for passes like this one, of `n` samples, or the reason why there is none.
 
-    The plan gave the whole model's logits for changed weights. A site that is never called is a `ReplayError`.
+    The plan has been checked against the whole model with changed weights.
     """
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
@@ -197,7 +192,7 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         try:
             problem = _check(model, plan, stored, few, small)
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
-            if is_out_of_memory(error):  # which says nothing of the model
+            if is_out_of_memory(error):
                 raise
             problem = f"resuming it failed: {error}".splitlines()[0]
         if not problem:
@@ -206,7 +201,7 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
 
 
 def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
-    """True if two results differ by no more than rounding, in the dtype they were computed in."""
+    """True if two results are equal up to rounding in `precision`, by default their own dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     are_equal = torch.equal(a, b)
@@ -221,10 +216,7 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
 
 
 def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """Resumes the pass under original weights and with changed ones; returns what is wrong, or nothing.
-
-    First all weights change, then a few, whose effect is followed channel by channel.
-    """
+    """Resumes the pass with original and changed weights, first all, then a few; returns the problem, or ""."""
     flat = model.space.flat()
     changed = perturbed(flat)
     whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
@@ -249,13 +241,12 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
 
 
 def perturbed(flat: Tensor) -> Tensor:
-    """Other weights of the same size, the same ones every time."""
+    """Adds seeded noise to weights."""
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
     return flat + noise * flat.std(correction=0).clamp_min(1e-3)
 
 
 def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
-    """True if the first site's output, untouched, is what the model returns."""
     given: list[Tensor] = []
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -267,7 +258,7 @@ def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor],
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
-    """Finds the leaves that reach the logits other than through the first site, by the gradients at them."""
+    """Finds the leaves that reach the logits by another way than the first site, by gradients."""
     leaves, spec = flatten_trace(inputs, trace)
     floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
     try:

@@ -1,4 +1,4 @@
-"""Tensors of many samples: where in a tensor the samples are, how to take some of them and how to repeat them."""
+"""Layout of samples in tensors: index and repeat samples in any dimension."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """Positions of samples in a tensor; `m` is above 1 where the model folds, say, frames into the batch."""
+    """Sample dimension of a tensor; `m` is above 1 where the model folds, for example, frames into the batch."""
 
-    dim: int  # the dimension that counts samples
-    m: int = 1  # entries a sample, one after the other
+    dim: int
+    m: int = 1  # consecutive entries per sample
 
     def take(self, x: Tensor, samples: Tensor | slice) -> Tensor:
-        """The chosen samples; a view if a slice chooses them."""
+        """Selects samples; returns a view for a slice."""
         x = x.unflatten(self.dim, (-1, self.m))
         if isinstance(samples, slice):
             start, stop, _ = samples.indices(x.shape[self.dim])
@@ -29,7 +29,7 @@ class SampleLayout:
         return x.flatten(self.dim, self.dim + 1)
 
     def expand(self, x: Tensor, n: int) -> Tensor:
-        """All samples `n` times, one after the other; one sample is only shown `n` times where `m` is 1."""
+        """Repeats all samples `n` times; a view for one sample with `m` of 1."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
 
@@ -41,9 +41,10 @@ class SampleLayout:
 
 
 def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
-    """Infers sample positions from shapes for two numbers of samples; None if the shape does not depend on them.
+    """Infers a layout from the shapes for two numbers of samples; None if the shapes are equal.
 
-    A `ValueError` if it depends on them in a way that no layout describes.
+    Raises:
+        ValueError: no layout explains the shapes.
     """
     if len(small) != len(large):
         raise ValueError(f"{list(small)} became {list(large)}")
@@ -58,7 +59,7 @@ def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_lar
 
 
 def index_batch(tree: Any, index: Tensor, n: int) -> Any:
-    """The chosen samples of every tensor in a batch of `n` whose first dimension counts them; all else as it is."""
+    """Selects samples from the tensors of a batch whose first dimension is `n`; leaves the rest unchanged."""
 
     def take(x: Tensor) -> Tensor:
         return x.index_select(0, index.to(x.device)) if x.ndim and len(x) == n else x
@@ -67,15 +68,15 @@ def index_batch(tree: Any, index: Tensor, n: int) -> Any:
 
 
 def index_all(tree: Any, samples: Tensor | slice) -> Any:
-    """The chosen samples of every tensor; views if a slice chooses them."""
+    """Selects samples from every tensor; returns views for a slice."""
     return pytree.tree_map_only(Tensor, lambda x: SampleLayout(0).take(x, samples), tree)
 
 
 def repeat_all(tree: Any, copies: int) -> Any:
-    """Every tensor's samples `copies` times, copy by copy."""
+    """Repeats the samples of every tensor, copy by copy."""
     return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Every tensor of a tree on a device."""
+    """Moves every tensor of a tree to a device."""
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)

@@ -1,4 +1,4 @@
-"""Scoring of candidates: how many samples pass, and how large their losses are, for all candidates in one call."""
+"""`SwarmScorer`: counts passed samples and sums losses for all candidates of all swarms in one call."""
 
 from __future__ import annotations
 
@@ -20,45 +20,41 @@ from lightning_nrl.search._scoring.memory import default_budget
 from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.search.scores import Scores
 
-N_MOST_FRAGILE = 128  # how many of the most fragile samples of I_pos are scored before the others
+N_MOST_FRAGILE = 128  # number of fragile samples of I_pos that are scored first
 
 
 @dataclass(frozen=True)
 class SwarmGroup:
-    """Swarms that search the same weights on the same samples. Each is run on its own, to score as if alone."""
+    """Swarms that search the same weights on the same samples; each runs by itself, so that results do not change."""
 
-    swarms: tuple[int, ...]  # which ones
-    columns: Tensor | slice  # which of the K values are theirs; a slice if all are
+    swarms: tuple[int, ...]
+    columns: Tensor | slice  # positions of their weights among the K values
     failed: list[ChunkScorer]  # samples of I_neg
     passed: list[ChunkScorer]  # samples of I_pos
 
 
 @dataclass(frozen=True)
 class SwarmScorer:
-    """Scores candidates on recorded data; see `make_scorer`.
-
-    Candidates that break too many are given up only where the host need not wait for a device to learn who they are.
-    """
+    """Scores candidates on recorded data; see `make_scorer`."""
 
     cache: ActivationCache  # the known data of this rank
-    groups: tuple[SwarmGroup, ...]  # swarms with equal weights and samples together, but for those in `stacks`
+    groups: tuple[SwarmGroup, ...]  # swarms that are not in `stacks`
     n_failed: int | Tensor  # |I_neg| over all ranks, a number or S x 1
     n_passed: int | Tensor  # |I_pos| over all ranks, likewise
-    collective: Collective  # the ranks that share the work
-    passed_loss: bool  # whether losses on I_pos are asked for
-    gives_up: bool = False  # whether candidates that break too many are scored no further when told how many that is
-    weighted: bool = False  # whether samples have weights
-    least: float = 1.0  # the least weight of a sample of I_neg
-    credit: bool = False  # whether credits (see `Scores`) are asked for; losses on I_pos must be, too
-    stacks: tuple[tuple[int, HeadStack], ...] = ()  # what is scored for many swarms at once: 0 I_neg, 1 I_pos; samples
+    collective: Collective
+    passed_loss: bool  # True if losses on I_pos are needed
+    gives_up: bool = False  # True if scoring stops early for candidates above `most_broken`
+    weighted: bool = False  # True if samples have weights
+    least: float = 1.0  # smallest weight of a sample of I_neg
+    credit: bool = False  # True if credits (see `Scores`) are needed; requires `passed_loss`
+    stacks: tuple[tuple[int, HeadStack], ...] = ()  # (0 for I_neg or 1 for I_pos, swarms scored together)
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         """Scores candidates, `S x P x K`, on all ranks' samples.
 
-        `most_broken`, `S x P`, is how many samples of I_pos a candidate may break; None for any number. One that breaks
-        more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm whose limits are
-        all negative is not scored.
+        With `gives_up`, a candidate that breaks more than `most_broken` samples of I_pos, `S x P`, gets NaN losses and
+        meaningless counts. A swarm whose limits are all negative is not scored.
         """
         device = self.cache.space.device
         values = values.to(device)
@@ -68,7 +64,7 @@ class SwarmScorer:
             several = isinstance(self.n_failed, Tensor)
             own = values[stack.swarms] if several else values.flatten(0, 1).unsqueeze(0)
             found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
-            _add_up(sums if several else sums.view(rows, 1, -1), role, stack.swarms, found, stack.total_weight)
+            _add_sums(sums if several else sums.view(rows, 1, -1), role, stack.swarms, found, stack.total_weight)
         for group in self.groups:
             for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, group.columns]
@@ -94,20 +90,18 @@ class SwarmScorer:
         )
 
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
-        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
+        """Adds the results of one swarm's candidates, `P x K`, on this rank's samples to `sums`; I_pos comes first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
         n_scored = 0
-        for role, scorers in ((1, group.passed), (0, group.failed)):
-            for scorer in scorers:
-                chosen = values if alive is None else values[alive]
-                with_loss = role == 0 or self.passed_loss
-                for part, found in scorer.sums(chosen, with_loss=with_loss, with_credit=self.credit):
-                    which = part if alive is None else alive[part]
-                    _add_up(sums, role, which, found, scorer.total_weight)
-                if role == 1 and alive is not None and limit is not None:
-                    n_scored += len(scorer.chunk)
-                    broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
-                    alive = alive[broken <= limit[alive]]
+        for role, scorer in [*((1, scorer) for scorer in group.passed), *((0, scorer) for scorer in group.failed)]:
+            chosen = values if alive is None else values[alive]
+            with_loss = role == 0 or self.passed_loss
+            for part, found in scorer.sums(chosen, with_loss=with_loss, with_credit=self.credit):
+                _add_sums(sums, role, part if alive is None else alive[part], found, scorer.total_weight)
+            if role == 1 and alive is not None and limit is not None:
+                n_scored += len(scorer.chunk)
+                broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
+                alive = alive[broken <= limit[alive]]
         if alive is not None:
             given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
             given_up[alive] = False
@@ -116,22 +110,24 @@ class SwarmScorer:
 
 def make_scorer(
     cache: ActivationCache,
-    where: Tensor,  # K int64, flat positions of the localised weights; or S x K, padded with -1, those of each swarm
-    failed: Tensor,  # N bool, I_neg; or S x N, that of each swarm
-    passed: Tensor,  # I_pos, likewise
+    where: Tensor,  # K int64, flat positions of the localised weights; or S x K per swarm, padded with -1
+    failed: Tensor,  # N bool, I_neg; or S x N per swarm
+    passed: Tensor,  # N bool, I_pos; or S x N per swarm
     evaluator: Evaluator,
     *,
-    budget: int | None = None,  # bytes that scoring may take beside the recording; None: a share of what is free
-    passed_loss: bool = True,  # whether losses on I_pos are needed
-    fragility: Tensor | None = None,  # N, such as the original loss, the highest first; None: as recorded
-    reserve: Tensor | None = None,  # N, the margin that each must keep to pass; the task needs margins; None: any
-    weight: Tensor | None = None,  # N float64, finite, what each counts, 1 on average for I_neg; None: all alike
-    credit: bool = False,  # whether the credits of `Scores` are needed; with losses on I_pos only
+    budget: int | None = None,  # bytes for scoring, without the recording; None: a share of the free memory
+    passed_loss: bool = True,  # True if losses on I_pos are needed
+    fragility: Tensor | None = None,  # N, such as the original loss: the highest are scored first; None: recorded order
+    reserve: Tensor | None = None,  # N, minimum margin to pass, for tasks with margins; None: no minimum
+    weight: Tensor | None = None,  # N float64, finite sample weights, mean 1 over I_neg; None: equal weights
+    credit: bool = False,  # True if the credits of `Scores` are needed; requires `passed_loss`
 ) -> SwarmScorer:
     """Prepares the scoring of candidates; `N` is by row of the results.
 
-    If losses on I_pos are not needed, `Scores.loss_passed` is 0, and samples of I_pos that no candidate of a call can
-    break are not computed. Numbers of swarms that do not agree are a `ConfigurationError`.
+    Without `passed_loss`, `Scores.loss_passed` is 0 and samples of I_pos that no candidate can break are skipped.
+
+    Raises:
+        ConfigurationError: `where`, `failed` and `passed` are for different numbers of swarms.
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
@@ -140,9 +136,8 @@ def make_scorer(
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
     if len(counted) > 1:
-        raise ConfigurationError(
-            f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same."
-        )
+        problem = f"`where`, `failed` and `passed` are for {sorted(counted)} swarms."
+        raise ConfigurationError(problem, "give each for the same number.")
     s = counted.pop() if counted else 1
     several = any(x.ndim == 2 for x in (where, failed, passed))
     tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
@@ -166,12 +161,9 @@ def make_scorer(
             weight=weight,
         )
         first = _most_fragile(own_passed, fragility if gives_up else None)
-        fragile, others = (
-            make(mask, room=own_room)
-            for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
-        )
+        of_passed = make(first, room=room // 4) + make(own_passed & ~first, room=room - room // 4)
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
-        groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
+        groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), of_passed))
     aimed = failed.view(-1, failed.shape[-1]).any(0)
     scorer = SwarmScorer(
         cache,
@@ -191,22 +183,19 @@ def make_scorer(
 
 
 def is_stacked_on(device: torch.device) -> bool:
-    """True if swarms are scored in stacks; else candidates that break too many are given up, and decided samples."""
+    """True if swarms are scored in stacks; otherwise scoring stops early and skips decided samples."""
     return device.type != "cpu"
 
 
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
-    """Stacks all groups whose samples are in front of a last layer.
-
-    `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what padding may take.
-    """
+    """Stacks all groups with a last layer; `n_columns` is K, `block_bytes` limits a pass, `room` the padded samples."""
     groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
     for group in scorer.groups:
         columns = None if isinstance(group.columns, slice) else group.columns
         parts = [(role, part) for role, scorers in ((0, group.failed), (1, group.passed)) for part in scorers]
         heads = [(role, SwarmHead(0, columns, part.head, part.weight)) for role, part in parts if part.head is not None]
-        # At most one stretch of samples of each role, and no more padding than there is room for.
+        # At most one chunk of samples per role, and no more padding than there is room for.
         fits = max(len(group.failed), len(group.passed)) <= 1 and all(one.padded_nbytes <= each for _, one in heads)
         if not fits or len(heads) < len(parts):
             groups.append(group)
@@ -217,8 +206,8 @@ def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float =
     return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
 
 
-def _add_up(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
-    """Adds what some candidates do on samples of I_neg (0) or I_pos (1), whose broken ones are what is weighed."""
+def _add_sums(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
+    """Adds sums over samples of I_neg (role 0) or I_pos (role 1, where weights are those of the broken samples)."""
     weighed = total_weight - found.weight if role and found.weight is not None else found.weight
     for row, column in ((role, found.passed), (2 + role, found.loss), (role - 2, found.credit), (4 + role, weighed)):
         if column is not None:
@@ -226,7 +215,7 @@ def _add_up(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_w
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
-    """Chooses the samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
+    """Marks the samples of I_pos to score first, `N` bool; none without `fragility`."""
     first = torch.zeros_like(passed)
     if fragility is not None:
         rows = passed.nonzero().flatten()

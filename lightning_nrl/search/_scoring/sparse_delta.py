@@ -1,11 +1,9 @@
-"""The sparse change of one layer: what K changed weights of a Linear or a convolution add to its output.
+"""Effect of K changed weights of a Linear or a convolution on its output.
 
-The new output is the old one plus, for each output unit that has changed weights, a dense product of the weights'
-change with the few input values that they meet. Units are grouped by how many changed weights they have, within a
-factor of two, so that each group is one batched matrix product with little padding.
-
-In half precisions the old output and the change are summed in float32 and rounded once, as matrix products in half
-precision do themselves; under autocast inputs and weights are rounded first, as autocast does.
+Each output unit with changed weights gets the product of the weight changes with their inputs. Units are grouped by
+their number of changed weights, within a factor of two, so that each group is one batched matrix product with little
+padding. In half precision, old output and change are summed in float32 and rounded once, as matrix products do; under
+autocast, inputs and weights are rounded first.
 """
 
 from __future__ import annotations
@@ -26,33 +24,33 @@ from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, Lazy
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
-"""With more candidates than this times the weights of a unit, a CPU copies its inputs, not its outputs."""
+"""With more candidates than this times a unit's changed weights, copying inputs is cheaper on a CPU than outputs."""
 MIN_SHARE_OF_ALL_UNITS = 0.9
-"""Beyond this share of changed units all units are treated as changed: that saves putting them together."""
+"""Above this share of changed units all units are treated as changed, which saves an index copy."""
 
 
 @dataclass(frozen=True)
 class UnitBucket:
-    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay."""
+    """Group of `u` output units with up to `m` changed weights each, padded with unchanged weights."""
 
-    columns: Tensor  # u x m int64, which of the K values each weight is; K: it stays
-    kernel_index: Tensor  # u x m int64, its place in the unit's flattened kernel
-    channels: Tensor  # int64, input channels that the weights meet, ascending
-    channel: Tensor  # u x m int64, which of them each weight meets
+    columns: Tensor  # u x m int64, position of each weight among the K values; K: unchanged
+    kernel_index: Tensor  # u x m int64, position in the unit's flattened kernel
+    channels: Tensor  # int64, input channels of the weights, ascending
+    channel: Tensor  # u x m int64, index of each weight's channel in `channels`
 
     def to(self, device: torch.device) -> UnitBucket:
         return UnitBucket(*(x.to(device) for x in (self.columns, self.kernel_index, self.channels, self.channel)))
 
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """Returns the input of a Linear that each weight meets, `u x copies x m x R`."""
+        """Returns each weight's input in a Linear, `u x copies x m x R`."""
         u, m = self.kernel_index.shape
         met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
         return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
-        """Returns the padded input at each weight's place in the kernel, at every output position.
+        """Returns each weight's input in a convolution at every output position, `u x copies x m x R`.
 
-        `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
+        `x` is `copies * n x C x ...`, candidate by candidate; `out` is the spatial shape of the output.
         """
         u, m = self.kernel_index.shape
         x = pad_input(conv, x.index_select(1, self.channels))
@@ -73,11 +71,11 @@ class UnitBucket:
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """Inputs that the change of a layer needs; `B` is 1 if all candidates have one input, else `P`."""
+    """Inputs and old outputs of the changed units; `B` is 1 if all candidates share the input, else `P`."""
 
-    x: tuple[Tensor, ...]  # a bucket: u x B x m x R, what changed weights meet at R output positions of all samples
-    base: Tensor  # B x n x U x ..., the units' old outputs, float32 in half precisions
-    rounded: Tensor  # the same as the layer gave them
+    x: tuple[Tensor, ...]  # per bucket: u x B x m x R, inputs of changed weights at R output positions of all samples
+    base: Tensor  # B x n x U x ..., old outputs, in float32 for half precision
+    rounded: Tensor  # old outputs in the layer's dtype
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +84,13 @@ class GatheredInputs:
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """The change of one layer, for any values of the changed weights."""
+    """Computes a layer's output for any values of its changed weights."""
 
     site: LayerRef
-    original: Tensor  # the K values as they are now, in the deployed dtype
-    units: Tensor  # U int64, the output units that change, bucket by bucket
-    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
-    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
+    original: Tensor  # K, original values, in the deployed dtype
+    units: Tensor  # U int64, changed output units, bucket by bucket
+    buckets: tuple[UnitBucket, ...]
+    bias: Tensor  # U int64, position of each unit's bias among the K values; K: unchanged
 
     @property
     def unit_dim(self) -> int:
@@ -103,8 +101,8 @@ class LayerDelta:
     ) -> Tensor:
         """Returns the layer's output under candidates `P x K`: `P * n` samples, candidate by candidate.
 
-        `x` is the layer's input, `copies * n` samples: `copies` is 1 if all candidates have the same, else P; `y` is
-        its output under the weights as they are, `gathered` what `gather` returned, if kept.
+        `x` is the layer's input and `y` its output under the original weights, `copies * n` samples, with `copies` 1 if
+        all candidates share the input, else P. `gathered` is the result of `gather`, if kept.
         """
         p, dim = values.shape[0], self.unit_dim % y.ndim
         if not self.units.shape[0]:
@@ -122,7 +120,7 @@ class LayerDelta:
             return changed.flatten(0, 1)
 
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
-        """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
+        """Gathers the inputs and old outputs of the changed units from `copies * n` samples, candidate by candidate."""
         module = self.site.module
 
         def units_of(y: Tensor) -> Tensor:
@@ -133,13 +131,11 @@ class LayerDelta:
         half = y.dtype in HALF_PRECISIONS
         base = units_of(self._in_float32(x, y.dtype)) if half else rounded
         compute = torch.float32 if half else y.dtype
-        gathered = (
-            bucket.linear_inputs(x, copies)
-            if isinstance(module, nn.Linear)
-            else bucket.convolution_inputs(module, x, y.shape[2:], copies)
-            for bucket in self.buckets
-        )
-        return GatheredInputs(tuple(inputs.to(y.dtype).to(compute) for inputs in gathered), base, rounded)
+        if isinstance(module, nn.Linear):
+            met = (bucket.linear_inputs(x, copies) for bucket in self.buckets)
+        else:
+            met = (bucket.convolution_inputs(module, x, y.shape[2:], copies) for bucket in self.buckets)
+        return GatheredInputs(tuple(inputs.to(y.dtype).to(compute) for inputs in met), base, rounded)
 
     def unit_outputs(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
         """Returns the changed units' outputs, `P x n x U x ...`, in the layer's output dtype."""
@@ -153,18 +149,17 @@ class LayerDelta:
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns new minus old weights as the layer's product sees them, `P x (K + 1)`; the last one is 0."""
+        """Returns the weight changes in compute precision, `P x (K + 1)`; the last column is 0."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns what each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
+        """Returns the changes of the units' outputs under candidates `P x K`, `U x P x R`."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
     def _onto(self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None) -> Tensor:
-        """Adds each unit's change times a factor to a base `U x n x ...`: `U x P x n x ...`."""
         with no_autocast(change.device):
             out = self._products(change, gathered, scale, base.reshape(base.shape[0], 1, -1))
         return out.view(base.shape[0], change.shape[0], *base.shape[1:])
@@ -184,7 +179,7 @@ class LayerDelta:
             elif base is None:
                 torch.bmm(d, x[:, 0], out=delta[start:stop])
             elif d.device.type == "cpu" and d.shape[1] > COPIED_INPUTS * d.shape[2]:
-                # One more weight of 1, which meets the base: the base is not first copied for each candidate.
+                # The base becomes an input with weight 1, so that it is not copied for each candidate.
                 d, met = F.pad(d, (0, 1), value=1.0), torch.cat([x[:, 0], base[start:stop]], 1)
                 torch.bmm(d, met, out=delta[start:stop])
             else:
@@ -203,7 +198,7 @@ class LayerDelta:
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
-    """Returns a site's output with parameters by dotted name in place of its own."""
+    """Computes a site's output with other parameters, given by dotted name."""
     new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
     return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
 
@@ -211,7 +206,7 @@ def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) ->
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """Returns the edit of `ReplayPlan.resume` for candidates `P x K`; `gathered` is the first site's, if kept."""
+    """Returns the `edit` of `ReplayPlan.resume` for candidates `P x K`; `gathered` is the first site's, if kept."""
     by_site = {id(delta.site): delta for delta in deltas}
     first = True
 
@@ -227,13 +222,13 @@ def edit_layers(
 
 
 def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
-    """Prepares the change of each site, in their order; `where` is `K` int64, flat positions that change, each once."""
+    """Builds one `LayerDelta` per site; `where` is `K` int64, unique flat positions of the changed weights."""
     original, where = space.flat()[where.to(space.device)], where.cpu()
     return tuple(_layer_delta(site, where - site.offset, original) for site in space.sites)
 
 
 def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
-    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
+    """Groups the changed weights of a layer; `where`, `K` int64 on the CPU, may have positions outside the layer."""
     k, out = len(where), site.weight_shape[0]
     size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
     is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)

@@ -1,8 +1,8 @@
-"""The model under repair: its passes traced, resumed from memory, run with other parameters or edited outputs.
+"""The model under repair: trace its passes, resume them from stored outputs, or run them with other weights.
 
-When the first repaired layer is called, some modules are done: their outputs do not depend on the repaired weights. The
-outermost of them, in the order they finished, are the *frontier*. A later pass that returns their outputs from memory
-runs only the code between them and what comes after the layer, whatever plain Python that is.
+The modules that have finished when the first repaired layer is called do not depend on the repaired weights. The
+outermost of them, in order, are the *frontier*. A resumed pass returns their outputs from memory and runs only the
+Python code between them and everything after the layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_nrl.evaluation.recurrent import patched_forward, unroll
 Inputs = tuple[tuple[object, ...], Mapping[str, object]]
 """Positional and keyword arguments of a model."""
 LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
-"""Takes a site, the layer's input and its output, and gives the output to go on with."""
+"""Maps a site, its input and its output to a new output."""
 
 
 @runtime_checkable
@@ -40,20 +40,20 @@ class _Clonable(Protocol):
 class ForwardTrace:
     """State of a forward pass when it first called a repaired layer, and that layer's output."""
 
-    calls: list[str] = field(default_factory=list)  # the frontier in order, a name once a call
-    outputs: list[Any] = field(default_factory=list)  # what each of them returned
-    layer_order: list[str] = field(default_factory=list)  # repaired layers in the order of their calls, once a call
+    calls: list[str] = field(default_factory=list)  # the frontier in order, one name per call
+    outputs: list[Any] = field(default_factory=list)  # their outputs
+    layer_order: list[str] = field(default_factory=list)  # calls of repaired layers in order
     layer_shapes: list[torch.Size] = field(default_factory=list)  # of their outputs
-    input: Tensor | None = None  # the first layer's
-    output: Tensor | None = None  # the first layer's, before any hook of the user
+    input: Tensor | None = None  # of the first repaired layer
+    output: Tensor | None = None  # of the first repaired layer, before the user's hooks
 
 
 @dataclass(frozen=True)
 class EditableModel:
-    """The model under repair, as it is deployed."""
+    """Model under repair, as deployed."""
 
-    evaluator: Evaluator  # the model in evaluation mode, and what judges it
-    space: ParameterSpace  # its repaired layers
+    evaluator: Evaluator  # the model in evaluation mode, and its task
+    space: ParameterSpace  # the repaired layers
 
     @property
     def model(self) -> nn.Module:
@@ -64,9 +64,12 @@ class EditableModel:
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
-        """Returns what an ordinary pass did until it first called a site, and its logits.
+        """Runs a pass; returns its trace up to the first site, and the logits.
 
-        Of modules that are not to `keep` only shapes are noted. A site that is never called is a `ReplayError`.
+        Modules for which `keep` is False have their outputs recorded as shapes (meta tensors).
+
+        Raises:
+            ReplayError: a site is never called.
         """
         traced = trace_forward(self.model, self.space.sites, keep)
         with unroll(self.space.gates), traced as trace, self.evaluator.context():
@@ -82,7 +85,7 @@ class EditableModel:
         return trace, self.evaluator.task.logits(output)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Returns the logits of a pass, which may change its inputs."""
+        """Returns the logits of a pass; the model may change its inputs in place."""
         args, kwargs = inputs
         with unroll(self.space.gates), self.evaluator.context():
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
@@ -98,7 +101,7 @@ class EditableModel:
 
 @contextmanager
 def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]) -> Iterator[ForwardTrace]:
-    """Watches the pass that is run inside; of modules that are not to `keep` only shapes are noted, as meta tensors."""
+    """Traces the pass that runs in this context; see `EditableModel.trace`."""
     trace = ForwardTrace()
     open_calls: list[list[tuple[str, Any]]] = [[]]
 
@@ -110,7 +113,7 @@ def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[s
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not trace.layer_order:
                 open_calls.pop()
-                # The index of a packed sequence cannot be without values.
+                # The indices of a packed sequence need their values.
                 copy = _clone if keep(name) or is_packed(output) else _shape_only
                 open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
 
@@ -127,7 +130,7 @@ def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[s
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; it is run like code between modules
+            if isinstance(module, torch.jit.ScriptModule):  # has no hooks; runs like code between modules
                 continue
             for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
                 stack.callback(handle.remove)
@@ -137,14 +140,14 @@ def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[s
 
 
 def is_packed(output: Any) -> bool:
-    """True if there is a packed sequence in what a module returned."""
+    """True if a module's output contains a packed sequence."""
     leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
     return any(isinstance(x, PackedSequence) for x in leaves)
 
 
 @contextmanager
 def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
-    """Inside, the output of each site goes through `edit(site, input, output)`; the user's hooks see the result."""
+    """Replaces the output of each site by `edit(site, input, output)` in this context, before the user's hooks."""
 
     def edited(site: LayerRef, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda input: edit(site, input, forward(input))
@@ -163,9 +166,10 @@ def with_cached_outputs(
     first: nn.Module,
     result: Callable[[], Tensor],
 ) -> Iterator[None]:
-    """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
+    """Makes the frontier return `outputs` and the first repaired layer `result()` in this context.
 
-    A `ReplayError` comes from inside, if the pass does not call the frontier in the recorded order.
+    Raises:
+        ReplayError: the pass calls the frontier in another order than recorded.
     """
     left = Counter(calls)
     patches: dict[str, ExitStack] = {}
@@ -199,7 +203,7 @@ def with_cached_outputs(
 
 
 def _cloned(inputs: Inputs) -> Inputs:
-    """Copies the inputs, graphs too, since a model may change what it is given."""
+    """Copies the inputs, including graphs, since a model may change them in place."""
     args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1])))
     return args, kwargs
 
@@ -214,5 +218,5 @@ def _shape_only(x: Tensor) -> Tensor:
 
 def _out_of_order(name: str) -> ReplayError:
     return ReplayError(
-        f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model."
+        f"`layer`: the model called {name!r} in another order than when it was recorded.", "please report this model."
     )
