@@ -1,6 +1,6 @@
 """The published methods of this family: each a localiser, a fitness and a searcher, which can be replaced.
 
-docs/methods.md has their equations, and where they differ from the published texts.
+docs/published_methods.md has their equations, and where they differ from the published texts.
 """
 
 from __future__ import annotations
