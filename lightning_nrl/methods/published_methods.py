@@ -1,6 +1,6 @@
-"""The published methods of this family: a localiser, a fitness and a searcher each, all replaceable.
+"""The published methods of this family: each a localiser, a fitness and a searcher, which can be replaced.
 
-docs/methods.md has their equations and the differences to the papers.
+docs/published_methods.md has their equations and the differences from the papers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def bundle(
     fitness: str | FitnessFunction | None = None,
     searcher: str | Searcher[Any] | None = None,
 ) -> LocalSearch:
-    """Returns a published method with some parts replaced, by name or as objects; None keeps its own.
+    """A published method, with parts of it replaced by others, each by name or as an object; None: its own.
 
     Raises:
-        ConfigurationError: unknown method or part.
+        ConfigurationError: there is no such method or part.
 
     Example:
         >>> bundle("arachne", localizer="random").localizer

@@ -15,7 +15,7 @@ from repository import ROOT
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
 
-HOW_TO = ROOT / "docs" / "bounds.md"
+HOW_TO = ROOT / "docs" / "gates.md"
 CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)
 COUNTS = [(0, 1), (1, 2), (0, 20), (3, 20), (19, 20), (4, 908), (454, 908), (907, 908)]
 LARGE = [(0, 10**6), (1, 10**6), (3_000, 10**6), (500_000, 10**6), (10**6 - 1, 10**6)]
