@@ -58,8 +58,17 @@ STAGES = {
     "sparse": "changing fewer weights",
     "strength": "trying how far to go",
     "judge": "counting the result",
+    "sweep": "running the settings",
+    "layers": "looking for room in each layer",
+    "alone": "fixing each target alone",
+    "held out": "trying fixes on held-out data",
+    "neighbours": "comparing with the nearest samples",
+    "tune": "fine-tuning",
+    "checkpoints": "running the checkpoints",
+    "move": "moving towards checkpoints",
+    "merge": "merging repairs",
 }
-"""Stages in words; others are shown by their names."""
+"""Stages in words; baselines are shown by their names."""
 MOST_SHARE = 0.99  # of the bar, before the end
 MIN_ANNOUNCED_SECONDS = 3.0  # what takes less is not worth a line
 
