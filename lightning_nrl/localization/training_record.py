@@ -54,11 +54,6 @@ class RecordedSplit:
         """`n` int64, how often each turned from right to wrong between two points (Toneva et al. 2019)."""
         return (self.passed[:-1] & ~self.passed[1:]).sum(0)
 
-    @property
-    def first_right(self) -> Tensor:
-        """`n` int64, the first point at which each was right; `T` where it never was."""
-        return self.passed.int().argmax(0).masked_fill(self.never_learned, len(self.passed))
-
 
 @dataclass(frozen=True)
 class RecordedPoint:
