@@ -74,7 +74,7 @@ def one_repair(seed: int) -> None:
     print(f"The report          {default.files['html']}")
     print(f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}")
     print(f"Curves and charts   tensorboard --logdir {trainer.log_dir}")
-    print("For your own model  README.md, the part Use it")
+    print("For your own model  README.md, Three ways to use it")
 
 
 def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> Table:

@@ -215,7 +215,7 @@ class SplitLoaders:
         for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
             try:
                 covered = name in names or bool(is_among(_sample_identity(check_loader(loader, name)), counted).all())
-            except ConfigurationError:  # it cannot be read by index
+            except Exception:  # it cannot be read by index
                 covered = False
             if loader is not None and not covered:
                 missing.append(f"`{name}`")

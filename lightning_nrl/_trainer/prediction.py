@@ -23,7 +23,7 @@ from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
-from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, first_line
+from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
@@ -57,11 +57,17 @@ def open_sources(
         return evaluator, tuple(list(sources) for sources in splits)
     failed = "the prediction could not be tried on another rank."
     raw = ranks.all_or_none(first.first_batch, failed)
-    adapter = deployed_adapter(model, evaluator, first.adapter, raw)
+
+    def by_first_rank(choice: Any) -> Any:
+        return json.loads(ranks.first_bytes(json.dumps(choice).encode()))
+
+    # The prediction may fail, or look different, on one rank alone: adapter and layer are those of the first.
+    choose = partial(choose_prediction, model, evaluator, first.adapter, raw)
+    adapter, chosen = first.adapter, by_first_rank(ranks.all_or_none(choose, failed))
+    if chosen is not None:
+        adapter = partial(_adapt_raw, PredictStep(adapter, evaluator.task, *chosen), adapter)
     found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    # The prediction may fail on one rank only; all take the layers of the first.
-    called = ranks.first_bytes(json.dumps(called_layers(model, evaluator, adapter, raw)).encode())
-    evaluator = replace(evaluator, called=json.loads(called))
+    evaluator = replace(evaluator, called=by_first_rank(called_layers(model, evaluator, adapter, raw)))
 
     def check() -> None:
         if not _is_random(model, evaluator, adapter, raw):
@@ -117,32 +123,31 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 
 
 @torch.no_grad()
-def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any) -> Adapter:
-    """Returns an adapter that runs the module as deployed: by `predict_step` if `forward` predicts something else.
+def choose_prediction(
+    model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any
+) -> tuple[bool, bool] | None:
+    """Returns the options of the `PredictStep` to run batches by; None: `forward`, since it predicts the same.
 
     Falls back to `forward` if `predict_step` fails, or returns no logits and `forward` predicts the same.
     """
     if isinstance(adapter, ModelAdapter):
-        return adapter
+        return None
     task, name = evaluator.task, type(model).__name__
     args, kwargs, target = adapter(raw)
 
     def result_or_error(call: Callable[[], Any]) -> Any:
         try:
             with _evaluation_context(model, evaluator):
-                found = call()
+                return call()
         except Exception as error:
-            found = error
-        failed = isinstance(found, Exception)
-        failed_somewhere = evaluator.collective.any(failed)
-        return OtherRankError("it failed on another rank.") if failed_somewhere and not failed else found
+            return error
 
     forward = result_or_error(partial(run_model, model, args, kwargs))
     if not overrides(model, "predict_step"):
         if isinstance(forward, NotImplementedError) and 'required "forward"' in str(forward):
             problem = f"`model`: {name} has no `forward` and no `predict_step`, so it is not known what it predicts."
             raise ConfigurationError(problem, ADAPTER_HINT) from forward
-        return adapter  # the evaluation reports any other problem
+        return None  # the evaluation reports any other problem
     calls = [PredictStep(adapter, task, on_inputs) for on_inputs in (False, True)[: 1 + bool(args)]]
     results = ((call, result_or_error(partial(call, model, raw))) for call in calls)
     call, output = next(((c, found) for c, found in results if not isinstance(found, Exception)), (None, None))
@@ -153,7 +158,7 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
             problem = f"`model`: {name} can run neither `predict_step` nor `forward` ({found})."
             raise ConfigurationError(problem, ADAPTER_HINT) from forward
         _warn("raises on these batches")
-        return adapter
+        return None
     own = _logits(task, output, target)
     if own is None:
         kind = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -161,16 +166,14 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
             problem = f"`predict_step` of {name} gives {kind}, no logits, and `forward` does not predict the same."
             raise ConfigurationError(f"`model`: {problem}", ADAPTER_HINT)
         _warn(f"gives {kind}, no logits")
-        return adapter
+        return None
     probable = _are_probabilities(own, task)
     if logits is not None and logits.shape == own.shape:
         same = (logits, class_logits(logits).softmax(1)[:, -logits.shape[1] :]) if probable else (logits,)
         if any(_is_close(x, own) for x in same):
-            return adapter
-    call = replace(call, gives_probabilities=probable)
-    check = partial(_check_gradients, model, evaluator, call, raw)
-    evaluator.collective.all_or_none(check, "`predict_step` failed on another rank.")
-    return partial(_adapt_raw, call, adapter)
+            return None
+    _check_gradients(model, evaluator, replace(call, gives_probabilities=probable), raw)
+    return call.on_inputs, probable
 
 
 def _logits(task: Task, output: Any, target: Any) -> Tensor | None:

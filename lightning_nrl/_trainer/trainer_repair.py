@@ -58,6 +58,15 @@ STAGES = {
     "sparse": "changing fewer weights",
     "strength": "choosing the strength",
     "judge": "counting the result",
+    "sweep": "running the settings",
+    "layers": "looking for room in each layer",
+    "alone": "fixing each target alone",
+    "held out": "trying fixes on held-out data",
+    "neighbours": "comparing with the nearest samples",
+    "tune": "fine-tuning",
+    "checkpoints": "running the checkpoints",
+    "move": "moving towards checkpoints",
+    "merge": "merging repairs",
 }
 """Descriptions of stages; other stages are shown by name."""
 MOST_SHARE = 0.99  # of the bar, until the end

@@ -54,11 +54,6 @@ class RecordedSplit:
         """Number of flips from right to wrong per sample, `n` int64 (forgetting events, Toneva et al. 2019)."""
         return (self.passed[:-1] & ~self.passed[1:]).sum(0)
 
-    @property
-    def first_right(self) -> Tensor:
-        """First point at which each sample is right, `n` int64; `T` if never."""
-        return self.passed.int().argmax(0).masked_fill(self.never_learned, len(self.passed))
-
 
 @dataclass(frozen=True)
 class RecordedPoint:

@@ -504,6 +504,15 @@ class Listed(SeveralValidations):
         return list(super().val_dataloader().values())
 
 
+class OddlyIndexed(Listed):
+    """One validation loader has a sampler whose `indices` are no numbers."""
+
+    def val_dataloader(self) -> Any:
+        sampler = WeightedRandomSampler([1.0], 9)
+        sampler.indices = ["one", "two"]
+        return [DataLoader(self.val, 64, sampler=sampler), DataLoader(self.repair, 64)]
+
+
 class ValidatesSeveral(Classifier):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         pass
@@ -533,7 +542,8 @@ def test_all_validation_loaders_are_known(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "other"), [(SeveralValidations, "val:noisy", "val:clean"), (Listed, "val:1", "val:0")]
+    ("kind", "name", "other"),
+    [(SeveralValidations, "val:noisy", "val:clean"), (Listed, "val:1", "val:0"), (OddlyIndexed, "val:1", "val:0")],
 )
 def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str, other: str) -> None:
     report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=name)

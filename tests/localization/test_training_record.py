@@ -37,7 +37,6 @@ def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
         [True, False, False],
     ]
     assert found.forgotten.tolist() == [0, 0, 0, 0, 1, 1, 2]
-    assert found.first_right.tolist() == [0, 0, 0, 0, 1, 0, 0]
     assert not found.never_learned.any()
     assert found.label.tolist() == [0, 0, 1, 1, 0, 1, 1]
     assert found.loss.dtype == torch.float16

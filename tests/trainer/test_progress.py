@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from lightning_package import Callback, LightningModule, ProgressBar, RichProgre
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from lightning_nrl._trainer.trainer_repair import RepairProgress
+import lightning_nrl
+from lightning_nrl._trainer.trainer_repair import STAGES, RepairProgress
 
 BARS = pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 
@@ -215,3 +218,8 @@ def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(
     fit(tmp_path, repairing, *([] if bar is None else [bar]), enable_progress_bar=bar is not None)
     assert repairing.silent
     assert "Repair" not in capsys.readouterr().out
+
+
+def test_every_stage_has_words() -> None:
+    sources = (path.read_text() for path in Path(lightning_nrl.__file__).parent.rglob("*.py"))
+    assert {name for source in sources for name in re.findall(r'\.stage\("([^"]+)"\)', source)} <= STAGES.keys()
