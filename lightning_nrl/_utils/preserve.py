@@ -62,6 +62,22 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
                 vars(module).update(values)
 
 
+@contextmanager
+def loading_mode(model: nn.Module) -> Iterator[None]:
+    """Sets training mode, in which checkpoints are loaded, where modes do more than torch's; on exit the modes before.
+
+    A trainer may leave an adapter merged in training, since it restores `training` without a call of `train()`.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "training")]
+    flags = [module.training for module in modules]
+    if has_own_modes(model):
+        model.train()
+    try:
+        yield
+    finally:
+        set_modes(modules, flags)
+
+
 def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
     """Returns the bools of each module, such as `training` and `merged`."""
     return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]

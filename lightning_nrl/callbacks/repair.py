@@ -150,6 +150,7 @@ class RegressionFreeRepair(RepairCallback):
         self._report: RepairReport | None = None
         self._box = repair_files.ResultBox()
         self._parameters: State | None = None
+        self._evaluated: State = {}
         self._pending = False
         self._ran = False
         self._work, self._name = ResumeStore(), "repair"
@@ -281,6 +282,7 @@ class RegressionFreeRepair(RepairCallback):
         origin = outcome.report.provenance.loaded_from(trainer.ckpt_path if start is None else start.path)
         report = self.report = replace(outcome.report, files=files, provenance=origin)
         parameters = self._parameters = outcome.parameters
+        self._evaluated = outcome.evaluated or {}
         self._pending = True
         try:
             with repair_files.SavedFiles(files, trainer, tuple(repair_files.REPAIRED_FILES.values())) as saved:
@@ -317,7 +319,7 @@ class RegressionFreeRepair(RepairCallback):
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
-        return bool(self._parameters and changed(pl_module, self._parameters))
+        return bool(self._parameters and changed(pl_module, self._parameters) and changed(pl_module, self._evaluated))
 
     @property
     def _folder(self) -> str | Path | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
+from lightning_nrl._utils.preserve import loading_mode
 from lightning_nrl._utils.state import hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_patch, write_patch
@@ -156,7 +157,8 @@ class Patch:
                 f"`{unknown[0]}` in the state dict of {type(to).__name__} is none of the module's own tensors.",
                 "apply the patch to the state dict, and load that into the module.",
             )
-        write(to, {live[name]: value for name, value in new.items()})
+        with loading_mode(to):
+            write(to, {live[name]: value for name, value in new.items()})
         return to
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import has_own_modes, preserve_state
+from lightning_nrl._utils.preserve import has_own_modes, loading_mode, preserve_state
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, live_tensors, snapshot, temporary_weights, write
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -44,12 +44,14 @@ class Outcome:
     Attributes:
         report: the report.
         parameters: whole repaired parameters and buffers by state-dict name; None unless accepted.
+        evaluated: the tensors that `eval()` makes of them, for instance with adapters merged.
         changes: the change of each weight, whole tensors on the CPU, accepted or not; None without a candidate.
         views: flipped samples for review.
     """
 
     report: RepairReport
     parameters: State | None = None
+    evaluated: State | None = None
     changes: State | None = None
     views: tuple[SampleView, ...] = ()
 
@@ -67,7 +69,9 @@ class Outcome:
         Raises:
             ConfigurationError: a tensor is missing in the model, or has another shape; nothing was written.
         """
-        write(model, self.parameters or {})
+        if self.parameters:
+            with loading_mode(model):
+                write(model, self.parameters)
         return bool(self.parameters)
 
 
@@ -210,7 +214,8 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
     old = current_state(problem.model)
-    return Outcome(report, saved if report.status == "repaired" else None, _changes(old, patch))
+    loaded, evaluated = (saved, patch) if report.status == "repaired" else (None, None)
+    return Outcome(report, loaded, evaluated, _changes(old, patch))
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
@@ -297,8 +302,11 @@ def to_be_loaded(
     """
     if not patch or not has_own_modes(model):
         return patch, patch
-    evaluated = snapshot(model)
-    trained = {name: rewritten.get(id(x), evaluated[name]).to(x.device) for name, x in live_tensors(model).items()}
+    evaluated, live = snapshot(model), live_tensors(model)
+    model.train()
+    # What `eval()` has not rewritten may have been merged before.
+    trained = {name: rewritten.get(id(live[name]), x).to(x.device) for name, x in snapshot(model).items()}
+    model.eval()
     wanted = {**evaluated, **patch}
     best: tuple[float, State, State] | None = None
     for saved in _candidates(model, evaluated, trained, wanted):
@@ -306,13 +314,14 @@ def to_be_loaded(
         found = snapshot(model)
         gap = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
         if best is None or gap < best[0]:
-            best = gap, {name: x for name, x in saved.items() if not torch.equal(x, trained[name])}, found
+            best = gap, saved, found
         if not gap:
             break
     assert best is not None
     _reload(model, trained)
     write(model, evaluated)
-    return best[1], changed(model, best[2])
+    held = {name: rewritten.get(id(x), evaluated[name]).to(x.device) for name, x in live.items()}
+    return {name: x for name, x in best[1].items() if not torch.equal(x, held[name])}, changed(model, best[2])
 
 
 def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:

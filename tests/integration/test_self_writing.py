@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from digit_models import QUICK, Digits, nobody, quick_repair, quiet_trainer
+import torch
+from digit_models import QUICK, Classifier, Digits, nobody, quick_repair, quiet_trainer, right
 from lightning_package import Callback, Trainer
 from self_writing import SELF_WRITING, NothingAtAll, classifier, fingerprint
 
 from lightning_nrl import Target, diagnose, repair
+from lightning_nrl.methods import Polish
+from lightning_nrl.pipeline import Patch
 
 KINDS = list(SELF_WRITING)
 
@@ -61,3 +65,29 @@ def test_a_call_that_repairs_nothing_leaves_the_model_as_it_was(tmp_path: Path, 
         assert fingerprint(model) == before
     diagnose(quiet_trainer(tmp_path), model, datamodule=Digits())
     assert fingerprint(model) == before
+
+
+def merged_in_training(model: Classifier) -> Classifier:
+    """Merges adapters and sets training mode without `train()`, as Lightning's trainer does after each validation."""
+    model.eval()
+    for module in model.modules():
+        module.training = True
+    return model
+
+
+@pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
+def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_path: Path, start: Any) -> None:
+    model, data = classifier("merge"), Digits()
+    quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(model, datamodule=data)
+    start(model)
+    before = right(model, data.repair)
+    start(model)
+    patched, loaded = copy.deepcopy(model), classifier("merge")
+    report = repair(quiet_trainer(tmp_path), model, datamodule=data, method=Polish(), verbose=False, dirpath=tmp_path)
+    (counts,) = [split.counts for split in report.splits if split.split == "repair"]
+    assert (report.status, counts.broken) == ("repaired", 0)
+    loaded.load_state_dict(torch.load(report.files["checkpoint"], weights_only=True)["state_dict"])
+    Patch.load(report.files["patch"]).apply(patched)
+    for deployed in (model, loaded, patched):
+        after = right(deployed, data.repair)
+        assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
