@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.device import no_autocast, none_if_out_of_memory, repeatable_gradients, widest
-from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
+from lightning_nrl._utils.device import (
+    at_least_float32,
+    no_autocast,
+    none_if_out_of_memory,
+    repeatable_gradients,
+    widest,
+)
+from lightning_nrl.errors import DataWarning, EvaluationError, ReplayError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import (
     LayerCall,
@@ -90,7 +97,7 @@ def measure(
         own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
 
         def losses(logits: Tensor) -> Tensor:
-            each = evaluator.task.loss(logits, chunk.target)
+            each = _differentiable(evaluator, logits, chunk.target)
             return each if own is None else each * own.to(each)
 
         calls, is_mixed = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
@@ -189,6 +196,22 @@ def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], 
             "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
         )
     return probe, made
+
+
+def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor:
+    """Returns the losses, `n`; where these have no gradient and the logits do, what takes their place."""
+    task = evaluator.task
+    loss = task.loss(logits, target)
+    if loss.requires_grad or not logits.requires_grad:
+        return loss
+    margin = task.margin(logits, target)
+    if margin is not None and margin.requires_grad:
+        other, name = -margin, "margin"
+    else:
+        other, name = at_least_float32(logits.flatten(1)).square().mean(1), "mean squared output"
+    problem = f"`task`: its loss has no gradient, so weights are localised by the gradient of the {name}."
+    warnings.warn(DataWarning(problem, "give a differentiable loss to localise by it."), stacklevel=2)
+    return other
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:

@@ -11,9 +11,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError
+from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import measure
+from lightning_nrl.tasks import Custom
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""
@@ -222,6 +223,25 @@ def test_only_marked_samples_need_a_finite_loss(recorded):
     assert torch.equal(clean.backward, spoilt.backward)
     with pytest.raises(EvaluationError, match="not finite"):
         measure(recorded(model, x, y), EVALUATOR, ~mask)
+
+
+def wrong(output, target):
+    return ((output * target).sum(1) < 0).float()
+
+
+# The outputs are [-3.25, 10.5] and [4.75, 2.5], the gradient of half their squared size; the margin's is `target`.
+@pytest.mark.parametrize(
+    ("margin", "name", "backward"),
+    [
+        (None, "mean squared output", [5.5, 5.625, 9.0, 9.25]),
+        (lambda output, target: (output * target).sum(1), "margin", [1.0, 1.5, 3.0, 1.0]),
+    ],
+)
+def test_a_loss_without_a_gradient_is_replaced_with_a_warning(recorded, margin, name, backward):
+    task = Custom(lambda output, target: wrong(output, target) == 0, wrong, margin)
+    with pytest.warns(DataWarning, match=f"`task`: its loss has no gradient, .* the {name}"):
+        impact = measure(recorded(*toy_linear()), Evaluator(nn.Identity(), task), EVERY)
+    assert impact.backward.tolist() == backward
 
 
 def test_what_cannot_be_measured_is_refused(recorded):

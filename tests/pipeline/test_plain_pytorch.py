@@ -12,9 +12,11 @@ from toy_repairs import known, quick, right, trained
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, repair_module
 from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
-from lightning_nrl.tasks import Task
+from lightning_nrl.pipeline.input_checks import run_sanity_check
+from lightning_nrl.tasks import Custom, Task
 
 
 @dataclass
@@ -74,6 +76,26 @@ def test_a_task_of_the_user_s_own_without_classes() -> None:
     assert outcome.report.splits[0].broken == 0
     with pytest.raises(ConfigurationError, match="asks for classes, and the task has none"):
         repair_module(evaluator, sources, quick(target=Target.label(0)))
+
+
+@pytest.mark.parametrize("method", ["swarm", "neurecover-lite", "arachne", "auto"])
+def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method: str) -> None:
+    def passed(output: Tensor, target: Tensor) -> Tensor:
+        return output.argmax(1) == target
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output.argmax(1) != target).float()
+
+    model, data = trained(), known()
+    before = torch.cat([right(model, source) for source in data])
+    evaluator, settings = Evaluator(model, Custom(passed, loss)), Settings(method=method)
+    run_sanity_check(evaluator, data, settings)
+    with pytest.warns(DataWarning, match="`task`: its loss has no gradient"):
+        outcome = repair_module(evaluator, data, settings)
+    assert outcome.write(model)
+    after = torch.cat([right(model, source) for source in data])
+    assert 0 < int((after & ~before).sum()) == sum(split.repaired for split in outcome.report.splits)
+    assert bool(after[before].all())
 
 
 def test_double_and_half_precision_are_repaired_as_they_are() -> None:
