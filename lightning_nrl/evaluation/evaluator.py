@@ -256,8 +256,8 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _TargetMarker) ->
             kind: Kind = "bool" if name == "passed" else "number"
             check_per_sample(f"`task`: `{name}` of {type(task).__name__}", column, n, kind, tensors_only=True)
     unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
-    if prediction is not None and output.ndim == 2 and output.shape[1] > 1:
-        marker.check(output.shape[1])
+    if prediction is not None and (isinstance(task, Multiclass) or (output.ndim == 2 and output.shape[1] > 1)):
+        marker.check(class_logits(output).shape[1])
     targeted, in_target = marker(batch, label, prediction, passed)
     return {
         "position": batch.position,
