@@ -250,6 +250,9 @@ class CannotTrainError(RepairError):
 
 def describe_failure(error: Exception) -> str:
     """Describes an error by class, message and its deepest line outside of torch, Lightning and this package."""
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:
+        return f"{text.splitlines()[-1]} (in a DataLoader worker)"
     places = list(traceback.walk_tb(error.__traceback__))
     own = [place for place in places if place[0].f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES]
     frame, line = (own or places)[-1]

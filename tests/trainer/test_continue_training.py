@@ -27,7 +27,7 @@ from lightning_package import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SubsetRandomSampler, get_worker_info
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
@@ -468,6 +468,17 @@ def test_a_data_set_that_cannot_be_read_is_a_warning() -> None:
 
     with pytest.warns(TrainingWarning, match=r"OSError: no such file"):
         assert fit(Net(), Continue(DataLoader(Unreadable(FAILED, 100)))) is None
+
+
+def test_an_error_in_a_worker_is_named_as_it_was_raised() -> None:
+    class Unreadable(Points):
+        def __getitem__(self, i: int) -> Any:
+            if get_worker_info() is not None:
+                raise OSError("no such file")
+            return super().__getitem__(i)
+
+    with pytest.warns(TrainingWarning, match=r"repair: OSError: no such file \(in a DataLoader worker\)"):
+        assert fit(Net(), Continue(DataLoader(Unreadable(FAILED, 100))), train_loader(num_workers=1)) is None
 
 
 def test_weights_that_are_not_finite_are_none() -> None:
