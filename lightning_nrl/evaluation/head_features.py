@@ -15,7 +15,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Source, run_model
 from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.layers import last_linear
+from lightning_nrl.evaluation.layers import force_eager, last_linear
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import class_logits
 
@@ -91,7 +91,8 @@ class _HeadRecorder:
             lambda module, given, output: calls.append((given[0].detach().clone(), output.detach().clone()))
         )
         try:
-            output = run_model(model, args, kwargs)
+            with force_eager():
+                output = run_model(model, args, kwargs)
         finally:
             handle.remove()
         logits = self.evaluator.task.logits(output)

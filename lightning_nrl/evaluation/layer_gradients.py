@@ -20,7 +20,7 @@ from torch.nn import grad as convolution
 from lightning_nrl._utils.device import Context, at_least_float32, no_autocast, repeatable_gradients
 from lightning_nrl.data.batch import Batch, is_sliceable, run_model
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.layers import Convolution, Layer
+from lightning_nrl.evaluation.layers import Convolution, Layer, force_eager
 from lightning_nrl.tasks import Task
 
 
@@ -120,6 +120,7 @@ class OutputProbe:
             return lambda module, args, output: self.add_zero(name, args[0], output)
 
         stack = ExitStack()
+        stack.enter_context(force_eager())
         for name, layer in self.layers.items():
             stack.callback(layer.register_forward_hook(hook_of(name)).remove)
         return stack

@@ -315,6 +315,7 @@ def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
                 stack.callback(module.register_forward_pre_hook(partial(_refuse, name)).remove)
+                stack.enter_context(force_eager())
         yield
 
 

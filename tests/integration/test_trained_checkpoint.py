@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, q
 from lightning_package import CSVLogger, EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
 from options import with_options
 
-from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, repair
+from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, diagnose, repair
 from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.gate import Instance
 from lightning_nrl.pipeline import Patch
@@ -137,6 +138,28 @@ def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> No
     assert settings(trainer) == before
     trainer.fit(model, datamodule=Digits())
     assert trainer.global_step == 12
+
+
+def in_place(model: Classifier) -> Classifier:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [partial(torch.compile, backend="aot_eager"), in_place])
+def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_computes(
+    tmp_path: Path, trained: Classifier, compiled: Any
+) -> None:
+    data, before = Digits(), right(trained, Digits().repair)
+    model = compiled(trained)
+    found = diagnose(quiet_trainer(tmp_path), model, datamodule=data)
+    assert found.head == "network.3"
+    assert len(found.targets) == int((~before).sum())
+    report = repaired(tmp_path, model, datamodule=data)
+    (counts,) = [split.counts for split in report.splits if split.split == "repair"]
+    assert (report.status, counts.broken) == ("repaired", 0)
+    for deployed in (model, Classifier.load_from_checkpoint(report.files["checkpoint"])):
+        after = right(deployed, data.repair)
+        assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
 
 
 def test_the_random_state_and_what_the_trainer_knows_of_training_are_as_before(tmp_path: Path) -> None:
