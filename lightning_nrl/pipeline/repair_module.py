@@ -306,10 +306,10 @@ def to_be_loaded(
     model.train()
     # What `eval()` has not rewritten may have been merged before.
     trained = {name: rewritten.get(id(live[name]), x).to(x.device) for name, x in snapshot(model).items()}
-    model.eval()
+    _reload(model, trained)
     wanted = {**evaluated, **patch}
     best: tuple[float, State, State] | None = None
-    for saved in _candidates(model, evaluated, trained, wanted):
+    for saved in _candidates(model, snapshot(model), trained, wanted):
         _reload(model, saved)
         found = snapshot(model)
         gap = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
