@@ -14,7 +14,6 @@ CASES = {
     "layers": ("scoring", "convolutions against a plain forward pass, and against `functional_call`"),
     "search": ("scoring", "a whole search with and without giving up"),
     "memory": ("scoring", "peak memory of scoring"),
-    "repair": ("whole_repairs", "time and memory of whole repairs [share of the images]"),
     "samples": ("whole_repairs", "repairs of very many samples [method samples seconds]"),
     "many_swarms": ("swarms", "the paper's study as one search; long [iterations]"),
     "sweep": ("swarms", "the paper's study by `sweep_module`; long [iterations]"),

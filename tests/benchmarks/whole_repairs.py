@@ -1,95 +1,20 @@
-"""Whole repairs: time and memory of a polish and of a convex search, and of very many samples."""
+"""Whole repairs of very many samples: time and memory."""
 
 from __future__ import annotations
 
-import copy
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from measure import ResNet27, show
+from measure import show
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_nrl import Settings, Target, TensorSource, repair_module
+from lightning_nrl import Settings, repair_module
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.methods import Convex, Method, Polish
-from lightning_nrl.search._scoring.memory import measure_allocations
 
 MIB = 2**20
-WEAK = 3
-
-
-def patterned(n: int, patterns: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Patterns of varying strength over noise, `n x 3 x 32 x 32`, and which pattern it is, `n`."""
-    label = torch.randint(0, len(patterns), (n,), generator=generator)
-    strength = 0.25 + torch.rand(n, 1, 1, 1, generator=generator)
-    return strength * patterns[label] + torch.randn(n, 3, 32, 32, generator=generator), label
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    model.train()
-    for rows in torch.randperm(len(x)).split(128):
-        step(model, optimizer, x[rows], y[rows])
-    model.eval()
-
-
-def repair(share: str = "1") -> None:
-    """A polish, and a convex search of the head: 27 convolutions, 6,600 images.
-
-    The network learns patterns under noise, meets a pattern that it has hardly seen, and is repaired for it. Times are
-    wall clock beside one epoch of plain training on the same images; memory is the peak of all tensors made on the way
-    beside that of one training step with 128 images.
-    """
-    torch.manual_seed(0)
-    n, n_new = round(4600 * float(share)), round(2000 * float(share))
-    generator = torch.Generator().manual_seed(0)
-    patterns = 0.3 * F.interpolate(torch.randn(7, 3, 8, 8, generator=generator), scale_factor=4)
-    x, y = patterned(n, patterns, generator)
-    seen = (y != WEAK) | (torch.rand(n, generator=generator) < 0.05)
-    x, y = x[seen], y[seen]
-    x_new, y_new = patterned(n_new + n - len(x), patterns, generator)
-    model = ResNet27()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(4):
-        epoch(model, optimizer, x, y)
-    new = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(new.parameters(), lr=1e-3)
-    began = time.perf_counter()
-    epoch(new, optimizer, torch.cat([x, x_new]), torch.cat([y, y_new]))
-    plain = time.perf_counter() - began
-    spare = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(spare.parameters(), lr=1e-3)
-    step(spare, optimizer, x[:128], y[:128])
-    floor, _ = measure_allocations(lambda: step(spare, optimizer, x[:128], y[:128]))
-
-    def repaired(method: Method, layer: str) -> list[str]:
-        source = TensorSource(x, y, split="train", passed=True)
-        news = TensorSource(x_new, y_new, split="new", failed=True)
-        settings = Settings(target=Target.label(WEAK), method=method, layer=layer)
-        began = time.perf_counter()
-        report = repair_module(copy.deepcopy(model), [source, news], settings=settings).report
-        whole = time.perf_counter() - began
-        peak, _ = measure_allocations(lambda: repair_module(copy.deepcopy(model), [source, news], settings=settings))
-        known = report.pooled("known")
-        counts = f"{known.kept + known.broken:,}", f"{known.repaired_in_target} of {known.targeted}", str(known.broken)
-        stages = (f"{k} {v:.1f} s" for k, v in report.seconds.items() if k not in ("collect", "judge"))
-        return [*counts, ", ".join(stages), f"{whole:.1f} s", f"{whole / plain:.1f}", f"{peak / floor:.2f}"]
-
-    rows = [
-        ["polish of one more epoch", *repaired(Polish(new), "auto")],
-        ["convex, the head", *repaired(Convex(), "head")],
-    ]
-    header = ["repair", "known passed", "repaired", "known broken", "stages", "all", "/ one epoch", "peak / step"]
-    show(f"Whole repairs; one epoch: {plain:.1f} s, one step: {floor / MIB:.0f} MiB", header, rows)
 
 
 @dataclass(frozen=True)
