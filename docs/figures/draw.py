@@ -59,12 +59,12 @@ def picture(width: int, height: int, title: str, *parts: str) -> str:
 
 
 def problem() -> str:
-    """What training again does, and what a repair does."""
+    """Draws the effect of retraining and of a repair."""
     failures = {(9, 1), (10, 1), (9, 2), (10, 2), (11, 2), (10, 3), (11, 3), (9, 3)}
     broken = {(2, 4), (5, 0), (6, 5)}
     heads = (
         ("the model in use", "8 failures of one kind", set(), set()),
-        ("trained again", "8 repaired, 3 broken", failures, broken),
+        ("retrained", "8 repaired, 3 broken", failures, broken),
         ("repaired", "8 repaired, 0 broken", failures, set()),
     )
     parts = []
@@ -89,7 +89,7 @@ def problem() -> str:
     legend = ((dot, RIGHT, "right"), (cross, WRONG, "wrong"), (dot, REPAIRED, "repaired"), (cross, BROKEN, "broken"))
     for place, (mark, color, word) in enumerate(legend):
         parts += [mark(262 + 118 * place, 244, color), text(275 + 118 * place, 249, word, 14, "start", FAINT)]
-    title = "Training again repairs failures and breaks other samples; a repair breaks none that is known"
+    title = "Retraining repairs failures and breaks other samples; a repair breaks no known sample"
     return picture(900, 266, title, *parts)
 
 
@@ -125,8 +125,8 @@ def choose() -> str:
         ("you know nothing special", "nothing: the default", "a ladder from the least change to the most"),
         ("it must take seconds, and change little", 'method="convex"', "the last Linear layer, solved exactly"),
         ("only one inner layer may change", 'layer="encoder.4"', "that layer, searched and then linearised"),
-        ("as many repairs as possible", 'method="finetune-polish"', "the whole network, trained on, then polished"),
-        ("right has no gradient (a rule of yours)", 'method="swarm"', "the paper's search; needs counts alone"),
+        ("as many repairs as possible", 'method="finetune-polish"', "the whole network: training, then polish"),
+        ("right has no gradient (a rule of yours)", 'method="swarm"', "the paper's search; needs no gradient"),
     )
     parts = []
     for place, (situation, say, what) in enumerate(rows):
@@ -139,11 +139,11 @@ def choose() -> str:
         parts += [box(372, y, 222, 40, "#e0f2f1", REPAIRED)]
         parts += [text(483, y + 25, say, 13.5, font_family="ui-monospace, Menlo, Consolas, monospace")]
         parts += [text(608, y + 25, what, 13.5, "start", "#555")]
-    return picture(910, 320, "What to say in which situation", *parts)
+    return picture(910, 320, "Which method suits which situation", *parts)
 
 
 def limits() -> str:
-    """How the limit on unseen regressions falls with the number of samples."""
+    """Draws the limit on unseen regressions by the number of samples."""
     sizes = (50, 100, 200, 300, 500, 1000, 2000, 3000)
     left, bottom, width, height, top = 74, 270, 560, 220, 0.08
 
