@@ -261,7 +261,7 @@ def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch
         ({"base": Settings(layer="3")}, "`layer='3'` is not in the model"),
         ({"base": quick(protected={"train": [1]})}, "`protected`: the table of a sweep has no column for it"),
         ({"seeds": 0}, "`seeds=0` names no seed"),
-        ({"unseen": known()}, "give each split a name of its own"),
+        ({"unseen": known()}, "give each split its own name"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -130,7 +130,7 @@ def failing(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 
 def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
-    assert "`three` found" in failing(folder, capsys, *project, "--repair.target", "label three")
+    assert "found `three`" in failing(folder, capsys, *project, "--repair.target", "label three")
     assert "HINT: write `label 3`" in failing(folder, capsys, *project, "--repair.target", "label three")
     assert "nowhere.ckpt" in failing(folder, capsys, "--config", "config.yaml", "--ckpt_path", "nowhere.ckpt")
     assert "nowhere.yaml" in failing(folder, capsys, "--config", "nowhere.yaml")

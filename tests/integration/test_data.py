@@ -666,7 +666,7 @@ def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        (lambda batch: batch[:2], "`augment`: the batch that it gives has 2 parts, the others have 3"),
+        (lambda batch: batch[:2], "`augment`: its batch has 2 parts, the others have 3"),
         (lambda batch: [batch[0].repeat(1, 1, 1, 2), *batch[1:]], "`augment`: Sizes of tensors must match"),
         (lambda batch: 1 / 0, "`augment` raised ZeroDivisionError"),
     ],

@@ -287,7 +287,7 @@ def test_a_test_of_the_best_is_not_of_the_repair(
     assert f"ckpt_path={callback.repaired_model_path!r}" in printed
 
     def said() -> list[str]:
-        return [str(w.message) for w in recwarn if "not the repaired weights" in str(w.message)]
+        return [str(w.message) for w in recwarn if "other weights than the repaired" in str(w.message)]
 
     trainer.test(model, datamodule=Digits(), verbose=False)
     trainer.test(model, datamodule=Digits(), ckpt_path=callback.repaired_model_path, verbose=False)

@@ -125,7 +125,7 @@ class ShardedByHand(Untrainable):
 
 def test_a_model_that_shards_itself_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(), model=ShardedByHand("cnn"))
-    assert message.startswith("`model`: 'network.0.weight' is a DTensor, which is split over ranks")
+    assert message.startswith("`model`: 'network.0.weight' is a DTensor, split over ranks")
 
 
 class Stream(IterableDataset):

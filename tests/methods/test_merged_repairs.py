@@ -65,13 +65,13 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
     fast = _scorer(problem, states, ArachneDEFitness())[0](values)
     assert whole.patched.tolist() == [[0, 1, 2, 1, 1]]
     assert whole.intact.tolist() == [[5, 5, 4, 5, 5]]
-    for name in ("patched", "intact", "loss_failed", "loss_passed", "gain", "harm", "credit_failed", "credit_passed"):
+    for name in ("patched", "intact", "loss_failed", "loss_passed", "value", "cost", "credit_failed", "credit_passed"):
         one, other = getattr(fast, name), getattr(whole, name)
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
     if weighted:
-        assert whole.harm.tolist() == [[0, 0, 3, 0, 0]]
+        assert whole.cost.tolist() == [[0, 0, 3, 0, 0]]
 
 
 def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:

@@ -161,7 +161,7 @@ def null_for_nan(value: Any) -> Any:
         return {key: null_for_nan(item) for key, item in value.items()}
     if isinstance(value, list):
         return [null_for_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @pytest.mark.parametrize("name", REPORTS)

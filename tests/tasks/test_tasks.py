@@ -380,7 +380,7 @@ def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
 def test_the_task_of_a_head_may_be_a_name() -> None:
     assert NamedHead("digit", "multiclass").passed(HEAD, HEAD_LABELS).tolist() == [True, False]
     assert repr(NamedHead("digit", "sequence")) == repr(NamedHead("digit", Sequence()))
-    with pytest.raises(ConfigurationError, match=r"`task='regression'` does not say enough"):
+    with pytest.raises(ConfigurationError, match=r"`task='regression'` needs arguments"):
         NamedHead("digit", "regression")
     with pytest.raises(ConfigurationError, match="`task=3`"):
         NamedHead("digit", 3)  # type: ignore[arg-type]
