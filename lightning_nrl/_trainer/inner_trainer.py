@@ -63,15 +63,15 @@ def copied_module(
 ) -> LightningModule:
     """Copies a module for training; leaves the module and its trainer unchanged.
 
-    The copy runs all of its hooks but those that fetch data and those after training, which save, export or report.
+    Hooks that fetch data, and hooks after training (which save, export or report), do nothing in the copy.
 
     Args:
         module: the module to copy.
         state: weights that the copy gets after `setup`, which may create layers again.
         modes: training flags of `module.modules()`.
-        shared: objects that the copy shares with the module, such as data sets, as it does locks and open files.
+        shared: objects to share with the copy, such as data sets. Locks and open files are always shared.
         left_out: callbacks that are dropped, besides `DROPPED_CALLBACKS`.
-        rate: learning rate of an AdamW that replaces the module's own optimizers; None: its own.
+        rate: learning rate of an AdamW that replaces the module's optimizers; None keeps these.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
     with torch.no_grad():  # so that parameters of scripted modules stay leaves

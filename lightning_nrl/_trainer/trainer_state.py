@@ -78,7 +78,7 @@ def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: 
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """Disables a trainer's loggers, and all callbacks that tune, print, save or stop but those kept."""
+    """Disables a trainer's loggers and its callbacks that tune, print, save or stop, except those in `kept`."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, DROPPED_CALLBACKS)]

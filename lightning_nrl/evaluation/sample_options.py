@@ -161,7 +161,10 @@ class SampleOptions:
 
 
 def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
-    """Parses keys such as `3`, `"3"`, `(3, 5)` and `"3 -> 5"`; levels by true and predicted class (None: others)."""
+    """Returns risk levels by true, then predicted class; None stands for all other predicted classes.
+
+    Keys are a true class (`3`, `"3"`) or a true and a predicted class (`(3, 5)`, `"3 -> 5"`).
+    """
     if not isinstance(risk, Mapping):
         raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
     levels: dict[int, dict[int | None, int]] = {}

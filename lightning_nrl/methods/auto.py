@@ -207,7 +207,7 @@ class _Ladder:
         return replace(solution, proposal=solution.proposal or base)
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """Adds held-out counts from a run without the held-out samples, unless known."""
+        """Adds missing held-out counts by solving again without the held-out samples."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))

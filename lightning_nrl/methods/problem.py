@@ -157,7 +157,7 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Epochs that training may take: those of the original fit, more if these take only seconds."""
+        """Most epochs of continued training: as many as the original fit, more for small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
@@ -172,7 +172,7 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method with a share of the time left; keeps time to judge the result."""
+        """Returns the deadline for a share of the remaining time, minus the time to judge the result."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:

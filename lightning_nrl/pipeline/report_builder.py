@@ -197,7 +197,12 @@ UNDECIDED = LineSearchResult(chosen=None)
 
 @dataclass(frozen=True)
 class ReportBuilder:
-    """Results of the stages of a repair so far; `seconds` by stage still grow, `n_passed` were scored (|I_pos|)."""
+    """Builds the report from the results so far.
+
+    Attributes:
+        seconds: time by stage, updated while the repair runs.
+        n_passed: number of passed samples that were scored (|I_pos|).
+    """
 
     evaluator: Evaluator
     space: ParameterSpace

@@ -187,7 +187,7 @@ class ArachneFitness:
 @FITNESSES.register("neurecover")
 @dataclass(frozen=True)
 class NeuRecoverFitness:
-    r"""NeuRecover's fitness, of rates.
+    r"""NeuRecover's fitness, in rates instead of counts.
 
     .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
 

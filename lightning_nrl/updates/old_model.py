@@ -36,7 +36,7 @@ class Reference(Protocol):
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """Returns the old model's results on this rank's share of data; only `prediction` and `passed` are meaningful.
 
-        The evaluator holds the new model, its task and precision; `like` are the new model's results on the same data.
+        `evaluator` holds the new model, its task and precision; `like` holds the new model's results on the same data.
         """
 
 

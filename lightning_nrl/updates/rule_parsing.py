@@ -34,7 +34,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """Parses a rule from text, one of `RULES.forms` with your own numbers; returns a `Rule` unchanged.
+    """Parses a rule in one of the forms of `RULES.forms`, with any numbers; returns a `Rule` unchanged.
 
     All but `protected` may end with ` in SPLIT, SPLIT`.
 

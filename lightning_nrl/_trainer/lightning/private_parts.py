@@ -44,7 +44,7 @@ def data_module_of(trainer: Trainer) -> LightningDataModule | None:
 
 
 def batch_limit(trainer: Trainer) -> int | None:
-    """Returns the batches per loader of a `fast_dev_run`; None: all. The attribute is a bool or a number."""
+    """Returns the number of batches per loader in a `fast_dev_run`, or None without a limit."""
     return int(_untyped(trainer).fast_dev_run) or None
 
 

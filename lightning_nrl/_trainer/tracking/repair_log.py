@@ -80,7 +80,7 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the existing files for loggers by kind."""
+    """Returns the paths of the files to upload that exist, by kind."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
 
 

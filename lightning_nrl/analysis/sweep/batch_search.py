@@ -205,7 +205,7 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Records batches, each given with its samples' rows in the results, `n` int64 on the CPU."""
+    """Records each batch; a batch comes with the result rows of its samples (`n` int64 on the CPU)."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []  # replay plans of earlier batches

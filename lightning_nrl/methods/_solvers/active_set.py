@@ -87,7 +87,7 @@ class ActiveSet:
 
     @property
     def violated(self) -> Tensor:
-        """Broken samples and enforced targets that are not right yet, `N` bool."""
+        """Broken samples and enforced targets that are still wrong, `N` bool."""
         return self.broken | (self.enforced & ~(self.margin >= self._required))
 
     @property
@@ -203,7 +203,7 @@ class TargetSchedule:
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Suspends targets that are not right once their rounds or time are used up."""
+        """Stops enforcing targets that are still wrong after their last round or their deadline."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated

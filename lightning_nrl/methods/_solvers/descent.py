@@ -22,13 +22,13 @@ Loss = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
 class Descent:
-    """Weights that take gradient steps; the live model stays unchanged.
+    """Gradient descent on a copy of the weights; the live model stays unchanged.
 
     The model stays in evaluation mode, so batch norm and dropout work as deployed. Steps are on float32 copies, since
     half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
     its gradient is summed over smaller forward passes.
 
-    The parameters in `problem.scope` move from `state`, whose other values stay. Losses are sums over samples, so that
+    Starts at `state` and moves only the parameters in `problem.scope`. Losses are sums over samples, so that
     they add up over splits and ranks and do not vanish in half precision; the optimizer must be scale-invariant, such
     as Adam. `masks` select movable weights by parameter name.
     """

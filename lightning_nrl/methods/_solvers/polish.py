@@ -207,7 +207,10 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets and goes back part of the way; if only targets were violated, the weights are a result."""
+        """Gives up targets and moves part of the way back.
+
+        First keeps the current weights as a result if they break nothing and miss only targets.
+        """
         state = self.descent.state()
         if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
             self.after = self._count(state)

@@ -113,7 +113,7 @@ class CandidateTensor(Tensor):
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
-        """Applies a channelwise function `(samples, channels)`, with None for all channels."""
+        """Applies a channelwise function of samples and channel indices; None stands for all channels."""
         base = function(self.base, None)
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)
