@@ -157,7 +157,7 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Most epochs of continued training: as many as the original fit, more for small data."""
+        """Limit on the epochs of continued training: those of the original fit, more for small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
