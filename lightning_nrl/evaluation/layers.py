@@ -184,7 +184,7 @@ def _names(
             found = [name for name, module in pool.items() if isinstance(module, kind)]
             if found:
                 # Respect frozen layers, unless all are frozen.
-                free = [name for name in found if modules[name].weight.requires_grad]
+                free = [name for name in found if (w := _own_weight(modules[name])) is None or w.requires_grad]
                 return (free or found)[-1:]
     found_outside = _outside_tree(modules)
     if found_outside:
@@ -231,13 +231,19 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
             f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
             f"name a {KINDS}{f', such as one of {inside}' if inside else ''}.",
         )
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+    weight = _own_weight(module)
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ConfigurationError(
             f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first."
         )
-    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+    if weight is None or not weight.is_floating_point():
         raise _not_own(name)
     return module
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    # In training mode, `module.weight` of spectral norm takes a step of its power iteration.
+    return module._parameters.get("weight")
 
 
 def _not_own(name: str) -> ConfigurationError:
@@ -289,7 +295,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Layer) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+        if isinstance(module, Layer) and (weight := _own_weight(module)) is not None and weight.is_floating_point()
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.errors import ConfigurationError
@@ -170,6 +170,13 @@ def test_lazy_layer_is_refused():
 def test_parametrised_layer_is_refused():
     with pytest.raises(ConfigurationError, match="`layer='0'` has no floating-point weight of its own"):
         find_layers(nn.Sequential(weight_norm(nn.Linear(3, 3))))
+
+
+def test_looking_for_layers_leaves_the_power_iteration_of_a_spectral_norm() -> None:
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 2)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert [site.name for site in find_layers(model).sites] == ["1"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_tied_weights_are_refused():
