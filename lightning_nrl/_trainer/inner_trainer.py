@@ -48,8 +48,7 @@ DROPPED_CALLBACKS = callback_kinds(
 """Callbacks of a module that tune, save, print or stop, which the outer trainer does."""
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
 """Packages whose lines are not the user's own."""
-WARM_UP_SHARE = 0.1
-"""Share of the warm-up in the steps of a substitute AdamW."""
+WARM_UP_SHARE = 0.1  # of the steps of a substitute AdamW: its rate rises
 
 
 def copied_module(

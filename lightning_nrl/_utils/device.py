@@ -34,7 +34,7 @@ def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T
 
 
 def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = True) -> T:
-    """Returns `work()`, with a second try if memory runs out; only if `alone`, since other ranks would not know.
+    """Returns `work()`. An `alone` process retries once if memory runs out; other ranks would not repeat theirs.
 
     Raises:
         DeviceMemoryError: memory ran out again while `doing`, such as "the search ran".

@@ -100,7 +100,7 @@ def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """Restores the global random states of torch, numpy and Python, unlike `isolate_rng` also after errors."""
+    """Restores the random states of torch, numpy and Python on exit; unlike `isolate_rng`, also after an error."""
     cpu = CpuRandomState.current()
     states: list[tuple[Callable[[Any], None], Any]] = []
     cuda: Any = torch.cuda

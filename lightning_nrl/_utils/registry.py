@@ -122,7 +122,7 @@ class Registry(Generic[T]):
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function given directly or by its address, `package.module:function` or with a dot."""
+    """Returns a function given directly or by its address, `package.module:function` or `package.module.function`."""
     found: Any = value
     if isinstance(value, str):
         try:

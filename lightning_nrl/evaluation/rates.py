@@ -80,7 +80,7 @@ UPDATE_RATES: tuple[Rate, ...] = tuple(
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """Computes all rates by name, one tensor `...` each; NaN if undefined.
+    """Computes all rates by name, each a tensor of shape `...`; NaN if undefined.
 
     Args:
         flips: `... x 4`: kept, broken, repaired, failing; floats keep their dtype, integers give float32.

@@ -79,7 +79,7 @@ def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor
 
 
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """Merges names and numbers of the slices of several splits."""
+    """Merges the slice names of several splits and renumbers the slice of each sample to match."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([_renumber(own, group, names) for own, group in parts])
 

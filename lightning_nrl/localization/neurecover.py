@@ -129,7 +129,7 @@ class TrainingFlips:
 
 @dataclass(frozen=True)
 class HistoryLocalizer:
-    """NeuRecover with its history read."""
+    """NeuRecover after its training history was read."""
 
     settings: NeuRecover
     flips: TrainingFlips

@@ -146,7 +146,7 @@ class FolderHistory:
 
 
 def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> None:
-    """Writes the results on all samples and the given weights as the point of a step."""
+    """Writes the recorded point of a step: the results on all samples and the given weights."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}

@@ -67,7 +67,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` for a limit without calibration data, or on the target."""
+    """Raises a `ConfigurationError` if a limit is set without calibration data, or refers to the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
         raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
@@ -99,7 +99,7 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Raises a `ConfigurationError` if no known sample fails in the target, or none passes."""
+    """Raises a `ConfigurationError` if no known sample fails in the target, or no known sample passes."""
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(

@@ -253,7 +253,7 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness reads the credits of `Scores`: if its `uses_credit` is True."""
+    """True if a fitness declares with `uses_credit = True` that it reads the credits of `Scores`."""
     return bool(getattr(fitness, "uses_credit", False))
 
 

@@ -49,7 +49,7 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `overfit_batches`: a number of batches, a share of them, or 0. The attribute has no type."""
+    """Returns `overfit_batches`: a number of batches, a share of them, or 0. Lightning does not annotate it."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 

@@ -102,7 +102,11 @@ class SweepResult(Report):
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """Returns the whole parameters of the searched layers after a run, on the CPU; not if read from a file."""
+        """Returns the whole parameters of the searched layers after a run, on the CPU.
+
+        Raises:
+            ConfigurationError: the result was read from a file, which has no weights.
+        """
         kept = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
         flat[kept.where] = kept.values
