@@ -195,7 +195,7 @@ CUT = "cut by `max_time`"
 """Note of a step that ran out of time."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """Outcome of a repair."""
-SCHEMA = 1  # version of the file format; see docs/report_schema.md
+SCHEMA = 1  # version of the file format; see docs/tensorboard.md
 
 
 @dataclass(frozen=True, repr=False)
@@ -232,7 +232,7 @@ class RepairRecord(Record):
         files: paths of the written files by kind: `checkpoint`, `json`, `markdown`.
         settings: arguments of the repair by name, as plain values.
         class_names: names of the task's classes, in order; empty if unknown.
-        schema: version of the file format (docs/report_schema.md).
+        schema: version of the file format (docs/tensorboard.md).
     """
 
     status: Status
