@@ -67,7 +67,6 @@ def poll() -> None:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defers signals until the block ends."""
     watch = _SignalWatch.current
     if watch is None:
         yield
@@ -85,8 +84,7 @@ def interruptible(*, terminated: Callable[[], BaseException], say: Callable[[str
     """Handles signals for a block: raises KeyboardInterrupt after Ctrl-C, and `terminated()` after SIGTERM.
 
     The exception comes from the next call of `poll`; `say` prints a message at once. The earlier handlers are restored
-    on exit. Ignored signals stay ignored. In other threads than the main thread, which alone handles signals, nothing
-    changes.
+    on exit. Ignored signals stay ignored. Outside of the main thread, which alone handles signals, nothing changes.
     """
     if _SignalWatch.current is not None or threading.current_thread() is not threading.main_thread():
         yield

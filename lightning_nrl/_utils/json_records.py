@@ -61,8 +61,7 @@ class Record(Derives):
         """Reads the result of `to_dict`.
 
         Raises:
-            ConfigurationError: a value is missing, unknown, infinite or of another type. The message names its place,
-                such as `splits[0].broken`.
+            ConfigurationError: a value is missing, unknown, infinite or of another type. The message has its path.
         """
         return from_plain(cls, data)
 

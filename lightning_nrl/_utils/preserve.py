@@ -122,8 +122,6 @@ def random_state() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class CpuRandomState:
-    """States of the global random generators of torch (on the CPU), numpy and Python."""
-
     torch: Tensor
     numpy: dict[str, Any]
     python: tuple[Any, ...]
@@ -133,7 +131,6 @@ class CpuRandomState:
         return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
 
     def is_current(self) -> bool:
-        """True if the generators are still in these states."""
         now = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())

@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns an error for text that cannot be read. `found` quotes argument and value; `name` is read from it."""
+        """Returns an error for unreadable text. `found` quotes argument and text; `name` is the text before a colon."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(

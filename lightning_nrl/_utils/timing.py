@@ -35,7 +35,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Moment at which work must end, in seconds of the clock `now`. Without a limit it is infinite.
+    """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is infinite.
 
     All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together, and get the same answer. Without a
     limit, the ranks exchange nothing.

@@ -61,10 +61,7 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Returns the summed weights of the broken samples that count; infinite if one of them is protected.
-
-        `broken` is a bool mask of shape `N`: one entry for each row of `before`.
-        """
+        """Returns the summed weights of the `broken` samples (`N` bool) that count; infinite with a protected one."""
         return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
