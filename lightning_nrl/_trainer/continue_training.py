@@ -81,7 +81,7 @@ class ContinuedTraining:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
         if len(loaders_in(self.trained_on)) > 1:
-            return ""  # with several loaders, no samples are put together
+            return ""  # several loaders are used as they are
         with random_state():
             return _cannot_collate(self._known_datasets(), self._template_loader().collate_fn)
 

@@ -244,7 +244,7 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     except Exception:
         if split != "test" or data is None:
             raise
-        # Only if needed, since `setup` may split the data again.
+        # `setup` runs only if needed, since it may split the data again.
         data.setup("test")
         return hook()
 
@@ -359,7 +359,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns numbers for loggers: the chosen share, and accuracy and negative flip rate with share 0 and with it."""
+    """Returns, for loggers, the chosen share, and accuracy and negative flip rate at share 0 and at that share."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

@@ -29,11 +29,11 @@ from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task, class_logits
 
-SAME_OUTPUT_TOLERANCE = 1e-3  # largest difference of equal outputs, relative to the largest output
+SAME_OUTPUT_TOLERANCE = 1e-3  # largest difference of outputs that count as equal, relative to the largest output
 FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
-LAYER_TOLERANCE = 1e-3  # largest relative distance of equal inputs and outputs of a layer
+LAYER_TOLERANCE = 1e-3  # largest relative distance at which two inputs or outputs of a layer count as equal
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
-SPREAD_FACTOR = 3.0  # largest distance to our inputs due to augmentation, in distances between two augmented runs
+SPREAD_FACTOR = 3.0  # distance to our inputs that augmentation can explain, in mean distances between two runs
 LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above factor * loss of the step + offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
 """Changes of a layer's output that show whether logits depend on it. Both keep typical values, since a NaN that becomes
@@ -46,7 +46,7 @@ Calls = list[tuple[Tensor, Tensor]]
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator, and sources whose adapter runs the module as deployed: `predict_step` or `forward`.
+    """Returns an evaluator, and sources whose adapter runs the module as deployed, by `predict_step` or `forward`.
 
     The first batch of the first source decides which, and which layers are called (`Evaluator.called`). The module's
     own steps are compared with the prediction on the first group of sources in `splits`.

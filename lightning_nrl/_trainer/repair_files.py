@@ -314,8 +314,8 @@ def report_files(
 ) -> tuple[dict[str, str], str]:
     """Returns the paths of a report's files by kind, and the name of the report in logs. All ranks must call it.
 
-    Without `dirpath`, the folder is the first of `name`, `name-1`, ... in the log folder that has no report; it gives
-    the report its name in logs. A `fast_dev_run` writes no files.
+    Without `dirpath`, the folder is the first of `name`, `name-1`, ... in the log folder that has no report, and the
+    name in logs is that of the folder. A `fast_dev_run` writes no files.
     """
     if batch_limit(trainer):
         return {}, name
@@ -362,7 +362,7 @@ def announce(
                 show(report)
                 if text := _about_best(report, trainer):
                     print(text)
-        # Tensors, since Lightning passes only these on when processes that a strategy has started end.
+        # Lightning passes on tensors, but no numbers, from processes that a strategy has started.
         numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
         trainer.callback_metrics.update(numbers)
     except Exception as error:

@@ -99,7 +99,7 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model; then `parts` names the outermost submodule whose output is the model's, or is empty."""
+    """Calls a model. Then `parts` names the outermost submodule that returned the model's output, or is empty."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -134,7 +134,7 @@ def same_objects(a: Any, b: Any) -> bool:
 
 
 def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
-    """Returns the logits in an output of the model, or None if there are none, or not for `n` samples."""
+    """Returns the logits in a model's output, or None if the output has no logits for exactly `n` samples."""
     with suppress(ConfigurationError):
         logits = task.logits(output)
         if logits.ndim and len(logits) == n:

@@ -222,7 +222,7 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
-    # Sparse tensors cannot be compared so, and count as changed.
+    # Sparse tensors cannot be compared bit by bit, and count as changed.
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False

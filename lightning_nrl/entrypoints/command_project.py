@@ -62,7 +62,7 @@ class Project:
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
     """Reads a project from LightningCLI's arguments, without a subcommand, and those of the command.
 
-    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair. Those under `repair` win.
+    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair. Options under `repair` win.
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):

@@ -47,8 +47,8 @@ class Gate(ABC):
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
         """Returns by how much the cost of the broken samples exceeds the limit; 0 if the gate accepts them.
 
-        Without a `cost`, it is the number of broken samples; this raises `ConfigurationError` if the gate needs a
-        target and `counts` are not of a target.
+        Without a `cost`, each broken sample that counts has a cost of 1. Then `ConfigurationError` is raised if the
+        gate needs a target and `counts` are no `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -253,7 +253,7 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Returns the decision, changed to `refused` if a protected sample breaks. The results are of calibration data."""
+    """Changes a decision to `refused` if a protected sample of the calibration data (`before`, `after`) breaks."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 

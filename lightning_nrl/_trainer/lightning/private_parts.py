@@ -62,7 +62,7 @@ def logged_hparams(trainer: Trainer) -> dict[str, Any]:
     holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
     logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
     found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
-    return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
+    return {key: value for key, value in found.items() if key != "_class_path"}  # added by LightningCLI
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

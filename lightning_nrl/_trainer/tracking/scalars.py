@@ -125,7 +125,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """Returns counts with only a part of the weight change, by this strength in percent. At 0, all counts are 0."""
+    """Returns counts by strength, the share of the weight change that is applied, in percent. At 0, they are all 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}
