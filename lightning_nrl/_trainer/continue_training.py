@@ -44,7 +44,7 @@ Augment = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Trains a copy of a module by the module's own step and optimizers (see `lightning_nrl.methods.Training`)."""
+    """Training of a copy of a module by the module's own step and optimizers (see `lightning_nrl.methods.Training`)."""
 
     trainer: Trainer
     model: LightningModule

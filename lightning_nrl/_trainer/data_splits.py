@@ -340,7 +340,7 @@ def run_splits(
 
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> NamedLoader | None:
-    """Returns the calibration data; None if they are missing and not needed."""
+    """Returns the calibration data, or None if they are missing and not needed."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None

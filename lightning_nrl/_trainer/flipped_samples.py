@@ -39,10 +39,10 @@ def display(
 ) -> Pixels | str | None:
     """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or None if neither fits.
 
-    A vector of integers is shown as the longest text in `sample`, or as a list of tokens; another vector, as a table.
-    A larger tensor is shown as an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor has one
-    or three channels or is uint8: its first three channels, and of a video the middle frame. If values are outside of
-    [0, 1], the smallest is shown as black and the largest as white.
+    A vector of integers is shown as the longest text in `sample`, or as a list of tokens. Another vector is shown as a
+    table. A larger tensor is shown as an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor
+    has one or three channels or is uint8. The image has the first three channels, and of a video the middle frame. If
+    values are outside of [0, 1], the smallest is shown as black and the largest as white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():

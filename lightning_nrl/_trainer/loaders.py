@@ -113,7 +113,7 @@ class LoaderSource:
         return self.samples.dataset is not self.loader.dataset
 
     def first_batch(self) -> Any:
-        """Returns the first raw batch of the split on the device, equal on all ranks; seeds the global generators."""
+        """Returns, on every rank, the first raw batch of the split on the device. Seeds the global generators."""
         seed_all(self.seed)
         first = torch.arange(len(self.index))[: self.batch_size]
         raw = self.transfer(self.loader.collate_fn(self.samples.__getitems__(self._draw_indices(first))))

@@ -127,7 +127,7 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 def choose_prediction(
     model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any
 ) -> tuple[bool, bool] | None:
-    """Returns `on_inputs` and `gives_probabilities` of the `PredictStep` that runs batches; None: run `forward`.
+    """Returns `on_inputs` and `gives_probabilities` of the `PredictStep` for batches, or None if `forward` runs them.
 
     `forward` runs if it predicts the same as `predict_step`, or if `predict_step` is missing or fails.
     """
@@ -233,7 +233,7 @@ def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """Returns the names of the layers that the prediction calls, in the order of their last calls; None on an error.
+    """Returns the names of the layers that the prediction calls, in the order of last calls, or None on an error.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """

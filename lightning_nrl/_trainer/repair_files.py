@@ -148,7 +148,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
 
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
-        """Warns of missing files; returns the report with the paths of existing files only, equal on all ranks."""
+        """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only."""
         if self._problems:
             folder = next(iter(self._files.values())).parent
             missing = "; ".join(f"`{self._files[kind].name}` ({why})" for kind, why in self._problems.items())
@@ -230,7 +230,7 @@ def _short(error: Exception) -> str:
 
 
 class ResultBox:
-    """Passes a text from processes that a strategy such as `ddp_spawn` starts to the process that made the box."""
+    """Box by which a process that a strategy such as `ddp_spawn` starts passes a text to the process that made it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -331,7 +331,7 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes a report, and further files by kind with the functions `others`; returns it with the written files."""
+    """Writes a report, and further files by the functions `others`; returns the report with the written files only."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)

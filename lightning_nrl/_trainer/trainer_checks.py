@@ -71,8 +71,8 @@ def check_order(
 ) -> None:
     """Refuses an order of callbacks in which one of them undoes a change of the weights by another.
 
-    After `callback`, none may overwrite the weights: no `OVERWRITING_CALLBACKS` and no class in `earlier`. With
-    `start_from="best"`, none before it may change the weights: no class in `earlier` and no `kind`, the repairs.
+    No callback after `callback` may overwrite weights: none of `OVERWRITING_CALLBACKS` or `earlier`. If `start_from` is
+    `best`, no callback before `callback` may change weights: none of `earlier`, and none of the class `kind`.
     """
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)

@@ -82,7 +82,7 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Saves the results of steps that take at least `every` seconds in a subfolder of `parent`.
+    """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
 
     With `parent=None`, nothing is saved. `elsewhere` are the parent folders of earlier runs, the newest first.
     """

@@ -103,7 +103,7 @@ class StageTimer:
 
     @property
     def left(self) -> float:
-        """Seconds until the end of `max_time`; infinite without a limit."""
+        """Seconds until the end of `max_time`, or infinity without a limit."""
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:

@@ -45,7 +45,7 @@ class Gate(ABC):
 
     @final
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
-        """Returns by how much the cost of the broken samples exceeds the limit; 0 if the gate accepts them.
+        """Returns by how much the cost of the broken samples exceeds the limit, or 0 if the gate accepts the cost.
 
         Without a `cost`, each broken sample that counts has a cost of 1. Then `ConfigurationError` is raised if the
         gate needs a target and `counts` are no `TargetCounts`.
@@ -61,7 +61,7 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Returns the summed weights of the `broken` samples (`N` bool) that count; infinite with a protected one."""
+        """Returns the summed weights of the `broken` samples (`N` bool) that count. A protected one weighs infinity."""
         return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
@@ -95,7 +95,7 @@ class Gate(ABC):
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; returns a `Gate` unchanged. Error messages call it `argument`.
+        """Reads a gate from text; returns a `Gate` unchanged. `argument` names the value in error messages.
 
         The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or `tolerance:1%` or
         `tolerance:0.01` (1 % of the samples that passed).

@@ -84,7 +84,7 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Writes a checkpoint by the user's own plugin, or like Lightning, but without the system's temporary folder.
+    """Checkpoint plugin that writes like the user's own plugin, or like Lightning but without a temporary folder.
 
     An exception is stored as `error` and not raised, since other ranks would wait forever for the rank that writes.
     """

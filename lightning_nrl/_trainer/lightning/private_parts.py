@@ -112,7 +112,7 @@ def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) ->
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """Returns the loaders of a validation, the batch limit of each, and the mode; None if there is no validation.
+    """Returns the loaders of a validation, their batch limits and their mode, or None if there is no validation.
 
     Reads `_combined_loader` and its `_mode`, since `val_dataloaders` may be nested as the user likes.
     """
