@@ -1,8 +1,8 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback.
 
-What most people need stands here; the rest in its package, such as `lightning_nrl.methods.Convex` or
-`lightning_nrl.tasks.Segmentation` (docs/reference lists all of it). Packages that begin with an underscore are not
-for users.
+The names that most users need can be imported from here. Other public names are imported from their packages, such as
+`lightning_nrl.methods.Convex` or `lightning_nrl.tasks.Segmentation`; docs/reference lists them all. A package whose
+name begins with an underscore is private.
 """
 
 from importlib import import_module
@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 __version__ = "0.2.0.dev0"
 
-# TensorBoard imports this package for its tab: names are imported when they are asked for, and torch with them.
-# Type checkers read `__init__.pyi`.
+# TensorBoard imports this package for its tab, without torch. So each name, and torch with it, is imported on first
+# access only. Type checkers read `__init__.pyi`.
 _PACKAGES = {
     "_trainer.data_splits": "DataOptions",
     "analysis.sweep": "Grid",

@@ -1,4 +1,4 @@
-"""The script `lightning-nrl`, and `python -m lightning_nrl`."""
+"""Entry point of the script `lightning-nrl` and of `python -m lightning_nrl`."""
 
 import sys
 from contextlib import suppress
@@ -7,7 +7,7 @@ from platform import python_version
 
 
 def main() -> int:
-    """Runs the command of the shell; prints versions without the seconds for an import of torch."""
+    """Runs the command line. The option `--version` does not import torch, which would take seconds."""
     if sys.argv[1:] == ["--version"]:
         with suppress(PackageNotFoundError):
             found = [f"{name} {version(name)}" for name in ("lightning_nrl", "torch", "pytorch-lightning")]

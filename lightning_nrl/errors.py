@@ -1,4 +1,4 @@
-"""Errors and warnings. Each message names the argument, says what was found, and ends with a hint."""
+"""Errors and warnings. Each message names the argument, describes the problem, and ends with a hint."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = [
 ]
 
 CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters except tab and newline, marks for the direction of writing, surrogates."""
+"""Matches control characters except tab and newline, marks that set the direction of writing, and lone surrogates."""
 
 
 class RepairError(Exception):
-    """Base of all errors of this package, made of a problem and a hint how to solve it."""
+    """Base class of all errors of this package. The message has a problem, and a hint on how to solve it."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
 
 
 class ConfigurationError(RepairError, ValueError):
-    """An argument is invalid; raised before training if possible."""
+    """An argument is invalid. The error is raised before training if possible."""
 
 
 class UnwritableFolderError(ConfigurationError):
@@ -54,7 +54,7 @@ class UnwritableFolderError(ConfigurationError):
 
 
 class TargetError(ConfigurationError):
-    """A target cannot be applied to the samples of some data."""
+    """A target cannot be read from its text, or cannot be applied to the samples."""
 
 
 class EvaluationError(RepairError):
@@ -62,7 +62,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some `samples` (positions by split) have no class, or no finite loss."""
+    """Some samples have no class or no finite loss. `samples` holds their data-set positions by split."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)
@@ -70,7 +70,7 @@ class UnusableSamplesError(EvaluationError):
 
 
 class OtherRankError(EvaluationError):
-    """Another rank failed, for the reason in its own error."""
+    """Another rank failed. The error raised on that rank says why."""
 
 
 class DeviceMemoryError(RepairError):
@@ -82,15 +82,15 @@ class EmptyLocalizationError(RepairError):
 
 
 class ReplayError(RepairError):
-    """The part of the network after a layer cannot be run on its own."""
+    """The layers after the layer to repair cannot be run separately, or their input cannot be recorded."""
 
 
 class InseparableBatchError(ReplayError):
-    """Samples of a batch cannot be separated, such as graphs, and the layer is not the last one."""
+    """The samples of a batch, such as graphs, cannot be separated, and the layer to repair is not the last one."""
 
 
 class RepairWarning(UserWarning):
-    """Base of all warnings of this package, made like an error."""
+    """Base class of all warnings of this package. The message has a problem, and a hint on how to solve it."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -101,11 +101,11 @@ class NotRepairedWarning(RepairWarning):
 
 
 class DataWarning(RepairWarning):
-    """The data are unreliable, such as samples that change from pass to pass."""
+    """The data are unreliable, for instance because samples change from pass to pass."""
 
 
 class TrainingWarning(RepairWarning):
-    """The training differs from the request, for instance because it cannot continue."""
+    """The training differs from what was requested, for instance because it cannot continue."""
 
 
 class PerformanceWarning(RepairWarning):
@@ -113,20 +113,20 @@ class PerformanceWarning(RepairWarning):
 
 
 class FilesWarning(RepairWarning):
-    """A file could not be written, or is damaged and ignored; the result is not affected."""
+    """A file could not be written, or was damaged and ignored. The result of the repair is not affected."""
 
 
 class LoggingWarning(RepairWarning):
-    """A logger failed; result and files are not affected."""
+    """A logger failed. The result and the files of the repair are not affected."""
 
 
 def explain(problem: str, hint: str) -> str:
-    """Joins a problem and its hint to a message."""
+    """Joins a problem and its hint to a message, with control characters escaped."""
     return visible(f"{problem}\nHINT: {hint}")
 
 
 def visible(text: str) -> str:
-    """Escapes control characters, which a terminal would obey, and lone surrogates."""
+    """Escapes control characters, which a terminal would interpret, and lone surrogates."""
     return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -136,7 +136,7 @@ def first_line(error: object) -> str:
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Refuses a word that is not among the choices, with the nearest one as a hint."""
+    """Raises `ConfigurationError` if `value` is not one of the choices. The hint names the most similar choice."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
@@ -147,13 +147,13 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Refuses a value that does not fit its argument, or is a class instead of an object."""
+    """Raises `ConfigurationError` if `fits` is false, or if `value` is a class instead of an object."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
 
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuses a value that is no whole number from `least` to `most`."""
+    """Raises `ConfigurationError` if `value` is not a whole number from `least` to `most` (None: no upper limit)."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
@@ -171,7 +171,7 @@ def check_real(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Refuses a value that is no finite number within limits."""
+    """Raises `ConfigurationError` unless `value` is finite, `least <= value <= most` and `above < value < below`."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

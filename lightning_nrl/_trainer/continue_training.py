@@ -44,17 +44,17 @@ Augment = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Training of a copy of a module with its own step and optimizers (see `lightning_nrl.methods.Training`)."""
+    """Training of a copy of a module by the module's own step and optimizers (see `lightning_nrl.methods.Training`)."""
 
     trainer: Trainer
     model: LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()  # callback classes that the copy drops
-    trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: that of the trainer
+    trained_on: Any = field(default=None, repr=False)  # the training loaders; None: those of the trainer
     augment: Augment | None = None
-    targeted: Tensor | None = None  # N bool, the targets; None: unknown
-    modes: tuple[bool, ...] = field(default=(), repr=False)  # training flag of each submodule; (): the current ones
+    targeted: Tensor | None = None  # bool mask of the targets among the known samples; None: unknown
+    modes: tuple[bool, ...] = field(default=(), repr=False)  # training flag of each submodule; (): the current flags
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -67,12 +67,12 @@ class ContinuedTraining:
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """Returns a copy with the mask of target samples, `N` bool."""
+        """Returns a copy that knows the targets, a bool mask over all known samples."""
         return replace(self, targeted=targeted)
 
     @property
     def obstacle(self) -> str:
-        """Reason why no rank can continue the training, or an empty text. Reads two samples, trains nothing."""
+        """Reason why the training cannot continue, equal on all ranks, or an empty text. Does not train anything."""
         ranks = Collective.current(self.model.device)
         found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
         return ranks.first_text(found)
@@ -81,7 +81,7 @@ class ContinuedTraining:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
         if len(loaders_in(self.trained_on)) > 1:
-            return ""  # each loader keeps its own samples
+            return ""  # several loaders are used as they are
         with random_state():
             return _cannot_collate(self._known_datasets(), self._template_loader().collate_fn)
 
@@ -100,7 +100,8 @@ class ContinuedTraining:
         """Trains a copy; leaves the model, its trainer, its loggers and the global random state unchanged.
 
         With a time limit, times a few steps first and trains as many epochs as fit. Without a limit, the same seed
-        gives the same weights. Returns None if `renew` stops it, weights are not finite or training is impossible.
+        gives the same weights. Returns None if `renew` stops the training, if weights are not finite, or if training is
+        impossible or not even one epoch fits.
         """
         end, run = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
         epochs = self.epochs if epochs is None else epochs
@@ -120,7 +121,7 @@ class ContinuedTraining:
         return trained
 
     def warn(self) -> bool:
-        """Warns if the training cannot continue; returns True then."""
+        """Warns and returns True if the training cannot continue."""
         if obstacle := self.obstacle:
             self._warn(obstacle)
         return bool(obstacle)
@@ -149,7 +150,7 @@ class ContinuedTraining:
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
         done = budget.epochs_done / parts
-        # Without a limit, only the module itself can have stopped early.
+        # Without a time limit, only the module itself can have stopped early, so the training counts as complete.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
     def _fit(self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1) -> State:
@@ -182,7 +183,7 @@ class ContinuedTraining:
                 )  # several loaders have no weights
                 budget.halfway = partial(_renew_weights, run.renew, sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
-        # `eval` merges adapters, as in the model to repair.
+        # `eval` merges adapters, as they are merged in the model to repair.
         state = snapshot(budget.on_all_ranks(model.eval))
         del model, trainer, loader, given
         gc.collect()  # large reference cycles
@@ -228,7 +229,7 @@ class ContinuedTraining:
         like, parts = self._template_loader(), []
         for source in self.known:
             data = source.loader.dataset
-            # Prefer the training view of the passed data, which augments.
+            # Prefer the data set of the training loader, which may augment, for the passed data.
             if source.passed and not source.failed and len(like.dataset) == len(data):  # type: ignore[arg-type]
                 data = like.dataset
             whole = source.draws == 1 and len(source.index) == len(data)  # type: ignore[arg-type]
@@ -263,7 +264,7 @@ def _renew_weights(renew: Renew, sampler: Any, model: LightningModule) -> bool:
 
 
 class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Data set of pairs: a sample and its mark, one of `marked`, `n` bool."""
+    """Data set of pairs of a sample and its mark. `marked` is a bool tensor with the mark of each sample."""
 
     def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
         self.data, self.marked = data, marked
@@ -277,7 +278,7 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function that augments the marked samples and appends them to the batch of the others."""
+    """Collate function that augments the marked samples and appends them to the batch of the unmarked samples."""
 
     collate: Callable[[list[Any]], Any]
     augment: Augment
@@ -318,7 +319,7 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
 
 
 class ShuffledSampler(Sampler[int]):
-    """Sampler of `n / parts` samples in random order, split over ranks and drawn in proportion to `weight`, `n`."""
+    """Sampler that draws `n / parts` of `n` samples, in proportion to their `weight`, and splits them over ranks."""
 
     def __init__(
         self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None, parts: int = 1

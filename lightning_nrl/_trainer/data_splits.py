@@ -50,20 +50,20 @@ class DataOptions:
 
     Attributes:
         passed: source of the passed samples: `auto` (the train data), `train`, `val`, `test`, `repair`, a DataLoader,
-            or several of them. With several data loaders, `val` means all and `val:1` the second.
+            or several of these. If a split has several data loaders, `val` means all and `val:1` the second.
         failed: source of the failures: `auto` (the data module's `repair_dataloader()` if it has one, else all
-            validation data), or as for `passed`.
-        adapter: function, or its address `package.module:function`. Either splits a batch,
+            validation data), or a value as for `passed`.
+        adapter: function, or its address `package.module:function`. It either splits a batch,
             `f(batch) -> (args, kwargs, target)`, or runs the module, `f(module, batch) -> (logits, target)`. None:
             batches are `(x, y, *extras)` or mappings with the usual keys.
-        draws: number of fixed draws per known sample if its data set draws at random, as augmentation does; from 1.
-            Each draw counts as a sample.
-        render: function of a sample, or its address, that returns an image or text for the report. None: an image, a
-            table or tokens, by the shape of the input.
-        augment: augments the targets when training continues: `f(batch) -> batch`, or its address. It may draw at
-            random and return more samples than it gets. Counts use the samples without it. None: only the data set's
-            own augmentation.
-        start_from: `last`: the weights at the end of training; `best`: the weights of the best checkpoint.
+        draws: how often, from 1, each known sample is read with other random numbers, if its data set draws at random
+            as augmentation does. The random numbers are fixed. Each draw counts as a sample.
+        render: function, or its address, that turns a sample into an image or text for the report. None: an image, a
+            table or tokens, depending on the shape of the model's input.
+        augment: function `f(batch) -> batch`, or its address, that augments the targets when training continues. It may
+            draw at random and return more samples than it gets. The counts in reports are of samples that it has not
+            augmented. None: only the data set's own augmentation.
+        start_from: the weights to repair: those at the end of training (`last`) or of the best checkpoint (`best`).
 
     Raises:
         ConfigurationError: on construction, for an invalid split, data loader, function or choice.
@@ -101,7 +101,7 @@ NamedLoader = tuple[DataLoader[Any], str]
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Known, unseen and calibration data as the user named them: a data loader, a split or None."""
+    """The user's choice of known, unseen and calibration data, for which the loaders are still to be found."""
 
     known: DataOptions
     unseen: str | DataLoader[Any] | None = None
@@ -115,7 +115,7 @@ class DataRequest:
     def find(
         self, loaders: SplitLoaders
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns passed, failed, unseen and calibration data; the last two must serve no other purpose."""
+        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data with another use."""
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
@@ -134,8 +134,8 @@ class DataRequest:
         others: Mapping[str, Sequence[NamedLoader]],
         loaders: SplitLoaders,
     ) -> NamedLoader | None:
-        # Calibration data must not share a sample with other data, which would void the bound. Unseen data are counted
-        # without such samples.
+        # Calibration data must share no sample with other data, or the bounds computed from them would not hold. Shared
+        # samples of unseen data are left out of the counts later.
         if value is None:
             return None
         found = _single_loader(find_data(argument, value, loaders, optional=True))
@@ -189,7 +189,7 @@ class SplitLoaders:
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
-        """Returns the data loader of a split or None; `val:1` is the second of several, or that with the key `1`."""
+        """Returns the loaders of a split, or None. `val:1` is the second of several, or the one with the key `1`."""
         split, which = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
@@ -204,12 +204,12 @@ class SplitLoaders:
         return named[which]
 
     def named(self, split: str) -> list[NamedLoader]:
-        """Returns the unchecked loaders of a split by name: `val`, or of several `val:0`, `val:1` or `val:key`."""
+        """Returns the loaders of a split, unchecked, by name: `val`, or if there are several, `val:0` or `val:key`."""
         several = loaders_in(self.get(split))
         return [(one, split if len(several) == 1 else f"{split}:{which}") for which, one in several.items()]
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
-        """Returns a sentence for the report on loaders of the fit with samples in no source, or no text."""
+        """Names, for the report, the loaders of the fit with samples that are in none of the sources."""
         counted, names = torch.cat([source.identity for source in sources]), [source.split for source in sources]
         missing = []
         for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
@@ -244,19 +244,19 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     except Exception:
         if split != "test" or data is None:
             raise
-        # Only if needed, since `setup` may split the data again.
+        # `setup` runs only if needed, since it may split the data again.
         data.setup("test")
         return hook()
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """Returns the batches per loader under `overfit_batches`; None: all."""
+    """Returns how many batches of a loader `overfit_batches` leaves, or None for all."""
     share = overfit_batches(trainer)
     return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
 
 
 def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
-    """Returns sentences for the report on the effect of the trainer's batch limits on known data."""
+    """Describes, for the report, how the trainer's batch limits affect the known data."""
     if batch_limit(trainer):
         return ""
     sentences = []
@@ -340,7 +340,7 @@ def run_splits(
 
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> NamedLoader | None:
-    """Returns the calibration data; None if they are missing and not needed."""
+    """Returns the calibration data, or None if they are missing and not needed."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
@@ -359,7 +359,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns numbers for loggers: accuracy and negative flip rate on calibration data, before and after."""
+    """Returns, for loggers, the chosen share, and accuracy and negative flip rate at share 0 and at that share."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

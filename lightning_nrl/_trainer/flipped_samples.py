@@ -1,4 +1,4 @@
-"""Views of flipped samples for a reader: rendered by the user's function, else an image, a table or text."""
+"""Views of broken and repaired samples for a report: made by the user's function, or else an image, a table or text."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Means and standard deviations of the channels of normalised images."""
 
-FEWEST_PIXELS = 4  # per side
-TABLE_VALUES, TOKENS = 24, 120  # at most, per sample
+FEWEST_PIXELS = 4  # per side; a smaller tensor is not shown as an image
+TABLE_VALUES, TOKENS = 24, 120  # largest number of table rows and of tokens per sample
 ROUNDING = 0.02  # tolerance around [0, 1] of a denormalised image
-DEEPEST, MOST_VISITED = 12, 200
+DEEPEST, MOST_VISITED = 12, 200  # limits of the search for transforms: depth, and number of objects
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
-"""Largest number of views per split."""
+"""Largest number of views per split, of broken and of repaired samples."""
 
 
 def display(
     x: Tensor, sample: Any = None, normalization: Normalization | None = None, *, convolves: bool = True
 ) -> Pixels | str | None:
-    """Returns a model's input for one sample as an image, `height x width x 3`, or text; None if neither fits.
+    """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or None if neither fits.
 
-    A vector of integers is text (tokens), a vector of floats a table. Anything else is an image if the model has 2D
-    convolutions, or if it has one or three channels or is uint8. Shows the first three channels and the middle frame
-    of a video; stretches values outside of [0, 1] from black to white.
+    A vector of integers is shown as the longest text in `sample`, or as a list of tokens. Another vector is shown as a
+    table. A larger tensor is shown as an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor
+    has one or three channels or is uint8. The image has the first three channels, and of a video the middle frame. If
+    values are outside of [0, 1], the smallest is shown as black and the largest as white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -64,8 +65,8 @@ def display(
 def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
     """Converts an image to `height x width x 3` uint8; returns None if it is no image.
 
-    Accepts uint8 or floats in [0, 1] with 1 or 3 channels, first or last, or without channels; any floats if
-    `stretched` from black to white.
+    Values are uint8 or floats in [0, 1]. With `stretched`, floats may have any range, and the smallest becomes black
+    and the largest white. The shape has 1 or 3 channels, as first or last dimension, or no dimension of channels.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -86,10 +87,10 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """Returns the statistics of the last `Normalize` transform, as in torchvision, of a data set or of one inside."""
+    """Returns mean and std of the last `Normalize` transform that is found in a data set or in a data set inside it."""
     found: Normalization | None = None
     for one in _nested_objects(dataset):
-        if type(one).__name__ == "Normalize":  # of any library
+        if type(one).__name__ == "Normalize":  # of torchvision or another library
             mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
             if mean and std and len(mean) == len(std):
                 found = mean, std
@@ -165,7 +166,7 @@ def _table(x: Tensor) -> str:
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
 ) -> tuple[SampleView, ...]:
-    """Returns views of the broken and the most telling repaired samples of each split; omits unsuitable ones."""
+    """Returns views of the most clearly broken and repaired samples of each split; omits unsuitable samples."""
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
@@ -175,7 +176,7 @@ def sample_views(
             chosen = [one for flip, n in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:n]]
             if chosen and split.split in by_split:
                 found += _views(report, by_split[split.split], chosen, render, convolves)
-    except Exception as error:  # of the user's code; a missing picture must not cost the repair
+    except Exception as error:  # raised by the user's code; a missing picture must not end the repair
         problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition("\n")[0]
         rank_zero_warn(DataWarning(f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."))
     return tuple(found)
@@ -208,7 +209,7 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns the first `classes` of a data set, as in torchvision, or an empty tuple."""
+    """Returns `classes` of the first data set with this attribute, as in torchvision, or an empty tuple."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)

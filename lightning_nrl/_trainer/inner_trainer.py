@@ -45,10 +45,10 @@ DROPPED_CALLBACKS = callback_kinds(
     "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder LearningRateMonitor ModelSummary "
     "ProgressBar Timer"
 )
-"""Callbacks of a module that tune, save, print or stop, which the outer trainer does."""
+"""Callbacks of a module that tune, save, print or stop. A copy drops them, since the outer trainer does this."""
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
-"""Packages whose lines are not the user's own."""
-WARM_UP_SHARE = 0.1  # of the steps of a substitute AdamW: its rate rises
+"""Packages whose code is not the user's own."""
+WARM_UP_SHARE = 0.1  # share of the steps in which the learning rate of `_adamw` rises
 
 
 def copied_module(
@@ -62,15 +62,15 @@ def copied_module(
 ) -> LightningModule:
     """Copies a module for training; leaves the module and its trainer unchanged.
 
-    Hooks that fetch data, and hooks after training (which save, export or report), do nothing in the copy.
+    Hooks that download data, and hooks after training (which save, export or report), do nothing in the copy.
 
     Args:
         module: the module to copy.
         state: weights that the copy gets after `setup`, which may create layers again.
-        modes: training flags of `module.modules()`.
+        modes: training flag of each of `module.modules()`.
         shared: objects to share with the copy, such as data sets. Locks and open files are always shared.
-        left_out: callbacks that are dropped, besides `DROPPED_CALLBACKS`.
-        rate: learning rate of an AdamW that replaces the module's optimizers; None keeps these.
+        left_out: classes of callbacks that the copy drops in addition to `DROPPED_CALLBACKS`.
+        rate: learning rate of an AdamW that replaces the module's optimizers; None: keep the module's optimizers.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
     with torch.no_grad():  # so that parameters of scripted modules stay leaves
@@ -102,7 +102,7 @@ def copied_module(
 
 
 def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
-    """Copies a data module, with the same data and batch hooks, for another trainer and another training loader."""
+    """Copies a data module for another trainer: with another training loader, but the same data and batch hooks."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
         setattr(new, name, no_op)
@@ -111,7 +111,7 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
 
 
 def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
-    """Returns a trainer with the outer one's device, precision, clipping and accumulation."""
+    """Returns a trainer with the device, precision, gradient clipping and accumulation of the outer trainer."""
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
@@ -171,7 +171,7 @@ class NullExperiment:
 
 
 class NullLogger(DummyLoggerBase):
-    """A logger that writes nothing. Lightning's own fails on `self.logger.experiment.config.update(...)`."""
+    """A logger that writes nothing. Lightning's `DummyLogger` fails on `self.logger.experiment.config.update(...)`."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
             return
         if isinstance(value, Tensor):
             if not value.is_leaf:
-                found[id(value)] = value.detach().clone()  # a result, without its graph
+                found[id(value)] = value.detach().clone()  # a computed tensor, without its graph
             return
         inside = value.values() if isinstance(value, dict) else value
         if isinstance(inside, (list, tuple, set, type({}.values()))):
@@ -248,7 +248,7 @@ class CannotTrainError(RepairError):
 
 
 def describe_failure(error: Exception) -> str:
-    """Describes an error by class, message and its deepest line outside of torch, Lightning and this package."""
+    """Returns an error's class and message, and its deepest line outside of torch, Lightning and this package."""
     text = str(error).strip()
     if "\nOriginal Traceback" in text:
         return f"{text.splitlines()[-1]} (in a DataLoader worker)"
@@ -260,9 +260,9 @@ def describe_failure(error: Exception) -> str:
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Synchronises the ranks in training; returns True if the time of any is over, raises if any has failed.
+    """Synchronises the ranks in training: returns True if time is over on any rank, raises if any rank has failed.
 
-    Every call exchanges the same three numbers, so a rank that fails anywhere meets the others wherever they wait next.
+    Every call exchanges the same three numbers. So a rank that fails and ranks that wait at another call still meet.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
@@ -277,13 +277,13 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(CallbackBase):
-    """Callback that keeps ranks in step, stops at `end` and reports progress."""
+    """Callback that keeps ranks in step, stops training at `end` (of `time.perf_counter`) and reports progress."""
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
         self._done = self._per_epoch = 0
         self._has_met_failure = False
-        self.halfway: Callable[[LightningModule], bool] | None = None  # false ends the training
+        self.halfway: Callable[[LightningModule], bool] | None = None  # runs after half of the epochs; False: stop
         self.has_ended = False
 
     @property
@@ -291,18 +291,18 @@ class TimeBudget(CallbackBase):
         return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Runs work that succeeds on all ranks or raises on all; other errors become a `CannotTrainError`."""
+        """Runs `work`. If it fails on one rank, raises on all ranks; the user's errors become a `CannotTrainError`."""
         failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
             if self._has_met_failure:
-                raise  # the ranks have exchanged it already
+                raise  # `meet` has exchanged the failure already
             failure = error
         if isinstance(failure, ConfigurationError):
             failure = CannotTrainError(first_line(failure))
         elif failure is not None and not isinstance(failure, RepairError):
-            # Drop the traceback, which may hold tensors that did not fit in memory.
+            # Drop the traceback, which may keep tensors alive when memory has run out.
             failure = CannotTrainError(describe_failure(failure))
         check_ranks(self._collective, failure)
         return result
@@ -313,12 +313,12 @@ class TimeBudget(CallbackBase):
             # Schedules may ask for validation metrics, which do not exist here.
             config.strict = False
         if not pl_module.automatic_optimization:
-            # The steps of several optimizers all count; schedules have read it by now.
+            # The steps of all optimizers count here, so the limit would be met early. Schedules have read it by now.
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages gradients over ranks; accumulated ones are the same on all ranks and stay so."""
+        """Averages gradients over ranks. Gradients accumulated before are equal on all ranks and stay so."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)
@@ -355,7 +355,7 @@ class TimeBudget(CallbackBase):
 
 
 class TrainingTrial(TimeBudget):
-    """Callback that times a few batches and stops; `epochs` then estimates how many fit until `end`."""
+    """Callback that times a few batches and stops training. Then `epochs(end)` says how many epochs fit until `end`."""
 
     def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()
@@ -387,7 +387,7 @@ class TrainingTrial(TimeBudget):
 
 @torch.no_grad()
 def _average_gradients(model: LightningModule, collective: Collective) -> None:
-    # A parameter without a gradient counts as 0; without one on any rank it stays without.
+    # A missing gradient counts as 0, unless it is missing on all ranks: then it stays missing.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
     parameters = [parameter for parameter, n in zip(parameters, ranks.tolist(), strict=True) if n]

@@ -35,10 +35,11 @@ from lightning_nrl.errors import ConfigurationError, RepairError
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose random numbers depend on a seed and the position of the sample alone.
+    """Wrapper of a data set in which random numbers depend only on a seed and on the position of the sample.
 
-    With `n` samples, position `i + k * n` is draw `k` of sample `i`. Seeds nothing until a sample draws from the global
-    generators of torch (on the CPU), numpy or `random` (`draws`); then that batch is read again.
+    With `n` samples, position `i + k * n` is sample `i` with its k-th set of random numbers. Nothing is seeded until a
+    sample draws from the global generators of torch (on the CPU), numpy or `random`. Then `draws` becomes True, and the
+    current batch is read again.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -69,7 +70,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
-    """Starts a worker whose `get_worker_info` shows the user's own data set."""
+    """Initialises a worker of a data loader so that `get_worker_info()` has the user's own data set."""
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, SeededDataset):
         # torch locks the attributes of this object.
@@ -88,14 +89,14 @@ class LoaderSource:
     split: str
     passed: bool
     failed: bool
-    index: Tensor  # data-set positions of all samples of all ranks, draw after draw
+    index: Tensor  # data-set positions of the samples of all ranks, repeated for each draw
     positions: Tensor  # this rank's rows of `index`
     loader: DataLoader[Any]  # the user's own
-    samples: SeededDataset  # the data set, or a view of it
+    samples: SeededDataset  # the loader's data set, possibly with the validation transform
     transfer: Callable[[Any], Any]  # moves a raw batch to the device, as Lightning does in validation
     adapter: Adapter = unpack
-    seed: int = 0  # of the model's random numbers, set at every pass
-    draws: int = 1  # number of draws of each sample
+    seed: int = 0  # seed of the model's random numbers, set at the start of every pass
+    draws: int = 1  # how often each sample is read, each time with other random numbers
 
     @property
     def batch_size(self) -> int:
@@ -103,16 +104,16 @@ class LoaderSource:
 
     @property
     def identity(self) -> Tensor:
-        """Data set and position of each sample inside subsets and unions, `n x 2`."""
+        """The innermost data set of each of `n` samples and the position in it, `n x 2` int64 (see `base_samples`)."""
         return base_samples(self.loader.dataset, self.index)
 
     @property
     def has_validation_view(self) -> bool:
-        """True if the validation transform replaces the data set's own."""
+        """True if samples are read with the `transform` of the validation data instead of their own transform."""
         return self.samples.dataset is not self.loader.dataset
 
     def first_batch(self) -> Any:
-        """Returns the first raw batch on the device, the same on every rank; seeds the global generators."""
+        """Returns, on every rank, the first raw batch of the split on the device. Seeds the global generators."""
         seed_all(self.seed)
         first = torch.arange(len(self.index))[: self.batch_size]
         raw = self.transfer(self.loader.collate_fn(self.samples.__getitems__(self._draw_indices(first))))
@@ -134,7 +135,7 @@ class LoaderSource:
             at += n
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields chosen batches of samples, with the values of an ordinary pass."""
+        """Yields a batch for each tensor of positions in the split. Samples have the same values as in iteration."""
         chosen = [self._draw_indices(position) for position in batches]
         for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
@@ -152,7 +153,7 @@ class LoaderSource:
             raise ConfigurationError(problem, adapter_hint(raw)) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """Returns the split with several draws per sample, each counted as a sample."""
+        """Returns a source that reads each sample `draws` times, with other random numbers; each counts as a sample."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -186,9 +187,9 @@ def make_source(
     limit: int | None = None,
     whole: bool = False,
 ) -> LoaderSource:
-    """Returns a source in which each rank reads its own samples once, in order, none dropped or padded.
+    """Returns a source that shares the samples among ranks, in order, without dropping or repeating any.
 
-    `limit` is the number of batches, for `fast_dev_run`; with `whole`, each rank reads all samples.
+    `limit` is the largest number of batches, as for `fast_dev_run`. With `whole`, each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
@@ -204,7 +205,7 @@ def make_source(
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
-    """Returns the batch size of a loader, or the average if a custom batch sampler has none."""
+    """Returns the batch size of a loader, or its average batch size if a custom batch sampler has no `batch_size`."""
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     said: int | None = loader.batch_size or getattr(sampler, "batch_size", None)
     if said or not isinstance(sampler, Sized) or not len(sampler):
@@ -225,13 +226,13 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
-    """Splits `val:1` into the split and the number or key of a loader."""
+    """Splits a name such as `val:1` into the split `val`, and the number or key `1` of one of its loaders."""
     split, _, which = name.partition(":")
     return split, which
 
 
 def loaders_in(given: Any) -> Mapping[str, Any]:
-    """Returns the loaders of a list, a mapping or a `CombinedLoader` by number or key; a single one has number 0."""
+    """Returns the loaders of a list, a mapping or a `CombinedLoader` by number or key. A single loader has number 0."""
     given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         return {str(key): loader for key, loader in given.items()}
@@ -239,7 +240,7 @@ def loaders_in(given: Any) -> Mapping[str, Any]:
 
 
 def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
-    """Returns the single data loader given; refuses one that cannot be read by index, with the hint `instead`."""
+    """Returns the only loader in `loader`; refuses data that cannot be read by index. `instead` replaces the hint."""
 
     def refused(problem: str, hint: str) -> ConfigurationError:
         return ConfigurationError(f"`{split}` data: {problem}.", instead or hint)
@@ -266,7 +267,7 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
 def check_data(
     argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
 ) -> str | DataLoader[Any] | None:
-    """Returns the name of a split, the single data loader given, or None; refuses anything else."""
+    """Returns the name of a split, a data loader, or None if `optional`; refuses any other value."""
     known = (*names, *(f"{name}:{split_and_loader(value)[1]}" for name in SPLITS)) if isinstance(value, str) else names
     if (isinstance(value, str) and value not in known) or (value is None and not optional):
         hint = f"write one of {list(names)} or pass a DataLoader."
@@ -275,9 +276,10 @@ def check_data(
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
-    """Returns the data-set positions that a loader's sampler covers, ascending; by default the whole data set.
+    """Returns the data-set positions that a loader's sampler can draw, in ascending order.
 
-    A custom sampler covers a subset if it draws the same one twice; a weighted one, the samples of weight above 0.
+    A weighted sampler draws the samples of weight above 0. A custom sampler counts as a subset if it draws the same
+    subset twice. For other samplers, all positions are returned.
     """
     n = len(loader.dataset)  # type: ignore[arg-type]
     outer, sampler = sampler_of(loader)
@@ -288,7 +290,7 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
         return sampler.weights.cpu().nonzero().flatten()
     makes_batches = outer is sampler and type(loader.batch_sampler) is not BatchSampler
     own = loader.batch_sampler if makes_batches else sampler
-    # With several ranks, each would draw its own share.
+    # With several ranks, a sampler may draw only the share of this rank.
     shared = isinstance(own, DistributedSampler) or (is_initialized() and get_world_size() > 1)
     if shared or isinstance(own, (SequentialSampler, RandomSampler, WeightedRandomSampler)):
         return torch.arange(n)
@@ -300,7 +302,7 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
 def _drawn_positions(sampler: Any, n: int) -> set[int] | None:
     found: set[int] = set()
     try:
-        # A sampler may be endless, and its state must not change.
+        # The sampler is copied, since its state must not change; it may be endless.
         for item in islice(copy.deepcopy(sampler), n):
             found |= {int(i) for i in item} if isinstance(item, Iterable) else {int(item)}
     except Exception:
@@ -309,12 +311,12 @@ def _drawn_positions(sampler: Any, n: int) -> set[int] | None:
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
-    """Returns an adapter given as a function or its address, by default `unpack`."""
+    """Returns an adapter, given as a function or its address; None stands for `unpack`."""
     return unpack if adapter is None else as_adapter(import_function("adapter", adapter))
 
 
 def length_of(target: Any) -> int:
-    """Returns the number of samples of a target."""
+    """Returns the number of samples in the target of a batch, which may be a mapping or a list of tensors."""
     if isinstance(target, Mapping):
         target = next(iter(target.values()))
     if isinstance(target, Sequence) and target and isinstance(target[0], Tensor):

@@ -1,4 +1,4 @@
-"""Logits of a module as it is deployed, and a check of its own steps against them."""
+"""Finds how a module predicts when it is deployed, and compares its own steps with this prediction."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task, class_logits
 
-SAME_OUTPUT_TOLERANCE = 1e-3  # tolerance between two ways to the same outputs, relative to the largest
-FEWEST_PROBABILITIES = 8  # samples; a few logits may lie between 0 and 1 by chance
-LAYER_TOLERANCE = 1e-3  # relative distance between two ways to a layer's inputs and outputs
-SEEDS_OF_AUGMENTATION = 4  # runs of a step, to see whether it augments
-SPREAD_FACTOR = 3.0  # largest mean distance to our inputs, in mean distances of augmented ones
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above own * factor + offset
+SAME_OUTPUT_TOLERANCE = 1e-3  # largest difference of outputs that count as equal, relative to the largest output
+FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
+LAYER_TOLERANCE = 1e-3  # largest relative distance at which two inputs or outputs of a layer count as equal
+SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
+SPREAD_FACTOR = 3.0  # distance to our inputs that augmentation can explain, in mean distances between two runs
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above factor * loss of the step + offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
 """Changes of a layer's output that show whether logits depend on it. Both keep typical values, since a NaN that becomes
 an index would crash a GPU."""
 
 Calls = list[tuple[Tensor, Tensor]]
-"""Inputs and outputs of a layer, by call."""
+"""Input and output of a layer in each of its calls."""
 
 
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator with the layers that are called, and sources whose adapter runs the module as deployed.
+    """Returns an evaluator, and sources whose adapter runs the module as deployed, by `predict_step` or `forward`.
 
-    Uses the first batch of the first source; checks the first split against the module's own steps.
+    The first batch of the first source decides which, and which layers are called (`Evaluator.called`). The module's
+    own steps are compared with the prediction on the first group of sources in `splits`.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -61,7 +62,7 @@ def open_sources(
     def by_first_rank(choice: Any) -> Any:
         return json.loads(ranks.first_bytes(json.dumps(choice).encode()))
 
-    # The prediction may fail, or look different, on one rank alone: adapter and layer are those of the first.
+    # The prediction may fail or differ on a single rank, so the first rank chooses adapter and layers for all.
     choose = partial(choose_prediction, model, evaluator, first.adapter, raw)
     adapter, chosen = first.adapter, by_first_rank(ranks.all_or_none(choose, failed))
     if chosen is not None:
@@ -95,12 +96,12 @@ def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: An
 
 @dataclass(frozen=True)
 class PredictStep(ModelCall):
-    """Prediction by a module's own `predict_step`, or by its forward if it has none."""
+    """Prediction by a module's own `predict_step`, or by its `forward` if it has none."""
 
-    adapter: Adapter  # for a model without a `predict_step`
+    adapter: Adapter  # separates inputs from targets
     task: Task
     on_inputs: bool = False  # True: `predict_step` takes the inputs without targets
-    gives_probabilities: bool = False
+    gives_probabilities: bool = False  # True: `predict_step` returns probabilities, to be converted to logits
 
     def __call__(self, model: nn.Module, raw: Any) -> Any:
         if not isinstance(model, LightningModule) or not overrides(model, "predict_step"):
@@ -126,9 +127,9 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 def choose_prediction(
     model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any
 ) -> tuple[bool, bool] | None:
-    """Returns the options of the `PredictStep` to run batches by; None: `forward`, since it predicts the same.
+    """Returns `on_inputs` and `gives_probabilities` of the `PredictStep` for batches, or None if `forward` runs them.
 
-    Falls back to `forward` if `predict_step` fails, or returns no logits and `forward` predicts the same.
+    `forward` runs if it predicts the same as `predict_step`, or if `predict_step` is missing or fails.
     """
     if isinstance(adapter, ModelAdapter):
         return None
@@ -232,7 +233,7 @@ def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """Returns the names of the layers that the prediction calls, in the order of their last calls; None if it fails.
+    """Returns the names of the layers that the prediction calls, in the order of last calls, or None on an error.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """
@@ -263,7 +264,7 @@ def _call_order(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 def _unused_last_layers(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
     logits = run()
     needed, idle = set[str](), set[str]()
-    # `auto` takes the last layer that is not frozen, other choices the last one, so both orders matter.
+    # `layer="auto"` takes the last layer that is not frozen, other choices take the last layer: try both orders.
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
@@ -291,10 +292,10 @@ def _logits_after_change(
 
 
 def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]) -> None:
-    """Refuses a module whose own step feeds the network other inputs than our evaluation, on the first known batch.
+    """Refuses a module whose own step gives the last layer other inputs than our evaluation, on the first known batch.
 
-    Takes `validation_step`, or `training_step` if that is missing or does not call the last layer. Only warns if the
-    adapter runs the module itself.
+    The step is `validation_step`, or `training_step` if `validation_step` is missing or does not call the last layer.
+    If the adapter runs the module itself, the module is not refused, and a warning is shown.
     """
     if not known or evaluator.called is None:
         return
@@ -311,7 +312,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
                 evaluator.task.check(logits, target)
                 loss = float(evaluator.task.loss(logits, target).mean())
         except Exception:
-            return  # the evaluation reports it
+            return  # the evaluation reports the error
         run = partial(_run_step, trainer, model, evaluator, layers, step, source)
         own = run(seed=0)
         if own is None:
@@ -341,7 +342,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
 
 
 def _is_augmented(own: Calls, ours: Calls, run: Callable[..., tuple[Calls, float] | None]) -> bool:
-    # Augmented inputs differ from ours no more than from seed to seed.
+    # If the step augments, its inputs differ from ours about as much as from its inputs with another seed.
     runs = [own]
     for seed in range(1, SEEDS_OF_AUGMENTATION):
         again = run(seed=seed)

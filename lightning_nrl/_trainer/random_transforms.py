@@ -1,4 +1,4 @@
-"""Detection of data sets that draw at random, and their validation transforms."""
+"""Finds data sets that draw random numbers, and replaces their transforms by those of the validation data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
 
 MAX_SAMPLES_CHECKED = 32
-"""Samples of a split that are read twice. If a tenth of all change, one is among these with a probability of 95 %."""
+"""Number of samples of a split that are read twice. If 10 % of the split change, one is found with 95 % probability."""
 
 
 def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
-    """Counts samples that change between two reads with the same random numbers; sets `samples.draws` if any draws."""
+    """Counts samples that differ between two reads with equal random numbers; sets `samples.draws` if any are drawn."""
 
     def read(i: int) -> list[Any]:
         found = []
@@ -37,7 +37,7 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
         for i in positions:
             stays = is_same(*read(i))
             if not stays and not samples.draws:
-                # Some read the seed and draw nothing.
+                # A data set may use the seed without a draw, which `SeededDataset` does not notice.
                 samples.draws = True
                 stays = is_same(*read(i))
             unstable += not stays
@@ -45,7 +45,10 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
-    """Counts samples of a batch that change or swap places when the batch is collated in reverse order."""
+    """Counts samples of a batch whose tensors differ when the batch is read and collated in reverse order.
+
+    They differ if the collate function reorders samples or draws random numbers.
+    """
     n = len(positions)
 
     def rows(order: Sequence[int]) -> list[Tensor]:
@@ -69,13 +72,12 @@ def _checked_positions(source: LoaderSource) -> list[int]:
 
 
 def draws_at_random(source: LoaderSource) -> bool:
-    """True if some samples of a source depend on random numbers."""
     check_stability(source.samples, _checked_positions(source), source.loader.collate_fn)
     return source.samples.draws
 
 
 def report_stability(sources: Sequence[LoaderSource]) -> str:
-    """Returns sentences for the report on splits that draw at random, and on those without a guarantee."""
+    """Describes, for the report, splits that draw random numbers; warns of splits whose samples cannot be repeated."""
     sentences = []
     for source in sources:
         positions = _checked_positions(source)
@@ -110,7 +112,7 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 def is_same(a: Any, b: Any) -> bool:
     """True if two samples or batches hold equal tensors, arrays, numbers and texts; ignores anything else."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16:  # which numpy lacks
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16:  # numpy has no such dtype
         a, b = a.float(), b.float()
     if isinstance(a, (Tensor, np.ndarray)):
         return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
@@ -129,10 +131,11 @@ Transforms = Mapping[type, Mapping[str, Any]]
 
 
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
-    """Returns a source with the validation data's `transform` if its own draws at random and the other one fits.
+    """Returns a source with the `transform` of the validation data if its own transform draws random numbers.
 
-    It fits if it belongs to a data set of the same class, draws nothing, and gives some samples the same targets, and
-    inputs of the same types and dimensions.
+    The source stays unchanged if the validation transform does not fit. It fits if it is of a data set of the same
+    class, draws no random numbers, and gives the checked samples the same targets, and inputs of the same dtypes and
+    numbers of dimensions.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):
@@ -146,7 +149,7 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
         fits = stable and all(
             _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
         )
-    except Exception:  # of the user's code with a foreign transform
+    except Exception:  # raised by the user's data set with a transform that was made for another one
         fits = False
     return replace(source, samples=view) if fits else source
 
@@ -169,7 +172,7 @@ def _transforms_of(loaders: Any) -> Transforms:
 
 
 def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
-    """Yields the data sets inside loaders, subsets and unions."""
+    """Yields the data sets inside of loaders, `Subset` and `ConcatDataset`."""
     if isinstance(data, (Mapping, list, tuple)) or hasattr(data, "iterables"):
         for one in loaders_in(data).values():
             yield from innermost_datasets(one)

@@ -21,7 +21,7 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """Returns the replaced model; refuses one without outputs."""
+    """Returns the replaced model, or a file's predictions of it; refuses any other reference."""
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
@@ -31,7 +31,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """Returns the replaced model; refuses one whose weights cannot be interpolated with the new ones."""
+    """Returns the replaced model; refuses a model whose weights cannot be interpolated with those of the new model."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there is nothing to go back to" if found is None else "it has no weights"
@@ -47,7 +47,7 @@ def parse_with_weights(reference: object) -> OldModel:
 def reference_module(
     trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
-    """Returns the replaced model, or a copy with its weights, on the new one's device, in `eval` mode within `held`."""
+    """Returns the replaced model, or a copy of `module` with its weights, in evaluation mode until `held` closes."""
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)

@@ -40,16 +40,17 @@ from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 PAGE_KINDS = ("html", "markdown", "json")
-"""Reports in the order of their commit, after pictures: once `report.json` is in place, all files are."""
+"""Kinds of pages in the order in which `commit` moves them, last of all files: with `report.json`, all are there."""
 
 NOT_JUDGED = "it would not hold"
 FILE_PREFIX = "lightning_nrl-"
 
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
-    """Files of one report, by kind, staged by the first rank and moved to their folder by `commit`.
+    """Files of one report. The first rank stages them in a hidden folder, and `commit` moves them to their folder.
 
-    `names` are the other files that an earlier run may have left there; `commit` removes or renames them.
+    `files` are their paths by kind, such as `checkpoint`. `names` are further names of files that an earlier run may
+    have left in the folder; `commit` removes or renames these files.
     """
 
     def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
@@ -87,7 +88,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             self._problems[kind] = _short(error)
 
     def patch(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """Stages the patch from the current model to one with these parameters."""
+        """Stages the patch that changes the current weights of the model to `parameters`."""
 
         def write(path: Path) -> None:
             old = model.state_dict()
@@ -97,7 +98,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self.write("patch", write)
 
     def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """Stages the trainer's checkpoint and checks that it holds the judged weights; for all ranks."""
+        """Stages the trainer's checkpoint and checks that it holds the judged weights. All ranks must call it."""
         trainer, path = self._trainer, self._files.get("checkpoint")
         if trainer is None or path is None:
             return
@@ -120,7 +121,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
                 check(None)
 
     def reports(self, report: AnyReport, views: Sequence[SampleView] = (), changes: State | None = None) -> AnyReport:
-        """Stages the pages and the JSON of a report; returns it with the written files."""
+        """Stages a report as Markdown, HTML and JSON; returns the report with the paths of all files written so far."""
         self._write_text("markdown", lambda: self._named(report).to_markdown())
         self._write_text("html", lambda: self._named(report).to_html(views, changes))
         self._write_text("json", lambda: self._named(report).to_json())
@@ -147,7 +148,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
 
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
-        """Warns of missing files; returns the report with the existing ones, the same on all ranks."""
+        """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only."""
         if self._problems:
             folder = next(iter(self._files.values())).parent
             missing = "; ".join(f"`{self._files[kind].name}` ({why})" for kind, why in self._problems.items())
@@ -180,7 +181,7 @@ def _check_checkpoint(
 
 
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
-    # Files of other formats, or with objects, are not loaded; take the state dict given to the writer.
+    # A file of another format, or with objects, is not loaded; the state dict given to the writer is returned instead.
     given: Mapping[str, Any] = writer.state_dict if isinstance(writer.state_dict, Mapping) else {}
     if path is None:
         return given
@@ -229,7 +230,7 @@ def _short(error: Exception) -> str:
 
 
 class ResultBox:
-    """Passes a text from other processes, such as those of `ddp_spawn`, to the process that made the box."""
+    """Box by which a process that a strategy such as `ddp_spawn` starts passes a text to the process that made it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -244,7 +245,7 @@ class ResultBox:
                 write_text(self._path, text())
 
     def take(self) -> str:
-        """Returns the text that another process left since the last call, or an empty one."""
+        """Returns the text that another process left since the last call, or an empty text."""
         if os.getpid() != self._process:
             return ""
         try:
@@ -265,9 +266,10 @@ REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_F
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
-    """Returns the user's folder, or one with this name in the run's log folder; for all ranks.
+    """Returns `dirpath`, or by default the folder `name` in the log folder of the run. All ranks must call it.
 
-    W&B and MLflow share one `save_dir` among all runs, so for them it is `<save_dir>/<name>/<version>`.
+    The log folder is that of the first logger, or `default_root_dir` without loggers. W&B and MLflow share one
+    `save_dir` among all runs, so their log folder is `<save_dir>/<logger.name>/<logger.version>`.
     """
     found: Any = dirpath
     if found is None:
@@ -291,7 +293,7 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
 
 
 def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
-    """Refuses a folder that cannot be written to; for all ranks, before any work."""
+    """Refuses a folder (see `base_folder`) that cannot be written to. All ranks must call it, before any work."""
     folder = base_folder(dirpath, trainer, name)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     fits = bool(batch_limit(trainer)) or (place.is_dir() and os.access(place, os.W_OK | os.X_OK))
@@ -301,7 +303,7 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
 
 
 def parse_prefix(prefix: str, default: str) -> str:
-    """Returns a prefix of tags without a slash at the end."""
+    """Returns a prefix for tags without slashes at its end; refuses an empty prefix."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
@@ -310,9 +312,10 @@ def parse_prefix(prefix: str, default: str) -> str:
 def report_files(
     dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """Returns the paths of a report's files by kind, none in a `fast_dev_run`, and its name in logs; for all ranks.
+    """Returns the paths of a report's files by kind, and the name of the report in logs. All ranks must call it.
 
-    The name is the first of `name`, `name-1`, ... without a report in the run's folder.
+    Without `dirpath`, the folder is the first of `name`, `name-1`, ... in the log folder that has no report, and the
+    name in logs is that of the folder. A `fast_dev_run` writes no files.
     """
     if batch_limit(trainer):
         return {}, name
@@ -328,7 +331,7 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes the report and `others` by kind; returns the report with the written files."""
+    """Writes a report, and further files by the functions `others`; returns the report with the written files only."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)
@@ -338,7 +341,6 @@ def write_report(
 
 
 def show(report: Renderable) -> None:
-    """Prints the report as tables."""
     get_console().print(report.to_table())
 
 
@@ -351,7 +353,7 @@ def announce(
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
-    """Logs and prints a saved repair, with tags that begin with `name`; warns of errors."""
+    """Logs a saved repair, with tags that begin with `name`, and prints it if `verbose`. Errors become warnings."""
     try:
         if trainer.is_global_zero:
             log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
@@ -360,7 +362,7 @@ def announce(
                 show(report)
                 if text := _about_best(report, trainer):
                     print(text)
-        # Tensors survive the end of processes that a strategy has started.
+        # Lightning passes on tensors, but no numbers, from processes that a strategy has started.
         numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
         trainer.callback_metrics.update(numbers)
     except Exception as error:
@@ -381,7 +383,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
 def resume_store(
     dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair"
 ) -> ResumeStore:
-    """Returns a store for steps of `every` seconds or more, which also finds those of earlier runs; for all ranks."""
+    """Returns a store for the results of steps that take at least `every` seconds. All ranks must call it."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

@@ -1,4 +1,4 @@
-"""Hooks on a module's own steps: recorded logits, an additional loss term, followers of a hook."""
+"""Hooks on a module's own steps, which record logits, add a term to the loss, or run code after a hook."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""Arguments, keyword arguments and output."""
+"""Positional arguments, keyword arguments and output of a call."""
 ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
 )
-"""Hint for steps to which the term cannot be added from outside."""
+"""Hint if the loss term cannot be added to a step from outside."""
 
 
 @contextmanager
 def forward_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """Registers `hook(name, args, output)` on layers for a block; what it returns replaces the output."""
+    """Runs `hook(name, args, output)` after each call of a layer. A result other than None replaces the output."""
     with ExitStack() as stack:
         for name, layer in layers.items():
             handle = layer.register_forward_hook(lambda module, args, output, name=name: hook(name, args, output))
@@ -39,7 +39,7 @@ def forward_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any
 
 @dataclass
 class _RecordedCalls:
-    # Apart from `OutputCapture`, since copies of the model copy it with the hooks.
+    # An object of its own, since a copy of the model copies it together with the hooks.
     active: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
@@ -50,9 +50,9 @@ def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: A
 
 
 class OutputCapture:
-    """Recorder for the calls of a module and its parts, between `begin` and `end`.
+    """Recorder for the calls of a module and of some submodules between `begin` and `end`.
 
-    The hooks stay in place, since code compiled by `torch.compile` ignores hooks that come later.
+    The hooks stay registered all the time, since code compiled by `torch.compile` ignores hooks registered later.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Records parts by dotted name, in this order of preference; an empty name is the module itself."""
+        """Registers hooks on submodules by dotted name, preferred ones first. An empty name is the module itself."""
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
@@ -78,17 +78,20 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Returns the output for these arguments, else that of the first call, else None."""
+        """Ends recording. Returns the output for these arguments, or else of the first call, or None without a call."""
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends a batch; returns the first part with calls, and its calls without that of a `redirected` step."""
+        """Ends recording. Returns the name of the first submodule that was called, and its calls.
+
+        A strategy such as DDP runs the step itself as a call of the module (`redirected`); that call is left out.
+        """
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
         for name, calls in self._recorded.calls.items():
-            # The last call is then the step itself.
+            # The call of the step itself ends last.
             made = calls[:-1] if redirected and not name else list(calls)
             calls.clear()
             found = found if found[1] else (name, made)
@@ -96,7 +99,7 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model; the first call finds the outermost part with the model's own output, if any, as `parts`."""
+    """Calls a model. Then `parts` names the outermost submodule that returned the model's output, or is empty."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -113,7 +116,7 @@ class Probe:
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    # Hooks do not run inside of compiled parts.
+    # Hooks do not run inside of compiled modules.
     if is_compiled(model):
         return
     for name, part in model.named_children():
@@ -131,7 +134,7 @@ def same_objects(a: Any, b: Any) -> bool:
 
 
 def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
-    """Returns the logits of `n` samples in an output, or None."""
+    """Returns the logits in a model's output, or None if the output has no logits for exactly `n` samples."""
     with suppress(ConfigurationError):
         logits = task.logits(output)
         if logits.ndim and len(logits) == n:
@@ -140,8 +143,6 @@ def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
 
 
 class ForwardPass(NamedTuple):
-    """Inputs and logits of the forward pass in a training step."""
-
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     logits: Tensor
@@ -150,10 +151,10 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
 ) -> ForwardPass:
-    """Returns the one call of a step that takes its batch, of `n` samples with these arguments.
+    """Finds the only call in a step that takes its whole batch: `n` samples with the inputs `args` and `kwargs`.
 
-    Raises:
-        ConfigurationError: no call fits, or several do.
+    `calls` are those of the submodule `name`, or of the module itself if it is empty. Raises `ConfigurationError` if no
+    call fits, or several calls fit.
     """
     found = []
     for given, named, output in calls:
@@ -164,7 +165,7 @@ def find_forward_pass(
     plain = [call for call, same in found if same]
     if len(plain) == 1:
         return plain[0]
-    # The inputs of a part may differ from those of the model.
+    # Other inputs are accepted for the module itself only, since a submodule may get something else than the batch.
     if len(found) == 1 and not name:
         return found[0][0]
     if not found:
@@ -177,7 +178,7 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the result of a training step: a loss, a mapping with a `loss`, or None for a skipped step."""
+    """Adds a scalar to the loss that a training step returned, also in a mapping; None (a skipped step) stays None."""
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -202,7 +203,7 @@ def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator
 
 
 def no_op(*args: Any, **kwargs: Any) -> None:
-    """Replaces a method that must not run."""
+    """Does nothing, in place of a method that must not run."""
 
 
 class _FollowedHook:
@@ -229,7 +230,7 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Runs `follower` after the next call of a module's hook and after earlier followers."""
+    """Runs `follower` once: after the next call of the module's hook `name`, and after earlier followers."""
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)
@@ -238,7 +239,7 @@ def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]
 
 
 def release_hook(module: LightningModule, name: str) -> None:
-    """Restores the module's own hook without followers."""
+    """Restores the module's own hook `name`, and drops the followers."""
     found = vars(module).get(name)
     if isinstance(found, _FollowedHook):
         found.release()

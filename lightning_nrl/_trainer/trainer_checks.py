@@ -19,13 +19,12 @@ UNTESTED_STRATEGIES = (
     "SingleHPU",
 )
 SHARDED_CLASSES = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
-"""Classes of sharded parameters and modules."""
 OVERWRITING_CALLBACKS = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
 """Callbacks that write weights when training ends."""
 
 
 def check_packages(trainer: Any, **others: object) -> None:
-    """Refuses a trainer of another class, and callbacks, loggers, data and `others` of Lightning's other package."""
+    """Refuses callbacks, loggers, data and `others` that are not of the same Lightning package as the trainer."""
     if not isinstance(trainer, Trainer):
         found = f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`."
         raise ConfigurationError(found, "give a Trainer of `lightning.pytorch` or of `pytorch_lightning`.")
@@ -44,7 +43,7 @@ def check_strategy(
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
-    """Refuses strategies that shard the model, and those for XLA and HPUs."""
+    """Refuses strategies that shard the model, and strategies for XLA and HPUs."""
     names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if any(name.startswith(SHARDING_STRATEGIES) or "Sharded" in name for name in names):
         raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {why}.", hint)
@@ -70,7 +69,11 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses an order of callbacks in which one undoes another's change of the weights."""
+    """Refuses an order of callbacks in which one of them undoes a change of the weights by another.
+
+    No callback after `callback` may overwrite weights: none of `OVERWRITING_CALLBACKS` or `earlier`. If `start_from` is
+    `best`, no callback before `callback` may change weights: none of `earlier`, and none of the class `kind`.
+    """
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
     behind = [c for c in callbacks[place + 1 :] if isinstance(c, (*OVERWRITING_CALLBACKS, *earlier))]
@@ -88,7 +91,7 @@ def check_order(
 
 
 def check_twins(callback: Callback, trainer: Trainer) -> None:
-    """Refuses two callbacks of one class with the same key in a checkpoint."""
+    """Refuses two callbacks of one class with the same `state_key`, under which a checkpoint keeps their state."""
     twins = [c for c in callbacks_of(trainer) if type(c) is type(callback) and c.state_key == callback.state_key]
     if len(twins) > 1:
         problem = f"`callbacks`: there are {len(twins)} {type(callback).__name__} of the same layer and target."
@@ -96,7 +99,6 @@ def check_twins(callback: Callback, trainer: Trainer) -> None:
 
 
 def warn_without_step() -> None:
-    """Warns that a fit without a training step made no repair."""
     problem = "no repair was made, because no training step ran (training was complete, skipped or stopped)."
     hint = "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`."
     rank_zero_warn(NotRepairedWarning(problem, hint))

@@ -69,7 +69,7 @@ STAGES = {
     "merge": "merging repairs",
 }
 """Descriptions of stages; other stages are shown by name."""
-MOST_SHARE = 0.99  # of the bar, until the end
+MOST_SHARE = 0.99  # largest share of the bar that is filled before the end
 MIN_ANNOUNCED_SECONDS = 3.0  # shorter repairs are not announced
 
 
@@ -83,9 +83,9 @@ class _ActiveStage:
 
 
 class RepairProgress:
-    """Progress bar of a repair below the trainer's own, with rich or tqdm as that has it.
+    """Progress bar of a repair below the trainer's own bar, drawn by the same library (rich or tqdm).
 
-    Shows the stage in words, and the time left once it can be estimated.
+    It shows the current stage in words, and the time left once that can be estimated.
     """
 
     now: Clock = staticmethod(time.perf_counter)
@@ -102,7 +102,7 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Takes the expected seconds of the stages to come, and announces their sum."""
+        """Stores the expected seconds of the coming stages, and announces their sum, at most `most`."""
         self._expected, self._end = dict(seconds), self.now() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
@@ -110,8 +110,8 @@ class RepairProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Shows a stage; one inside another replaces it for that time."""
-        if name in self._expected and name != "judge":  # earlier stages are over or skipped
+        """Shows a stage while the block runs, in place of the stage around the block."""
+        if name in self._expected and name != "judge":  # stages before it are over or were skipped
             planned = list(self._expected.items())
             self._expected = dict(planned[list(self._expected).index(name) :])
         self._open.append(_ActiveStage(name, self.now()))
@@ -120,12 +120,12 @@ class RepairProgress:
             yield
         finally:
             self._open.pop()
-            if name != "judge":  # methods judge candidates too
+            if name != "judge":  # this stage also occurs inside of methods
                 self._expected.pop(name, None)
             self._draw()
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows the progress of a stage, and the counts of its best candidate."""
+        """Shows the progress of the current stage, and what its best weights so far repair and break."""
         if self._open:
             stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
             note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
@@ -133,7 +133,7 @@ class RepairProgress:
             self._draw()
 
     def announce(self, text: str) -> None:
-        """Prints a sentence, above the bar if any."""
+        """Prints a sentence, above the progress bar if one is shown."""
         bar = self._trainer.progress_bar_callback
         if bar is not None and self._line is not None:
             bar.print(text)
@@ -169,7 +169,7 @@ def _progress_line(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None
     rich = bar.progress if isinstance(bar, RichProgressBar) else None
-    # Lightning starts its display with the first loop.
+    # Lightning starts its rich display only with its first loop.
     return _RichLine(rich) if rich is not None and rich.live.is_started else _TqdmLine()
 
 
@@ -216,13 +216,11 @@ class _RichLine:
 
 
 MAX_EXCLUSION_RUNS = 6
-"""Runs of a repair that may end with unusable samples, which the next run leaves out."""
+"""How often a repair may fail because of unusable samples and then run again without these samples."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained module and its data inside a fit."""
-
     model: LightningModule
     known: list[LoaderSource]
     unseen: list[LoaderSource]
@@ -237,7 +235,7 @@ class TrainedModel:
         return [*self.known, *self.unseen, *self.calibration]
 
     def without(self, error: UnusableSamplesError) -> TrainedModel:
-        """Leaves out the samples of an error, with a warning; raises it if they are more than half of a split."""
+        """Leaves out the samples that an error names, and warns; raises the error if it names over half of a split."""
         data = {role: getattr(self, role) for role in ("known", "unseen", "calibration")}
         for role, sources in data.items():
             data[role] = [
@@ -253,7 +251,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """A repair of a trainer's model: settings, data and replaced model."""
+    """A repair of a trainer's model: settings, task, replaced model, data, and callbacks that copies leave out."""
 
     settings: Settings
     task: Task
@@ -262,7 +260,7 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """Tries a repair before training, on one batch of each split; warns if training could not continue for it."""
+        """Checks a repair before training, on one batch of each split; warns if training could not continue for it."""
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
@@ -270,7 +268,7 @@ class TrainerRepair:
             few = self._open_data(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
             history = _history_callback(settings, trainer)
             if history is not None:
-                # The record is still to be made.
+                # The training has not made its record yet.
                 _check_recorded(settings, history, few.known)
                 settings = replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
             run_sanity_check(few.evaluator, few.sources, settings, reference=self.reference)
@@ -284,7 +282,7 @@ class TrainerRepair:
         epochs: int,
         work: ResumeStore | None = None,
     ) -> Outcome:
-        """Searches a repair after a training of `epochs`; changes nothing, see `opened`."""
+        """Searches a repair of a model that was trained for `epochs`; leaves model and trainer unchanged."""
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
@@ -315,7 +313,7 @@ class TrainerRepair:
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """Opens the model and its data as in validation, with a progress bar; `whole`: each rank reads all."""
+        """Opens model and data as in validation, with a progress bar. With `whole`, each rank reads all samples."""
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
             found = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
@@ -360,7 +358,7 @@ def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _check_recorded(settings: Settings, history: Any, known: Sequence[LoaderSource]) -> None:
-    # A record of other splits knows no regression among the failures.
+    # If no split with failures is recorded, the localizer finds no regression among them.
     failing = [source.split for source in known if source.failed]
     if history.recorded and not set(failing) & set(history.recorded):
         wanted = [*history.recorded, *failing]

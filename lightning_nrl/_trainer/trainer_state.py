@@ -40,17 +40,15 @@ from lightning_nrl.tasks import Task
 TUNING_CALLBACKS = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
 """Callbacks that train before `fit` does, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
-"""Epochs of a training of unknown length: half of the usual number."""
+"""Number of epochs that is assumed for a training of unknown length: half of the usual number."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 """Metrics of a trainer that the next fit clears."""
 
 
 @dataclass
 class StartingWeights:
-    """Weights loaded for a repair."""
-
-    keep: bool = False  # True: they stay in the model
-    path: str = ""  # of their checkpoint, if any
+    keep: bool = False  # True: the weights stay in the model
+    path: str = ""  # path of the loaded checkpoint, or empty
 
 
 @contextmanager
@@ -78,9 +76,9 @@ def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: 
 
 @contextmanager
 def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """Disables a trainer's loggers and its callbacks that tune, print, save or stop, except those in `kept`."""
+    """Disables, for a block, a trainer's loggers and its `DROPPED_CALLBACKS`, except those of the classes `kept`."""
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
-    remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
+    remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]  # such as the best path
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, DROPPED_CALLBACKS)]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,11 +95,12 @@ def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBa
 
 @contextmanager
 def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
-    """Loads the weights to repair, the same on all ranks: the current ones (`last`) or the `best` checkpoint.
+    """Loads the weights to repair, equal on all ranks: the current weights (`last`) or the `best` checkpoint.
 
     Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
-    Lightning ends a validation by setting flags, which leaves adapters merged by `eval()` in the weights, so modules in
-    training mode call their own `train()` again. Restores everything bit by bit on exit, unless `keep` was set.
+    After a validation, Lightning sets only the flag `training`, so that adapters merged by `eval()` stay merged. So
+    modules in training mode run their own `train()` again. Everything is restored bit by bit on exit, unless `keep` was
+    set.
     """
     path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
@@ -155,7 +154,7 @@ def _best_path(trainer: Trainer) -> str:
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """Returns the epochs of a training, at least 1, by batches if limits cut epochs short."""
+    """Returns the number of epochs of a training, at least 1. If batch limits cut epochs short, batches are counted."""
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
@@ -177,7 +176,6 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 
 
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
-    """Returns an evaluator with the trainer's device, precision and ranks."""
     return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))
 
 
@@ -187,7 +185,7 @@ def handle_signals(
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Ends a repair on a signal as Lightning ends a fit, which itself checks signals only between batches."""
+    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of the repair."""
 
     def terminated() -> BaseException:
         launcher = trainer.strategy.launcher

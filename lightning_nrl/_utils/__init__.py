@@ -1,4 +1,4 @@
-"""Shared tools: ranks, precision, weights as tensors, time, files, names.
+"""Tools that know nothing of repairs: ranks, precision, weights as tensors, time, files, JSON, registries.
 
-In: modules, tensors, values. Out: the same, without any knowledge of repairs.
+In: modules, tensors and plain values. Out: modules, tensors, plain values and files.
 """

@@ -1,4 +1,4 @@
-"""Atomic writes of one file, or of the files of a folder together."""
+"""Atomic writing of one file, or of several files of one folder together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-UNFINISHED, EARLIER = ".unfinished-", "earlier-"  # prefixes of the staging folder and of replaced files
-STALE_SECONDS = 24 * 3600.0  # age of files that a killed process left
+UNFINISHED, EARLIER = ".unfinished-", "earlier-"  # prefixes of the staging folder, and of files of an earlier run
+STALE_SECONDS = 24 * 3600.0  # age at which files left by a killed process are removed
 
 
 def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a file atomically: temporary file, fsync, rename."""
+    """Writes a file atomically: `write` fills a temporary file, which then replaces `path`."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -35,19 +35,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_stale(folder: Path, *patterns: str) -> None:
-    """Removes matching files and folders older than `STALE_SECONDS`."""
+    """Removes files and folders in `folder` that match a pattern and are older than `STALE_SECONDS`."""
     for pattern in patterns:
         for left in folder.glob(pattern):
-            with suppress(OSError):  # files of another user
+            with suppress(OSError):  # the file may belong to another user
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class StagedFiles:
-    """Files staged in a hidden subfolder and moved to their folder together.
+    """Files that are written to a hidden subfolder first (staged), and then moved to `folder` together.
 
-    `names` are all files of a run; `marks` are those that describe the others, such as a report. `commit` removes old
-    marks first and adds new ones last, so that a folder with a mark holds files of one run, even after a kill.
+    `names` are all files that a run may write; `marks` are some of these files, such as the report. `commit` removes
+    the marks of an earlier run first and moves new marks last. So a folder with a mark holds the files of one run only,
+    even after a kill.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], marks: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ class StagedFiles:
             shutil.rmtree(self._stage, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Stages a file; removes it on an exception."""
+        """Calls `write` with the staging path of a file; removes the file if `write` raises."""
         path = self.place(name)
         try:
             write(path)
@@ -77,7 +78,7 @@ class StagedFiles:
             raise
 
     def place(self, name: str) -> Path:
-        """Returns the staging path of a file."""
+        """Returns the path at which a file is staged."""
         if self._stage is None:
             remove_stale(self.folder, f"{UNFINISHED}*")
             self._stage = Path(tempfile.mkdtemp(dir=self.folder, prefix=UNFINISHED))
@@ -88,10 +89,11 @@ class StagedFiles:
         return self._stage is not None and (self._stage / name).exists()
 
     def commit(self, there: Container[str] = ()) -> list[Path]:
-        """Moves the staged files, if any, to their folder; returns the new paths of renamed earlier files.
+        """Moves the staged files to the folder; returns the new paths of the files of an earlier run that were renamed.
 
-        Renames an earlier file without a successor, staged or already `there`, since it may be the only copy of a
-        model. Removes earlier marks.
+        A file of an earlier run is replaced if a file of the same name is staged. Files in `there`, which this run has
+        written directly, stay. Any other file of `names` gets the prefix `earlier-`, since it may be the only copy of a
+        model; marks are removed.
         """
         if self._stage is None or not any(self._stage.iterdir()):
             return []
@@ -112,7 +114,7 @@ class StagedFiles:
 
 
 def _move(path: Path, to: Path) -> None:
-    if to.is_dir():  # such as a sharded checkpoint; a folder cannot be replaced
+    if to.is_dir():  # such as a sharded checkpoint, which `replace` cannot overwrite
         shutil.rmtree(to)
     path.replace(to)
 
@@ -126,14 +128,14 @@ def _remove(path: Path) -> None:
 
 def _finish(path: Path) -> None:
     _make_durable(path)
-    # A temporary file is private; give it the permissions of `open`.
+    # `mkstemp` makes a private file. Give it the permissions that `open` would give.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def _make_durable(path: Path) -> None:
-    # Of a folder, `fsync` writes the names.
+    # For a folder, `fsync` writes the names of its files to the disk.
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

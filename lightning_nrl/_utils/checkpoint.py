@@ -1,4 +1,4 @@
-"""Weights read from a file or a module, and matched to a model of the same architecture."""
+"""Reads weights from a file or a module, and matches them to a model of the same architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """Returns the state dict of a module, a checkpoint, or a file, read with `weights_only=True`."""
+    """Returns the state dict of a module, a loaded checkpoint, or a file (read with `weights_only=True`)."""
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, Mapping):
@@ -29,7 +29,7 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
 
 
 def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """Reads a checkpoint, or a file with a state dict, to the CPU; `hint` is for unreadable ones."""
+    """Reads a file with a checkpoint or a state dict to the CPU. If it is unreadable, the error shows `hint`."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
@@ -42,15 +42,15 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
 
 
 def _check_sums(argument: str, path: str | Path) -> None:
-    # Torch does not compare the checksums of a zip file.
+    # `torch.load` does not check the checksums of a zip file.
     try:
         file = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        return  # of another format
+        return  # the file has another format
     with file:
         try:
             damaged = file.testzip()
-        except Exception as error:  # of damaged bytes
+        except Exception as error:  # the bytes are damaged
             damaged = type(error).__name__
     if damaged is not None:
         problem = f"`{argument}`: {str(path)!r} is damaged, its checksum of {damaged!r} does not fit."
@@ -58,7 +58,7 @@ def _check_sums(argument: str, path: str | Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Returns why a checkpoint cannot be read, without torch's advice and escape codes."""
+    """Returns why a checkpoint cannot be read: class and first line of the error, without torch's advice."""
     text = first_line(error).partition(". In PyTorch")[0]
     if refused := REFUSED_OBJECT.search(str(error)):
         text = f"it holds objects, such as a `{refused[1]}`"
@@ -66,7 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Converts tensors to the model's dtypes and devices; refuses missing, unknown and misshapen ones."""
+    """Converts a state dict to the names (`live_tensors`), dtypes and devices of the model, or refuses it as unfit."""
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}

@@ -38,9 +38,10 @@ def check_per_sample(
     *,
     tensors_only: bool = False,
 ) -> Tensor:
-    """Returns a tensor of one value for each of `n` samples; refuses other results of `what`.
+    """Returns `value` as a tensor of shape `n`, one entry per sample; refuses other shapes and kinds.
 
-    Other shapes, such as `n x 1`, would be broadcast silently. Bools count as numbers.
+    A shape such as `n x 1` would be broadcast silently. Bools count as numbers. `what` names, in the message, the
+    function that returned the value.
     """
     found = value if tensors_only else as_tensor(value)
     if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
@@ -59,14 +60,14 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
 
 
 def described(value: Any) -> str:
-    """Describes a value that should be a tensor."""
+    """Returns dtype and shape of a tensor or an array, or type and length of another value."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
     return f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
 
 
 def is_class(value: Any) -> bool:
-    """True for a whole number from 0."""
+    """True if `value` is a whole number from 0."""
     try:
         return not isinstance(value, (bool, np.bool_)) and operator.index(value) >= 0
     except TypeError:
@@ -80,14 +81,14 @@ def check_class(argument: str, value: Any) -> int:
 
 
 def count_or_share(value: Any) -> int | float | None:
-    """Returns a whole number from 0 as int, a share in [0, 1] as float, else None."""
+    """Returns a whole number from 0 as int, a fraction in [0, 1] as float, and None for any other value."""
     if isinstance(value, Integral):
         return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
     return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, or a share, also in percent: `5`, `0.5`, `50%`."""
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5)."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

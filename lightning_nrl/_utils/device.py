@@ -1,4 +1,4 @@
-"""Out-of-memory errors, precision and repeatable gradients of a device."""
+"""Out-of-memory errors, precision, and gradients that are the same in every run."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T | None:
-    """Returns `work()`, or None if memory runs out before the last try; frees torch's cache then."""
+    """Returns `work()`. If memory runs out, empties torch's cache and returns None, or raises on the last try."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if last_try or not is_out_of_memory(error):
             raise
-    # After the handler, whose traceback holds the tensors.
+    # Not in the handler, where the traceback still holds the tensors.
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
 
 
 def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = True) -> T:
-    """Returns `work()`. An `alone` process retries once if memory runs out; other ranks would not repeat theirs.
+    """Returns `work()`. If memory runs out, tries once more, unless `alone` is false: other ranks do not try again.
 
     Raises:
-        DeviceMemoryError: memory ran out again while `doing`, such as "the search ran".
+        DeviceMemoryError: memory ran out in the last try. `doing` completes the message, as in "the search ran".
     """
     found = none_if_out_of_memory(work) if alone else None
     if found is not None:
@@ -52,7 +52,7 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
     raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
 
 
-Context = Callable[[], AbstractContextManager[Any]]  # entered for each forward pass, such as autocast
+Context = Callable[[], AbstractContextManager[Any]]  # makes the context of a forward pass, such as autocast
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def may_use_tf32(by_cudnn: bool = True) -> bool:
-    """True if float32 products, and `by_cudnn` convolutions, may use TensorFloat-32 on a GPU."""
+    """True if float32 matrix products, or with `by_cudnn` convolutions, may use TensorFloat-32 on a GPU."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     try:
@@ -81,9 +81,9 @@ def may_use_tf32(by_cudnn: bool = True) -> bool:
 
 @contextmanager
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
-    """Disables cuDNN kernels with random summation order, so that gradients are the same in every run.
+    """Disables cuDNN kernels with a random order of summation, so that gradients are the same in every run.
 
-    Disables all of cuDNN for a `model` with recurrent layers, for which it has no gradients in evaluation mode.
+    If `model` has recurrent layers, disables all of cuDNN, which cannot compute their gradients in evaluation mode.
     """
     cudnn: Any = torch.backends.cudnn
     recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())

@@ -23,10 +23,10 @@ PACKAGE_ERRORS: dict[str, type[RepairError]] = {
 
 @dataclass(frozen=True)
 class Collective:
-    """The ranks that work on one repair; all call its methods in the same order.
+    """The ranks that work on one repair. All ranks must call the methods in the same order.
 
-    With a `world_size` of 1 nothing is exchanged. Results are on the devices of their arguments; `device` is where the
-    process group takes tensors.
+    With a `world_size` of 1 nothing is exchanged. `device` is the device on which the process group exchanges tensors;
+    a method returns tensors on the device of its argument.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Collective:
 
     @classmethod
     def current(cls, device: torch.device) -> Collective:
-        """Returns the default process group for a model on this device, or a single rank."""
+        """Returns the ranks of torch's default process group, or a single rank if there is no group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
@@ -43,7 +43,7 @@ class Collective:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums tensors of one shape over ranks; counts bools, as int64."""
+        """Sums a tensor, of the same shape on each rank, over all ranks. Bools are summed as int64."""
         if x.dtype == torch.bool:
             x = x.long()
         if self.world_size == 1:
@@ -68,13 +68,13 @@ class Collective:
         return bool(self.sum(torch.tensor([flag])).item())
 
     def first_text(self, text: str) -> str:
-        """Returns the text of the first rank that has one, on every rank; empty if none has."""
+        """Returns, on every rank, the first text in rank order that is not empty, or an empty text."""
         rows = self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
         texts = (bytes(row.tolist()).decode() for row in rows)
         return next(filter(None, texts), "")
 
     def first_bytes(self, data: bytes) -> bytes:
-        """Returns the bytes of the first rank on every rank."""
+        """Returns, on every rank, the `data` of the first rank."""
         size = int(self.agreed(torch.tensor(len(data))))
         if self.world_size == 1 or not size:
             return data if self.rank == 0 else b""
@@ -82,10 +82,10 @@ class Collective:
         return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """Returns this rank's `work()`, which exchanges nothing; if one rank fails all raise, so that none waits.
+        """Returns `work()` of this rank. If it fails on one rank, all ranks raise, so that none waits for another.
 
-        An error of this package is raised on every rank. Other errors are raised on their own ranks, with an
-        `OtherRankError` about what `failed` elsewhere.
+        `work` must not exchange anything between ranks. An error of this package is raised on every rank. Any other
+        error is raised on its own rank, while the other ranks raise an `OtherRankError` with the message `failed`.
         """
         error: Exception | None = None
         try:
@@ -94,7 +94,7 @@ class Collective:
             error = caught
         if not self.any(error is not None):
             return result
-        # The nearest class of this package, or None.
+        # The first class of this package among the error's class and its bases, or None.
         kind = next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)
         elsewhere = OtherRankError(failed, "look at that rank's own error.")
         if self.any(error is not None and kind is None):
@@ -105,7 +105,7 @@ class Collective:
         raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
-        """Returns the first rank's values on every rank, which may differ by rounding."""
+        """Returns, on every rank, the values of the first rank. Use it where ranks may differ by rounding."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
 
 

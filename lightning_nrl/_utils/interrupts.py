@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM during work on a live model.
+"""Handling of Ctrl-C and SIGTERM during work on a live model.
 
-A signal is noted and raised at the next `poll`, so that temporary weights are removed first. Work without a `poll` for
-`OVERDUE_SECONDS` is interrupted anywhere but inside of `defer_signals`.
+A signal is only noted, and the next call of `poll` raises an exception, so that no write of weights is cut short. If
+`poll` is not called within `OVERDUE_SECONDS`, the exception is raised anywhere except inside of `defer_signals`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OVERDUE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-    """Ends the work; `interruptible` replaces it by the signal's own exception."""
+    """Raised by `poll` to end the work; `interruptible` replaces it by the exception for the signal."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class _SignalWatch:
     say: Callable[[str], None]
     noted: int = 0  # the first signal, or 0
     is_raised: bool = False
-    depth: int = 0  # of `defer_signals`
-    overdue: float = 0.0
+    depth: int = 0  # number of nested `defer_signals` blocks
+    overdue: float = 0.0  # time from which the exception may be raised anywhere
     timer: threading.Timer | None = None
     process: int = field(default_factory=os.getpid)
 
@@ -39,7 +39,7 @@ class _SignalWatch:
             _handle_in_worker(signum)
             return
         if self.noted:
-            # A second signal, or the timer: the work has not polled for long.
+            # A second signal, from the user or the timer.
             if not self.is_raised and not self.depth and time.monotonic() >= self.overdue:
                 self._raise()
             return
@@ -60,14 +60,13 @@ class _SignalWatch:
 
 
 def poll() -> None:
-    """Raises `Interrupted` after a signal; for frequent calls where an exception does no harm."""
+    """Raises `Interrupted` if a signal has been noted. Call it often, where an exception does no harm."""
     if _SignalWatch.current is not None:
         _SignalWatch.current.poll()
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defers signals until the block ends."""
     watch = _SignalWatch.current
     if watch is None:
         yield
@@ -82,10 +81,10 @@ def defer_signals() -> Iterator[None]:
 
 @contextmanager
 def interruptible(*, terminated: Callable[[], BaseException], say: Callable[[str], None]) -> Iterator[None]:
-    """Raises KeyboardInterrupt for Ctrl-C and `terminated()` for SIGTERM where work polls; `say` prints a message.
+    """Handles signals for a block: raises KeyboardInterrupt after Ctrl-C, and `terminated()` after SIGTERM.
 
-    Restores the handlers on exit. Ignored signals stay ignored. Has no effect outside of the main thread, where Python
-    handles no signals.
+    The exception comes from the next call of `poll`; `say` prints a message at once. The earlier handlers are restored
+    on exit. Ignored signals stay ignored. Outside of the main thread, which alone handles signals, nothing changes.
     """
     if _SignalWatch.current is not None or threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +121,7 @@ def _signal_main_thread(signum: int) -> None:
 
 
 def _handle_in_worker(signum: int) -> None:
-    # Data loader workers inherit the handlers; Ctrl-C is for their parent.
+    # Data loader workers inherit the handlers. They ignore Ctrl-C, which their parent handles.
     if signum == signal.SIGTERM:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)

@@ -1,4 +1,4 @@
-"""Encodes dataclasses as strict JSON, and decodes it by their type hints."""
+"""Encodes dataclasses as strict JSON, and decodes JSON to dataclasses by the type hints of their fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_nrl.errors import ConfigurationError
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # once, since json.dumps makes one per call
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # json.dumps would make one per call
 
 T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
@@ -27,29 +27,29 @@ UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that i
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Returns metadata of a field whose own fields are written inline, with a prefix."""
+    """Returns metadata for a dataclass field whose fields are written into the outer object, with a prefix."""
     return {"flat": prefix}
 
 
 def null_is(value: float) -> Mapping[str, Any]:
-    """Returns metadata of a number whose null means `value` instead of NaN."""
+    """Returns metadata for a number field: null in JSON is read as `value` instead of NaN."""
     return {"null": value}
 
 
 class Derives:
-    """Dataclass that is written with derived values."""
+    """Base of dataclasses whose JSON includes values computed from the fields."""
 
     @property
     def derived(self) -> Mapping[str, object]:
-        """Values computed from the fields, written but not read."""
+        """Values computed from the fields. They are written, and ignored when the JSON is read."""
         return {}
 
 
 class Record(Derives):
-    """Dataclass with a JSON form."""
+    """Base of dataclasses that are written as JSON and read from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain dicts, lists, text and numbers, with derived values; infinities become NaN."""
+        """Returns plain dicts, lists, text and numbers, including the derived values. Infinities become NaN."""
         return cast(dict[str, Any], to_plain(self))
 
     def to_json(self) -> str:
@@ -61,19 +61,19 @@ class Record(Derives):
         """Reads the result of `to_dict`.
 
         Raises:
-            ConfigurationError: a value is missing, unknown, of another type or infinite; the message has its path.
+            ConfigurationError: a value is missing, unknown, infinite or of another type. The message has its path.
         """
         return from_plain(cls, data)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads the result of `to_json`, with NaN for null; raises like `from_dict`."""
+        """Reads the result of `to_json`; null becomes NaN. Raises the same errors as `from_dict`."""
         return cls.from_dict(parse_json(text))
 
 
 def to_plain(value: Any) -> Any:
-    """Converts dataclasses, arrays and others to dicts, lists, text, numbers, bools and None; infinities to NaN."""
-    # Exact types, since a checkpoint with a numpy float, a subclass, does not load with weights_only=True.
+    """Converts dataclasses, arrays and so on to dicts, lists, text, numbers, bools and None. Infinities become NaN."""
+    # Exact types: np.float64 is a subclass of float, and a checkpoint with one does not load with weights_only=True.
     if type(value) is float:
         return math.nan if math.isinf(value) else value
     if value is None or type(value) in (bool, int, str):
@@ -90,7 +90,7 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """Returns strict JSON with one line for each list of scalars, and for each object of scalars in a list."""
+    """Returns strict JSON. A list of scalars takes one line, and so does an object of scalars inside a list."""
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
@@ -124,12 +124,12 @@ def _plain_record(record: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads the result of `to_plain` as a dataclass, with NaN for null; refuses unfit and infinite values."""
+    """Reads the result of `to_plain` as a dataclass; null becomes NaN. Raises the same errors as `Record.from_dict`."""
     return cast(T, _read(kind, data, ""))
 
 
 def parse_json(text: str) -> Any:
-    """Parses strict JSON, without repeated keys, NaN or Infinity."""
+    """Parses strict JSON; refuses repeated keys, NaN and Infinity."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:

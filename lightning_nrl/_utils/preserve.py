@@ -1,4 +1,4 @@
-"""Restoring of weights, flags, attributes and random states of a live model."""
+"""Context managers that restore a model's weights, flags and attributes, and random states."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, for bitwise comparisons
-PRESERVED: set[int] = set()  # identities of parameters with a copy
-MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are data
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes, to compare bits
+PRESERVED: set[int] = set()  # `id` of each parameter that an outer `eval_mode` has copied
+MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are taken for data and not restored
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Sets evaluation mode like `eval_mode`, and restores random states too, since some models draw in it."""
-    # Localisation needs gradients.
+    """Does what `eval_mode` does, and restores random states, since models may draw random numbers in evaluation."""
+    # Localisation needs gradients, which inference mode excludes.
     with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
         yield rewritten
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Sets evaluation mode; restores parameters, buffers and flags, bit by bit, on exit.
+    """Sets evaluation mode for a block, then restores parameters, buffers and flags bit by bit.
 
-    Yields the earlier values of tensors that `eval()` wrote to, by identity.
+    Yields the values before `eval()` of those tensors that `eval()` has overwritten, by `id` of the tensor.
 
-    Models may write to their own weights: `Embedding(max_norm=)`, clamps in `forward`, adapters that `eval()` merges.
-    So this calls the modules' own `train()`, compares every tensor with a copy (`_version` misses
-    `weight.data.clamp_()`), and restores flags such as `merged`. Parameters keep identity and memory, which optimizers
-    hold. Nested uses share one copy.
+    Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging adapters in
+    `eval()`. So on exit, the modules' own `train()` runs, every tensor is compared with a copy (the tensor's `_version`
+    would miss `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep their identity and
+    memory, since optimizers refer to them. Nested blocks share one copy.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted module has none
     flags = [module.training for module in modules]
@@ -64,9 +64,10 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 
 @contextmanager
 def loading_mode(model: nn.Module) -> Iterator[None]:
-    """Sets training mode, in which checkpoints are loaded, where modes do more than torch's; on exit the modes before.
+    """Sets training mode for a block if a module overrides `train()` or `eval()`, then restores the modes.
 
-    A trainer may leave an adapter merged in training, since it restores `training` without a call of `train()`.
+    A checkpoint has the weights of training mode; `eval()` may merge adapters into them. A trainer may restore the flag
+    `training` without a call of `train()`, so that an adapter stays merged in training mode.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]
     flags = [module.training for module in modules]
@@ -79,7 +80,7 @@ def loading_mode(model: nn.Module) -> Iterator[None]:
 
 
 def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
-    """Returns the bools of each module, such as `training` and `merged`."""
+    """Returns the bool attributes of each module, such as `training` and `merged`."""
     return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
 
 
@@ -89,25 +90,25 @@ def has_own_modes(model: nn.Module) -> bool:
 
 
 def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
-    """Sets the modes of modules, outer ones first, each by its own `train()`."""
+    """Sets the training flag of each module by the module's own `train()`, outer modules first."""
     for module, training in zip(modules, flags, strict=True):
         if module.training != training:
             module.train(training)
-    # The second parent of a module may have changed it.
+    # A module with two parents may have been changed again by the second parent.
     for module, training in zip(modules, flags, strict=True):
         module.training = training
 
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """Restores the random states of torch, numpy and Python on exit; unlike `isolate_rng`, also after an error."""
+    """Restores the random states of torch, numpy and Python on exit, even after an exception."""
     cpu = CpuRandomState.current()
     states: list[tuple[Callable[[Any], None], Any]] = []
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
     elif cuda.is_available():
-        # Reading its state would start CUDA, which takes the last seed of torch when it starts.
+        # Reading the state would initialise CUDA. If CUDA is initialised later, it takes torch's last seed.
         states.append((cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
@@ -121,8 +122,6 @@ def random_state() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class CpuRandomState:
-    """The states of the global generators of torch on the CPU, numpy and Python."""
-
     torch: Tensor
     numpy: dict[str, Any]
     python: tuple[Any, ...]
@@ -132,7 +131,6 @@ class CpuRandomState:
         return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
 
     def is_current(self) -> bool:
-        """True if the generators are still in these states."""
         now = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())
@@ -150,20 +148,20 @@ class CpuRandomState:
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
     seed_cpu(seed)
-    # Without a device, torch would keep the seed for later with a stack trace, which takes milliseconds.
+    # Without such a device, torch would store the seed for later with a stack trace, which takes milliseconds.
     if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
         torch.manual_seed(seed)
 
 
 def seed_cpu(seed: int) -> None:
-    """Seeds torch on the CPU, numpy and Python by 64 bits."""
+    """Seeds torch on the CPU, numpy and Python; numpy gets the lower 32 bits of the seed."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """Returns a 64-bit seed for the i-th generator (splitmix64, Steele et al. 2014)."""
+    """Derives the 64-bit seed of generator `i` from a seed (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -183,7 +181,7 @@ class _TensorSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         tensors, values = self._tensors, self._values
-        now = [name for name, _ in tensors.items()]  # scripted modules have no other iterator
+        now = [name for name, _ in tensors.items()]  # the mapping of a scripted module has no other iterator
         if [name for name in now if name in values] != list(values):
             # Optimizers rely on the order of parameters.
             later = {name: value for name, value in tensors.items() if name not in values}
@@ -224,7 +222,7 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
-    # Sparse tensors are not compared but always copied.
+    # Sparse tensors cannot be compared bit by bit, and count as changed.
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
@@ -233,7 +231,7 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
 
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[None]:
-    """Restores attributes of modules and the tensors, lists and dicts inside, such as states of metrics."""
+    """Restores the attributes of all modules, and the tensors, lists and dicts in them, such as states of metrics."""
     restores: list[Callable[[], None]] = []
     for module in model.modules():
         attributes = vars(module)

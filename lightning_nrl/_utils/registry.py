@@ -18,15 +18,15 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 @dataclass(eq=False)
 class Registry(Generic[T]):
-    """Registry of factories by name.
+    """Registry of factories (classes or functions) by name.
 
     Args:
-        kind: kind of the objects for messages, such as `Task`.
+        kind: word for the objects in messages, such as `Task`.
         example: example of a valid value for messages.
-        fits: predicate of such an object.
-        include: registries whose names are known too.
-        group: group of entry points, `lightning_nrl.<group>`, of classes or functions without arguments from other
-            distributions. Empty: none.
+        fits: returns True for a valid object.
+        include: other registries, whose names are accepted too.
+        group: other distributions add factories, called without arguments, by entry points in the group
+            `lightning_nrl.<group>`. Empty: no entry points.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -46,7 +46,7 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """Returns a decorator that adds a class or function; `forms` are texts with arguments, as `tolerance:1%`."""
+        """Returns a decorator that adds a factory. `forms` are example texts with arguments, such as `tolerance:1%`."""
 
         def add(factory: Factory) -> Factory:
             if any(name in registry._factories for registry in (self, *self.include)):
@@ -65,7 +65,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        # Names of this package come first, then the first of equal ones.
+        # A name of this package wins over an entry point, and the first entry point wins over a later one.
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
             if point.name not in self._factories:
@@ -74,11 +74,11 @@ class Registry(Generic[T]):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Example texts of all objects."""
+        """Example texts for all names, for messages."""
         return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """Returns the class or function of a name; refuses an unknown name, with the nearest one as a hint."""
+        """Returns the factory with this name; refuses an unknown name, with the most similar name as a hint."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -105,7 +105,7 @@ class Registry(Generic[T]):
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """Returns the default object of a name; returns an object unchanged."""
+        """Returns what the factory of a name makes without arguments; returns a valid object unchanged."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns the error for unreadable text with a `name` and arguments; `found` is argument and value."""
+        """Returns an error for unreadable text. `found` quotes argument and text; `name` is the text before a colon."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
@@ -122,7 +122,7 @@ class Registry(Generic[T]):
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function given directly or by its address, `package.module:function` or `package.module.function`."""
+    """Returns a function, given directly or by its address `package.module:function` or `package.module.function`."""
     found: Any = value
     if isinstance(value, str):
         try:

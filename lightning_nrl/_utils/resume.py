@@ -1,7 +1,7 @@
-"""Saved results of finished steps, which the same call reuses after a kill.
+"""Saved results of the finished steps of a repair, which the same call reuses after a kill.
 
-A repair takes the same steps in the same order each time, so numbers identify a step and the steps around it. The name
-of the folder is a hash of everything that affects the results.
+A repair takes the same steps in the same order each time. So the number of a step, after the numbers of the steps
+around it, names its file. The name of the folder is a hash of everything that affects the results.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def to_bytes(value: Any) -> bytes:
 def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Deserialises the result of `to_bytes`.
 
-    `hint` is a type that names, directly or in its fields, all dataclasses and named tuples in the value. Tensors from
-    other devices than the CPU go to `device`.
+    `hint` is the type of the value. A dataclass or named tuple in the value is refused unless it appears in `hint`, or
+    in the type hints of its fields. Tensors that were on another device than the CPU are put on `device`.
 
     Raises:
-        ValueError: the data are damaged or unexpected, or memory runs out.
+        ValueError: the data are damaged or hold an unexpected object, or memory runs out.
     """
     start, target = len(MAGIC), str(device or "cpu")
     view = memoryview(data)
@@ -82,24 +82,24 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Saves the results of steps of `every` seconds or more in a folder in `parent`; None: saves nothing.
+    """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
 
-    `elsewhere` are the parent folders of earlier runs, the newest first.
+    With `parent=None`, nothing is saved. `elsewhere` are the parent folders of earlier runs, the newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
         self._parent, self._elsewhere, self._every = parent, elsewhere, every
         self._clock, self._collective, self._device = StageTimer(), Collective(), torch.device("cpu")
         self._origin = ""
-        self._folder: Path | None = None  # of the first rank, while it is writable
+        self._folder: Path | None = None  # set on the first rank, and None after a write has failed
         self._made: list[Path] = []
         self._is_active = self._resumes = False
-        self._path, self._number = "", 0  # of the current step, and the number of steps inside
+        self._path, self._number = "", 0  # path of the current step, and number of steps begun inside it
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results of the same work; for all ranks, though only the first reads and writes.
+        """Looks for saved results of the same work. All ranks must call it; only the first reads and writes files.
 
-        `origin` has hashes of everything that affects the results, by name for messages.
+        `origin` maps names, for messages, to hashes of everything that affects the results.
         """
         if self._parent is None:
             return
@@ -116,7 +116,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs it; the same on all ranks. See `from_bytes` for `hint`."""
+        """Returns the saved result of a step, or runs `work`. All ranks must call it. For `hint` see `from_bytes`."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -182,12 +182,12 @@ class ResumeStore:
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        # Results of an earlier run are moved to this one.
+        # Results in the folder of an earlier run are moved to the folder of this run.
         for place in (folder, *(place / folder.name for place in self._elsewhere)):
             with suppress(OSError):
                 if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
                     if place != folder:
-                        # If the earlier run is still alive, it makes a new folder.
+                        # If the earlier run is still alive, it makes a new folder for itself.
                         shutil.rmtree(folder, ignore_errors=True)
                         folder.parent.mkdir(parents=True, exist_ok=True)
                         shutil.move(place, folder)

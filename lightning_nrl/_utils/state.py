@@ -1,4 +1,4 @@
-"""State of a model as tensors by name: reading, interpolation, hashes, temporary and permanent writing."""
+"""Weights of a model as tensors by name: copies, interpolation, hashes, temporary and permanent writing."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ State = Mapping[str, Tensor]  # parameters and buffers by their names in the mod
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies every parameter and persistent buffer, detached, on its device."""
+    """Returns detached copies of all parameters and persistent buffers, on their devices."""
     return {name: value.detach().clone() for name, value in live_tensors(model).items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the first parameter or buffer, or the CPU without any."""
+    """Returns the device of the first parameter or buffer, or the CPU if the model has neither."""
     held = next(iter((*model.parameters(), *model.buffers())), None)
     return torch.device("cpu") if held is None else held.device
 
 
 @torch.no_grad()
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """Returns the tensors that differ from the live ones, a shared one under each of its names.
+    """Returns the tensors of `state` that differ from the model's. A shared tensor is under each of its names.
 
-    The state may be on another device, since Lightning moves the model to the CPU after a fit on a GPU.
+    `state` may be on another device, since Lightning moves the model to the CPU after a fit on a GPU.
 
     Raises:
         ConfigurationError: a name is not in the model, or has another shape there.
@@ -45,9 +45,9 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 @contextmanager
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Replaces tensors of the model for a block, then restores the original objects; raises like `changed`.
+    """Replaces tensors of the model for a block, then puts the original tensor objects back. Raises like `changed`.
 
-    Replaces a shared tensor in all modules, where `torch.func.functional_call` would leave new weights behind.
+    A shared tensor is replaced in all modules (`torch.func.functional_call` would leave some of them changed).
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -68,7 +68,7 @@ def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
 
 @torch.no_grad()
 def write(model: nn.Module, state: State) -> None:
-    """Copies tensors into the model; raises like `changed`, before any copy."""
+    """Copies the tensors of `state` into the model. Raises like `changed`, before anything is copied."""
     live = _checked(model, state)
     for name, value in state.items():
         live[name].copy_(value)
@@ -76,9 +76,10 @@ def write(model: nn.Module, state: State) -> None:
 
 @torch.no_grad()
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
-    """Returns old + t (new - old) for a strength t, by the names of `new`; exact at 0 and 1.
+    """Returns old + strength * (new - old) for each name in `new`. The result is exact for the strengths 0 and 1.
 
-    Takes integers, such as batch counts, from `new` for t >= 1/2. Clamps variances of batch norm to 0 or more.
+    Integer tensors, such as batch counts, are those of `new` from strength 1/2 on, and those of `old` below. Variances
+    of batch norm are clamped to 0 or more.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}
@@ -97,7 +98,7 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """Returns base + sum of factor * (state - base) for the floating-point tensors of all states."""
+    """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of the states."""
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
         value = base[name]
@@ -126,15 +127,15 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def current_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns `live_tensors`, detached."""
+    """Returns the `live_tensors`, detached but not copied."""
     return {name: value.detach() for name, value in live_tensors(model).items()}
 
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Maps names in the state dict to the names of the live tensors that they save.
+    """Maps each name in `model.state_dict()` to the name of the tensor of `live_tensors` that is saved under it.
 
-    A custom `state_dict` may omit or rename tensors, or save others, such as a moving average.
+    A custom `state_dict` may omit or rename live tensors, or save other values, such as a moving average.
     """
     live, state = live_tensors(model), model.state_dict()
     places = {_place(value): name for name, value in live.items()}
@@ -156,7 +157,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_saved(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model whose state dict omits or replaces some of these tensors."""
+    """Refuses a model whose state dict omits one of these tensors, or saves other values for it."""
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:
@@ -190,9 +191,9 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """Returns the SHA-256, in hexadecimal digits, of names, dtypes, shapes and bytes of the tensors of a state dict.
+    """Returns the SHA-256 of a state dict's tensors in hexadecimal digits: of names, dtypes, shapes and bytes.
 
-    Does not depend on devices, strides or the order of names.
+    The hash does not depend on devices, strides or the order of names.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,4 +1,4 @@
-"""Time of a repair: stages, deadlines, progress."""
+"""Stages, deadlines and progress of a repair."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 
-Clock = Callable[[], float]  # seconds since any start
+Clock = Callable[[], float]  # returns seconds since some fixed moment
 
 
 class Observer(Protocol):
-    """Observer of a repair's progress."""
+    """Receiver of a repair's progress."""
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Returns a context for a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""
+        """Returns a context manager in which a stage runs, such as `collect`, `fit`, `polish`, `search` or `judge`."""
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Takes the steps of a stage, and the best candidate's counts if any."""
+        """Receives the finished and total steps of a stage, and what its best weights so far repair and break."""
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Takes the expected seconds of the stages to come, and the time limit `most`."""
+        """Receives the expected seconds of the coming stages by name, and the seconds left until the time limit."""
 
     def announce(self, text: str) -> None:
-        """Takes a sentence for the user before work that needs more than a few seconds."""
+        """Shows a sentence to the user, before work that takes more than a few seconds."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """End of the work in seconds of the clock `now`; infinite without a limit.
+    """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is infinite.
 
-    All ranks ask together and get one answer; without a limit, nothing is exchanged.
+    All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together, and get the same answer. Without a
+    limit, the ranks exchange nothing.
     """
 
     end: float = math.inf
@@ -50,12 +51,12 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds left on this rank, below 0 after the end."""
+        """Seconds left on this rank, negative after the end."""
         poll()
         return self.end - self.now()
 
     def agreed_seconds_left(self) -> float:
-        """Returns the seconds left on the first rank."""
+        """Returns, on every rank, the seconds left on the first rank."""
         if not self.is_set:
             return self.seconds_left
         return float(self.collective.agreed(torch.tensor(self.seconds_left, dtype=torch.float64)))
@@ -66,7 +67,7 @@ class Deadline:
         return not (self.is_set and self.collective.any(self.seconds_left < seconds))
 
     def is_over(self) -> bool:
-        """True if no time is left on some rank."""
+        """True if no time is left on at least one rank."""
         poll()
         return self.is_set and self.collective.any(self.seconds_left <= 0)
 
@@ -79,7 +80,7 @@ class Deadline:
 
 
 class StageTimer:
-    """Timer of stages within `max_time`, which informs an observer."""
+    """Timer of a repair's stages, which passes progress on to an observer. `max_time` limits the repair, in seconds."""
 
     def __init__(
         self, observer: Observer | None = None, max_time: float | None = None, now: Clock | None = None
@@ -102,23 +103,23 @@ class StageTimer:
 
     @property
     def left(self) -> float:
-        """Seconds until the end of `max_time`; infinite without a limit."""
+        """Seconds until the end of `max_time`, or infinity without a limit."""
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Continues from the times of an earlier process, which count for deadlines."""
+        """Sets the elapsed seconds and the seconds by stage to those of an earlier process. Deadlines count them."""
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
         self.seconds.update(seconds)
 
     @property
     def one_pass(self) -> float:
-        """Seconds of the first forward pass over all known data, the estimate for further ones."""
+        """Seconds of the first forward pass over all known data, as an estimate for further passes."""
         return self.seconds.get("collect", 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage, not counting stages inside."""
+        """Adds the duration of the block to a stage, without the time of other stages inside the block."""
         poll()
         self.seconds.setdefault(name, 0.0)
         start, inside = self.now(), sum(self.seconds.values())
@@ -144,5 +145,4 @@ class StageTimer:
 
 
 def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Returns the seconds of stages rounded to three decimals."""
     return {name: round(spent, 3) for name, spent in seconds.items()}

@@ -1,4 +1,4 @@
-"""Checks of a function's model, and of its arguments for `RegressionFreeRepair`."""
+"""Checks of the model and the arguments that are given to `repair`, `diagnose`, `compare` and `sweep`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.settings import OPTIONS, changed_options
 
 OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
-"""Classes of option objects, by argument of a repair."""
+"""Classes of option objects, such as `DataOptions`, by the argument of `RegressionFreeRepair` that takes them."""
 
 SEARCH_OPTION_NAMES = (
     "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
@@ -27,7 +27,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
     "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options with an effect, by function; for others all but `start_from`."""
+"""Options that have an effect, by function. In functions that are not listed, only `start_from` has none."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
@@ -40,7 +40,7 @@ INSTEAD = {
 
 
 def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses options without an effect; of an option object, only those that differ from the default."""
+    """Refuses arguments without an effect in `entry_point`. An option object may have such fields at their defaults."""
     given: dict[str, Any] = {}
     for name, value in arguments.items():
         given |= changed_options(value) if isinstance(value, tuple(OPTION_CLASSES.values())) else {name: value}
@@ -56,14 +56,14 @@ def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if an argument, or some option in it, has an effect."""
+    """True if an argument, or a field of the option object that it takes, has an effect in `entry_point`."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
     return not names.isdisjoint(USED_OPTIONS[entry_point])
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """Returns a callback; refuses unknown arguments, with the nearest known one as a hint, and those without effect."""
+    """Returns a callback with these arguments; refuses unknown arguments and those without effect in `entry_point`."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
     inside = {
         field.name: f"`{name}={kind.__name__}({field.name}=...)`"
@@ -80,7 +80,7 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
 
 
 def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses a model that is no LightningModule, compiled or not."""
+    """Refuses a model that is neither a LightningModule nor a compiled LightningModule."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, LightningModule):
         problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."

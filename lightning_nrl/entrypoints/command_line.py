@@ -1,7 +1,7 @@
-"""The script `lightning-nrl`: repairs, diagnoses and compares a project, decides on a release, applies patches.
+"""The script `lightning-nrl`: repairs, diagnoses or compares models of a project, decides on releases, applies patches.
 
-Reads arguments, YAML as LightningCLI writes it, and files. Exit status: 0 success, 1 not accepted, 2 an error, 3 files
-that cannot be written.
+A project is given by arguments and YAML as for LightningCLI. The exit status is 0 for success, 1 if the result is not
+accepted, 2 for an error, and 3 if files cannot be written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PAGE_WIDTH = 120  # characters
 
 
 def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
-    """Writes a checkpoint with a patch applied or reverted."""
+    """Writes a copy `out` of a checkpoint with a patch applied, or reverted if `undo`."""
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "taken out" if undo else "applied"
@@ -75,7 +75,7 @@ def show_report(file: str, out: str | None) -> int:
 
 
 def read_report(path: str | Path) -> Report:
-    """Reads the report of a JSON file or a patch."""
+    """Reads a report from a JSON file, or from the patch that contains it."""
     path = Path(path)
     if path.suffix == ".safetensors":
         found = Patch.load(path).report
@@ -131,7 +131,7 @@ def decide_release(
     allow_missing: list[str],
     out: str | None,
 ) -> int:
-    """Decides on a release from two files of predictions; returns 1 only for a refusal."""
+    """Decides on a release from two files of predictions; returns 0 if it is accepted, else 1."""
     rules, sliced = parse_rules(rule or ["instance"], require), None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for one in rules:
@@ -157,7 +157,7 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project; returns 1 if the result does not meet `require`."""
+    """Repairs the model of a project; returns 1 if that fails or the result does not meet `require`, else 0."""
     require = project.own["require"] or "any"
     if require != "any" and "unseen" not in project.options:
         problem = f"`require={require}` judges data that the repair never looks at, and `unseen` names none."
@@ -190,7 +190,7 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison of methods, or tests a new checkpoint against an old one with a `ReleaseGate`."""
+    """Prints a comparison of methods, or tests the checkpoint `new` against `old` with a `ReleaseGate`."""
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
         options = {name: value for name, value in project.options.items() if is_used("compare", name)}
@@ -212,7 +212,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: function, purpose, and arguments (None: those of a project)."""
+    """A command: its function, its purpose in words, and its arguments (None: those of a project)."""
 
     run: Callable[..., int]
     purpose: str
@@ -255,13 +255,13 @@ FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 success, 1 not accepted, 2 an error, 3 unwritable files."""
+    """Runs a command; returns 0 for success, 1 if not accepted, 2 for an error, and 3 if files cannot be written."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.insert(0, "")  # for the user's modules in the current folder
     try:
         return _run(given)
-    except SystemExit as end:  # of a parser, which has printed why
+    except SystemExit as end:  # raised by a parser, which has printed why
         return end.code if isinstance(end.code, int) else FAILURE_STATUS * bool(end.code)
     except (RepairError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Projects read from YAML and arguments by LightningCLI, with the arguments of a repair."""
+"""Reads a project (trainer, model, data, and options of the repair) from YAML and arguments by LightningCLI."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
 
-HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}  # in a checkpoint
+HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}  # keys in a checkpoint
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
-OWN_WEIGHTS = "model"  # as `ckpt_path`
+OWN_WEIGHTS = "model"  # value of `ckpt_path`
 
 TRUST = "false: you trust the checkpoint, which may hold objects and run their code"
 
@@ -47,7 +47,7 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "require": (Require, REQUIRE),
     },
 }
-"""Further arguments of a command, with types and help."""
+"""Arguments of a command besides those of every project: type and help by name."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Project:
 
     source: dict[str, Any]  # arguments for trainer, model, data module and checkpoint
     options: dict[str, Any]  # arguments of `RegressionFreeRepair` that differ from the defaults
-    own: dict[str, Any]  # further arguments, see `OWN_ARGUMENTS`
+    own: dict[str, Any]  # values of `PROJECT_ARGUMENTS` and `OWN_ARGUMENTS`
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads the arguments of LightningCLI without a subcommand, and those of the command.
+    """Reads a project from LightningCLI's arguments, without a subcommand, and those of the command.
 
-    A `RegressionFreeRepair` among the trainer's callbacks sets arguments of the repair; `repair` overrides them.
+    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair. Options under `repair` win.
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -82,7 +82,7 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
             parser_kwargs={"prog": program, "description": purpose},
         )
     except ValueError as error:
-        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # our error in jsonargparse's
+        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # our error, quoted by jsonargparse
         if isinstance(error, RepairError) or listed is None:
             raise
         raise ConfigurationError(listed[1], listed[2]) from None
@@ -118,7 +118,7 @@ def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tupl
 
 
 class _ProjectArguments:
-    """Mixin for LightningCLI with further arguments."""
+    """Mixin that adds the arguments `own`, and `repair`, to LightningCLI."""
 
     own: Mapping[str, tuple[Any, str]]
     config: Any
@@ -138,7 +138,7 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves arguments of the trainer's `RegressionFreeRepair` to `repair`, unless set there."""
+        """Moves the arguments of a callback `RegressionFreeRepair` to `repair`, except those that are set there."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
@@ -154,7 +154,7 @@ class _ProjectArguments:
 
 
 def _early_arguments(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
-    # `model`, `data` and `ckpt_path` are needed to make the parser.
+    # The parser of LightningCLI is made with `model`, `data` and `ckpt_path`, so these are read first.
     parser = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for name in ("model", "data"):
@@ -193,7 +193,7 @@ def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
             hint = "give YAML, such as the config.yaml that LightningCLI writes; a checkpoint is `--ckpt_path`."
             raise ConfigurationError(f"`config={str(path)!r}` is no text.", hint) from error
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser explains it
+            continue  # the parser reports the error
         if isinstance(found, dict):
             yield found
 
@@ -205,12 +205,12 @@ def _class_path(entry: object) -> str | None:
 
 
 def _cli_class(model: str | None) -> Any:
-    # Of the package of the model, else of the first installed one.
+    # The LightningCLI of the model's package, or else of the first installed package.
     pairs = list(zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True))
     try:
         kind: Any = None if model is None else import_function("model", model)
     except ConfigurationError:
-        kind = None  # LightningCLI explains it
+        kind = None  # LightningCLI reports the error
     found = [cli for base, cli in pairs if isinstance(kind, type) and issubclass(kind, base)]
     return (found or [pairs[0][1]])[0]
 

@@ -43,7 +43,7 @@ from lightning_nrl.pipeline.repair_module import Outcome
 from lightning_nrl.report import RepairReport, Report
 
 Result = TypeVar("Result", bound=Report)
-Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # with the epochs of the training
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # gets the number of epochs that the model has trained
 
 
 def dry_fit(
@@ -57,9 +57,10 @@ def dry_fit(
     whole: bool = False,
     **data: Any,
 ) -> Result:
-    """Runs work in a `fit` without steps and returns its result; leaves model, trainer and random state unchanged.
+    """Runs `work` in a `fit` without steps and returns its result; leaves model, trainer and random state unchanged.
 
-    Takes data options, task and seed from `callback`; `data` are arguments of `fit`; with `whole`, each rank reads all.
+    `callback` has the data options, the task and the seed. `data` are further arguments of `fit`. With `whole`, each
+    rank reads all samples instead of its share.
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
@@ -81,7 +82,7 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Makes the next `fit` run work without steps; saves and logs its outcome, if any, and writes it to the model."""
+    """Makes the next `fit` run `work` instead of training. Saves, logs and applies the outcome unless it is None."""
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."
@@ -104,7 +105,7 @@ class _WithoutTraining(CallbackBase):
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
-        # The length of the training, unless a checkpoint to load has it.
+        # Epochs of the trainer's last fit, used unless a loaded checkpoint has a number of epochs.
         fitted = trainer.fit_loop.epoch_progress.current.ready > 0
         self._fitted = trainer.lightning_module if fitted else None
         self._epochs = epochs_of(trainer) if fitted else ASSUMED_EPOCHS
@@ -120,8 +121,8 @@ class _WithoutTraining(CallbackBase):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A checkpoint may have more epochs than the limit. Not set earlier, since schedules read it when optimizers are
-        # configured.
+        # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read the limit when
+        # optimizers are configured.
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
@@ -132,7 +133,7 @@ class _WithoutTraining(CallbackBase):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the outcome, after Lightning has loaded optimizer states and the step count."""
+        """Saves the outcome at the end, when Lightning has loaded the optimizer states and the step count."""
         if self.outcome is not None:
             with self.callback.handle_signals(trainer):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)
@@ -155,24 +156,24 @@ def repair(
     callback: RegressionFreeRepair | None = None,
     **arguments: Any,
 ) -> RepairReport:
-    """Repairs a trained model, with the report, files and logs of a repair after `fit`.
+    """Repairs a trained model, and writes the same report, files and logs as `RegressionFreeRepair` after a `fit`.
 
     Args:
         trainer: a trainer for the model, used for one `fit` without steps.
-        model: the trained module, or one to load from `ckpt_path`.
-        train_dataloaders: passed samples, unless the data module has them.
-        val_dataloaders: failed samples, unless the data module has them.
+        model: the trained module, or a module into which `ckpt_path` is loaded.
+        train_dataloaders: data for the passed samples; None: those of the data module, or of the module itself.
+        val_dataloaders: data for the failed samples; None: those of the data module, or of the module itself.
         datamodule: data module, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: checkpoint of the model; None: the current weights.
         weights_only: True: refuse a checkpoint with other objects than tensors and plain values; False: trust it.
-        callback: a `RegressionFreeRepair` with all settings, such as one of `from_paper`.
-        **arguments: arguments of `RegressionFreeRepair` instead, such as `target=Target.label(3)`.
+        callback: a `RegressionFreeRepair` with all settings, such as one made by `from_paper`.
+        **arguments: if there is no `callback`: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`.
 
     Returns:
         The report. Its `files["checkpoint"]` is the repaired checkpoint; the model holds the repaired weights.
 
     Raises:
-        ConfigurationError: an argument is invalid, or the trainer has a repair of its own or a minimum of training.
+        ConfigurationError: an argument is invalid, or the trainer has a repair callback, `min_epochs` or `min_steps`.
 
     Example::
 
@@ -209,20 +210,20 @@ def diagnose(
     history: str | Path | None = None,
     **arguments: Any,
 ) -> Diagnosis:
-    """Diagnoses before a repair which failures can be repaired, which constraints oppose it, and what it costs.
+    """Predicts which failures a repair can fix, which passed samples limit the repair, and how long the repair takes.
 
-    Takes about two evaluations of the known data and some seconds. Changes neither model nor trainer, and writes no
-    file. All arguments but `history` are those of `repair`; of the further ones `target`, `task`, `data` and `seed`
-    have an effect.
+    This takes about two evaluations of the known data and some seconds. Model and trainer are not changed, and no file
+    is written. All arguments except `history` are those of `repair`. Of the arguments of `RegressionFreeRepair`, only
+    `target`, `task`, `data` and `seed` have an effect.
 
-    `history` is a folder written by `TrainingHistory`. The notes then list targets that were never learned, with those
-    whose label looks wrong, and targets that were forgotten.
+    `history` is a folder written by `TrainingHistory`. With it, the notes of the diagnosis count targets that were
+    never learned, those of them with a doubtful label, and targets that were forgotten.
 
     Returns:
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next step.
 
     Raises:
-        EvaluationError: the losses of some samples, which it names, are not finite.
+        EvaluationError: the losses of some samples are not finite. The message names these samples.
 
     Example::
 
@@ -256,12 +257,12 @@ def compare(
 ) -> Comparison:
     """Runs repair methods and baselines on one trained model, and counts what each repairs and breaks.
 
-    Each method starts from the same weights with the same seed and may take `max_time`; only retraining may take
-    longer. Changes neither model nor trainer nor random state, and writes no file. Trainer, model, data, checkpoint and
-    further arguments are those of `repair`; refuses those without an effect (see docs/options.md).
+    Each method starts from the same weights with the same seed and may take `max_time` seconds; only retraining may
+    take longer. Model, trainer and random state are not changed, and no file is written. All arguments except `methods`
+    are those of `repair`; an argument without an effect is refused (see docs/options.md).
 
-    `methods` are names such as `finetune-polish` and `fine-tuning`, or objects, or a mapping of both by name; None: all
-    named methods and baselines.
+    `methods` is a list of names, such as `finetune-polish` and `fine-tuning`, or of method objects, or a mapping from
+    your own names to these. None: the methods and baselines that a comparison runs by default.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
@@ -299,19 +300,21 @@ def sweep(
     log: Literal["setting", "run", "none"] = "none",
     **arguments: Any,
 ) -> SweepResult:
-    """Runs the paper's search with many settings and seeds on one trained model, and counts what each run does.
+    """Runs the paper's search with many settings and seeds on one model, and counts what each run repairs and breaks.
 
-    Each run returns the weights of `repair` with the same arguments, bit by bit, in a fraction of the time, since it
-    reads data once and searches many swarms together. Ranks share the runs. Changes neither model nor trainer nor
-    random state. Trainer, model, data, checkpoint and further arguments are those of `repair`, such as
-    `method=ParticleSwarm(...)` and `search=SearchOptions(...)`; refuses those without an effect (see docs/options.md).
+    Each run finds the same weights as `repair` with the same arguments, bit by bit. It takes a fraction of the time,
+    since the sweep reads the data once and searches many swarms together. Ranks share the runs. Model, trainer and
+    random state are not changed. Trainer, model, data, checkpoint and further arguments, such as
+    `method=ParticleSwarm(...)` and `search=SearchOptions(...)`, are those of `repair`; an argument without an effect is
+    refused (see docs/options.md).
 
-    `settings` are a `Grid` or mappings of arguments. `seeds` are a list, or their number from 0 on. `dirpath` gets the
-    table and the weights; a second call with the same folder makes only the missing runs. `log` chooses the rows of
-    TensorBoard's HParams tab: each `setting`, with its means, each `run`, or `none`.
+    `settings` is a `Grid`, or one or several mappings from argument to value. `seeds` is a list of seeds, or a number
+    `n` for the seeds 0 to n - 1. `dirpath` is the folder for the table and the weights; a second call with the same
+    folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: one for each `setting`
+    with the means over its seeds, one for each `run`, or `none`.
 
     Returns:
-        The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
+        The result: `rich.print` shows means and spread, `best` returns a run, `pareto` returns the Pareto front.
 
     Example::
 

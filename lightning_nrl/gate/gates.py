@@ -21,13 +21,14 @@ from lightning_nrl.evaluation.slices import missed_quotas
 
 @dataclass(frozen=True)
 class Gate(ABC):
-    """A limit on the known samples that a repair may break.
+    """A limit on the number of known samples that a repair may break.
 
-    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads them
-    from text. A custom gate is a frozen dataclass with `allowed`, `rule` and `__str__`.
+    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` return the usual gates; `Gate.parse(text)` reads a
+    gate from text. A custom gate is a frozen dataclass that derives from `Gate` and has `allowed`, `rule` and
+    `__str__`.
 
     Attributes:
-        needs_target: True if only broken samples in the target (`Target.covers`) and protected ones count.
+        needs_target: True if a broken sample counts only if it is in the target (`Target.covers`) or protected.
 
     Example:
         >>> Gate.parse("tolerance:1%")
@@ -44,10 +45,10 @@ class Gate(ABC):
 
     @final
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
-        """Computes how far the cost of broken samples exceeds the limit; 0 if the gate accepts them.
+        """Returns by how much the cost of the broken samples exceeds the limit, or 0 if the gate accepts the cost.
 
-        Without a `cost`, all samples count alike. Raises `ConfigurationError` if the gate needs a target and there is
-        none.
+        Without a `cost`, each broken sample that counts has a cost of 1. Then `ConfigurationError` is raised if the
+        gate needs a target and `counts` are no `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -60,7 +61,7 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Computes the cost of broken samples, `N` bool; infinite if a protected one is among them."""
+        """Returns the summed weights of the `broken` samples (`N` bool) that count. A protected one weighs infinity."""
         return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
@@ -74,7 +75,7 @@ class Gate(ABC):
 
     @staticmethod
     def instance() -> Gate:
-        """Allows no broken known sample: stricter than the paper's instance level, which is about the target."""
+        """Allows no broken known sample. The paper's instance level is less strict: it only concerns the target."""
         return Instance()
 
     @staticmethod
@@ -89,15 +90,15 @@ class Gate(ABC):
 
     @staticmethod
     def tolerance(limit: int | float) -> Gate:
-        """Allows a number or share of broken known samples, as `Tolerance`."""
+        """Allows a number or a fraction of known samples to break (see `Tolerance`)."""
         return Tolerance(limit)
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; returns a `Gate` unchanged. `argument` is its name in error messages.
+        """Reads a gate from text; returns a `Gate` unchanged. `argument` names the value in error messages.
 
-        Text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
-        `tolerance:0.01` (of those that passed).
+        The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or `tolerance:1%` or
+        `tolerance:0.01` (1 % of the samples that passed).
         """
         if isinstance(gate, Gate):
             return gate
@@ -110,7 +111,7 @@ class Gate(ABC):
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
-"""Gates by name."""
+"""Registry of the gates by name."""
 
 
 @GATES.register("instance")
@@ -130,9 +131,9 @@ class Instance(Gate):
 @GATES.register("instance-in-target")
 @dataclass(frozen=True)
 class InstanceInTarget(Gate):
-    """Allows no broken known sample in the target (`Target.covers`); others may break unless protected.
+    """Allows no broken known sample in the target (`Target.covers`). Other samples may break unless they are protected.
 
-    A model that repairs one class at the expense of another passes: check `broken`, too.
+    So the gate accepts a model that repairs one class at the expense of another: check the count `broken`, too.
     """
 
     needs_target: ClassVar[bool] = True
@@ -148,7 +149,7 @@ class InstanceInTarget(Gate):
 @GATES.register("accuracy")
 @dataclass(frozen=True)
 class Accuracy(Gate):
-    """Allows as many broken known samples as are repaired."""
+    """Allows as many broken known samples as repaired known samples."""
 
     rule = "as many as are repaired"
 
@@ -162,7 +163,7 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """Allows `limit` known passed samples to break: a whole number, or a fraction in [0, 1] of those that passed."""
+    """Allows `limit` known samples to break: a whole number, or a fraction in [0, 1] of the samples that passed."""
 
     limit: int | float
 
@@ -178,7 +179,7 @@ class Tolerance(Gate):
     def allowed(self, counts: FlipCounts) -> int:
         if isinstance(self.limit, int):
             return self.limit
-        # Decimal arithmetic: in binary, 29 % of 100 samples would be 28.
+        # In binary floating point, 29 % of 100 samples would be 28.
         return math.floor(Fraction(repr(self.limit)) * counts.passed)
 
     @property
@@ -192,7 +193,7 @@ class Tolerance(Gate):
 
 
 def allowance(gate: Gate, counts: FlipCounts) -> str:
-    """Describes a gate's limit in words, with the number of samples for these counts."""
+    """Returns a gate's limit in words: "the gate allows at most 1 % of those that passed, here 56"."""
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
@@ -203,10 +204,10 @@ Status = Literal["repaired", "refused", "not repaired"]
 
 @dataclass(frozen=True)
 class GateDecision:
-    """The decision whether a candidate replaces the original weights, and why.
+    """The decision whether new weights replace the weights before the repair, and why.
 
-    `status` is `repaired`, `refused` by the gate, or `not repaired` if no targeted sample was. `counts` are of all
-    known samples.
+    `status` is `repaired`, `refused` (the gate does not accept the new weights), or `not repaired` (no targeted sample
+    is right with the new weights). `counts` count all known samples.
     """
 
     status: Status
@@ -221,16 +222,16 @@ class GateDecision:
 def judge(
     before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
 ) -> GateDecision:
-    """Judges a candidate by all known samples, whether or not the search scored them.
+    """Decides if new weights are accepted, by all known samples, including those that the search did not score.
 
-    A candidate that repairs no targeted sample is not accepted: any change of weights is a risk on unseen data. All
-    ranks decide alike if their tables are equal.
+    New weights that repair no targeted sample are not accepted, since any change of weights is a risk on unseen data.
+    Ranks with equal results decide alike.
 
     Args:
-        before: the original model on all known data; its `targeted` marks the samples to repair.
-        after: the candidate on the same data, from a forward pass of the deployed module.
-        gate: limit on the cost of broken known samples; protected ones may not break.
-        needed: number of targets that must be repaired, by slice.
+        before: results of the model before the repair on all known data; the mask `targeted` marks samples to repair.
+        after: results of the new weights on the same data, from a forward pass of the deployed module.
+        gate: limit on the cost of broken known samples. Protected samples may never break.
+        needed: minimum number of repaired targets, by name of the slice.
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
@@ -252,13 +253,13 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Refuses an accepted candidate that breaks a protected calibration sample."""
+    """Changes a decision to `refused` if a protected sample of the calibration data (`before`, `after`) breaks."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Describes the cost of broken samples; empty if it equals their number."""
+    """Names broken protected samples, or the cost of the broken samples if it differs from their number."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples would break: {_by_split(protected)}."

@@ -29,10 +29,10 @@ TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load th
 def reading_checkpoints(
     trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
-    """Lets a trainer read only checkpoints of tensors and plain values for a block, unless `weights_only` is false.
+    """Makes a trainer refuse, for a block, checkpoints with other objects than tensors and plain values.
 
-    Lightning 2.5 runs any code in a checkpoint; 2.6 leaves it to torch, but not for URLs. Has no effect on a custom
-    checkpoint plugin of another format.
+    With `weights_only=False`, the trainer reads them too. By itself, Lightning 2.5 runs any code in a checkpoint, and
+    2.6 does so if the checkpoint is from a URL. Custom checkpoint plugins for other formats are not affected.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
@@ -57,7 +57,7 @@ class _CheckpointReader(WrappingCheckpointIOBase):
     def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
         super().__init__(stored)
         self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
-        self.path = ""  # of the last checkpoint read
+        self.path = ""  # path of the checkpoint that was read last
 
     @override
     def teardown(self) -> None:
@@ -84,9 +84,9 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Writes as Lightning does, but without the system's temporary folder, or as the user's own plugin does.
+    """Checkpoint plugin that writes like the user's own plugin, or like Lightning but without a temporary folder.
 
-    Keeps an exception as `error`, since other ranks would wait forever for the one that writes.
+    An exception is stored as `error` and not raised, since other ranks would wait forever for the rank that writes.
     """
 
     def __init__(self, stored: CheckpointIO) -> None:
@@ -98,7 +98,7 @@ class CheckpointWriter(WrappingCheckpointIOBase):
             inner = inner.checkpoint_io
         self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")  # `torch.load` reads the file
         self.error: Exception | None = None
-        self.state_dict: Any = None  # of the checkpoint to write
+        self.state_dict: Any = None  # state dict of the checkpoint to write
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

@@ -1,7 +1,7 @@
 """Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both are installed.
 
-A class here is the union of both, for annotations and `isinstance`; a `...Base` derives from both; `class_for` returns
-the class to construct. mypy sees the classes of `pytorch_lightning`.
+A name such as `Trainer` is the union of both classes, for annotations and `isinstance`. A name such as `CallbackBase`
+is a class derived from both. `class_for` returns the class to construct. mypy only sees those of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn as rank_zero_warn
 from torch import nn
 
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-"""The packages, each with its Fabric package."""
+"""The Fabric package that belongs to each of the two packages."""
 LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports the installed packages, so that a callback can derive from both; the first one keeps its logger."""
+    """Imports all installed packages, so that a callback can derive from both of them."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []
@@ -37,7 +37,7 @@ def installed_packages() -> tuple[ModuleType, ...]:
     if not packages:
         hint = "HINT: python -m pip install lightning"
         raise ImportError(f"neither `lightning.pytorch` nor `pytorch_lightning` can be imported. {hint}") from errors[0]
-    if imported:
+    if imported:  # the user's package goes on to log with its own logger
         rank_zero.log, rank_zero.rank_zero_deprecation_category = kept
     return tuple(packages)
 
@@ -46,7 +46,7 @@ PACKAGES = installed_packages()
 
 
 def classes(path: str) -> tuple[type[Any], ...]:
-    """Returns the class at a path, `pytorch.` or `fabric.`, module, name, of each installed package that has it."""
+    """Returns the class at a path (`pytorch.callbacks.Timer`, `fabric.plugins.Precision`) of each package with it."""
     found = (_find(package.__name__, path) for package in PACKAGES)
     return tuple(kind for kind in found if kind is not None)
 
@@ -58,7 +58,7 @@ def _find(package: str, path: str) -> Any:
 
 
 def callback_kinds(names: str) -> tuple[type[Any], ...]:
-    """Returns Lightning's callbacks of these names in the installed version."""
+    """Returns the callback classes with these names, separated by spaces, of all installed packages that have them."""
     return tuple(kind for name in names.split() for kind in classes(f"pytorch.callbacks.{name}"))
 
 
@@ -113,12 +113,12 @@ else:
     CallbackBase = _base("pytorch.Callback")
     WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
-    # Its subclasses derive from a user's module too, whose methods a base of the other package would override.
+    # Its subclasses also derive from a user's module, whose methods a base from the other package would override.
     LightningModuleMixin = nn.Module
 
 
 def packages_of(thing: object) -> list[str]:
-    """Returns the names of the packages whose Trainer, module, data module, callback or logger `thing` is."""
+    """Returns the names of the packages in which `thing` is a Trainer, module, data module, callback or logger."""
 
     def kinds(package: Any) -> tuple[type[Any], ...]:
         modules = (package.LightningModule, package.LightningDataModule)
@@ -128,5 +128,5 @@ def packages_of(thing: object) -> list[str]:
 
 
 def class_for(trainer: Trainer, path: str) -> Any:
-    """Returns the class at a path (see `classes`) of a trainer's own package."""
+    """Returns the class at a path (see `classes`) in the package of the trainer."""
     return _find(packages_of(trainer)[0], path)

@@ -1,4 +1,4 @@
-"""All access to private or untyped parts of Lightning, tested with 2.5 and 2.6; each docstring names the part."""
+"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Docstrings name the part in brackets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Replaces a trainer's callbacks."""
     _untyped(trainer).callbacks = callbacks
 
 
@@ -49,12 +48,12 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `overfit_batches`: a number of batches, a share of them, or 0. Lightning does not annotate it."""
+    """Returns `overfit_batches`, which has no type: a number of batches, a share of the batches, or 0 for no limit."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 
 def state_key_of(callback: Callback, **what: Any) -> str:
-    """Returns the key of a callback's state in a checkpoint, with `what` to tell callbacks of one class apart."""
+    """Returns the key of a callback's state in a checkpoint (`_generate_state_key`). `what` tells callbacks apart."""
     return callback._generate_state_key(**what)
 
 
@@ -63,11 +62,11 @@ def logged_hparams(trainer: Trainer) -> dict[str, Any]:
     holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
     logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
     found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
-    return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
+    return {key: value for key, value in found.items() if key != "_class_path"}  # added by LightningCLI
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Returns the trainer of a module or None, where `LightningModule.trainer` raises (`_trainer`)."""
+    """Returns the trainer of a module (`_trainer`), or None if it has none; `LightningModule.trainer` would raise."""
     return module._trainer
 
 
@@ -79,7 +78,7 @@ def overrides(module: LightningModule, name: str) -> bool:
 
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
-    """Sets the trainer's stage to validation for a block, so that augmentation that checks it stays off."""
+    """Sets the trainer's stage to validation for a block, so that code that augments only in training does not."""
     stage = trainer.state.stage
     trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
@@ -103,7 +102,7 @@ def given_loaders(trainer: Trainer, split: str) -> Any:
 
 
 def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
-    """Returns a `CombinedLoader` of changed loaders with the mode of the fit (`_combined_loader`, `_mode`)."""
+    """Returns a `CombinedLoader` of `change(loader)` for the loaders given, in the fit's mode (`_combined_loader`)."""
     combined = trainer.fit_loop._combined_loader
     mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
     inside = pytree.tree_map(change, getattr(given, "iterables", given))
@@ -113,9 +112,9 @@ def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) ->
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """Returns the validation loaders of `fit` or `validate`, their batch limits and their mode, or None.
+    """Returns the loaders of a validation, their batch limits and their mode, or None if there is no validation.
 
-    Reads `_combined_loader` and its `_mode`, since `val_dataloaders` has the user's nesting.
+    Reads `_combined_loader` and its `_mode`, since `val_dataloaders` may be nested as the user likes.
     """
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
@@ -128,9 +127,9 @@ def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], 
 
 
 def rerun_validation(trainer: Trainer) -> None:
-    """Validates once more within a fit, which updates the trainer's metrics.
+    """Validates once more within a fit, to update the trainer's metrics.
 
-    Restores the counters of the loop and the logger connector, and the current hook.
+    Then restores the counters of the loop, and the state of the logger connector (`_logger_connector`).
     """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
@@ -146,7 +145,7 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
-    """Returns the sampler of a loader, and the user's own inside of Lightning's distributed wrapper (`_sampler`)."""
+    """Returns the sampler of a loader, and the sampler inside it if Lightning has wrapped it for ranks (`_sampler`)."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
@@ -155,13 +154,13 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Returns the module inside of the result of `torch.compile`, else the module itself (`_orig_mod`)."""
+    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or a module that is not compiled unchanged."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if calls are compiled, so that hooks inside do not run (`_compiled_call_impl`, `_compiler_ctx`)."""
+    """True if calls of the module are compiled, so that hooks inside do not run (`_compiled_call_impl`)."""
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -185,7 +184,7 @@ def release_copy(copy: nn.Module) -> None:
 
 
 def starts_own_processes(trainer: Trainer) -> bool:
-    """True if a trainer works in processes that it starts, as with `ddp_spawn` (class of `Strategy.launcher`)."""
+    """True if a trainer works in other processes that it starts, as with `ddp_spawn` (class of `Strategy.launcher`)."""
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))

@@ -12,18 +12,18 @@ from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import RecordedSplit
 from lightning_nrl.report._figures import INK, new_figure, style_axes
 
-MOST_CLASSES = 20  # with more classes, no curves for each
+MOST_CLASSES = 20  # with more classes, there are no curves by class
 HISTORY_CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 
 
 @dataclass(frozen=True)
 class Learning:
-    """Learned samples of a split of `n` after one record; after all, `right` and `was_right` are `records x n`."""
+    """Which of `n` samples of a split were right at one point of a training, or at `T` points (masks of `T x n`)."""
 
     label: Tensor  # n int64
-    right: Tensor  # n bool, right at the last record
-    was_right: Tensor  # n bool, right at some record
+    right: Tensor  # bool, right at the point
+    was_right: Tensor  # bool, right at the point or an earlier one
 
     @classmethod
     def of(cls, record: RecordedSplit) -> Learning:
@@ -31,7 +31,7 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of samples that are right now, were right before, and were never right."""
+        """Masks of samples that are right (`learned`), were right only earlier (`forgotten`), or never were."""
         return {
             "learned": self.right,
             "forgotten": self.was_right & ~self.right,
@@ -40,7 +40,7 @@ class Learning:
 
     @property
     def classes(self) -> list[int]:
-        """The classes, or none if there is one or too many for separate curves."""
+        """The classes, or an empty list if there is only one or too many for separate curves."""
         found = self.label.unique().tolist()
         return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
 
@@ -60,7 +60,7 @@ class Learning:
 
 
 def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
-    """Returns Matplotlib figures by title: counts by epoch, and wrong samples at the end by class."""
+    """Returns Matplotlib figures by title: counts by epoch, and by class the samples that are wrong at the end."""
     last = Learning.of(record.splits[split])
     figures = {split: _curves(record, split)}
     if last.classes:

@@ -40,7 +40,7 @@ ASKED: Mapping[str, Plain] = {
     **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
     **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
 }
-"""Columns for the settings of a repair, with a value of each type; the tab shows the first five by name."""
+"""HParams columns for the settings of a repair, with a value of the right type. The tab shows five, by name."""
 MEASURED = tuple(
     f"repair/{name}"
     for name in (
@@ -49,13 +49,13 @@ MEASURED = tuple(
         *("evidence", "unseen_accuracy", "known_regressions", "unseen_regressions"),
     )
 )
-"""Columns for its results; the tab shows the first five."""
+"""HParams columns for the results of a repair. The tab shows the first five."""
 LIGHTNINGS_METRIC = "hp_metric"
 LONGEST_TEXT = 60  # characters
 MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
-"""Settings and results of a row."""
+"""Settings and results of a row of the HParams tab."""
 
 
 @rank_zero_only
@@ -66,7 +66,7 @@ def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
 
 @rank_zero_only
 def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
-    """Declares the columns of a repair for TensorBoard's HParams tab, before training logs these hyperparameters."""
+    """Declares the HParams columns of a repair to TensorBoard, before training logs its hyperparameters `trained`."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -102,7 +102,7 @@ def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, wha
 
 @rank_zero_only
 def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: int, name: str) -> None:
-    """Writes figures of each split of a training's record to TensorBoard; nothing without matplotlib."""
+    """Writes figures of each split of a training's record to TensorBoard, if matplotlib is installed."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -117,7 +117,7 @@ def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: in
 
 @rank_zero_only
 def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep") -> None:
-    """Writes rows of a sweep to the HParams tab of every TensorBoard logger, each as a sub-run of this name."""
+    """Writes rows of a sweep to every TensorBoard logger, for its HParams tab. Each row is a sub-run `<name>/<row>`."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -129,7 +129,7 @@ def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name
 
 
 def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
-    """Writes to every logger; warns of those that raise."""
+    """Calls `write` for every logger; warns of loggers for which it raises."""
     for logger in loggers:
         try:
             write(logger)
@@ -155,7 +155,7 @@ def _write(log: RepairLog, logger: Logger) -> None:
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:
-    """Returns TensorBoard's writer, or None for any other logger."""
+    """Returns the `SummaryWriter` of a TensorBoard logger, or None for any other logger."""
     writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
     return writer if isinstance(writer, SummaryWriter) else None
 
@@ -197,7 +197,7 @@ def _asked(report: RepairReport) -> dict[str, Plain]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
-    # With Lightning's names for nested keys.
+    # Nested keys are joined by slashes, as Lightning joins them.
     found: dict[str, Plain] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -221,8 +221,8 @@ def _kind(settings: Any, key: str) -> Any:
 
 
 def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
-    # In a sub-run, since the HParams tab needs a run for each row; all have the same tags, so that two repairs share
-    # one card. Curves are figures, since the smoothing of scalars would distort them.
+    # A repair is a sub-run, since the HParams tab needs a run for each row. All sub-runs have the same tags, so that
+    # two repairs share one card. Curves are figures, since TensorBoard's smoothing of scalars would distort them.
     report, step = log.report, log.step
     with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
         for tag, value in final_numbers(report).items():
@@ -241,7 +241,7 @@ def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
 
 def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
     if log.drawn:
-        # The capital sorts it first.
+        # The capital letter sorts the tag first.
         run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
         for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
             for title, figure in figures.items():
@@ -257,8 +257,6 @@ def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """A W&B run, written to by the logger's own methods."""
-
     logger: WandbLogger
 
     def write(self, log: RepairLog) -> None:
@@ -278,7 +276,7 @@ class WandbRun:
             logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
-        """Uploads the page as a panel, and all files as one artifact of the run."""
+        """Uploads the HTML page of the report as a panel, and all files as one artifact of the run."""
         import wandb
 
         if not files:
@@ -308,8 +306,6 @@ def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """An MLflow run, with a folder of artifacts for each repair."""
-
     logger: MLFlowLogger
 
     def write(self, log: RepairLog) -> None:
@@ -321,7 +317,7 @@ class MlflowRun:
         for title, views in log.texts.items():
             text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
             client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
-        if log.flipped and find_spec("pandas") is not None:  # which MLflow needs for tables
+        if log.flipped and find_spec("pandas") is not None:  # MLflow needs pandas for tables
             columns = {column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)}
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 

@@ -19,23 +19,21 @@ from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
-"""Kinds of files for loggers, without checkpoints, for which each logger has rules of its own."""
+"""Kinds of files that loggers get. Checkpoints are not among them, since each logger has its own rules for these."""
 
 
 @dataclass(frozen=True, eq=False)
 class RepairLog:
-    """A repair to log."""
-
     report: RepairReport
     step: int  # training step of the repair
     name: str = "repair"  # prefix of tags and sub-runs
     changes: Mapping[str, Tensor] | None = None  # changes of whole tensors by name
     views: Sequence[SampleView] = ()
-    hparams: Mapping[str, Any] | None = None  # logged by training
+    hparams: Mapping[str, Any] | None = None  # hyperparameters that the training logged
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
-        """All numbers by step: iteration of the search, strength in percent, or step of the training."""
+        """All numbers by step: an iteration of the search, a strength in percent, or the step of the training."""
         search = enumerate(search_curves(self.report, self.name))
         strength = strength_curves(self.report, self.name).items()
         return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
@@ -50,16 +48,16 @@ class RepairLog:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """Figures by title, without the summary; empty without matplotlib."""
+        """Figures by title, except the summary. There are none without matplotlib."""
         figures = reviewer_figures(self.report, self.changes) if self.drawn else {}
         for title, figure in figures.items():
-            if title != SEARCH_TITLE:  # which has four panels
+            if title != SEARCH_TITLE:  # this figure has four panels
                 figure.set_size_inches(*CARD)
         return figures
 
     @cached_property
     def galleries(self) -> dict[str, Any]:
-        """Figures of flipped samples with captions, by flip and split; empty without matplotlib."""
+        """Figures of broken and of repaired samples with captions, by split. There are none without matplotlib."""
         return gallery_figures(self.views) if self.drawn else {}
 
     @cached_property
@@ -80,12 +78,12 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the paths of the files to upload that exist, by kind."""
+    """Returns the paths of existing files that are to be uploaded, by kind."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
 
 
 def next_free(folder: Path, pattern: str) -> Path:
-    """Returns the first of `name`, `name-1`, ... that holds no file of this pattern."""
+    """Returns `folder`, or the first of `folder-1`, `folder-2`, ..., that holds no file of this pattern."""
     free, k = folder, 0
     while any(free.glob(pattern)):
         k += 1

@@ -1,8 +1,8 @@
 """Numbers of a report for loggers, by tag.
 
 Loggers group tags by the part before the first slash: `<name>/` has the few numbers for a decision, `<name>_numbers/`
-all others, `<name>_search/` and `<name>_strength/` the curves. Omits numbers that are not finite, which several loggers
-refuse or misdraw.
+all other numbers, `<name>_search/` and `<name>_strength/` the curves. Numbers that are not finite are omitted, since
+several loggers refuse them or draw them wrongly.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SEARCH_CURVES = {
     "loss_passed": "loss_passed",
     "diversity": "diversity",
 }
-"""Tags by the names of `SearchHistory`. Its `intact` is logged as `broken`, which should be 0."""
+"""Tags of the curves in `SearchHistory`, by name. Its curve `intact` is logged as `broken`, which should be 0."""
 EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the headline numbers, the most important first; at most twelve unless it is an update.
+    """Returns the numbers for a decision, the most important first: at most twelve, but more in an update.
 
-    `known_...` and `unseen_...` pool the splits of a role under the current weights; in an update, `..._regressions`
-    and `..._nfr` are against the replaced model. `refused_...` belong to refused weights.
+    `known_...` and `unseen_...` are of all known or all unseen splits, with the weights that the model has now. In an
+    update, `..._regressions` and `..._nfr` compare with the replaced model. `refused_...` are of refused weights.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     if report.verdict.source != "none":
@@ -65,14 +65,14 @@ def _headline(split: SplitReport) -> Scalars:
 
 
 def update_numbers(counts: FlipCounts) -> Scalars:
-    """Returns rates, counts and accuracies of a model against the replaced one; NaN where undefined."""
+    """Returns rates, counts and accuracies of a model compared with the replaced model. Undefined rates are NaN."""
     numbers = {rate.short: rate.of(counts) for rate in UPDATE_RATES}
     numbers |= {"broken": counts.broken, "repaired": counts.repaired}
     return numbers | {"accuracy": counts.accuracy_after, "reference_accuracy": counts.accuracy_before}
 
 
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
-    """Returns the verdict (`accepted`, 1 or 0) and the numbers of splits, `<name>/<split>/...`, and slices."""
+    """Returns `accepted` (1 or 0), and the numbers of each split (`<name>/<split>/...`) and of its slices."""
     found: Scalars = {"accepted": float(report.accepted)}
     tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
@@ -83,7 +83,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns all other single numbers: of splits, slices, rungs and weights, and the seconds of the repair."""
+    """Returns numbers that are not in `outcome`: of splits, slices, rungs (steps of the default method) and weights."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
@@ -107,12 +107,12 @@ def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns all single numbers: the outcome and the further ones."""
+    """Returns all numbers except the curves: those of `outcome` and of `further_numbers`."""
     return outcome(report, name) | further_numbers(report, name)
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """Returns one dict per iteration of the search, with the counts of the best candidate so far."""
+    """Returns one dict per iteration of the search, with the counts of the best weights so far."""
     search = report.search
     if search is None:
         return []
@@ -125,7 +125,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """Returns counts along the path of the patch, by strength in percent; at 0 all counts are 0."""
+    """Returns counts by strength, the share of the weight change that is applied, in percent. At 0, they are all 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}
