@@ -47,7 +47,7 @@ class PositiveCongruentTraining(CallbackBase):
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
             (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
         index: function of a batch that returns the data-set position of each sample, or the function's address. The
-            outputs of the replaced model are then cached by position, so data must not be augmented. Required for
+            outputs of the replaced model are then cached by position, so samples must not be augmented. Required for
             predictions from a file. None: the replaced model runs on every batch.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
@@ -106,7 +106,7 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        # Replaced only during a batch: a copy of the module made in between would call the step of the original.
+        # Replaced only during a batch: a copy of the module with the replacement would call the original's step.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))

@@ -91,7 +91,7 @@ class Task(ABC):
         return None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns a distance of each output from the output of a teacher model, `n`, at least 0 and differentiable.
+        """Returns a distance of each output from that of another model, the teacher, `n`: from 0, differentiable.
 
         The default is the mean squared difference. With `target`, a task may leave out parts that the target ignores.
         """
@@ -124,7 +124,7 @@ def class_logits(output: Tensor) -> Tensor:
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the Kullback-Leibler divergence from a teacher's classes, `n x ...`, for two logits, `n x C x ...`."""
+    """Returns the Kullback-Leibler divergence from the teacher's classes, `n x ...`. Logits are `n x C x ...`."""
     new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
     return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
