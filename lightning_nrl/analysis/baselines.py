@@ -220,9 +220,9 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 class Interpolation:
     """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0 + a w.
 
-    Compared with w, this breaks fewer samples and repairs fewer, too. Schumann et al. 2024 (Backward compatibility
-    during data updates by weight interpolation) choose a on separate data; on the training data of w, a = 1 is always
-    the most accurate. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend the fixed value 0.5.
+    Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al. 2024 (Backward
+    compatibility during data updates by weight interpolation) choose a on separate data, since on the training data of
+    w, a = 1 is always the most accurate. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend 0.5.
     """
 
     new: Method = field(default_factory=FineTuning)

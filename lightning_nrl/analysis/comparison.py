@@ -156,7 +156,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample. May miss it, as counts are not monotonic."""
+    """Bisects for the largest strength that breaks no known sample. It may miss one, as counts may fall again."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -175,7 +175,7 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts under weights w0 + strength (w - w0): w0 is before, w after the method. `targeted`: repaired targets."""
+    """Counts under weights w0 + strength (w - w0), w0 before and w after a method, which repair `targeted` targets."""
 
     strength: float
     targeted: int

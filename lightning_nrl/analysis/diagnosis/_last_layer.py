@@ -218,7 +218,7 @@ class LayerSamples(NamedTuple):
 class _Rows(NamedTuple):
     """Constraints, `K` for each of `T` targets: a sample's label must have a larger logit than a rival class."""
 
-    sample: Tensor  # T x K int64, index of a passed sample; `P`, their number, is the target itself, -1 an empty row
+    sample: Tensor  # T x K int64, index of a passed sample; `P` (number of passed samples): the target; -1: no row
     rival: Tensor  # T x K int64, the rival class
     multiplier: Tensor  # T x K, dual variable of the constraint; above 0 if the constraint binds
 
@@ -297,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores the fixes that were found and adds violated rows for the other targets. False if no target is left."""
+        """Stores the fixes found and adds violated rows for the other targets. Returns False if no target is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -312,7 +312,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Returns the largest fraction of each change that fixes its target, or 0, and the rows that it violates most."""
+    """Returns the largest fraction of each change that fixes its target (0: none) and the rows it violates most."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())

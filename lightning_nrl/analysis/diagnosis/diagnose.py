@@ -147,7 +147,7 @@ def diagnose_module(
     history: str | Path | TrainingRecord | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
-    """Predicts which failures a repair can fix, which samples prevent fixes, and which layers could do it.
+    """Predicts which failures a repair can fix, which samples prevent fixes, and which layers could be repaired.
 
     Takes about as long as two passes over the known data. The model stays unchanged.
 
@@ -296,7 +296,7 @@ def advise(found: Diagnosis) -> str:
     if not found.known["passed"]:
         return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
     if all(math.isnan(target.margin) for target in found.targets):
-        return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
+        return "Use method='auto', which is the swarm here: the task has no margins, so little can be predicted."
     n, doubts = found.known["targeted"], len(found.doubts)
     if doubts < max(1, DOUBTED_SHARE * n):
         return _method(found)
@@ -355,5 +355,5 @@ def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:
     if own is None or own == best:
         return f"{text}."
     if own.change == math.inf:
-        return f"{text}; none of {own.layer} does it."
+        return f"{text}; no change of {own.layer} suffices."
     return f"{text}, of {own.layer} by {rough_percent(own.change)}."

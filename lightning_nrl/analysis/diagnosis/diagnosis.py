@@ -83,8 +83,8 @@ class Diagnosis(Report, figures.Plotted):
         if self.layers:
             text = (
                 "Change: the smallest that fixes a typical target, relative to the layer's norm; less is better. "
-                "Room: the share of the margin gained by a small change that is left if no passed sample near the "
-                "border may lose any. Both to first order."
+                "Room: a small change raises the margin of a target; this share of the rise is left if no passed "
+                "sample near the border may lose margin. Both are first-order estimates."
             )
             blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
         if self.costs:
@@ -179,7 +179,7 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each limits or prevents fixes of that many targets: the smallest fix that ignores it would break it."
+    text = "Each sample limits or prevents the fixes of so many targets: a fix that ignored the sample would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))

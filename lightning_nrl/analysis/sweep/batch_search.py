@@ -49,6 +49,7 @@ class RunRequest:
 
     @property
     def work(self) -> int:
+        """Number of weight vectors that the search scores, as a measure of its time."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
 
 
@@ -238,7 +239,7 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on known, calibration or unseen data. Keeps its recorded batches for later calls if memory allows."""
+    """Counts what runs repair and break on some data. Keeps its recorded batches for later calls if memory allows."""
 
     problem: Problem
     sources: Sequence[Source]

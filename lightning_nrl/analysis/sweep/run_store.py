@@ -37,8 +37,8 @@ class Run(Derives):
             fitness has none, `n_weights` if the localizer chooses it, `n_passed` if all passed samples are scored.
         n_localized: number of searched weights; 0 if the localizer found none.
         value: fitness of the weights found; None if nothing was searched.
-        patched: repaired samples of I_neg, as counted by the search.
-        intact: samples of I_pos, the passed samples scored in the search, that stay right.
+        patched: repaired targets, as counted by the search.
+        intact: passed samples that stay right, of those that the search scored.
         known: counts of known samples: columns such as `known_broken` in the table. `calibration` and `unseen` are
             None without such data.
         seconds: wall time; runs that were searched and counted together share it equally.
@@ -113,8 +113,8 @@ class StoredRun:
     """A run and the weights that it found, on the CPU."""
 
     run: Run
-    where: Tensor  # `K` int64, positions of the searched weights in the flattened parameters of the layers
-    values: Tensor  # `K`, values of these weights
+    where: Tensor  # int64, positions of the searched weights in the flattened parameters of the layers
+    values: Tensor  # new values of these weights
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def sweep_module(
     """Runs every setting with every seed, each like a single repair by `ParticleSwarm`, and counts all results.
 
     Activations of the known data are recorded once, and many swarms are searched together. Each run gives the same
-    weights, bit for bit, as `repair` with the same arguments and strength 1. No gate judges the runs, and the model
+    weights, bit for bit, as `repair` with the same arguments and `strength=1`. No gate judges the runs; the model
     stays unchanged. If the `Evaluator` has several ranks, they share the runs; every rank needs all data and returns
     the same result.
 
