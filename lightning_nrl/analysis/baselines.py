@@ -1,4 +1,4 @@
-"""Unconstrained baselines: fine-tuning, distillation, interpolation, retraining."""
+"""Baselines without a constraint against regressions: fine-tuning, distillation, interpolation, retraining."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ __all__ = [
     "fresh_weights",
 ]
 
-STEPS = 400  # least number, about 8 epochs of 6,000 samples; small data need more epochs
-TIMED = 4  # steps after the first, to estimate the time per step
+STEPS = 400  # fewest steps of fine-tuning, about 8 epochs of 6,000 samples; fewer samples get more epochs
+TIMED = 4  # the time per step is first estimated after this many steps
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Fine-tunes on all known data with more weight on the targeted failures, without a constraint.
+    """Fine-tunes on all known data with more weight on the targeted failures and no constraint against regressions.
 
-    AdamW on the task's loss from the deployed weights. Batch norm stays in evaluation mode with the deployed
-    statistics, dropout is off, and samples come as in validation, without augmentation.
+    AdamW minimises the task's loss, starting from the model's weights. The model stays in evaluation mode: batch norm
+    uses its stored statistics, and dropout is off. Samples are read as in validation, without augmentation.
 
     Attributes:
-        epochs: passes over all known data; more on small data, to make some hundred steps.
-        learning_rate: of AdamW, with cosine decay to 0 over the steps that the time allows.
-        emphasis: weight of the loss of a targeted sample.
+        epochs: passes over all known data; small data get more passes, so that at least 400 steps are made.
+        learning_rate: initial learning rate of AdamW, which falls to 0 by a cosine over the steps that the time allows.
+        emphasis: weight of the loss of a targeted sample; other samples have weight 1.
     """
 
     epochs: int = 8  # more epochs gain little: regressions grow along with repairs
@@ -65,7 +65,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class LayerFineTuning(FineTuning):
-    """Fine-tunes only the layers that a swarm would search, with a learning rate for one layer."""
+    """Fine-tunes only the layers that a swarm would search. The default learning rate suits a single layer."""
 
     learning_rate: float = 1e-2  # best ratio of repaired to broken samples in 3e-4 to 1e-2, on digits and vehicles
 
@@ -75,11 +75,12 @@ class LayerFineTuning(FineTuning):
 
 @dataclass(frozen=True)
 class DistilledFineTuning(FineTuning):
-    """Fine-tunes with distillation from the old model, strongest where it is right.
+    """Fine-tunes with distillation from the model before the tuning, strongest where that model is right.
 
-    Adds to each sample's loss `base + scale [old model right]` times the divergence from the old model's output at a
-    temperature (Yan et al. 2021, Positive-congruent training, with its weights). The squared temperature multiplies the
-    divergence, which keeps the size of its gradient (Hinton et al. 2015).
+    Each sample's loss gets an added term: a weight times the divergence from the output before the tuning, with both
+    outputs divided by `temperature`. The weight is `base + scale` if the sample was right before, else `base` (Yan et
+    al. 2021, Positive-congruent training; the defaults are theirs). The divergence is multiplied by the squared
+    temperature, which keeps the size of its gradient (Hinton et al. 2015).
     """
 
     base: float = 1.0
@@ -124,7 +125,7 @@ def _propose(problem: Problem, name: str, state: State, began: float, note: str 
 
 
 def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, float]:
-    """Returns the weights after all epochs that the time allows, with a schedule to match, and their number."""
+    """Returns the weights after as many epochs as the time allows, and the number of these epochs."""
     rows = torch.arange(len(problem.before))
     generator = torch.Generator().manual_seed(problem.seed)
     descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=settings.learning_rate))
@@ -144,7 +145,7 @@ def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[S
 
 
 def _steps_left(problem: Problem, pace: float) -> int:
-    """Estimates the steps left before a last pass over the data, alike on all ranks."""
+    """Estimates how many steps the time allows before a final pass over the data. All ranks get the same number."""
     left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
     return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))
@@ -152,9 +153,10 @@ def _steps_left(problem: Problem, pace: float) -> int:
 
 @dataclass(frozen=True)
 class Retraining:
-    """Retrains from random weights, as the model was trained, with the known failures added to the data.
+    """Repeats the model's own training from random weights, with the known failures added to the training data.
 
-    Needs `problem.training`. `fresh` makes an untrained network; None: all layers are initialised again.
+    Needs `problem.training`, which runs that training. `fresh` returns an untrained network; None: each module of the
+    model initialises itself anew by `reset_parameters`.
     """
 
     fresh: Callable[[], nn.Module] | None = None
@@ -169,7 +171,7 @@ class Retraining:
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Continues training from the old weights by `problem.training`, with the known failures added to the data."""
+    """Continues the model's own training, `problem.training`, with the known failures added to the training data."""
 
     def __call__(self, problem: Problem) -> Solution:
         return _train(problem, "train", problem.clock.left - problem.clock.one_pass)
@@ -190,10 +192,11 @@ def _train(problem: Problem, name: str, seconds: float, start: Callable[[], Stat
 
 @torch.no_grad()
 def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None) -> State:
-    """Returns weights and buffers of an untrained network of the same shape, on the model's device.
+    """Returns weights and buffers of an untrained network of the model's architecture, on the model's device.
 
-    `make` makes the network; None: `reset_parameters` of each module is called on a copy. Raises `ConfigurationError`
-    if a module with parameters has no such method, or `make` returns another network.
+    `make` returns such a network. With None, each module initialises itself by `reset_parameters`; the model's own
+    weights are restored afterwards. Raises `ConfigurationError` if a module with parameters has no such method, or if
+    `make` returns a network of another architecture.
     """
     state = snapshot(model)
     with random_state():
@@ -215,11 +218,11 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Interpolates (1 - a) old + a new weights: fewer regressions for part of the gain of the method `new`.
+    """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0 + a w.
 
-    Schumann et al. 2024 (Backward compatibility during data updates by weight interpolation) choose a on separate data;
-    on the training data of the new weights, a = 1 is always the most accurate. Wortsman et al. 2022 (Robust fine-tuning
-    of zero-shot models) recommend 0.5 without any choice.
+    Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al. 2024 (Backward
+    compatibility during data updates by weight interpolation) choose a on separate data, since on the training data of
+    w, a = 1 is always the most accurate. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend 0.5.
     """
 
     new: Method = field(default_factory=FineTuning)
@@ -233,7 +236,7 @@ class Interpolation:
         return self.towards(problem, self.new(problem))
 
     def towards(self, problem: Problem, end: Solution) -> Solution:
-        """Interpolates towards a solution that was found before, instead of training it again."""
+        """Interpolates towards a known solution of the method `new`, which then does not run."""
         if end.proposal is None:
             return end
         began = problem.clock.elapsed

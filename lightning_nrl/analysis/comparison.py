@@ -45,7 +45,7 @@ from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 __all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-SCALING_STEP = 1 / 64  # resolution of the strength of scaled weights
+SCALING_STEP = 1 / 64  # the bisection for a strength stops at this distance
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
 ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
@@ -53,7 +53,7 @@ COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
-"""Names of methods and baselines, or objects; a mapping gives names of your own."""
+"""Methods and baselines, each by name or as an object. The keys of a mapping are their names in the results."""
 
 
 def compare_module(
@@ -68,12 +68,13 @@ def compare_module(
 ) -> Comparison:
     """Runs methods one by one on the same problem, from the same weights and with the same seed.
 
-    No gate judges them. Results are counted at several strengths between the original and the method's weights, and at
-    the largest strength that breaks no known sample. The model stays unchanged.
+    No gate judges the results. Samples are counted at several strengths t, under the weights w0 + t (w - w0) with the
+    original weights w0 and the method's weights w, and at the largest t found that breaks no known sample. The model
+    stays unchanged.
 
-    Model and data are as in `repair_module`; unseen data choose nothing. `settings` define the target; each method has
-    `max_time`. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. Retraining
-    needs `training`, which continues the model's own training or restarts it.
+    Model, data and `settings` are as in `repair_module`. Each method has the full `max_time`, and unseen data are only
+    counted. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. `training`
+    continues or repeats the model's own training; further training and retraining need it.
 
     Raises:
         ConfigurationError: an argument cannot be used, or no failed sample is in the target.
@@ -98,7 +99,7 @@ def compare_module(
             with preserve_state(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
-                clock.seconds.update(collecting.seconds)  # methods reserve time for passes over the data by these
+                clock.seconds.update(collecting.seconds)  # tells methods the time for a pass over the data
                 solution, seconds = _run_method(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
@@ -108,7 +109,7 @@ def compare_module(
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Returns methods by name; raises `ConfigurationError` if one is unknown or given twice."""
+    """Returns methods by name. Raises `ConfigurationError` if one is unknown or given twice."""
     methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
@@ -125,7 +126,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
 def _run_method(
     method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
 ) -> tuple[Solution, float]:
-    """Runs and times a method; an interpolation reuses a solution that was found before."""
+    """Runs and times a method. An `Interpolation` reuses the solution of `method.new` if that has been run before."""
     began, earlier = time.perf_counter(), 0.0
     try:
         if isinstance(method, Interpolation):
@@ -155,7 +156,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample; may miss one, as counts are not monotonic."""
+    """Bisects for the largest strength that breaks no known sample. It may miss one, as counts may fall again."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -174,7 +175,7 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts at strength t, weights w0 + t (w - w0), of the deployed model; `targeted` counts repaired targets."""
+    """Counts under weights w0 + strength (w - w0), w0 before and w after a method, which repair `targeted` targets."""
 
     strength: float
     targeted: int
@@ -183,7 +184,7 @@ class CurvePoint:
 
     @property
     def gain(self) -> float:
-        """Change of accuracy on unseen data in percentage points; NaN without such data."""
+        """Change of accuracy on unseen data, in percentage points. NaN without unseen data."""
         return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else math.nan
 
 
@@ -195,8 +196,8 @@ class Entry:
         seconds: wall time of the method.
         curve: counts at rising strengths from 0 to 1; empty if the method failed.
         scaled: counts at the largest strength found that breaks no known sample; None if the method failed.
-        scaling: seconds of the search for this strength.
-        note: the method's remark on its result, or the reason for the failure.
+        scaling: seconds that the search for `scaled` took.
+        note: the method's remark on its result, or the reason why it failed.
     """
 
     method: str
@@ -208,7 +209,7 @@ class Entry:
 
     @property
     def given(self) -> CurvePoint | None:
-        """Counts of the method's weights at strength 1."""
+        """Counts under the method's weights, at strength 1. None if the method failed."""
         return self.curve[-1] if self.curve else None
 
 
@@ -254,13 +255,13 @@ class Comparison(Report, Plotted):
         return figure
 
     def __getitem__(self, method: str) -> Entry:
-        """Returns the entry of a method; `ConfigurationError` suggests the nearest name if it is unknown."""
+        """Returns the entry of a method. For an unknown name, a `ConfigurationError` suggests the nearest name."""
         found = {entry.method: entry for entry in self.entries}
         check_choice("method", method, tuple(found))
         return found[method]
 
     def to_csv(self) -> str:
-        """Returns a line for every point of every curve, and for the weights scaled back."""
+        """Returns a table with a line for every point of every curve, and for every `scaled` point."""
         out = io.StringIO()
         names = ("repaired", "broken", "n")
         columns = ("method", "weights", "strength", "seconds", "targeted")
@@ -340,7 +341,7 @@ def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
         colour = PALETTE[i % len(PALETTE)]
-        if all(x <= right for x, _ in curve):  # curves towards a retrained network pass through broken ones
+        if all(x <= right for x, _ in curve):  # the curve of a retrained network leaves the panel
             style = "--" if entry.method in BASELINES else "-"
             axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
         label = escape_dollars(entry.method)

@@ -1,4 +1,4 @@
-"""`PositiveCongruentTraining` and `regression_loss`, a loss term against regressions."""
+"""`PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the training loss."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ from lightning_nrl.updates.predictions import Predictions
 class PositiveCongruentTraining(CallbackBase):
     """Adds a loss term that keeps the new model right where the replaced one is right.
 
-    Idea and default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model Updates.
-    The term uses the output of `self(x)` in `training_step` and is added to the loss that the step returns. If the
-    callback cannot tell which output that is, the first step raises an error; then call `regression_loss` in the step.
-    Logs terms as `regression/<name>`. The replaced model stays outside of the module, its checkpoints and optimizer.
+    The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model
+    Updates. The callback computes the term from the output of `self(x)` in `training_step`, and adds it to the loss
+    that the step returns. If the step does not call the model exactly once on its batch, the first step raises an
+    error; then call `regression_loss` in the step. Each term is logged as `regression/<name of the term>`. The replaced
+    model does not become part of the module, its checkpoints or its optimizer.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
-            predictions, which is enough for a `MarginHinge` with a `most`.
+        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. For a `MarginHinge` with
+            a finite `most`, a CSV file of its predictions is enough.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
-            (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
-        index: function of a batch, or its address, that returns the data-set positions of its samples. The replaced
-            model then sees each sample once, without augmentation. Required for predictions from a file. None: the
-            replaced model sees the same batches as the new one.
+            (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
+        index: function of a batch that returns the data-set position of each sample, or the function's address. The
+            outputs of the replaced model are then cached by position, so samples must not be augmented. Required for
+            predictions from a file. None: the replaced model runs on every batch.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
-        adapter: as in `DataOptions`, but not one that runs the module.
+        adapter: as in `DataOptions`, but it must not run the module itself.
 
     Example::
 
@@ -105,7 +106,7 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        # Only during a batch, since a copy made between batches would call the original step.
+        # Replaced only during a batch: a copy of the module with the replacement would call the original's step.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
@@ -118,7 +119,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A skipped batch has no end.
+        # Lightning does not call `on_train_batch_end` for a skipped batch.
         self._step.close()
 
     @override
@@ -134,7 +135,7 @@ class PositiveCongruentTraining(CallbackBase):
         self._release()
 
     def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
-        """Returns and logs the sum of the terms for a batch (see `regression_loss`)."""
+        """Logs the mean of each term over a batch and returns the sum of the means (see `regression_loss`)."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
         return self._loss(pl_module, step_outputs.ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
@@ -203,13 +204,13 @@ class PositiveCongruentTraining(CallbackBase):
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
     """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it itself.
 
-    Needed if the step uses manual optimisation, calls the model several times, or mixes samples and labels. Returns 0
-    without the callback and outside of training.
+    This is needed if the step uses manual optimisation, calls the model several times, or mixes samples and labels.
+    The function returns 0 outside of training, and if the trainer has no such callback.
 
     Args:
-        module: the module of the step.
-        batch: the batch of `output` as the data loader returns it; for augmented inputs `(augmented, labels)`.
-        output: output of the model, with gradients.
+        module: the module whose `training_step` runs.
+        batch: the batch as the data loader returns it, or `(augmented, labels)` if the step augments the inputs.
+        output: output of the model for this batch, with gradients.
 
     Example::
 

@@ -40,18 +40,18 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """Results of the replaced model on the `n` validation samples of this rank, in their order, on the CPU."""
+    """Results of the replaced model on this rank's `n` validation samples, in validation order, on the CPU."""
 
     loader: DataLoader[Any]
-    order: list[list[int]]  # data-set positions, batch by batch
-    starts: tuple[int, ...]  # row of the first sample of each batch, then `n`
-    passed: Tensor  # `n` bool, right by the replaced model
-    label: Tensor  # `n` int64, true classes, or -1 if the task has none
-    once: Tensor  # `n` bool, False for copies that only pad the last batches of ranks
-    group: Tensor  # `n` int64, number of the slice, or -1
-    names: tuple[str, ...]  # of slices, the same on every rank
-    parts: tuple[str, ...]  # the part of the new model with its output (see `Probe`)
-    adapter: Adapter  # runs batches as the new model is deployed
+    order: list[list[int]]  # data-set positions of the samples of each batch
+    starts: tuple[int, ...]  # row of the first sample of each batch; the last entry is `n`
+    passed: Tensor  # `n` bool, True where the replaced model is right
+    label: Tensor  # `n` int64, true classes; -1 if the task has no classes
+    once: Tensor  # `n` bool, False for samples that a distributed sampler repeats to give each rank equally many
+    group: Tensor  # `n` int64, index of the sample's slice in `names`; -1 if it is in no slice
+    names: tuple[str, ...]  # names of the slices, the same on every rank
+    parts: tuple[str, ...]  # name of the submodule that returns the new model's output, if there is one (`Probe.parts`)
+    adapter: Adapter  # the user's adapter, bound to the new model
 
 
 def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
@@ -83,14 +83,14 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model on the validation data, with one pass of each model; changes neither."""
+    """Evaluates the replaced model on the validation data. Each model makes one pass and stays unchanged."""
     collective = Collective.current(model.device)
     loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
         batches = _batches_in_order(loader, most)
         mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
         everyone = collective.gather(mine)
-        which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
+        which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts the positions
         again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
         evaluator, ((source,),) = open_sources(trainer, model, task, [source])
@@ -116,7 +116,7 @@ def evaluate_reference(
 
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
-    """True if the validation data are still those of the known results."""
+    """True if the trainer still validates the samples of `known` in the same order."""
     loader, most = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
@@ -137,7 +137,7 @@ def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[in
 
 
 def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
-    # Ranks validate in parallel, batch by batch.
+    # A repeated sample counts where it is validated first; ranks validate in parallel.
     when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
     order = when.argsort()
     _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
@@ -147,7 +147,7 @@ def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FlipCounter:
-    """Counter of one validation on the device, without synchronisation before the end."""
+    """Counter of samples that the new model breaks and repairs in one validation; synchronises only at the end."""
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
@@ -158,12 +158,12 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the expected size of a batch, or 0 if none is expected."""
+        """Returns the expected number of samples in a batch. Returns 0 after the last expected batch."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """Adds a batch of `m` samples: `right`, `m` bool, by the new model, and true classes, `m` int64."""
+        """Adds a batch: `right` marks the samples that the new model gets right, `label` has the true classes."""
         expected = self.size(batch_idx)
         if right.shape != (expected,):
             problem = f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}."
@@ -176,7 +176,7 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names, and counts of kept, broken, repaired and failing samples, `(1 + S) x 4`, all first."""
+        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data, then one per slice."""
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
@@ -192,20 +192,20 @@ class FlipCounter:
 
 
 class RegressionMetrics(CallbackBase):
-    """Logs in every validation how many samples the new model breaks and repairs against the replaced one.
+    """Logs in every validation how many samples the new model breaks and repairs, compared with the replaced model.
 
     Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
-    `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping`. Uses the outputs of `validation_step`, without a
-    second pass over the data. The replaced model makes one pass before training.
+    `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping` (formulas: `lightning_nrl.evaluation.metrics`). The
+    callback uses the outputs of `validation_step`. It only adds one pass of each model before training.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint or of its predictions (CSV, split `val`), or
-            an `OldModel`.
-        slices: slices to count too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or
-            position, or a function of it or its address, with a name or number for each sample, or a bool (the slice
-            has the column's name); or a `Target`.
+        reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the path of a CSV file
+            with its predictions for the split `val`.
+        slices: slices of the data to count separately, as `regression/<slice>/nfr` and so on: a column of the raw
+            batch by its key or position, a function of the raw batch or its address, or a `Target`. A column or
+            function has a name, a number or a bool per sample; samples with True form a slice named like the column.
         prefix: prefix of logged tags.
-        dataloader: number of the validation data loader to count.
+        dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
 
@@ -264,7 +264,7 @@ class RegressionMetrics(CallbackBase):
         if trainer.sanity_checking:
             return
         known = self._reference_results
-        # Data loaders may be created again during training.
+        # Lightning may create the data loaders again during training.
         if known is None or not is_same_validation(known, trainer, self.dataloader):
             known = self._evaluate_reference(trainer, pl_module)
         self._counter = FlipCounter(known, pl_module.device)
@@ -297,7 +297,7 @@ class RegressionMetrics(CallbackBase):
             if is_forward and not self._warned:
                 self._warned = True
                 problem = (
-                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each."
+                    "`validation_step` does not call the model on the whole batch, so each batch costs one more pass."
                 )
                 rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
             with random_state(), trainer.precision_plugin.forward_context():
@@ -314,7 +314,7 @@ class RegressionMetrics(CallbackBase):
         tags = (self.prefix, *(f"{self.prefix}/{tag}" for tag in map(slice_tags(names).get, names)))
         rows = zip(tags, (update_numbers(FlipCounts(*row)) for row in counts.tolist()), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
-        # The counts are the same on every rank; `sync_dist` silences a warning of Lightning.
+        # The counts are the same on every rank; `sync_dist` only silences a warning of Lightning.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:

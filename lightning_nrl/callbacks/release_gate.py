@@ -35,20 +35,20 @@ from lightning_nrl.updates.rule_parsing import Require
 
 
 class ReleaseGate(CallbackBase):
-    """Decides in `trainer.test` or `trainer.validate` if the model may replace the one in use.
+    """Decides in `trainer.test` or `trainer.validate` whether the tested model may replace the model in use.
 
     After the test, each model makes one pass over the data in the precision of the trainer. The decision is printed,
-    logged and written to `<log_dir>/release/` as `report.json`, `report.md` and `report.html`, with the new model's
-    `predictions.csv`, the `reference` for the next release.
+    logged and written to `<log_dir>/release/` as `report.json`, `report.md` and `report.html`. The same folder gets the
+    predictions of the tested model, `predictions.csv`, for use as `reference` at the next release.
 
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
-        rules: the rules to satisfy, see `lightning_nrl.updates.release`: texts such as `nfr:1%` or objects.
-        require: a further condition for each split: `not-worse`, no net loss; `better`, a gain that is significant at
-            5 % in the sign test; or `any`.
+        rules: the rules to satisfy, as texts such as `nfr:1%` or as objects; see `lightning_nrl.updates.release`.
+        require: a further condition for each split: `not-worse` (no more samples broken than repaired), `better` (a
+            gain that is significant at 5 % in the sign test), or `any` (no condition).
         slices: as in `RegressionMetrics`.
-        splits: names for several data loaders; None: the keys of a mapping, else `test-0`, `test-1` and so on. A single
-            one is called `test`, or `val` in `validate`.
+        splits: names of the data loaders in the report. None: the keys of a mapping of data loaders, `test-0`, `test-1`
+            and so on for a list, `test` for a single data loader. In `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         seed: seed for random transforms of the data.
@@ -56,7 +56,7 @@ class ReleaseGate(CallbackBase):
         verbose: True: print the decision.
 
     Attributes:
-        report: the decision; None before it is made.
+        report: the decision; None until the test has ended.
 
     Example::
 
@@ -112,7 +112,7 @@ class ReleaseGate(CallbackBase):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not in the validation of a fit.
+        # Validations during `fit` do not decide.
         if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 
@@ -144,7 +144,7 @@ class ReleaseGate(CallbackBase):
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
             if self.verbose:
                 show(self.report)
-        # The numbers are the same on every rank; `sync_dist` silences a warning of Lightning.
+        # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 

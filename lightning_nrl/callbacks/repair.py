@@ -36,7 +36,7 @@ from lightning_nrl.updates.old_model import Reference, parse_reference
 
 
 class RepairCallback(CallbackBase):
-    """Base of callbacks that repair the model of their trainer."""
+    """Base class of callbacks that repair the model of a trainer."""
 
     settings: Settings
     data: DataOptions
@@ -58,35 +58,37 @@ class RepairCallback(CallbackBase):
 
 
 class RegressionFreeRepair(RepairCallback):
-    """Repairs the failures of a model after `fit` without breaking samples that it gets right.
+    """Repairs the failures of a model after `fit` without breaking samples that the model gets right.
 
-    After training, the callback evaluates the known data, then searches new values for weights of one layer that affect
-    the failures more than other samples. Next it solves the layer and, where the whole network may change, continues
-    the training and polishes the weights until no known sample is broken. It takes the result that repairs most without
-    harm to held-out samples, if that passes the gate on all known data. Then it writes `repaired.ckpt`, the weight
+    After training, the callback evaluates the known data. The default method then searches new values for some weights
+    of one layer, solves a convex problem for the layer, and, if the whole network may change, continues the training
+    and takes small steps until no known sample is broken. It proposes the result that repairs most without harm to
+    held-out samples. If the gate accepts that result on all known data, the callback writes `repaired.ckpt`, the weight
     change (`repair.patch.safetensors`), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and
     leaves the repaired weights in the model. Otherwise the weights stay unchanged.
 
     Args:
-        target: the failures to repair, such as `Target.label(3)` or `"label 3"`; None: all.
-        layer: dotted name of the layer or block to repair, several names, or `auto`: searches the last Linear layer
-            (without one, the last convolution), and training may change the whole network.
-        gate: condition for acceptance: `instance` (no known passed sample broken), `instance-in-target` (none in the
-            target), `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
+        target: the failures to repair, such as `Target.label(3)` or `"label 3"`; None: all failures.
+        layer: dotted name of the layer or block to repair, or several names. `auto`: the search and the convex problem
+            change the last Linear layer (without one, the last convolution), training changes the whole network.
+        gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (none of
+            the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
+            `tolerance:1%` (at most so many are broken), or a `Gate`.
         method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
         task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or
             an object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: `multiclass`.
-        reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
-            of its predictions, or an `OldModel`. Repairs known samples that only the old model gets right.
-        unseen: data that the repair never uses, counted before and after for the report: `test`, `val`, a DataLoader
-            or None.
-        calibration: data that no search uses, to choose the strength: `val`, `test`, a DataLoader or None.
+        reference: in a model update, the model that is replaced: a module, the path of its checkpoint, a CSV file of
+            its predictions, or an `OldModel`. Only known samples that the replaced model gets right are then repaired.
+        unseen: data that the repair never uses; the report counts its right samples before and after: `test`, `val`, a
+            DataLoader or None.
+        calibration: data that no search uses, for choosing how much of the weight change to make: `val`, `test`, a
+            DataLoader or None.
         data: sources of known data, the adapter for batches, and the weights to repair: `DataOptions`.
         samples: weights of samples, slices, and protected samples: `SampleOptions`.
         search: ranking, localisation and size of the search: `SearchOptions`.
-        bounds: strength of the change, and bounds for other samples: `BoundOptions`.
-        max_time: limit in seconds; None: no limit, the work depends on the epochs of the fit.
+        bounds: how much of the weight change to make, and which bounds for future samples to report: `BoundOptions`.
+        max_time: time limit in seconds. None: no limit; the repair then takes longer after a fit of more epochs.
         seed: seed of the repair; the same seed gives the same repair.
         dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
         verbose: True: print the report at the end.
@@ -165,7 +167,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def report(self) -> RepairReport | None:
-        """The report after a repair, also from processes that a strategy started; None before."""
+        """The report of the last repair, even one made in a process that the strategy started. None before a repair."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -176,12 +178,12 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint; None without an accepted repair, and `test` then takes the current model."""
+        """Path of the repaired checkpoint. None without an accepted repair: `test` then uses the model as it is."""
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
     def patch_path(self) -> str | None:
-        """Path of the weight change, for `Patch.load`; None without an accepted repair."""
+        """Path of the weight change, which `Patch.load` reads. None without an accepted repair."""
         return None if self.report is None else self.report.files.get("patch")
 
     @override
@@ -224,8 +226,8 @@ class RegressionFreeRepair(RepairCallback):
     def add_to_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
         """Adds the repaired weights to a checkpoint, and the report under the callback's `state_key`.
 
-        Adds weights while `repaired.ckpt` is saved, before the live weights change, and as long as the model holds
-        them. Weight averaging would save its average instead.
+        It adds the weights while `repaired.ckpt` is saved, which happens before the model's weights change, and later
+        as long as the model has them. Without this, weight averaging would save its average.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
@@ -238,7 +240,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Without a `state_dict`, since Lightning would refuse equal callbacks before `setup` explains it.
+        # There is no `state_dict`: with it, Lightning would refuse equal callbacks before `setup` can say why.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
@@ -250,7 +252,7 @@ class RegressionFreeRepair(RepairCallback):
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Searches a repair within a fit, saves it, writes it to the model, and logs and prints it."""
+        """Searches for a repair within a fit, saves it, writes accepted weights to the model, and logs the report."""
         self._name = name
         self.report = self._parameters = None
         with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
@@ -260,22 +262,19 @@ class RegressionFreeRepair(RepairCallback):
         return outcome
 
     def forget_stale_weights(self, pl_module: LightningModule) -> None:
-        """Forgets repaired weights that further training has changed."""
+        """Forgets the repaired weights if further training has changed the model."""
         if self._is_changed(pl_module):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches a repair of a model trained for `epochs`, by default those of the fit; changes nothing."""
+        """Searches for a repair of a model trained for `epochs` (None: the fit's epochs) without changing the model."""
         self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
     def save_outcome(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files, then the repaired weights to the model; returns the name in logs.
-
-        Warns of files that cannot be written.
-        """
+        """Writes the files (warns if it cannot), then accepted weights to the model. Returns the name for logging."""
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
@@ -315,7 +314,7 @@ class RegressionFreeRepair(RepairCallback):
         repair_files.announce(self.report, trainer, name, **how)
 
     def handle_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Handles Ctrl-C and SIGTERM within seconds, and prints the state of the repair."""
+        """Returns a context in which Ctrl-C and SIGTERM stop the repair within seconds and print what became of it."""
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:

@@ -25,30 +25,32 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.report import RepairReport
 
-HOOK = "on_train_epoch_end"  # of the module, before repairs
+HOOK = "on_train_epoch_end"  # hook of the module after which repairs run
 
 
 class RepairInTraining(RepairCallback):
-    """Repairs the model at the end of chosen epochs too, and continues the training from accepted repairs.
+    """Repairs the model after chosen epochs and at the end of training. Training continues from accepted repairs.
 
-    Each repair is one of `RegressionFreeRepair`, right after the module's own `on_train_epoch_end` and before callbacks
-    that save or stop by a metric. Further training may break samples again. States of optimizers and schedules do not
-    change. Files go to `<log_dir>/repair-step-<step>/`, also the name in logs; the repair at the end is `repair`.
+    Each repair works as in `RegressionFreeRepair`. It runs right after the module's own `on_train_epoch_end` and before
+    callbacks that save or stop by a metric. Training that follows may break samples again. Repairs leave the states of
+    optimizers and schedules as they are. A repair writes its files to `<log_dir>/repair-step-<step>/` and logs under
+    the name `repair-step-<step>`; for the repair at the end of training the name is `repair`.
 
-    A repair may take as many epochs as the training had so far. Set a `max_time`, or take a method that needs seconds
-    (`convex`, `swarm`).
+    A repair by the default method may train for as many epochs as the training so far. Set a `max_time`, or choose a
+    method that takes seconds (`convex`, `swarm`).
 
     Args:
-        every_n_epochs: epochs between two repairs; None: repairs only by `monitor`.
-        monitor: name of a validation metric, such as that of a slice. Repairs at the end of an epoch if the metric is
-            worse than its best since the last repair, and validates once more afterwards, without logging.
-        mode: `min` or `max`, the better direction of the metric.
-        min_delta: smallest change of the metric that counts as worse, from 0.
-        at_end: True: also repairs when training ends, unless a repair followed the last step.
+        every_n_epochs: epochs between two repairs. None: only `monitor` starts repairs.
+        monitor: name of a validation metric, such as that of a slice. An epoch ends with a repair if the metric is
+            worse than its best value since the last repair. After an accepted repair, an unlogged validation measures
+            the metric anew.
+        mode: `min` if a lower metric is better, `max` if a higher one is.
+        min_delta: by how much the metric may be worse than its best value without starting a repair, from 0.
+        at_end: True: also repairs when training ends, unless a repair already followed the last step.
         **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:
-        repair: the `RegressionFreeRepair` that makes the repairs, with the report of the last one.
+        repair: the `RegressionFreeRepair` that makes the repairs; its `report` is that of the last repair.
         reports: reports of all repairs of this training, the oldest first.
 
     Example::
@@ -101,7 +103,7 @@ class RepairInTraining(RepairCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._best = None  # a checkpoint is loaded after this
+            self._best = None  # before a checkpoint is loaded, which may set it
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,12 +112,12 @@ class RepairInTraining(RepairCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_train_start(trainer, pl_module)
-        release_hook(pl_module, HOOK)  # left by a training that ended without notice
+        release_hook(pl_module, HOOK)  # may be left from a training that ended without calling a hook
         self.reports, self._last_step, self._warned = [], None, False
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning calls callbacks before the module, whose hook may change weights.
+        # Lightning calls this hook before that of the module, which may still change weights.
         follow_hook(pl_module, HOOK, partial(self._repair_if_due, trainer, pl_module))
 
     @override
@@ -141,7 +143,7 @@ class RepairInTraining(RepairCallback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
-        # Without a `state_dict`, since Lightning would refuse equal callbacks before `setup` explains it.
+        # There is no `state_dict`: with it, Lightning would refuse equal callbacks before `setup` can say why.
         if self._best is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
 
@@ -162,12 +164,12 @@ class RepairInTraining(RepairCallback):
         rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Metrics may differ between ranks; the first one decides.
+        # Metrics may differ between ranks; the first rank decides.
         if trainer.strategy.broadcast(self._is_due(trainer)):
             self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured, self._best = self._best, None  # not in `repaired.ckpt`, which has other weights
+        measured, self._best = self._best, None  # `repaired.ckpt` must not store a metric of other weights
         outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
         self._record_report(trainer)
         self._best = measured if outcome.parameters is None else self._validated_again(trainer)
@@ -206,6 +208,6 @@ class RepairInTraining(RepairCallback):
             return due
         best = value if self._best is None else sign * self._best
         due |= value > best + self.min_delta
-        # After a refused repair, the value that triggered it is the new reference.
+        # After a refused repair, later values are compared with the value that started it.
         self._best = sign * (value if due else min(best, value))
         return due

@@ -1,4 +1,4 @@
-"""`TrainingHistory`, which records the results of each sample at every epoch, and weights of some layers."""
+"""`TrainingHistory`, which records at every epoch the results of each sample and the weights of some layers."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from lightning_nrl.tasks import Task, parse_task
 class TrainingHistory(CallbackBase):
     """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
-    `NeuRecover` localises with the record, and `TrainingRecord.read(folder)` reads it. A resumed training continues its
-    record. Each record takes one pass over all splits in evaluation mode; record less often (`every_n_epochs=5`) if
-    that is too slow. Does not change the training itself.
+    `NeuRecover` localises with this history, and `TrainingRecord.read(folder)` reads it. A resumed training continues
+    its history. Each record takes one pass over all splits in evaluation mode; record less often (`every_n_epochs=5`)
+    if that is too slow. The training itself does not change.
 
-    Logs for each split `history/val/learned` (right now), `forgotten` (right at an earlier record, wrong now) and
-    `never_learned` (never right so far), and for up to 20 classes `history_val/forgotten/3`. TensorBoard gets a figure
-    of each split at the end.
+    For each split, such as `val`, three counts of samples are logged: `history/val/learned` (right now), `forgotten`
+    (right at an earlier record, wrong now) and `never_learned` (never right so far). With up to 20 classes each class
+    has its counts, such as `history_val/forgotten/3`. At the end, TensorBoard gets a figure of each split.
 
     Args:
         splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data.
         every_n_epochs: epochs between two records.
-        every_n_steps: optimiser steps between two records, instead of epochs.
+        every_n_steps: optimiser steps between two records, in place of `every_n_epochs`; None: counts epochs.
         layers: layers to record: `auto` (the layer that a repair would search), dotted names, or `all`.
-        dirpath: folder of the record; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
+        dirpath: folder for the records; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
 
     Attributes:
-        folder: folder of the record; None before training.
-        recorded: splits of this training; empty before it.
+        folder: folder with the records; None before training.
+        recorded: names of the recorded splits; empty before training.
         seconds: time spent on the records of this training.
 
     Example::
@@ -152,7 +152,7 @@ class TrainingHistory(CallbackBase):
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a record; for all ranks. Restores modes and random states."""
+        """Evaluates all splits and writes a record. Every rank must call it. Restores modes and random states."""
         began = time.perf_counter()
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step

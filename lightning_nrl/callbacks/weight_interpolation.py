@@ -41,38 +41,38 @@ from lightning_nrl.updates.interpolation import (
 from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
-"""Smallest cosine of weights trained from the old ones; two random initialisations have about 0."""
+"""A smaller cosine between initial and replaced weights causes a warning; unrelated weights have about 0."""
 
 
 class WeightInterpolation(CallbackBase):
     """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new + share old`.
 
-    This breaks fewer samples for little or no accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI).
-    Training must start from the old weights: `new.load_state_dict(...)` before `fit`. Put this callback before
-    `RegressionFreeRepair`, which then repairs the remaining failures.
+    This breaks fewer samples at little or no loss of accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024,
+    BCWI). Training must start from the replaced weights: `new.load_state_dict(...)` before `fit`. Put this callback
+    before `RegressionFreeRepair`, which then repairs the remaining failures.
 
-    Logs `interpolation/share`, and on calibration data `accuracy` and `nfr`, the negative flip rate, both also as
-    `..._before`. Does not change checkpoints of the training, weight averages or optimizer states; save the result with
-    `trainer.save_checkpoint`.
+    Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and `interpolation/nfr` (the
+    negative flip rate), and as `..._before` their values without the interpolation. Checkpoints of the training, weight
+    averages and optimizer states do not change; save the interpolated weights with `trainer.save_checkpoint`.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel` of one.
-        share: share of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 whose accuracy on
-            calibration data is within `tolerance` of the best.
-        tolerance: accuracy to give up for fewer regressions; 0.005 is half a percentage point.
-        calibration: data to choose and count on, not trained on: `val`, `test`, `repair` or a DataLoader. None: no
-            counts, for a given share only.
+        reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel`.
+        share: share of the replaced weights, in [0, 1]. `auto`: the largest of 0, 0.05, ..., 0.5 whose accuracy on
+            calibration data is within `tolerance` of the best and that breaks no more samples than share 0.
+        tolerance: accuracy that `auto` may give up for fewer regressions; 0.005 is half a percentage point.
+        calibration: data for choosing the share and counting, not trained on: `val`, `test`, `repair` or a DataLoader.
+            None: nothing is counted, and `share` must be a number.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, preferably
-            without augmentation.
-        batches: number of batches for statistics, in random order; None: all, in one pass for each share.
+            without augmentation. Each tried share takes one pass.
+        batches: number of batches for the statistics, drawn at random; None: all batches.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
-        seed: seed for the order of statistics batches and for random transforms.
+        seed: seed for drawing the batches and for random transforms.
         verbose: True: print the choice.
 
     Attributes:
-        choice: the chosen share and the alternatives; None without counts.
+        choice: the chosen share and the alternatives; None if nothing was counted.
 
     Example::
 
@@ -139,7 +139,7 @@ class WeightInterpolation(CallbackBase):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
-            # Each rank needs several samples for batch norm.
+            # A few batches show whether the data fit; batch norm needs several samples on each rank.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             evaluator = make_evaluator(trainer, pl_module, self.task)
             if counted is not None:
@@ -178,7 +178,7 @@ class WeightInterpolation(CallbackBase):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A fit that stops before its first step does not train.
+        # `on_train_end` does not run in a fit without a training step.
         if self._reference_state and not trainer.should_stop:
             problem = "the weights were not interpolated, because no training step ran (it was complete or skipped)."
             hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
@@ -187,7 +187,7 @@ class WeightInterpolation(CallbackBase):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._changed:  # weight averaging would save its average
+        if self._changed:  # otherwise weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())
 
     def _sources(

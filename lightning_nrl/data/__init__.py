@@ -1,7 +1,7 @@
 """Data: batches, their sources, and targets.
 
-In: batches from the user's data loaders. Out: `Batch` and `Source`, one common form, and `Target`, which selects the
-failures to repair.
+In: batches from the user's data loaders. Out: `Batch` and `Source`, a common form for batches and splits, and `Target`,
+which selects the failures to repair.
 """
 
 from lightning_nrl.data.adapters import unpack

@@ -1,4 +1,4 @@
-"""Adapters: the default one, `unpack`, and adapters that run the model themselves."""
+"""Adapters, which split a batch into model inputs and target: the default, `unpack`, and some that run the model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
 from lightning_nrl.errors import ConfigurationError
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
-"""Usual names of the target, by priority."""
+"""Usual names of the target in a batch; the first one that the batch has is used."""
 
 FUTURE_KEYS = ("future_target", "future_values")
-"""Names of forecasting targets in darts and Hugging Face."""
+"""Names of forecasting targets in batches of darts and Hugging Face."""
 
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
-"""Usual names of a model's only input, by priority."""
+"""Usual names of a model's only input in a batch; the first one that the batch has is used."""
 
 ADAPTER_HINT = """pass the model's prediction as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
 
@@ -48,7 +48,7 @@ class Graphs(Protocol):
 
 
 def fields_of(value: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a mapping, data class, named tuple or batch of graphs; None for anything else."""
+    """Returns the fields of a mapping, data class, named tuple or batch of graphs. Returns None for anything else."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (type, Tensor)):
@@ -63,14 +63,14 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
 
 
 class _Part(NamedTuple):
-    path: str  # Python expression, from the batch on
-    name: str  # last key of the path
+    path: str  # Python expression for the value, such as `batch['x'][0]`
+    name: str  # last key or index of the path
     depth: int
     value: Any
 
 
 def describe(raw: Any, name: str = "batch") -> str:
-    """Lists the types, names, shapes and dtypes in a batch or an output, in at most `MAX_STRUCTURE_LINES` lines."""
+    """Lists the names, types, shapes and dtypes in a batch or an output, in at most `MAX_STRUCTURE_LINES` lines."""
     lines = [f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)]
     if len(lines) > MAX_STRUCTURE_LINES:
         lines[MAX_STRUCTURE_LINES - 1 :] = [f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"]
@@ -78,7 +78,7 @@ def describe(raw: Any, name: str = "batch") -> str:
 
 
 def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
-    """Writes an adapter to paste, with the names in this batch; input and target are guesses."""
+    """Returns a hint with the code of an adapter for this batch. It guesses which fields are input and target."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
@@ -123,20 +123,16 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ForwardSignature:
-    """Parameters of a model's forward, without `*args` and `**kwargs`.
-
-    `required` are those without a default; `takes_mapping` is True if the only one is a whole batch, by its annotation
-    or the name `batch`.
-    """
+    """Names of the parameters of a model's forward, without `*args` and `**kwargs`."""
 
     names: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    takes_mapping: bool = False
-    takes_keywords: bool = False
+    required: tuple[str, ...] = ()  # names of the parameters without a default
+    takes_mapping: bool = False  # True if one is required, and is annotated as a mapping or named `batch`
+    takes_keywords: bool = False  # True if forward has `**kwargs`
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
-        """Inspects a module's forward; None if it takes `*args`, as wrapped modules do, or has no signature."""
+        """Inspects a module's forward. Returns None if it takes `*args`, as wrapped modules do, or has no signature."""
         try:
             parameters = inspect.signature(module.forward).parameters.values()
         except (TypeError, ValueError):
@@ -155,7 +151,7 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """Binds an adapter to a module: `unpack` to its forward's signature, a `ModelAdapter` to the module itself."""
+    """Binds an adapter to a module: `unpack` gets the signature of its forward, a `ModelAdapter` the module itself."""
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
@@ -163,16 +159,19 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 
 
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
-    """Splits a batch into model inputs and target: the default adapter.
+    """Splits a batch into model inputs and target; this is the default adapter.
 
-    In `(x, y, *extras)`, x may be a tuple of inputs, passed as arguments if forward takes that many.
+    A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of arguments. If forward needs several
+    inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
 
-    In mappings, named tuples, data classes and graphs, the target is the first of `TARGET_KEYS`. A forward with one
-    parameter gets the field of that name, one of `INPUT_KEYS` or the only tensor; or the whole batch if the parameter
-    is annotated as a mapping or named `batch`, or nothing else fits. A forward with several parameters gets the fields
-    of those names, and `**kwargs` every tensor except the target. The inputs (`{"inputs": {...}, "targets": ...}`) or
-    the whole batch (`{"batch": ...}`) may be nested. Without a signature, a usual input is passed by position, else
-    all tensors by name.
+    In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. A forward with
+    one required parameter gets the field named like the parameter, else the only tensor, else the first of
+    `INPUT_KEYS`. It gets the whole batch if the parameter is annotated as a mapping or named `batch`, or if no field
+    fits. A forward with several parameters gets the fields named like them; `**kwargs` gets all tensors but the target.
+    The inputs or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`.
+
+    `signature` describes forward. If it is None, the first of `INPUT_KEYS` is the only input. If the batch has none of
+    these keys, every tensor except the target is passed by name.
 
     Returns:
         `(args, kwargs, target)`.
@@ -191,7 +190,7 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
 
 
 def _named(raw: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a batch, or None for a sequence, such as a named tuple without a usual target name."""
+    """Returns the fields of a batch. Returns None for sequences, also for a named tuple without a target key."""
     named = fields_of(raw)
     return None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
 
@@ -286,7 +285,7 @@ class _AdapterCall(ModelCall):
 class ModelAdapter:
     """Adapter that runs the model itself: `adapt(module, batch) -> (logits, target)`.
 
-    It runs once more for each batch read, without gradients, to get the target.
+    Each time a batch is read, `adapt` runs one extra time, without gradients, to get the target.
     """
 
     adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -304,7 +303,7 @@ class ModelAdapter:
 
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:
-    """Converts a function into an adapter; with two required parameters, f(module, batch), it runs the model."""
+    """Returns an adapter for a function: a `ModelAdapter` for f(module, batch), the function itself for f(batch)."""
     if isinstance(function, nn.Module):
         hint = "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
         raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
@@ -312,7 +311,7 @@ def as_adapter(function: Callable[..., Any]) -> Adapter:
 
 
 def required_parameters(function: Callable[..., Any]) -> int:
-    """Counts positional parameters without a default; 0 for a function without a signature."""
+    """Counts positional parameters without a default. Returns 0 for a function without a signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -16,19 +16,19 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, check_whole
 
 Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""`(args, kwargs, target)`: arguments of the model, and the target."""
+"""`(args, kwargs, target)`: positional and keyword arguments of the model's forward, and the target."""
 Adapter = Callable[[Any], Unpacked]
 """Converts a raw batch into `(args, kwargs, target)`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the model's device.
+    """`n` samples on the model's device.
 
     Attributes:
         args: positional arguments of the model's forward.
         kwargs: keyword arguments of the model's forward.
-        target: targets, first dimension `n`.
+        target: targets; the first dimension of each tensor is `n`.
         position: `n` int64 on the CPU, position of each sample in its split, from 0.
         raw: the batch as returned by the data loader, for predicates.
     """
@@ -45,14 +45,15 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Known or unseen data of one split, iterable repeatedly in the same order.
+    """Data of one split of `n` samples. It can be iterated repeatedly, in the same order each time.
 
     Attributes:
         split: name in reports, such as `train` or `repair`.
-        passed: True if the #pos passed samples are drawn from this split. Those of every known split are kept anyway.
-        failed: True if failed samples are candidates for repair.
-        index: `n` int64, positions in the data set, in the order of the split, over all ranks.
-        positions: int64, this rank's share, as positions in the split.
+        passed: True if the search draws passed samples to score (#pos in the paper) from this split. Known passed
+            samples of all splits must stay right in any case.
+        failed: True if failed samples of this split may be repaired.
+        index: `n` int64, position of each sample in the data set, including the samples of other ranks.
+        positions: int64, positions in the split, from 0, of this rank's samples.
     """
 
     @property
@@ -71,23 +72,23 @@ class Source(Protocol):
     def positions(self) -> Tensor: ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields this rank's share in evaluation order."""
+        """Yields this rank's samples in batches, in the order of `positions`."""
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields one batch for each tensor of positions (`Batch.position`) in this rank's share."""
+        """Yields one batch for each tensor of positions in the split, which must be among this rank's `positions`."""
 
 
 class RecordingSource:
-    """Source that wraps another and records a value of each batch.
+    """Source that wraps another source and records values of each sample when it is iterated.
 
-    `note` returns a tensor for a batch, one row per sample; `empty` is such a tensor without rows.
+    `note` returns the values of a batch, a tensor with one row per sample; `empty` is such a tensor without rows.
     """
 
     def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
         self.source, self.note, self.empty = source, note, empty
         self.split, self.passed, self.failed = source.split, source.passed, source.failed
         self.index, self.positions = source.index, source.positions
-        self.noted: list[tuple[Tensor, Tensor]] = []  # positions and recorded values per batch of the last pass
+        self.noted: list[tuple[Tensor, Tensor]] = []  # of each batch in the last pass: positions and values
 
     def __iter__(self) -> Iterator[Batch]:
         self.noted = []
@@ -99,18 +100,18 @@ class RecordingSource:
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
-        """Gathers the last pass's recorded values from all ranks, on the CPU, in the order of the source."""
+        """Returns the values of the last pass from all ranks, sorted by position in the split, on the CPU."""
         positions, noted = zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
         values, order = (torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions))
         return values[order.argsort()]
 
 
 class ModelCall(ABC):
-    """Function that runs a model on a raw batch. `Batch.args` is then `(call, raw)`; see `run_model`."""
+    """Function that runs a model on a raw batch. A batch for it has `args = (call, raw)`, which `run_model` handles."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:
-        """Runs the model with gradients; `raw` may have only some of the batch's samples."""
+        """Runs the model with gradients on a raw batch, or on a part that was cut from one."""
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -121,7 +122,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.device) -> Iterator[Unpacked]:
-    """Yields batches as `(args, kwargs, target)`; raw ones are moved to the device and passed to the adapter."""
+    """Yields `(args, kwargs, target)` for each batch. Raw batches are moved to the device and split by the adapter."""
     for batch in batches:
         if isinstance(batch, Batch):
             yield batch.args, batch.kwargs, batch.target
@@ -149,9 +150,9 @@ def with_plain_tensors(tree: Any) -> Any:
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
-    """True if samples can be selected from the inputs by indexing, as the first dimension of each tensor is `n`.
+    """True if indexing can select samples from the inputs, because the first dimension of each tensor is `n`.
 
-    Samples of graphs, packed sequences and lists of numbers or texts have to be read again by `Source.draw`.
+    Samples of graphs, packed sequences and lists of numbers or texts cannot be selected; `Source.draw` reads them anew.
     """
 
     def is_whole(x: Any) -> bool:
@@ -166,7 +167,7 @@ def is_sliceable(inputs: Any, n: int) -> bool:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and mappings, by sorted keys."""
+    """Yields the tensors in nested sequences and mappings. Mappings are read in the order of their sorted keys."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -189,13 +190,13 @@ class TensorSource:
             keyword arguments.
         targets: targets, first dimension `n`; for `Multiclass`, `n` whole numbers.
         split: name in reports.
-        passed: True if the `n_passed` passed samples are drawn from this split. Those of every known split are kept
-            anyway.
-        failed: True if failed samples are candidates for repair.
+        passed: True if the search draws passed samples to score (`n_passed` of them) from this split. Known passed
+            samples of all splits must stay right in any case.
+        failed: True if failed samples of this split may be repaired.
         extras: further tensors, first dimension `n`. A predicate of `Target.where` gets batches of
             `(inputs, targets, *extras)`.
         batch_size: samples per batch.
-        device: the model's device, to which batches are moved; None: no move.
+        device: the model's device, to which batches are moved; None: batches stay on the device of the tensors.
 
     Example:
         >>> x, y = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])
@@ -227,17 +228,17 @@ class TensorSource:
 
     @property
     def index(self) -> Tensor:
-        """Positions in the tensors, `n` int64, which are the sample ids in reports."""
+        """The positions 0 to `n` - 1, int64. They are the sample ids in reports."""
         return torch.arange(len(self))
 
     @property
     def positions(self) -> Tensor:
-        """All positions: tensors in memory are not divided among ranks."""
+        """All positions: every rank has all samples."""
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.batch_size):
-            # A slice, which does not copy.
+            # A slice does not copy the tensors.
             part = slice(start, min(start + self.batch_size, len(self)))
             yield self._batch(self.index[part], part)
 

@@ -1,4 +1,4 @@
-"""Columns of a batch other than inputs and target, such as slices and sample weights."""
+"""Columns of a batch: further values per sample, such as slices and sample weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
 
 Column = Callable[[Any], Any] | Target
-"""Maps a raw batch to one value per sample; or a target, which gives bools."""
+"""A function from a raw batch to one value per sample, or a target, which gives one bool per sample."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """Column of a batch, by key if batches are mappings or by position if they are sequences.
+    """Column of a batch, found by key in a mapping or by position in a sequence.
 
     Example:
         >>> Field(2)(([0.1, 0.2], [3, 5], ["day", "night"]))
@@ -31,7 +31,7 @@ class Field:
 
     @property
     def __name__(self) -> str:
-        """Name of the slice in reports."""
+        """Name of the column in reports, such as `column 2`."""
         return self.name if isinstance(self.name, str) else f"column {self.name}"
 
     def __call__(self, raw: Any) -> Any:
@@ -49,7 +49,7 @@ class Field:
 
 
 def find_column(argument: str, value: Any) -> Column:
-    """Parses a column.
+    """Parses a column; `argument` is the name of the argument in errors.
 
     Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its address
     (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a colon or dot is an address.
@@ -70,7 +70,7 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """Evaluates a column on a batch."""
+    """Evaluates a column on a batch; `label` has the true classes, for columns that are targets."""
     try:
         return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:
@@ -82,6 +82,6 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """Evaluates a column as `n` float64 on the CPU; bools become 1 and 0."""
+    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU; bools become 1 and 0."""
     found = column_values(argument, column, batch, label)
     return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

@@ -1,7 +1,4 @@
-"""Sample identity across data sets: by data set and index if known, else by a hash of the content.
-
-Either way a sample's key is two 64-bit integers, a row of a tensor.
-"""
+"""Keys of two 64-bit integers that identify samples across splits: data set and position, or a hash of the content."""
 
 from __future__ import annotations
 
@@ -23,28 +20,28 @@ from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceabl
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
 MAX_SAMPLES_TRIED = 8
-"""Samples that are read from a wrapping data set to find their positions in the wrapped one."""
+"""Number of samples that are read from a data set to find out which data set inside, and which positions, it reads."""
 
 
 @runtime_checkable
 class Identified(Protocol):
-    """Source that knows its data set and the positions in it."""
+    """Source that knows from which data set its samples come."""
 
     @property
     def identity(self) -> Tensor:
-        """Data set and position in it of each sample of `Source.index`, `n x 2` int64."""
+        """Key of each sample of `Source.index`, `n x 2` int64, as returned by `base_samples`."""
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
-    """Resolves positions in a data set to the innermost data sets, through subsets, unions and wrappers.
+    """Finds the innermost data set of each sample, inside of subsets, unions and wrappers, and the position there.
 
     Args:
         dataset: the outermost data set.
         index: `n` int64, positions in `dataset`.
-        as_read: stop at data sets that change the samples of another one, such as those that augment.
+        as_read: True: does not look inside of wrappers, which may change samples, such as by augmentation.
 
     Returns:
-        `n x 2` int64: the `id` of the data set, valid in this process only, and the position in it.
+        `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the position in it.
     """
     if isinstance(dataset, Subset):
         inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
@@ -64,9 +61,10 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
 
 
 def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
-    """Returns the data set that another one wraps, and the positions there, if reading some samples reveals them.
+    """Reads some samples to find the data set inside of another one, and the position of each sample there.
 
-    Sample `i` must come from sample `i` of the inner data set, or from the entry `i` of a list in the outer one.
+    Position `i` must be read from position `i` inside, or from `places[i]`, where `places` is an attribute of the outer
+    data set. Returns None if neither is the case.
     """
     own = getattr(dataset, "__dict__", {})
     tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
@@ -84,7 +82,7 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
 
 
 def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
-    """Returns the first position that each sample requests from the data set in attribute `name`, up to an error."""
+    """Returns the first position that each sample requests from the data set in attribute `name`. Stops at an error."""
     view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
 
     def noted(self: Any, i: Any) -> Any:
@@ -102,22 +100,22 @@ def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int
 
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:
-    """Marks the samples, `n x 2`, that are among others, `m x 2`: `n` bool."""
+    """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`. Returns `n` bool."""
     _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
     return torch.isin(number[: len(samples)], number[len(samples) :])
 
 
 def content_recorder(source: Source) -> RecordingSource:
-    """Wraps a source to record the content key of each sample, `n x 2` int64, without synchronising the device."""
+    """Wraps a source so that it records the key of each sample's content (`content_keys`) when it is iterated."""
     return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def content_keys(batch: Batch) -> Tensor:
-    """Hashes inputs and targets of each sample to two 64-bit integers, `n x 2`, equal for bit-identical samples.
+    """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
 
-    Each is a sum with random weights modulo 2^64, so that different samples collide with probability below 2^-64. Zeros
-    do not count, since sequences may be padded to different lengths. If inputs cannot be assigned to samples, all keys
-    are random.
+    Bit-identical samples have equal keys. Each integer is a sum with random weights modulo 2^64, so two different
+    samples have equal keys with a probability below 2^-64. Zeros add nothing to a key, because sequences may be padded
+    to different lengths. If it is unknown which inputs belong to which sample, the keys are random.
     """
     n = len(batch)
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
@@ -139,23 +137,23 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs are tensors, and one with several dimensions has a row per sample, as images have."""
+    """True if all inputs but numbers and texts are tensors, and a matrix or larger tensor has one row per sample."""
     leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
     return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
 
 
 @lru_cache(maxsize=16)
 def _hash_weights(seed: int, n: int) -> Tensor:
-    """Draws `2 x n` int64 on the CPU; a larger `n` only appends columns."""
+    # A larger `n` only appends columns.
     generator = torch.Generator("cpu").manual_seed(seed)
     halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")
     return (halves[..., 0] * 2**32 + halves[..., 1]).T
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    """Converts the bits of numbers to int64, with -0.0 as 0.0."""
     if not x.is_floating_point():
         return x.long()
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     whole = x if x.element_size() in kinds else x.float()
+    # Adding 0.0 gives -0.0 the bits of 0.0.
     return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()

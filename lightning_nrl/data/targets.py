@@ -1,7 +1,7 @@
 """Targets: conditions that select the failures to repair.
 
-Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine
-them with `&`, `|` and `~`. Targets are immutable and comparable; `str` describes them.
+Targets are built by `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` and `Target.all()`, and
+combined by `&`, `|` and `~`. They are immutable and comparable; `str` describes them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGET_HINT = (
 
 
 class Target(ABC):
-    """Condition on samples; the failures that meet it are repaired.
+    """Condition on samples: the failures that meet the condition are repaired.
 
     Example:
         >>> print(Target.label(3) | Target.confusion(3, 5))
@@ -43,7 +43,7 @@ class Target(ABC):
 
     @abstractmethod
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Selects samples of a batch, right or wrong; the caller keeps the failures.
+        """Marks the samples of a batch that meet the condition. Of these, the caller repairs only failures.
 
         Args:
             batch: `n` samples.
@@ -55,15 +55,15 @@ class Target(ABC):
         """
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Selects samples of the targeted kind, right or wrong (the paper's class to be repaired).
+        """Marks right and wrong samples of the kind to repair (in the paper, the samples of the class to be repaired).
 
-        Conditions on the predicted class are ignored: a confusion covers its true class.
+        Ignores conditions on the predicted class: a confusion covers all samples of its true class.
         """
         return self.select(batch, label, prediction)
 
     @abstractmethod
     def __str__(self) -> str:
-        """Describes the condition; `parse_target` can read the text if predicates are addresses."""
+        """Returns the condition as text, which `parse_target` reads if every predicate is given by its address."""
 
     @staticmethod
     def all() -> Target:
@@ -82,7 +82,7 @@ class Target(ABC):
 
     @staticmethod
     def where(predicate: Predicate | str, name: str | None = None) -> Target:
-        """Selects failures by a predicate on the batch, such as "partly occluded"; arguments as in `Where`."""
+        """Selects failures by a predicate on the batch, such as "partly occluded". See `Where` for the arguments."""
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
@@ -102,7 +102,7 @@ class Target(ABC):
 
 @dataclass(frozen=True)
 class AllFailures(Target):
-    """Every sample."""
+    """Target that selects every sample."""
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return torch.ones(len(batch), dtype=torch.bool)
@@ -113,9 +113,9 @@ class AllFailures(Target):
 
 @dataclass(frozen=True)
 class Label(Target):
-    """Samples of one true class, a whole number from 0."""
+    """Target that selects the samples of one true class, a whole number from 0."""
 
-    # `field()`, since the inherited static method `label` would become the default.
+    # Without `field()`, the inherited static method `label` would become the default.
     label: int = field()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Label(Target):
 
 @dataclass(frozen=True)
 class Confusion(Target):
-    """Samples of class `true` predicted as class `predicted`."""
+    """Target that selects the samples of class `true` that are predicted as class `predicted`."""
 
     true: int
     predicted: int
@@ -156,7 +156,7 @@ class Confusion(Target):
 
 @dataclass(frozen=True)
 class Where(Target):
-    """Samples for which a predicate on the batch is true.
+    """Target that selects the samples for which a predicate is true.
 
     Attributes:
         predicate: function of the raw batch that returns one bool per sample, or its address, `package.mod:function`.
@@ -216,20 +216,20 @@ class TargetPair(Target):
 
 
 class And(TargetPair):
-    """Samples that both targets select."""
+    """Target that selects the samples selected by both of two targets."""
 
     word, combine = "and", torch.logical_and
 
 
 class Or(TargetPair):
-    """Samples that at least one of two targets selects."""
+    """Target that selects the samples selected by at least one of two targets."""
 
     word, combine = "or", torch.logical_or
 
 
 @dataclass(frozen=True)
 class Not(Target):
-    """Samples that a target does not select."""
+    """Target that selects the samples not selected by another target."""
 
     target: Target
 
@@ -246,7 +246,7 @@ class Not(Target):
         if isinstance(inner, (And, Or)):
             either = Or if isinstance(inner, And) else And
             return either(Not(inner.left), Not(inner.right)).covers(batch, label, prediction)
-        # With the label as prediction, no confusion applies.
+        # With the label as prediction, no sample is a confusion: `not confusion` covers every sample.
         return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
@@ -276,13 +276,13 @@ def _required(target: Target, classes: Tensor | None) -> Tensor:
 
 
 def classes_in(target: Target) -> set[int]:
-    """Returns the classes that a target names."""
+    """Returns the numbers of all classes that occur in a target."""
     found = {value for value in vars(target).values() if isinstance(target, (Label, Confusion))}
     return found.union(*(classes_in(part) for part in vars(target).values() if isinstance(part, Target)))
 
 
 def parse_target(target: str | Target) -> Target:
-    """Parses the text of a target, as returned by `str(target)`; returns a target unchanged.
+    """Parses the text of a target, as returned by `str(target)`. Returns a `Target` unchanged.
 
     `not` binds tighter than `and`, and `and` tighter than `or`. Predicates are written as addresses.
 
@@ -300,7 +300,7 @@ def parse_target(target: str | Target) -> Target:
 
 
 def target_in(text: str) -> Target | None:
-    """Parses a target of several words; None for a single word and for any other text."""
+    """Parses a target of several words. Returns None for a single word and for text that is not a target."""
     try:
         return parse_target(text) if len(text.split()) > 1 else None
     except TargetError:

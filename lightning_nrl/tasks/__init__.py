@@ -1,4 +1,4 @@
-"""Tasks: define when a sample is right.
+"""Tasks, which define when a sample is right.
 
 In: the model's outputs and the targets. Out: passed, loss and margin of each sample.
 """

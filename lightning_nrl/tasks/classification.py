@@ -24,8 +24,8 @@ class Multiclass(Task):
     """Multiclass classification from `n x C` logits: a sample is right if the arg max is its class.
 
     The loss is cross entropy, in at least float32. One logit per sample, `n` or `n x 1`, is treated as in `Binary`.
-    Targets are class indices, `n` or `n x 1`, of any real dtype, or `n x C` probabilities, one-hot or soft: the most
-    probable class is the true one, and the loss is the cross entropy with all probabilities.
+    Targets are class indices, `n` or `n x 1`, of any real dtype. They may also be `n x C` probabilities, one-hot or
+    soft; the most probable class is then the true one, and the loss is the cross entropy with all probabilities.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -47,7 +47,7 @@ class Multiclass(Task):
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        # Negative labels are not an error here: the `Evaluator` names these samples after a whole pass.
+        # Negative labels raise no error here: the `Evaluator` names their samples after a whole pass.
         output = at_least_float32(class_logits(output))
         truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
         return F.cross_entropy(output, truth, reduction="none")
@@ -102,7 +102,7 @@ def _is_soft(target: Tensor) -> bool:
 
 @TASKS.register("binary")
 class Binary(Multiclass):
-    """Binary classification from one logit per sample, `n` or `n x 1`: class 1 above 0, else class 0.
+    """Binary classification from one logit per sample, `n` or `n x 1`: a logit above 0 predicts class 1, else class 0.
 
     The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype. `Multiclass`, the default, gives
     the same results for such logits; `Binary` rejects logits of any other shape.
@@ -120,15 +120,17 @@ class Binary(Multiclass):
 @TASKS.register("multilabel")
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Multi-label classification from one logit per label, `n x L`: a sample is right if all its labels are.
+    """Multi-label classification from one logit per label, `n x L`: a sample is right if all its labels are right.
 
     A label is right if its probability, the sigmoid of the logit, is above the threshold for target 1 and below it for
-    target 0. Targets are `n x L`, of any dtype. The loss is binary cross entropy, averaged over labels.
+    target 0. Targets are `n x L`, of any dtype. The loss is binary cross entropy, averaged over labels. The margin of a
+    label is the distance of its logit from the threshold, negative if the label is wrong. The margin of a sample is the
+    smallest margin of its labels, after leaving out the `wrong` smallest.
 
     Attributes:
         threshold: probability threshold, between 0 and 1.
         wrong: number of wrong labels that a right sample may have.
-        ignore_index: value of unknown labels, which do not count.
+        ignore_index: target of labels that are unknown and do not count.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]])
@@ -185,7 +187,6 @@ class Multilabel(Task):
         return masked_mean(each, known)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
-        """Returns the smallest signed distance of a logit from the threshold, `n`, leaving out the `wrong` smallest."""
         output = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
         each = torch.where(target == 1, output, -output)
         each = torch.where(each.isnan(), -torch.inf, each)

@@ -1,4 +1,4 @@
-"""`Custom`, a task from functions, and `NamedHead`, for a model with several heads."""
+"""`Custom`, a task made of functions, and `NamedHead`, a task for one head of a model with several."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lightning_nrl.tasks.classification import Multiclass
 from lightning_nrl.tasks.task import Task, parse_task
 
 Judge = Callable[[Tensor, Any], Tensor]
-"""Maps an output and a target, first dimension `n`, to one value per sample, `n`."""
+"""Maps the output and the target of a batch of `n` samples to one value per sample, `n`."""
 
-MARGIN_ROUNDING = 1e-4  # margins below this share of the batch's largest may have the wrong sign
+MARGIN_ROUNDING = 1e-4  # margins smaller than this share of the batch's largest margin may have the wrong sign
 
 
 class Custom(Task):
-    """Task defined by your own functions or their addresses, `package.module:function`.
+    """Task defined by your own functions of output and target, or their addresses, `package.module:function`.
 
-    Derive from `Task` instead to define logits, classes or the divergence too.
+    To define logits, classes or the divergence too, derive a class from `Task` instead.
 
     Args:
         passed: returns `n` bool, True for each right sample.
         loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use `reduction="none"` and average
             over all dimensions but the first.
-        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if it passed, else below.
-            None: no margins; then only the swarm can repair.
+        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the sample passed, else
+            below 0. None: the task has no margins, and only the method `swarm` can repair.
 
     Example:
         >>> def far(output, target):
@@ -101,10 +101,10 @@ def _address(function: Judge) -> str:
 
 @dataclass(frozen=True)
 class NamedHead(Task):
-    """Applies a task to one head of a model with several outputs.
+    """Task for one head of a model with several outputs.
 
-    If the target has parts too, the part of the same name is used. Name a layer of this head as `layer`, since other
-    outputs are not protected.
+    If the target has parts too, the part named like the head is used. Give a repair a `layer` that belongs to this head
+    only: the repair does not protect the outputs of other heads.
 
     Attributes:
         name: key, field or position of the head's output.

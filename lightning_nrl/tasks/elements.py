@@ -19,25 +19,25 @@ from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits
 
 
 class Elements(NamedTuple):
-    """Logits and labels of `n` samples with `E` elements and `C` classes."""
+    """Logits and labels of `n` samples with `E` elements (such as tokens or pixels) and `C` classes."""
 
     logits: Tensor  # n x C x E, at least float32
     label: Tensor  # n x E int64, 0 where the element is ignored
     counts: Tensor  # n x E bool, False where the element is ignored
 
     def lead(self) -> Tensor:
-        """Returns the true class's logit minus the largest other logit, `n x E`; minus infinity for NaN logits."""
+        """Returns the true class's logit minus the largest other logit, `n x E`. NaN logits give minus infinity."""
         others = self._others()
-        # On ties the gradient of `max` goes to one class, that of `amax` to each; `amax` is much faster without.
+        # On ties, `max` passes the gradient to one class, `amax` to all. Without gradients, `amax` is much faster.
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """Returns the lead and the class of the largest other logit, `n x E` int64."""
+        """Returns `lead()` and the rival, which is the class with the largest other logit, `n x E` int64."""
         best, rival = self._others().max(1)
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks elements, `n x E` bool, whose class is the first arg max and whose lead is at least `reserve`, `n`."""
+        """Marks the right elements, `n x E` bool. If given, `reserve`, `n`, is the least lead that they must have."""
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -55,27 +55,27 @@ class Elements(NamedTuple):
 
 
 class ElementsTask(Task):
-    """Base class of tasks with a class per element; the loss is cross entropy, averaged over a sample's elements.
+    """Base class of tasks with a class per element. The loss is cross entropy, averaged over a sample's elements.
 
-    Subclasses are frozen dataclasses with a field `ignore_index`.
+    Subclasses are frozen dataclasses with a field `ignore_index`, the label of elements that do not count.
     """
 
     ignore_index: int
 
     @abstractmethod
     def classes_first(self, output: Tensor) -> Tensor:
-        """Returns the logits as `n x C x ...` with `C` at least 2; raises a `ConfigurationError` for other shapes."""
+        """Returns the logits as `n x C x ...`, `C` at least 2. Raises a `ConfigurationError` if the shape is wrong."""
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Marks the right samples, `n` bool, whose margin is at least `reserve`, `n`, if given; needs no sorting."""
+        """Marks the right samples, `n` bool. Their margins must also be at least `reserve`, `n`, if that is given."""
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64 with `ndim` dimensions; raises a `ConfigurationError` otherwise."""
+        """Returns the true classes, `n x ...` int64 with `ndim` dimensions, or raises a `ConfigurationError`."""
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
@@ -125,10 +125,7 @@ class ElementsTask(Task):
         return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the Kullback-Leibler divergence from the teacher's class probabilities, averaged over elements, `n`.
-
-        Elements that `target` ignores are left out.
-        """
+        """Returns the Kullback-Leibler divergence from the teacher's classes, averaged over the elements that count."""
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
@@ -149,13 +146,13 @@ def _cross_entropy(elements: Elements) -> Tensor:
 @TASKS.register("sequence")
 @dataclass(frozen=True)
 class Sequence(ElementsTask):
-    """Token classification: a sequence is right if all its tokens, or a given share of them, are.
+    """Token classification: a sequence is right if all its tokens, or a given share of them, are right.
 
-    A token is right if the arg max of its logits is its class. The margin of a sequence is that of its least certain
-    token, after leaving out as many tokens as may be wrong.
+    A token is right if the arg max of its logits is its class. The margin of a sequence is the smallest margin of its
+    tokens, after leaving out as many of the smallest ones as may be wrong.
 
     Attributes:
-        share: share of the counted tokens that must be right, above 0 to 1.
+        share: share of the counted tokens that must be right, above 0 and at most 1.
         class_dim: class dimension of the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are `n x T`.
         ignore_index: label of tokens that do not count, such as padding.
 
@@ -187,7 +184,7 @@ class Sequence(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
-        # The margin is the lead at rank `allowed_wrong`, so at most that many tokens lie below it.
+        # The margin is the lead at rank `allowed_wrong`, so at most that many tokens have a smaller lead.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -217,7 +214,7 @@ class Sequence(ElementsTask):
 
 
 IOU_ROUNDING = 1e-6  # tolerance of the threshold, so that 3 of 5 reach 0.6
-WINDOW = 0.02  # share of an image's pixels, ranked around the deciding one, that the margin's gradient averages over
+WINDOW = 0.02  # the margin's gradient is averaged over this share of pixels, those ranked next to the deciding one
 
 
 @TASKS.register("segmentation")
@@ -229,14 +226,14 @@ class Segmentation(ElementsTask):
     `n x 1 x ...` for two classes, with a logit above 0 for class 1. Targets are `n x ...` or `n x 1 x ...`, whole
     numbers of any dtype or bools.
 
-    The margin is the largest amount by which the lead (true logit minus best other logit) of every pixel could shrink
-    before the IoU falls below the threshold. It equals the lead of one pixel, found by sorting. Its gradient is the
-    mean over pixels of neighbouring rank, as an estimate of the derivative of a quantile.
+    The lead of a pixel is its true logit minus the largest other logit. The margin is the largest amount by which the
+    leads of all pixels could shrink before the IoU falls below the threshold. It equals the lead of one pixel, found
+    by sorting. Its gradient is the mean over pixels with similar leads, which estimates the derivative of a quantile.
 
     Attributes:
-        iou: threshold, above 0 to 1.
-        classes: classes that count, such as `(1,)` for the foreground alone; None: all. All count in an image that has
-            none of them.
+        iou: threshold, above 0 and at most 1.
+        classes: classes that count, such as `(1,)` for the foreground alone; None: all classes. If none of them occurs
+            in the target of an image, all classes count there.
         ignore_index: label of pixels that do not count; 255 in many data sets.
 
     Example:
@@ -283,10 +280,13 @@ class Segmentation(ElementsTask):
         return self._reaches(elements, elements.label, rival, elements.counts, elements.right(lead, reserve))
 
     def elements_margin(self, elements: Elements) -> Tensor:
-        """Returns the lead of the deciding pixel, `n`: the last pixel, by rank, that the IoU needs to be right."""
+        """Returns the lead of the deciding pixel of each image, `n`.
+
+        If the pixels become right one after another, by falling lead, the IoU is reached with the deciding pixel.
+        """
         lead, rival = elements.lead_and_rival()
         order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
-        # Ignored pixels come last, after those with a lead of minus infinity.
+        # Ignored pixels come last, even after pixels that count and have a lead of minus infinity.
         order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))
         lead, label, rival, counts = (x.gather(1, order) for x in (lead, elements.label, rival, elements.counts))
         rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
@@ -318,7 +318,7 @@ class Segmentation(ElementsTask):
         return super().labels(target, ndim)
 
     def _reaches(self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor) -> Tensor:
-        """Marks images, `n` bool, that reach the IoU if pixels not in `right` get their rival class."""
+        """Marks the images, `n` bool, that reach the IoU if all pixels outside of `right` get their rival class."""
         zeros = torch.zeros(elements.logits.shape[:2], dtype=widest(label.device), device=label.device)
 
         def of_class(where: Tensor, chosen: Tensor) -> Tensor:

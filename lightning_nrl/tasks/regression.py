@@ -21,11 +21,11 @@ class Regression(Task):
 
     Outputs and targets have equal sizes, `n` or `n x ...`. Errors are divided by the tolerance. The margin is 1 minus
     the largest error of a sample: 1 for a perfect output, below 0 outside the tolerance. The loss is the Huber loss of
-    these errors, averaged over outputs, so that single outliers do not dominate.
+    the errors, averaged over outputs, so that single outliers do not dominate.
 
     Attributes:
         tolerance: absolute tolerance, above 0, in the units of the target.
-        relative: relative tolerance, added to it, such as 0.05 for 5 % of the target.
+        relative: share of the target that is added to `tolerance`, such as 0.05 for 5 %.
 
     Example:
         >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])
@@ -80,7 +80,7 @@ class Regression(Task):
         return self._errors(output, teacher, target).square().mean(1)
 
     def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:
-        """Returns differences in units of the tolerance, `n x D`."""
+        """Returns `output - other` in units of the tolerance, `n x D`: samples x outputs."""
         output, other = (_rows(at_least_float32(x)) for x in (output, other))
         if not self.relative or target is None:
             return (output - other) / self.tolerance

@@ -15,7 +15,7 @@ from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
-"""Names of the logits in outputs with named fields, as in Hugging Face and torchvision."""
+"""Usual names of the logits in outputs with named fields, such as those of Hugging Face and torchvision."""
 
 
 class Task(ABC):
@@ -40,8 +40,8 @@ class Task(ABC):
         Args:
             output: the model's logits.
             target: the targets.
-            reserve: `n`, minimum margin of a sample to pass, for tasks with margins; None: no minimum.
-            with_loss: if False, the loss is None.
+            reserve: `n`, least margin with which each sample passes (only for tasks with margins); None: no such limit.
+            with_loss: False: the second result is None.
         """
         passed = self.passed(output, target)
         if reserve is not None:
@@ -51,20 +51,20 @@ class Task(ABC):
         return passed, self.loss(output, target) if with_loss else None
 
     def right(self, output: Tensor, target: Any) -> Tensor:
-        """Marks the samples that pass with a finite loss, `n` bool."""
+        """Marks the samples that pass and have a finite loss, `n` bool."""
         passed, loss = self.passed_and_loss(output, target)
         assert loss is not None
         return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Raises a `ConfigurationError` if output and target do not fit together; called for each batch."""
+        """Raises a `ConfigurationError` if output and target do not fit together. It is called for each batch."""
         return None
 
     def logits(self, output: Any) -> Tensor:
         """Returns the logits in the output of a model.
 
-        These are the output itself if it is a tensor; in an object, mapping or named tuple the first of `OUTPUT_KEYS`,
-        else the only tensor with dimensions; in another sequence the first tensor with dimensions.
+        A tensor is returned as it is. Of a mapping, named tuple or object, the first of `OUTPUT_KEYS` is returned, else
+        the only tensor that is not a scalar. Of another sequence, the first tensor that is not a scalar is returned.
         """
         if isinstance(output, Tensor):
             return output
@@ -85,15 +85,15 @@ class Task(ABC):
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
         """Returns the margin of each sample, `n`, differentiable and at least float32: above 0 if passed, else below.
 
-        0 only on a tie, such as between two logits. None for a task without margins, which only gradient-free methods
-        can repair.
+        A margin is 0 only on a tie, such as between two logits. A task without margins returns None; only gradient-free
+        methods can then repair.
         """
         return None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the distance of each output from a teacher's, `n`, at least 0 and differentiable.
+        """Returns a distance of each output from that of another model, the teacher, `n`: from 0, differentiable.
 
-        The default is the mean squared difference. `target` may say which parts of an output to ignore.
+        The default is the mean squared difference. With `target`, a task may leave out parts that the target ignores.
         """
         squares = (at_least_float32(output) - at_least_float32(teacher)).square()
         return squares[:, None].flatten(1).mean(1)
@@ -107,7 +107,7 @@ class Task(ABC):
         return None
 
     def __repr__(self) -> str:
-        """Returns the class with its plain attributes, without memory addresses, so that it can be a cache key."""
+        """Returns the class name and the plain attributes, but no memory addresses, so that it can be a cache key."""
         plain = {name: x for name, x in vars(self).items() if x is None or isinstance(x, (bool, int, float, str))}
         return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
 
@@ -117,20 +117,20 @@ class Task(ABC):
 
 
 def class_logits(output: Tensor) -> Tensor:
-    """Returns logits of two or more classes, `n x C x ...`; a single logit is class 1, class 0 gets 0."""
+    """Returns logits of at least two classes, `n x C x ...`. A single logit becomes that of class 1; class 0 gets 0."""
     output = output[:, None] if output.ndim == 1 else output
     # sigmoid(z) = softmax([0, z])[1]
     return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the Kullback-Leibler divergence from a teacher's classes, `n x ...`, for logits `n x C x ...`."""
+    """Returns the Kullback-Leibler divergence from the teacher's classes, `n x ...`. Logits are `n x C x ...`."""
     new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
     return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
 
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Averages values, `n x E`, over the entries that count, `n x E` bool; 0 if there are none."""
+    """Averages each row of `values`, `n x E`, over the entries where `counts` is True. A row without True gives 0."""
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
@@ -139,7 +139,7 @@ TASKS: Registry[Task] = Registry(
     "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
     lambda value: isinstance(value, Task),
 )
-"""Tasks that need no arguments, by name."""
+"""Tasks by name, for tasks that need no arguments."""
 
 TASKS_WITH_ARGUMENTS = {
     "regression": "Regression(tolerance=0.1), in the units of the target",
@@ -149,7 +149,7 @@ TASKS_WITH_ARGUMENTS = {
 
 
 def parse_task(task: Any) -> Task:
-    """Returns the task of a name, or a task object unchanged; None is `Multiclass`.
+    """Returns the task of a name. A task object is returned unchanged; None stands for `Multiclass`.
 
     Example:
         >>> parse_task("multilabel")

@@ -179,7 +179,7 @@ def test_no_pass_is_made_but_the_step_s_own(style: str, passes: int, old: Classi
     witness = Witness(data.counted)
     arguments: dict[str, Any] = {"data": data, "model": model, "max_epochs": 1}
     if style in ("inside", "halves"):
-        with pytest.warns(UserWarning, match=r"one more pass each\.\nHINT: call `self\(x\)`"):
+        with pytest.warns(UserWarning, match=r"each batch costs one more pass\.\nHINT: call `self\(x\)`"):
             fit(tmp_path, RegressionMetrics(old), Passes(), witness, **arguments)
     else:
         fit(tmp_path, RegressionMetrics(old), Passes(), witness, **arguments)

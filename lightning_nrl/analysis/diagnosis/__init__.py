@@ -1,4 +1,4 @@
-"""Diagnosis: which failures can be repaired, what stands in the way, which layers have room, and costs.
+"""Diagnosis: which failures can be repaired, what prevents it, which layers could do it, and costs.
 
 In: a model and its known data. Out: a `Diagnosis`; the model stays unchanged.
 """

@@ -1,9 +1,9 @@
-"""Targets that the last layer can repair, the cost, and the neighbours of targets in its input space.
+"""Which targets a change of the last layer can fix, what that breaks, and which passed samples are near the targets.
 
-Each failure is repaired alone, while every known passed sample stays right. With features h before the layer and a
-change D of its weights, sample p keeps its margin over class c if (z_y - z_c) + (D_y - D_c) h >= required, which is
-linear in D. Cutting planes find the smallest D for each target (root mean square of its effect on the logits of passed
-samples). The number of targets that can be repaired one at a time is an upper bound for any repair of this layer.
+Each target is fixed alone, while every known passed sample stays right. A sample with label y, layer inputs h and
+logits z keeps its margin over class c under a change D of the weights if (z_y - z_c) + (D_y - D_c) h >= required. This
+is linear in D. The size of D is the root mean square of its effect on the logits of passed samples; cutting planes
+find the smallest D for each target. No repair of this layer can fix more targets than can be fixed one at a time.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from lightning_nrl.methods._solvers.convex_head import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # of targets, and of passed samples with twice as much; larger than rounding errors
-FULFILLED_FRACTION = 0.9  # of the required margin, below which a row counts as violated
-MAX_FIX_ROUNDS = 14  # of cutting planes, each more expensive; targets left then are undecided
-ROWS_PER_ROUND = 12  # most violated rows of different samples, added per target
-MAX_ROWS_PER_TARGET = 192  # rows that do not bind are dropped first
-FEATURE_RIDGE = 1e-6  # of the mean square; without it features that never occur would cost nothing
+REQUIRED_MARGIN = 1e-3  # fixed targets get it, passed samples keep it (or half their own, if less); above rounding
+FULFILLED_FRACTION = 0.9  # a constraint is violated if the margin is below this fraction of what it requires
+MAX_FIX_ROUNDS = 14  # rounds of cutting planes, each more expensive; targets without a verdict then are undecided
+ROWS_PER_ROUND = 12  # constraints added per target and round: the most violated ones, each of another sample
+MAX_ROWS_PER_TARGET = 192  # with more constraints, those that do not bind are dropped
+FEATURE_RIDGE = 1e-6  # variance added to features, relative to the mean; else changes in rare directions cost nothing
 MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
-MAX_TARGETS_TRIED = 512  # one at a time, sampled from more
-MAX_MULTIPLICATIONS = 8e9  # per pass over all passed samples: about a second on one core
-MIN_TARGETS_TRIED = 8  # however long it takes
-MAX_FIXES_CHECKED = 96  # twice, on held-out samples: enough for a mean
-MAX_PASSED_COMPARED = 2_000  # with their own neighbours
+MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
+MAX_MULTIPLICATIONS = 8e9  # for all tried targets on all passed samples, once: about a second on one core
+MIN_TARGETS_TRIED = 8  # are tried however long it takes
+MAX_FIXES_CHECKED = 96  # fixes that are repeated without held-out samples: enough for a mean
+MAX_PASSED_COMPARED = 2_000  # passed samples whose own neighbours are found
 
 
 class LastLayer(NamedTuple):
@@ -57,12 +57,13 @@ class LastLayer(NamedTuple):
     check: HeldOutCheck | None
     mixing: NeighbourMixing
     doubts: tuple[DoubtfulLabel, ...]
-    seconds: float  # to try every target
+    seconds: float  # estimated time to try every target
 
 
 def analyze_last_layer(
     layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
 ) -> LastLayer | str:
+    """Analyses the last layer, or returns the reason why it cannot be analysed."""
     results, features = seen.results, seen.features
     if layer is None:
         return "the model has no Linear layer."
@@ -75,7 +76,7 @@ def analyze_last_layer(
         return "the task does not predict the class of the largest logit."
     device, generator = features.inputs.device, torch.Generator().manual_seed(seed)
     samples = LayerSamples(features.inputs, features.logits, label.to(device))
-    # A tie passes only by the order of classes: it has no margin to keep.
+    # A sample that passes in a tie of two classes has no margin to keep.
     top = features.logits.topk(2, dim=1).values
     kept = (passed & (top[:, 0] > top[:, 1]).cpu()).nonzero().flatten()
     targets = targeted.nonzero().flatten()
@@ -161,7 +162,7 @@ def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> HeldOutCheck | None:
-    """Repairs targets twice, each time without one half of the passed samples from data with failures."""
+    """Fixes targets twice, each time without half of the passed samples that came with failures, and counts these."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -185,7 +186,7 @@ def _check(
 
 
 def _right(change: Tensor, samples: LayerSamples) -> Tensor:
-    """Marks the samples that each change of the weights gets right, `T x n`."""
+    """Marks the samples that are right under each change of the weights, `T x n` bool."""
     found = [
         (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
     ]
@@ -193,33 +194,33 @@ def _right(change: Tensor, samples: LayerSamples) -> Tensor:
 
 
 class Fixability(NamedTuple):
-    """Verdict on each target, undecided if neither `fixable` nor `unfixable`."""
+    """Fixes of `T` targets: changes of the weights that make one target right and break none of `P` passed samples."""
 
-    fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
-    unfixable: Tensor  # T bool: proof that any such change exceeds the limit
-    size: Tensor  # T, damped root mean square of the change of passed samples' logits; NaN if unknown
-    limit: float  # root mean square of these logits, centred per sample
-    binds: Tensor  # T x P bool: passed samples that limit a target
-    change: Tensor  # T x C x D, of the weights; 0 if unknown
+    fixable: Tensor  # T bool, True if a fix was found
+    unfixable: Tensor  # T bool, True if every fix is proven to be larger than `limit`; the other targets are undecided
+    size: Tensor  # T, size of the fix: root mean square of its effect on the logits of passed samples; NaN if none
+    limit: float  # root mean square of the logits of passed samples, centred per sample
+    binds: Tensor  # T x P bool, True if the passed sample limits the fix of the target
+    change: Tensor  # T x C x D, fix as a change of the weights, classes x inputs; 0 without a fix
 
 
 class LayerSamples(NamedTuple):
     """Inputs and outputs of the layer on some samples."""
 
-    features: Tensor  # n x D, inputs; with a last column of ones if the bias may change
-    logits: Tensor  # n x C, outputs
-    label: Tensor  # n int64
+    features: Tensor  # n x D, inputs of the layer, followed by a column of ones if the layer has a bias
+    logits: Tensor  # n x C, outputs of the layer
+    label: Tensor  # n int64, true classes
 
     def at(self, where: Tensor) -> LayerSamples:
         return LayerSamples(*(x[where.to(x.device)] for x in self))
 
 
 class _Rows(NamedTuple):
-    """Constraints of each target, `T x K`: a sample's label must have a larger logit than a rival."""
+    """Constraints, `K` for each of `T` targets: a sample's label must have a larger logit than a rival class."""
 
-    sample: Tensor  # int64, passed sample; their number is the target itself, -1 no row
-    rival: Tensor  # int64, a class
-    multiplier: Tensor
+    sample: Tensor  # T x K int64, index of a passed sample; `P` (number of passed samples): the target; -1: no row
+    rival: Tensor  # T x K int64, the rival class
+    multiplier: Tensor  # T x K, dual variable of the constraint; above 0 if the constraint binds
 
     def at(self, targets: Tensor) -> _Rows:
         return _Rows(*(x[targets] for x in self))
@@ -227,7 +228,7 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Finds the smallest change of the layer that repairs each target, whose label must not lead already."""
+    """Finds for each target, which must be wrong, the smallest change that repairs it and breaks no passed sample."""
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
     root = _root(passed.features.to(home, dtype))
@@ -250,7 +251,7 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
 
 def _root(features: Tensor) -> Tensor:
-    """Returns the whitening matrix of features, `D x D`, damped in rare directions."""
+    """Returns the matrix that whitens the features, `D x D`. `FEATURE_RIDGE` limits it in rare directions."""
     moment = features.T @ features / len(features)
     moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny))
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -259,7 +260,7 @@ def _root(features: Tensor) -> Tensor:
 
 
 class _FixProgramme:
-    """One programme for each undecided target (`_going`), all solved at once on whitened samples."""
+    """Quadratic programmes on whitened features, one for each target without a verdict (`_going`), solved together."""
 
     def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
         self.passed, self.targets = passed, targets
@@ -270,7 +271,7 @@ class _FixProgramme:
         self.fixable, self.unfixable = torch.zeros(2, n, dtype=torch.bool, device=device)
         self.binds = torch.zeros(n, n_passed, dtype=torch.bool, device=device)
         self._going = torch.arange(n, device=device)
-        # Starts with each target against its predicted class.
+        # The first constraint of each target is that its label must beat the predicted class.
         rival = margins_over_rivals(targets.logits, targets.label).argmin(1, keepdim=True)
         multiplier = torch.zeros_like(rival, dtype=targets.logits.dtype)
         self._rows = _Rows(torch.full_like(rival, n_passed), rival, multiplier)
@@ -296,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores the fixes that were found and adds rows for the other targets; False if none is left."""
+        """Stores the fixes found and adds violated rows for the other targets. Returns False if no target is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -311,7 +312,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Returns the strength at which each change repairs its target and breaks nothing, or 0, and its worst rows."""
+    """Returns the largest fraction of each change that fixes its target (0: none) and the rows it violates most."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -330,7 +331,7 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
 
 
 def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """Returns per change the strength at which it breaks a sample, and its worst rows: shortfall, sample, rival."""
+    """Returns the fraction at which each change breaks a sample, and shortfall, sample and rival of its worst rows."""
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved
@@ -341,7 +342,7 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
-    """Joins old and new rows; drops old rows that do not bind if there are too many."""
+    """Joins old and new rows. Drops old rows that do not bind if there are too many."""
     spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))

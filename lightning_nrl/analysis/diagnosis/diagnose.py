@@ -1,4 +1,4 @@
-"""Runs a diagnosis: one pass over known data, small programmes on the results, room by layer, costs, advice."""
+"""Runs a diagnosis: one pass over known data, an analysis of the last layer and of all layers, costs, and advice."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from lightning_nrl.report import Provenance
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.search import ParticleSwarm
 
-SKETCH_SIZE = 16_384  # size of a sample's sketched gradient, if the layer has more weights
-MAX_RELATIVE_CHANGE = 10.0  # of the layer's norm; larger changes count as impossible
+SKETCH_SIZE = 16_384  # gradients of layers with more weights are projected to this size at random
+MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count as impossible
 
 
 @torch.no_grad()
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Compares layers on some samples of all ranks, given as this rank's batches with their rows."""
+    """Estimates what a change of each layer can do. `batches` has this rank's samples and their rows in the results."""
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -89,7 +89,7 @@ def layer_capacities(
 def _gradients(
     evaluator: Evaluator, layers: Mapping[str, Layer], batches: Iterable[tuple[Batch, Tensor]], seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns ascending rows, margins, and gradients of margins by layer, the same on all ranks."""
+    """Returns the samples of all ranks by ascending row: rows, margins, and the margins' gradients in each layer."""
     collective = evaluator.collective
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -110,7 +110,7 @@ def _gradients(
 
 
 def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
-    """Computes the gradient of each sample's margin in a weight, sketched to `n x (weights or SKETCH_SIZE)`."""
+    """Returns the gradient of each sample's margin in the layer's weights, projected to at most `n x SKETCH_SIZE`."""
     size = layer.weight.numel()
     generator = torch.Generator().manual_seed(seed)
     bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(layer.weight.device)
@@ -134,8 +134,8 @@ def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
 
 
 LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples for the comparison of layers: medians need few
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # collect, localize, count twice, and count each strength
-MOST_NAMED = 10  # samples per sentence
+PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # evaluate, localise, count twice, and count at each strength
+MOST_NAMED = 10  # samples named in a sentence
 
 
 def diagnose_module(
@@ -147,17 +147,18 @@ def diagnose_module(
     history: str | Path | TrainingRecord | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
-    """Predicts what a repair can fix, what stands in the way, and which layer has room.
+    """Predicts which failures a repair can fix, which samples prevent fixes, and which layers could be repaired.
 
     Takes about as long as two passes over the known data. The model stays unchanged.
 
-    Model and data are as in `repair_module`; of the settings, target and seed matter. `epochs`, the length of the
-    model's training, is for the cost of further training. With the `history` of `TrainingHistory`, or its folder, notes
-    list targets that were never learnt or forgotten, and those never learnt with a doubtful label.
+    Model and data are as in `repair_module`. Of the settings only target and seed matter. `epochs`, the length of the
+    model's training, serves to estimate the cost of further training. With `history`, the record of a `TrainingHistory`
+    or its folder, the notes tell how many targets were never right in training and how many were forgotten, and name
+    targets that were never right and whose label is doubtful.
 
     Raises:
         ConfigurationError: the data, the target, the task or the history cannot be used.
-        EvaluationError: the model gives losses that are not finite; the samples are named.
+        EvaluationError: the model gives losses that are not finite. The error names the samples.
     """
     settings, evaluator, clock = given_or_default(settings), Evaluator.of(model), StageTimer(observer)
     check_sources(known, (), settings)
@@ -219,7 +220,7 @@ def _notes(
 
 
 def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """Describes how training learnt the targets; mislabelled samples are learnt last (Toneva et al. 2019)."""
+    """Describes how training learnt the targets. Mislabelled samples are learnt last (Toneva et al. 2019)."""
     seen, lost, never = 0, 0, set[tuple[str, int]]()
     for split in (split for split in results.splits if split in record.splits):
         found, rows = record.splits[split], results.of(split)
@@ -245,7 +246,7 @@ def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequen
 def _measure_times(
     seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
 ) -> tuple[float, float, float, bool]:
-    """Returns the first rank's times, the same on all ranks."""
+    """Returns the first rank's seconds for the model, the last Linear and all fixes, and True if there is no margin."""
     head = math.nan
     if layer is not None:
         inputs = layer.weight.new_zeros(1024, layer.in_features)
@@ -262,7 +263,7 @@ def _measure_times(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """Estimates costs of the usable methods from seconds of model, last Linear and each target alone (NaN: none)."""
+    """Estimates the seconds of usable methods from those of the model, the last Linear and all fixes (NaN: unknown)."""
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = budget.SCORED_SHARE * candidates * head
@@ -282,20 +283,20 @@ def costs(
     return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))
 
 
-DOUBTED_SHARE = 0.2  # of targets with doubtful labels that puts labels first
-MIN_EXCHANGE_RATE = 2.0  # others repaired per broken sample that justifies a repair of the last layer
-MAX_CHANGE_RATIO = 4.0  # of the last layer to the easiest one; loose, as medians are over few targets
-MAX_SMALL_CHANGE = 0.5  # of a layer's norm; first-order estimates are invalid beyond it
+DOUBTED_SHARE = 0.2  # if at least this share of targets has a doubtful label, the advice begins with labels
+MIN_EXCHANGE_RATE = 2.0  # the last layer is advised only if its fixes repair this many other targets per broken sample
+MAX_CHANGE_RATIO = 4.0  # the last layer is advised only if it needs at most so many times the easiest layer's change
+MAX_SMALL_CHANGE = 0.5  # relative to a layer's norm; first-order estimates are invalid for larger changes
 
 
 def advise(found: Diagnosis) -> str:
-    """Writes advice by a few ordered rules: labels, then the last layer, then the network, then data."""
+    """Writes advice: look at doubtful labels, then repair the last layer, else the network, else get more data."""
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:
         return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
     if all(math.isnan(target.margin) for target in found.targets):
-        return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
+        return "Use method='auto', which is the swarm here: the task has no margins, so little can be predicted."
     n, doubts = found.known["targeted"], len(found.doubts)
     if doubts < max(1, DOUBTED_SHARE * n):
         return _method(found)
@@ -354,5 +355,5 @@ def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:
     if own is None or own == best:
         return f"{text}."
     if own.change == math.inf:
-        return f"{text}; none of {own.layer} does it."
+        return f"{text}; no change of {own.layer} suffices."
     return f"{text}, of {own.layer} by {rough_percent(own.change)}."

@@ -32,12 +32,14 @@ class Diagnosis(Report, figures.Plotted):
     Attributes:
         advice: what to do, with the reason in figures.
         target: the failures to repair, in words.
-        task: meaning of right and wrong.
+        task: when a sample is right.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
-        head: dotted name of the last Linear; None if none returns the logits.
-        binding: passed samples that limit repairs, most limiting first.
+        head: dotted name of the last Linear; None if no Linear returns the logits.
+        targets: for each target, whether the last layer can repair it alone.
+        binding: passed samples that limit what the last layer can repair, most limiting first.
         check: effect of repairs of the last layer on held-out samples; None if unknown.
-        doubts: targets with doubtful labels, surest first.
+        mixing: labels of the passed samples nearest to the targets; None if unknown.
+        doubts: targets with doubtful labels, most doubtful first.
         notes: checks that were not possible, with reasons.
         seconds: wall time by stage.
     """
@@ -81,8 +83,8 @@ class Diagnosis(Report, figures.Plotted):
         if self.layers:
             text = (
                 "Change: the smallest that fixes a typical target, relative to the layer's norm; less is better. "
-                "Room: the share of the margin gained by a small change that is left if no passed sample near the "
-                "border may lose any. Both to first order."
+                "Room: a small change raises the margin of a target; this share of the rise is left if no passed "
+                "sample near the border may lose margin. Both are first-order estimates."
             )
             blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
         if self.costs:
@@ -108,7 +110,7 @@ class Diagnosis(Report, figures.Plotted):
 
     @property
     def easiest_layer(self) -> LayerCapacity | None:
-        """The layer that repairs a target by the smallest relative change; None without layers."""
+        """The layer with the smallest `change`, by which it repairs a typical target. None if no layer was compared."""
         return min(self.layers, key=lambda layer: layer.change, default=None)
 
     @property
@@ -120,7 +122,6 @@ LISTED_ROWS = 8  # samples, classes and layers on the page; the JSON has all
 
 
 def _truncated(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:
-    """Returns the first rows and a row with the number of others."""
     rest = [Row(f"and {len(rows) - most:,} {more}", (*[""] * (len(rows[0].cells) - 1), last))]
     return (*rows[:most], *rest[: len(rows) > most])
 
@@ -145,7 +146,6 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
 
 
 def _alone(diagnosis: Diagnosis, most: int) -> Table:
-    """Tabulates all targets, and those of the most frequent classes."""
     groups: dict[tuple[str, str], list[TargetFinding]] = {("all", ""): list(diagnosis.targets)}
     counts = Counter(target.label for target in diagnosis.targets)
     shown = sorted(label for label, _ in counts.most_common(most))
@@ -179,7 +179,7 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each limits or prevents fixes of that many targets: the smallest fix that ignores it would break it."
+    text = "Each sample limits or prevents the fixes of so many targets: a fix that ignored the sample would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
@@ -187,7 +187,6 @@ def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> Table:
-    """Tabulates the easiest layers and the last one, in the order of the model."""
     best = sorted(diagnosis.layers, key=lambda layer: layer.change)[:most]
     shown = [layer for layer in diagnosis.layers if layer in best or layer.layer == diagnosis.head]
     others = [layer for layer in diagnosis.layers if layer not in shown]

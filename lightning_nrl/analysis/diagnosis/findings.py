@@ -13,7 +13,7 @@ Fixable = Literal["yes", "no", "undecided", "not tried"]
 
 @dataclass(frozen=True)
 class FoundSample:
-    """A known sample: its split, its position in the data set, and its class, -1 if the task has none."""
+    """A known sample: its split, its position in the data set, and its class, which is -1 if the task has none."""
 
     split: str
     id: int
@@ -22,14 +22,14 @@ class FoundSample:
 
 @dataclass(frozen=True)
 class TargetFinding(FoundSample):
-    """One targeted failure.
+    """One targeted failure. A fix is a change of the last Linear that repairs this target and breaks no known sample.
 
     Attributes:
         margin: distance from being right, at most 0; NaN if the task has no margin.
-        fixable: whether the last Linear can repair it alone without known regressions. `no` is a proof: the change
-            would have to be larger than the logits themselves.
-        change: size of the change relative to the logits (root mean square on passed samples), or NaN.
-        agreement: share of its nearest passed samples with the same label, or NaN.
+        fixable: `yes`: a fix was found. `no`: it is proven that a fix would change the logits by more than their size.
+        change: size of the fix: its effect on the logits of passed samples, relative to these logits (root mean
+            squares); NaN without a fix.
+        agreement: share of the nearest passed samples that have the target's label; NaN if unknown.
     """
 
     prediction: int
@@ -41,7 +41,7 @@ class TargetFinding(FoundSample):
 
 @dataclass(frozen=True)
 class Binding(FoundSample):
-    """A passed sample that limits the smallest repair of some `targets`, which would break it."""
+    """A passed sample that limits the fixes of `targets` targets: a fix that ignored the sample would break it."""
 
     margin: float
     targets: int
@@ -49,10 +49,10 @@ class Binding(FoundSample):
 
 @dataclass(frozen=True)
 class HeldOutCheck:
-    """Effect of repairs of one target on unconstrained samples: an exchange rate for the last layer.
+    """Effect of fixes by the last layer, each of one target, on samples that the fixes did not take into account.
 
-    On average, one of the `repairs` breaks `broken` of the `passed` samples that were left out, from the data with
-    failures, and repairs `repaired` of the `others`, the other targets. The share `harmless` breaks none.
+    `repairs` is the number of fixes. On average, a fix breaks `broken` of `passed` passed samples, which come from the
+    data with failures, and repairs `repaired` of `others` other targets. The share `harmless` of the fixes breaks none.
     """
 
     repairs: int
@@ -64,7 +64,7 @@ class HeldOutCheck:
 
     @property
     def rate(self) -> float:
-        """Others repaired per broken sample; infinite if none is broken, NaN if nothing changes."""
+        """Other targets repaired per broken sample. Infinite if no sample is broken, NaN if none is repaired either."""
         if not self.broken:
             return math.inf if self.repaired else math.nan
         return self.repaired / self.broken
@@ -72,14 +72,14 @@ class HeldOutCheck:
 
 @dataclass(frozen=True)
 class NeighbourMixing:
-    """Counts of targets and passed samples by how many of their `k` nearest passed samples share their label."""
+    """`targets[i]` targets and `passed[i]` passed samples have the label of `i` of their `k` nearest passed samples."""
 
     k: int
     targets: tuple[int, ...]
     passed: tuple[int, ...]
 
     def mean(self, group: Literal["targets", "passed"]) -> float:
-        """Computes the mean agreement, from 0 to 1; NaN without samples."""
+        """Returns the mean share of neighbours with a sample's own label, from 0 to 1. NaN if the group is empty."""
         counts = getattr(self, group)
         total = sum(counts)
         return sum(i * n for i, n in enumerate(counts)) / (total * self.k) if total else math.nan
@@ -87,7 +87,7 @@ class NeighbourMixing:
 
 @dataclass(frozen=True)
 class DoubtfulLabel(FoundSample):
-    """A target with a doubtful label: the share of neighbours that agree with the prediction, and its lead."""
+    """A target with a doubtful label: a share `agreed` of neighbours has the predicted class, which leads by `lead`."""
 
     prediction: int
     agreed: float
@@ -96,13 +96,13 @@ class DoubtfulLabel(FoundSample):
 
 @dataclass(frozen=True)
 class LayerCapacity:
-    """The room of a layer, to first order, on a sample of targets and of near passed samples.
+    """What a layer could do for some targets without harm to the passed samples nearest to failing, to first order.
 
     Attributes:
-        room: share, from 0 to 1, of the margin gained by a small change that is left if no near passed sample may lose
-            any; mean over targets.
-        change: smallest change that repairs a target and breaks none of them, relative to the layer's norm; median over
-            targets, infinite if there is none.
+        room: a small change of the layer raises a target's margin. This share of the rise, from 0 to 1, is left if none
+            of the passed samples may lose margin; mean over targets.
+        change: size of the smallest change that repairs a target and breaks none of the passed samples, relative to the
+            layer's norm; median over targets, infinite if there is no such change.
     """
 
     layer: str
@@ -114,7 +114,7 @@ class LayerCapacity:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a method on this machine, to a factor of about two, and what they include."""
+    """Estimated seconds of a method on this machine, to a factor of about two; `how` says what the method does."""
 
     method: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Runs many searches on one recording, and counts their results exactly."""
+"""Runs many searches on one recording of the activations of known data, and counts their results exactly."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # per call, else 512: a CPU gains nothing by more, and each call saves its runs
+SWARMS_BY_DEVICE = {"cpu": 32}  # swarms in a batch, else 512; more gain nothing on a CPU, fewer are saved sooner
 TENSORS_PER_SWARM = 16  # approximate number of tensors of the size of all particles, held at once
-STATES_MEMORY = 256 << 20  # bytes of layers, one per run, that are kept between batches
+STATES_MEMORY = 256 << 20  # bytes for the changed layers of runs, kept from one batch to the next
 
-OnProgress = Callable[[int, list[SearchHistory]], None]  # called with the number of iterations
+OnProgress = Callable[[int, list[SearchHistory]], None]  # called with the number of iterations so far
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to make; `key` identifies it for any model and data."""
+    """A setting and a seed to search with. The run is stored under `key`, a hash of setting, seed, model and data."""
 
     key: str
     setting: Setting
@@ -49,12 +49,13 @@ class RunRequest:
 
     @property
     def work(self) -> int:
+        """Number of weight vectors that the search scores, as a measure of its time."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
 
 
 @dataclass
 class BatchSearch:
-    """A problem with the work that searches share: one recording of known data, each localization once."""
+    """Runner of searches on one problem, which share recorded activations of the known data and equal localizations."""
 
     problem: Problem
     base: Settings
@@ -88,7 +89,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs searches of one kind (see `batches`) without counts; each result equals that of a single search."""
+        """Runs the searches of one batch (see `batches`), each with the same result as alone. Counts no samples yet."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -150,7 +151,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Yields requests that fit into memory as one swarm; on a CPU with one fitness, to discard candidates early."""
+    """Splits requests into batches that fit into memory. A batch on a CPU has one setting, which is faster there."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
@@ -173,14 +174,14 @@ def _budget(problem: Problem) -> int:
 
 @dataclass(frozen=True)
 class ExactBatch:
-    """One batch, run under other weights with bits equal to those of the deployed model.
+    """One recorded batch, whose logits under other weights equal those of the deployed model bit for bit.
 
-    It is replayed whole, by the model's own kernels. If that reproduces the logits of a forward pass under the original
-    weights bit for bit, it does so under others too: the operations and shapes are equal. Otherwise the whole model
-    runs.
+    A replay runs the model only from the first searched layer on, with the model's own kernels. If a replay under the
+    original weights gives the logits of the whole model bit for bit, replays are used: under other weights, operations
+    and shapes are the same. Otherwise the whole model runs.
     """
 
-    cache: ActivationCache  # of this batch alone
+    cache: ActivationCache  # activations of this batch alone
     chunk: Chunk  # rows and targets of the whole batch
 
     @property
@@ -188,7 +189,7 @@ class ExactBatch:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Computes the deployed model's logits for these layer parameters, all of them by dotted name."""
+        """Returns the deployed model's logits under new parameters of the searched layers, all given by dotted name."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Records each batch; a batch comes with the result rows of its samples (`n` int64 on the CPU)."""
+    """Records each batch. A batch is given with its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []  # replay plans of earlier batches
@@ -238,7 +239,7 @@ def _of_one_batch(
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role; keeps its recording if memory allows, else makes it again."""
+    """Counts what runs repair and break on some data. Keeps its recorded batches for later calls if memory allows."""
 
     problem: Problem
     sources: Sequence[Source]

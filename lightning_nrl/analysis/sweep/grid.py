@@ -15,16 +15,16 @@ from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
-"""Parts of a setting, given whole or, for the first three, by field."""
+"""Parts of a setting. Each can be given as a whole; fields of the first three can be given one by one."""
 
 
 class Grid:
-    """Every combination of values of some arguments; the last argument varies fastest.
+    """All combinations of the values of some arguments. The last argument varies fastest.
 
     Args:
-        **axes: values of `n_passed` (#pos), of `fitness`, as kinds such as `eq1` or `Fitness` objects, and of any field
-            of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`, `perfect_intact` (pi), `n_weights` (#lw),
-            `particles` (#p) and `patience`. A single value stands for a list of one.
+        **axes: a list of values for each argument. Arguments are `n_passed` (#pos), `fitness` (kinds such as `eq1`, or
+            `Fitness` objects), and any field of `Fitness`, `ParticleSwarm` and the localizer, such as `alpha`,
+            `perfect_intact` (pi), `n_weights` (#lw), `particles` (#p) and `patience`. One value need not be in a list.
 
     Example:
         >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
@@ -44,7 +44,7 @@ class Grid:
             )
 
     def settings(self) -> list[dict[str, Any]]:
-        """Returns a mapping for each combination."""
+        """Returns a mapping of argument names to values for each combination."""
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
 
     def __repr__(self) -> str:
@@ -52,12 +52,12 @@ class Grid:
 
 
 Sweepable = Grid | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""A grid, a mapping of arguments, or several mappings."""
+"""Settings to sweep over: a grid, a mapping of arguments, or several mappings."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A named setting of the paper's search; `n_passed=None` scores all passed samples."""
+    """A named setting of the paper's search. With `n_passed=None` the search scores all passed samples."""
 
     name: str = field(compare=False)
     fitness: FitnessFunction
@@ -66,12 +66,12 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Returns arguments of `repair` and `Settings` for the same search, at strength 1."""
+        """Returns arguments of `repair` and `Settings` for the same search. `strength=1`: the whole change is made."""
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
-        """Returns all fields but the name as dicts, lists, text and numbers."""
+        """Returns all fields except the name as dicts, lists, text and numbers."""
         said = Settings(**self.arguments()).plain()
         return {name: said[name] for name in SETTING_PARTS}
 
@@ -91,10 +91,10 @@ class Setting:
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
-    """Parses settings in order, without duplicates; `base` has the defaults.
+    """Parses settings in their order and drops duplicates. `base` has the defaults.
 
-    A mapping may include a `name`. Raises `ConfigurationError` for an unknown argument, an invalid value, no setting,
-    or two settings with one name.
+    A mapping may include a `name`. Raises `ConfigurationError` for an unknown argument, an invalid value, an empty
+    list, or two different settings of the same name.
     """
     if not isinstance(base.method, ParticleSwarm):
         problem = f"`method` is a {type(base.method).__name__}: a sweep runs the paper's search."
@@ -129,13 +129,13 @@ def _setting(given: Any, start: Setting) -> Setting:
     for argument, value in said.items():
         changes.setdefault(_owner(argument, made), {})[argument] = value
     for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
-        # Each determines the other.
+        # Either determines the other, whose default then does not count.
         if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
             changes["localizer"][other] = None
     for part, values in changes.items():
         made = replace(made, **{part: replace(getattr(made, part), **values)})
     if isinstance(made.fitness, Fitness) and made.fitness.kind == "lexicographic":
-        # Reset fields that it ignores, so a grid does not repeat equal settings.
+        # The fields that this fitness ignores are reset, so that a grid does not repeat equal settings.
         plain = Fitness(delta=made.fitness.delta)
         if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
             plain = replace(plain, perfect_intact=True, infeasible="zero")
@@ -174,7 +174,7 @@ def _owner(argument: str, made: Setting) -> str:
 
 
 def _label(made: Setting, start: Setting) -> str:
-    """Returns a short unique label: the columns of the paper's table, then other differences from the start."""
+    """Returns a short unique name: the columns of the paper's table, then other differences from `start`."""
     shown = made.columns()
     words = [shown["fitness"]]
     if shown["alpha"] is not None:

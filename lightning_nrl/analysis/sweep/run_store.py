@@ -30,17 +30,18 @@ DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_ta
 
 @dataclass(frozen=True)
 class Run(Derives):
-    """One search with one seed, and counts of its weights in the deployed model.
+    """One search with one setting and one seed, and what the found weights do in the deployed model.
 
     Attributes:
-        setting: label of the setting, described by the columns from `fitness` to `particles`; None there stands for no
-            intact weight, a number of weights chosen by the localizer, or all known passed samples.
-        n_localized: number of searched weights; 0 if localization left none.
-        value: fitness of the best candidate; None without a search.
-        patched: repaired samples of I_neg, as counted by the search.
-        intact: samples of the sampled I_pos that stay right.
-        known: counts of known samples, `known_broken` etc. in the table. None for roles without data.
-        seconds: wall time, as a share of the runs that were searched and counted together.
+        setting: name of the setting; its values are the fields from `fitness` to `particles`. `alpha` is None if the
+            fitness has none, `n_weights` if the localizer chooses it, `n_passed` if all passed samples are scored.
+        n_localized: number of searched weights; 0 if the localizer found none.
+        value: fitness of the weights found; None if nothing was searched.
+        patched: repaired targets, as counted by the search.
+        intact: passed samples that stay right, of those that the search scored.
+        known: counts of known samples: columns such as `known_broken` in the table. `calibration` and `unseen` are
+            None without such data.
+        seconds: wall time; runs that were searched and counted together share it equally.
     """
 
     setting: str
@@ -65,14 +66,14 @@ class Run(Derives):
 
     @property
     def regression_free(self) -> bool:
-        """True if a known sample is repaired and none is broken, in the target or not."""
+        """True if at least one known sample is repaired and none is broken, whether in the target or not."""
         return self.known.broken == 0 and self.known.repaired > 0
 
     def has(self, role: Role) -> bool:
         return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:
-        """Returns the counts of a role; all 0 without samples."""
+        """Returns the counts for `known`, `calibration` or `unseen` data. Without such data they are all 0."""
         counts: TargetCounts | None = getattr(self, role)
         return counts or NO_COUNTS
 
@@ -91,17 +92,16 @@ RUN_COLUMNS = (
     *(f"{role}_{name}" for role in ROLES for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)),
     "seconds",
 )
-"""Columns of the table."""
+"""Columns of the table of a sweep."""
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
-    """Reads a row of `csv.DictReader`; raises `ConfigurationError` for an invalid one."""
+    """Reads a run from a row of `csv.DictReader`. Raises `ConfigurationError` for an invalid row."""
     words = ("setting", "fitness", "layer")
     return from_plain(Run, {name: text if name in words else _value(text) for name, text in row.items()})
 
 
 def _value(text: str) -> object:
-    """Parses a cell as None, bool or number; returns other text unchanged."""
     for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
         with suppress(KeyError, ValueError, TypeError):  # rows of the wrong length have cells that are not text
             return kind(text)
@@ -110,21 +110,21 @@ def _value(text: str) -> object:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run and its weights, on the CPU."""
+    """A run and the weights that it found, on the CPU."""
 
     run: Run
-    where: Tensor  # `K` int64, flat positions of the searched weights
-    values: Tensor  # `K`, their values
+    where: Tensor  # int64, positions of the searched weights in the flattened parameters of the layers
+    values: Tensor  # new values of these weights
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder with files of some runs each, created on demand; None stores nothing."""
+    """A folder with files of runs, made with the first file. If `folder` is None, nothing is stored."""
 
     folder: Path | None
 
     def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
-        """Returns the stored runs by key. Skips unreadable and damaged files with a warning."""
+        """Returns those of the wanted runs that are stored, by key. Skips damaged files with a warning."""
         if self.folder is None:
             return {}
         if self.folder.is_file():
@@ -147,7 +147,7 @@ class RunStore:
         return {key: run for key, run in found.items() if key in keys}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:
-        """Writes runs by key, atomically."""
+        """Writes runs by key to one file, atomically."""
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,12 +157,12 @@ class RunStore:
 
 
 def digest(value: Any) -> str:
-    """Computes SHA-256 of plain values."""
+    """Returns the SHA-256 of a value made of dicts, lists, text and numbers."""
     return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def results_digest(results: SampleResults) -> str:
-    """Computes SHA-256 of samples and results, with three digits of the loss."""
+    """Returns the SHA-256 of samples and results. The loss counts with three digits."""
     found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
     for name in DIGESTED_RESULTS:
         found.update(getattr(results, name).numpy().tobytes())
@@ -185,7 +185,7 @@ def _packed(runs: Mapping[str, StoredRun]) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    """Reads runs as data, never as code; raises `ConfigurationError` for any other content."""
+    """Reads runs as data, never as code. Raises `ConfigurationError` for any other content."""
     try:
         found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         return {str(key): _stored_run(**one) for key, one in found.items()}

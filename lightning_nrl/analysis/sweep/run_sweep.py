@@ -33,7 +33,7 @@ from lightning_nrl.report import Provenance, Role
 from lightning_nrl.search import ParticleSwarm, SearchHistory
 
 Seeds = int | Sequence[int]
-"""A number of seeds, from 0 on, or a list of seeds."""
+"""A list of seeds, or a number n, which stands for the seeds 0 to n - 1."""
 
 
 def sweep_module(
@@ -50,13 +50,14 @@ def sweep_module(
 ) -> SweepResult:
     """Runs every setting with every seed, each like a single repair by `ParticleSwarm`, and counts all results.
 
-    Known data are recorded once and many swarms searched at a time; each result equals, bit for bit, that of `repair`
-    with the same arguments at strength 1. No gate judges, and the model stays unchanged. The ranks of an `Evaluator`
-    share the runs; each reads all data and returns the same result.
+    Activations of the known data are recorded once, and many swarms are searched together. Each run gives the same
+    weights, bit for bit, as `repair` with the same arguments and `strength=1`. No gate judges the runs; the model
+    stays unchanged. If the `Evaluator` has several ranks, they share the runs; every rank needs all data and returns
+    the same result.
 
-    Model and data are as in `repair_module`; calibration data, which no search sees, are for the choice among runs.
-    `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has common settings and defaults, such as target and
-    layer; its method is a `ParticleSwarm`, or the default, which is replaced by one.
+    Model and data are as in `repair_module`. No search reads the calibration data; they serve to choose among the runs.
+    `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has what all runs share, such as target and layer, and
+    the defaults. Its method is a `ParticleSwarm`; the default method is replaced by one.
 
     Raises:
         ConfigurationError: an argument cannot be used, no failed sample is in the target, or none passes.
@@ -82,12 +83,12 @@ def sweep_module(
 
 
 def swarming(base: Settings) -> Settings:
-    """Replaces the default method by a swarm."""
+    """Returns the settings, with a `ParticleSwarm` as method if they have the default method."""
     return replace(base, method=ParticleSwarm()) if isinstance(base.method, Auto) else base
 
 
 def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
-    """Returns the seeds; raises `ConfigurationError` if there are none, duplicates, or values out of range."""
+    """Returns the seeds. Raises `ConfigurationError` if there are none, duplicates, or values out of range."""
     whole = isinstance(seeds, int) and not isinstance(seeds, bool)
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
@@ -116,7 +117,7 @@ def _check(base: Settings, sources: Iterable[Source]) -> None:
 
 @dataclass
 class _Sweep:
-    """A model with its data: sources and results of the original model by role."""
+    """Sweep over one problem. `data` has the sources of each role and the results of the original model on them."""
 
     problem: Problem
     base: Settings
@@ -125,8 +126,8 @@ class _Sweep:
     store: RunStore
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
-        """Makes the runs that are not stored, shared by the ranks; all return the same."""
-        # The key of a run depends on model, data and target, too.
+        """Makes the runs that are not stored. The ranks share them; every rank returns the same result."""
+        # The key of a run also depends on model, data and target.
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         passed = [source.split for source in self.problem.known if source.passed]
         model, layer = hash_tensors(self.problem.model.state_dict()), self.base.plain()["layer"]
@@ -139,7 +140,7 @@ class _Sweep:
         return self._result(requests, there | made)
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
-        """Runs the work on each rank and gathers the runs; if one fails, all fail."""
+        """Runs the work on each rank and returns the runs of all ranks. If it fails on one rank, all ranks fail."""
         own = self.collective.all_or_none(work, "another rank could not make its runs of the sweep.")
         return gather_runs(own, self.collective)
 
@@ -171,7 +172,7 @@ class _Sweep:
         """Collects the finished runs and writes their table."""
         kept = {(one.setting.name, one.seed): there[one.key] for one in requests if one.key in there}
         result = SweepResult(
-            # The stored run may have another label.
+            # The stored run may have another name for the setting.
             tuple(replace(stored.run, setting=name) for (name, _), stored in kept.items()),
             str(self.base.target),
             ", ".join(layer_names(self.base.layer)),

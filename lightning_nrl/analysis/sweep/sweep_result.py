@@ -34,9 +34,9 @@ class SweepResult(Report):
     Attributes:
         runs: one per setting and seed, in the order of settings.
         target: the failures to repair, in words.
-        settings: settings by name; empty, like the fields below, if the result was read from a file.
-        weights: weights by setting and seed.
-        original: original parameters of the layers.
+        settings: settings by name. This field and the two below are empty if the result was read from a file.
+        weights: runs with the weights that they found, by setting and seed.
+        original: original parameters of the searched layers, by dotted name.
     """
 
     runs: tuple[Run, ...]
@@ -55,12 +55,12 @@ class SweepResult(Report):
         return Page((*blocks, FactList(facts)) if facts else tuple(blocks))
 
     def of(self, setting: str) -> tuple[Run, ...]:
-        """Returns the runs of one setting; `ConfigurationError` suggests the nearest name if it is unknown."""
+        """Returns the runs of one setting. For an unknown name, a `ConfigurationError` suggests the nearest name."""
         check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """Returns the front of repaired against broken samples, by rising broken; do not choose by unseen data."""
+        """Returns the Pareto front of broken and repaired samples, by rising broken. Do not choose by `unseen` data."""
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(f"`role={role!r}`: there were no such data.", f"give `{role}` data.")
@@ -71,11 +71,11 @@ class SweepResult(Report):
         return tuple(front)
 
     def best(self, under: str | Gate = "instance") -> Run | None:
-        """Returns the best run by known and calibration data, without unseen data.
+        """Returns the best run by known and calibration data, or None. Ignores unseen data.
 
-        Candidates repair a target and pass the gate `under` on known data. They are compared by repaired less broken
-        calibration samples, then by fewer broken ones of these, more repaired targets, fewer broken and more repaired
-        known samples; the first of equals wins.
+        Only runs that repair a target and pass the gate `under` on known data can win. The first criterion is the
+        number of calibration samples repaired minus broken. Ties are decided by fewer broken calibration samples, more
+        repaired targets, fewer broken known samples, more repaired known samples, and last by the order of `runs`.
         """
         gate = Gate.parse(under, "under")
 
@@ -90,19 +90,19 @@ class SweepResult(Report):
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """Returns settings and results for an HParams tab: means per `setting`, or values per `run`."""
+        """Returns rows of TensorBoard's HParams tab by name: a row with means per `setting`, or a row per `run`."""
         check_choice("each", each, ("setting", "run"))
         if each == "run":
             return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}
         return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Returns the arguments of `repair` that reproduce a run; not available if read from a file."""
+        """Returns the arguments of `repair` that reproduce a run. A result that was read from a file has none."""
         self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """Returns the whole parameters of the searched layers after a run, on the CPU.
+        """Returns all parameters of the searched layers with the weights of a run, by dotted name, on the CPU.
 
         Raises:
             ConfigurationError: the result was read from a file, which has no weights.
@@ -123,11 +123,11 @@ class SweepResult(Report):
         return self.weights[run.setting, run.seed]
 
     def write(self, model: nn.Module, run: Run) -> None:
-        """Writes a run's weights into a model, all or none, unjudged."""
+        """Writes the weights of a run into a model, all or none of them. No gate judges them."""
         write(model, self.state(run))
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Returns a line per run, with empty cells for missing values; also writes it to `path` if given."""
+        """Returns a CSV table with a line per run and empty cells for missing values. Writes it to `path`, if given."""
         out = io.StringIO()
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -136,7 +136,7 @@ class SweepResult(Report):
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table without weights from a file or text; raises `ConfigurationError` for any other content."""
+        """Reads a table, which has no weights, from a file or text. Raises `ConfigurationError` for other content."""
         text = source if isinstance(source, str) and "\n" in source else Path(source).read_text(encoding="utf-8")
         try:
             return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
@@ -147,7 +147,7 @@ class SweepResult(Report):
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Returns strict JSON of everything but the weights; also writes it to `path` if given."""
+        """Returns everything except the weights as strict JSON. Writes it to `path`, if given."""
         return _written(super().to_json(), path)
 
 
