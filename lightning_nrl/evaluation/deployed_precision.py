@@ -83,7 +83,7 @@ def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> floa
 
 
 def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Tensor | None:
-    """Computes the margin, shape `N`, that each sample must have after a repair so that rounding cannot flip it.
+    """Computes the margin, shape `N`, that each sample must have after a repair to be safe from rounding.
 
     A targeted sample needs r = `coarse_rounding`. A passed sample needs r or half of its own margin, whichever is
     smaller. Other failed samples need no margin. Returns None if r is 0.

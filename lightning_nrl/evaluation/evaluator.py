@@ -93,9 +93,9 @@ class Evaluator:
         Args:
             sources: one source for each split, with this rank's share of the samples.
             target: selects the failures to repair (column `targeted`) and all samples of their kind (`in_target`); None
-                selects no samples. If the target cannot be applied to a source without `Source.failed`, a warning is
-                given and `in_target` is True for all samples of the source.
-            everywhere: True to mark failures in all sources, not only in those with `Source.failed`.
+                selects no samples. If the target cannot be applied to a source with `failed=False`, a warning is given
+                and `in_target` is True for all samples of the source.
+            everywhere: True to mark failures in all sources, not only in those with `failed=True`.
             forward: is called instead of the model.
 
         Raises:

@@ -35,7 +35,7 @@ class HeadFeatures(NamedTuple):
     """Results and head features of a model on the known data."""
 
     results: SampleResults
-    features: Features | None  # None unless the output of a last Linear is the logits
+    features: Features | None  # None unless the model ends in a Linear that returns the logits
     seconds: float  # duration of one pass over this rank's share of the known data
 
 
