@@ -1,4 +1,4 @@
-"""`Evaluator`: a model with its task, precision and ranks, evaluated sample by sample."""
+"""`Evaluator` runs a model over data and records the result of every sample."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
 Forward = Callable[..., Any]
-"""A model, or a function that calls it."""
+"""A model, or a function to call in its place with the same arguments."""
 Table = dict[str, Tensor]
-"""Columns by name, one row a sample."""
+"""Maps column names to tensors with one row per sample."""
 
 DTYPES = {
     **dict.fromkeys(("position", "label", "prediction"), torch.int64),
     **dict.fromkeys(("loss", "margin"), torch.float32),
     **dict.fromkeys(("passed", "targeted", "in_target"), torch.bool),
 }
-NO_CLASS = -100  # label of a sample without a class in a task with classes
+NO_CLASS = -100  # label of a sample that has no class although the task has classes
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A deployed model with its task; makes all passes over data.
+    """Runs a model over data as it is deployed, and evaluates every sample by a task.
 
     Attributes:
-        model: in evaluation mode on its device.
-        task: defines passed, loss and margin.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; all of them make the same calls in the same order.
-        called: names of the layers that a prediction calls, in order; None if unknown.
+        model: the model, in evaluation mode, on the device where it runs.
+        task: decides which samples pass, and computes their losses and margins.
+        context: creates the context in which every forward pass runs, such as autocast.
+        collective: the ranks that share the data. All ranks must make the same calls in the same order.
+        called: names of the layers that a prediction calls, in the order of the calls; None if unknown.
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module | Evaluator) -> Evaluator:
-        """Returns an evaluator unchanged; wraps a classifier in full precision on a single process."""
+        """Returns an `Evaluator` unchanged; wraps a multi-class classifier for a single process without autocast."""
         return model if isinstance(model, Evaluator) else cls(model)
 
     @property
@@ -71,7 +71,7 @@ class Evaluator:
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """Computes the logits of a batch on the model's device; `forward` replaces the model."""
+        """Computes the logits of a batch; if `forward` is given, it is called instead of the model."""
         with self.context():
             if forward is None:
                 return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
@@ -91,15 +91,16 @@ class Evaluator:
         Every sample counts exactly once, whatever the number of ranks, and every rank gets the same table.
 
         Args:
-            sources: the splits, this rank's share of each.
-            target: selects targeted failures and samples in the target; None selects none. If it cannot be applied to a
-                source without targets, all its samples count as in the target.
-            everywhere: mark failures in all sources, not only those whose failures may be repaired.
-            forward: replaces the model.
+            sources: one source for each split, with this rank's share of the samples.
+            target: selects the failures to repair (column `targeted`) and all samples of their kind (`in_target`); None
+                selects no samples. If the target cannot be applied to a source with `failed=False`, a warning is given
+                and `in_target` is True for all samples of the source.
+            everywhere: True to mark failures in all sources, not only in those with `failed=True`.
+            forward: is called instead of the model.
 
         Raises:
-            ConfigurationError: there is no source, a name occurs twice, or a batch or the target does not fit the task.
-            EvaluationError: a sample is missing or repeated, has no class, or another rank failed.
+            ConfigurationError: no source is given, a split is given twice, or a batch or target does not fit the task.
+            EvaluationError: a sample is missing, occurs twice or has no class, or another rank failed.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -114,7 +115,7 @@ class Evaluator:
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """Yields logits and targets, checked by the task; raw batches are moved and unpacked."""
+        """Yields checked logits and targets by batch. Data loader batches are first moved to the device and adapted."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
@@ -123,7 +124,7 @@ class Evaluator:
             yield output, target
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
-        """Runs the model on data with other weights, then restores its own."""
+        """Runs the model with the weights in `state` over the sources, then restores the model's weights."""
         with temporary_weights(self.model, state):
             return self.run(sources)
 
@@ -145,7 +146,7 @@ class Evaluator:
                 raise
             for name, column in columns.items():
                 parts[name].append(column)
-        # Column by column, to save memory.
+        # One column at a time is joined and its parts are freed, to save memory.
         table = {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
         if output is not None and output.shape[1:] == (1,):
             _warn_of_probabilities(source.split, table)
@@ -157,7 +158,7 @@ class _TargetMarker:
     target: Target | None
     split: str
     targets_failures: bool
-    applies: bool = True  # False after the target has failed
+    applies: bool = True  # False once the target has raised an error
 
     def check(self, n_classes: int) -> None:
         most = -1 if self.target is None else max(classes_in(self.target), default=-1)
@@ -168,7 +169,7 @@ class _TargetMarker:
     def __call__(
         self, batch: Batch, label: Tensor | None, prediction: Tensor | None, passed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns masks on the device of `passed`, `n` bool: targeted samples, and all samples in the target."""
+        """Returns two bool masks of the batch: its targeted samples, and all of its samples in the target."""
         nothing, target = torch.zeros_like(passed), self.target
         if target is None:
             return nothing, nothing
@@ -179,7 +180,7 @@ class _TargetMarker:
             try:
                 return nothing, target.covers(batch, label, prediction).to(passed.device)
             except Exception as error:
-                # Only a gate on the target needs it here; counting all samples as in the target is the safe side.
+                # This mask only serves gates on samples in the target, which become stricter if it is all True.
                 self.applies, reason = False, str(error).partition("\n")[0]
                 problem = (
                     f"`target`: all `{self.split}` samples count as in the target, since it cannot be applied: {reason}"
@@ -189,12 +190,12 @@ class _TargetMarker:
 
 
 def _warn_of_probabilities(split: str, table: Table) -> None:
-    """Warns if single logits look like probabilities: in [0, 1], and better split at 0.5 than by a constant."""
+    """Warns if outputs look like probabilities: all are in [0, 1], and the threshold 0.5 beats a constant class."""
     is_1, margin = table["label"] == 1, table["margin"]
     output, most = torch.where(is_1, margin, -margin), max(int(is_1.sum()), int((~is_1).sum()))
     if bool(((output >= 0) & (output <= 1)).all()) and int(((output > 0.5) == is_1).sum()) > most:
         problem = f"`task`: all outputs on `{split}` data are from 0 to 1 and taken for logits, above 0 is class 1."
-        warnings.warn(DataWarning(problem, "for probabilities return what the sigmoid gets."), stacklevel=2)
+        warnings.warn(DataWarning(problem, "if they are probabilities, return the sigmoid's inputs."), stacklevel=2)
 
 
 def _check_count(batch: Batch, output: Tensor) -> None:
@@ -206,10 +207,10 @@ def _check_count(batch: Batch, output: Tensor) -> None:
 
 
 def _fill_missing_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tuple[Batch, Tensor | None]:
-    """Replaces missing classes by class 0; returns the batch and their mask, `n` bool, or None if none is missing.
+    """Replaces unusable labels by class 0; returns the batch, and a mask of these samples or None if all are usable.
 
-    In the first batch (`check`) only negative labels count as missing: labels above all classes hint at a wrong
-    argument.
+    A label is unusable if it is negative or, unless `check` is True, larger than the model's classes. `check` is True
+    for the first batch: there, a label that is too large hints at a wrong argument, and `Task.check` raises an error.
     """
     target, label = batch.target, task.label(batch.target)
     if label is None:
@@ -272,7 +273,6 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _TargetMarker) ->
 
 
 def _gather_split(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
-    """Gathers a split from all ranks, in order. If one rank fails, all fail, so none waits forever."""
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
@@ -297,7 +297,7 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Raises `ConfigurationError` if a task lacks what a method needs; `by` names the method, `hint` a remedy."""
+    """Raises a `ConfigurationError`, with the method's name `by` and `hint`, if a task lacks what the method needs."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(

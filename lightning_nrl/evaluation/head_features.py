@@ -1,4 +1,4 @@
-"""Inputs of the last Linear layer on known data, and doubtful labels found in them."""
+"""Records the inputs of the last Linear layer on known data, and finds doubtful labels by comparing these inputs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import class_logits
 
 MAX_SAMPLES = 20_000
-"""Largest number of samples with recorded features: failed ones, then passed ones by rising margin."""
+"""Largest number of recorded samples: first targets, then other failures, then passed samples by rising margin."""
 
 
 class Features(NamedTuple):
-    """Inputs of the last Linear, and its outputs if they are the logits. On the model's device."""
+    """Inputs and outputs of the head, the last Linear, for `n` samples, on the model's device."""
 
-    rows: Tensor  # n int64 on the CPU, rows of the results, ascending
-    inputs: Tensor  # n x D, at least float32
-    logits: Tensor  # n x C, see `class_logits`
+    rows: Tensor  # n int64 on the CPU: row of each sample in the results, ascending
+    inputs: Tensor  # n x D: samples x input features, at least float32
+    logits: Tensor  # n x C: samples x classes, as returned by `class_logits`
 
 
 class HeadFeatures(NamedTuple):
-    """Results of one pass over the known data."""
+    """Results and head features of a model on the known data."""
 
     results: SampleResults
-    features: Features | None  # None if no Linear returns the logits
-    seconds: float  # for one pass over this rank's share of the known data
+    features: Features | None  # None unless the model ends in a Linear that returns the logits
+    seconds: float  # duration of one pass over this rank's share of the known data
 
 
 @torch.no_grad()
 def collect_features(
     evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target
 ) -> HeadFeatures:
-    """Runs the model over known data and records features; for many samples in a second pass over a selection.
+    """Runs the model over the known data and records the inputs and outputs of its last Linear, `head`.
 
-    All ranks get the same features. `head` is the last Linear, if any.
+    If there are more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
     """
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def collect_features(
 def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields this rank's share of the chosen rows of the results, in batches, each with its rows."""
+    """Yields the samples at `rows` of the results that this rank has, as pairs of a batch and its rows."""
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -74,7 +74,7 @@ def row_batches(
 
 
 class _HeadRecorder:
-    """Calls the model and records the inputs of its head while the head's outputs are the logits."""
+    """Calls the model and records inputs and outputs of its head; stops recording if the outputs are not the logits."""
 
     def __init__(self, evaluator: Evaluator, head: nn.Linear | None) -> None:
         self.evaluator, self.head = evaluator, head
@@ -105,7 +105,7 @@ class _HeadRecorder:
 
 
 def _gather_features(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
-    """Gathers the features of all ranks in row order; None if on any rank the layer does not return the logits."""
+    """Gathers the features of all ranks in row order; returns None unless the head returns the logits on every rank."""
     usable = recorder.head is not None and bool(recorder.inputs)
     if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
         return None
@@ -117,33 +117,34 @@ def _gather_features(recorder: _HeadRecorder, mine: Tensor, collective: Collecti
 
 
 def _select_rows(results: SampleResults) -> Tensor:
-    """Selects `MAX_SAMPLES` rows, ascending: targets, other failures, then passed samples by rising margin."""
     rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
     rank = torch.where(results.targeted, -2.0, rank)
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
-NEIGHBOURS = 10  # nearest passed samples
-MAX_SIMILARITIES = 2**24  # held at once
-AGREEMENT_SHARE = 0.9  # share of neighbours of the predicted class that makes a label doubtful
+NEIGHBOURS = 10  # number of nearest passed samples
+MAX_SIMILARITIES = 2**24  # largest number of cosine similarities in memory
+AGREEMENT_SHARE = 0.9  # smallest share of neighbours in the predicted class for a label to be doubtful
 
 
 class Neighbours(NamedTuple):
-    """The nearest passed samples of each sample."""
+    """Labels among the neighbours (nearest passed samples) of each of `n` samples."""
 
-    agreement: Tensor  # n float, share with the sample's label; NaN without neighbours
-    label: Tensor  # n int64, most frequent label; the smallest of several
-    share: Tensor  # n float, share with the most frequent label
+    agreement: Tensor  # n float: share of the neighbours with the sample's own label; NaN without neighbours
+    label: Tensor  # n int64: most frequent label of the neighbours, on a tie the smallest; -1 without neighbours
+    share: Tensor  # n float: share of the neighbours with the most frequent label; 0 without neighbours
 
 
 @torch.no_grad()
 def neighbours(
     inputs: Tensor, label: Tensor, passed: Tensor, passed_label: Tensor, *, itself: Tensor | None = None
 ) -> Neighbours:
-    """Compares labels with those of the nearest passed samples, by cosine similarity of centred features.
+    """Compares the labels of `n` samples with the labels of the nearest passed samples.
 
-    Features are `n x D`, those of the passed samples `P x D`. `itself`, `n` int64, is each sample's own row among the
-    passed ones, which is excluded.
+    The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples have the features
+    `passed`, `P x D`, and the labels `passed_label`. Distances are cosine distances after subtraction of the mean of
+    `passed`. If the `n` samples are passed samples too, `itself` gives the row of each in `passed`, so that no sample
+    is its own neighbour.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
@@ -166,11 +167,12 @@ def neighbours(
 
 
 def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor) -> Tensor:
-    """Marks doubtful labels, `n` bool: neighbours and model agree on another class, and the model is sure.
+    """Marks doubtful labels: the model and the neighbours agree on another class, and the model is sure of it.
 
-    Sure means that its lead over the given label is at least its median lead over the runner-up on passed samples of
-    that class, so there is no threshold to choose. `label` is `n` int64, `logits` `n x C`, of the passed samples `P`,
-    `P x C`.
+    The neighbours agree if at least `AGREEMENT_SHARE` of them have the predicted class. The model is sure if the logit
+    of the predicted class exceeds the logit of `label` by at least a typical lead: the median difference of the two
+    largest logits over the passed samples of the predicted class. `near` comes from `neighbours`. Shapes are `n` for
+    `label` and the result, `n x C` for `logits`, `P x C` for `passed_logits`, and `P` for `passed_label`.
     """
     prediction = logits.argmax(1)
     lead = (logits.gather(1, prediction[:, None]) - logits.gather(1, label[:, None]))[:, 0]
@@ -183,10 +185,10 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
 
 
 def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
-    """Marks targets, `N` bool, whose label the model and the nearest passed samples contradict.
+    """Marks the targets with a doubtful label (see `doubtful`), `N` bool by row of `results`.
 
-    Takes one pass over the known data, or over a selection of very many. Finds none unless a Linear layer returns the
-    logits. `results` are those of the model on this rank's share of the splits.
+    Runs the model over the known data once, and then again over `MAX_SAMPLES` samples if there are more. Marks nothing
+    unless the output of the last Linear is the logits. `results` are the model's results on the known data.
     """
     found = torch.zeros_like(results.passed)
     _, head = last_linear(evaluator.model, evaluator.called)

@@ -1,9 +1,10 @@
-"""Gradients of samples with respect to layer weights, from one forward and one backward pass of a batch.
+"""Computes weight gradients, summed or per sample, from one forward and one backward pass of a batch.
 
-`OutputProbe` adds a zero with `requires_grad` to each layer's output. The gradients of these zeros and the layers'
-inputs give all weight gradients, summed or per sample, whether or not the weights require gradients.
+`OutputProbe` adds a zero tensor with `requires_grad` to each layer's output. The gradient at this tensor and the
+layer's input determine the weight gradient, so the weights need not require gradients.
 
-Inputs and outputs are rows, `r x ...`: `features` of a Linear, `channels x space...` of a convolution.
+Functions here take inputs and outputs as `r` rows, `r x ...`. A row of a Linear is a vector of features, so a sample
+with a sequence has several rows. A row of a convolution is a sample, `channels x space...`.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from lightning_nrl.tasks import Task
 
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
-    """Reshapes a layer's input or output to `r x ...`."""
+    """Reshapes a layer's input or output to rows, `r x ...`."""
     return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
 def uses_per_weight(layer: Layer, output: Tensor) -> int:
-    """Counts the products of each weight, over rows and space, from the shape of the output."""
+    """Returns how many inputs each weight is multiplied with to get `output`: one per row and position in space."""
     return output.numel() // len(layer.weight)
 
 
 def absolute_input(layer: Layer, x: Tensor) -> Tensor:
-    """Sums the absolute inputs of each weight over rows and space, in the weight's shape.
+    """Sums the absolute values of all inputs that each weight is multiplied with; the result has the weight's shape.
 
-    This is the kernel gradient of a depthwise convolution with an output gradient of ones.
+    For a convolution, it is the kernel gradient of a depthwise convolution of |x| with an output gradient of ones.
     """
     total = x.abs().sum(0)
     if isinstance(layer, nn.Linear):
@@ -57,10 +58,10 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
 
 
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
-    """Unfolds inputs in weight order: `groups x (r * positions) x weights`.
+    """Unfolds inputs into windows, the values that meet the weights of one output channel at one position.
 
-    A Linear has one position per row of `x`, `r x ...`, a convolution one per place of its kernel, of which about
-    `max_positions` per row are kept, evenly spread.
+    The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position per row. A
+    convolution has a position for each place of its kernel; about `max_positions` per row are kept, evenly spread.
     """
     if isinstance(layer, nn.Linear):
         return x[None]
@@ -68,7 +69,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
     n_dims = x.ndim - 2
     side = max(1, int(max_positions ** (1 / n_dims)))
     for i, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        # Views so far: skipped positions are never copied.
+        # Only views are made here, so skipped positions are never copied.
         x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         x = x[(slice(None),) * (2 + i) + (slice(None, None, -(-x.shape[2 + i] // side)),)]
     x = torch.unflatten(x, 1, (layer.groups, -1))
@@ -77,7 +78,7 @@ def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
 
 
 def pad_input(layer: Convolution, x: Tensor) -> Tensor:
-    """Applies the layer's padding, whatever its mode."""
+    """Pads an input as the convolution would, in its padding mode."""
     sides = layer._reversed_padding_repeated_twice
     if not any(sides):
         return x
@@ -85,36 +86,36 @@ def pad_input(layer: Convolution, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode=mode)
 
 
-MAX_GRADIENT_ENTRIES = 2**24  # samples x weights, held at once
+MAX_GRADIENT_ENTRIES = 2**24  # largest number of samples x weights for which gradients are held at once
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer, as rows (see above), at least float32."""
+    """Input and output gradient of one call of a layer, as rows (see the module docstring), at least float32."""
 
     input: Tensor  # r x ...
-    gradient: Tensor  # r x ..., at the layer's output
+    gradient: Tensor  # r x ..., the gradient at the layer's output
 
 
 class OutputProbe:
-    """Adds a zero that requires a gradient to layer outputs, and records the inputs."""
+    """Adds a zero tensor that requires a gradient to the outputs of layers, and records the inputs of the layers."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self.layers = layers
-        self.seen: list[tuple[str, Tensor, Tensor]] = []  # by call: the layer, its input, the zero added to its output
+        self.seen: list[tuple[str, Tensor, Tensor]] = []  # by call: layer name, input, zero added to the output
 
     @property
     def called(self) -> list[str]:
         return [name for name, *_ in self.seen]
 
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """Records one call and returns the output to use instead."""
+        """Records a call of the layer `name` and returns its output plus the zero."""
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may change its tensors in place.
         self.seen.append((name, x.detach().clone(), zero))
         return output + zero
 
     def hooked(self) -> AbstractContextManager[Any]:
-        """Probes module calls of the layers inside the context, not functional calls."""
+        """Returns a context in which calls of the layers are recorded, except functional uses of their weights."""
 
         def hook_of(name: str) -> Any:
             return lambda module, args, output: self.add_zero(name, args[0], output)
@@ -126,7 +127,7 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Computes gradients of the sum of `weights * values`, `n` each, at the output of each call."""
+        """Computes the gradients of `(weights * values).sum()` at the outputs of the calls; empty if it has none."""
         zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
@@ -134,6 +135,7 @@ class OutputProbe:
             return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
+        """Returns the calls of each layer, with the gradients of `values.sum()`."""
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
         for (name, x, _), gradient in zip(self.seen, gradients, strict=bool(gradients)):
@@ -144,10 +146,10 @@ class OutputProbe:
 def margin_calls(
     model: nn.Module, layers: Mapping[str, Layer], batch: Batch, task: Task, context: Context
 ) -> tuple[Tensor, dict[str, list[LayerCall]]]:
-    """Computes the margins of a batch, `n`, and the calls of each layer with gradients of the margins' sum.
+    """Computes the margins of a batch, `n`, and each layer's calls with the gradients of the sum of the margins.
 
-    A layer has no calls if no gradient reaches it or its first dimension is not the samples. Raises
-    `ConfigurationError` for a task without margins.
+    The list of a layer's calls is empty if the first dimension of the layer's input does not count samples, or if the
+    margins have no gradient. Raises a `ConfigurationError` for a task without margins.
     """
     probe = OutputProbe(layers)
     with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
@@ -162,45 +164,45 @@ def margin_calls(
         calls = probe.calls(margin)
     n, sliceable = len(margin), is_sliceable((batch.args, batch.kwargs), len(margin))
     for name, x, _ in probe.seen:
-        # The number of nodes of a graph may be a multiple of the number of samples by chance.
+        # In a batch of graphs, the number of nodes may be a multiple of the number of samples by chance.
         if len(x) % n if sliceable else len(x) != n:
             calls[name] = []
     return margin, calls
 
 
 def is_by_sample(calls: Sequence[LayerCall], n: int) -> bool:
-    """True if a layer was called, each time with equally many rows for each of `n` samples."""
+    """True if there are calls, and the number of rows of every call is a multiple of the number of samples `n`."""
     return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
 
 
 def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, by blocks of the `n` samples, gradients of weight, `m x weight shape`, and bias, `m x out`."""
+    """Yields, for blocks of `m` samples, gradients of the weight, `m x weight shape`, and the bias, `m x outputs`."""
     size = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
     for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // size)):
         block = [[torch.unflatten(t, 0, (n, -1))[start : start + step] for t in call] for call in calls]
         weight = torch.stack([_weight_gradients(layer, x, g) for x, g in block]).sum(0)
-        # `m x p x out...`
+        # g has the shape `m x p x outputs x space...`, with p rows per sample.
         bias = torch.stack([g.transpose(1, 2).flatten(2).sum(2) for _, g in block]).sum(0)
         yield weight, bias
 
 
 def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Computes the weight gradient from the layer's input and its output gradient, `r x ...` each."""
+    """Computes the weight gradient, summed over rows, from the layer's input and output gradient, `r x ...` each."""
     if isinstance(layer, nn.Linear):
         return gradient.T @ x
     return _kernel_gradient(layer, pad_input(layer, x), gradient, layer.weight.shape, layer.groups)
 
 
 def bias_gradient(gradient: Tensor) -> Tensor:
-    """Computes the bias gradient from the output gradient, `r x out...`."""
+    """Computes the bias gradient, summed over rows, from the output gradient, `r x outputs x space...`."""
     return gradient.transpose(0, 1).flatten(1).sum(1)
 
 
 def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """Computes the weight gradient of each sample, `m x weight shape`, from `m x p x ...`, in one call."""
+    """Computes the weight gradients of `m` samples, `m x weight shape`, from `p` rows per sample, `m x p x ...`."""
     if isinstance(layer, nn.Linear):
         return torch.bmm(gradient.mT, x)
-    # Samples as groups of channels.
+    # One grouped convolution computes all gradients; each sample is a group of channels.
     m, (out, *kernel) = len(x), layer.weight.shape
     x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
     found = _kernel_gradient(layer, pad_input(layer, x), gradient, (m * out, *kernel), m * layer.groups)

@@ -1,4 +1,4 @@
-"""Finds the layers to repair, and their weights as one flat vector; refuses layers that depend on the batch."""
+"""Finds the layers to repair and puts their weights into one flat vector; refuses batch norms that use the batch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_nrl.evaluation.recurrent import Gates, Recurrent, gates_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
-"""Kinds of layer that can be repaired directly. Recurrent layers are unrolled into Linears."""
+"""Kinds of layer that can be repaired directly. Recurrent layers are first unrolled into Linears."""
 KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 
 
 @dataclass(frozen=True)
 class LayerRef:
-    """One layer to repair."""
+    """One layer to repair, also called a site."""
 
-    name: str  # dotted; empty if the model itself is the layer
-    module: Layer  # not a copy
-    offset: int  # of its weights in the flat vector
+    name: str  # dotted name in the model; empty if the model itself is the layer
+    module: Layer  # the layer itself, not a copy
+    offset: int  # position of its first weight in the flat vector
     include_bias: bool = False  # True if the bias follows the weight in the flat vector
-    gates: Gates | None = None  # the recurrent layer that contains the module
+    gates: Gates | None = None  # the recurrent layer that `module` was made from; None for other layers
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -52,15 +52,16 @@ class LayerRef:
 
     @property
     def weight_shape(self) -> torch.Size:
-        """`out x in/groups x kernel...`, for a Linear `out x in`."""
+        """Shape of the weight: `out x in` of a Linear, `out x in/groups x kernel...` of a convolution."""
         return self.module.weight.shape
 
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """The weights of all layers as one flat vector: layer by layer, weight row by row, then bias if included.
+    """The weights to search: those of all layers in `sites`, as one flat vector.
 
-    Without layers there is nothing to search, for the reason in `obstacle`; training may still change parameters.
+    The vector has for each layer its weight, row by row, and then its bias if biases are included. If `sites` is empty,
+    no weights can be searched, and `obstacle` says why; training may still change the model's parameters.
     """
 
     sites: tuple[LayerRef, ...]
@@ -68,7 +69,7 @@ class ParameterSpace:
 
     @property
     def gates(self) -> tuple[Gates, ...]:
-        """The recurrent layers, each once, to `unroll` before their parts are called."""
+        """The recurrent layers among the sites, each once, as arguments for `unroll`."""
         return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
 
     @property
@@ -92,7 +93,7 @@ class ParameterSpace:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Returns copies of whole parameters by name, with `values` at the flat positions `where`."""
+        """Returns copies of all parameters by name, with `values` at the positions `where` of the flat vector."""
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
         parameters = self.parameters
@@ -101,14 +102,14 @@ class ParameterSpace:
 
 
 def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
-    """Resolves layer names: a dotted name, several names, or `auto`.
+    """Finds the layers to repair by a dotted name, several names, or `auto`.
 
-    `auto` is the last registered Linear that is not frozen, or the last one if all are frozen; without any Linear,
-    likewise the last convolution. `include_bias` allows biases to change too.
+    `auto` chooses the last registered Linear that is not frozen, or the last Linear if all are frozen. In a model
+    without a Linear it chooses a convolution by the same rule. `include_bias` adds the biases to the weights.
 
     Raises:
-        ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
-            a lazy, quantised or parametrised layer, weights shared with another module, several dtypes or devices.
+        ConfigurationError: a name is unknown or given twice; a layer is of an unsupported kind, lazy, quantised or
+            parametrised, or shares weights with another module; or the layers differ in dtype or device.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: list[LayerRef] = []
@@ -138,9 +139,10 @@ def find_scope(
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
     """Finds the layers whose weights can be searched, and the names of all parameters that training may change.
 
-    `layer` is as for `find_layers`, or the dotted name of a block, of which the last layer is searched and all
-    parameters are trained. `auto` trains all parameters that are not frozen, and searches a layer that is `called`
-    (None: any). A method that `trains` needs no layer to search if `auto` finds none.
+    `layer` is as for `find_layers`, or names a block: then the block's last layer is searched, and training may change
+    all parameters of the block. With `auto`, training may change all parameters that are not frozen, and the searched
+    layer is chosen from the names in `called` if possible. If `auto` finds no layer, methods with `trains=True` get an
+    empty space instead of an error.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
@@ -150,13 +152,13 @@ def find_scope(
         space = find_layers(model, names, include_bias=include_bias)
     except ConfigurationError as error:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Checkpoints miss layers outside the module tree.
+        # Layers outside the module tree are an error even for methods that train: checkpoints do not contain them.
         if not (is_auto and trains and scope) or _outside_tree(modules):
             raise
         return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
     if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # If all called layers are frozen, such as a moving average, training would change other layers.
+        # If all called layers are frozen, as in a moving average, training the others would not change predictions.
         scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
@@ -164,7 +166,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """Lists one name or several; raises `ConfigurationError` if there is none."""
+    """Returns one name or several names as a list; raises a `ConfigurationError` if there is no name."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
@@ -198,7 +200,6 @@ def _is_inside(parameter: str, block: str) -> bool:
 
 
 def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Returns the last repairable layer inside a block, or `name` if there is none."""
     if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
     inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
@@ -206,7 +207,7 @@ def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
-    """Returns name and module of a layer, or of each part of a recurrent layer with its owner."""
+    """Returns (name, module, None) for a layer, or (name, Linear, gates) for each weight of a recurrent layer."""
     module = modules.get(name)
     if not isinstance(module, Recurrent):
         return [(name, _repairable(name, modules), None)]
@@ -242,7 +243,7 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    # In training mode, `module.weight` of spectral norm takes a step of its power iteration.
+    # Not `module.weight`: under spectral norm in training mode, reading it takes a step of the power iteration.
     return module._parameters.get("weight")
 
 
@@ -255,7 +256,7 @@ def _not_own(name: str) -> ConfigurationError:
 
 
 def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Lists attributes that hold layers in plain lists, tuples or dicts, unknown to torch."""
+    """Lists attributes that hold layers in plain lists, tuples or dicts, which torch does not search for modules."""
     known = {id(module) for module in modules.values()}
     found = []
     for name, module in modules.items():
@@ -291,7 +292,7 @@ def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """Finds the Linear and convolution layers with floating-point weights of their own, by dotted name."""
+    """Returns the Linears and convolutions whose weight is a floating-point parameter, by dotted name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -300,7 +301,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 
 def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
-    """Finds the last Linear layer that is `called` (None: any) and its name; both None if there is none."""
+    """Returns name and module of the last Linear, or twice None if there is none; `called` limits the names."""
     linear = [
         (name, layer)
         for name, layer in layers_of(model).items()
@@ -310,13 +311,13 @@ def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tupl
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Runs compiled parts of a model as plain Python, since compiled code ignores hooks."""
+    """Returns a context in which compiled parts of a model run as plain Python, since compiled code ignores hooks."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Raises `ConfigurationError` on calls of a batch norm without running statistics."""
+    """Raises a `ConfigurationError` inside the context if a batch norm without running statistics is called."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
@@ -334,5 +335,5 @@ def _refuse(name: str, *_: Any) -> None:
 
 
 def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes the output of a Linear or a convolution with other weights."""
+    """Computes the output of a Linear or a convolution with `weight` and `bias` instead of its parameters."""
     return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)

@@ -7,16 +7,16 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = 3 / 8  # of the median margin of passed samples; samples above it are easy
-MAX_CACHED_BYTES = 2**28  # of cached logits; beyond it the teacher runs again each time
+EASY_MARGIN = 3 / 8  # times the median margin of passed samples; samples with a larger margin are easy
+MAX_CACHED_BYTES = 2**28  # largest size of the cached logits; logits that do not fit are computed each time
 
 
 class LogitCache:
-    """Caches logits by sample on their device, up to `MAX_CACHED_BYTES`.
+    """Caches logits by sample number, on the device of the logits, up to `MAX_CACHED_BYTES`.
 
-    The index of cached samples is on the CPU, so a lookup never waits for the device. All logits have the shape and
-    dtype of the first ones; others, such as those of padded batches, are not cached. If `n_samples` is unknown, the
-    table grows.
+    The set of cached samples is kept on the CPU, so a lookup never waits for the device. Logits that differ in shape
+    from the first cached logits, as in padded batches, are not cached; `has_varied` is then True. If `n_samples` is
+    None, the table grows.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -30,11 +30,11 @@ class LogitCache:
         return self._table is None
 
     def unknown(self, index: Tensor) -> Tensor:
-        """Returns the samples among `n` (int64 on the CPU) that are not cached."""
+        """Returns the numbers in `index` (int64 on the CPU) whose samples are not cached."""
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """Returns the logits of samples, `n` int64; None unless all are cached with the shape per sample."""
+        """Returns the logits of the samples `index`, int64; returns None unless all are cached and fit `shape[1:]`."""
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None
@@ -43,7 +43,7 @@ class LogitCache:
         return self._table[index.to(self._table.device, non_blocking=True)]
 
     def put(self, index: Tensor, logits: Tensor) -> None:
-        """Caches logits if memory allows it and their shape fits."""
+        """Caches the logits of the samples `index` if memory allows it and their shape fits."""
         index = index.cpu()
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True

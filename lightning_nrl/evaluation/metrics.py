@@ -1,7 +1,7 @@
 """Metrics of a model update, as `torchmetrics` metrics and as functions.
 
-In: predictions of the old and the new model and the true classes, or counts of kept, broken, repaired and failing
-samples. Out: the rates of the literature, defined in `rates.RATES`.
+The metrics compare the predictions of an old and a new model with the true classes. They compute rates from the
+literature, which `rates.RATES` defines. `flip_rates` computes the same rates from counts of samples.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ __all__ = [
 
 
 def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
-    """Marks right predictions, `N x ...` bool; logits with a NaN are wrong."""
     if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
         return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
     if preds.shape == target.shape and not preds.is_floating_point():
@@ -57,10 +56,10 @@ def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tenso
 
 
 class FlipMetric(Metric):
-    """Base class: counts kept, broken, repaired and failing samples, and computes one rate, NaN if undefined.
+    """Base class: counts kept, broken, repaired and failing samples, and computes a rate, which is NaN if undefined.
 
-    All subclasses have the same state, so a `MetricCollection` updates it once (compute groups). Keyword arguments are
-    those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
+    All subclasses have the same state, so they form one compute group in a `MetricCollection`, which updates them once.
+    Keyword arguments are those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
     """
 
     rate: ClassVar[Rate]
@@ -81,14 +80,17 @@ class FlipMetric(Metric):
         self.add_state("flips", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> None:
-        """Counts one batch; arguments as for :func:`negative_flip_rate`."""
+        """Counts the flips of one batch from the old to the new model's predictions, given the true classes `target`.
+
+        Predictions are integer classes in the shape of `target`, or float logits, `samples x classes x ...`.
+        """
         self.flips += _flips_update(old_preds, new_preds, target)
 
     def compute(self) -> Tensor:
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plots values of `compute` or `forward`, by default of `compute`; returns figure and axes."""
+        """Plots values that `compute` or `forward` returned, by default the current value; returns figure and axes."""
         return self._plot(val, ax)
 
 
@@ -104,21 +106,21 @@ class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
 
 
 class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
-    """Share of all samples that the update repairs: `repaired / N`, the counterpart of the NFR."""
+    """Share of all samples that the update repairs: `repaired / N`, the counterpart of `NegativeFlipRate`."""
 
 
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
     """Share of the new model's errors that are regressions: `broken / (broken + failing)`.
 
-    Of two models with equal accuracy, the one with the lower impact surprises its users less. NaN without errors.
+    Of two equally accurate models, the one with the lower impact surprises its users less. NaN if there are no errors.
     """
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    """NFR relative to that of two models with independent errors (Yan et al., CVPR 2021).
+    """Negative flip rate (NFR) divided by the NFR of two models with independent errors (Yan et al., CVPR 2021).
 
-    `NFR / ((1 - ER_old) * ER_new)` with the error rates ER; 1 for independent errors. Compares updates of different
-    accuracy. NaN if the old model gets nothing right or the new one everything.
+    `NFR / ((1 - ER_old) * ER_new)` with the error rates ER is 1 for independent errors and allows comparing updates of
+    different accuracy. It is NaN if the old model gets nothing right or the new model gets everything right.
     """
 
     plot_upper_bound = None
@@ -127,27 +129,27 @@ class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
     """Share of right samples that stay right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
 
-    1 if the old model got nothing right, since nothing could break.
+    It is 1 if the old model got nothing right, since nothing could break.
     """
 
 
 class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
-    """Share of the new model's errors that are old: `failing / (broken + failing)` (Srivastava, KDD 2020)."""
+    """Share of the new model's errors that the old model made too: `failing / (broken + failing)` (Srivastava 2020)."""
 
 
 class RepairRate(FlipMetric, rate="repair_rate"):
     """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
 
-    Pass only the targeted samples for the rate within I_neg.
+    To get the rate over I_neg, pass only the targeted samples.
     """
 
 
 class BreakRate(FlipMetric, rate="break_rate"):
-    """Share of right samples that break: `broken / (kept + broken)` (Sohn et al., Arachne). 1 - BTC if defined."""
+    """Share of right samples that break: `broken / (kept + broken)` (Sohn et al., Arachne)."""
 
 
 RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function of `old_preds`, `new_preds` and `target`, as in :meth:`FlipMetric.update`, that returns a rate."""
+"""Function that computes a rate from `old_preds`, `new_preds` and `target`, see :meth:`FlipMetric.update`."""
 
 
 def _function(metric: type[FlipMetric]) -> RateFunction:
@@ -155,7 +157,7 @@ def _function(metric: type[FlipMetric]) -> RateFunction:
         return metric.rate(_flips_update(old_preds, new_preds, target))
 
     rate.__name__ = rate.__qualname__ = metric.rate.name
-    rate.__doc__ = f"{(metric.__doc__ or '').partition(chr(10))[0]}\n\nArguments as for `FlipMetric.update`."
+    rate.__doc__ = f"{(metric.__doc__ or '').partition(chr(10))[0]}\n\nThe arguments are those of `FlipMetric.update`."
     return rate
 
 

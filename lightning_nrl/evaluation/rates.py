@@ -1,4 +1,4 @@
-"""The rates of an update: name, meaning and formula, from counts of kept, broken, repaired and failing samples."""
+"""The rates of a model update: formulas of the counts of kept, broken, repaired and failing samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 
 @dataclass(frozen=True)
 class Rate:
-    """One rate of an update.
+    """One rate of a model update.
 
     Attributes:
-        name: as in reports, and of its function.
-        short: tag in logs.
+        name: name in reports, and of the function in `evaluation.metrics`.
+        short: short name, the tag in logs.
         meaning: the formula in words.
-        compute: formula of kept, broken, repaired and failing, `...` each; 0/0 is NaN.
+        compute: the formula, a function of four tensors of counts: kept, broken, repaired, failing. 0/0 is NaN.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Rate:
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, flips: Tensor) -> Tensor:
-        """Computes the rate of counts `... x 4`: kept, broken, repaired and failing."""
+        """Computes the rate from counts, `... x 4`, in the order kept, broken, repaired, failing."""
         return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
@@ -55,7 +55,6 @@ def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
 
 
 def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    """1 if nothing was right before, since nothing could break."""
     return torch.where(k + b == 0, 1.0, k / (k + b))
 
 
@@ -76,18 +75,17 @@ RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 UPDATE_RATES: tuple[Rate, ...] = tuple(
     rate for rate in _ALL if rate.short in ("nfr", "pfr", "relative_nfr", "btc", "bec")
 )
-"""Rates of a model against the one it replaces, without targeted failures."""
+"""The rates with which reports compare a new model with the model that it replaces."""
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """Computes all rates by name, each a tensor of shape `...`; NaN if undefined.
+    """Computes all rates, by rate name, from counts `... x 4` in the order kept, broken, repaired, failing.
 
-    Args:
-        flips: `... x 4`: kept, broken, repaired, failing; floats keep their dtype, integers give float32.
+    Each rate is a tensor of shape `...`, NaN where it is undefined. Integer counts give float32.
     """
     return {name: rate(flips) for name, rate in RATES.items()}
 
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """Computes all rates of one set of counts by name, in double precision; NaN if undefined."""
+    """Computes all rates of one set of counts in double precision, by rate name; an undefined rate is NaN."""
     return {name: rate.of(counts) for name, rate in RATES.items()}

@@ -1,7 +1,7 @@
-"""LSTM, GRU and RNN layers, unrolled step by step with a Linear for each of their weights.
+"""Unrolls LSTM, GRU and RNN layers into time steps, with a Linear for each of their weights.
 
-Localization, replay and scoring handle Linears. An unrolled layer calls one Linear on the whole sequence for the input
-weights, and one at every step for the hidden weights.
+The unrolled layers can be repaired by code that handles Linears only. In each layer and direction, the Linear of the
+input weights is called once, on the whole sequence, and the Linear of the hidden weights at every time step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Recurrent = nn.LSTM | nn.GRU | nn.RNN
 
 
 class GateLinear(nn.Linear):
-    """A Linear with the current weight and bias of a recurrent layer, found by the end of their names."""
+    """A Linear that uses parameters of a recurrent layer: `weight_ih_l0` and `bias_ih_l0` if `end` is `ih_l0`."""
 
     def __init__(self, owner: Recurrent, end: str) -> None:
         nn.Module.__init__(self)
-        self.__dict__["owner"] = owner  # not a submodule
+        self.__dict__["owner"] = owner  # set in this way, it does not become a submodule
         self.end = end
         self.out_features, self.in_features = self.weight.shape
         self.train(owner.training)
@@ -46,12 +46,12 @@ class GateLinear(nn.Linear):
 class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
-    module: Recurrent  # not a copy
+    module: Recurrent  # the layer itself, not a copy
     linears: Mapping[str, GateLinear]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
-    """Creates the Linears of a recurrent layer; raises `ConfigurationError` for one with projections."""
+    """Creates the Linears of a recurrent layer; raises a `ConfigurationError` for an LSTM with projections."""
     if getattr(module, "proj_size", 0):
         raise ConfigurationError(
             f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
@@ -64,7 +64,7 @@ def gates_of(name: str, module: Recurrent) -> Gates:
 
 @contextmanager
 def unroll(gates: Sequence[Gates]) -> Iterator[None]:
-    """Runs these layers step by step through their Linears inside the context, on whatever tensors they hold."""
+    """Replaces the forward of recurrent layers inside the context: they call their Linears step by step."""
     with ExitStack() as stack:
         for one in gates:
             stack.enter_context(patched_forward(one.module, _Unrolled(one)))
@@ -73,10 +73,10 @@ def unroll(gates: Sequence[Gates]) -> Iterator[None]:
 
 @contextmanager
 def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Replaces a module's `forward` inside the context, with or without the user's hooks.
+    """Replaces a module's `forward` inside the context; `hooks=False` also disables the module's hooks.
 
-    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, uses it only if none of
-    its parts has hooks, and would then skip them.
+    With `hooks=True` an empty hook is added. Modules such as `TransformerEncoderLayer` have a fused path that would not
+    call the new `forward` of their parts; they do not take this path if one of their parts has a hook.
     """
     held = module.__dict__
     new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
@@ -131,7 +131,7 @@ class _Unrolled:
     def _run(
         self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs one layer in one direction: outputs `n x T x H`, and final states, `n x H` each."""
+        """Runs a layer in one direction; returns outputs, `n x steps x units`, and final states, `n x units`."""
         module = self.gates.module
         inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
         steps = inner(x).unbind(1)

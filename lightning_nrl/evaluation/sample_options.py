@@ -1,4 +1,4 @@
-"""`SampleOptions`: weights, slices and roles of samples."""
+"""`SampleOptions` gives samples weights, slices and roles, such as protected."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_nrl.evaluation.slices import Quota, SliceRecorder, checked_quotas
 from lightning_nrl.tasks import Task
 
 DOUBTFUL = "doubtful"
-"""Sets aside failures with a doubtful label (`lightning_nrl.evaluation.head_features.doubtful`)."""
+"""Value of `set_aside` for failures whose label looks wrong (`lightning_nrl.evaluation.head_features.doubtful`)."""
 
 Keep = Literal["both", "reference"]
-"""Samples that may not break in an update: right in either model, or in both."""
+"""Choices for `SampleOptions.keep`."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
-OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
-BY_ID: dict[str, tuple[type, ...]] = {
+OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}  # words that an option takes
+BY_ID: dict[str, tuple[type, ...]] = {  # types of values that name samples by id
     "importance": (Mapping,),
     "protected": (Mapping, list, tuple),
     "set_aside": (Mapping, list, tuple),
@@ -36,10 +36,10 @@ BY_ID: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Focal:
-    """Weights hard failures more, by (1 - p)^gamma with p the probability of the true class.
+    """Weights each failure by (1 - p)^gamma, where p is the probability of its true class.
 
-    The factor of the focal loss (Lin et al., 2017). p is exp(-loss), which is exact for cross entropy. `gamma=0`
-    weights all failures alike; larger values favour hard ones.
+    This is the factor of the focal loss (Lin et al., 2017). p is computed as exp(-loss), which is exact for cross
+    entropy. With `gamma=0` all failures have the same weight; larger values favour hard failures.
     """
 
     gamma: float = 2.0
@@ -48,31 +48,35 @@ class Focal:
         check_real("Focal.gamma", self.gamma, "exponent", "give a finite number from 0.", least=0)
 
     def weigh(self, results: SampleResults) -> Tensor:
-        """Returns `N` float64 weights, above 0 if the loss is."""
+        """Returns the weight of each of `N` samples, float64."""
         tiny = torch.finfo(torch.float32).tiny
         return (1 - torch.exp(-results.loss.double().clamp_min(0))).clamp_min(tiny) ** self.gamma
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Weights and roles of samples: importance, slices, quotas, protected samples, doubtful labels.
+    """Says which samples matter most, which must not break, and which are left out of the repair.
 
-    A column is a key or an index into your batches, a function of a batch, or its address, `package.module:function`.
+    A *column* below is a key or an index into your batches, a function of a batch that returns a value for each sample,
+    or the address of such a function, `package.module:function`.
 
     Attributes:
-        importance: value of repairing each failed sample: a column of numbers above 0, ids as `{id: number}` or
-            `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`, which favour hard ones. None: all alike.
-        slices: slice of each sample: a column of names, numbers or bools, or a target; each gets a row in the report.
-        quotas: targets of a slice that must be repaired for a repair to be accepted: `{"night": 5, "truck": "50%"}`.
-        protected: passed samples that may never break, on known and calibration data, whatever the gate: a column of
-            bools, a target, or ids by split. Whole numbers instead say how many samples one counts for.
+        importance: value of repairing each failed sample: a column of numbers above 0; numbers by id, `{id: number}` or
+            `{split: {id: number}}`; or `"focal"` or `Focal(gamma)`, which favour hard samples. None: equal values.
+        slices: slice of each sample: a column of names, numbers or bools, or a target, whose samples form one slice.
+            Each slice has a row in the report.
+        quotas: for some slices, the number or share of the targets that must be repaired, or else the repair is
+            refused: `{"night": 5, "truck": "50%"}`.
+        protected: passed samples of known and calibration data that must never break, whatever the gate: a column of
+            bools, a target, or ids by split. Whole numbers instead of bools are costs of breaking samples, usually 1.
         risk: severity of confusions, as in Athena and DRWeightMerge: whole numbers from 1 by pair of true and predicted
-            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`; all others have 1. A repair is worth
-            its pair's, a break costs the highest of its class. Multiplies `importance` and `protected`.
-        set_aside: failures in the target that are not targeted: a column of bools, a target, ids, or `"doubtful"` for
-            labels that look wrong. The report lists them.
-        keep: samples that may not break in an update: those that either model gets right (`both`), or only those that
-            both get right (`reference`).
+            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. Other confusions have 1. The value of a
+            repair is multiplied by the severity of the repaired confusion, the cost of breaking a sample by the highest
+            severity of its class.
+        set_aside: failures in the target that are not to be repaired: a column of bools, a target, ids, or `"doubtful"`
+            for failures whose label looks wrong. The report lists these failures.
+        keep: samples that must not break in an update: all that the new model gets right (`both`), or only those that
+            the replaced model gets right too (`reference`).
 
     Example:
         >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas
@@ -101,7 +105,7 @@ class SampleOptions:
                 )
 
     def columns(self) -> SampleOptions:
-        """Returns only the options that are columns of batches, for a check on a few samples."""
+        """Returns a copy with only those options that are read from batches, to check them on a few samples."""
         own = self._columns("importance", "protected", "set_aside")
         return SampleOptions(slices=self.slices, **{name: getattr(self, name) for name in own})
 
@@ -114,9 +118,10 @@ class SampleOptions:
         everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
-        """Evaluates with slices and weights; returns results and the failures set aside, `N` bool, not targeted.
+        """Evaluates the model and applies the options; returns the results and a mask of failures set aside, `N` bool.
 
-        Arguments are those of `Evaluator.run`. Data that are not `known` need only slices and protected samples.
+        Failures set aside are not targeted in the results. The arguments are those of `Evaluator.run` and `known`. If
+        `known` is False, the repair does not use the data, and `importance` and `set_aside` are ignored.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")
@@ -150,7 +155,7 @@ class SampleOptions:
         return results, set_aside
 
     def _columns(self, *names: str) -> dict[str, Column]:
-        """Returns the named options that are columns of batches; refuses other invalid values."""
+        """Returns those of the named options that are columns of batches; raises an error for invalid values."""
         found = {}
         for name in names:
             value = getattr(self, name)
@@ -161,10 +166,7 @@ class SampleOptions:
 
 
 def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
-    """Returns risk levels by true, then predicted class; None stands for all other predicted classes.
-
-    Keys are a true class (`3`, `"3"`) or a true and a predicted class (`(3, 5)`, `"3 -> 5"`).
-    """
+    """Converts `risk` to `{true: {predicted: level}}`; the predicted class None stands for all that are not listed."""
     if not isinstance(risk, Mapping):
         raise ConfigurationError(f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`.")
     levels: dict[int, dict[int | None, int]] = {}
@@ -184,7 +186,7 @@ def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
 
 
 def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleResults) -> tuple[Tensor, Tensor]:
-    """Returns the value of repairs and the cost of breaks (highest level of the class), `N` each."""
+    """Returns for each sample the value of repairing it and the cost of breaking it (highest level of its class)."""
     if bool((results.label < 0).all()):
         raise ConfigurationError(
             "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
@@ -220,10 +222,9 @@ def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResu
 
 
 def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
-    """Returns the cost of breaking each sample, `N`: 1 by default, infinite for protected ones."""
     if protected is None:
         return results.weight
-    # Bools protect, other numbers are costs.
+    # Numbers that are all 0 or 1 mark the protected samples; other numbers are costs.
     marks = bool(((protected == 0) | (protected == 1)).all())
     cost = torch.where(protected > 0, torch.inf, 1.0) if marks else protected
     wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))
@@ -236,9 +237,11 @@ def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
 
 
 def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool) -> Tensor:
-    """Returns `N` float64 from ids, by split or not, with values or not; 1 or 0 elsewhere.
+    """Converts an option that names samples by id to `N` float64, one value per sample.
 
-    Ids without a split belong to the only one of `splits`. If `strict`, every id and split must exist.
+    A listed id gets 1, an id in a mapping gets its number. Other samples get 1 for importance and costs, else 0. Ids
+    without a split belong to the only one in `splits`. Without `strict`, unknown splits and ids without a split are
+    ignored.
     """
     by_key = isinstance(value, Mapping)
     has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())

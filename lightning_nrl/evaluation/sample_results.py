@@ -1,4 +1,4 @@
-"""`SampleResults`, one row per sample, and the flips between two models."""
+"""`SampleResults`, a table with one row per sample, and `Flips` between two such tables."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor
 from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
-"""Default of optional columns."""
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # without defaults
+"""Default of optional columns of `SampleResults`, which `__post_init__` replaces."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # columns without a default
 
 
 @dataclass(frozen=True)
 class SampleResults:
-    """Results of a model, one row per sample, by split in the order of the data set. On the CPU.
+    """Results of a model: one row for each of `N` samples, by split and in data set order. Tensors are on the CPU.
 
     Attributes:
-        splits: names of the splits, `S` of them.
+        splits: names of the splits.
         sizes: number of samples in each split.
-        index: `N` int64, position in the data set: the id in reports.
-        label: `N` int64, true class, -1 if the task has none.
-        prediction: `N` int64, predicted class, -1 if the task has none.
-        loss: `N` float.
-        passed: `N` bool.
-        targeted: `N` bool, failed samples that the target selects; on known data I_neg.
-        in_target: `N` bool, right or wrong samples in the target (`Target.covers`); by default the targeted ones.
-        margin: `N` float, distance from failing, NaN if the task has none.
-        weight: `N` float64, by default 1: value of a targeted sample, 1 on average; cost of breaking a passed one, a
-            whole number from 1, infinite if protected.
-        names: names of the slices, `G` of them.
-        group: `N` int64, slice number, by default -1 for none.
+        index: `N` int64, position of the sample in the data set, which is its id in reports.
+        label: `N` int64, true class, -1 if the task has no classes.
+        prediction: `N` int64, predicted class, -1 if the task has no classes.
+        loss: `N` float, the task's loss.
+        passed: `N` bool, True if the sample is right.
+        targeted: `N` bool, True if the sample failed and the target selects it. On known data, these are I_neg.
+        in_target: `N` bool, True for samples, right or wrong, in the target (`Target.covers`); default: `targeted`.
+        margin: `N` float, the task's margin, NaN if the task has no margins.
+        weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on average. For a passed
+            sample, the cost of breaking it: a whole number from 1, or infinity if the sample is protected.
+        names: names of the slices.
+        group: `N` int64, number of the sample's slice in `names`; -1, the default, if it is in no slice.
     """
 
     splits: tuple[str, ...]
@@ -64,36 +64,37 @@ class SampleResults:
 
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
-        """Joins tables of different splits, without weights, slices and `in_target`."""
+        """Joins tables of different splits; weights, slices and `in_target` get their defaults."""
         columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
         splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
         return cls(splits, sizes, **columns)
 
     def only(self, splits: Sequence[str]) -> SampleResults:
-        """Selects the rows of some splits, without weights, slices and `in_target`."""
+        """Selects the rows of some splits; weights, slices and `in_target` get their defaults."""
         rows = [self.of(split) for split in splits]
         columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
         return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
 
     def sharing(self, other: SampleResults) -> SampleResults:
-        """Returns a copy that shares equal columns of indices and labels with `other`."""
+        """Returns a copy that saves memory: it has the `index` and `label` tensors of `other` where they are equal."""
         names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
         return replace(self, **{name: getattr(other, name) for name in names})
 
     def rows(self, split: str, position: Tensor) -> Tensor:
-        """Returns the rows of positions (`Batch.position`) in a split."""
+        """Returns the rows of the samples at some positions (`Batch.position`) of a split."""
         return position + self.start(split)
 
     def start(self, split: str) -> int:
         return sum(self.sizes[: self.splits.index(split)])
 
     def of(self, split: str) -> slice:
+        """Returns the rows of a split."""
         start = self.start(split)
         return slice(start, start + self.sizes[self.splits.index(split)])
 
     @property
     def right(self) -> Tensor:
-        """`N` bool, samples that passed with a finite loss."""
+        """Mask of the samples that passed and have a finite loss, `N` bool."""
         return self.passed & self.loss.isfinite()
 
     @property
@@ -106,34 +107,34 @@ class SampleResults:
 
     @property
     def margin_unit(self) -> float:
-        """Median margin of the passed samples, the unit of all margins; NaN without any."""
+        """Median margin of the passed samples, the unit for margins; NaN if no sample passed."""
         return float(self.margin[self.passed].median())
 
     @property
     def finite_weight(self) -> Tensor:
-        """`N`, weights, those of protected samples one more than all other passed samples together."""
+        """Weights, `N`, with infinity replaced by 1 + the sum of the finite weights of passed samples."""
         infinite = self.weight.isinf()
         return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
 
     def value(self, repaired: Tensor) -> float:
-        """Computes the value of repairs, `N` bool: the number of targets if all weigh 1."""
+        """Sums the weights of the targets in the mask `repaired`, `N` bool."""
         return float(self.weight[repaired & self.targeted].sum())
 
     def cost(self, broken: Tensor) -> float:
-        """Computes the cost of broken samples, `N` bool: their number if all weigh 1."""
+        """Sums the weights of the samples in the mask `broken`, `N` bool."""
         return float(self.weight[broken].sum())
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
-        """Returns the ids of marked rows by split."""
+        """Returns, for each split, the ids of the samples in a mask, `N` bool."""
         return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Returns the ids of samples with a NaN or infinite loss by split, without empty splits."""
+        """Returns the ids of the samples with a NaN or infinite loss, for each split that has such samples."""
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns masks of kept, broken, repaired and failing samples from masks of right ones before and after."""
+    """Converts masks of right samples, before and after a change, to masks of kept, broken, repaired and failing."""
     return before & after, before & ~after, ~before & after, ~before & ~after
 
 
@@ -141,11 +142,7 @@ def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 class FlipCounts:
     """Counts of kept, broken, repaired and failing samples.
 
-    Attributes:
-        kept: right before and after.
-        broken: right before, wrong after: the regressions.
-        repaired: wrong before, right after.
-        failing: wrong before and after.
+    Kept samples are right before and after, broken ones only before, repaired ones only after, failing ones never.
     """
 
     kept: int
@@ -159,12 +156,12 @@ class FlipCounts:
 
     @property
     def passed(self) -> int:
-        """Right before."""
+        """Number of samples that were right before."""
         return self.kept + self.broken
 
     @property
     def right(self) -> int:
-        """Right after."""
+        """Number of samples that are right after."""
         return self.kept + self.repaired
 
     @property
@@ -183,13 +180,13 @@ class FlipCounts:
 
 @dataclass(frozen=True)
 class TargetCounts(FlipCounts):
-    """Counts of samples, including those of the target.
+    """Counts of kept, broken, repaired and failing samples, and counts within the target.
 
     Attributes:
         targeted: failed samples to repair (I_neg).
         repaired_in_target: targeted samples that are right after.
-        passed_in_target: samples in the target (`Target.covers`) that were right.
-        broken_in_target: those of them that are wrong after; 0 is the paper's instance level (section III).
+        passed_in_target: samples in the target (`Target.covers`) that were right before.
+        broken_in_target: broken samples in the target; 0 is the paper's instance-level suppression (section III).
     """
 
     targeted: int = 0
@@ -200,7 +197,7 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """Flips of `N` samples: each is in exactly one of four masks, `N` bool (see `FlipCounts`)."""
+    """Masks, `N` bool each, of kept, broken, repaired and failing samples (see `FlipCounts`)."""
 
     kept: Tensor
     broken: Tensor
@@ -221,7 +218,7 @@ class Flips:
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
 
     def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """Counts flips, also of samples in the target."""
+        """Counts flips in the given rows, also within the target; `before` says which samples are in the target."""
         targeted, broken = before.targeted, self.broken & before.in_target
         own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
         masks = (self.kept, self.broken, self.repaired, self.failing, *own)

@@ -1,4 +1,4 @@
-"""Slices of samples, and quotas of repairs by slice."""
+"""Slices, which are named subsets of samples, and quotas, the repairs required in a slice."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
 Slices = Callable[[Any], Any] | Target
-"""Slice of each sample of a raw batch: names, numbers or bools; or a target, whose samples are one slice."""
-MAX_SLICES = 200  # each has its own curves; more values are most likely ids
+"""Function of a raw batch that returns a name, number or bool per sample, or a target, whose samples are a slice."""
+MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely ids
 
 
 class SliceRecorder(RecordingSource):
-    """A source that records the slice of each sample (None: no slices). `argument` is its name in errors."""
+    """Source that records the slice of each sample; `slices=None` means no slices. Errors name `argument`."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
@@ -60,7 +60,7 @@ class SliceRecorder(RecordingSource):
         return [_slice_name(own, value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names over all ranks, and the slice number of each sample, -1 for none."""
+        """Returns the slice names of all ranks, and the number of each sample's slice in these names (-1: no slice)."""
         mine = json.dumps(list(self._numbers)).encode()
         lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
@@ -79,20 +79,20 @@ def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor
 
 
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """Merges the slice names of several splits and renumbers the slice of each sample to match."""
+    """Merges what `SliceRecorder.named` returned for several splits; numbers refer to the merged names."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([_renumber(own, group, names) for own, group in parts])
 
 
 def _slice_name(own: str, value: Any) -> str | None:
-    """Returns the slice of one sample; True is the slice `own`, False and empty text are none."""
+    """Returns the name of a sample's slice: `own` for True, None (no slice) for False, None and empty text."""
     if isinstance(value, (bool, np.bool_)):
         return own if value else None
     return None if value is None or not str(value).strip() else str(value)
 
 
 def slice_tags(names: Collection[str]) -> dict[str, str]:
-    """Returns a unique tag for each slice, of characters that all loggers accept."""
+    """Returns a unique tag for each slice name, with only characters that all loggers accept."""
     plain = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen" for name in names}
     tags: dict[str, str] = {}
     for name in sorted(plain, key=lambda name: (plain[name] != name, name)):
@@ -106,7 +106,7 @@ Quota = int | float | str
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
-    """Parses quotas by slice: whole numbers from 1, or shares above 0 and at most 1."""
+    """Parses the quotas of slices into whole numbers from 1 or shares above 0 and at most 1."""
     hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
@@ -123,13 +123,13 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
 
 
 def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str, int], str]:
-    """Returns the required repairs by slice, and why they are impossible; empty if they are possible."""
+    """Returns the number of repairs that each slice needs, and a text that is empty or says why this is impossible."""
     found: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:
             return {}, f"`quotas` names the slice {name!r}; there are {', '.join(before.names) or 'none'}."
         n = int((before.targeted & _in_slice(before, name)).sum())
-        # Decimal arithmetic: in binary, 70 % of 10 would be more than 7.
+        # Exact arithmetic: with floats, 7 % of 100 would be more than 7.
         found[name] = quota if isinstance(quota, int) else math.ceil(Fraction(repr(quota)) * n)
         if found[name] > n or n == 0:
             asked = f"{found[name]:,} " if n else ""
@@ -139,13 +139,13 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
 
 
 def missed_quotas(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Finds slices that miss their quota: number of repaired targets (`repaired`, `N` bool) and required number."""
+    """Returns (repaired targets, required repairs) of each slice that misses its quota; `repaired` is `N` bool."""
     got = {name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed}
     return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 
 
 def upweight_slices(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
-    """Multiplies the weights of targets in some slices by a factor, then normalises."""
+    """Multiplies the weights of the targets in the slices `names` by `factor`, then normalises all weights."""
     inside = torch.zeros_like(before.targeted)
     for name in names:
         inside |= _in_slice(before, name)
@@ -154,7 +154,7 @@ def upweight_slices(before: SampleResults, names: Collection[str], factor: float
 
 
 def normalise_weights(before: SampleResults) -> SampleResults:
-    """Scales the weights of targets to 1 on average, and sets those of other failures to 1."""
+    """Scales the weights of targets to a mean of 1, and sets the weights of other failures to 1."""
     targeted = before.targeted
     mean = before.weight[targeted].mean() if targeted.any() else 1.0
     weight = torch.where(targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0))

@@ -1,7 +1,7 @@
-"""Localisation: choose the weights to search.
+"""Localisation chooses the weights to search.
 
-In: the model on known data and masks of the failed and passed samples. Out: a `Localization`. To add a method, write a
-`Localizer` and register it in `LOCALIZERS`.
+In: a recording of the model on known data, and masks of the failed and the passed samples. Out: a `Localization` with
+the chosen weights. To add a method, write a `Localizer` and register it in `LOCALIZERS`.
 """
 
 from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front

@@ -1,4 +1,4 @@
-"""Arachne's localisation: the Pareto front of gradient and forward impact (Sohn, Kang, Yoo 2019, 2022)."""
+"""Arachne's localisation: weights on the Pareto front of two impacts (Sohn, Kang, Yoo 2019, 2022)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from lightning_nrl.localization.impact import accumulate, check_called, flat_par
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, make_localization
 from lightning_nrl.localization.neurecover_lite import rank_impacts
 
-TOP_PER_FAILURE = 20  # candidate weights per failed sample in Arachne
+TOP_PER_FAILURE = 20  # weights per failed sample from which Arachne chooses
 
 
 @LOCALIZERS.register("arachne")
 @dataclass(frozen=True)
 class Arachne:
-    """Localises the weights on the Pareto front of |dL/dw| and mean |o_i w_ij| on the failed samples (Arachne, 2019).
+    """Localises weights with a large gradient and a large forward impact on the failed samples (Arachne, 2019).
 
-    Only the `n_g` weights with the largest gradient are candidates. Passed samples are not used.
+    The gradient of a weight w_ij is |dL/dw_ij| of the mean loss L. Its forward impact is the mean of |o_i w_ij|, where
+    o_i is the input that the weight is multiplied with. Of the `n_g` weights with the largest gradients, those on the
+    Pareto front of gradient and forward impact are localised (see `pareto_front`). Passed samples are not used.
 
     Attributes:
-        n_weights: number of weights to localise: further fronts are added until it is reached. None: the first front,
-            as published.
-        n_g: number of candidate weights; None: 20 per failed sample, as published, and at least `n_weights`.
+        n_weights: number of weights to localise. If the front has fewer, it is followed by the front of the remaining
+            weights, and so on. None: only the first front, as published.
+        n_g: number of weights to compare; None: 20 per failed sample, as published, and at least `n_weights`.
         include_bias: True to localise biases too.
     """
 
@@ -55,13 +57,13 @@ class Arachne:
 class ArachneV2:
     r"""Localises weights with a high impact on failed and a low impact on passed samples (Arachne, TOSEM 2022).
 
-    The result is the Pareto front of two costs, each `cost(failed) / (1 + cost(passed))`: the gradient loss
-    :math:`|\sum dL/dw|` and the forward impact (`contribution`). The published method draws as many passed as failed
-    samples, stratified by label; here all passed samples are measured and their sum is scaled to that number.
+    The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`: one for the summed
+    gradient :math:`|\sum dL/dw|`, one for the forward impact (`contribution`). The published method draws as many
+    passed as failed samples, stratified by label. Here all passed samples are used, and the sum of their gradients is
+    scaled to the number of failed samples.
 
     Attributes:
-        n_weights: number of weights to localise: further fronts are added until it is reached. None: the first front,
-            as published.
+        n_weights: as in `Arachne`.
         include_bias: True to localise biases too.
     """
 
@@ -83,16 +85,19 @@ class ArachneV2:
 
 
 MAX_OUTPUTS = 32
-"""Number of largest outputs on which a neuron's influence is measured; each needs a backward pass."""
+"""Number of a sample's largest outputs on which a neuron's influence is measured; each needs a backward pass."""
 
 
 def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> Tensor:
-    r"""Measures the forward impact of every weight on the marked samples (Sohn, Kang, Yoo 2022), `W`, at least 0.
+    r"""Measures the forward impact of every weight on the marked samples (Sohn, Kang, Yoo 2022).
+
+    For the weight :math:`w_{ij}` from input :math:`o_i` to the neuron with output :math:`o_j` it is
 
     .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
 
-    with means over samples and positions, and z the `MAX_OUTPUTS` largest outputs of a sample. Arguments and errors are
-    those of `measure`.
+    The first mean is the weight's share of its neuron's input, the second the neuron's influence on z, the sample's
+    `MAX_OUTPUTS` largest logits. Means are over samples and, in a convolution, positions. The result has one number
+    per weight, in the order of `ParameterSpace.flat`. Arguments and errors are those of `measure`.
     """
     space = recording.space
     own: dict[str, tuple[LayerRef, int, slice]] = {}
@@ -135,7 +140,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def _share(site: LayerRef, x: Tensor) -> Tensor:
-    """Sums each weight's share of its neuron's input over rows and positions of absolute inputs `r x ...`."""
+    """Sums |o_i w_ij| / sum_k |o_k w_kj| of each weight over rows and positions; `x` has the absolute inputs |o_i|."""
     layer = site.module
     weight = layer.weight.detach().abs().to(x)
     bias = layer.bias.detach().abs().to(x) if site.include_bias and layer.bias is not None else None
@@ -146,9 +151,9 @@ def _share(site: LayerRef, x: Tensor) -> Tensor:
 
 
 def pareto_front(one: Tensor, other: Tensor) -> Tensor:
-    """Marks the weights that no other weight dominates, `W` bool; larger is better in `one` and `other`, `W` each.
+    """Marks the weights on the Pareto front of two scores, `one` and `other`, of which larger values are better.
 
-    A weight dominates another if it is at least as good in both and better in one. Ties are all on the front.
+    A weight is on the front unless another weight has one larger score and no smaller score.
 
     Example:
         >>> pareto_front(torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 2.0]))
@@ -159,7 +164,7 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
     a, b = one[order], other[order]
     before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
     leads = b > before
-    # Of tied weights the first leads; the others are on the front if they equal the last leader before them.
+    # Of weights with equal scores only the first leads; the others are on the front if they equal the last leader.
     rows = torch.arange(len(order), device=order.device)
     leader = torch.where(leads, rows, 0).cummax(0).values
     front = leads | ((a == a[leader]) & (b == b[leader]))
@@ -167,10 +172,11 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
-    """Returns the positions, ascending, of the Pareto front, or of `n_weights` weights front by front.
+    """Returns the positions of the weights on the Pareto front, ascending, or of `n_weights` weights.
 
-    The last front is cut by the worse of a weight's two ranks, then by position. Weights that are 0 in both are never
-    taken.
+    `n_weights` are taken from the front, then from the front of the remaining weights, and so on. If a front has more
+    weights than are needed, the weights are ranked by each score, and those are taken whose worse rank is best. Weights
+    whose two scores are 0 are never taken.
     """
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:

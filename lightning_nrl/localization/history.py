@@ -1,4 +1,4 @@
-"""Earlier points of a training: their weights and their results on the known data."""
+"""Earlier points of a training: the model's weights at each point, and its results on the known data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_nrl.localization.localizer import Localizer
 
 @dataclass(frozen=True)
 class KnownData:
-    """Known data for a `DataLocalizer`, with the model's results on them."""
+    """The known data, and the model's results on them, for a `DataLocalizer`."""
 
     evaluator: Evaluator
     sources: Sequence[Any]  # this rank's share of the known data, `Source` objects
@@ -32,8 +32,8 @@ class KnownData:
 class HistoryPoint:
     """Model at one point of its training."""
 
-    passed: Tensor  # N int8 by row of the results: 1 right, 0 wrong, -1 unknown
-    weights: Tensor  # W, of the layers to repair, in the order of the weight space
+    passed: Tensor  # N int8, one per row of the results: 1 right, 0 wrong, -1 unknown
+    weights: Tensor  # W: weights of the layers to repair, in the order of `ParameterSpace.flat`
 
 
 class History(Protocol):
@@ -45,10 +45,10 @@ class History(Protocol):
 
 @runtime_checkable
 class DataLocalizer(Protocol):
-    """Localizer that needs the known data and earlier models, not only a recording of the current model.
+    """Creates a localizer that needs more than a recording of the current model: the known data or earlier models.
 
-    If `wants_history` is True, `with_history(folder)` is called with the folder of a `TrainingHistory` in the same
-    Trainer.
+    If it has the attribute `wants_history` and this is True, `with_history(folder)` is called before `on`, with the
+    folder of a `TrainingHistory` in the same Trainer.
     """
 
     @property
@@ -60,16 +60,15 @@ class DataLocalizer(Protocol):
 
 
 def on_data(localizer: Localizer, known: KnownData) -> Localizer:
-    """Resolves a `DataLocalizer` with the known data; returns any other localizer unchanged."""
+    """Returns the localizer of a `DataLocalizer` for the known data; returns any other localizer unchanged."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """Checkpoints of one training, oldest first; each is evaluated once on the known data.
+    """History of the checkpoints of one training, oldest first; each is evaluated once on the known data.
 
-    Attributes:
-        checkpoints: paths of Lightning checkpoints or saved state dicts, modules, or state dicts.
+    A checkpoint is a module, a state dict, or the path of a Lightning checkpoint or of a saved state dict.
     """
 
     checkpoints: Sequence[nn.Module | State | str | Path]

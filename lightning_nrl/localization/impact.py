@@ -42,18 +42,18 @@ from lightning_nrl.localization.localizer import (
 )
 
 Aggregation = Literal["mean_gradient", "per_sample"]
-"""Aggregation of gradients into a backward impact: |mean gradient|, or the mean of each sample's |gradient|."""
+"""Backward impact as the absolute value of the samples' mean gradient, or as the mean of their absolute gradients."""
 
 SAMPLES_PER_PASS = 64
-"""Samples per forward and backward pass, as in a small training step; halved if memory runs out."""
+"""Number of samples in a forward and backward pass; it is halved if memory runs out."""
 
 
 @dataclass(frozen=True)
 class Impact:
-    """Impact of each weight on some samples (paper, section II.1, step i)."""
+    """Impacts of each of `W` weights on some samples (paper, section II.1, step i)."""
 
-    backward: Tensor  # W, absolute loss gradient, at least 0
-    forward: Tensor  # W, absolute contribution to the neuron's input, at least 0
+    backward: Tensor  # W: absolute gradient of the loss by each weight
+    forward: Tensor  # W: mean absolute product of each weight with its inputs
     n_samples: int  # number of samples measured
 
 
@@ -67,25 +67,26 @@ def measure(
 ) -> Impact:
     """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
-    The backward impact is `dL/dw_ij = dL/do_j * do_j/dw_ij`, aggregated over samples; the forward impact is the mean of
-    `|o_i * w_ij|`. For a convolution, gradients are summed over positions and forward impacts averaged over samples and
-    positions, padding included. The forward impact of a bias is its absolute value. Sums are reduced over ranks.
+    The weight w_ij leads from a layer's input o_i to its output o_j; L is the loss of a sample. The backward impact is
+    |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation` says. The forward impact is the mean of
+    |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and the
+    forward impact is their mean, padding included. The forward impact of a bias is its absolute value.
 
     Args:
-        recording: the model on the known data of this rank.
-        evaluator: supplies the task's losses and the ranks that share the data.
-        rows_mask: `N` bool by row of the results, the samples to measure.
-        aggregation: aggregation of gradients over samples.
-        weight: `N`, sample weights in the means, above 0 at marked rows; None: equal weights.
+        recording: recording of the model on the known data of this rank.
+        evaluator: supplies the task's losses and the ranks, over which impacts are combined.
+        rows_mask: `N` bool, one per row of the results: the samples to measure.
+        aggregation: `mean_gradient` for the absolute mean gradient, `per_sample` for the mean absolute gradient.
+        weight: `N`, weights of the samples in the means, above 0 for measured samples; None: equal weights.
 
     Returns:
-        Impacts in the order of the weight space, on its device, in float64 (float32 where float64 is not supported).
+        Impacts in the order of `ParameterSpace.flat`, on the device of the weights, in float64 if that is supported.
 
     Raises:
         ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called or its output is detached; for `per_sample` or with weights, samples are
-            not the first dimension of its input.
+        ReplayError: a layer is never called or its output is detached; or, with `per_sample` or `weight`, the first
+            dimension of its input does not count samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sites = recording.space, len(recording.space.sites)
@@ -132,10 +133,10 @@ def accumulate(
     sizes: Sequence[int],
     add: Callable[[Sequence[Tensor], Any, bool], None],
 ) -> tuple[Tensor, ...]:
-    """Accumulates vectors of the given sizes over the marked samples of all ranks.
+    """Sums vectors of the given sizes over the marked samples of all ranks.
 
-    `add(sums, chunk, first)` adds a chunk of up to `SAMPLES_PER_PASS` samples, fewer if memory runs out; `first`
-    marks the first chunk of more than one sample. The last vector has the number of samples.
+    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It adds to the vectors
+    `sums`, the last of which counts the samples. `first` is True for the first chunk of more than one sample.
     """
     space = recording.space
 
@@ -166,9 +167,9 @@ def _scaled(x: Tensor, weight: Tensor) -> Tensor:
 def _calls(
     recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Returns the calls of each site with gradients of `values(logits)`, `n`, and a mask of sites with mixed samples.
+    """Returns the calls of each site, with gradients of `values(logits).sum()`, and a mask of sites that mix samples.
 
-    The mask is only computed if `check`: True where a sample's loss has a gradient at the rows of another sample.
+    A site mixes samples if the value of a sample has a gradient at the rows of another. This is tested if `check`.
     """
     sites = recording.space.sites
     probe, made = replay_with_probe(recording, chunk, values)
@@ -184,7 +185,7 @@ def _calls(
 
 
 def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
-    """Replays a chunk with a probe at the outputs of all sites; returns the probe and `values(logits)`."""
+    """Computes the logits of a recorded chunk with a probe at all sites; returns the probe and `values(logits)`."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
         logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
@@ -199,7 +200,7 @@ def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], 
 
 
 def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor:
-    """Returns the losses, `n`; where these have no gradient and the logits do, what takes their place."""
+    """Returns the losses, `n`. If they have no gradient, returns the negative margins or the mean squared logits."""
     task = evaluator.task
     loss = task.loss(logits, target)
     if loss.requires_grad or not logits.requires_grad:
@@ -217,7 +218,7 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
-        # With one position |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are needed.
+        # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are needed.
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
         return flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
@@ -236,7 +237,7 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """Flattens a site's weight and bias into its part of the weight vector."""
+    """Joins values for the weight and, if included, the bias of a site to its part of the flat weight vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
@@ -264,7 +265,7 @@ def _mean(
 @LOCALIZERS.register("gradient")
 @dataclass(frozen=True)
 class ByGradient:
-    """Localises the weights with the largest mean loss gradient on the failed samples.
+    """Localises the weights with the largest absolute gradient of the mean loss on the failed samples.
 
     Attributes:
         n_weights: number of weights to localise; None: `default_n_weights`.
@@ -278,7 +279,7 @@ class ByGradient:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Returns the weights with the largest nonzero gradients; on ties, the first."""
+        """Returns the weights with the largest nonzero gradients; of equal gradients the first comes first."""
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]

@@ -19,46 +19,50 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 class Localization:
     """Weights to search (paper, section II.1, step ii).
 
-    `sizes` has the sizes of the sets: `failed` is |B_failed & F_failed|, `passed` is |B_passed & F_passed|, `both` is
-    the size of their intersection, `localized` is K and `total` is W.
+    `sizes` counts the weights that are `localized`, and all weights of the layers (`total`). For methods that subtract
+    the set that matters for passed samples from the set that matters for failed samples, such as `NeuRecoverLite`, it
+    has the sizes of these sets (`passed`, `failed`) and of their intersection (`both`) too.
     """
 
-    weights: Tensor  # K int64, flat positions in the weight space, ascending
-    n_g: int  # number of top weights in each of the four sets
-    requested: int | None  # requested number of weights (#lw); None if N_g was given
+    weights: Tensor  # K int64: ascending positions of the localised weights in the flat vector (`ParameterSpace`)
+    n_g: int  # number of top weights that were compared; for `NeuRecoverLite` the size N_g of each set
+    requested: int | None  # requested number of weights (#lw); None if no number was requested
     sizes: dict[str, int]
 
 
 class Replay(Protocol):
-    """Recording of the model on known data, which can be replayed with edited layer outputs."""
+    """Recording of the model on known data, from which logits are computed again with edited layer outputs."""
 
     @property
     def space(self) -> ParameterSpace:
         """The layers to repair."""
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields chunks of at most `size` samples, those marked in `keep`, `N` bool by row of the results."""
+        """Yields the samples marked in `keep` (`N` bool by row of the results; None: all), at most `size` per chunk."""
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """Returns the logits of a chunk with each layer's output replaced by `edit(site, input, output)`."""
+        """Computes the logits of a chunk with each layer's output replaced by `edit(site, input, output)`.
+
+        At the first layer `edit` gets the tensors of `n` samples and returns outputs of `copies * n` samples.
+        """
 
 
 @runtime_checkable
 class Localizer(Protocol):
-    """Chooses the weights to search. Write your own as a frozen dataclass with this call."""
+    """Interface of localizers, which choose the weights to search. Write your own as a frozen dataclass like this."""
 
     @property
     def include_bias(self) -> bool:
-        """True if biases may be chosen too; the weight space then contains them."""
+        """True if biases may be chosen too; `recording.space` then contains them."""
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Chooses weights from a recording of this rank's data.
+        """Chooses the weights to search, the same on every rank.
 
         Args:
-            recording: the model on the known data of this rank.
+            recording: recording of the model on the known data of this rank.
             evaluator: supplies the task and the ranks.
-            failed: `N` bool by row of the results, the samples to repair (I_neg).
-            passed: `N` bool, the samples to keep (I_pos).
+            failed: `N` bool, one per row of the results: the samples to repair (I_neg).
+            passed: `N` bool, one per row of the results: the samples to keep (I_pos).
 
         Raises:
             EmptyLocalizationError: no weight qualifies.
@@ -68,7 +72,7 @@ class Localizer(Protocol):
 LOCALIZERS: Registry[Localizer] = Registry(
     "Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer), group="localizers"
 )
-"""Localizers by name."""
+"""Registry of localizers by name."""
 
 
 def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
@@ -89,7 +93,7 @@ def check_numbers(**numbers: int | None) -> None:
 
 
 def default_n_weights(total: int) -> int:
-    """Returns the default number of weights to localise: a tenth of the layer, at least 32, at most 309.
+    """Returns the default number of weights to localise: a tenth of `total`, but at least 32 and at most 309.
 
     The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1).
 
@@ -103,7 +107,7 @@ def default_n_weights(total: int) -> int:
 @LOCALIZERS.register("all")
 @dataclass(frozen=True)
 class AllWeights:
-    """Chooses every weight of the layer, and every bias if `include_bias` is True."""
+    """Chooses every weight of the layers, and every bias if `include_bias` is True."""
 
     include_bias: bool = False
 
@@ -120,7 +124,7 @@ class RandomWeights:
     """Draws weights uniformly at random, independently of the data.
 
     Attributes:
-        n_weights: number of weights, at most the layer's; None: `default_n_weights`.
+        n_weights: number of weights, or all if the layers have fewer; None: `default_n_weights`.
         seed: seed of the draw, from 0 to 2^32 - 1. The repair's seed has no effect.
         include_bias: True to draw biases too.
     """

@@ -1,6 +1,6 @@
 """NeuRecover's localisation, from the history of the training (Tokui et al. 2022).
 
-The history is a sequence of points (epochs or checkpoints) that ends at the current model. Between consecutive points a
+The history is a sequence of points (epochs or checkpoints) that ends at the current model. From one point to the next a
 sample may turn from right to wrong (a regression) or from wrong to right (an improvement).
 """
 
@@ -29,24 +29,25 @@ from lightning_nrl.localization.training_record import FolderHistory
 class NeuRecover:
     r"""Localises weights by the history of the training.
 
-    In each layer the result is `(F_deg & G_deg & D) - (F_imp & G_imp)`: the top weights by forward impact F, gradient G
-    (both on the regressions, deg) and weight change D, minus the top weights by F and G on the improvements (imp).
-    In a layer of n weights the top sets have `round(n * s * rate)` weights, with the suspiciousness
+    The regressions (deg) are targets (I_neg) that used to be right; the improvements (imp) are passed samples (I_pos)
+    that used to be wrong. In each layer the result is `(F_deg & G_deg & D) - (F_imp & G_imp)`, where every letter is a
+    set of weights: F those with the largest forward impact and G those with the largest gradient on the regressions or
+    improvements, D those that the training changed most. In a layer of n weights, each set has `round(n * s * rate)` of
+    them, with the suspiciousness
 
-    .. math:: s = \frac{F_{deg}}{F_{deg} + F_{imp}} \cdot \overline{|\Delta w|}
+    .. math:: s = \frac{\bar f_{deg}}{\bar f_{deg} + \bar f_{imp}} \cdot \overline{|\Delta w|}
 
-    of mean impacts, both factors divided by their maximum over layers. Regressions are targets (I_neg) that used to be
-    right, improvements are passed samples (I_pos) that used to be wrong.
+    Here f is a weight's forward impact and :math:`\Delta w` its change. Bars are means over the layer's weights. Each
+    of the two factors is divided by its maximum over the layers.
 
     Attributes:
         history: earlier points of the training, oldest first: a list of checkpoints (paths, modules, state dicts), a
-            folder written by `TrainingHistory`, or an object with `points`. None: the folder of a `TrainingHistory` in
-            the same Trainer.
-        n_weights: number of weights to localise; the nearest reachable number is used. None, with `rate` None too:
-            `default_n_weights`.
-        rate: share of weights in the top sets of the most suspicious layer, above 0 to 1; replaces `n_weights`.
-        last: number of most recent steps to use; 1, the published method, compares the last two points. None: all.
-        decay: weight of a step relative to the next one, above 0 to 1.
+            folder written by `TrainingHistory`, or a `History`. None: the folder of a `TrainingHistory` in the same
+            Trainer.
+        n_weights: number of weights to localise, or the nearest reachable number; by default `default_n_weights`.
+        rate: share of a layer's weights in each set if s is 1, above 0 to 1; replaces `n_weights`.
+        last: number of most recent steps (from a point to the next) to use; 1, as published, or None for all.
+        decay: weight of a step relative to the step after it, above 0 to 1.
         include_bias: True to localise biases too.
     """
 
@@ -70,7 +71,7 @@ class NeuRecover:
 
     @property
     def wants_history(self) -> bool:
-        """True if the folder of a `TrainingHistory` in the same Trainer is needed."""
+        """True if `with_history` must be called with the folder of a `TrainingHistory`, as `history` is None."""
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
@@ -98,7 +99,7 @@ class NeuRecover:
         return HistoryLocalizer(self, flips)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Raises a `ConfigurationError`: `on(known)` returns the localizer to call."""
+        """Always raises a `ConfigurationError`; call the localizer that `on(known)` returns instead."""
         raise ConfigurationError(
             "`localizer`: NeuRecover does not have the known data.", "call the localizer that `on(known)` returns."
         )
@@ -108,13 +109,13 @@ class NeuRecover:
 class TrainingFlips:
     """Flips of samples and changes of weights during a training, with a higher weight for later steps."""
 
-    regressed: Tensor  # N, weighted number of flips from right to wrong
-    improved: Tensor  # N, weighted number of flips from wrong to right
-    change: Tensor  # W, weighted mean of each weight's absolute change per step
+    regressed: Tensor  # N: weighted number of flips from right to wrong
+    improved: Tensor  # N: weighted number of flips from wrong to right
+    change: Tensor  # W: weighted mean of each weight's absolute change per step
 
     @classmethod
     def between(cls, points: Sequence[HistoryPoint], decay: float) -> TrainingFlips:
-        """Compares at least two consecutive points; a sample unknown at either of two points did not flip."""
+        """Compares each point with the next; a sample whose result is unknown at one of the two did not flip."""
         regressed = improved = torch.zeros(len(points[0].passed), dtype=torch.float64)
         change, total = torch.zeros(len(points[0].weights), dtype=torch.float64), 0.0
         for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
@@ -129,7 +130,7 @@ class TrainingFlips:
 
 @dataclass(frozen=True)
 class HistoryLocalizer:
-    """NeuRecover after its training history was read."""
+    """Localizer of `NeuRecover` once the history of the training was read."""
 
     settings: NeuRecover
     flips: TrainingFlips
@@ -161,15 +162,15 @@ def localize_by_history(
     n_weights: int | None = None,
     rate: float | None = None,
 ) -> Localization:
-    """Localises by NeuRecover's set operation in every layer (see `NeuRecover`).
+    """Localises weights by the sets that `NeuRecover` describes, in every layer.
 
     Args:
         space: the layers.
         deg: impacts on the regressions.
         imp: impacts on the improvements; None: no improvements.
-        change: `W`, absolute change of each weight.
-        n_weights: requested number of weights; the rate that comes nearest is used, the smallest on a tie.
-        rate: share of weights in the top sets, instead of `n_weights`.
+        change: absolute change of each weight during the training, in the order of `space.flat`.
+        n_weights: requested number of weights. The rate that comes nearest is used; on a tie, the smallest rate.
+        rate: rate as in `NeuRecover`, instead of `n_weights`.
 
     Raises:
         EmptyLocalizationError: no weight is left.
@@ -182,7 +183,7 @@ def localize_by_history(
         if not s:
             continue
         per_rank = 1 / (s * (own.stop - own.start))
-        # A weight of rank k enters the top set where round(n s rate) = k.
+        # A weight of rank k enters its set at the rate at which round(n * s * rate) = k.
         worst = _worst_rank(deg.forward[own], deg.backward[own], change[own])
         enter[own] = (worst - 0.5) * per_rank
         if imp is not None:

@@ -1,8 +1,8 @@
 """NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data (paper, section II.1).
 
-The number of localised weights is not monotonic in N_g, so sizes are computed for all N_g at once. A weight enters
-`B_failed & F_failed` at the N_g equal to the worse of its two ranks, likewise for the passed data, and is localised for
-every N_g between the two.
+With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the worse of its two ranks,
+and is localised from then on, until it enters `B_passed & F_passed` in the same way. So the number of localised weights
+may rise and fall with N_g, and is computed for all N_g at once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,14 @@ from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Repla
 @LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
 class NeuRecoverLite:
-    """Localises weights with a high impact on the failed samples but not on the passed.
+    """Localises weights with a high impact on the failed samples but not on the passed samples (see `localize`).
 
     Attributes:
-        n_weights: number of weights to localise (#lw); the nearest reachable number is used. None, with `n_g` None too:
-            `default_n_weights`.
-        n_g: number of top weights in each of the four sets (N_g); replaces `n_weights`.
-        aggregation: aggregation of gradients over samples: `mean_gradient`, the absolute value of their mean, or
-            `per_sample`, the mean of their absolute values.
+        n_weights: number of weights to localise (#lw), or the nearest reachable number; by default `default_n_weights`.
+        n_g: number of weights in each of the four sets (N_g); replaces `n_weights`.
+        aggregation: backward impact: `mean_gradient`, the absolute value of the samples' mean gradient, or
+            `per_sample`, the mean of the absolute values of their gradients.
         include_bias: True to localise biases too.
-
-    Example:
-        >>> NeuRecoverLite(n_weights=32)
-        NeuRecoverLite(n_weights=32, n_g=None, aggregation='mean_gradient', include_bias=False)
     """
 
     n_weights: int | None = None
@@ -56,8 +51,9 @@ class NeuRecoverLite:
 def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
     """Computes `(B_failed & F_failed) - (B_passed & F_passed)` (paper, section II.1, step ii).
 
-    Each set has the top N_g weights by one impact; on ties, the first in the weight space. Given `n_weights`, the N_g
-    whose result is nearest in size is used, the smallest on a tie, since its weights have the greatest impact.
+    Each of the four sets has the N_g weights with the largest impact on the failed or on the passed samples: B by
+    backward and F by forward impact. Of weights with equal impacts, the first ones are taken. If `n_g` is None, the N_g
+    is used for which the number of localised weights is nearest to `n_weights`; on a tie, the smallest N_g is used.
 
     Args:
         failed: impacts on the samples to repair (I_neg).
@@ -91,13 +87,13 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns the sizes in `Localization.sizes` for every N_g: each a `W + 1` int64 tensor, indexed by N_g."""
+    """Returns the set sizes of `Localization.sizes` for every N_g, as int64 tensors in which row i is for N_g = i."""
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Computes `Localization.sizes` at the thresholds `at`, given the thresholds where weights enter and leave."""
+    """Computes `Localization.sizes` at each threshold in `at`; weights are localised from `enter` to below `leave`."""
     failed, passed, both = (
         torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
     )
@@ -109,13 +105,13 @@ def _first_n_g(impact: Impact) -> Tensor:
 
 
 def rank_impacts(impact: Tensor) -> Tensor:
-    """Ranks impacts from 1, the largest first, ties in the order of the weight space."""
+    """Ranks impacts from 1, the largest first; equal impacts are ranked by position."""
     order = impact.argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
 
 
 def nearest(sizes: Tensor, size: int) -> int:
-    """Returns the first index of the nonzero size nearest to `size`."""
+    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`; on a tie, the first."""
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 

@@ -1,4 +1,4 @@
-"""The record of a training on disk: results of each sample and weights of some layers at recorded steps.
+"""The record of a training on disk: results of each sample and weights of layers at some steps, the points.
 
 The folder has one file per point, named by step (`point-00000120.pt`), and the samples of each split (`samples.pt`).
 All files load with `weights_only=True`.
@@ -46,12 +46,12 @@ class RecordedSplit:
 
     @property
     def never_learned(self) -> Tensor:
-        """Samples that are wrong at every point, `n` bool."""
+        """Mask of the samples that are wrong at every point, `n` bool."""
         return ~self.passed.any(0)
 
     @property
     def forgotten(self) -> Tensor:
-        """Number of flips from right to wrong per sample, `n` int64 (forgetting events, Toneva et al. 2019)."""
+        """Number of flips of each sample from right to wrong, `n` int64 (forgetting events, Toneva et al. 2019)."""
         return (self.passed[:-1] & ~self.passed[1:]).sum(0)
 
 
@@ -66,15 +66,10 @@ class RecordedPoint:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Record written by `TrainingHistory`.
+    """Record of a training, written by `TrainingHistory`."""
 
-    Attributes:
-        points: points of the training, oldest first.
-        splits: results by split name.
-    """
-
-    points: tuple[RecordedPoint, ...]
-    splits: Mapping[str, RecordedSplit]
+    points: tuple[RecordedPoint, ...]  # oldest first
+    splits: Mapping[str, RecordedSplit]  # results by split name
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
@@ -95,10 +90,10 @@ class TrainingRecord:
             raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
     def history(self, known: KnownData) -> list[HistoryPoint]:
-        """Returns the points as NeuRecover needs them; samples without a record are unknown.
+        """Converts the points for `NeuRecover`; the results of samples without a record are unknown.
 
         Raises:
-            ConfigurationError: the weights of a layer to repair, or all splits with targets, were not recorded.
+            ConfigurationError: the weights of a layer to repair were not recorded, or no split with targets was.
         """
         before = known.before
         failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
@@ -111,7 +106,7 @@ class TrainingRecord:
         return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
 
     def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
-        """Returns the result rows of a split's recorded samples and their positions in the record."""
+        """Returns the rows of a split's recorded samples in `before`, and the samples' positions in the record."""
         recorded = self.splits[split].index
         place = torch.full((int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1)
         place[recorded] = torch.arange(len(recorded))
@@ -137,7 +132,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class FolderHistory:
-    """History in a folder, read on demand."""
+    """History that is read from a folder when its points are needed."""
 
     folder: Path
 
@@ -146,7 +141,7 @@ class FolderHistory:
 
 
 def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> None:
-    """Writes the recorded point of a step: the results on all samples and the given weights."""
+    """Writes the point of a step: the results of all samples, and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}
@@ -161,7 +156,7 @@ def write_point(folder: Path, step: int, epoch: int, results: SampleResults, wei
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Removes points after a step, left by a training that was restarted or resumed from an earlier checkpoint."""
+    """Removes the points after `step`, which remain if a training restarts or resumes from an earlier checkpoint."""
     for at, file in _point_files(folder).items():
         if at > step:
             file.unlink()
