@@ -261,7 +261,8 @@ def _repairs(result: RungResult) -> str:
     text = f"repairs {n:,} target{'s' * (n != 1)}"
     if counts is None:
         return text
-    return f"{text}; of the held-out samples it repairs {counts.repaired:,} and breaks {counts.broken:,}"
+    repaired, broken = f"{counts.repaired:,} of {counts.n - counts.passed:,}", f"{counts.broken:,} of {counts.passed:,}"
+    return f"{text}; of the held-out samples it repairs {repaired} failed and breaks {broken} passed ones"
 
 
 Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of held-out ones if tried

@@ -42,7 +42,7 @@ class StepKind:
 
 
 CONTINUED, DISTILLED = StepKind("continued training"), StepKind("distilled steps", distilled=True)
-OWN_STEPS = StepKind(f"own steps through training_step, rate {OWN_RATE:g}", OWN_RATE)
+OWN_STEPS = StepKind(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def warm_started_search(
     improvement = _improvement(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
         was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, improvement = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, improvement)
+        final, improvement = (new, f"{was - now:,} of {was:,} margins widened") if now < was else (best, improvement)
     return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {improvement}"),))
 
 
@@ -151,4 +151,4 @@ def _improvement(best: Proposal, final: Proposal) -> str:
         parts.append(f"{final.broken - best.broken:+,} broken")
     if final.repaired != best.repaired:
         parts.append(f"{final.repaired - best.repaired:+,} repaired")
-    return f"{' and '.join(parts) or 'nothing'} over its seeds"
+    return f"compared with its start: {' and '.join(parts) or 'no change'}"
