@@ -1,7 +1,7 @@
 """Repair methods, one per file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method, or localises and searches with a searcher. A new method is a
-frozen dataclass that is called with a problem, registered here.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method, or a searcher as a `LocalSearch`. To add a method, write a
+frozen dataclass whose `__call__` takes a problem and returns a solution, and register it below.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
 
 AnyMethod = Method | Searcher[Any]
-"""A method, or a searcher of localised weights."""
+"""A method, or a searcher, which `solve` runs as a `LocalSearch`."""
 
 METHODS: Registry[AnyMethod] = Registry(
     "method",
@@ -32,7 +32,7 @@ METHODS: Registry[AnyMethod] = Registry(
     include=(SEARCHERS,),
     group="methods",
 )
-"""The methods that can be named, with their default settings."""
+"""The methods by name. A name stands for a method with its default settings."""
 
 METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
@@ -45,7 +45,7 @@ for _name, _make in BUNDLES.items():
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:
-    """Runs a method on a problem; raises a `ConfigurationError` if it returns anything but a solution."""
+    """Runs a method on a problem; raises a `ConfigurationError` if the method does not return a `Solution`."""
     solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
     if not isinstance(solution, Solution):
         raise ConfigurationError(

@@ -20,9 +20,9 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 
-Strategy = Literal["both", "right", "wrong"]  # toward right and away from wrong models, or one (1 to 3 in the paper)
+Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper
 
-LONGEST_STEP = 0.2  # limit of a round's factors in sum, since many failures would add up
+LONGEST_STEP = 0.2  # maximum sum of a round's factors; else many failures would add up
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -33,25 +33,25 @@ NO_CHECKPOINTS_HINT = (
 class Apricot:
     r"""Moves the weights along saved checkpoints by the failed samples, then continues training.
 
-    A round moves the weights for each target x that still fails, where C are the checkpoints that get x right and I
-    those that get it wrong:
+    A round moves the weights by a sum over the targets x that still fail, where w_x is the weight of x, C(x) are the
+    checkpoints that get x right, I(x) the checkpoints that get x wrong, and the bars are means over them:
 
     .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
         - \overline{\theta_m - \theta}_{m \in I(x)})
 
-    and evaluates all known samples again. Training continues from the round with the most repaired less broken. The
-    best weights within the gate are proposed.
+    Each round evaluates all known samples. Training then continues from the round with the largest number of repaired
+    minus broken samples. Of all weights that were evaluated, the best within the gate are proposed.
 
     Attributes:
-        checkpoints: paths of Lightning checkpoints or saved state dicts, modules, or state dicts, all of the same
-            architecture; or a folder of `*.ckpt` files. None: the checkpoints that the Trainer's `ModelCheckpoint`
-            callbacks kept (`save_top_k`).
-        strategy: `both`, toward the right ones and away from the wrong ones; `right` or `wrong` for one of the two.
-        rate: r, above 0, the step size per sample. All samples of a round add up to 0.2 at most.
-        rounds: maximum number of rounds, from 1; each is one pass over the known data.
-        patience: rounds without a better result before stopping, from 1.
-        epochs: epochs of continued training, from 0; only if the training is known and the whole network may change.
-        polish: True to polish away what is then broken beyond the gate; not in the paper.
+        checkpoints: a list of paths of Lightning checkpoints or saved state dicts, of modules, or of state dicts, all
+            of the same architecture; or a folder of `*.ckpt` files. None means the checkpoints that the Trainer's
+            `ModelCheckpoint` callbacks kept (`save_top_k`).
+        strategy: `right` moves toward checkpoints that are right, `wrong` away from those that are wrong, `both` both.
+        rate: the step size r per sample, above 0. The steps of a round are scaled to a sum of at most 0.2.
+        rounds: maximum number of rounds, from 1. Each is one pass over the known data.
+        patience: number of rounds without a better result after which the rounds stop, from 1.
+        epochs: epochs of continued training, from 0; none if the training is unknown or only a layer may change.
+        polish: True to polish if more is broken than the gate allows; not in the paper.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range.
@@ -83,15 +83,15 @@ class Apricot:
 
     @property
     def wants_checkpoints(self) -> bool:
-        """True if it uses the Trainer's own checkpoints."""
+        """True if the Trainer's checkpoints are to be used."""
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
-        """Returns this method with other checkpoints."""
+        """Returns a copy with other checkpoints."""
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Moves and trains; raises a `ConfigurationError` for missing or unsuitable checkpoints."""
+        """Moves and trains; raises a `ConfigurationError` if checkpoints are missing or do not fit the model."""
         clock, deadline = problem.clock, problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):
@@ -125,7 +125,7 @@ class Apricot:
         return Solution(best if best.repaired else None, reason, tuple(steps), others)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
-        """Movable tensors of the checkpoints that differ from the model."""
+        """Reads the checkpoints that differ from the model; returns only tensors that may change."""
         argument, given = "Apricot.checkpoints", self.checkpoints
         if given is None:
             raise ConfigurationError("`Apricot.checkpoints` is missing.", NO_CHECKPOINTS_HINT)
@@ -148,7 +148,6 @@ class Apricot:
         return [state for state in states if any(not torch.equal(value, own[name]) for name, value in state.items())]
 
     def _train_and_polish(self, problem: Problem, moved: Proposal, steps: list[Step]) -> list[Proposal]:
-        """Continues training from moved weights, then polishes what is broken beyond the gate."""
         training, clock, found = problem.training, problem.clock, [moved]
         if training is not None and problem.whole and self.epochs:
             began = time.perf_counter()
@@ -169,9 +168,9 @@ class Apricot:
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """Returns the step of each of M models, `M` float64, that n failed samples ask for; negative: away from the model.
+    """Returns how far to move toward each of M models, `M` float64; a negative value means away from the model.
 
-    `passed`, `M x n` bool, has the samples that each model gets right, `weight`, `n`, the weights of the samples.
+    `passed`, `M x n` bool, marks which of n failed samples each model gets right; `weight`, `n`, has their weights.
     """
     right = passed.to(torch.float64)
     towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)

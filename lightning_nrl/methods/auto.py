@@ -1,4 +1,4 @@
-"""The default method: rungs from the smallest change to the largest; held-out samples choose between them."""
+"""`Auto`, the default method: tries repairs from the smallest change to the largest and takes one of them."""
 
 from __future__ import annotations
 
@@ -25,26 +25,36 @@ from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.report.run_records import CUT, PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
-PATIENCE_OF_STRENGTHS = 3  # of `Convex`
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # shares of the known passed samples that might break
+PATIENCE_OF_STRENGTHS = 3  # `Convex.patience` in the rung `exact`
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # for `Solution.price`, shares of passed samples that may break
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Localises and searches first, then takes larger steps while they pay off.
+    """Tries up to three repairs, from the smallest change to the largest, and takes one of them.
 
-    1. `search`: localises the weights of the chosen layer that matter for the failures and searches them with a swarm,
-       starting from the original weights; every known passed sample is a constraint.
-    2. `exact`: solves the layer's programmes (`Convex`, or `Linearized` if one inner layer alone may change), then
-       searches again from the solution.
-    3. `training`, if more than one layer may change: continues training and polishes (`FineTunePolish`). In an update
-       the new model is polished until what it broke is right again (`Polish`), then searched.
+    Each repair is called a rung. All rungs aim to break no known passed sample.
 
-    Each rung is also evaluated on held-out samples. Of the rungs that do no harm there, the one that repairs most
-    targets is taken; ties go to the best on held-out samples. A task without margins has only the first rung.
+    - `search` always runs. It localises the weights of the chosen layer that matter for the failures. A swarm then
+      searches new values for these weights, starting from the original ones.
+    - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer with `Convex`, then
+      searches from the result. If only one layer may change and `Convex` does not suit it, `Linearized` repairs it.
+    - `training` runs if more than one layer may change. It continues the training, then polishes (`FineTunePolish`).
+    - `polish` replaces `exact` and `training` in an update. It takes small steps from the new model until all that
+      broke is right again (`Polish`), then searches from there.
+
+    If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a target and the gate
+    allows what it breaks. Its net rate is (repaired - broken) / passed, counted on held-out samples; 0 if not counted.
+
+    1. Of these rungs, only those that miss the fewest repairs of quotas stay.
+    2. Rungs with a net rate below 0 are dropped, unless all are below 0.
+    3. Of rungs whose repaired targets weigh the same, the one with the highest net rate stays; on a tie, the smaller.
+    4. The smallest rung left is compared with each larger rung in turn, and the better of the two is kept. A larger
+       rung that repairs more (by weight) is better unless its net rate is significantly lower: by more than two
+       standard errors. One that repairs less, but at least half, is better if its net rate is significantly higher.
 
     Attributes:
-        swarm: the searcher, a swarm or another one.
+        swarm: the searcher, which is a swarm or another one.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher.
@@ -58,14 +68,14 @@ class Auto:
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Runs the rungs; raises an `EmptyLocalizationError` if only the search applies and finds no weights."""
+        """Runs the rungs; raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights."""
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
         results = _Ladder(problem, self.swarm).run()
         number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
-        # The search log must belong to the rung that is taken.
+        # The report shows the search of the rung taken, or the last search if no rung is taken.
         shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
         return Solution(
             taken.proposal,
@@ -83,7 +93,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class RungResult:
-    """Result of a rung; `seconds` include the held-out trial."""
+    """The result of one rung; `seconds` includes the trial that gives its held-out counts."""
 
     name: str
     solution: Solution
@@ -92,13 +102,13 @@ class RungResult:
 
     @property
     def usable(self) -> Proposal | None:
-        """The proposal, if it repairs a target within the gate."""
+        """The proposal if it repairs a target and the gate allows what it breaks, else None."""
         proposal = self.solution.proposal
         return proposal if proposal is not None and proposal.repaired and not proposal.excess else None
 
     @property
     def was_cut(self) -> bool:
-        """True if time ran out before or during the rung."""
+        """True if `max_time` shortened the rung or left no time for it."""
         steps = self.solution.steps
         return not steps or any(CUT in step.note for step in steps)
 
@@ -114,7 +124,7 @@ class RungResult:
 
 
 class _Ladder:
-    """Runs each rung of a problem once; under `max_time` the rungs before training share a part of the time."""
+    """Runs the rungs of `Auto`. Under `max_time` all rungs before `training` together get a part of the time."""
 
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
         self.problem, self.searcher = problem, searcher
@@ -130,7 +140,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def run(self) -> list[RungResult]:
-        """Runs the rungs; repeats those that `max_time` cut if training leaves time."""
+        """Runs the rungs. If `training` leaves time, repeats those that `max_time` cut and keeps the better results."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -171,9 +181,9 @@ class _Ladder:
         return self._add_held_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
 
     def _exact(self) -> Solution | None:
-        """Solves the chosen layer and searches from there; None if the layer or model does not suit.
+        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the layer or the task.
 
-        The held-out counts are those of the solved weights, before the search.
+        The held-out counts are those of the solver's result, before the search.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
@@ -193,7 +203,7 @@ class _Ladder:
         return fine_tune_and_polish(self.problem, self.held_out)
 
     def _polish(self) -> Solution:
-        """Polishes away the new model's regressions; holds nothing out, since few samples are like them."""
+        """Polishes the new model, then searches. Holds nothing out, since few samples resemble its regressions."""
         solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
         if solution.proposal is None:
             return solution
@@ -201,17 +211,16 @@ class _Ladder:
         return replace(last, steps=(*solution.steps, *last.steps))
 
     def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
-        """Searches from a proposal; keeps it if there is nothing to search."""
         search = partial(warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end)
         solution = _safely(self.problem, search, base)
         return replace(solution, proposal=solution.proposal or base)
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """Adds missing held-out counts by solving again without the held-out samples."""
+        """If a solution has no held-out counts, solves again without the held-out samples and counts them."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))
-        # Without time a trial proposes the original weights, with a reason.
+        # A trial that has no time returns the original weights and a reason. They would be no estimate.
         if trial.proposal is None or trial.reason:
             return solution
         return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
@@ -221,11 +230,7 @@ class _Ladder:
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Returns the index of the best rung, or None, and the reason in a sentence.
-
-    Skips rungs that leave slices with more missing repairs than others, and rungs that break more held-out samples than
-    they repair if others do not.
-    """
+    """Chooses a rung as `Auto` describes; returns its index, or None if no rung can be taken, and the reason."""
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         given = (result.solution.reason for result in results if result.solution.reason)
@@ -234,7 +239,7 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_value: dict[float, int] = {}  # by value, the rung with the best net rate, or the first
+    best_of_value: dict[float, int] = {}  # from the value of repairs to the rung with the highest net rate
     for i in harmless:
         other = best_of_value.get(usable[i].value)
         if other is None or net_rate(counts[i]) > net_rate(counts[other]):
@@ -261,10 +266,11 @@ def _repairs(result: RungResult) -> str:
     text = f"repairs {n:,} target{'s' * (n != 1)}"
     if counts is None:
         return text
-    return f"{text}; of the held-out samples it repairs {counts.repaired:,} and breaks {counts.broken:,}"
+    repaired, broken = f"{counts.repaired:,} of {counts.n - counts.passed:,}", f"{counts.broken:,} of {counts.passed:,}"
+    return f"{text}; of the held-out samples it repairs {repaired} failed and breaks {broken} passed ones"
 
 
-Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of held-out ones if tried
+Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of the held-out samples or None
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
@@ -276,7 +282,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Returns the best counts within each level of `PRICE_LEVELS`; skips levels without any."""
+    """Finds the best counts for each share in `PRICE_LEVELS` that may break; leaves out shares that no counts meet."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
@@ -289,7 +295,6 @@ def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
 
 
 def _is_one_layer(problem: Problem) -> bool:
-    """True if only one layer may change, bias included."""
     if len(problem.space.sites) != 1:
         return False
     site = problem.space.sites[0]
@@ -305,13 +310,13 @@ def _solved(problem: Problem, method: Method) -> Solution:
 def _safely(
     problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
 ) -> Solution:
-    """Runs a search or method; turns nothing to search, or no memory, into a solution without proposal."""
+    """Runs a search or method; if it cannot search or runs out of memory, returns a solution with only the reason."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
     except (RuntimeError, MemoryError) as error:
-        # With several ranks the others would wait for this one forever.
+        # One of several ranks must not go on alone: the others would wait for it forever.
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"

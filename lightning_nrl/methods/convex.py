@@ -1,4 +1,4 @@
-"""Repairs a last Linear layer by convex optimisation: a path over strengths, its point chosen by cross-validation."""
+"""Repairs the last Linear layer by convex optimisation at several strengths; cross-validation chooses one of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lightning_nrl.report.run_records import CUT, Step
 from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search._scoring.replay_plan import same_values
 
-# Price of a target's missing margin, in units of what the median target would take on its own.
+# The strengths: prices of a target's missing margin. At 1 the median target would just be repaired on its own.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
-N_FOLDS = 4  # each sample that came in with the failures is held out once
-REGRESSION_PRICE = 1  # in held-out repairs: the path is followed while its steps repair more than they break
-# Tried on the deployed model, which may round differently from the recording.
+N_FOLDS = 4  # each sample from data sets with failures to repair is held out once
+REGRESSION_PRICE = 1  # of a held-out regression, in held-out repairs
+# Parts of the change, tried in turn, since the deployed model may round differently from the recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "no time was left to solve anything."
@@ -39,13 +39,16 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 @dataclass(frozen=True)
 class Convex:
-    """Repairs a last Linear layer exactly: the least change of logits that breaks no known passed sample, in seconds.
+    """Repairs the last Linear layer by the smallest change of the logits that breaks no known passed sample.
+
+    A higher strength repairs more and changes more. Ten strengths are tried, from low to high; the one with the most
+    held-out repairs minus regressions is taken.
 
     Attributes:
-        patience: strengths in a row without a better held-out result before the path ends; None: no limit. Large
-            strengths are slowest on contradictory data.
-        seconds: time limit.
-        max_pairs: the path ends after a strength whose programme has more rows; None: no limit.
+        patience: number of strengths in a row without a better held-out result after which no higher ones are tried.
+            None means no limit. High strengths are slowest on contradictory data.
+        seconds: time limit in seconds.
+        max_pairs: no higher strength is tried after one with more constraints than this; None means no limit.
 
     Raises:
         ConfigurationError: on construction, for a patience below 1; when called, for several layers, a layer whose
@@ -63,13 +66,13 @@ class Convex:
                 check_whole(f"Convex.{name}", getattr(self, name), 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
-        """Raises a `ConfigurationError` unless the layer is the last Linear."""
+        """Raises a `ConfigurationError` if the layer is not a Linear layer whose output is the logits."""
         _check_layers(recording.space)
         if any(_read_chunk(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves along the strengths and takes the best one on held-out samples."""
+        """Solves at each strength and takes the one that does best on held-out samples."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
@@ -79,7 +82,7 @@ class Convex:
         with problem.clock.stage("record"):
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
-            # Leaves time to count the choice in the deployed model.
+            # Time is kept to count the chosen change in the deployed model.
             end = end.earlier(problem.clock.one_pass)
             changes, held_out = _path(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(changes) < len(SLACK_COSTS) and end.is_over()
@@ -132,7 +135,6 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
 
 @torch.no_grad()
 def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> tuple[list[Tensor], list[Tensor]]:
-    """Changes, `C x d`, and correct samples, `N` bool, by strength; the first rank solves for all."""
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
     changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
     right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
@@ -145,9 +147,10 @@ def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) ->
 
 
 def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the change at each strength, and `N` bool, correct samples, each fold under the change fitted without it.
+    """Yields for each strength the change, `C x d`, and which samples are right in the cross-validation, `N` bool.
 
-    If time runs out, only the first strength counts; folds without time change nothing.
+    The samples of a fold are predicted with the change that was fitted without them. If time runs out at the first
+    strength, folds without a change are predicted with the original layer; at a later one, the path ends before it.
     """
 
     def is_over() -> bool:
@@ -187,7 +190,7 @@ def _worth(problem: Problem, right: Tensor) -> float:
 
 
 def _folds(problem: Problem) -> Tensor:
-    """Fold of each sample that came in with the failures, `N` int64; -1 for all others, which are never held out."""
+    """Draws a fold for each sample from data sets with failures to repair, `N` int64; all others get -1."""
     before = problem.before
     fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
@@ -198,7 +201,7 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """The largest fraction of a change that breaks nothing in the deployed model."""
+    """Finds the largest part of a change that breaks nothing as deployed; gives no proposal if it repairs nothing."""
     for number, share in enumerate(DEPLOYED_FRACTIONS):
         if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
@@ -228,7 +231,7 @@ def _bias_name(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer on the known samples: `rows` (`N` bool, those that count) and the rest."""
+    """The layer on the known samples: `head` on passed and targeted ones (`rows`, `N` bool), `rest` on all others."""
 
     rows: Tensor
     head: ConvexHead
@@ -236,7 +239,7 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once; raises a `ConfigurationError` on all ranks if the output is not the logits on one."""
+        """Runs the model once; raises a `ConfigurationError` on all ranks if the layer's output is not the logits."""
         before = problem.before
         features, logits = _recorded(problem)
         device, ones = features.device, _bias_name(problem) is not None
@@ -257,7 +260,7 @@ class _KnownHead:
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        """Samples that the layer gets right under a change (`C x d`), `N` bool."""
+        """Marks the samples that the layer gets right with a change, `C x d`, in a mask, `N` bool."""
         right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
         right[self.rows] = self.head.right(change).cpu()
         for some in self.rest.blocks():
@@ -268,7 +271,7 @@ class _KnownHead:
 
 @torch.no_grad()
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The layer's inputs, `N x d`, and logits, `N x C`, by row of the results, at least float32."""
+    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order, at least float32."""
     collective = problem.collective
     try:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
@@ -284,12 +287,11 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
-    # A single logit is that of class 1; class 0 has 0.
+    # A single logit belongs to class 1; class 0 gets the logit 0.
     return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
 def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """All inputs and outputs, as recorded or copied; None unless the layer is the last."""
     held = _recorded_tensors(recording)
     n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
     x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
@@ -307,7 +309,7 @@ def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | No
 
 
 def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """The recorded tensors if usable as they are, which saves a copy."""
+    """Returns the recorded tensors, which saves a copy, or None if they cannot be used as they are."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
@@ -319,7 +321,7 @@ def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | Non
 
 
 def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """Inputs and outputs of the layer for a chunk; None unless the output is the model's."""
+    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are not the logits."""
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)

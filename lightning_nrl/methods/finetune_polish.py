@@ -24,17 +24,17 @@ from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
-OWN_RATE = 1e-3  # of AdamW through the user's `training_step`, if the user's optimizers repair hardly anything
-HEALTHY_REPAIRS = 1 / 5  # of the targets: training that repairs this share halfway continues
-# In the second half, passed samples with the lowest losses are visited less often.
+OWN_RATE = 1e-3  # of AdamW with the user's `training_step`, tried if the user's optimizers repair too little
+HEALTHY_REPAIRS = 1 / 5  # of the targets; a training that repairs fewer halfway may be stopped
+# In the second half, the passed samples with the lowest losses are visited half as often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Likewise failures outside the target, whose labels may be wrong, unless held-out samples gain significantly.
+# Failures outside the target may have wrong labels and are then visited less, unless held-out samples gain clearly.
 DOUBTED_VISITS = 1 / 5
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """Kind of training steps: the user's optimizers, AdamW at a rate, or distilled steps."""
+    """How a training makes its steps: by the user's optimizers, by AdamW at a `rate`, or by `distill`."""
 
     name: str
     rate: float | None = None
@@ -42,14 +42,14 @@ class StepKind:
 
 
 CONTINUED, DISTILLED = StepKind("continued training"), StepKind("distilled steps", distilled=True)
-OWN_STEPS = StepKind(f"own steps through training_step, rate {OWN_RATE:g}", OWN_RATE)
+OWN_STEPS = StepKind(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE)
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """Weights after training, and the held-out counts from when the held-out samples were last left out.
+    """Weights after a training. `is_done` is False if it was stopped halfway because of poor results.
 
-    `is_done` is False if the training was stopped halfway for poor results.
+    `held_out` counts the held-out samples with the last weights that were trained without them.
     """
 
     proposal: Proposal
@@ -59,7 +59,7 @@ class FineTuned:
 
     @property
     def is_harmful(self) -> bool:
-        """True if significantly more held-out samples break than are repaired."""
+        """True if more held-out samples break than are repaired, by over `MAX_STANDARD_ERRORS` standard errors."""
         return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
 
 
@@ -67,13 +67,14 @@ class FineTuned:
 class FineTunePolish:
     """Continues training on the failures, then polishes until no known passed sample is broken.
 
-    If the whole network may change and its training is known, training continues from the old weights with the failed
-    data added: this repairs more, and breaks less on unseen data, than training from scratch. Otherwise, for a layer or
-    block, it makes distilled steps (`_solvers/distill.py`). Halfway, it measures all losses again and visits easy
-    samples less often from then on. A polish (`_solvers/polish.py`) then restores every known passed sample that broke.
+    If the whole network may change and its training is known, this training continues from the original weights, with
+    the known failures added to its data. That repairs more, and breaks less on unseen data, than training from scratch.
+    Otherwise, or if that repairs too little, AdamW trains the layer, block or network on the task's loss and holds
+    passed samples to the original model's outputs (`_solvers/distill.py`). Halfway, all losses are measured, and easy
+    samples are visited less often from then on. A polish (`_solvers/polish.py`) restores known samples that broke.
 
     Attributes:
-        share: of the time left, for training and polish together.
+        share: share of the time left that training and polish may use together.
 
     Raises:
         ConfigurationError: on construction, unless the share is above 0 and at most 1.
@@ -94,10 +95,10 @@ class FineTunePolish:
 
 
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
-    """Trains and polishes; leaves held-out rows, `N` bool, out of the first half of the training.
+    """Trains and polishes; the first half of the training does not use the samples in `held_out`, `N` bool.
 
-    If the training loses on them, they stay out to its end. The solution has their counts from when they were last left
-    out. Without a proposal, its `reason` says why.
+    If the first half breaks more of these samples than it repairs, the second half does not use them either. They are
+    counted with the last weights trained without them. `share` is the share of the time left that may be used.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
@@ -117,7 +118,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Returns the seconds of a short training: its start, epochs, pass halfway, and the polish's way back."""
+    """Estimates the seconds for the start and epochs of a training, its count halfway, and a polish's last passes."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
@@ -125,9 +126,10 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Trains with the first kind of steps that does well halfway, or the last kind; returns a report step per training.
+    """Tries each kind of steps until one does well halfway; the last kind always trains to the end.
 
-    If no time is left for the next kind, the halfway weights with the most repairs are the result.
+    Returns the weights, and a step of the report per training. If time runs out before a training ends, the weights are
+    those with the most repairs halfway, or None if no training came that far.
     """
     kinds = (CONTINUED, OWN_STEPS, DISTILLED) if problem.whole and problem.training is not None else (DISTILLED,)
     found: list[FineTuned] = []
@@ -179,14 +181,14 @@ def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadl
 
 
 class Halfway:
-    """Checks the weights halfway through a training; returns how often to visit each sample from then on, or None.
+    """Checks the weights halfway; returns new sampling weights, `N`, or None to stop the training (see `Renew`).
 
-    None stops a training that repairs hardly anything or does harm, unless it `is_last`.
+    A training with poor results is stopped, unless `is_last` says that no other kind of steps is left to try.
     """
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
-        self.stays_held_out = True  # until halfway, which a training that ends early never reaches
+        self.stays_held_out = True  # stays True if the training ends before it is halfway
         self.held_out: TargetCounts | None = None
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used
@@ -211,7 +213,7 @@ class Halfway:
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:
-        """True if significantly more held-out samples are repaired than break, or many targets are repaired."""
+        """True if many targets are repaired, or held-out repairs exceed regressions by more than a standard error."""
         assert self.proposal is not None
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
         gains = self.held_out is not None and _standard_errors(self.held_out) > 1
@@ -219,10 +221,10 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns how often to visit each sample at first, `N` float64: targets by their weight."""
+    """Returns the initial sampling weights, `N` float64: a target's weight, at most `MAX_SAMPLE_WEIGHT`, or 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 
 def _standard_errors(counts: TargetCounts) -> float:
-    """Net repairs in standard errors of a Poisson process; 0 without flips."""
+    """Returns repairs minus regressions in standard errors, if both are Poisson counts."""
     return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))

@@ -1,6 +1,6 @@
-"""Held-out estimates of what a method does to unseen samples, by which the default chooses.
+"""Estimates of what a method does to unseen samples; `Auto` chooses its rung by them.
 
-Half of the samples that came in with the failures are held out, since the model was not trained on them.
+At most half of the samples from data sets with failures to repair are held out. The model was not trained on these.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
-# Of all known passed samples, if failed and passed data are one data set. Other kinds shrink alike, or repairs would
-# count more than regressions.
+# Share of all known passed samples. Where this limit applies, fewer samples of the other kinds are held out too;
+# otherwise repairs would count more than regressions.
 MAX_HELD_OUT_PASSED = 1 / 5
-MIN_HELD_OUT_FAILURES = 2  # fewer estimate nothing
-MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; the others are trained on from the beginning
+MIN_HELD_OUT_FAILURES = 2  # targets; with fewer there is no estimate
+MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; training uses the others from the start
 MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
-FEWEST_REPAIRS_SHARE = 0.5  # a rung must repair this share of what a cheaper one does
+FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a smaller one repairs
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
-    """Draws the known samples to hold out, `N` bool, the same on every rank; None if there are too few failures."""
+    """Draws the samples to hold out, `N` bool; returns None if too few targets or no passed samples are drawn."""
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
@@ -43,20 +43,21 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the held-out samples; `before` are the results of the whole problem."""
+    """Counts the flips of the held-out samples `rows`, `N` bool. `before` has the results with nothing held out."""
     return Flips.between(before, after).target_counts(before, rows)
 
 
 def net_rate(counts: TargetCounts | None) -> float:
-    """Returns repaired less broken held-out samples per passed one; 0 without an estimate."""
+    """Returns (repaired - broken) / passed of the held-out samples; 0 if there are no counts."""
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
 def is_ahead(value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None) -> bool:
-    """True if a larger rung is better than a smaller one.
+    """True if a rung is better than a smaller one; `other_value` and `other` are those of the smaller rung.
 
-    If its repairs are worth more, its net rate must not be significantly lower, by `MAX_STANDARD_ERRORS` of the
-    difference. Otherwise its net rate must be significantly higher.
+    A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A rung that repairs
+    less, but at least `FEWEST_REPAIRS_SHARE` as much, is better if its net rate is significantly higher. A difference
+    is significant if it exceeds `MAX_STANDARD_ERRORS` standard errors.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
@@ -66,5 +67,5 @@ def is_ahead(value: float, counts: TargetCounts | None, other_value: float, othe
 
 
 def _variance(counts: TargetCounts | None) -> float:
-    # Of a Poisson process.
+    # Of the net rate, if repairs and regressions are Poisson counts.
     return 0.0 if counts is None else (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

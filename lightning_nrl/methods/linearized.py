@@ -1,14 +1,15 @@
-"""Repairs any layers by linearised margins: solve, evaluate, step, linearise again; no training passes.
+"""Repairs any layers by linearised margins: linearises, solves, evaluates, steps, linearises again; never trains.
 
-To first order a sample's margin is linear in the weights of any layer. With gradients of some margins at the present
-weights, in coordinates x that measure a change by its effect on passed data, a round solves
+To first order, a sample's margin is linear in the weights of any layer. A round takes the gradients of some margins at
+the present weights and solves for the step x,
 
-    min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed),
+    min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed).
 
-where `missing` is what a margin lacks after the step. Each step is evaluated in the deployed model on all known data. A
-step that breaks nothing and repairs more is kept; samples that came near the boundary join the next programme. The next
-solution also compensates for margins that were mispredicted (second-order correction, as in sequential quadratic
-programming).
+Coordinates are scaled so that |x| measures how far the step moves the layers' outputs on passed data. `missing` sums
+how far margins stay below the required ones. The deployed model evaluates each step on all known data. If a step breaks
+something, the round solves again, with margins corrected by the error of their prediction (second-order correction, as
+in sequential quadratic programming). A step that breaks nothing and repairs more is kept. Samples that came near the
+boundary join the next round.
 """
 
 from __future__ import annotations
@@ -34,34 +35,35 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT, Step
 
-# Largest margin that a passed sample keeps, and margin of a repaired target, in units of the median margin of passed
-# data. More than for a last layer, since gradients err.
+# Upper limit of a passed sample's required margin, and a target's required margin, in units of the median margin of
+# passed data. Both are larger than in `Convex`, since gradients only approximate margins.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
-MAX_STALLED_LINEARIZATIONS = 2  # in a row without a further repair
+MAX_STALLED_LINEARIZATIONS = 2  # rounds in a row without a better proposal
 MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
-MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; larger layers move in part
-CORRECTIONS = 2  # further solutions with the same gradients, corrected for misprediction
-STEP_FRACTIONS = (0.5, 0.25)  # tried where the whole step breaks something
-REGRESSION_COST = 3  # in repairs, of weights to step on from although they break something
-# Of a passed sample's missing margin, relative to a target's. Finite, so that broken samples and contradictory
-# gradients leave the programme feasible.
+MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; in larger layers only some weights change
+CORRECTIONS = 2  # further solutions of a round, corrected by the error of the prediction
+STEP_FRACTIONS = (0.5, 0.25)  # of the step, tried if the whole step breaks something
+REGRESSION_COST = 3  # weighs broken samples against repairs if all steps of a round break something
+# Price of a passed sample's missing margin, relative to a target's. It is finite, so that there is a solution even if
+# samples are broken or gradients contradict each other.
 PASSED_PRICE_FACTOR = 1e3
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # after a full step that broke nothing, or steps that all broke something
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # if the whole step broke nothing; if all steps broke something
 
 
 @dataclass(frozen=True)
 class Linearized:
     """Repairs any Linear or convolution layers without breaking a known passed sample, in a few dozen forward passes.
 
-    Each step changes the layers' outputs on passed data least, in the mean square, while passed samples keep half of
-    their margin, or a small sufficient one, and targets get one, all to first order. It is found from the gradients of
-    targets and of passed samples near the boundary, and shortened until an exact evaluation shows no regression.
+    A step is computed from the gradients of targets and of passed samples near the boundary. To first order, passed
+    samples keep half of their margin, or a sufficient part of it, and targets get a sufficient margin. Of all such
+    steps it moves the layers' outputs on passed data least, in the mean square. It is shortened until the evaluation of
+    all known data shows no regression.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights; raises a `ConfigurationError` without margins or gradients."""
+        """Steps from the original weights; raises a `ConfigurationError` if there are no margins or gradients."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
         took = FIRST_ROUND_PASSES * clock.one_pass
@@ -85,11 +87,11 @@ class Linearized:
         return Solution(proposal, steps=tuple(run.steps), others=tuple(others))
 
 
-Try = tuple[Proposal, Tensor]  # with its `K` whitened coordinates from the original weights
+Try = tuple[Proposal, Tensor]  # a proposal and its change of the original weights, in `K` scaled coordinates
 
 
 class _TrustRegionSteps:
-    """Steps from the original weights; each proposal in `found` breaks nothing and is better than the one before."""
+    """Steps from the original weights. Proposals in `found` break nothing; each is better than the one before."""
 
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before
@@ -97,7 +99,7 @@ class _TrustRegionSteps:
         unit = before.margin_unit
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
-        # Below the required margin, so that steps that reach it up to rounding are accepted.
+        # Margins that an accepted step must keep. They are below the required ones, which rounding may just miss.
         rounding = coarse_rounding(problem.evaluator.precision, before)
         self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
@@ -117,7 +119,7 @@ class _TrustRegionSteps:
         return self.found[-1].repaired if self.found else 0
 
     def round(self) -> bool:
-        """Linearises, solves and steps; False if no target's margin depends on the weights."""
+        """Linearises, solves and steps. Returns False if no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
             self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
@@ -145,7 +147,7 @@ class _TrustRegionSteps:
         return True
 
     def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
-        """The programme at the present weights, and their whitened coordinates."""
+        """Linearises at the present weights; also returns how they differ from the original ones, `K` coordinates."""
         before = self.problem.before
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
@@ -156,7 +158,7 @@ class _TrustRegionSteps:
         return _LinearizedMargins(rows, gradients, margin, required, targeted, weight), change.to(gradients)
 
     def _near(self) -> Tensor:
-        """Rows of the samples nearest to the boundary; heavy targets count from further away."""
+        """Returns rows of the samples nearest to the boundary; the distance of a target is divided by its weight."""
         before, margin = self.problem.before, _margins(self.after)
         targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
@@ -166,7 +168,7 @@ class _TrustRegionSteps:
         return torch.cat([targets, passed]).sort().values
 
     def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
-        """Shorter and shorter steps until one breaks nothing, and a note for the report."""
+        """Corrects, then shortens a step until it breaks nothing; returns all tries and a note for the report."""
         tries: list[Try] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
@@ -193,7 +195,7 @@ class _TrustRegionSteps:
         return proposal, change
 
     def _is_clean(self, after: SampleResults) -> bool:
-        """True if every known passed sample passes, with a margin that another batch size does not flip."""
+        """True if every known passed sample passes, by a margin that rounding at another batch size does not exceed."""
         right = after.passed & (_margins(after) >= self.least)
         return not bool((self.problem.before.passed & ~right).any())
 
@@ -203,19 +205,19 @@ def _worth(proposal: Proposal) -> float:
 
 
 def _margins(results: SampleResults) -> Tensor:
-    """Margins; very low where the output is not finite."""
+    """Returns the margins, replaced by -1e6 where the margin or loss is not finite."""
     finite = results.margin.isfinite() & results.loss.isfinite()
     return torch.where(finite, results.margin, -1e6)
 
 
 @dataclass(frozen=True)
 class _LinearizedMargins:
-    rows: Tensor  # m int64, of the known samples
-    gradients: Tensor  # m x K
+    rows: Tensor  # m int64, rows of the known samples in the programme
+    gradients: Tensor  # m x K, of the margins
     margin: Tensor  # m, at the present weights
-    required: Tensor  # m
-    targeted: Tensor  # m bool, targets; the others are kept
-    weight: Tensor | None  # m, relative prices of targets; None: equal
+    required: Tensor  # m, margins that the step should reach
+    targeted: Tensor  # m bool, True for targets, False for passed samples
+    weight: Tensor | None  # m, relative prices of targets; None if all are equal
 
     @cached_property
     def gram(self) -> Tensor:
@@ -223,13 +225,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price at which the median target would be repaired on its own; 0 if no step helps any."""
+        """The price at which the median target would be repaired on its own; 0 if no step helps any target."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The step, `K`, and its multipliers, `m`, for a warm start; `error`, `m`, is real minus predicted margins."""
+        """Returns the step, `K`, and its multipliers, `m`; `error`, `m`, has real minus predicted margins."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

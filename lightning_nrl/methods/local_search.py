@@ -32,35 +32,35 @@ from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
 Elites = Callable[[Tensor, int], Tensor]
-"""Returns known good values, `M x K`, of the weights at positions (`K` int64), M at most the second argument."""
+"""Takes positions of weights, `K` int64, and a limit; returns known good values of them, `M x K`, M up to the limit."""
 
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """Aim of a search; `N` is by row of the results."""
+    """What to localise and search for; each tensor has one value per known sample (`N`)."""
 
-    failed: Tensor  # N bool, localises weights that matter for these
-    passed: Tensor  # N bool, avoids weights that matter for these
-    constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
+    failed: Tensor  # N bool, samples for which the localised weights should matter
+    passed: Tensor  # N bool, samples for which the localised weights should not matter
+    constrained: Tensor  # N bool, samples that new weights should not break (I_pos)
     fitness: FitnessFunction
-    reserve: Tensor | None  # N, margin that a sample must keep to count as passing; None: any
+    reserve: Tensor | None  # N, margins that samples need to count as passing; None if any margin will do
     deadline: Deadline
-    scored: Tensor | None = None  # N bool, samples to get right (I_neg); None: the targets
+    scored: Tensor | None = None  # N bool, samples that new weights should get right (I_neg); None means the targets
 
 
 @dataclass(frozen=True)
 class LocalSearchResult:
-    """Result of localisation and search."""
+    """The result of localisation and search."""
 
     localization: Localization  # the weights that were searched
-    search: SearchResult  # the best candidate and the course of the search
-    state: State | None  # whole tensors with the best candidate; None: unchanged
-    n_passed: int  # passed samples that candidates were scored on
-    notes: tuple[str, ...]  # storage of the recording, and samples used
+    search: SearchResult  # the best values found, and the log of the search
+    state: State | None  # whole tensors with the best values; None if the original values are best
+    n_passed: int  # number of passed samples that the search scored
+    notes: tuple[str, ...]  # how the recording is stored, and how many samples are used
 
     @property
     def note(self) -> str:
-        """Note for the report."""
+        """The search in words, for the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
         cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
         return "; ".join(part for part in (made, cut, *self.notes) if part)
@@ -73,13 +73,13 @@ class LocalSearchResult:
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Localises weights and scores candidates on I_neg and I_pos alone (paper, section II), with any three parts.
+    """Localises weights, then searches new values by their scores on I_neg and I_pos (paper, section II).
 
     Attributes:
         searcher: the search algorithm, by name or as an object.
-        seconds: time limit of the search.
-        localizer: chooses the weights to search, by name or as an object; None: `SearchOptions.localizer`.
-        fitness: ranks the candidates, by name or as an object; None: `SearchOptions.fitness`.
+        seconds: time limit of the search in seconds.
+        localizer: chooses the weights to search, by name or as an object. None means `SearchOptions.localizer`.
+        fitness: ranks the new values, by name or as an object. None means `SearchOptions.fitness`.
 
     Raises:
         ConfigurationError: on construction, for an unknown name or an unsuitable part.
@@ -102,11 +102,11 @@ class LocalSearch:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def with_parts(self, **parts: Any) -> LocalSearch:
-        """Returns this search with other parts; None keeps its own."""
+        """Returns a copy with other parts. A part that is None stays as it is."""
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises and searches; raises an `EmptyLocalizationError` if no weight matters for the failures alone."""
+        """Localises and searches; raises an `EmptyLocalizationError` if the localiser finds no weights."""
         searcher: Any = self.searcher
         own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
         problem = replace(problem, **{name: part for name, part in own.items() if part is not None})
@@ -127,7 +127,7 @@ class LocalSearch:
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises and searches from the model's present weights; raises an `EmptyLocalizationError` if there are none."""
+    """Localises and searches from the present weights; raises an `EmptyLocalizationError` if it localises none."""
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 

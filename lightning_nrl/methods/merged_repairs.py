@@ -33,20 +33,20 @@ COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
 @dataclass(frozen=True, eq=False)
 class MergedRepairs:
-    r"""Repairs parts of the target one by one, each from the original weights, and searches their mixing coefficients.
+    r"""Repairs parts of the target one by one from the original weights, then searches coefficients to mix the repairs.
 
     .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
 
-    The fitness of the coefficients counts all targets and all known passed samples, by their weights
-    (`SampleOptions.risk`, `importance`, `protected`).
+    The weights are :math:`\theta_0` before and :math:`\theta_k` after the repair of part k. The fitness counts all
+    targets and known passed samples, by their weights (`SampleOptions.risk`, `importance`, `protected`).
 
     Attributes:
-        parts: `confusion`, one part per pair of true and predicted class; `label`, one per true class; or targets, also
-            as text. A target in several parts is repaired in each.
-        most: maximum number of parts, from 1; the heaviest are taken, the others not repaired.
+        parts: `confusion` makes one part per pair of true and predicted class, `label` one per true class. A list of
+            targets, as objects or text, is also possible; samples in several parts are repaired in each of them.
+        most: maximum number of parts, from 1. The parts with the largest weight are taken; the others stay unrepaired.
         method: repairs each part: `arachne` or another published method, `swarm` or another searcher, or an object.
-        searcher: searches the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
-        fitness: ranks the coefficients, by name or as an object; None: that of the repair, else `lexicographic`.
+        searcher: searches the coefficients, by name or as an object. None means a swarm of 30 particles.
+        fitness: ranks the coefficients, by name or as an object. None means the fitness of the whole repair.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong type.
@@ -107,7 +107,6 @@ class MergedRepairs:
         return Solution(best, "", tuple(steps), tuple(found), result=result)
 
     def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
-        """The heaviest parts by name, `N` bool each."""
         before = problem.before
         found: dict[str, Tensor] = {}
         if isinstance(self.parts, str):
@@ -136,7 +135,7 @@ class MergedRepairs:
         return dict(ranked[: self.most])
 
     def _repair_part(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
-        """Repairs one part as if it were the whole target; counts it for the whole target."""
+        """Repairs one part as if it were the whole target. The proposal counts repairs in the whole target."""
         began, clock = time.perf_counter(), problem.clock
         own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         own.seconds.update({"collect": clock.one_pass})
@@ -167,7 +166,7 @@ def _parse_method(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """Returns the best coefficients of K changes, `K` in [0, 1]; first tries none, each, all, and their mean."""
+    """Returns the best coefficients of K states and the search log; starts from none, each, all and their mean."""
     device, k = problem.space.device, len(states)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
@@ -187,7 +186,7 @@ def search_coefficients(
 
 
 def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
-    """Scores on recorded activations if all changes are in the searched layers, else by whole passes."""
+    """Builds a scorer of coefficients, on recorded activations if only the searched layers change."""
     space, before = problem.space, problem.before
     parameters = space.parameters
     if any(name not in parameters for state in states for name in state):
@@ -213,7 +212,7 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
 class WholeModelScorer:
     """Scores coefficients by passes of the whole model over all known data.
 
-    As on recorded activations, a sample passes only if rounding in the deployed precision cannot flip it.
+    A sample passes only if its margin is larger than what rounding in the deployed precision can change.
     """
 
     problem: Problem
@@ -240,7 +239,7 @@ class WholeModelScorer:
         )
 
     def _row(self, coefficients: Tensor) -> list[float]:
-        """Numbers of passing samples, losses, weights of repairs and regressions, and credits; targets first."""
+        """Counts passing samples, then sums losses, weights and credits: always of targets, then of passed samples."""
         problem, before = self.problem, self.problem.before
         after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight

@@ -1,4 +1,4 @@
-"""Polishes the model's own or given weights until no known sample is broken."""
+"""`Polish`: small steps from the model's own or given weights until no known sample is broken."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lightning_nrl.report.run_records import Step
 
 @dataclass(frozen=True, eq=False)
 class Polish:
-    """Polishes the model under repair, or a fine-tuned or retrained model of the same architecture.
+    """Takes small steps until no known sample that the model under repair gets right is broken.
 
-    The model itself: small steps repair its targets without breaking what is right. Given weights: known samples that
-    the model under repair gets right are kept.
+    By default the steps start at the model under repair and repair its targets. With `new` they start at a fine-tuned
+    or retrained model of the same architecture and restore what it breaks.
 
     Attributes:
-        new: the new model, its state dict, or the path of a Lightning checkpoint or saved state dict; None: the model
-            under repair.
-        share: of the time left, for this method.
+        new: the model to start at, its state dict, or the path of a Lightning checkpoint or saved state dict. None
+            means the model under repair.
+        share: share of the time left that the steps may use.
 
     Raises:
-        ConfigurationError: on construction, if `new` is none of these.
+        ConfigurationError: on construction, if `new` has another type.
 
     Example::
 
@@ -49,12 +49,12 @@ class Polish:
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
     def check(self, model: nn.Module) -> None:
-        """Raises a `ConfigurationError` for weights that cannot be read or do not fit the model."""
+        """Raises a `ConfigurationError` if the weights in `new` cannot be read or do not fit the model."""
         if self.new is not None:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes; raises a `ConfigurationError` for unsuitable weights or a task without margins."""
+        """Polishes; raises a `ConfigurationError` if `new` does not fit the model or the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()

@@ -1,4 +1,4 @@
-"""`Method`, and the `Problem` it gets: a model, its results on known data, and what may change."""
+"""`Method`, and the `Problem` that a method solves: a model, its results on known data, and what may change."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
-N_SCORED = 100_000  # default limit of the known samples that a search uses
-LACKING_SLICE_FACTOR = 4.0  # how much more the targets of a slice count while it lacks repairs
+N_SCORED = 100_000  # default maximum number of known samples that a search uses
+LACKING_SLICE_FACTOR = 4.0  # on the weights of a slice's targets while it misses its quota
 
 
 @dataclass(frozen=True)
 class Trained:
-    """All parameters and persistent buffers after training, with its length and planned length in epochs."""
+    """All parameters and persistent buffers after a training, and the numbers of epochs made and planned."""
 
     state: State
     epochs: float
@@ -40,25 +40,25 @@ class Trained:
 
     @property
     def note(self) -> str:
-        """Note for the report."""
+        """The length of the training in words."""
         whole = f"{self.epochs:,.4g} epoch{'s' * (self.epochs != 1)}"
         return whole if self.epochs >= self.planned else f"{whole} of {self.planned:,.4g}, {CUT}"
 
 
 Renew = Callable[[State], Tensor | None]
-"""Returns from the present weights how often to visit each sample from now on, `N`; None stops the training."""
+"""Takes the present weights; returns new sampling weights of the known samples, `N`, or None to stop the training."""
 
 
 class Training(Protocol):
     """Continues training a model with the known failures added to its data.
 
-    A training that treats targets differently has `for_targets(targeted)`, which returns a copy that knows the targets,
-    `N` bool by row of the results.
+    A training that treats targets differently from other samples has a method `for_targets(targeted)`. It returns a
+    copy for these targets, a mask `N` bool in the order of `Problem.before`.
     """
 
     @property
     def epochs(self) -> int:
-        """Epochs that the model was trained for."""
+        """Number of epochs of the original training."""
         ...
 
     def __call__(
@@ -73,18 +73,18 @@ class Training(Protocol):
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy; returns its weights on the model's device, or None without time or if `renew` stops it.
+        """Trains a copy of the model. Returns None if there is no time or `renew` stops the training.
 
         Args:
-            seconds: time limit; may be infinite.
-            seed: of the sample order and all other randomness.
-            clock: is notified of progress.
-            start: initial weights; None: the model's own.
-            weight: `N` by row of the results, how often to visit each sample relative to others; None: all alike. An
-                epoch has as many visits as there are known samples.
-            epochs: over all known data; None: as many as the model was trained for.
-            rate: of AdamW through the module's `training_step`; None: the module's own optimizers and schedules.
-            renew: is called halfway.
+            seconds: time limit, which may be infinite.
+            seed: seed of the sample order and all other randomness.
+            clock: timer that is told the progress.
+            start: initial weights; None means those of the model.
+            weight: sampling weight of each known sample, `N` in the order of `Problem.before`; None means equal
+                weights. An epoch draws as many samples as are known, whatever the weights.
+            epochs: number of epochs over the known data; None means that of the original training.
+            rate: learning rate of an AdamW that replaces the module's optimizers and schedules; None keeps these.
+            renew: is called halfway with the present weights.
         """
         ...
 
@@ -94,26 +94,27 @@ class Problem:
     """A model, its results on known data, and what may change to repair it.
 
     Attributes:
-        evaluator: the original model, in evaluation mode on its device, its task, and the ranks that share the data.
-            Methods must not write to the model; all ranks run the same method in step.
-        known: this rank's share of the data that a method may use.
-        before: the model's results on known data: `before.targeted` to repair (I_neg), `before.passed` to keep.
+        evaluator: evaluates the original model, which is in evaluation mode on its device. It also has the task and
+            the group of ranks. Methods must not write to the model. All ranks run the same method in step.
+        known: the known data, one source per split. Each rank holds its share of the samples.
+        before: the model's results on all `N` known samples. `before.targeted` marks the samples to repair (I_neg),
+            `before.passed` the samples to keep.
         space: the layers whose weights are localised and searched.
-        scope: names of the parameters that may change; includes those of `space`.
+        scope: names of the parameters that may change. The parameters of `space` are among them.
         localizer: chooses the weights to search.
-        fitness: ranks the candidates of a search.
-        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or #pos of them.
+        fitness: ranks new weights in a search.
+        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or `SearchOptions.n_passed` of them.
         clock: times the stages and knows the time left.
-        seed: of all randomness.
-        budget: bytes for the search on the device; None: a share of what is free.
-        n_scored: maximum number of known samples that a search uses; its result is evaluated on all.
-        training: continues the training; None if unknown.
-        whole: True if the whole network may change, so that training may continue.
-        update: True if the model replaces another one that gets the targets right.
-        needed: minimum number of repaired targets by slice.
-        gate: how many known passed samples may break; by default none.
-        held_out: `N` bool, known samples that no method may use; in `before` neither passed nor targeted.
-        unmasked: the results on all known data, if samples are held out.
+        seed: seed of all randomness.
+        budget: bytes of device memory that a search may use; None means a share of the free memory.
+        n_scored: maximum number of known samples that a search uses. Its result is evaluated on all of them.
+        training: continues the training; None if the original training is unknown.
+        whole: True if the whole network may change.
+        update: True if the model replaces another model that gets the targets right.
+        needed: the quotas: by name of a slice, the minimum number of its targets to repair.
+        gate: decides how many known passed samples may break; by default none.
+        held_out: `N` bool, known samples that a method may not use. In `before` they are neither passed nor targeted.
+        unmasked: `before` as it was when no samples were held out; None if none are.
         work: saves the results of finished steps.
     """
 
@@ -152,18 +153,18 @@ class Problem:
 
     @property
     def used(self) -> Tensor:
-        """The known samples that a method may use (not held out), `N` bool."""
+        """`N` bool, the known samples that are not held out."""
         return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
 
     @property
     def epochs(self) -> int:
-        """Limit on the epochs of continued training: those of the original fit, more for small data."""
+        """Maximum number of epochs of continued training: that of the original training, or more if data are few."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
     def visits(self) -> float:
-        """Budget of a training: one per sample run forward, `FORWARD_BACKWARD` per sample of a training step."""
+        """Cost of continued training in forward passes of a sample. A training step on a sample counts as three."""
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property
@@ -172,11 +173,11 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline for a share of the remaining time, minus the time to judge the result."""
+        """Returns the deadline of a method that may use a share of the time left; keeps time to judge its result."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """Evaluates the deployed model under a state on all known data, in one forward pass."""
+        """Evaluates the deployed model with the tensors of a state on all known data."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -184,7 +185,7 @@ class Problem:
         return self.counted(name, state, self.evaluate(state))
 
     def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
-        """Returns a state with known results as a proposal."""
+        """Returns a state as a proposal, given its results on known data (`after`)."""
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in missed_quotas(before, repaired, self.needed).values())
@@ -196,11 +197,11 @@ class Problem:
         return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
-        """Counts the known samples that a method may use."""
+        """Counts the flips from `before` to `after` among the samples that are not held out."""
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """Returns the problem without some samples, `N` bool, and their copies in other splits."""
+        """Returns a problem that holds out some samples, `N` bool, and their unprotected copies in other splits."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -209,7 +210,7 @@ class Problem:
 
     @property
     def came_with_failures(self) -> Tensor:
-        """Samples that came in with the failures, `N` bool; the model was not trained on them."""
+        """`N` bool, samples of the data sets that hold the failures to repair; the model was not trained on them."""
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -217,7 +218,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Returns these rows and all rows of the same data-set positions, `N` bool, if sources know them."""
+        """Returns the mask `rows`, `N` bool, plus all copies of its samples if every source can identify samples."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -225,14 +226,14 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """Returns how far the cost of broken samples, `N` bool, exceeds what the gate allows."""
+        """Returns how far the cost of broken samples, `N` bool, exceeds what the gate allows, or 0."""
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """Returns the problem with targets of slices that lack repairs weighted `LACKING_SLICE_FACTOR` times.
+        """Returns a problem in which targets of slices that miss their quota weigh more (`LACKING_SLICE_FACTOR`).
 
-        `after` are the known results of the weights from which the search continues.
+        `after` are the results of the weights to continue from; they decide which slices miss their quota.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
         return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self
@@ -240,19 +241,20 @@ class Problem:
 
 @runtime_checkable
 class Method(Protocol):
-    """A repair method. Write your own as a frozen dataclass with this call.
+    """A repair method. Your own method is a frozen dataclass with this `__call__`.
 
-    Optional members, used before the first training step:
+    These members are optional. They are read before the training or the repair starts:
 
-    - `trains = True`: it continues the training where possible, which is checked first.
-    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: its requirements on task and data.
-    - `check(model)`, `check_recording(recording)`: raise a `ConfigurationError` for what does not suit it.
-    - `fitness`, `localizer`: defaults that the user may override; a method with `with_parts(**parts)` gets the user's.
-    - `wants_checkpoints`, `with_checkpoints(paths)`: it gets the checkpoints of the Trainer.
+    - `trains = True` declares that the method continues the training. The repair first checks that this is possible.
+    - `needs` is a tuple of requirements on task and data (`Need` in `lightning_nrl.evaluation.evaluator`).
+    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for what does not suit the method.
+    - `fitness` and `localizer` are defaults that the user may override.
+    - `with_parts(localizer=..., fitness=...)` returns the method with the user's parts; None means no choice.
+    - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the Trainer's checkpoints.
     """
 
     def __call__(self, problem: Problem) -> Solution:
-        """Finds new weights; leaves the model unchanged.
+        """Finds new weights and leaves the model unchanged.
 
         Raises:
             EmptyLocalizationError: there are no weights to search.

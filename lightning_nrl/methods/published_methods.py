@@ -1,4 +1,4 @@
-"""The published methods of this family: each a localiser, a fitness and a searcher, which can be replaced.
+"""Published methods that localise and search. The localiser, fitness and searcher of each can be replaced.
 
 docs/published_methods.md has their equations and the differences from the papers.
 """
@@ -44,7 +44,7 @@ def bundle(
     fitness: str | FitnessFunction | None = None,
     searcher: str | Searcher[Any] | None = None,
 ) -> LocalSearch:
-    """A published method, with parts of it replaced by others, each by name or as an object; None: its own.
+    """Returns a published method with other parts, given by name or as objects. None keeps the method's own part.
 
     Raises:
         ConfigurationError: there is no such method or part.

@@ -1,6 +1,6 @@
-"""The known samples that a search uses, their recording, and the scorer of its candidates.
+"""Chooses the known samples of a search, records their activations and builds the scorer.
 
-The number of samples is bounded, and with it time and memory; the result is evaluated on all of them.
+The number of samples is limited, and so are time and memory. The result of the search is counted on all known samples.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
 
-MOST_REPRESENTATIVE = 20_000  # drawn samples are enough for a mean over passed data
-FAILED_SHARE = 0.5  # of the samples of a search, at most
-FEW_SHARE = 0.25  # below this share of very many samples, reads only those to record
+MOST_REPRESENTATIVE = 20_000  # randomly drawn samples; enough for a mean over passed data
+FAILED_SHARE = 0.5  # of the samples of a search; more only if passed samples leave room
+FEW_SHARE = 0.25  # if fewer than this share of many samples is recorded, only these are read
 
 
 @dataclass(frozen=True)
 class SampleChoice:
-    """The known samples that a search uses, `N` bool each by row of the results."""
+    """The known samples that a search uses, as masks `N` bool with one value per known sample."""
 
-    recorded: Tensor  # all of them
-    representative: Tensor  # passed samples drawn at random, for means over passed data
-    note: str = ""  # for the report; empty if all are used
+    recorded: Tensor  # all samples that the search uses
+    representative: Tensor  # all passed samples among them, or some drawn at random; for means over passed data
+    note: str = ""  # how many samples are used, for the report; empty if all are
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """Returns the maximum number of samples of a search, the same on every rank: fewer if time is short."""
+    """Returns how many samples a search may use: `Problem.n_scored`, or fewer if time is short. All ranks agree."""
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -58,12 +58,12 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 
 
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
-    """Chooses at most `most` samples for a search; `failed` are to pass, `passed` to be kept, `N` bool.
+    """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep (`passed`), `N` bool.
 
-    If all fit, takes every passed sample, so that a batch's share of a sum is bit for bit that of a sweep. Otherwise
-    takes the failed ones (nearest to the boundary first), then passed ones: half nearest to the boundary, where
-    candidates break them first, half drawn from the others.
+    If there are more than `most`, up to half are failed samples, the nearest to the boundary. The rest are passed ones:
+    half of them the nearest to the boundary, which new weights break first, and half drawn at random from the others.
     """
+    # With room, all passed samples are recorded, so that sums over a batch are bit for bit those of `sweep`.
     whole, wanted = failed | passed | before.passed, failed | passed
     if int(whole.sum()) <= most:
         return SampleChoice(whole, before.passed | passed)
@@ -87,7 +87,7 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
 
 
 def _distance(before: SampleResults) -> Tensor:
-    """Distance of each sample from the boundary, `N`, divided by its weight; by its loss if there are no margins."""
+    """Returns how far samples are from the boundary, `N`: by margin or loss; a large weight brings them nearer."""
     if bool(before.margin.isfinite().all()):
         return before.margin.abs() / before.weight.to(before.margin)
     weight = before.weight.to(before.loss)
@@ -100,10 +100,10 @@ def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """Records the activations of the samples in `keep`, `N` bool by row of the results, under the present weights.
+    """Records the activations of the known samples in `keep`, `N` bool, under the present weights.
 
     Raises:
-        ReplayError: on every rank, if a layer cannot be recorded on one.
+        ReplayError: on all ranks, if one rank cannot record a layer.
     """
     rows = problem.before.rows
     batches: Iterable[tuple[Batch, Tensor]] = (
@@ -127,7 +127,7 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Builds a scorer for the weights at `where` on I_neg and I_pos; `reserve`, `N`, are the margins to keep."""
+    """Builds a scorer for new values of the weights at `where`. Samples pass if margins reach `reserve`, `N`."""
     before = problem.before
     return make_scorer(
         recording,
@@ -155,5 +155,5 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Returns the bytes for recorded activations; scoring gets as many."""
+    """Returns the bytes for recorded activations; the scorer gets as many. None means a share of the free memory."""
     return None if problem.budget is None else max(1, problem.budget // 2)

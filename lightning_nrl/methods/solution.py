@@ -1,4 +1,4 @@
-"""The result of a method: new weights and their results on known data."""
+"""`Solution`, the result of a method, and `Proposal`, new weights with their results on known data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Proposal:
     """New weights and their results on known data.
 
     Attributes:
-        name: their origin, such as `fit`, `polish` or `convex`.
-        state: whole tensors; tensors not named stay unchanged.
-        after: results of the deployed model on known data under these weights.
+        name: the step that found the weights, such as `fit`, `polish` or `convex`.
+        state: new values of whole tensors by name. All other tensors of the model stay unchanged.
+        after: results of the deployed model with the new weights on known data.
         repaired: number of targets that pass.
         broken: number of known passed samples that no longer pass.
-        value: of the repairs, see `SampleResults.weight`; by default `repaired`.
-        cost: of the broken samples; infinite if one is protected; by default `broken`.
-        missing: repairs that slices lack.
-        excess: `cost` beyond what the gate allows; by default all of it.
+        value: total weight of the repaired targets (`SampleResults.weight`); by default `repaired`.
+        cost: total weight of the broken samples, infinite if one of them is protected; by default `broken`.
+        missing: number of repairs that slices still need to meet their quotas.
+        excess: how far the broken samples exceed what the gate allows; by default `cost`.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Proposal:
 
     @property
     def rank(self) -> tuple[float, int, float, float]:
-        """Sort key, larger is better: within the gate, fewest missing repairs, most value, least cost."""
+        """Sort key, larger is better: least excess, then fewest missing repairs, most value, least cost."""
         return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "") -> Step:
-        """Returns the step's entry in the report."""
+        """Returns the report's entry for the step that found the weights."""
         return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
 
 
@@ -61,18 +61,18 @@ class Solution:
     """The result of a method.
 
     Attributes:
-        proposal: the best weights; None if nothing beats the original ones.
-        reason: why there is no proposal.
+        proposal: the best weights; None if no weights are better than the original ones.
+        reason: why the method found nothing new.
         steps: the steps taken, in order.
-        others: further proposals worth keeping.
-        tried: counts of the known samples under other weights, such as those of a path over strengths.
-        localization: the weights that a search changed, if there was one.
-        result: the log of that search.
-        n_passed: number of passed samples it scored; None: those of `Problem.passed`.
-        held_out: counts of known samples that the method could not use; None if not tried.
-        rungs: of a method that tries several, from the smallest change to the largest.
-        choice: why one of the rungs was taken.
-        price: the best results if some known samples may break.
+        others: further proposals; their counts go into `price`.
+        tried: counts of the known samples under weights that are not kept; they go into `price` too.
+        localization: the weights that a search could change; None if there was no search.
+        result: the log of this search.
+        n_passed: number of passed samples that this search scored; None means all in `Problem.passed`.
+        held_out: counts of known samples that the method could not use; None if they were not measured.
+        rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for other methods.
+        choice: why `Auto` took one of the rungs.
+        price: the best results of `Auto` if certain shares of the known passed samples may break.
     """
 
     proposal: Proposal | None
@@ -90,5 +90,5 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """Returns the best proposal by `Proposal.rank`, the first of equals; None if there is none."""
+    """Returns the proposal with the best `rank`, on a tie the first; None if all are None."""
     return max((proposal for proposal in proposals if proposal is not None), key=lambda one: one.rank, default=None)

@@ -1,7 +1,7 @@
-"""Local search that starts from other methods' proposals and never ends worse.
+"""A local search that starts at the results of other methods and never returns anything worse.
 
-The rest of the network is that of the base, the proposal it starts from. Every known passed sample is a constraint with
-a margin to keep, since near misses on known data are misses on unseen data.
+It changes some weights of one such result, the base. Every known passed sample has to keep some margin, since unseen
+samples break where known samples nearly break.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
-KEPT_MARGIN_SHARE = 0.5  # of its margin that a sample must keep
-SUFFICIENT_MARGIN = 0.04  # of the median margin of passed samples; a polish reaches it
+KEPT_MARGIN_SHARE = 0.5  # share of its margin that a sample has to keep
+SUFFICIENT_MARGIN = 0.04  # of the median margin of passed samples, enough to keep; a polish reaches this
 
 
 def warm_started_search(
@@ -42,14 +42,14 @@ def warm_started_search(
     base: State = ORIGINAL_WEIGHTS,
     end: Deadline | None = None,
 ) -> Solution:
-    """Localises weights of the chosen layers under the base and searches new values for them.
+    """Localises weights in the chosen layers of the network with weights `base`, then searches new values for them.
 
-    Samples that pass under the base must keep half of their margin, or a small one if that is less; non-targets that
-    the base repairs are constraints too. If no target is left, the search widens the margins of narrow samples. Returns
-    the best of base, proposals and search.
+    Samples that pass with `base` have to keep half of their margin, or `SUFFICIENT_MARGIN` of the median margin if that
+    is less. Failures outside the target that `base` repairs may not break either. If no target is left to repair, the
+    search widens margins that are too small. Returns the best of base, proposals and search.
 
-    The proposals' values at the localised weights are elites, best first. The base may change any part of the network;
-    one of the proposals may have this very state.
+    `base` may change any part of the network. If it is the `state` of a proposal, the results of this proposal are used
+    again. The search also starts from the proposals' values of the localised weights, the best first.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
@@ -89,7 +89,7 @@ def warm_started_search(
     improvement = _improvement(best, final)
     if narrow is not None and new is not None and new.rank >= best.rank:
         was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, improvement = (new, f"{was - now:,} of {was:,} narrow samples") if now < was else (best, improvement)
+        final, improvement = (new, f"{was - now:,} of {was:,} margins widened") if now < was else (best, improvement)
     return found.solution(final, steps=(_step(final, found.search.seconds, f"{found.note}; {improvement}"),))
 
 
@@ -98,7 +98,7 @@ def _step(proposal: Proposal, seconds: float, note: str) -> Step:
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
-    """Repaired targets, and passed samples whose margin was sufficient, with an insufficient margin now, `N` bool."""
+    """`N` bool, repaired targets with too small a margin, and passed samples whose margin has become too small."""
     before, after, sufficient = problem.before, proposal.after, _sufficient(problem)
     was_wider = before.targeted | (before.passed & (before.margin > sufficient))
     return was_wider & after.passed & (after.margin < sufficient)
@@ -111,7 +111,7 @@ def _sufficient(problem: Problem) -> float:
 def _elites(
     space: ParameterSpace, original: State, proposals: Sequence[Proposal], where: Tensor, n_elites: int
 ) -> Tensor:
-    """The proposals' values at the localised weights (`where`, `K` int64), best first, without duplicates: `M x K`."""
+    """Returns the proposals' values of the weights at `where`, `K` int64: `M x K`, best first, without duplicates."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]
@@ -126,7 +126,7 @@ def _elites(
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """The margin each sample must keep, `N`: a part of its margin at the start, 0 if it fails there."""
+    """Returns the margin each sample has to keep, `N`: part of its margin at the start; 0 if it fails there."""
     margin = start.after.margin
     if margin.isnan().all():
         return None
@@ -136,7 +136,7 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 
 
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
-    """The fitness with every passed sample as a hard constraint, up to the number that the gate allows to break."""
+    """Returns the fitness with a hard constraint: no more passed samples may break than the gate allows."""
     fitness = problem.fitness
     if not hasattr(fitness, "as_constraint"):
         return fitness
@@ -151,4 +151,4 @@ def _improvement(best: Proposal, final: Proposal) -> str:
         parts.append(f"{final.broken - best.broken:+,} broken")
     if final.repaired != best.repaired:
         parts.append(f"{final.repaired - best.repaired:+,} repaired")
-    return f"{' and '.join(parts) or 'nothing'} over its seeds"
+    return f"compared with its start: {' and '.join(parts) or 'no change'}"

@@ -227,7 +227,7 @@ def test_steps_that_have_hardly_repaired_anything_halfway_make_room_for_the_next
     training = FakeTraining(gives=gives)
     solution = FineTunePolish()(replace(own, training=training))
     assert [call["rate"] for call in training.calls] == [None, 1e-3][:kinds]
-    names = ["continued training", "own steps through training_step"][:kinds]
+    names = ["continued training", "AdamW through training_step"][:kinds]
     assert [step.note.partition(",")[0] for step in solution.steps[:kinds]] == names
     assert [step.name for step in solution.steps] == ["trial"] * (kinds - 1) + ["fit", "polish"]
     assert all(step.note.endswith(", ended halfway") for step in solution.steps[: kinds - 1])

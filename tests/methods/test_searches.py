@@ -269,8 +269,8 @@ def test_it_goes_on_from_a_base_that_changes_another_layer(seed: int) -> None:
     broken, repaired = total(solution)
     assert (broken, -repaired) <= (base.broken, -base.repaired)
     (step,) = solution.steps
-    gain = f"+{repaired - base.repaired} repaired" if repaired > base.repaired else "nothing"
-    assert step.note.endswith(f"iterations; {gain} over its seeds")
+    gain = f"+{repaired - base.repaired} repaired" if repaired > base.repaired else "no change"
+    assert step.note.endswith(f"iterations; compared with its start: {gain}")
     assert solution.proposal is base or torch.equal(solution.proposal.state["0.weight"], base.state["0.weight"])
     assert all(torch.equal(value, before[name]) for name, value in snapshot(own.model).items())
 

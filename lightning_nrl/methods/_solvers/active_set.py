@@ -1,8 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. Samples close to it form the working set, whose
-margins are measured in every round. The closest are active: steps descend their hinge losses, each with a multiplier
-that grows while its constraint is violated. As many others are rehearsed, which keeps the model in place.
+Every known passed sample is a constraint: its margin must stay above 0. Samples close to the boundary form the working
+set. Its closest samples are active: steps descend their hinge losses, whose multipliers grow while a constraint is
+violated. As many others of the set are rehearsed: steps hold them to a teacher's logits, so the model stays in place.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS, FORWARD_BACKWARD
 from lightning_nrl.methods.problem import Problem
 
-# The margins below scale with the median margin of passed samples, relative to `REFERENCE_MARGIN`.
+# The margins below are for data whose passed samples have this median margin. For other data they scale with it.
 REFERENCE_MARGIN = 8.0
 SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
-HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed up to this, or this part of their old margin
+HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed to half of their margin, at most 0.3
 HINGE_OVER_REQUIRED = 1.2  # at least this multiple of the required margin
-TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would cost passed samples
-REACHABLE_MARGIN = 0.3  # failing targets this close to being right are tried too
-ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # below the first samples are active, below the second followed
-MAX_REHEARSED = 8 * BATCH_SIZE  # random passed samples further away that hold the model in place
+TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would break passed samples
+REACHABLE_MARGIN = 0.3  # failing targets this close to the boundary are pushed too
+ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # samples below the first are active, below the second in the working set
+MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples drawn at random that hold the model in place
 MAX_WORKING_SET = 64 * BATCH_SIZE  # keeps rounds short on large data
 POLISH_RATE = 5e-5  # of Adam; small, since each step moves unmeasured samples too
-# Faster for each broken, or while targets are enforced violated, sample: hundreds are out of reach of small
-# steps, and few are not worth large ones.
+# Factors of the rate per broken sample or, while targets are enforced, per violated one: small steps do not reach
+# hundreds of samples, and few samples are not worth large steps.
 RATE_PER_BROKEN_SAMPLE, RATE_PER_VIOLATED_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
-MAX_VIOLATED_TO_MEASURE = 32  # with more, the margins measured during the steps suffice
-MIN_STEPS_PER_ROUND = 8  # a round repeats few samples
-MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of a violated sample, each round; half precisions end at some 60,000
+MAX_VIOLATED_TO_MEASURE = 32  # if there are more, the margins measured during the steps suffice
+MIN_STEPS_PER_ROUND = 8  # a round repeats its samples if they are few
+MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of a violated sample, per round; half precision ends at some 60,000
 
 
 class ActiveSet:
-    """Last measured margins of all known samples, NaN where the loss is not finite, and the working set.
+    """The last measured margins of all known samples, NaN where the loss is not finite, and the working set.
 
-    A sample of the working set is taught by the given state if that is right, else by the original model. `enforced`,
-    `N` bool, are targets to pursue at any distance; the owner may change it between rounds. Without `holds_repairs`,
-    samples that the original model fails are neither attempted nor held, unless enforced.
+    The teacher of a sample is the model with the given state if that is right, else the original model. Targets in
+    `enforced`, `N` bool, are pushed however far they are from right; the mask may be changed between rounds. Without
+    `holds_repairs`, steps ignore all other samples that the original model fails.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class ActiveSet:
 
     @property
     def broken(self) -> Tensor:
-        """Passed samples below their required margin, `N` bool."""
+        """`N` bool, passed samples whose margin is below the required one."""
         return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
     def violated(self) -> Tensor:
-        """Broken samples and enforced targets that are still wrong, `N` bool."""
+        """`N` bool, broken samples, and enforced targets that are still wrong."""
         return self.broken | (self.enforced & ~(self.margin >= self._required))
 
     @property
     def infeasible(self) -> Tensor:
-        """Broken samples without a finite loss, `N` bool: no step repairs them, and their gradients spoil all."""
+        """`N` bool, broken samples without a finite loss. No step restores them; their gradients spoil all steps."""
         return self.broken & self.margin.isnan()
 
     def update(self, after: SampleResults) -> None:
@@ -101,12 +101,12 @@ class ActiveSet:
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """True if a state breaks any of some passed samples, by row."""
+        """True if a state breaks any passed sample in `rows`; sets the margins of these."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Steps on the active and as many rehearsed samples, then measures their margins; returns the visits."""
+        """Steps on the active and as many rehearsed samples, and measures margins; returns the number of visits."""
         before = self.problem.before
         self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -117,7 +117,7 @@ class ActiveSet:
         active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
         rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
         weight = self._weight * torch.where(before.passed | self.enforced, self.multiplier, attempted.float())
-        # One transfer a round.
+        # One transfer to the device per round.
         table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1).to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
 
@@ -175,13 +175,13 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Margins; NaN where the loss is not finite, and below 0 for a lost tie."""
+    """Returns the margins: NaN where the loss is not finite, below 0 for samples that fail by a tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
 
 class TargetSchedule:
-    """Targets to pursue at any distance, `N` bool: `wanted` until given up, `enforced` (one tensor) right now."""
+    """Targets to repair however far they are from right: `wanted` until given up, `enforced` at present (`N` bool)."""
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
         self._weight = problem.before.weight
@@ -196,23 +196,23 @@ class TargetSchedule:
         self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all wanted targets, for twice as many rounds."""
+        """Enforces all wanted targets again, for twice as many rounds as before."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Stops enforcing targets that are still wrong after their last round or their deadline."""
+        """Stops enforcing targets that are still wrong once the rounds or time for them are used up."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Gives up the lighter half of the targets that are not right; all if they weigh the same.
+        """Gives up the lighter half of the enforced targets that are wrong, or all of them if they weigh the same.
 
-        If all are right but something is broken, gives up those with the largest multipliers.
+        If no enforced target is wrong, chooses from those with the largest multiplier instead.
         """
         weight, multiplier = self._weight, active_set.multiplier
         late = self.enforced & active_set.violated

@@ -1,9 +1,9 @@
 """The convex problem of changing a last Linear layer: given its inputs, every margin is linear in its weights.
 
-For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
-weights. The best D moves the logits of passed data least, in the mean square, while every passed sample keeps a part of
-its margin (hard) and targets get one (each at a price: the strength). Of the many rows, pairs of a sample and a rival
-class, few bind: only violated ones are added (cutting planes, Kelley 1960).
+For a sample with inputs h, logits z and label y, a change D of the weights gives the margin z_y - z_c + (D_y - D_c) h
+over class c. The best D moves the logits of passed data least, in the mean square. Every passed sample must keep a part
+of its margin. Each target should reach a margin, and what it lacks costs a price (the strength). Each pair of a sample
+and another class is one constraint. Few of them bind, so only violated ones are added (cutting planes, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from lightning_nrl.methods._solvers.qp import solve_dual
 KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # a passed sample keeps this part of its margin, at most this much
 HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
 LEAST_KEPT_MARGIN = 0.01  # part of the required margin that a passed sample keeps after the final scaling
-HEAD_RIDGE = 1e-4  # of the features' mean eigenvalue, added: directions without passed samples are not free
-MAX_PATH_ROUNDS = 31  # of cutting planes
-PAIRS_PER_ROUND = 400  # added, the most violated first
-VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations exactly
-# Samples and logits in one block. Larger data are processed in cache-sized parts, and only samples whose margin may be
-# too small.
+HEAD_RIDGE = 1e-4  # added, of the mean eigenvalue; without it directions without passed samples would cost nothing
+MAX_PATH_ROUNDS = 31  # of solving and adding pairs, at each strength
+PAIRS_PER_ROUND = 400  # added at most, the most violated first
+VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations
+# Maximum samples and logits of one block. Larger data are read in smaller blocks that fit the cache, and only as far as
+# margins may be too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
 LOGITS_PER_BLOCK = 2**22
-REACH_SLACK = 1.001  # covers rounding of distances in whitened weights
+REACH_SLACK = 1.001  # for rounding of the distances
 
 
 @dataclass(frozen=True)
 class ConvexHead:
-    """A last Linear layer on `n` known samples; processes one block of samples at a time."""
+    """The last Linear layer on `n` of `N` recorded samples, of which it processes one block at a time."""
 
     features: Tensor  # N x d, inputs; with a column of ones if the bias may change and `ones` is False
     logits: Tensor  # N x C, outputs
     label: Tensor  # n int64, the true classes
     targeted: Tensor  # n bool, samples to repair; all others are passed samples to keep
-    weight: Tensor | None = None  # n, relative prices of targets
-    rows: Tensor | None = None  # n int64, rows of the samples among the N; None: all
-    ones: bool = False  # True to append a column of ones to the features on use
+    weight: Tensor | None = None  # n, relative prices of targets; None if all are equal
+    rows: Tensor | None = None  # n int64, the samples' rows in `features` and `logits`; None means all rows
+    ones: bool = False  # True if a column of ones is to be appended to the features on use
 
     @property
     def n_features(self) -> int:
@@ -55,7 +55,7 @@ class ConvexHead:
         return len(self.label) > ROWS_PER_BLOCK or len(self.label) * self.logits.shape[1] > LOGITS_PER_BLOCK
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
-        """Yields all or chosen samples (int64) in blocks."""
+        """Yields indices of all samples, or of the chosen ones (int64), block by block."""
         n = len(self.label) if chosen is None else len(chosen)
         size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
         for start in range(0, n, size):
@@ -70,7 +70,6 @@ class ConvexHead:
         return self.logits[some if self.rows is None else self.rows[some]]
 
     def margins(self, some: Tensor | slice) -> Tensor:
-        """Margins of some samples over each class, `m x C`, infinite over their own."""
         return margins_over_rivals(self.outputs(some), self.label[some])
 
     @cached_property
@@ -88,7 +87,7 @@ class ConvexHead:
 
     @cached_property
     def root(self) -> Tensor:
-        """C^(-1/2), `d x d`, where C is the second moment of the features of passed data."""
+        """The inverse square root, `d x d`, of the second moment of the features of passed samples."""
         dtype, passed = widest(self.features.device), ~self.targeted
         moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
         for some in self.blocks():
@@ -101,25 +100,25 @@ class ConvexHead:
         return root
 
     def white(self, rows: Tensor) -> Tensor:
-        """Whitened features of some samples, `m x d`: those of passed data have a second moment of 1."""
+        """Returns whitened features of `m` samples, `m x d`. The second moment over passed samples is the identity."""
         return self.inputs(rows).to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
-        """Logits of some samples, `m x C`, under a change of the weights, `C x d`."""
+        """Returns the logits of `m` samples, `m x C`, with a change of the weights, `C x d`."""
         return self.outputs(some) + self.inputs(some) @ change.T.to(self.features)
 
     @cached_property
     def reach(self) -> Tensor:
-        """How far two classes' whitened weights must move apart before a margin can be too small, `n`.
+        """`n`, how far the whitened weights of two classes must move apart before a margin can be too small.
 
-        A margin moves by no more than this distance times the length of the whitened features (Cauchy, Schwarz).
+        A margin changes by at most this distance times the length of the whitened features (Cauchy-Schwarz).
         """
         root = self.root.to(self.features)
         length = torch.cat([(self.inputs(some) @ root).norm(dim=1) for some in self.blocks()])
         return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
-        """Samples, `m` int64, whose margin a change may push below the required one; None: all, in one block."""
+        """Returns the samples in `among`, `n` bool, whose margin a change may make too small; None means all."""
         if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
@@ -127,7 +126,7 @@ class ConvexHead:
         return (among & (self.reach <= apart[self.label])).nonzero().flatten()
 
     def right(self, change: Tensor) -> Tensor:
-        """Samples that the layer gets right under a change (`C x d`), `n` bool."""
+        """Marks the samples that the layer gets right with a change, `C x d`, in a mask, `n` bool."""
         right = ~self.targeted
         for some in self.blocks(self.reached(change, torch.ones_like(right))):
             right[some] = self.changed(change, some).argmax(1) == self.label[some]
@@ -141,11 +140,11 @@ def regularization_path(
     is_over: Callable[[], bool] = lambda: False,
     max_pairs: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the best change at each strength, weakest first, each warm-started from the one before.
+    """Yields the best change, `C x d`, at each strength, from low to high. Each solution starts from the one before.
 
-    Each is `C x d` and breaks no passed sample among `used`, `N` bool. A strength is the price of a target's missing
-    margin, in units of what the median target would take on its own. Once `is_over`, no step is made and no pair added,
-    so the scaling loses more. The path ends after the first programme of more than `max_pairs`.
+    The changes ignore samples outside `used`, `n` bool, and break no passed sample inside. A strength is the price of a
+    target's missing margin; at 1 the median target would just be repaired on its own. Once `is_over` returns True, the
+    changes get worse but still break nothing. The path ends after the first programme of more than `max_pairs` pairs.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -164,7 +163,7 @@ def regularization_path(
 
 
 class _PairProgramme:
-    """The programme at one price with some pairs of sample and class; `change`, `C x d`, is whitened."""
+    """The programme of the pairs (of a sample and a class) added so far, and its whitened solution `change`."""
 
     def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
         self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
@@ -174,7 +173,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
-        """Sets another price of a target's missing margin; keeps the binding pairs."""
+        """Sets the price of a target's missing margin; keeps only the binding pairs."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
@@ -197,7 +196,7 @@ class _PairProgramme:
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
-        """Adds the most violated pairs."""
+        """Adds the most violated pairs; returns False if no pair is violated."""
         head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
         codes, lacks = [self._code[:0]], [head.required[:0]]
         for some in head.blocks(head.reached(change, self.used)):
@@ -217,7 +216,7 @@ class _PairProgramme:
 
 
 def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
-    """The largest fraction of a change that leaves every passed sample `LEAST_KEPT_MARGIN` of its required margin."""
+    """Scales a change down until every passed sample keeps `LEAST_KEPT_MARGIN` of its required margin."""
     passed = used & ~head.targeted
     least = 1.0
     for some in head.blocks(head.reached(change, passed)):
@@ -238,7 +237,7 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Alternates solving and adding violated rows; True if none is violated at the end."""
+    """Alternates solving and adding violated rows; returns True if no row is violated at the end."""
     for _ in range(max_rounds):
         solve()
         if not add_violated():
@@ -249,22 +248,22 @@ def add_cutting_planes(
 
 
 def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
-    """The label's logit minus each other one, `n x C`; infinite at the label."""
+    """Returns the label's logit minus each other logit, `n x C`, infinite at the label."""
     own = label[:, None]
     return (logits.gather(1, own) - logits).scatter(1, own, float("inf"))
 
 
 def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
-    """1 at the label and -1 at the rival, `... x C`, in the dtype of `like`: GPUs multiply no integer matrices."""
+    """Returns 1 at the label, -1 at the rival and 0 elsewhere, `... x C`; floats, since GPUs multiply no integers."""
     n_classes = like.shape[-1]
     return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
 
 
 def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
-    """Inner products of pairs as rows in the layer's weights, `... m x m`, from `... m x d` and `... m x C`."""
+    """Returns the products of m pairs, `... m x m`, from their features, `... m x d`, and sides, `... m x C`."""
     return (sides @ sides.mT) * (features @ features.mT)
 
 
 def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
-    """Sum of pairs weighted by multipliers, a change of the weights, `... C x d`; deterministic."""
+    """Returns the sum of pairs times their multipliers, a change of the weights, `... C x d`. It is deterministic."""
     return (sides * multipliers[..., None]).mT @ features

@@ -1,4 +1,4 @@
-"""Gradient steps on a copy of the weights: as deployed, over all known splits and ranks."""
+"""Gradient steps on a copy of the weights, with samples of all known splits and ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_nrl.methods.problem import Problem
 MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
-"""Sums the loss over a batch, from the batch, its rows among the known samples, and the logits."""
+"""Takes a batch, its rows among the known samples, and its logits; returns the sum of the samples' losses."""
 
 
 class Descent:
@@ -28,9 +28,9 @@ class Descent:
     half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
     its gradient is summed over smaller forward passes.
 
-    Starts at `state` and moves only the parameters in `problem.scope`. Losses are sums over samples, so that
-    they add up over splits and ranks and do not vanish in half precision; the optimizer must be scale-invariant, such
-    as Adam. `masks` select movable weights by parameter name.
+    Starts at `state` and moves only the parameters in `problem.scope`. `masks`, by parameter name, mark the weights
+    that may move. Losses are sums over samples, so that they add up over splits and ranks and do not vanish in half
+    precision. The optimizer must therefore be scale-invariant, such as Adam.
     """
 
     def __init__(
@@ -63,22 +63,22 @@ class Descent:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """The current weights in the model's dtypes, with the given values beyond the scope."""
+        """Returns the current weights in the model's dtypes, and the tensors of the initial state outside the scope."""
         moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
         return {**self._given, **moved}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Runs the model on the current weights inside the block, with gradients to them."""
+        """Puts the current weights into the model inside the block; gradients flow to the copies."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """Steps once on this rank's share of a mini-batch, gradients summed over splits and ranks.
+        """Makes one step on a mini-batch. Each rank gives its parts; gradients are summed over parts and ranks.
 
         Raises:
-            DeviceMemoryError: on all ranks, without a step, if a single sample exceeds the memory of one.
+            DeviceMemoryError: on all ranks, before the step, if a single sample exceeds the memory of one rank.
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate
@@ -102,7 +102,7 @@ class Descent:
         self.optimizer.zero_grad()
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
-        """Accumulates the gradient of this rank's parts in the copies; False if out of memory."""
+        """Adds gradients of this rank's parts to the copies; returns False if a single sample exceeds the memory."""
 
         def work() -> bool:
             with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
@@ -127,7 +127,7 @@ class Descent:
                 yield from pieces
 
     def _sum_gradients(self, has_fitted: bool) -> bool:
-        """Sums gradients over ranks; False if one is out of memory."""
+        """Sums gradients over ranks; returns False if `has_fitted` is False on one of them."""
         copies = list(self._copies.values())
         mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
         flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
@@ -135,6 +135,6 @@ class Descent:
         *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
         *used, failed = flags.tolist()
         for x, grad, ranks in zip(copies, grads, used, strict=True):
-            # As on one rank: parameters without influence have no gradient, and weight decay skips them.
+            # Parameters without gradients on any rank get none, as on one rank. Weight decay then skips them.
             x.grad = grad.view_as(x).to(x.dtype) if ranks else None
         return not failed

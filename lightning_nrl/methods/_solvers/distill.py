@@ -1,7 +1,7 @@
-"""Fine-tuning with distillation of one layer, a block or a whole network as deployed.
+"""Fine-tuning of one layer, a block or a whole network that holds passed samples to the original model's outputs.
 
-Trains on every known sample; distils passed samples from the original model. Skips easy samples, right by a wide margin
-before and now, in most epochs.
+Trains in evaluation mode on every known sample. Easy samples, which are right by a wide margin before the repair and
+now, are skipped in most epochs.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Renew, Trained
 
-DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW, the usual ones; the rate falls to 0 along a cosine
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW; the rate falls to 0 along a cosine
 TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
-EASY_FRACTION = 0.25  # of the easy samples, per epoch
+EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
 
 
 def distill(
     problem: Problem, *, deadline: Deadline | None = None, weight: Tensor | None = None, renew: Renew | None = None
 ) -> Trained | None:
-    """Takes steps on known data from the original weights of the parameters in the problem's scope.
+    """Trains the parameters in the problem's scope on known data, from their original values.
 
-    Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
-    1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
+    A target of weight v, at most 10, adds `3 v loss` to a step's loss. A passed sample adds `loss + 5 v divergence`.
+    Other samples add `loss`. `divergence` compares the output with that of the original model.
 
-    Skips samples whose `weight`, `N`, is 0. The pace of the first steps sets the number of steps before a deadline, the
-    same on every rank; the schedule ends with them. If a single sample exceeds the memory, training ends with a
-    warning. Returns None if `renew`, called halfway, stops it.
+    Samples whose `weight`, `N`, is 0 are left out. If there is a deadline, the pace of the first steps decides how many
+    are made, the same on all ranks; the learning rate falls to 0 over these. If a single sample exceeds the memory, the
+    training ends with a warning. `renew` is called halfway; if it returns None, so does this function.
     """
     run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
     rows, has_renewed = run.used.nonzero().flatten(), renew is None
@@ -58,8 +58,6 @@ def distill(
 
 
 class _Distillation:
-    """A fit in progress: last measured margins, and the visits made and planned."""
-
     def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
         before = problem.before
         self.problem, self.deadline, self.used = problem, deadline, used
@@ -76,13 +74,13 @@ class _Distillation:
         self.planned = self.most = problem.epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
-        """Steps on these rows in random order; True if there is time for another epoch."""
+        """Trains on `rows` in random order; returns False if the training is at its end."""
         batches = shuffled_batches(rows, self._generator)
         measured: list[tuple[Tensor, Tensor]] = []
         start, began = self.visits, self.deadline.now()
         for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
             if number == 1 and not start:
-                # The first step is a warm-up.
+                # The first step is slower and not timed.
                 start, began = self.visits, self.deadline.now()
             if number == 1 + PACE_STEPS:
                 self._plan(start, began)
@@ -115,7 +113,6 @@ class _Distillation:
         return (of_loss * task.loss(output, batch.target)).sum() + (of_divergence * divergence).sum()
 
     def _plan(self, start: int, began: float) -> None:
-        """Plans visits by the time left and the pace since `start`; the first rank decides."""
         if self.deadline.is_set and self.visits > start:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(self.most, self.visits + int(more))

@@ -14,11 +14,11 @@ from lightning_nrl.methods.problem import Problem
 BATCH_SIZE = 128  # samples per step over all ranks; the recipes are tuned for it
 
 Part = tuple[Batch, Tensor]
-"""Samples of one split, and their rows among the known samples, `n` int64."""
+"""A batch from one split, and the rows of its samples among the known samples, `n` int64."""
 
 
 def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE) -> list[Tensor]:
-    """Rows in random order, in mini-batches of similar size, at most `size`."""
+    """Splits rows in random order into mini-batches of similar size, at most `size`."""
     if not len(rows):
         return []
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """Loads this rank's share of mini-batches of rows, as parts of one split, none larger than that split's batches."""
+    """Yields this rank's parts of each mini-batch of rows. A part has samples of one split and fits its batch size."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
@@ -49,7 +49,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A column over all known samples, `N`, with the last values that any rank measured."""
+    """Returns `column`, `N`, updated by the measurements of all ranks, which are pairs of rows and values."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])

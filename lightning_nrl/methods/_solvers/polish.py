@@ -2,11 +2,11 @@
 
 New weights repair much and break a little. The broken samples lie near the boundary; steps on them restore them and
 hold the repairs. The result is the best iterate that breaks nothing, counted on all known samples; the original weights
-are the last resort. The gate may allow some to stay broken ("nothing broken" below: no more than that).
+are the last resort. Below, "nothing is broken" means that no more is broken than the gate allows.
 
-On request a polish **enforces** failing targets at any distance (`TargetSchedule`). In limited time it suspends those
-that are not right after some rounds, repairs what broke on their behalf, and enforces them again once nothing is
-broken. Each retreat **gives up** the lighter half of the targets that are still not right.
+On request a polish **enforces** all failing targets, also those far from right (`TargetSchedule`). In limited time it
+suspends targets that are still wrong after some rounds, restores what broke because of them, and enforces them again
+once nothing is broken. Each retreat **gives up** the lighter half of the targets that are still wrong.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.report.run_records import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
-RETREAT_FACTOR = 0.9  # of the way from the original weights, kept by a retreat
-HOLDING_STARTS = 3  # later starts may lose repairs, which are in the way
+RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
+HOLDING_STARTS = 3  # number of starts that hold repairs; later ones may lose them
 BISECTIONS = 6  # of the way back, on samples known to be broken
 MAX_COUNTS = 6  # of all known samples on the way back; each may reveal more broken ones
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing: the given ones and, after steps, all parameters of the scope."""
+    """Weights that break nothing. `state` has the given tensors and, after steps, all parameters in the scope."""
 
     rounds: int = 0
-    strength: float = 1.0  # 1 without a step back; 0: the original weights
-    course: tuple[TargetCounts, ...] = ()  # of the known samples, each time all were counted
-    stopped: str = ""  # why the rounds ended early, if they did
+    strength: float = 1.0  # part of the change that is kept; 0 for the original weights
+    course: tuple[TargetCounts, ...] = ()  # counts of the known samples at each evaluation of all
+    stopped: str = ""  # why the rounds ended early, else empty
 
     @property
     def note(self) -> str:
@@ -73,11 +73,11 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Steps from a state until no known passed sample is broken; if that fails, steps back until none is.
+    """Steps from a state until no known passed sample is broken, else goes back toward the original weights.
 
-    The problem's scope names the parameters that may move, `masks` which of their weights. `deadline` may be exceeded
-    by a few forward passes over known data. `after` are the known results of the given state, if available. `enforce`
-    pursues all failing targets, else only nearly right ones are.
+    Only parameters in the problem's scope move; `masks` (by name of the parameter) can limit this to some weights. The
+    last forward passes over known data may end after `deadline`. `after` are the results of the given state, if they
+    are known. With `enforce`, all failing targets are pushed, otherwise only those that are nearly right.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
@@ -92,7 +92,7 @@ def polished(
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
     """Polishes a proposal as a stage of a repair; returns the result, its report step, and all counts on the way.
 
-    `steered`: slices that lack repairs count more. `deadline`: None for all the time left to methods.
+    With `steered`, slices that miss their quota weigh more. Without `deadline`, it may use all time left for methods.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -104,7 +104,7 @@ def polished(
     return proposal, proposal.step(clock.elapsed - began, found.note), found.course
 
 
-Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase; None: done
+Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase, or None at the end
 
 
 def _polish(*arguments: Any) -> PolishResult:
@@ -119,7 +119,7 @@ def _polish(*arguments: Any) -> PolishResult:
 class _Polish:
     """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
 
-    `best` breaks nothing; `state` is where the current start began or steps ended; `after` is the last count.
+    `best` breaks nothing. `state` are the weights where the steps began or ended. `after` has the last evaluation.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class _Polish:
         self.rounds = self.retreats = self._rounds_left = 0
         self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
-        # Enforced targets get a budget of their own, since no training went before.
+        # There is no training before a polish that enforces targets, so it has a minimum budget.
         self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
         self.stopped = ""
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
@@ -147,7 +147,7 @@ class _Polish:
         self._n_first = 0  # violated at the first start
 
     def start(self) -> Phase | None:
-        """Begins with weights that were just counted: the given ones, or those after a retreat."""
+        """Begins steps at `state`, whose results are in `after`: the given weights, or those after a retreat."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
         self._n_first = self._n_first or int(self.active_set.violated.sum())
@@ -182,7 +182,7 @@ class _Polish:
         return self._verify if self._is_satisfied(is_violated & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Counts all known samples; violated ones join the working set."""
+        """Evaluates all known samples; keeps the weights if nothing is violated, else adds to the working set."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
@@ -207,9 +207,9 @@ class _Polish:
         return self._scale_back
 
     def _retreat(self) -> Phase:
-        """Gives up targets and moves part of the way back.
+        """Gives up targets and moves part of the way back to the original weights.
 
-        First keeps the current weights as a result if they break nothing and miss only targets.
+        First keeps the current weights as a result if nothing is broken and only enforced targets are still wrong.
         """
         state = self.descent.state()
         if self.targets.enforced.any() and not (self.active_set.broken & self.active_set.working).any():
@@ -229,8 +229,8 @@ class _Polish:
     def _scale_back(self) -> None:
         """Goes back towards the original weights until nothing is broken.
 
-        Bisects on the samples known to be broken, then counts all, which may reveal more for the next bisection. Falls
-        back to the original weights if that does not end, or time runs out after the first count.
+        Bisects on the samples known to be broken, then evaluates all samples, which may reveal more for the next
+        bisection. Ends at the original weights after `MAX_COUNTS` evaluations, or if time runs out after the first.
         """
         problem, active_set = self.problem, self.active_set
         original, strength = snapshot(problem.model), 1.0
@@ -258,12 +258,11 @@ class _Polish:
 
     @property
     def _end_of_rounds(self) -> Deadline:
-        """Deadline of the rounds, which leaves time to count the way back."""
         return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
 
     @property
     def _may_enforce_again(self) -> bool:
-        """True if targets were suspended, which only limited time causes."""
+        """True if targets are suspended, which happens only in limited time."""
         return self._deadline.is_set and not self.targets.enforces_all
 
     def _is_satisfied(self, is_violated: Tensor) -> bool:
@@ -280,7 +279,7 @@ class _Polish:
         return self._take(state, RETREAT_FACTOR**self.retreats)
 
     def _take(self, state: State, strength: float) -> bool:
-        """Keeps weights that were just counted if their value beats the best so far."""
+        """Keeps `state`, whose results are in `after`, if it is worth more than `best`; returns True if it is kept."""
         proposal = self.problem.counted("polish", state, self.after)
         is_better = self.best is None or proposal.value > self.best.value
         if is_better:
@@ -288,7 +287,6 @@ class _Polish:
         return is_better
 
     def _count(self, state: State) -> SampleResults:
-        """Counts all known samples under a state; updates the time of a pass."""
         began = self._deadline.now()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))

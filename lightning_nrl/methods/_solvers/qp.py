@@ -4,22 +4,22 @@ A programme is
 
     min over x, s >= 0   1/2 |x|^2 + sum_i limit_i * s_i     so that   A x + s >= required,
 
-where a row with an infinite limit is hard: its s is 0. Its dual has one multiplier per row and only bounds,
+where a row with an infinite limit is hard: its s is 0. The dual has one multiplier per row, which only has bounds,
 
     max over a   required' a - 1/2 a' K a     so that   0 <= a <= limit,     K = A A',
 
-and x = A' a. Its value at any a is a lower bound of the minimum; it is unbounded exactly if the hard rows are
-infeasible.
+and x = A' a. The dual's value at any such a is a lower bound of the minimum. It is unbounded exactly if the hard rows
+contradict each other.
 
-There are two solvers, each far too slow for the other's task: 955 rows take the Newton method 0.2 s and the active-set
-method 22 s; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU: a GPU would wait for the host
-some 30,000 times per repair.
+There are two solvers, each far too slow for the other's task. One programme of 955 rows takes 0.2 s with the Newton
+method and 22 s with the active-set method; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU:
+a GPU would wait for the host some 30,000 times per repair.
 
 - One large dual, singular if there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
   semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
 - Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which adds or drops one row at
-  a time. With a limit on the value, it works on K + bb' / (2 limit): the optimum is the same up to a factor, and
-  bounded.
+  a time. If the value is limited, K + bb' / (2 max_value) with b = required replaces K. This bounds the optimum and
+  changes it only by a factor.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from lightning_nrl._utils.interrupts import poll
 class DualSolution(NamedTuple):
     """The solution of a dual; in a batch of `T` programmes every tensor has `T` as its first dimension."""
 
-    values: Tensor  # m, multipliers from 0 to the limits, on the device of `gram`; x = A' values
-    value: Tensor  # the dual's value there: a lower bound of the minimum
-    is_solved: Tensor  # bool, False: the optimality conditions do not hold to rounding, the best found
-    is_feasible: Tensor  # bool, False: the hard rows contradict each other, `values` is meaningless
+    values: Tensor  # m, multipliers a from 0 to the limits, on the device of `gram`; x = A' a
+    value: Tensor  # the dual's value at `values`, a lower bound of the minimum
+    is_solved: Tensor  # bool, False if `values` are only the best found, not optimal up to rounding
+    is_feasible: Tensor  # bool, False if the hard rows contradict each other; then ignore `values`
 
 
 @torch.no_grad()
@@ -57,12 +57,12 @@ def solve_dual(
     """Solves one programme, or many small ones at once, in float64 on the CPU.
 
     Args:
-        gram: `m x m`, K = A A', products of the rows; or `T x m x m`. A row of zeros that requires 0 is ignored.
+        gram: `m x m`, K = A A', products of the rows; `T x m x m` for T programmes. A zero row must require 0.
         required: `m` or `T x m`, lower bounds of the rows.
-        limit: `m`, from 0, of one programme; infinite for a hard row. None: all rows are hard.
-        start: like `required`, initial multipliers, such as those of a similar programme; None: 0.
-        max_value: stops programmes of a batch whose value exceeds it, as infeasible. Without it all must be feasible.
-        is_over: of one programme, asked at each step: True to stop with the best so far.
+        limit: `m`, for one programme: limits of the multipliers, infinite for hard rows. None: all rows are hard.
+        start: like `required`, initial multipliers, such as those of a similar programme. None means 0.
+        max_value: for a batch: programmes of a larger value stop as infeasible. If infinite, all must be feasible.
+        is_over: for one programme: called at each step, returns True to stop with the best multipliers so far.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -76,9 +76,9 @@ def solve_dual(
     return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
 
 
-CONDITIONS_TOLERANCE = 1e-7  # of the optimality conditions, relative to what the rows require
-# Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at first, so that few
-# multipliers change sides at once; the minimum is what a Cholesky factor in float64 allows.
+CONDITIONS_TOLERANCE = 1e-7  # violation of the optimality conditions, relative to the largest of `required`
+# Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at first, so that only few
+# multipliers reach or leave a bound at once; a Cholesky factor in float64 needs the minimum.
 PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
 # Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of 200 to 1,500 rows
 # take 5 to 10 and 20 to 60; only multipliers a million times as large as others need more.
@@ -90,10 +90,10 @@ CONTRADICTION_RATIO = 1e6
 def solve_one(
     gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Multipliers, True if they solve the programme to rounding, True if the hard rows are feasible."""
+    """Returns the multipliers, True if they are optimal up to rounding, and True if the hard rows are feasible."""
     if not len(required):
         return required, True, True
-    # Rows of norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.
+    # Rows are scaled to norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.
     norm = gram.diagonal().clamp_min(0).sqrt()
     norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
     box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
@@ -103,7 +103,7 @@ def solve_one(
 
 @dataclass(frozen=True)
 class _Box:
-    """min 1/2 a' K a - b' a so that 0 <= a <= limit."""
+    """The programme min 1/2 a' K a - b' a so that 0 <= a <= limit, where K is `gram` and b is `required`."""
 
     gram: Tensor
     required: Tensor
@@ -119,9 +119,9 @@ class _Box:
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
     def is_contradictory(self, change: Tensor) -> bool:
-        """True if diverging multipliers prove the hard rows contradictory (Farkas).
+        """True if a change of the multipliers proves the hard rows contradictory (Farkas).
 
-        With d >= 0 on hard rows, any x that fulfils them has |A' d| |x| >= d' A x >= d' required.
+        For any d >= 0 on the hard rows, an x that meets these has |A' d| |x| >= d' A x >= d' required.
         """
         d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
         needed = float(self.required @ d)
@@ -130,7 +130,7 @@ class _Box:
 
 
 def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
-    """Each step solves the dual plus a shrinking penalty on the distance from the step before."""
+    """Solves the programme in steps. Each adds a penalty, smaller every time, on the distance that the step moves."""
     scale = max(float(box.required.abs().amax()), 1e-30)
     best, least, weight, steps_left = values, box.residual(values), PROXIMAL_WEIGHT, MAX_NEWTON_STEPS
     wanted = 0.1 * scale
@@ -153,9 +153,10 @@ def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[T
 def _newton(
     box: _Box, centre: Tensor, weight: float, wanted: float, max_steps: int, is_over: Callable[[], bool]
 ) -> tuple[Tensor, int]:
-    """One proximal step: the minimum over x = A' z of 1/2 |x|^2 plus a smooth, piecewise quadratic penalty.
+    """Makes one proximal step; returns the multipliers a and the number of Newton steps.
 
-    Its gradient is A' (z - a), where a are the multipliers that the penalty gives at x.
+    It minimises 1/2 |x|^2 plus a smooth, piecewise quadratic penalty over x = A' z. The gradient is A' (z - a), where a
+    follows from the penalty at x.
     """
     gram, z = box.gram, centre
     least, stalled = torch.inf, 0
@@ -182,7 +183,7 @@ def _newton(
 
 
 def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Tensor, direction: Tensor) -> float:
-    """Step length in [0, 1] where the slope along the direction, which only rises, is 0."""
+    """Finds the step length in [0, 1] at which the slope along the direction, which never falls, is 0."""
     along = box.gram @ direction
 
     def slope(t: float) -> float:
@@ -198,13 +199,13 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added: nearly equal rows have no unique multipliers
+RELATIVE_JITTER = 1e-9  # added, of the diagonal's mean; without it nearly equal rows have no unique multipliers
 MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
 RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Multipliers `T x m`, the dual's value `T`, and True where the method converged, `T` bool."""
+    """Returns multipliers, `T x m`, values of the duals, `T`, and which programmes converged, `T` bool."""
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
     jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -227,7 +228,7 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
         length = ratio.amin(1, keepdim=True).clamp_max(1.0)
         leaves = bad & (ratio <= length)
         next_u = torch.where(leaves, 0.0, (u + length * (goal - u)).clamp_min(0))
-        # Rounding can add a row that leaves at once.
+        # By rounding, a row may be added and dropped at once. Such a programme stops.
         over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
         values[going] = torch.where(over[:, None], u, next_u)
         binding[going] = some & ~leaves
@@ -243,7 +244,7 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
 
 
 def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
-    """Multipliers for which the binding rows hold with equality, 0 elsewhere; not finite if there are none."""
+    """Returns multipliers that make the binding rows equalities, NaN if none do; other rows get 0."""
     width = max(1, int(binding.sum(1).amax()))
     at = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     some = binding.gather(1, at)
@@ -256,7 +257,7 @@ def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor
 
 
 def _best_multiple(values: Tensor, gram: Tensor, required: Tensor) -> Tensor:
-    """The multiple of each programme's multipliers with the largest value."""
+    """Scales the multipliers of each programme so that the value of its dual is largest."""
     rise, curve = (required * values).sum(1), (values * _times(gram, values)).sum(1)
     return values * (rise.clamp_min(0) / curve.clamp_min(torch.finfo(gram.dtype).tiny))[:, None]
 

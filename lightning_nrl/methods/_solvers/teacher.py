@@ -1,4 +1,4 @@
-"""Teachers: logits of known samples under other weights, each computed once."""
+"""`Teacher`: logits of known samples with other weights, computed once per sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-DISTILLATION_WEIGHT = 5.0  # of a taught sample's divergence from its teacher, relative to its loss
+DISTILLATION_WEIGHT = 5.0  # of the divergence of a sample's logits from the teacher's, relative to its loss
 
 
 class Teacher:
-    """Logits of a batch under other weights, cached by sample; `which`, `N` int64 on the CPU, selects the state."""
+    """Computes and caches the logits of sample i with weights `states[which[i]]`; `which`, `N` int64, is on the CPU."""
 
     def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
         own = live_tensors(problem.model)
@@ -28,7 +28,7 @@ class Teacher:
         self._cache = LogitCache(len(which))
 
     def prepare(self, rows: Tensor) -> None:
-        """Fills the cache for some rows, without others: a batch with one uncached row would run as a whole."""
+        """Caches the logits of rows that lack them; else a batch with one such row would run as a whole."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
@@ -37,9 +37,9 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """The logits of a batch by its rows among the known samples, `n` int64 on the CPU.
+        """Returns the logits of a batch; `rows`, `n` int64 on the CPU, are its rows among the known samples.
 
-        `shape` is that of the logits, if it depends on the batch, such as one padded to its longest sample.
+        `shape` is the shape of the logits. It is needed if it varies, as with padding to the longest sample of a batch.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:

@@ -1,8 +1,8 @@
-"""Changes of layers in whitened coordinates: equal steps move the layers' outputs equally.
+"""Changes of layers in whitened coordinates, in which steps of equal length move the layers' outputs equally.
 
-A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data, a
-change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
-measure a change by its effect on passed data. Gradients of margins use the same coordinates.
+A layer's output is a weighted sum of a window of its input. Let C be the second moment of these windows on passed data.
+A change D of the weights of one output moves this output by D' C D in the mean square. In coordinates x with
+D = C^(-1/2) x this is |x|^2. Gradients of margins use the same coordinates.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added: directions with few passed samples hardly help unseen failures
+MOMENT_RIDGE = 0.1  # added, of the mean eigenvalue; directions with few passed samples hardly help unseen failures
 MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples, and positions of a convolution, per moment
 MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Concatenated coordinates of the changes of several layers, `K` in all.
+    """The whitened coordinates of changes of several layers, `K` in all.
 
-    `outputs` are the movable output channels of each layer, int64; `roots` C^(-1/2) by group, `groups x d x d`, or
-    `groups x d` if diagonal. `d` includes the bias if that may move.
+    For each layer, `outputs` has the output channels that may change, int64. `roots` has C^(-1/2) of each of its groups
+    of channels: `groups x d x d`, or `groups x d` if C is diagonal, where `d` counts the bias if it may change.
     """
 
     sites: tuple[LayerRef, ...]
@@ -44,7 +44,7 @@ class Whitening:
         return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
 
     def state(self, change: Tensor) -> State:
-        """Whole parameters with a change, `K`, added to the live ones."""
+        """Returns the whole parameters: those of the model plus a change, `K`."""
         found, at = {}, 0
         for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
             size = len(outputs) * root.shape[-1]
@@ -61,10 +61,10 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Whitens the layers of a problem by passed data, with about `max_size` coordinates at most.
+    """Computes the whitened coordinates of a problem's layers from passed data, about `max_size` at most.
 
-    If the layers have more weights, each keeps the output channels with the largest squared gradients of target
-    margins.
+    If the layers have more weights, only some output channels of each may change: those with the largest squared
+    gradients of target margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -94,7 +94,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
-    """Rows, `m` ascending, and whitened gradients of their margins under a state, `m x K`; the same on every rank."""
+    """Returns the chosen rows, `m` in order, and gradients of their margins, `m x K`; all ranks get all rows."""
     rows, parts = [], []
     with temporary_weights(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
@@ -109,7 +109,7 @@ def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, sta
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Rows and calls of this rank's share; a `ConfigurationError` on all ranks if gradients miss a layer."""
+    """Yields rows of this rank and their layer calls; raises on all ranks if gradients do not reach a layer."""
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
@@ -134,7 +134,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
 
 
 def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Rows and whitened gradients of this rank's share, `n x outputs x d` per layer."""
+    """Yields rows of this rank and, for each layer, the gradients of their margins, `n x outputs x d`."""
     for at, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
             layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
@@ -152,7 +152,7 @@ def _site_gradients(site: LayerRef, calls: list[LayerCall], n: int, outputs: Ten
 
 
 def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
-    """`n x outputs x d` times C^(-1/2), which is symmetric: maps coordinates to weights, and gradients back."""
+    """Multiplies `n x outputs x d` by C^(-1/2): maps coordinates to weights, or gradients to coordinates."""
     root = root.to(x.dtype)
     group = outputs // (len(site.module.weight) // len(root))
     if root.ndim == 2:
@@ -174,7 +174,7 @@ def _zero_moment(site: LayerRef) -> Tensor:
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
-    """C^(-1/2) of each group, C scaled to a mean eigenvalue of 1."""
+    """Returns C^(-1/2) of each group, after scaling C to a mean eigenvalue of 1."""
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(1e-30)
     if moment.ndim == 2:
