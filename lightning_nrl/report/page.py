@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+CODE = re.compile(r"(?<!`)(`[^`|<]+`)(?!`)")  # a `|` would end the cell of a table, a `<` could begin a tag
 WIDEST = 100_000  # console width for tables, which continue below instead of shrinking
 
 
@@ -159,12 +161,17 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
+    """Escapes text for Markdown, except for code in backticks, in which Markdown reads a backslash as a character."""
+    parts = [part if i % 2 else _escaped_words(part) for i, part in enumerate(CODE.split(text))]
+    return visible(" ".join("".join(parts).split()))
+
+
+def _escaped_words(text: str) -> str:
     # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
     for sign in "\\|*`[]!":
         text = text.replace(sign, f"\\{sign}")
     text = text.replace("<", "&lt;")  # TensorBoard's Markdown ignores a backslash before it
-    text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
-    return visible(" ".join(text.split()))
+    return text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
 
 
 def _line(text: str, style: str = "") -> RichText:

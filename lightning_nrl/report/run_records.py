@@ -287,11 +287,6 @@ class RepairRecord(Record):
             )
         return super().from_dict(data)
 
-    def __repr__(self) -> str:
-        pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
-        counts = [f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}" for role, split in pooled]
-        return f"<RepairReport: {'; '.join((self.status, *counts))}>"
-
     @property
     def unseen_splits(self) -> tuple[SplitReport, ...]:
         """Splits of unseen data, in an update against the replaced model; empty if nothing changed."""
