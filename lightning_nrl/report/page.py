@@ -21,7 +21,9 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-CODE = re.compile(r"(?<!`)(`[^`|<]+`)(?!`)")  # a `|` would end the cell of a table, a `<` could begin a tag
+# Code in backticks stays as written. With a `|` it would end the cell of a table, with a `<` it could begin a tag.
+SPECIAL = re.compile(r"((?<!`)`[^`|<]+`(?!`))|[\\|*`\[\]!<]|://|www\.")
+ESCAPES = {"<": "&lt;", "://": ":\u200b//", "www.": "www\u200b."}  # TensorBoard ignores a backslash before `<`
 WIDEST = 100_000  # console width for tables, which continue below instead of shrinking
 
 
@@ -161,17 +163,9 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escapes text for Markdown, except for code in backticks, in which Markdown reads a backslash as a character."""
-    parts = [part if i % 2 else _escaped_words(part) for i, part in enumerate(CODE.split(text))]
-    return visible(" ".join("".join(parts).split()))
-
-
-def _escaped_words(text: str) -> str:
     # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
-    for sign in "\\|*`[]!":
-        text = text.replace(sign, f"\\{sign}")
-    text = text.replace("<", "&lt;")  # TensorBoard's Markdown ignores a backslash before it
-    return text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
+    text = SPECIAL.sub(lambda found: ESCAPES.get(found[0], found[0] if found[1] else f"\\{found[0]}"), text)
+    return visible(" ".join(text.split()))
 
 
 def _line(text: str, style: str = "") -> RichText:
