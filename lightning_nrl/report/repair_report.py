@@ -50,7 +50,7 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     @property
     def verdict(self) -> Verdict:
-        """The promise on known data, the evidence on other data, and advice."""
+        """The verdict: the promise on known data, the evidence on other data, and advice."""
         return verdict_on(self)
 
     @property
