@@ -109,6 +109,7 @@ class HeldOut:
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
+        """Evaluates the model under `state` on these data, and compares the results with `before`."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
@@ -136,7 +137,7 @@ class LeakCheck:
     """Finds held-out samples that are also known. Run the model over `known` and `held_out`, then call `leaked`.
 
     These attributes wrap the given sources to record a hash of each sample. Two samples are the same if inputs and
-    labels are bitwise equal, or if they are the same position of the same data set, even through subsets and unions.
+    labels are bitwise equal, or if they have the same position in a data set, even through subsets and unions.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:

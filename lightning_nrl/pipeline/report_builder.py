@@ -214,6 +214,7 @@ class ReportBuilder:
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
+        """Returns the report of a repair without new weights, because none were needed or none were found."""
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)

@@ -113,6 +113,7 @@ class PatchPath:
         return known and not limit.excess_of(point.calibration, point.calibration_cost)
 
     def takes_time(self, strength: float) -> bool:
+        """True if `take` must evaluate the model or polish for this strength."""
         return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
 
     def leaves_time_for(self, seconds: float) -> bool:
@@ -286,7 +287,8 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
     The patch keeps the weights that change most, and may lose a share `loss` of the repairs. Their number is bisected,
     with a pass over known data each time. Small steps of the kept weights then restore what broke. Buffers, such as
-    batch norm statistics, are those of the proposal. If fewer weights do not suffice, returns the proposal itself.
+    batch norm statistics, are those of the proposal. Returns the patch, or the proposal itself if fewer weights do not
+    suffice, and the step for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)

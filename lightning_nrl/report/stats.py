@@ -130,6 +130,8 @@ def p_worse(broken: int, repaired: int) -> float:
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
     """Computes the exact two-sided p-value of "a flip is as likely a repair as a break". It is 1 if there are no flips.
 
+    If the data chose among several results, `choices` is their number, for a Bonferroni correction.
+
     Example:
         >>> round(sign_test(3, 20), 4)
         0.0005
@@ -138,7 +140,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Compares repaired with broken samples by `sign_test` at a level of 5 %.
+    """Compares repaired with broken samples by `sign_test`, with the same arguments, at a level of 5 %.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
