@@ -1,7 +1,7 @@
-"""A repair from end to end, without Lightning: baseline, method, sparse patch, line search, verdict, report.
+"""Repairs a model from end to end, without Lightning.
 
-In: a model, its known data and `Settings`. Out: an `Outcome`, the report and the repaired weights. The live model stays
-unchanged.
+In: a model, its known data and `Settings`. Out: an `Outcome` with the report and the repaired weights. `repair_module`
+evaluates the model, searches new weights and judges them; it leaves the model unchanged.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint

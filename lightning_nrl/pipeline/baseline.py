@@ -1,6 +1,6 @@
-"""The original model's results on all data, the targets, and the leak check.
+"""Evaluates the original model on all data, marks the failures to repair, and finds held-out samples that leaked.
 
-No method uses held-out data: calibration data choose the strength, unseen data are only counted.
+Methods use no held-out data. Calibration data choose the strength (how far to go), unseen data are only counted.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
 
 @dataclass(frozen=True)
 class Baseline:
-    """Results of the original model on all data.
+    """Results of the model before the repair, on all data.
 
     Attributes:
-        known: on known data; `targeted` are the failures to repair, without those set aside.
-        before: the same, with the samples that must not break as `passed`; differs from `known` only in an update that
-            keeps no more than what the old model gets right.
-        held_out: held-out data and results by role, where there are data.
-        set_aside: `N` bool, known failures in the target that are not repaired.
-        update: results of the old model; None if there is none.
-        leaked: by unseen split with leaks, the number of samples that are also known.
+        known: results on known data. `targeted` marks the failures to repair, without those that were set aside.
+        before: equal to `known`, except in an update with `keep="reference"`. There `passed` marks only the samples
+            that the replaced model gets right too, since only these must not break.
+        held_out: data and results by role. A role without data is missing.
+        set_aside: mask of shape `N` (known samples) of the failures in the target that are not to be repaired.
+        update: results of the replaced model. None if no model is replaced.
+        leaked: for each unseen split with leaks, the number of its samples that are also known or calibration data.
     """
 
     known: SampleResults
@@ -61,7 +61,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Evaluates the model on all data, timed by the clock. Arguments and errors are those of `repair_module`."""
+    """Evaluates the model on all data and times it. Other arguments and the errors are those of `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -103,25 +103,26 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data: this rank's share of the sources, and the original model's results on all of them."""
+    """Held-out data of one role: this rank's share as `sources`, and the original model's results on all shares."""
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
+        """Evaluates the model under `state` on these data, and compares the results with `before`."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
 def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates held-out data.
+    """Evaluates held-out data and marks the failures in the target, which are only reported.
 
-    The target of their failures is only reported, so a target that fails, for instance because these data lack a
-    column, is a warning. Other errors are raised, on every rank if on one.
+    If the target cannot be applied, for instance because these data lack a column, a warning says so and no failure is
+    marked. Any other error is raised; if one rank has one, every rank raises.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
-        # All ranks get here if one fails; they retry only if all can.
+        # If one rank fails, all ranks get here. They evaluate again unless some rank has another error.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         problem = f"the target's failures are not counted on unseen data: {error}"
@@ -129,14 +130,14 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     return settings.samples.evaluate(evaluator, sources, known=False)[0]
 
 
-MAX_LISTED_IDS = 10  # in a message
+MAX_LISTED_IDS = 10  # ids of samples in a message
 
 
 class LeakCheck:
-    """Finds held-out samples that are also known, while the model runs over all data.
+    """Finds held-out samples that are also known. Run the model over `known` and `held_out`, then call `leaked`.
 
-    Samples are equal if they are the same position of the same data set, seen through subsets and unions, or if their
-    inputs and labels are bitwise equal.
+    These attributes wrap the given sources to record a hash of each sample. Two samples are the same if inputs and
+    labels are bitwise equal, or if they have the same position in a data set, even through subsets and unions.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
@@ -147,10 +148,9 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Counts leaked samples of each unseen split; call it after a whole pass.
+        """Counts the leaked samples of each unseen split that has any, and warns of them. Call this after a whole pass.
 
-        Raises:
-            ConfigurationError: calibration samples are also known, so they cannot bound future errors.
+        Raises a `ConfigurationError` if calibration samples are also known, so that they cannot bound future errors.
         """
         found: dict[str, int] = {}
         others = [source for source in self.known if isinstance(source, RecordingSource)]
@@ -177,7 +177,7 @@ class LeakCheck:
 
 
 def _leaked_rows(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
-    """Samples of a source that are among those of others, `n` bool, the same on every rank."""
+    """Marks the samples of a source that are also in `others`. The mask of shape `n` is the same on every rank."""
     keys = source.gathered(collective)
     again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]

@@ -1,4 +1,4 @@
-"""Checks of settings and known data before a method runs; in a trainer, on a few samples before training."""
+"""Checks of settings and known data. They run before a method, in a trainer also on a few samples before training."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch concatenates them with no other dtype
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch cannot concatenate them with other dtypes
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """Returns the given settings or the default ones; raises a `ConfigurationError` for another type."""
+    """Returns the settings, or the default ones for None. Raises a `ConfigurationError` if they are no `Settings`."""
     settings = Settings() if settings is None else settings
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
     return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Raises a `ConfigurationError` for anything but sources, repeated splits, or missing `failed` or `passed` data."""
+    """Raises a `ConfigurationError` if sources are no lists, share split names, or lack a `failed` or `passed` mark."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
             problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
@@ -67,7 +67,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if a limit is set without calibration data, or refers to the target."""
+    """Raises a `ConfigurationError` if a limit is set without calibration data, or if it counts only the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
         raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
@@ -79,7 +79,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Raises a `ConfigurationError` for settings that need margins or classes that the task lacks."""
+    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes and the task has none."""
     check_needs(getattr(settings.method, "needs", ()), before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
@@ -87,7 +87,7 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
 
 
 def check_losses(before: SampleResults) -> None:
-    """Raises an `UnusableSamplesError` that names the samples with non-finite losses."""
+    """Raises an `UnusableSamplesError` if a known sample has a NaN or infinite loss. The error names these samples."""
     wrong = before.non_finite()
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
@@ -111,9 +111,10 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
 def run_sanity_check(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings, *, reference: Reference | None = None
 ) -> None:
-    """Evaluates a few samples and localises on some of them; leaves the model unchanged.
+    """Runs the first stages of a repair on a few samples, so that unsuitable settings fail before training starts.
 
-    Raises the errors of an unsuitable layer, batch, target, task, method or reference.
+    Evaluates all `sources` and chooses weights to search on the first one. Leaves the model unchanged. Raises what a
+    repair would raise for an unsuitable layer, batch, target, task, method or reference.
     """
     model, method = evaluator.model, settings.method
     include_bias, trains = settings.localizer.include_bias, settings.trains
@@ -122,7 +123,7 @@ def run_sanity_check(
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            # Without the cache, which covers all samples.
+            # The cache file is left out, since the few predictions would overwrite all others.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
@@ -134,11 +135,11 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Methods without `recording` need none, unless the task has no margins.
+            # Only methods that need `recording`, and tasks without margins, need batches that can be separated.
             if "recording" in getattr(method, "needs", ()) or not has_margins:
                 raise
         except ReplayError:
-            # Training needs no replayable layer.
+            # Further training does not need a layer whose output can be replaced.
             if settings.layer != "auto" or not trains or not has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
@@ -174,7 +175,7 @@ class _LastBatch(RecordingSource):
 
 
 def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates the samples; an error of the model describes the batch and suggests an adapter."""
+    """Evaluates the samples. If the model raises, a `ConfigurationError` shows the batch and suggests an adapter."""
     watched = [_LastBatch(source) for source in sources]
     try:
         with forbid_batch_statistics(evaluator.model):
@@ -194,7 +195,7 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
 
 
 def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Raises for splits whose targets cannot share a batch, such as class numbers and one-hot labels."""
+    """Raises if the targets of two splits cannot be in one batch, such as class numbers and one-hot labels."""
     forms: dict[str, tuple[Any, str]] = {}
     for source in watched:
         target = None if source.batch is None else source.batch.target

@@ -20,23 +20,23 @@ from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_pa
 from lightning_nrl.report import RepairReport, installed_versions
 
 PATCH_NAME = "repair.patch.safetensors"
-"""Name of the patch that a repair writes next to its checkpoint."""
+"""Name of the patch file that a repair writes next to its checkpoint."""
 
 Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The change from one state of a model to another, to apply or revert.
+    """The change from one state of a model to another. It can be applied to the first and reverted on the second.
 
-    Patches stack: the base of the second is the result of the first. Revert them in reverse order.
+    A patch may start from the result of an earlier patch. Then revert the later patch first.
 
     Attributes:
-        changes: by tensor name in the state dict; tied tensors share theirs.
-        base: SHA-256 of the whole state before (`hash_tensors`).
-        result: SHA-256 of the whole state after.
-        versions: software versions by name.
-        report_json: the report of the repair; may be empty.
+        changes: the change of each changed tensor, by name in the state dict. Tied tensors share one object.
+        base: SHA-256 (`hash_tensors`) of the whole state before the change.
+        result: SHA-256 of the whole state after the change.
+        versions: versions of the software that made the patch, by name.
+        report_json: the report of the repair as JSON, or an empty string.
 
     Example:
         >>> import torch
@@ -63,12 +63,12 @@ class Patch:
         new: nn.Module | Mapping[str, Any] | str | Path,
         report: RepairReport | None = None,
     ) -> Patch:
-        """Builds the patch from one state of a model to another: modules, state dicts, or paths of checkpoints.
+        """Compares two states of a model and returns the change from `old` to `new`.
 
         Args:
-            old: the state before.
-            new: the state after, of the same model.
-            report: of the repair, stored in the patch.
+            old: the state before the change: a module, a state dict, or the path of a checkpoint.
+            new: the state of the same model after the change, in any of these forms.
+            report: report of the repair, to be stored in the patch.
 
         Raises:
             ConfigurationError: the states are equal or of different models.
@@ -94,19 +94,18 @@ class Patch:
 
     @property
     def n_changed(self) -> int:
-        """Number of changed values; tied tensors count once."""
+        """Number of stored values (see `TensorChange.n_changed`). Tied tensors are counted once."""
         return sum({id(change): change.n_changed for change in self.changes.values()}.values())
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the repair, if any; raises a `ConfigurationError` if another version wrote it."""
+        """The report of the repair, or None. Raises a `ConfigurationError` if an incompatible version wrote it."""
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
     def apply(self, to: Weights) -> Weights:
-        """Writes the new values to a module, which is returned, or to a copy of a state dict.
+        """Writes the new values to a module and returns the module, or returns a changed copy of a state dict.
 
-        Raises:
-            ConfigurationError: the patch was made for other weights; nothing was changed.
+        Raises a `ConfigurationError`, before any change, if the patch was made for other weights.
         """
         found: Weights = self._changed(to, undo=False)
         return found
@@ -122,11 +121,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            ConfigurationError: the file is missing, damaged, or no patch.
-        """
+        """Reads a file that `save` wrote. Raises a `ConfigurationError` if it is missing, damaged or no patch."""
         return cls(**read_patch(path))
 
     def _changed(self, to: Any, undo: bool) -> Any:
@@ -138,7 +133,7 @@ class Patch:
         made: dict[tuple[int, ...], Tensor] = {}
         new: dict[str, Tensor] = {}
         for name, change in self.changes.items():
-            # Tensors that share memory share the new values too.
+            # Tensors that share memory still share it afterwards.
             place = (id(change), state[name].data_ptr(), *state[name].stride())
             if place not in made:
                 made[place] = change.applied(state[name], undo)
@@ -176,7 +171,7 @@ class Patch:
         raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Describes a changed tensor that is missing or different; empty if all match."""
+        """Describes why the tensors to change do not fit the patch. Returns an empty string if they all fit."""
         wrong = []
         for name, change in self.changes.items():
             if name not in state:
@@ -200,14 +195,14 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def patch_checkpoint(
     patch: Patch, checkpoint: str | Path, out: str | Path, *, undo: bool = False, weights_only: bool = True
 ) -> None:
-    """Writes a checkpoint with a patch applied; everything else in it stays unchanged.
+    """Applies a patch to a checkpoint and writes the result. Everything else in the checkpoint stays unchanged.
 
     Args:
-        patch: the patch.
-        checkpoint: a Lightning checkpoint, or a file with a state dict.
-        out: the file to write, atomically; may be `checkpoint`.
-        undo: True to revert the patch instead.
-        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust the file.
+        patch: the patch to apply.
+        checkpoint: path of a Lightning checkpoint, or of a file with a state dict.
+        out: path of the file to write, atomically. It may be `checkpoint`.
+        undo: if True, reverts the patch instead.
+        weights_only: if True, refuses a checkpoint with anything but tensors and plain values. False trusts the file.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.

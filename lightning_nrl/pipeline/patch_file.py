@@ -1,7 +1,8 @@
-"""Bitwise changes of tensors, and patches as safetensors files with a hash against damage.
+"""Changes of tensors, bit by bit, and the file format of patches.
 
-For a tensor `w` the file has `old/w` and `new/w`, and `index/w` if only some values are stored. Complex numbers are
-pairs. Metadata: `format`, `patch` (a `PatchHeader`), `report`, and `sha256` of everything.
+A patch is a safetensors file. For a tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values of `w`
+are stored. A complex number is stored as two. The metadata are `format`, `patch` (a `PatchHeader`), `report` and
+`sha256`, a hash of everything else.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError
 
-WHOLE_TENSOR_SHARE = 1 / 3  # if more of a tensor changed, all of it is stored
-# Integers by size in bytes. Values are compared and copied as integers, so that NaN and -0.0 are preserved.
+WHOLE_TENSOR_SHARE = 1 / 3  # if a larger share of a tensor changed, all its values are stored
+# Integer dtypes by size in bytes. Values are compared and copied as integers, so that NaN and -0.0 are preserved.
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it again."
@@ -32,10 +33,11 @@ PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it 
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
-    """The change of one tensor of this shape, on the CPU.
+    """The change of one tensor of the given `shape`. All attributes that are tensors are on the CPU.
 
-    `index` has the flat positions, `n` ascending, int32, or int64 for large tensors, of the values in `old` and `new`;
-    None: these are whole tensors. Both hashes are of the whole tensor (`hash_tensors`).
+    If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise they have shape `n`
+    and hold only the values at the flat positions `index`, which ascend and are int32, or int64 for large tensors. The
+    two hashes are of the whole tensor before and after (`hash_tensors`).
     """
 
     shape: tuple[int, ...]
@@ -47,10 +49,9 @@ class TensorChange:
 
     @classmethod
     def between(cls, name: str, old: Tensor, new: Tensor) -> TensorChange | None:
-        """Returns the change from one tensor to another; None if they are bitwise equal.
+        """Compares two tensors and returns the change from `old` to `new`, or None if they are bitwise equal.
 
-        Raises:
-            ConfigurationError: they differ in shape or dtype, or are not plain dense tensors.
+        Raises a `ConfigurationError` if the tensors differ in shape or dtype, or are not plain dense tensors.
         """
         if old is new:
             return None
@@ -74,10 +75,11 @@ class TensorChange:
 
     @property
     def n_changed(self) -> int:
+        """Number of stored values: those that changed, or all if more than a third of them changed."""
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """Returns a copy of the tensor with the new values, or the old ones, on its device."""
+        """Returns a copy of the tensor on its device, with the new values, or with the old ones if `undo` is True."""
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
@@ -92,12 +94,12 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """Values of a contiguous tensor at flat positions, by their bytes: not every torch can index float8."""
+    """Returns the values at flat positions of a contiguous tensor. Indexes bytes, since torch may not index float8."""
     return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())[index].view(tensor.dtype).flatten()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """View of a contiguous tensor's bits as integers: one per value, two per complex value."""
+    """Returns a flat view of a contiguous tensor's bits as integers: one per number, two per complex number."""
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     return flat.view(WORD_DTYPES[flat.element_size()])
@@ -105,7 +107,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """Metadata of a `TensorChange`; `values_of` is the tensor that this one is tied to, or itself."""
+    """Metadata of a `TensorChange`, `sparse` if it has an `index`. `values_of` names the first of tied tensors."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -117,7 +119,7 @@ class ChangeRecord:
 
 @dataclass(frozen=True)
 class PatchHeader(Record):
-    """Metadata of a patch."""
+    """Metadata of a patch: attributes of `Patch`, and a `ChangeRecord` for each changed tensor."""
 
     base: str
     result: str
@@ -133,7 +135,7 @@ def write_patch(
     versions: Mapping[str, str],
     report_json: str,
 ) -> None:
-    """Writes a patch atomically; arguments are those of `Patch`."""
+    """Writes a patch to a file, atomically. The other arguments are the attributes of `Patch`."""
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -152,7 +154,7 @@ def write_patch(
 
 
 def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the arguments of a `Patch`; raises a `ConfigurationError` for a damaged or foreign file."""
+    """Reads the attributes of a `Patch` by name. Raises a `ConfigurationError` if the file is damaged or no patch."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."

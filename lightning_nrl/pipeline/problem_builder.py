@@ -1,4 +1,4 @@
-"""Builds the `Problem` of a repair, and the hashes that identify saved work."""
+"""Builds the `Problem` of a repair, and hashes of its inputs, which tell whether saved steps can be reused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_problem(
     training: Training | None = None,
     **rest: Any,
 ) -> Problem:
-    """Builds the problem of a method; `layers` as of `find_scope`; without a clock there is no time limit."""
+    """Builds the problem for a method. `layers` is the result of `find_scope`, `rest` has more fields of `Problem`."""
     space, scope = layers
     for_targets = getattr(training, "for_targets", None)
     if for_targets is not None:
@@ -63,7 +63,7 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """Returns I_pos, `N` bool: every known passed sample, or a draw from the passed data (#pos in the paper)."""
+    """Returns a mask of shape `N` of the known passed samples to score (I_pos): all, or a draw of `n_passed` (#pos)."""
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
@@ -82,13 +82,13 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     return drawn
 
 
-NEUTRAL_SETTINGS = ("save_every",)  # do not affect the result
+NEUTRAL_SETTINGS = ("save_every",)  # settings that do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
-    """Returns the hashes of a repair's inputs, by their names in messages.
+    """Returns a hash of each input of a repair, by the name that messages use.
 
-    Data are hashed by the model's results on them, sample by sample: another input has another loss.
+    The data are hashed by the model's results on each sample: if an input changes, its loss changes too.
     """
     model, training = problem.model, problem.training
     versions = installed_versions()
@@ -123,7 +123,7 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Hashes of the models, states, files and folders in a method, which its plain form does not tell apart."""
+    """Returns hashes of the models, states, files and folders in a method, since `plain_value` omits their contents."""
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):

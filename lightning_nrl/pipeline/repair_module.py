@@ -1,4 +1,4 @@
-"""The course of a repair: baseline, method, sparse patch, line search, verdict, report. Never writes to the model."""
+"""Runs a repair: baseline, method, sparse patch, line search, verdict and report. Leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Outcome:
     """The result of a repair.
 
     Attributes:
-        report: the report.
-        parameters: whole repaired parameters and buffers by state-dict name; None unless accepted.
-        evaluated: the tensors that `eval()` makes of them, for instance with adapters merged.
-        changes: the change of each weight, whole tensors on the CPU, accepted or not; None without a candidate.
+        report: the report, whose `status` says how the repair ended.
+        parameters: repaired parameters and buffers by state-dict name, whole tensors. None unless accepted.
+        evaluated: these tensors in evaluation mode. `eval()` may rewrite tensors, for instance to merge an adapter.
+        changes: new minus old tensors by name, on the CPU, also of refused weights. None if no weights were found.
         views: flipped samples for review.
     """
 
@@ -57,17 +57,16 @@ class Outcome:
 
     @property
     def change(self) -> Tensor | None:
-        """The changes of all changed weights in one vector; None without a candidate."""
+        """The values in `changes` that are not 0, in one vector. None if `changes` is None."""
         if self.changes is None:
             return None
         flat = torch.cat([change.flatten() for change in self.changes.values()])
         return flat[flat != 0]
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the repaired weights into a model with the same parameters, on any device; True if there are any.
+        """Copies the repaired weights into a model of the same kind, on any device. Returns False if there are none.
 
-        Raises:
-            ConfigurationError: a tensor is missing in the model, or has another shape; nothing was written.
+        Raises a `ConfigurationError`, before any change, if a tensor is missing in the model or has another shape.
         """
         if self.parameters:
             with loading_mode(model):
@@ -90,25 +89,24 @@ def repair_module(
     """Evaluates the model, finds new weights and judges them. Leaves the model unchanged; `Outcome.write` changes it.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` adds the task, mixed
+        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` also sets the task, mixed
             precision, and the ranks that share the data. Each rank gets the same outcome.
-        known: data for the repair; the gate judges by all of it.
-        settings: what to repair and how.
-        unseen: data that is only counted, before and after an accepted repair; its marks are ignored.
-        calibration: held-out data that choose the strength; its marks are ignored.
-        training: continues the training, for methods that do; None: they make their own steps.
-        reference: the old model that this one replaces. Only known samples that it gets right are targets.
+        known: data that the repair may use, marked `failed` or `passed`. The gate judges new weights on all of them.
+        settings: what to repair and how. None takes the default settings.
+        unseen: data that are only counted, before and after an accepted repair. Marks are ignored.
+        calibration: held-out data that choose the strength (how much of the change to make). Marks are ignored.
+        training: continues the training of the model. If None, methods that train make their own steps.
+        reference: knows what the replaced model gets right. Only known samples that it gets right are then repaired.
         observer: is notified of progress.
-        work: saves finished steps and restores those of an earlier process; None: nothing is saved.
+        work: saves finished steps and restores the steps that an earlier process saved. If None, nothing is saved.
 
     Returns:
         The outcome. If nothing can be repaired, its report says why.
 
     Raises:
-        ConfigurationError: the layer, the data, the target or the task cannot be used, or calibration data are also
-            known.
-        EvaluationError: the original model has non-finite losses; the samples are named.
-        DeviceMemoryError: out of memory while counting the data; with several ranks, at any step.
+        ConfigurationError: the layer, data, target or task cannot be used, or calibration data are also known.
+        EvaluationError: the original model has NaN or infinite losses. The error names the samples.
+        DeviceMemoryError: memory ran out while the original model was evaluated; with several ranks, at any step.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -153,7 +151,7 @@ def repair_module(
 
 
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """Repairs a problem; the outcome is `not repaired` if memory runs out."""
+    """Solves the problem and judges the result. If memory runs out on the only rank, the outcome is `not repaired`."""
     alone = problem.collective.world_size == 1
     problem.clock.expect(_expected_seconds(problem, builder.settings))
     try:
@@ -164,14 +162,13 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
     except EmptyLocalizationError as error:
         return _give_up(builder, str(error), stacklevel=4)
     except DeviceMemoryError as error:
-        # Or other ranks would wait for this one.
+        # If this rank gave up, other ranks would wait for it.
         if not alone:
             raise
         return _give_up(builder, str(error), stacklevel=4)
 
 
 def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
-    """Estimates the seconds of the stages from the first pass over the data."""
     one_pass = problem.clock.one_pass
     trains = settings.trains and not problem.update and (problem.whole or not isinstance(settings.method, Auto))
     training = problem.visits / max(1, len(problem.before)) * one_pass if trains else 0.0
@@ -209,7 +206,7 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
         return Outcome(builder.without_candidate("not repaired", reason))
     saved, patch = to_be_loaded(problem.model, changed(problem.model, result.state), rewritten)
     if not patch:
-        # The polish of a weaker patch, `eval()` or rounding undid the change.
+        # A polish of the weaker patch, `eval()` or rounding has undone the change.
         reason = f"at strength {result.chosen:g} no weight changes."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
@@ -219,7 +216,7 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
-    """Runs the method; if slices miss their quotas, again with more weight on them, as time allows."""
+    """Runs the method. While slices miss their quotas and time is left, runs it again with more weight on them."""
     solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
@@ -235,13 +232,13 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 
 
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
-    """Evaluates the deployed model with the patch on all data once more; returns the report with the decision."""
+    """Evaluates the model with the patch on all data, decides whether to accept the patch, and returns the report."""
     settings, baseline = builder.settings, builder.baseline
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:
-            # Samples that only the new model gets right may break, but no more than regressions are repaired.
+            # Samples that the replaced model gets wrong may break, but no more of them than regressions are repaired.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
         held_out = baseline.held_out.items() if decision.accepted else ()
@@ -294,17 +291,17 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """Returns the tensors to save so that `eval()` turns them into the patch, and the result of that.
+    """Returns the tensors to load in training mode, and the tensors that `eval()` then turns them into.
 
-    Only tensors that differ from the model's present ones. If the module does not override `train()`, both are the
-    patch; otherwise the result is as close to it as the module allows. Call it in evaluation mode inside
-    `preserve_state`, which returns the tensors `rewritten` by `eval()`.
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then the
+    second are as close to the patch as the module allows. Both leave out tensors that do not change. Call this in
+    evaluation mode inside `preserve_state`, which yields `rewritten` (tensors before `eval()`, by `id`).
     """
     if not patch or not has_own_modes(model):
         return patch, patch
     evaluated, live = snapshot(model), live_tensors(model)
     model.train()
-    # What `eval()` has not rewritten may have been merged before.
+    # A tensor that `eval()` left alone may have been merged earlier; `train()` has then restored it.
     trained = {name: rewritten.get(id(live[name]), x).to(x.device) for name, x in snapshot(model).items()}
     _reload(model, trained)
     wanted = {**evaluated, **patch}
@@ -325,7 +322,7 @@ def to_be_loaded(
 
 
 def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
-    """The weights after the module's own `train()`, the same change applied before `eval()`, and the wanted weights."""
+    """Yields states to load: the wanted state as `train()` rewrites it, `trained` plus the change, the wanted state."""
     write(model, wanted)
     model.train()
     yield snapshot(model)

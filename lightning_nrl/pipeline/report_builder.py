@@ -44,7 +44,7 @@ from lightning_nrl.search.search_log import SearchResult
 def split_report(
     split: str, role: Role, before: SampleResults, now: SampleResults, margin_edges: tuple[float, ...] = ()
 ) -> SplitReport:
-    """Counts the flips of one split."""
+    """Builds the report of one split from the results before the repair and `now`. `margin_edges` are edges of bins."""
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
@@ -59,7 +59,7 @@ def split_report(
 
 
 def update_text(splits: Sequence[UpdateSplit]) -> str:
-    """Returns a sentence on the known regressions; empty if no model was replaced."""
+    """Returns a sentence about regressions on known data, or an empty string if no model was replaced."""
     known = by_role(splits).get("known")
     if known is None:
         return ""
@@ -70,7 +70,7 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
-    """Returns the samples of some rows, `N` bool, with the reason."""
+    """Returns a record for each sample that the mask `rows`, of shape `N`, marks. Each record has the reason `why`."""
     splits = [split for split, size in zip(before.splits, before.sizes, strict=True) for _ in range(size)]
     return tuple(
         SetAside(splits[row], int(before.index[row]), int(before.label[row]), int(before.prediction[row]), why)
@@ -79,7 +79,7 @@ def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[Se
 
 
 def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> WeightChange:
-    """Compares tensors of the same names and shapes, in float64, on the CPU."""
+    """Measures the change from old to new tensors of the same names and shapes, in float64 on the CPU."""
     before = torch.cat([tensor.detach().flatten().cpu().double() for tensor in old.values()])
     after = torch.cat([new[name].detach().flatten().cpu().double() for name in old])
     change = after - before
@@ -93,7 +93,7 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
 
 
 def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
-    """Returns the search result without its candidate."""
+    """Returns the report of a search. `n_failed` and `n_passed` are the numbers of scored samples."""
     return SearchReport(
         iterations=result.iterations,
         stopped=result.stopped,
@@ -106,14 +106,14 @@ def search_report(result: SearchResult, n_failed: int | None = None, n_passed: i
 
 
 REPORTED_MARGIN_BINS = 40
-OUTER_MARGIN_SHARE = 0.01  # of all margins below the first edge, and as many above the last
-MARGIN_GROWTH = 1.5  # headroom for margins after a repair
+OUTER_MARGIN_SHARE = 0.01  # the histogram ignores this share of all margins at either end when it sets its range
+MARGIN_GROWTH = 1.5  # factor on the range, since margins grow in a repair
 
 
 def flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
 ) -> tuple[FlippedSample, ...]:
-    """Returns the repaired and broken samples among some rows, in order."""
+    """Returns a record for each repaired or broken sample in `rows`, in the same order."""
     chosen = (flips.repaired | flips.broken).nonzero().flatten()
     chosen = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
     columns = {
@@ -132,14 +132,14 @@ def flipped_samples(
 
 
 def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) -> tuple[ConfusionCell, ...]:
-    """Counts predictions of each class, before and after; empty without classes."""
+    """Counts the samples in `rows` by label and prediction, before and after. Returns () if the task has no classes."""
     labels, predictions = before.label[rows], [results.prediction[rows] for results in (before, after)]
     if not _has_classes(labels, predictions[0]):
         return ()
     n_classes = 1 + max(int(column.max()) for column in predictions)
     counts = []
     for prediction in predictions:
-        # One number per pair: sorting rows of two takes ten times as long.
+        # A pair is one number here, since sorting rows of two numbers takes ten times as long.
         pairs, n_pairs = (labels * n_classes + prediction).unique(return_counts=True)
         counts.append(dict(zip(pairs.tolist(), n_pairs.tolist(), strict=True)))
     return tuple(
@@ -149,7 +149,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
 
 
 def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """Counts flips per class among some rows; empty without classes."""
+    """Counts the flips in `rows` by class. Returns () if the task has no classes."""
     labels = before.label[rows]
     if not _has_classes(labels, before.prediction[rows]):
         return ()
@@ -160,7 +160,7 @@ def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[Clas
 
 
 def margin_edges(margin: Tensor) -> tuple[float, ...]:
-    """Returns edges of equally wide bins for margins, `N`, with 0 as one edge; empty without finite margins."""
+    """Returns edges of equally wide bins for a vector of margins. One edge is 0. Returns () if no margin is finite."""
     finite = margin[margin.isfinite()].double()
     if not len(finite):
         return ()
@@ -175,7 +175,7 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
 def margin_histogram(
     before: SampleResults, after: SampleResults, rows: slice, edges: tuple[float, ...]
 ) -> MarginHistogram | None:
-    """Bins the finite margins of some rows, before and after; None without edges."""
+    """Counts the finite margins in `rows` by bin, before and after. Returns None if `edges` is empty."""
     if not edges:
         return None
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
@@ -197,11 +197,11 @@ UNDECIDED = LineSearchResult(chosen=None)
 
 @dataclass(frozen=True)
 class ReportBuilder:
-    """Builds the report from the results so far.
+    """Builds the report of a repair, from the results of the stages that have run.
 
     Attributes:
         seconds: time by stage, updated while the repair runs.
-        n_passed: number of passed samples that were scored (|I_pos|).
+        n_passed: number of passed samples that the search scored (|I_pos|).
     """
 
     evaluator: Evaluator
@@ -214,6 +214,7 @@ class ReportBuilder:
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
+        """Returns the report of a repair without new weights, because none were needed or none were found."""
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)
@@ -227,7 +228,7 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """Returns the report of a candidate with whole tensors `new`; `held_out` and `bounds` if it was accepted."""
+        """Returns the report on new weights `new`. `held_out` and `bounds` are for weights that the gate accepted."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before
@@ -253,7 +254,7 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """The report; `after` are the results on all data after the repair, empty if the weights stay."""
+        """Returns the report. `after` has the results after the repair by role; it is empty if no weights changed."""
         found, update = self.solution or Solution(None), self._updates(after)
         known, localization = self.baseline.known, found.localization
         n_failed, where = int(known.targeted.sum()), None

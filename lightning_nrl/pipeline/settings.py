@@ -26,23 +26,23 @@ from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to rank candidates, and which weights and samples to search.
+    """Options of the search: how candidates (new values for some weights) are ranked, and what is searched.
 
     Attributes:
         fitness: ranks the candidates: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1` and
-            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None: that of the
-            method, else `lexicographic`.
+            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None takes the one of
+            the method, or `lexicographic` if the method has none.
         localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`, `gradient`,
-            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None: that of the method, else
-            `neurecover-lite`.
-        n_passed: number of passed samples to score (#pos in the paper), drawn from the `passed` data; None: all known.
-        n_scored: maximum number of known samples to record, localise on and score: failed ones, those nearest to the
-            boundary, and a draw from the others; fewer if `max_time` is short. The result is judged on all known
-            samples.
-        budget: bytes for the search on the device; None: a share of what is free. Half of it holds recorded activations
-            (a GPU also uses main memory). What does not fit is recomputed, and the step's note says so.
-        save_every: minimum seconds of a step for its result to be saved in a trainer. The same call does not repeat
-            saved steps after it was stopped or killed. None: nothing is saved.
+            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None takes the one of the method, or
+            `neurecover-lite` if the method has none.
+        n_passed: number of passed samples to score (#pos in the paper), drawn at random from sources marked `passed`.
+            None scores all known passed samples.
+        n_scored: maximum number of known samples that the search uses: failed ones, those nearest to the decision
+            boundary, and a random draw of the rest. If `max_time` is short, it uses fewer. The result is judged on all.
+        budget: memory for the search on the device, in bytes. None takes a share of the free memory. Half of the budget
+            holds recorded activations (a GPU also uses main memory). The rest is computed again, and a note says so.
+        save_every: a trainer saves the result of each step that took at least this many seconds. If the run is stopped
+            or killed, the same call skips the saved steps. None saves nothing.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range.
@@ -74,16 +74,15 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How much of the found change to make, and which bounds to report for future data.
+    """How much of the change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: the fraction of the change to make, above 0 to 2; None: all of it (1), or more if that repairs more
-            and breaks no known sample and no more of the calibration data.
-        limit: how many calibration samples may break, as a gate such as `tolerance:1%`: takes the greatest strength
-            within it. None: no limit.
-        sparse: the share of repairs, from 0 to below 1, that a patch of fewer changed weights may lose; None: keeps all
-            changed weights.
-        confidence: of the bound from calibration data, in (0, 1).
+        strength: the share of the change to make, above 0 and at most 2. None makes the whole change (1), or more than
+            that if this repairs more targets and breaks no known sample and no more calibration samples.
+        limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The greatest strength within
+            this limit is taken. None sets no limit.
+        sparse: share of the repairs (0 to below 1) that may be lost to change fewer weights. None keeps every change.
+        confidence: confidence of the bound from calibration data, in (0, 1).
 
     Raises:
         ConfigurationError: on construction, for a wrong type, a value out of range, or both a strength and a limit.
@@ -133,23 +132,24 @@ OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOpt
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a repair. The defaults are the strongest regression-free ones.
+    """Settings of a repair. The defaults repair as many samples as possible while no known sample breaks.
 
     Attributes:
-        target: the failures to repair; also as text, such as `label 3`.
-        layer: dotted name of a layer, several names, or `auto`: the last Linear (or else the last convolution), and for
-            methods that train the whole network. For these it may be a block too: all layers inside may change.
+        target: the failures to repair, also as text such as `label 3`.
+        layer: dotted name of a layer to search, or several names. `auto` takes the last Linear, or the last convolution
+            if there is none, and lets methods that train change the whole network. For such a method it may also name a
+            block, in which all layers may change.
         gate: the condition for accepting a repair.
         method: finds new weights, by name or as an object (see `lightning_nrl.methods`).
-        max_time: time limit in seconds; None: the epochs of the original fit limit the work.
-        seed: of sampling and search, from 0 to 2^32 - 1.
+        max_time: time limit in seconds. None limits the work by the number of epochs of the original fit.
+        seed: seed of sampling and search, from 0 to 2^32 - 1.
         search: options of the search.
         bounds: how much of the change to make, and the bounds to report.
         samples: weights and roles of the samples.
 
     Raises:
-        ConfigurationError: on construction, for a wrong type or a value out of range. What depends on the model, such
-            as the layer, is checked when the repair begins.
+        ConfigurationError: on construction, for a wrong type or a value out of range. Settings that depend on the
+            model, such as the layer, are checked when the repair begins.
 
     Example:
         >>> Settings(target=Target.label(3)).plain()["target"]
@@ -185,17 +185,17 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """The user's fitness, else the method's."""
+        """The user's fitness; if there is none, the method's or `lexicographic`."""
         return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """The user's localizer, else the method's."""
+        """The user's localizer; if there is none, the method's or `neurecover-lite`."""
         return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
-        """True if the method continues the training where it can, so it needs no layer to search."""
+        """True if the method continues the training where possible. Such a method needs no layer to search."""
         return bool(getattr(self.method, "trains", False))
 
     @property
@@ -203,7 +203,7 @@ class Settings:
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Returns the settings as JSON-like values, the options flat. Equal settings give equal values."""
+        """Returns settings and options by name, in one dict of JSON-like values. Equal settings give equal dicts."""
         flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
             flat |= _fields(getattr(self, name))
@@ -212,7 +212,7 @@ class Settings:
 
 
 def plain_value(value: Any) -> Any:
-    """Returns a JSON-like value without memory addresses, which would tell equal runs apart."""
+    """Converts a value to a JSON-like one, without memory addresses, so that equal runs give equal values."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Target, Gate)):
@@ -245,10 +245,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Table II.
+    """One row of Table II of the paper.
 
-    The equation of the fitness, its intact weight, True if a regression makes it 0 (pi), and the numbers of localised
-    weights (#lw), sampled passed samples (#pos) and particles (#p).
+    `equation` is the fitness, `alpha` its weight of kept samples, and `perfect_intact` (pi) is True if one regression
+    makes it 0. The counts are those of localised weights (#lw), sampled passed samples (#pos) and particles (#p).
     """
 
     equation: Literal["eq1", "eq2"]
@@ -273,15 +273,11 @@ TABLE_II: dict[str, PaperRow] = {
     "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
     "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
 }
-"""Rows of Table II by the paper's ID."""
+"""The rows of Table II by their ID in the paper."""
 
 
 def paper_row(row: str) -> PaperRow:
-    """Returns the row with this ID.
-
-    Raises:
-        ConfigurationError: Table II has no such row; the nearest names are given.
-    """
+    """Returns the row of Table II with an ID such as `EXP-A1`. Raises a `ConfigurationError` for an unknown ID."""
     if row not in TABLE_II:
         near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3) or list(TABLE_II)
         raise ConfigurationError(explain(f"`row={row!r}` is not in Table II.", f"the nearest rows are {near}."))
@@ -289,14 +285,14 @@ def paper_row(row: str) -> PaperRow:
 
 
 def paper_arguments(row: str) -> dict[str, Any]:
-    """Returns arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
+    """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
 
     Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and under pi a regression makes the fitness 0 (section IV.B). The result is used at full strength. The gate is
-    `accuracy`, the paper's weaker level (section III).
+    and under pi one regression makes the fitness 0 (section IV.B). The whole change is made. The gate is `accuracy`,
+    the paper's weaker level (section III).
 
-    The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`; it stops after
-    100 iterations, or 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
+    The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`. It stops after
+    100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
     """
     found = paper_row(row)
     fitness = Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero")
@@ -309,7 +305,7 @@ def paper_arguments(row: str) -> dict[str, Any]:
 
 
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row's arguments, overridden by others; of options, only by fields that differ from the defaults."""
+    """Returns a row's arguments, overridden by `arguments`. Of `search` and `bounds`, only non-default fields do."""
     made = {**paper_arguments(row), **arguments}
     search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
     if "search" in arguments:

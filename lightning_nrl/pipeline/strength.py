@@ -1,6 +1,6 @@
-"""The line search for the strength of a patch, and the search for a sparse patch.
+"""Chooses the strength of a patch, and searches for a patch that changes fewer weights.
 
-The path leads from the original weights (t = 0) through the patch (t = 1) to a little beyond.
+The weights at strength t are w0 + t (w - w0), with the original weights w0 and the patch's weights w. t may exceed 1.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)  # the 
 
 
 class PatchPath:
-    """Counts of a patch at several strengths, by forward passes over known and calibration data.
+    """Counts what a patch repairs and breaks at several strengths, by passes over known and calibration data.
 
-    A patch that breaks nothing may break something half way: a point that is taken there is polished first. `counted`
-    has the points by strength, after their polish; `broken_unpolished` the calibration samples that break before it.
+    A patch that breaks nothing at strength 1 may break something below 1. `take` then polishes: small steps restore the
+    broken samples. `counted` has the counts by strength, after a polish if there was one. `broken_unpolished` has, by
+    strength, the number of calibration samples that break without a polish.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class PatchPath:
     def count(
         self, strengths: Iterable[float] = PATH_STRENGTHS, *, after: SampleResults | None = None
     ) -> tuple[StrengthPoint, ...]:
-        """Counts the patch at several strengths, in order, by one forward pass each.
+        """Evaluates the patch at several strengths, in the given order, and returns all points counted so far.
 
-        Skips strengths beyond one above 1 that violates the gate, and the last ones if time is short, but never the
-        first. `after` are the known results at 1, if available.
+        If a strength above 1 violates the gate, skips greater ones. If time is short, skips all that are left, but
+        never the first. `after` has the results on known data at strength 1, if they are available.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -84,7 +85,7 @@ class PatchPath:
         return self.counted[strength]
 
     def take(self, strength: float) -> State:
-        """Returns the weights at a strength, polished if it is below 1 and violates the gate."""
+        """Returns the weights at a strength, after a polish if it is below 1 and violates the gate."""
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
             state = polish(self.problem, state, deadline=self.problem.deadline).state
@@ -102,17 +103,21 @@ class PatchPath:
         return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
-        """True within a limit for calibration data and within the gate, or below 1, where a polish can help."""
+        """True if a strength keeps the limit on calibration data and the gate on known data.
+
+        Below 1 the gate is ignored, since a polish may restore the broken samples (if the task has margins).
+        """
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
         return known and not limit.excess_of(point.calibration, point.calibration_cost)
 
     def takes_time(self, strength: float) -> bool:
+        """True if `take` must evaluate the model or polish for this strength."""
         return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
 
     def leaves_time_for(self, seconds: float) -> bool:
-        """True if there is time for the work and the recount after it; the same on every rank."""
+        """True if every rank has time for work of this duration and for a pass over the data after it."""
         return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
 
     def _count(self, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
@@ -132,16 +137,16 @@ class PatchPath:
         return replace(point, calibration=held_out.counts(), calibration_harm=harm)
 
 
-LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # candidates for the strongest under a limit
-# Sets of weights that calibration data may choose under a limit: each strength, below 1 also polished.
+LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # strengths to try under a limit
+# Number of sets of weights that calibration data may choose under a limit: strengths, also polished ones below 1.
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 
 
 @dataclass(frozen=True)
 class LineSearchResult:
-    """The `chosen` strength of the counted `path`; None if none keeps within the limit.
+    """The `chosen` strength, or None if no strength keeps the limit; `path` has the counts at all strengths.
 
-    `state` are the weights there, whole tensors, and `selection` says how calibration data chose it.
+    `state` has the whole tensors at the chosen strength. `selection` says how calibration data chose it.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -160,30 +165,30 @@ def line_search(
     limit: Gate | None = None,
     after: SampleResults | None = None,
 ) -> LineSearchResult:
-    """Counts a patch along its path and chooses its strength, by default with `choose_strength`.
+    """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
-    A `fixed` strength is always taken. With a `limit` on broken calibration samples, takes the strongest of
-    `LIMIT_STRENGTHS` that is within it and, once polished, within the gate. `after` are the known results under the
-    patch, if available.
+    If `fixed` is given, this strength is chosen. If `limit` on broken calibration samples is given, the greatest of
+    `LIMIT_STRENGTHS` is chosen that keeps the limit and, after a polish if necessary, the gate. `after` has the results
+    on known data under the patch, if they are available.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths = PATH_STRENGTHS
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)
     if calibration is None:
-        # Nothing depends on the points, so those up to the patch come first.
+        # The points are only reported, so strengths up to 1 come first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
         if len(problem.before) > FULL_CURVE_SAMPLES:
             strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
     points = path.count(strengths, after=after)
     if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
-        # Anything may break except protected samples.
+        # The patch breaks protected calibration samples. This limit allows any broken samples but these.
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
     strength, selection = fixed, Selection()
     if strength is None:
-        # With protected samples, the strengths tried depend on the data.
+        # With protected samples the data decide which strengths are tried, so all possible ones count.
         weighted = calibration is not None and calibration.before.weighted
         strength = choose_strength(points)
         selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
@@ -192,9 +197,9 @@ def line_search(
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
-    """Returns the default strength: 1, or a larger one that is free by calibration data.
+    """Returns the default strength: 1, or a greater one that repairs more of the target at no cost.
 
-    That one breaks no known sample, repairs more of the target, and breaks no more calibration samples.
+    At no cost means that no known sample breaks, and no more calibration samples break than at strength 1.
     """
     chosen = _whole_patch(path)
     if chosen is None:
@@ -207,7 +212,7 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
 
 
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
-    """Points beyond the patch that beat it on known data; calibration data decide between them."""
+    """Returns the points above strength 1 that break no known sample and repair more, if there are calibration data."""
     patch = _whole_patch(path)
     if patch is None or patch.calibration is None:
         return []
@@ -219,7 +224,7 @@ def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
 
 
 def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
-    """Searches a finer grid between the strongest point within the limit and the next one."""
+    """Searches the greatest strength within the limit and the gate, on a finer grid than the one counted so far."""
     low = max((t for t in path.counted if path.within_limit(t, limit)), default=0.0)
     high = min((t for t in path.counted if t > low), default=low)
     finer = [t for t in reversed(LIMIT_STRENGTHS) if low < t < high]
@@ -239,11 +244,11 @@ def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
 
 
 def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
-    """How calibration data chose a strength under a limit.
+    """Returns how calibration data chose a strength under a limit. The bound on future errors depends on it.
 
-    The search goes from strong to weak, which costs least. If all weaker strengths keep within the limit too, a walk
-    from weak to strong would accept it, so the bound of such a walk holds: the order of `LIMIT_STRENGTHS` and the
-    number of samples that may break are fixed in advance.
+    The search goes from strong to weak, which costs least. If all weaker strengths keep the limit too, a walk from weak
+    to strong would also have accepted this strength. Then the tighter bound of such a walk holds: its order
+    (`LIMIT_STRENGTHS`) and the number of samples that may break were fixed in advance.
     """
     allowed = _fixed_allowance(path, limit)
     if allowed is not None and not path.counted[strength].polished and _walk_accepts(path, strength, allowed):
@@ -252,7 +257,7 @@ def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
 
 
 def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
-    """True if a walk from weak to strong accepts a strength; False without time to count all weaker ones."""
+    """True if every strength up to this one breaks at most `allowed` samples. False if time is short to count them."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -265,7 +270,7 @@ def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
 
 
 def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
-    """Number of calibration samples that may break, if it is fixed and not all of them."""
+    """Returns the number of calibration samples that may break. None if it depends on the repair, or is all of them."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -274,19 +279,20 @@ def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
 
 
 SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
-VALUE_ROUNDING = 1e-9  # of sums of sample weights
+VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
-    """Searches the fewest changed weights that keep most repairs and break no more known samples.
+    """Searches the patch with the fewest changed weights that breaks no more known samples than the proposal does.
 
-    Bisects the size by real counts; a share `loss` of the repairs may go. Then polishes away what broke, moving only
-    the kept weights. Buffers, such as batch norm statistics, stay as in the patch. Returns the proposal itself if fewer
-    weights do not suffice.
+    The patch keeps the weights that change most, and may lose a share `loss` of the repairs. Their number is bisected,
+    with a pass over known data each time. Small steps of the kept weights then restore what broke. Buffers, such as
+    batch norm statistics, are those of the proposal. Returns the patch, or the proposal itself if fewer weights do not
+    suffice, and the step for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
-    # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
+    # Decimal arithmetic: in binary, 70 % of 10 repairs would be less than 7.
     least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     if problem.before.weighted:
         least = (1 - loss) * proposal.value - VALUE_ROUNDING
@@ -312,7 +318,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
 
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """Bisects the logarithm of the size: repairs worth `least`, at most `most_broken` known samples (None: any)."""
+    """Bisects the number of changed weights, for repairs worth `least` and, if set, a cost of at most `most_broken`."""
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
@@ -326,7 +332,7 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
 
 
 class _SortedPatch:
-    """A patch's changed parameters, each under one name, old and new, and its buffers."""
+    """The parameters that a patch changes, each under one name, with old and new values, and the buffers it changes."""
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem

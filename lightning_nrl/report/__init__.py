@@ -1,7 +1,7 @@
 """Reports of repairs as data, JSON, Markdown, HTML and tables.
 
-In: counts and settings, from `pipeline`. Out: records (`splits`, `run_records`), pages (`page`, `html`, `tables`,
-`repair_facts`, `repair_report`) and figures (`repair_plot`).
+In: counts and settings, from `pipeline`. Out: records that hold them (`splits`, `run_records`), pages (`page`, `html`,
+`tables`, `repair_facts`, `repair_report`) and figures (`repair_plot`).
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Style of all figures, drawn without touching the global state of pyplot."""
+"""The style of all figures. They are drawn without pyplot, since its state is global."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from lightning_nrl.errors import ConfigurationError
 INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#005A42", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
-"""Okabe and Ito's colours, for colour-blind readers too, with a darker green and yellow, and Tol's wine."""
+"""Okabe and Ito's colours, which colour-blind readers tell apart, with a darker green and yellow, and Tol's wine."""
 TONE_COLOURS = {"good": "#00795C", "warn": "#8C6700", "bad": "#991400"}
 DOTS_PER_INCH = 150
 
 
 class Plotted(ABC):
-    """A result with a figure."""
+    """Base class of results that can be drawn as a figure."""
 
     @abstractmethod
     def figure(self) -> Any: ...
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws a `matplotlib.figure.Figure`, without pyplot, and saves it to `path` if given.
+        """Draws a `matplotlib.figure.Figure` without pyplot, returns it, and saves it to `path` if given.
 
-        Raises:
-            ConfigurationError: matplotlib is not installed.
+        Raises a `ConfigurationError` if matplotlib is not installed.
         """
         figure = self.figure()
         if path is not None:
@@ -37,7 +36,7 @@ class Plotted(ABC):
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """Creates an empty figure, size in inches, on an Agg canvas."""
+    """Creates an empty figure on an Agg canvas. Its width and height are in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -51,7 +50,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """Creates a figure with `n_panels` axes, two per row; `height` in inches is that of one row."""
+    """Creates a figure with `n_panels` axes, two per row. `width` is the figure's and `height` one row's, in inches."""
     n_rows = max(1, -(-n_panels // 2))
     figure = new_figure(width, height * n_rows)
     axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()
@@ -61,7 +60,7 @@ def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[An
 
 
 def image_of(figure: Any) -> Any:
-    """Renders a figure of `new_figure` to `height x width x 3` uint8."""
+    """Renders a figure made by `new_figure` as pixels, a uint8 array of shape `height x width x 3`."""
     figure.set_dpi(DOTS_PER_INCH)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
@@ -73,7 +72,7 @@ def escape_dollars(text: str) -> str:
 
 
 def shorten_name(name: str, most: int) -> str:
-    """Keeps the end of a long name, which differs most from its neighbours."""
+    """Cuts the start off a name that is longer than `most` characters, since similar names differ at the end."""
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 

@@ -1,4 +1,4 @@
-"""Numbers, shares, times and lists as text, the same way on all pages."""
+"""Formats numbers, shares, times and lists as text, in the same way on all pages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def count(n: int) -> str:
 
 
 def number(x: float) -> str:
-    """Formats four significant digits; `-` if undefined."""
+    """Formats a number with four significant digits, or as `-` if it is NaN or infinite."""
     return f"{x:.4g}" if math.isfinite(x) else "-"
 
 
 def percent(share: float) -> str:
-    """Formats two decimals, never rounded to 0 % or 100 %; `-` if undefined."""
+    """Formats a share in percent with two decimals, but never rounds to 0 % or 100 %. NaN and infinity become `-`."""
     if not math.isfinite(share):
         return "-"
     if 0 < share < 0.00005:
@@ -29,7 +29,7 @@ def percent(share: float) -> str:
 
 
 def rough_percent(share: float) -> str:
-    """Formats an estimated share with two digits; `-` if unknown, `none` if infinite."""
+    """Formats an estimated share in percent with about two digits. NaN becomes `-`, infinity becomes `none`."""
     if not math.isfinite(share):
         return "-" if math.isnan(share) else "none"
     digits = 0 if share >= 0.0995 or not share else 1 if share >= 0.00995 else 2
@@ -49,25 +49,25 @@ def plural(n: int, noun: str) -> str:
 
 
 def list_ids(ids: Sequence[int], where: str) -> str:
-    """Lists the first few sample positions and where to read all of them; `none` if empty."""
+    """Lists the first ids and, if some are left out, says that all are in `where`. An empty list becomes `none`."""
     more = f" ... all {len(ids):,} in {where}" if ids[LISTED_IDS:] else ""
     return ", ".join(map(str, ids[:LISTED_IDS])) + more or "none"
 
 
 def format_setting(value: Any) -> str:
-    """Formats an argument; a mapping as `name=value` pairs."""
+    """Formats the value of a setting. A mapping becomes `name=value` pairs."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={format_setting(item)}" for key, item in value.items())
     return str(value)
 
 
 def relative_to_cwd(path: str) -> str:
-    """Returns the path relative to the working directory if it lies below."""
+    """Returns a path below the working directory relative to it, and any other path unchanged."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def sentence(text: str) -> str:
-    """Capitalizes the first letter and adds a full stop."""
+    """Capitalizes the first letter, and adds a full stop if the text has no end mark."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

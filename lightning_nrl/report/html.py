@@ -40,18 +40,18 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a document: after its first table SVG figures by caption and galleries by heading, last `tables`."""
+    """Renders a page as HTML. `figures` (SVG by caption) and `galleries` follow its first table, `tables` come last."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
     return _macro("document", title, body, STYLE, SCRIPT)
 
 
 def html_blocks(blocks: Iterable[Block]) -> str:
-    """Renders blocks of a page for another document that has the style."""
+    """Renders blocks of a page as HTML, to be put into another document that loads `report.css`."""
     return "\n".join(_macro("render", block) for block in blocks)
 
 
 def svg_of(figure: Any) -> str:
-    """Renders a matplotlib figure as an `<svg>` element, reproducibly."""
+    """Renders a matplotlib figure as an `<svg>` element. Equal figures give equal text."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -70,14 +70,17 @@ def _macro(name: str, *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class Report(Record, Renderable):
-    """Results with the `versions` of the software and their `provenance`. `rich.print(report)` shows them as tables."""
+    """Base class of reports, with the `versions` of the software and the `provenance` of the results.
+
+    `rich.print(report)` shows a report as tables.
+    """
 
     versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
     provenance: Provenance = field(default_factory=Provenance, kw_only=True)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the output of `to_dict`; raises `ConfigurationError` as `Record.from_dict` does, or without a page."""
+        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is wrong or cannot be shown."""
         found = super().from_dict(data)
         try:
             found.page(full=True)
@@ -91,11 +94,11 @@ class Report(Record, Renderable):
         """Builds the page of the report.
 
         Args:
-            full: all samples and full paths for a reviewer, else a summary for the console.
+            full: True for a reviewer, with all samples and full paths. False for the console, with a summary.
         """
 
     def full_page(self) -> Page:
-        """Builds the page for a reviewer, which ends with the provenance."""
+        """Builds the page for a reviewer. It ends with the provenance."""
         facts = FactList((*self.provenance.facts, *self.versions.items()))
         return Page((*self.page(full=True).blocks, Heading("Provenance"), facts))
 
@@ -107,11 +110,11 @@ class Report(Record, Renderable):
         return self.full_page().markdown()
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        """Renders the full page as one self-contained HTML file, with figures if matplotlib is installed.
+        """Renders the full page as a self-contained HTML document. Only a `RepairReport` uses the arguments.
 
         Args:
-            views: flipped samples to show.
-            changes: change of each weight to plot, whole tensors by state-dict name.
+            views: pictures or texts of flipped samples to show, such as `Outcome.views`.
+            changes: changes of weights to draw, such as `Outcome.changes`. Drawing needs matplotlib.
         """
         page = self.full_page()
         return html_page(page.title, page)

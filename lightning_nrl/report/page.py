@@ -1,7 +1,8 @@
-"""Pages of headings, text, tables and facts, rendered as Markdown, as HTML or by rich."""
+"""Pages of headings, text, tables and facts, which can be rendered as Markdown, as HTML or by rich."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-WIDEST = 100_000  # console width for tables, which continue below instead of shrinking
+# Code in backticks stays as written. With a `|` it would end the cell of a table, with a `<` it could begin a tag.
+SPECIAL = re.compile(r"((?<!`)`[^`|<]+`(?!`))|[\\|*`\[\]!<]|://|www\.")
+ESCAPES = {"<": "&lt;", "://": ":\u200b//", "www.": "www\u200b."}  # TensorBoard ignores a backslash before `<`
+WIDEST = 100_000  # console width for tables, so that rich does not shrink them: `Table.within` has split them
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading; level 1 is the title of the page."""
+    """A heading. Level 1 is the title of the page."""
 
     text: str
     level: int = 2
@@ -41,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; with tone `gain` all cells are highlighted, with `harm` those other than 0."""
+    """One row of a table. Tone `gain` highlights all of its cells, tone `harm` only the cells that are not 0."""
 
     label: str
     cells: tuple[str, ...]
@@ -51,9 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Labelled rows of right-aligned cells; a table too wide for the page continues below.
+    """A table of labelled rows. If it is too wide for the page, its last columns continue below.
 
-    Each column has a name and a kind. With `notes` the last column holds words, aligned to the left.
+    Each column has a name and a kind, such as a role, and is aligned to the right. If `notes` is True, the last column
+    holds words and is aligned to the left.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -65,7 +70,7 @@ class Table:
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """Yields tables of consecutive columns, each at most `width` characters wide where possible."""
+        """Splits the table between columns into tables at most `width` characters wide, as far as possible."""
         label = max((len(row.label) for row in self.rows), default=0)
         widths = [max(map(len, (*head, *(row.cells[i] for row in self.rows)))) for i, head in enumerate(self.columns)]
         start = 0
@@ -81,7 +86,7 @@ class Table:
 
 @dataclass(frozen=True)
 class FactList:
-    """Names with short statements."""
+    """A list of facts, each a name and a short statement."""
 
     items: tuple[tuple[str, str], ...]
 
@@ -91,7 +96,7 @@ Block = Heading | Text | Table | FactList
 
 @dataclass(frozen=True)
 class Page:
-    """Blocks from top to bottom."""
+    """A page: its blocks from top to bottom."""
 
     blocks: tuple[Block, ...]
 
@@ -100,11 +105,11 @@ class Page:
         return next((block.text for block in self.blocks if isinstance(block, Heading)), "")
 
     def markdown(self) -> str:
-        """Renders GitHub's Markdown, which TensorBoard's text tab shows too."""
+        """Renders the page as Markdown for GitHub and for TensorBoard's text tab."""
         return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
 
     def plain(self, width: int = 80) -> str:
-        """Renders ASCII with lines of at most `width` characters; longer words, such as paths, stay whole."""
+        """Renders the page as text in lines of at most `width` characters. Never breaks longer words, such as paths."""
         console = Console(width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False)
         with console.capture() as capture:
             for i, block in enumerate(self.blocks):
@@ -124,7 +129,7 @@ class Page:
 
 
 class Renderable(ABC):
-    """A result that renders as a page: `rich.print` shows it as tables."""
+    """Base class of results that can be shown as a page. `rich.print(result)` shows it as tables."""
 
     @abstractmethod
     def to_table(self) -> Page:
@@ -160,10 +165,7 @@ def _markdown(block: Block) -> str:
 
 def _escaped(text: str) -> str:
     # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
-    for sign in "\\|*`[]!":
-        text = text.replace(sign, f"\\{sign}")
-    text = text.replace("<", "&lt;")  # TensorBoard's Markdown ignores a backslash before it
-    text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
+    text = SPECIAL.sub(lambda found: ESCAPES.get(found[0], found[0] if found[1] else f"\\{found[0]}"), text)
     return visible(" ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: software, model, checkpoint and data."""
+"""The origin of a result: software, model, checkpoint and data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def installed_versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _commit() -> str:
-    """Returns the commit of a source checkout, with `-dirty` if files were changed; else an empty string."""
+    """Returns the commit of a source checkout, ending in `-dirty` if files were changed, or an empty string."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
@@ -48,7 +48,7 @@ def _commit() -> str:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """The size of a split, and SHA-256 of its ids and labels, in order."""
+    """The number of samples in a split, and the SHA-256 of their ids and labels in order."""
 
     n: int
     sha256: str
@@ -62,10 +62,10 @@ class DataIdentity:
 
 @dataclass(frozen=True)
 class Provenance:
-    """When, from which model and from which data a result was made.
+    """The time at which a result was made, and the model and the data from which it was made.
 
-    `made` is in UTC, or from the variable SOURCE_DATE_EPOCH, and ignored by comparisons. `n_layers` counts modules with
-    parameters or buffers of their own. `checkpoint` is the file that the weights were loaded from, if any.
+    `made` is the time in UTC, or that in the variable SOURCE_DATE_EPOCH; comparisons ignore it. `module` is the model's
+    class. `n_layers` counts its modules with own parameters or buffers. `checkpoint` is the file of the weights.
     """
 
     made: str = field(default="", compare=False)
@@ -77,7 +77,7 @@ class Provenance:
 
     @classmethod
     def of(cls, model: nn.Module, *results: SampleResults) -> Self:
-        """Identifies a model and its evaluation data, at the current time."""
+        """Records the current time, the class of a model, and the data of its results."""
         when = datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc)
         kind, layers = type(model), {name.rpartition(".")[0] or name for name in current_state(model)}
         data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}
@@ -85,7 +85,7 @@ class Provenance:
         return cls(made, f"{kind.__module__}.{kind.__qualname__}", len(layers), data=data)
 
     def loaded_from(self, path: str | Path | None) -> Self:
-        """Adds the checkpoint that the weights were loaded from, if any."""
+        """Returns a copy that names the checkpoint from which the weights were loaded. None means no checkpoint."""
         digest = hash_file(Path(path)) if path and Path(path).is_file() else ""
         return replace(self, checkpoint=str(path or ""), checkpoint_sha256=digest)
 

@@ -1,4 +1,4 @@
-"""The facts about a repair, one per line of a page."""
+"""Facts about a repair, one per line of a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Lists what was asked for, searched and found, and the limits for unseen data."""
+    """Lists what the repair was asked for, what it searched and found, and the limit from calibration data."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
@@ -47,7 +47,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
 
 
 def layer_text(report: RepairRecord) -> str:
-    """Names the layers, or their number if there are many."""
+    """Lists the names of the layers. A long list is cut, and all layers are called the whole network."""
     n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
     if n > 1 and n == report.provenance.n_layers:
         return f"the whole network ({n} layers)"
@@ -55,7 +55,7 @@ def layer_text(report: RepairRecord) -> str:
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Lists the limit from unseen data, if there is one."""
+    """Returns the fact about the limit from unseen data, or () if there is no limit."""
     limit = unseen_limit(report)
     if limit is None:
         return ()
@@ -68,8 +68,9 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
 def unseen_limit(report: RepairRecord) -> float | None:
     """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
 
-    The rate is among samples that the original model (in an update the replaced one) got right. The limit of Clopper
-    and Pearson at `UNSEEN_CONFIDENCE` is valid because unseen data chose nothing. None without unseen data or changes.
+    It is the rate among samples that the original model (in an update the replaced one) got right. The limit of Clopper
+    and Pearson at `UNSEEN_CONFIDENCE` is valid because unseen data chose nothing. Returns None if there are no such
+    unseen samples, or no weights changed.
     """
     counted = report.unseen
     if counted is None or not counted.passed:
@@ -78,7 +79,7 @@ def unseen_limit(report: RepairRecord) -> float | None:
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
-    """Lists the first few failures that were set aside, with reasons."""
+    """Lists the first failures that were set aside, each with the reason, and the number of the others."""
     facts = [
         (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
         for one in samples[:LISTED_SAMPLES]
@@ -88,7 +89,7 @@ def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
 
 
 def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
-    """Lists SHA-256 of the weights before and after; one line if they are equal."""
+    """Lists the SHA-256 of the weights before and after the repair, on one line if both are equal."""
     facts = []
     for name, before, after in (
         ("layers", hashes.layers_before, hashes.layers_after),
@@ -102,7 +103,7 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
 
 
 def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Lists the seed, the precision and the time of the run."""
+    """Lists the seed and the precision of the run, and the seconds of each stage."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
@@ -133,7 +134,6 @@ def _search(search: SearchReport, seconds: float | None) -> str:
 
 
 def _estimate(counts: TargetCounts, choices: int) -> str:
-    """Formats held-out rates with their confidence intervals."""
     parts = []
     failed = counts.repaired + counts.failing
     for k, n, what in (

@@ -39,8 +39,8 @@ SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12
 MATRIX_CLASSES = 16  # larger matrices are not legible
 CHANGE_COLOURS = "BrBG"  # brown is worse, teal better; safe for colour-blind readers
-DARK = 0.7  # share of the deepest shade above which text is white
-GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
+DARK = 0.7  # on cells darker than this share of the darkest shade, text is white
+GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # cell size in inches; loggers show galleries small
 PICTURE_SHARE = 0.93  # of the width of a cell
 CAPTION_WIDTH, CAPTION_LINE, CAPTION_GAP = 24, 0.15, 0.08  # characters, inches, inches
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
@@ -52,20 +52,20 @@ SEARCH_PANELS = {
     "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
     "diversity of the swarm": {"diversity": "diversity"},
 }
-"""Panels with curves of `SearchHistory` and their labels."""
+"""Panels of the search by title: curves of `SearchHistory` with their labels."""
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
-"""Largest picture of a tensor; in larger tensors a cell is the largest change of several weights."""
+"""Largest picture of a tensor, in cells. In a larger tensor, a cell shows the largest change of several weights."""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
 
 Draw = Callable[[Any], None]
-"""Draws one panel on matplotlib axes."""
+"""Function that draws one panel on matplotlib axes."""
 
 
 def repair_figures(report: RepairRecord) -> dict[str, Any]:
-    """Draws each panel that has data as a `matplotlib.figure.Figure`, by title."""
+    """Draws a `matplotlib.figure.Figure` for each panel that has data, and returns them by title."""
     figures = {}
     for title, draw in _panels(report).items():
         figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
@@ -75,7 +75,7 @@ def repair_figures(report: RepairRecord) -> dict[str, Any]:
 
 
 def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Draws all figures for a reviewer: the panels, the whole search, and `changes` of weights."""
+    """Draws all figures for a reviewer, by title: the panels, the whole search, and the `changes` of weights."""
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -84,7 +84,7 @@ def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None 
 
 
 def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
-    """Draws flipped samples with captions, by flip and split; samples shown as text are skipped."""
+    """Draws pictures of flipped samples with captions, one figure per flip and split. Skips samples shown as text."""
     galleries: dict[str, list[SampleView]] = {}
     for view in views:
         if view.pixels is not None:
@@ -98,7 +98,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns, cell_height = min(len(views), GALLERY_COLUMNS), GALLERY_CELL + caption_height
     width, height = GALLERY_CELL * n_columns, cell_height * -(-len(views) // n_columns)
     figure = new_figure(width, height, layout=None)
-    # One pair of axes for all, in inches from the top left: a pair per picture takes many times longer.
+    # All pictures share one pair of axes, in inches from the top left. A pair per picture takes many times longer.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
@@ -114,14 +114,14 @@ def _gallery(views: Sequence[SampleView]) -> Any:
 
 
 def draw_repair(report: RepairRecord) -> Any:
-    """Draws all panels in one figure, two per row."""
+    """Draws the panels of `repair_figures` in one figure, two per row."""
     figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
     figure.suptitle(escape_dollars(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12)
     return figure
 
 
 def search_figure(search: SearchReport) -> Any:
-    """Draws all curves of a search, a panel per kind; None if the search has no curves."""
+    """Draws all curves of a search in one figure with several panels. Returns None if the search has no curves."""
     panels = _search_panels(search)
     return _drawn(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
@@ -184,14 +184,14 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 
 
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
-    """Draws the change of the confusion matrix without unchanged classes: better is higher on the diagonal only."""
+    """Draws the change of the confusion matrix for changed classes. More is better on the diagonal, worse elsewhere."""
     classes = _changed_classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
             change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # keeps a single change visible among fifty
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # so that a change of 1 is visible beside one of 50
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
@@ -234,7 +234,7 @@ def _draw_curves(curves: Mapping[str, Sequence[float]], best: Sequence[float] | 
     for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
-    if best is not None:  # cuts off the start, where the mean is far below zero
+    if best is not None:  # hides the start, where the mean is far below the best
         known = [value for value in best if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
 
@@ -246,7 +246,10 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
 
 
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Draws the change of each weight, given as whole tensors by state-dict name; figures by title."""
+    """Draws the change of each tensor, and each weight's change in the tensor that changes most. Returns both by title.
+
+    `changes` has new minus old values, whole tensors by state-dict name.
+    """
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
         return {}
@@ -290,7 +293,7 @@ def _map(figure: Any, change: Tensor) -> None:
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     """Reshapes a tensor to an outputs x inputs matrix of at most `GRID_ROWS x GRID_COLUMNS` cells.
 
-    Each cell of a larger tensor keeps the largest change of its weights, with its sign.
+    In a larger tensor, each cell stands for several weights and has the largest change among them, with its sign.
     """
     rows = change.reshape(1, change.shape[0] if change.ndim > 1 else 1, -1).double()
     size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
@@ -299,7 +302,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
 
 
 def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
-    """Returns the data roles, and rows of a label with one cell per role, for the summary."""
+    """Returns the roles that have data, and the rows of the summary: each a label and one cell per role."""
     splits = report.candidate or report.splits
     pooled = {role: pool(own) for role, own in by_role(splits).items()}
     updates = {role: report.pooled_update(role) for role in pooled}
@@ -319,7 +322,7 @@ def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str
 
 
 def summary_figure(report: RepairRecord) -> Any:
-    """Draws the verdict above the table of `summary_rows`, legible at small size."""
+    """Draws the verdict above the table of `summary_rows`. The figure is legible at small size."""
     roles, rows = summary_rows(report)
     n_lines = len(rows) + HEAD_ROWS + 1
     width = LABEL_WIDTH + COLUMN_WIDTH * len(roles)

@@ -16,6 +16,7 @@ from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_fact
 from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
 from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import by_role, pool
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
     Fact,
@@ -42,9 +43,14 @@ class RepairReport(RepairRecord, Report, Plotted):
     Its data are the attributes of :class:`RepairRecord`.
     """
 
+    def __repr__(self) -> str:
+        pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
+        counts = [f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}" for role, split in pooled]
+        return f"<RepairReport: {'; '.join((self.verdict.headline, *counts))}>"
+
     @property
     def verdict(self) -> Verdict:
-        """The promise on known data, the evidence on other data, and advice."""
+        """The verdict: the promise on known data, the evidence on other data, and advice."""
         return verdict_on(self)
 
     @property

@@ -1,4 +1,4 @@
-"""The data of a repair report without weights: `RepairRecord` and the records of each stage."""
+"""The data of a repair report: `RepairRecord` and the records of each stage. They hold no weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from lightning_nrl.report.stats import Bound
 class Judge:
     """The precision in which the model was evaluated.
 
-    `rounding` is its estimated effect on a margin, None if the task has no margins. The model gets `n_borderline` known
-    samples right by less: another device or batch size may get them wrong.
+    `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins. `n_borderline` known
+    samples are right by a smaller margin; on another device or with another batch size they may be wrong.
     """
 
     precision: DeployedPrecision
@@ -41,7 +41,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a method, such as `fit`, with counts of targets repaired and known passed samples broken so far."""
+    """A step of a method, such as `fit`. After it, `repaired` targets pass and `broken` known passed samples fail."""
 
     name: str
     repaired: int
@@ -52,10 +52,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of the default method's ladder, ordered from the smallest change to the largest.
+    """One rung of the default method, which tries up to three changes, from the smallest to the largest (the ladder).
 
-    It is a `search` or an `exact` solution in the chosen layer, or further `training`. Counts are of all known samples,
-    `held_out` of those that the rung had not used, None without any. The repair is the rung that is `taken`.
+    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, or `training` for further
+    training. `held_out` counts known samples that the rung did not use; it is None if there are none. Other counts are
+    of all known samples. The rung that is `taken` becomes the repair.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class PricePoint:
-    """The best result if a share `allowed` of known passed samples may break, 1 for any; counts as in `Rung`."""
+    """The best result if a share `allowed` of known passed samples may break (1: all may). Counts are as in `Rung`."""
 
     allowed: float
     broken: int
@@ -82,7 +83,7 @@ class PricePoint:
 
 @dataclass(frozen=True)
 class LocalizationReport:
-    """The searched weights, as in `Localization`; `requested` (#lw) is None if `n_g` was given."""
+    """The numbers of searched weights, as in `Localization`. `requested` (#lw) is None if `n_g` was given instead."""
 
     requested: int | None
     n_g: int
@@ -91,10 +92,10 @@ class LocalizationReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """The course of a search.
+    """The course of a search for the best candidate, which is a set of new values for the searched weights.
 
-    `fitness` is that of the best candidate, `history` has the curves of `SearchHistory`, one value per iteration.
-    Candidates were scored on `n_failed` failed (|I_neg|) and `n_passed` passed samples (|I_pos|), None if unknown.
+    `fitness` is that of the best candidate. `history` has the curves of `SearchHistory`, one value per iteration.
+    Candidates were scored on `n_failed` failed samples (|I_neg|) and `n_passed` passed ones (|I_pos|), None if unknown.
     """
 
     iterations: int
@@ -107,7 +108,7 @@ class SearchReport:
 
     @property
     def curves(self) -> dict[str, Sequence[float]]:
-        """The history with a curve of `broken` samples, derived from `intact`."""
+        """The history, with a curve `broken` that is `n_passed` minus the curve `intact` if both are known."""
         intact = self.history.get("intact")
         if self.n_passed is None or intact is None:
             return dict(self.history)
@@ -116,7 +117,7 @@ class SearchReport:
 
 @dataclass(frozen=True)
 class Hashes:
-    """SHA-256 (`hash_tensors`) of the repaired layers and of the whole state dict, before and after."""
+    """SHA-256 (`hash_tensors`) of the repaired layers and of the whole state dict, before and after the repair."""
 
     layers_before: str
     layers_after: str
@@ -126,10 +127,11 @@ class Hashes:
 
 @dataclass(frozen=True)
 class StrengthPoint:
-    """Counts of a patch at one strength, 0 for the original weights, 1 for the patch; after a polish if `polished`.
+    """Counts of a patch at one strength: 0 stands for the original weights, 1 for the patch.
 
-    `gain` is the value of the repaired targets, `harm` the gate's cost of the broken known samples, `calibration_harm`
-    that of broken calibration samples; None stands for their number.
+    If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
+    `harm` is the gate's cost of the broken known samples, `calibration_harm` that of the broken calibration samples.
+    Each of the three is None if it equals the number of these samples.
     """
 
     strength: float
@@ -158,10 +160,10 @@ class StrengthPoint:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """The difference between two versions of the same tensors: how many weights `changed`, and how far.
+    """The difference between two versions of the same tensors. `changed` of `total` weights differ.
 
-    `l2` is the Euclidean norm, `relative` its ratio to the norm of the old weights, `largest` the largest absolute
-    change.
+    `l2` is the Euclidean norm of the difference, `relative` the ratio of this norm to the norm of the old weights, and
+    `largest` the largest absolute difference.
     """
 
     changed: int
@@ -173,10 +175,10 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class CalibrationBounds(Bound):
-    """Broken calibration samples, and a limit on the rate for others like them.
+    """The number of broken calibration samples, and a limit on the rate at which similar samples break.
 
-    The data could have chosen among `states` sets of weights, 1 if they chose nothing. If strengths were accepted from
-    weak to strong while at most `allowed` samples broke, the limit is that of this count.
+    The data could have chosen among `states` sets of weights; 1 means that they chose nothing. If strengths were
+    accepted from weak to strong while at most `allowed` samples broke, the limit is that for `allowed` broken samples.
     """
 
     states: int = 1
@@ -194,7 +196,7 @@ class CalibrationBounds(Bound):
 CUT = "cut by `max_time`"
 """Note of a step that ran out of time."""
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
-"""Outcome of a repair."""
+"""How a repair ended."""
 SCHEMA = 1  # version of the file format; see docs/tensorboard.md
 
 
@@ -204,34 +206,34 @@ class RepairRecord(Record):
 
     Attributes:
         status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
-        reason: why, in a sentence or two, with figures.
+        reason: why the repair ended so, in a sentence or two with figures.
         layers: dotted names of the layers to change.
-        target: the failures to repair, in words; likewise `gate` and `task`.
-        splits: outcome by split under the model's current weights.
-        update: the new model against the replaced one by split; empty if none is replaced.
-        slices: outcome by slice and role; for refused weights their effect on known data.
-        set_aside: targeted failures that were set aside, with reasons.
-        leaked: number of samples that are known or calibration data too, by unseen split.
-        candidate: effect of refused weights on the known splits; empty if none were refused.
-        localization: the searched weights; None, like the fields below, if the stage was not reached.
+        target: the failures to repair, in words. `gate` and `task` are in words, too.
+        splits: outcome by split under the weights that the model has after the repair.
+        update: comparison of the new model with the replaced one by split. Empty if no model is replaced.
+        slices: outcome by slice and role. For refused weights, the outcome that they would have on known data.
+        set_aside: failures in the target that were not to be repaired, with reasons.
+        leaked: by unseen split, the number of its samples that are also known or calibration data.
+        candidate: outcome that refused weights would have on known splits. Empty if none were refused.
+        localization: numbers of searched weights. Like the attributes below, None if the repair did not get that far.
         search: the course of the search.
         steps: steps of the method, in order.
-        rungs: the ladder of a method that tries several changes, from the smallest to the largest.
-        choice: why that rung was taken, in a sentence; empty if there was no choice.
+        rungs: changes that the default method tried, from the smallest to the largest.
+        choice: why one of the rungs was taken, in a sentence. Empty if there was no choice.
         price: best results by the share of known samples that may break.
         strength: counts of the patch by strength, from the original weights (0) to the patch (1) and beyond.
-        chosen_strength: strength of the accepted patch.
-        bounds: limit from calibration data; None without such data or if nothing was accepted.
-        change: distance of the candidate's weights, accepted or not, from the old ones.
+        chosen_strength: the strength that was chosen. None if there was no choice.
+        bounds: limit from calibration data. None if there are no such data, or the gate accepted nothing.
+        change: difference between the old weights and the new ones, accepted or not.
         hashes: hashes of the weights.
-        judge: device and precision of the evaluation.
+        judge: precision of the evaluation.
         seed: seed of the run.
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
-        provenance: when and from which model and data the report was made.
-        files: paths of the written files by kind: `checkpoint`, `json`, `markdown`.
+        provenance: when the report was made, and from which model and data.
+        files: paths of the written files by kind, such as `checkpoint` or `json`.
         settings: arguments of the repair by name, as plain values.
-        class_names: names of the task's classes, in order; empty if unknown.
+        class_names: names of the task's classes, in order. Empty if unknown.
         schema: version of the file format (docs/tensorboard.md).
     """
 
@@ -274,10 +276,9 @@ class RepairRecord(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the output of `to_dict`.
+        """Reads the result of `to_dict`.
 
-        Raises:
-            ConfigurationError: a value is missing, unknown, infinite or of the wrong type, or another version wrote it.
+        Raises a `ConfigurationError` if a value is missing, unknown, infinite or mistyped, or another version wrote it.
         """
         found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
         if type(found) is not int or found != SCHEMA:
@@ -287,14 +288,9 @@ class RepairRecord(Record):
             )
         return super().from_dict(data)
 
-    def __repr__(self) -> str:
-        pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
-        counts = [f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}" for role, split in pooled]
-        return f"<RepairReport: {'; '.join((self.status, *counts))}>"
-
     @property
     def unseen_splits(self) -> tuple[SplitReport, ...]:
-        """Splits of unseen data, in an update against the replaced model; empty if nothing changed."""
+        """Reports of unseen splits: in an update against the replaced model, otherwise only if weights changed."""
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
         return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
@@ -305,7 +301,7 @@ class RepairRecord(Record):
 
     @property
     def n_estimates(self) -> int:
-        """Number of results that held-out samples chose among: rungs, and strengths of a taken exact solution."""
+        """Number of results that held-out samples chose among: the rungs, and the steps of a taken `exact` rung."""
         rungs = [rung for rung in self.rungs if rung.held_out is not None]
         is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
         strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0
@@ -313,18 +309,18 @@ class RepairRecord(Record):
 
     @property
     def held_out(self) -> TargetCounts | None:
-        """Held-out counts of the taken rung; None without any, or if nothing was repaired."""
+        """Counts of the taken rung on known samples that it did not use. None if nothing was counted or repaired."""
         return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)
 
     def class_name(self, label: int) -> str:
-        """Returns the name of a class, or its number if unknown; `-` for none."""
+        """Returns the name of a class, or its number if the name is unknown. A label below 0 (no class) becomes `-`."""
         if label < 0:
             return "-"
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
     @property
     def path(self) -> list[StrengthPoint]:
-        """Counts by ascending strength, from the original weights (0) on."""
+        """Counts by ascending strength. The first point is at strength 0, the original weights."""
         points = sorted(self.strength, key=lambda point: point.strength)
         if points and points[0].strength > 0:
             same = FlipCounts(0, 0, 0, 0)

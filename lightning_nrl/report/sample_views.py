@@ -22,7 +22,7 @@ SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
 
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """The input of a flipped sample, by data-set position: `pixels`, `height x width x 3` uint8, or `text`."""
+    """The input of the flipped sample at position `id`: `pixels` (uint8, `height x width x 3`), or `text`."""
 
     split: str
     id: int
@@ -53,12 +53,12 @@ def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
 
 
 def sample_name(split: str, position: int, kind: str = "picture") -> str:
-    """Returns the file name of a sample's view, such as `test-17.png`; `kind` is a key of `SAMPLE_KINDS`."""
+    """Returns the file name of a sample's picture or text, such as `test-17.png`. `kind` is a key of `SAMPLE_KINDS`."""
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
 
 def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
-    """Writes the views to `flipped_samples/` in the folder."""
+    """Writes each view to a file in the subfolder `flipped_samples`."""
     samples = folder / SAMPLES_FOLDER
     if views:
         samples.mkdir(exist_ok=True)

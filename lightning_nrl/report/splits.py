@@ -1,4 +1,4 @@
-"""Records of a report by split and slice."""
+"""Records of a report for each split and slice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
 Role = Literal["known", "calibration", "unseen"]
-"""Use of a split: for the search (`known`), for the choice of a strength, or for neither."""
+"""Use of a split: `known` data are for the search, `calibration` data choose a strength, `unseen` data are counted."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
@@ -28,7 +28,7 @@ def _from_counts(name: str) -> Any:
 
 
 class _Counted(Derives):
-    """Attributes of `counts` as attributes of its owner."""
+    """Base class of records that have the attributes of their `counts`."""
 
     counts: TargetCounts
     n: int = _from_counts("n")
@@ -47,9 +47,9 @@ class _Counted(Derives):
 
 @dataclass(frozen=True)
 class FlippedSample:
-    """A sample that was repaired or broken, by its position in its data set.
+    """A sample that was repaired or broken. `id` is its position in its data set.
 
-    Classes are -1 if the task has none. Margins are negative for wrong predictions, and NaN if the task has none.
+    Classes are -1 if the task has no classes. Margins are negative if wrong, and NaN if the task has no margins.
     """
 
     id: int
@@ -65,7 +65,7 @@ class FlippedSample:
 
 @dataclass(frozen=True)
 class ConfusionCell:
-    """Number of samples of a class with a given prediction, before and after."""
+    """Number of samples with a label and a prediction, before and after a repair."""
 
     label: int
     prediction: int
@@ -75,7 +75,7 @@ class ConfusionCell:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Counts of a class."""
+    """Flip counts of the samples of one class."""
 
     label: int
     counts: FlipCounts = field(metadata=flat())
@@ -83,7 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """`B` counts of margins before and after between `B + 1` ascending edges; outer bins take values outside."""
+    """Counts of margins, before and after, in `B` bins with `B + 1` ascending edges. Outer bins include all beyond."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -96,10 +96,10 @@ class MarginHistogram:
 
 @dataclass(frozen=True)
 class SplitReport(_Counted):
-    """Counts and samples of one split, before a repair against after it.
+    """Counts and samples of one split, before and after a repair.
 
-    `targeted_ids` are the samples to repair. `confusion` has the cells that are not 0; it is empty, like `classes`, if
-    the task has no classes. `margins` is None if the task has none.
+    `targeted_ids` are the failures to repair. `confusion` has the cells that are not 0. `confusion` and `classes` are
+    empty if the task has no classes, and `margins` is None if it has no margins.
     """
 
     split: str
@@ -121,7 +121,7 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined; `repair_rate` is of the target."""
+        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined. `repair_rate` counts only targets."""
         repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
         return {**rates_of(self.counts), "repair_rate": repair_rate}
 
@@ -138,7 +138,7 @@ class SplitReport(_Counted):
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One split against the replaced model: the new model as trained (`broken` are regressions), and now."""
+    """One split in an update: the new model, as `trained` and as repaired (`now`), against the replaced model."""
 
     trained: SplitReport
     now: SplitReport
@@ -154,7 +154,7 @@ class UpdateSplit:
 
 @dataclass(frozen=True)
 class SliceReport(_Counted):
-    """Counts of one slice of the data of one role; `quota` targets had to be repaired, None for no quota."""
+    """Counts of one slice in the data of one role. `quota` is the number of targets to repair, or None for no quota."""
 
     name: str
     role: Role
@@ -168,7 +168,7 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A targeted failure that was set aside, by its position in the data set; label -1 if the task has none."""
+    """A failure in the target that was not to be repaired. `id` is its position. `label` is -1 without classes."""
 
     split: str
     id: int
@@ -178,13 +178,13 @@ class SetAside:
 
 
 def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
-    """Groups splits by role, in the order of `ROLES`, without empty roles."""
+    """Groups splits by role, in the order of `ROLES`. Leaves out roles without splits."""
     found = {role: [split for split in splits if split.role == role] for role in ROLES}
     return {role: own for role, own in found.items() if own}
 
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
-    """Sums several splits of one role, without samples, since ids of different data sets do not mix."""
+    """Adds up several splits of one role. Leaves out their samples, since ids of different data sets do not mix."""
     counts = _sum(TargetCounts, [split.counts for split in splits])
     parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
     return SplitReport("all", splits[0].role, counts, (), (), *parts)
@@ -218,5 +218,5 @@ def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
-    """Sums several splits of one role."""
+    """Adds up several splits of one role, like `pool`."""
     return UpdateSplit(pool([split.trained for split in splits]), pool([split.now for split in splits]))

@@ -1,7 +1,7 @@
 """Confidence limits and tests for unseen data.
 
-In: counts of repaired and broken samples. Out: upper limits on the rate of broken samples, also after the data have
-chosen among candidates, and tests of whether the model is better.
+All functions take counts of repaired or broken samples. Limits bound the rate of broken samples, even if the data have
+chosen among several sets of weights. Tests tell whether the model is better.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = [
 ]
 
 Evidence = Literal["better", "no difference shown", "worse"]
-"""Comparison of a model with the one before it, by repaired and broken samples."""
+"""Comparison of a model with the one before it, by a test on repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
-NEGLIGIBLE = 1e-17  # relative size of a term that no longer changes a sum in double precision
+NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
 ORDERED_LEVEL_SHARE = 0.8
-"""Share of the error probability for strengths accepted from weak to strong; the rest is for all other weights."""
+"""Share of the error probability for strengths that are accepted from weak to strong. The rest is for other weights."""
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
     """Computes the one-sided upper limit of Clopper and Pearson (1934) on a rate, in (0, 1].
 
-    It is the largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence, to 1e-9, and 1 if `broken` equals `n`.
-    Whatever the true rate, the limit is too low in at most a share 1 - confidence of draws of n independent samples.
+    It is the largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence, to 1e-9. It is 1 if `broken` equals `n`.
+    Whatever the true rate, the limit is below it in at most a share 1 - confidence of draws of n independent samples.
 
     Args:
         broken: number of broken samples, in [0, n].
@@ -68,14 +68,14 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """Computes the 90 % interval of Clopper and Pearson for `k` of `n`, Bonferroni-corrected for `choices`."""
+    """Computes the 90 % interval of Clopper and Pearson for `k` of `n`, Bonferroni-corrected for `choices` results."""
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
 
 @lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
-    """Computes `upper_limit`, also for levels so small that 1 - level is 1, by bisection to the last bit."""
+    """Computes `upper_limit` by bisection. The error probability `level` may be so small that 1 - level rounds to 1."""
     if broken == n:
         return 1.0
     low, high = 0.0, 1.0
@@ -88,9 +88,9 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """Computes P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" if k of n broke; 0 < p < 1.
+    """Computes P(Bin(n, p) <= k) for 0 < p < 1, the exact p-value of "the rate is at least p" if k of n broke.
 
-    Terms are summed from k away from the mean, each smaller than the one before, so nothing cancels.
+    Terms are summed from k away from the mean. Each is smaller than the one before, so no digits cancel.
     """
     if k >= n:
         return 1.0
@@ -106,7 +106,7 @@ def _pmf(k: int, n: int, p: float) -> float:
 
 
 def _falling(top: int, bottom: int, factor: float) -> float:
-    """1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)): a binomial tail over its largest term."""
+    """Sums 1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)), a binomial tail over its largest term."""
     total = term = 1.0
     while top and term > NEGLIGIBLE * total:
         term *= top / bottom * factor
@@ -116,9 +116,9 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 
 
 def p_worse(broken: int, repaired: int) -> float:
-    """Computes the one-sided sign test that more samples break than are repaired; 1 if none changed.
+    """Computes the one-sided sign test that more samples break than are repaired.
 
-    The p-value is P(Bin(broken + repaired, 1/2) >= broken).
+    The p-value is P(Bin(broken + repaired, 1/2) >= broken). It is 1 if no sample flipped.
 
     Example:
         >>> p_worse(5, 0)
@@ -128,7 +128,9 @@ def p_worse(broken: int, repaired: int) -> float:
 
 
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
-    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break"; 1 without flips.
+    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break". It is 1 if there are no flips.
+
+    If the data chose among several results, `choices` is their number, for a Bonferroni correction.
 
     Example:
         >>> round(sign_test(3, 20), 4)
@@ -138,7 +140,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Compares repaired with broken samples by `sign_test` at a level of 5 %.
+    """Compares repaired with broken samples by `sign_test`, with the same arguments, at a level of 5 %.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
@@ -151,10 +153,9 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
 
 @dataclass(frozen=True)
 class Bound:
-    """A limit on the rate at which samples like the calibration data break. Made by `Bound.of`.
+    """A limit on the rate at which samples like the calibration data break. `Bound.of` computes it.
 
-    `broken` of the `n` samples that were right before broke; the true rate is at most `upper`, in (0, 1], with
-    `confidence`.
+    `broken` of `n` samples that were right before are wrong after. The true rate is at most `upper` with `confidence`.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -172,12 +173,12 @@ class Bound:
 
     @classmethod
     def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
-        """Computes the bound of Clopper and Pearson; arguments and errors are those of :func:`upper_limit`."""
+        """Computes the bound of Clopper and Pearson. Arguments and errors are those of :func:`upper_limit`."""
         return cls.at_level(broken, n, 1 - check_confidence(confidence))
 
     @classmethod
     def at_level(cls, broken: int, n: int, level: float) -> Bound:
-        """Computes the bound with error probability `level`, in (0, 1)."""
+        """Computes the bound for the error probability `level`, in (0, 1)."""
         broken, n = _checked_counts(broken, n)
         return cls(broken, n, 1 - level, limit_at_level(broken, n, level))
 
@@ -191,7 +192,7 @@ class Bound:
 
 
 def percent_up(rate: float) -> str:
-    """Formats a limit in percent, rounded up so that it stays valid: two decimals, or two digits below 0.1 %."""
+    """Formats a limit in percent, with two decimals, or two digits below 0.1 %. Rounds up, so that it stays valid."""
     percent = Decimal(repr(rate)) * 100
     places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
     return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
@@ -203,7 +204,7 @@ def show_confidence(confidence: float) -> str:
 
 
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
-    """Returns a number between 0 and 1; raises `ConfigurationError` for any other value."""
+    """Returns a number between 0 and 1. Raises a `ConfigurationError` for any other value."""
     check_real(argument, confidence, "share between 0 and 1", "write 0.95 for 95 %, for instance.", above=0, below=1)
     return float(confidence)
 
@@ -224,13 +225,13 @@ def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The choices that calibration data made about the weights.
+    """How calibration data took part in the choice of the weights.
 
     Attributes:
-        states: number of sets of weights that the data could have chosen, fixed in advance; 1: they chose nothing.
-        ordered: True if strengths are accepted from weak to strong first; `states` then counts all other sets.
-        allowed: number of calibration samples that may break, fixed in advance, if the strength taken and all weaker
-            ones of the grid keep within it; else None.
+        states: number of sets of weights that the data could have chosen, fixed in advance; 1 if they chose nothing.
+        ordered: True if strengths may be accepted one after the other from weak to strong. `states` counts other sets.
+        allowed: number of calibration samples that may break, fixed in advance. None unless the chosen strength and all
+            weaker ones of the grid break at most this many.
     """
 
     states: int = 1
@@ -239,12 +240,12 @@ class Selection:
 
 
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """Computes an upper limit in (0, 1] on the rate of broken samples, after a choice by calibration data.
+    """Computes an upper limit in (0, 1] on the rate of broken samples, after these data have chosen the weights.
 
-    `broken` of the `n` samples that were right before break. Let a = 1 - confidence. Without a choice, the limit is
-    that of Clopper and Pearson at level a; after a choice among C sets of weights, at level a / C (Bonferroni).
-    Strengths accepted one after the other from weak to strong, while at most `allowed` samples break (Learn then Test),
-    share 80 % of a; all other sets, such as polished weights, 20 %.
+    `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper and Pearson for the
+    error probability a = 1 - confidence. After a choice among C sets of weights, the probability is a / C (Bonferroni).
+    If strengths are accepted one after the other from weak to strong, while at most `allowed` samples break (Learn then
+    Test), they share 80 % of a; all other sets, such as polished weights, share 20 %.
     """
     level = 1 - confidence
     if selection.allowed is not None:

@@ -1,19 +1,19 @@
-// Rows of cells, sorted by a click on a head and filtered by words: of report.html, and of TensorBoard's tab.
+// Sorts and filters tables, in report.html and in TensorBoard's tab.
 
-/** The first number in a text such as "1,024"; NaN where there is none. */
+/** Returns the number at the start of a text such as "1,024", or NaN. */
 export const numberIn = text => parseFloat(text.replaceAll(",", ""));
 
-/** Numbers by their size, then other text by the alphabet; for the sort of an array. */
+/** Compares cells for `sort`: numbers first, by size, then other text by the alphabet. */
 export function compareCells(x, y) {
   const p = numberIn(x), q = numberIn(y);
   return isNaN(p) && isNaN(q) ? x.localeCompare(y) : isNaN(p) - isNaN(q) || p - q;
 }
 
-/** Whether a text, in lower case, has each word of what a reader asked for. */
+/** True if a text in lower case contains each word of the search text. */
 export const matchesWords = (text, asked) =>
   asked.toLowerCase().split(" ").every(word => text.includes(word));
 
-/** Makes buttons in a row of heads call `sort(column, ascending)`, and tells screen readers the order. */
+/** Makes the buttons in a row of heads call `sort(column, ascending)`, and sets `aria-sort` for screen readers. */
 export function bindHeads(row, sort) {
   [...row.cells].forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
     const up = head.ariaSort !== "ascending";
@@ -23,7 +23,7 @@ export function bindHeads(row, sort) {
   }));
 }
 
-/** Makes a whole table sortable; its `data-filter` names the field that filters it, if it has one. */
+/** Makes a table sortable. If it has `data-filter`, the input of this id filters its rows. */
 export function sortable(table) {
   const body = table.tBodies[0], rows = [...body.rows], cell = (row, i) => row.cells[i].textContent;
   bindHeads(table.tHead.rows[0], (i, up) => {

@@ -1,4 +1,4 @@
-"""The parts of reports as tables."""
+"""Tables for the pages of a report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FLIPPED_COLUMNS = ("split", "position", "flip", "true", "before", "after", *MARG
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
-    """Tabulates counts per split and, for a role with several, in total."""
+    """Tabulates counts by split, with a total for each role that has several splits."""
     in_target = any(0 < s.passed_in_target < s.passed for s in splits)
     rows = [
         ("samples", "n"),
@@ -81,7 +81,7 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
-    """Tabulates the published rates of updates."""
+    """Tabulates the repair rate, the break rate and the published rates of model updates, by split."""
     columns = _with_totals(splits, pool)
     named = [(RATES[name].label, name) for name in ("break_rate", *SHOWN_RATES)]
     table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *named])
@@ -91,7 +91,7 @@ def rates_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def update_table(splits: Sequence[UpdateSplit]) -> Table:
-    """Tabulates the new model, as trained and now, against the replaced one."""
+    """Tabulates the new model against the replaced one, before and after the repair."""
     rows = [
         ("accuracy of the replaced model", "now.accuracy_before"),
         ("accuracy of the new one", "trained.accuracy_after"),
@@ -107,7 +107,7 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
-    """Tabulates counts of targeted, repaired and broken samples by role, a row per slice."""
+    """Tabulates targeted, repaired and broken samples by slice (a row each) and by role."""
     roles = [role for role in ROLES if any(s.role == role for s in slices)]
     quotas = any(s.quota is not None for s in slices)
     columns: list[tuple[str, str]] = []
@@ -135,7 +135,7 @@ def steps_table(steps: Sequence[Step]) -> Table:
 
 
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
-    """Tabulates counts by strength, with a mark at the chosen one."""
+    """Tabulates counts by strength and marks the chosen strength."""
     columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
     calibrated = any(point.calibration is not None for point in path)
     columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []
@@ -151,7 +151,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """Tabulates the ladder, a column per rung, with a mark at the one taken."""
+    """Tabulates the rungs of the default method, a column each, and marks the rung that was taken."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
@@ -167,7 +167,7 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
-    """Tabulates the best results by the share of known samples that may break, without duplicates."""
+    """Tabulates the best results by the share of known samples that may break. Skips repeated results."""
     known = ("targets", "repaired"), ("known", "repaired"), ("known", "broken")
     columns = (*known, ("held out", "repaired"), ("held out", "broken"), ("held out", "points"))
     rows, last = [], None
@@ -195,7 +195,7 @@ def points_of(counts: FlipCounts) -> float:
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
-    """Yields tables by role of the classes and confusions that changed, and by split of flipped samples."""
+    """Yields tables of the classes and confusions that changed, by role, and of the flipped samples, by split."""
     splits = flipped_splits(report)
     for role, own in by_role(splits).items():
         together = pool(own)
@@ -216,12 +216,12 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Selects the splits whose flips matter: of an update, of refused weights, or of the repair."""
+    """Returns the splits whose flips to show: those of an update, else of refused weights, else of the repair."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
 def flipped_rows(report: RepairRecord) -> list[list[Any]]:
-    """Returns a row per flipped sample, with the `FLIPPED_COLUMNS`; numbers as numbers."""
+    """Returns a row of values for each flipped sample, in the order of `FLIPPED_COLUMNS`. Numbers stay numbers."""
     rows: list[list[Any]] = []
     for split in flipped_splits(report):
         for one in split.flipped:
@@ -232,7 +232,7 @@ def flipped_rows(report: RepairRecord) -> list[list[Any]]:
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
-    """Sorts samples: broken ones by rising margin, then repaired ones by falling gain in margin."""
+    """Sorts broken samples by rising margin, and after them repaired samples by falling gain in margin."""
 
     def key(one: FlippedSample) -> tuple[bool, float]:
         margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after
@@ -264,7 +264,7 @@ def _class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
-    """Selects the confusions that changed, largest change first, without correct predictions."""
+    """Returns the cells of wrong predictions whose number changed, the largest change first."""
     changed = [cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after]
     return sorted(changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction))
 
@@ -278,7 +278,7 @@ def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
 
 
 def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]) -> list[AnySplit]:
-    """Sorts splits by role, known first, and adds a total for each role with several."""
+    """Sorts splits by role, known first, and adds a total for each role that has several splits."""
     columns: list[AnySplit] = []
     for chosen in by_role(splits).values():
         columns += chosen
@@ -287,7 +287,10 @@ def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]
 
 
 def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Builds a table from rows of label, name of a number (after `trained.` or `now.` in updates) and `Row` options."""
+    """Builds a table with a column per split. Each of `rows` has a label, a key of `numbers`, and options of `Row`.
+
+    In an update, `trained.` or `now.` precedes the key.
+    """
     heads = tuple((split.split, split.role) for split in columns)
     return Table(heads, tuple(Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows))
 

@@ -18,8 +18,8 @@ from lightning_nrl.report.tables import Fact, points_of
 EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
 NOT_COUNTED = TargetCounts(0, 0, 0, 0)
-MOST_TIMES_MORE = 10  # the advice asks for at most this many times the unseen data
-LARGE_GAIN = 2.0  # percentage points on held-out samples that justify a looser gate
+MOST_TIMES_MORE = 10  # advice asks for at most this many times as many unseen data
+LARGE_GAIN = 2.0  # gain on held-out samples, in percentage points, that justifies a looser gate
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
 
@@ -28,18 +28,19 @@ class Verdict:
     """The promise of a repair on known data, and the evidence on other data.
 
     Attributes:
-        headline: both in one line.
+        headline: promise and evidence in one line.
         kept: True if weights changed and the gate's promise is kept.
         promise: the promise in words, with figures.
-        evidence: `better`, `no difference shown` or `worse` by an exact two-sided sign test of repaired against broken
-            samples at a level of 5 %; `worse` if one of several unseen splits is. Updates are compared with the old
-            model.
-        source: data of the evidence: `unseen`, else `held-out` samples of the taken rung, else `none`.
-        repaired: number of repaired samples; likewise `broken`, among `n` samples, or of the one split that is worse.
-        p_value: of the sign test, times the number of rungs that held-out samples chose among. Leaked unseen samples
+        evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of repaired against broken
+            samples at 5 %; also `worse` if one unseen split is. Updates are compared with the replaced model.
+        source: data of the evidence: `unseen` if there are any, else `held-out` (known samples that the taken rung did
+            not use), else `none`.
+        repaired: number of repaired samples. `broken` and `n` count broken and all samples. If one unseen split is
+            worse, the numbers are of this split.
+        p_value: p-value of the sign test, times the number of results that the data chose among. Leaked unseen samples
             are subtracted from the repaired ones, but not below the number of broken ones.
         advice: what to do next.
-        tone: `good`; `warn` for no difference, evidence or repair; `bad` for worse.
+        tone: `good`; `warn` for no difference, no evidence or no repair; `bad` for worse.
     """
 
     headline: str
@@ -76,7 +77,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
     evidence: Evidence = evidence_of(*flips, choices)
     worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
     if worst is not None and evidence != "worse" and evidence_of(*_flips(worst), n_splits) == "worse":
-        # The sum over splits would hide it.
+        # The sum over all unseen splits would hide that one of them is worse.
         evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
@@ -111,7 +112,7 @@ def _flips(split: SplitReport) -> tuple[int, int]:
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Returns, of several splits, the one with the lowest p-value that breaks more than it repairs, if any."""
+    """Returns the split with the lowest p-value of several that break more than they repair, or None."""
     losing = [split for split in splits if split.counts.broken > split.counts.repaired]
     return min(losing, key=lambda split: sign_test(*_flips(split)), default=None) if len(splits) > 1 else None
 
@@ -164,7 +165,7 @@ def _revert_hint(report: RepairRecord) -> str:
 
 
 def _looser_gate_hint(report: RepairRecord) -> str:
-    """Suggests a gate that would have repaired twice as many targets, or gained more on held-out samples."""
+    """Suggests a gate that would have repaired twice as many targets, or gained more on held-out samples, if any."""
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:

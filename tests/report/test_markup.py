@@ -27,6 +27,7 @@ HOSTILE = [
     'a" onmouseover="alert(1)',
     "a\n\n# b\n\n![i](http://evil.example)",
     "a | b \\| c `![i](http://evil.example)`",
+    "`a``![i](http://evil.example)` ``[b](http://evil.example)` \\`![c](http://evil.example)",
     "&lt;img src=http://evil.example&gt;",
 ]
 
@@ -74,6 +75,7 @@ def test_a_name_stays_a_name_in_markdown(name: str) -> None:
         plain.count(tag) for tag in ("<table", "<tr", "<td", "<h")
     ]
     assert Tags(shown).found == []
+    assert "(JSON)**: `a*b` \\* \\`c" in named("`a*b` * `c").to_markdown()
 
 
 def test_a_terminal_is_shown_what_it_must_not_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

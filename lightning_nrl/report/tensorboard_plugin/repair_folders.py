@@ -1,4 +1,4 @@
-"""Finds repairs below a log folder; reads nothing outside."""
+"""Finds repairs below a log folder. Reads no file outside the folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 REPORT_NAME = "report.json"
 MAX_FOLDERS, MAX_DEPTH = 50_000, 12
 FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*"reason":')
-"""Start of a repair's report; other reports have the same file name."""
+"""Start of the report of a repair. Other reports have the same file name."""
 
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with a repair report of `size` bytes, `modified` in nanoseconds.
+    """A folder with the report of a repair, which has `size` bytes and was `modified` at a time in nanoseconds.
 
-    A browser asks for it by `name`, the path below the log folder `root`, with slashes.
+    A browser asks for the folder by `name`: its path below the log folder `root`, with slashes.
     """
 
     name: str
@@ -48,13 +48,13 @@ def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
 
 
 def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
-    """Finds folders with a repair report, latest first; ignores links that lead out of a root."""
+    """Finds folders with the report of a repair, latest first. Ignores links that lead out of a root."""
     found = [folder for name, root in roots.items() for folder in _below(name, root)]
     return sorted(found, key=lambda folder: (-folder.modified, folder.name))
 
 
 def is_below(path: Path, root: Path) -> bool:
-    """True if a path, with links resolved, is a file below the root."""
+    """True if a path leads to a file below the root after all links are resolved."""
     try:
         return path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
     except OSError:

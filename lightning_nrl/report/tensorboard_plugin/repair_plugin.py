@@ -29,8 +29,8 @@ MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png",
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20
 MAX_LISTED = 200  # latest repairs in the table
-KEPT_REPORTS = 4  # in memory
-LOOK_SECONDS = 5.0  # before folders are scanned again
+KEPT_REPORTS = 4  # number of reports kept in memory
+LOOK_SECONDS = 5.0  # time until the folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
@@ -72,7 +72,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             return _missing(request, loaded)
         try:
             return _answer(request, loaded.details)
-        except Exception as error:  # no report may take the tab down
+        except Exception as error:  # no report may break the tab
             return _missing(request, f"report.json cannot be shown: {error}")
 
     def _sample(self, request: Request) -> Response:
@@ -94,13 +94,11 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             return self._found
 
     def _requested(self, request: Request) -> LoadedRepair | str:
-        """Returns the requested repair, or an error message."""
         name = request.args.get("name", "")
         folder = next((folder for folder in self._folders() if folder.name == name), None)
         return "there is no repair of that name." if folder is None else self._load(folder)
 
     def _summary(self, folder: RepairFolder) -> dict[str, Any]:
-        """Returns a row of the table of repairs, or the reason why its report cannot be read."""
         with self._lock:
             if folder not in self._summaries:
                 loaded = self._load(folder)
@@ -110,7 +108,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
 
 def _read(folder: RepairFolder) -> LoadedRepair | str:
-    """Reads the report of a folder; returns an error message if that fails."""
     if folder.size > MAX_REPORT_BYTES:
         return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
     # Imported late, since it imports torch, which takes seconds.

@@ -1,4 +1,4 @@
-"""Converts a report to the JSON values and HTML parts of the tab."""
+"""Converts a report to the JSON values and HTML parts that the Repair tab shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Plain = dict[str, Any]
 
 
 class LoadedRepair:
-    """A report with its folder."""
+    """A report that was read from its folder."""
 
     def __init__(self, folder: RepairFolder) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class LoadedRepair:
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """Returns the relative path of a flipped sample's picture or text; None for other samples."""
+        """Returns the path of a flipped sample's picture or text in the folder. Returns None for any other sample."""
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
@@ -90,7 +90,6 @@ class LoadedRepair:
         return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
-        """Returns flipped samples as rows, most telling first, and the names of their slices."""
         try:
             files = set(os.listdir(self.folder.path / SAMPLES_FOLDER))
         except OSError:
@@ -153,5 +152,4 @@ def _point(point: StrengthPoint) -> Plain:
 
 
 def _finite(value: float) -> float | None:
-    """Rounds to four significant digits; None for NaN and infinity."""
     return float(f"{value:.4g}") if math.isfinite(value) else None

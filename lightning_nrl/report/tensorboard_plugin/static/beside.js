@@ -1,8 +1,8 @@
-// What became in another repair of the samples that one has flipped.
+// Compares the flipped samples of a repair with another repair.
 
 import { ask, count, h } from "./dom.js";
 
-/** A choice among other repairs and a line that says what both share; `chosen(name, ofRow)` is given a column. */
+/** Builds a choice among other repairs and a line that compares them; `chosen(name, ofRow)` gets a table column. */
 export function besideAnother(repair, others, chosen) {
   const line = h("p", { role: "status" });
   const select = h("select", { onchange: () => choose(select.value) },
@@ -13,7 +13,7 @@ export function besideAnother(repair, others, chosen) {
     if (!name) return chosen(null);
     try {
       const other = await ask("repair", { name });
-      if (select.value !== name) return;  // a reader was faster
+      if (select.value !== name) return;  // the reader has chosen another one
       const { ofRow, text } = joined(repair, other);
       line.textContent = text;
       chosen(`in ${name}`, ofRow);
@@ -25,7 +25,7 @@ export function besideAnother(repair, others, chosen) {
   return [h("label", {}, "beside ", select), line];
 }
 
-/** By row what the other repair does to the sample, and in words how many samples both flip. */
+/** Returns what the other repair does to the sample of a row, and a text on how many samples both flip. */
 function joined(repair, other) {
   const own = byName(repair), its = byName(other);
   const sizes = new Map(other.splits.map(({ name, n }) => [name, n]));

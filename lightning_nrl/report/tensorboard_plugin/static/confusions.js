@@ -1,4 +1,4 @@
-// What classes are taken for, after less before; a click on a pair shows its samples.
+// Shows how counts of confusions changed. A click on a pair of classes shows its samples.
 
 import { count, h } from "./dom.js";
 import { nameOf, pairName } from "./flips.js";
@@ -6,7 +6,7 @@ import { nameOf, pairName } from "./flips.js";
 const LARGEST_MATRIX = 14;
 const LISTED_PAIRS = 20;
 
-/** A heading and a matrix, or a list where there are many classes; none where no confusion has changed. */
+/** Builds a heading and a matrix, or a list if there are many classes. Returns [] if no confusion changed. */
 export function changedConfusions(repair, choosePair) {
   const roles = Object.keys(repair.confusion);
   if (!roles.length) return [];
@@ -16,7 +16,7 @@ export function changedConfusions(repair, choosePair) {
     h("input", { type: "radio", name: "confusion-role", value: role, checked: i === roles.length - 1,
       onchange: () => draw(role) }),
     ` ${role} data`));
-  draw(roles.at(-1));  // unseen data tell the most
+  draw(roles.at(-1));  // unseen data are the most informative
   return [h("section", { "aria-labelledby": "confusions-title" },
     h("h2", { id: "confusions-title" }, "Confusions that changed"),
     h("p", {}, "How many of a row's class are taken for a column's: ", h("span", { class: "fewer" }, "fewer"), " or ",

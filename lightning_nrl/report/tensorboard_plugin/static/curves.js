@@ -1,18 +1,18 @@
-// Curves over steps as SVG, with a mark that moves along them.
+// Draws curves over steps as SVG, with a mark that can be moved along them.
 
 import { h, s } from "./dom.js";
 
 const WIDTH = 460, HEIGHT = 230, LEFT = 52, RIGHT = 12, TOP = 12, BOTTOM = 40;
 
 /**
- * A chart and its legend.
+ * Draws a chart and its legend.
  *
- * @param title what a screen reader says it is.
+ * @param title title, also for screen readers.
  * @param xs the steps, ascending.
- * @param series `{name, values, colour, dash}` each; null where a curve has no value.
- * @param xName what the steps are.
- * @param whole whether the values are counts.
- * @returns `{element, mark(i)}`: `mark` moves to the i-th step.
+ * @param series list of `{name, values, colour, dash}`; a missing value is null.
+ * @param xName label of the axis of steps.
+ * @param whole true if the values are counts.
+ * @returns `{element, mark(i)}`: `mark` moves the mark to the i-th step.
  */
 export function curves(title, xs, series, xName, whole = false) {
   const values = series.flatMap(one => one.values).filter(value => value !== null);
@@ -58,7 +58,7 @@ export function curves(title, xs, series, xName, whole = false) {
 
 const joined = (values, i) => i > 0 && values[i - 1] !== null;
 
-/** Four to eight round numbers from low to high. */
+/** Returns four to eight round numbers from low to high. */
 function ticks(low, high, whole = false) {
   const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(one => one * power).find(one => one >= rough && (one >= 1 || !whole)) ?? 1;

@@ -1,4 +1,4 @@
-// Elements of the page. Whatever a report says goes into text nodes and attributes, never into markup.
+// Builds elements of the page. Text from a report becomes text nodes and attributes, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -13,27 +13,27 @@ function filled(element, attributes, children) {
   return element;
 }
 
-/** An HTML element: `on...` attributes are listeners; null, undefined and false ones are left out. */
+/** Creates an HTML element. `on...` attributes are listeners; null, undefined and false ones are left out. */
 export const h = (tag, attributes = {}, ...children) => filled(document.createElement(tag), attributes, children);
 
-/** An SVG element. */
+/** Creates an SVG element, like `h`. */
 export const s = (tag, attributes = {}, ...children) =>
   filled(document.createElementNS(SVG, tag), attributes, children);
 
-/** A count with its thousands set apart; `-` for what is not known. */
+/** Formats a count with separators for thousands, or `-` if it is unknown. */
 export const count = n => (n === null || n === undefined ? "-" : n.toLocaleString("en"));
 
-/** A number as the server has rounded it; `-` for none. */
+/** Formats a number that the server has rounded, or `-` if it is unknown. */
 export const number = x => (x === null || x === undefined ? "-" : String(x));
 
-/** A part of the report's page that the server made, in which all text is escaped. */
+/** Creates an element from HTML of the server, in which all text is escaped. */
 export function fromReport(html) {
   const place = h("div");
   place.innerHTML = html;
   return place;
 }
 
-/** What the plugin answers to a request; throws what it says is wrong. */
+/** Sends a request to the plugin and returns its answer. Throws an error with the plugin's message. */
 export async function ask(path, values = {}) {
   const answer = await fetch(address(path, values));
   const content = await answer.json().catch(() => ({ problem: `TensorBoard answers: ${answer.statusText}.` }));
@@ -41,7 +41,7 @@ export async function ask(path, values = {}) {
   return content;
 }
 
-/** Where the plugin answers. */
+/** Returns the address of a request to the plugin. */
 export function address(path, values = {}) {
   const url = new URL("../" + path, import.meta.url);
   for (const [name, value] of Object.entries(values)) url.searchParams.set(name, value);

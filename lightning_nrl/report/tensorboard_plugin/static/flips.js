@@ -1,4 +1,4 @@
-// The flipped samples: sorted, filtered, a page of them at a time, with their pictures.
+// The table of flipped samples, with sorting, filters, pages and pictures.
 
 import { besideAnother } from "./beside.js";
 import { address, count, h, number } from "./dom.js";
@@ -8,18 +8,18 @@ const PAGE_SIZES = [25, 50, 100], WORDS = "words";
 const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER, IN_TARGET, SLICE, KIND] =
   Array(11).keys();
 
-/** What a class is called. */
+/** Returns the name of a class. */
 export const nameOf = (repair, label) => (label < 0 ? "-" : repair.classes[label] ?? String(label));
 
-/** What a confusion is called. */
+/** Returns the name of a confusion. */
 export const pairName = (repair, label, prediction) =>
   `${nameOf(repair, label)} taken for ${nameOf(repair, prediction)}`;
 
 /**
- * The section of the flipped samples of a repair; `others` are names of repairs that it can be seen beside.
+ * Builds the section of a repair's flipped samples. `others` are names of repairs to compare with.
  *
- * Gives its `element`, and `choosePair({role, label, prediction} or null, dropped)`, which leaves the samples of a
- * class that were or are taken for another; `dropped` is called when a reader takes the filter off.
+ * Returns its `element`, and `choosePair({role, label, prediction} or null, dropped)`, which shows only the samples of
+ * a class that were or are taken for another one. `dropped` is called when the reader removes this filter.
  */
 export function flippedSamples(repair, others) {
   const { rows, slices } = repair.flips, { splits } = repair;
@@ -46,7 +46,7 @@ export function flippedSamples(repair, others) {
   const chip = h("button", { type: "button", class: "chip", hidden: true, onclick: () => choosePair(null) });
   const view = sampleView(repair);
 
-  /** The columns of the table: its own, and one of another repair. */
+  /** Sets the columns of the table: its own and, if named, one of another repair. */
   function lay(name, ofRow) {
     columns = name ? [...own, [name, ofRow, WORDS]] : own;
     order = null;
@@ -132,7 +132,7 @@ export function flippedSamples(repair, others) {
   return { element, choosePair };
 }
 
-/** Thumbnails of samples, and the dialog in which one of them is seen large. */
+/** Builds thumbnails of samples, and the dialog that shows a sample in full size. */
 function sampleView(repair) {
   const place = h("div"), caption = h("p");
   const dialog = h("dialog", { "aria-label": "The input of a sample" }, place, caption,

@@ -1,4 +1,4 @@
-// The Repair tab: the repairs of a log folder, and all that one of them is judged by.
+// The Repair tab: lists the repairs of a log folder and shows one of them.
 
 import { changedConfusions } from "./confusions.js";
 import { ask, fromReport, h } from "./dom.js";
@@ -10,7 +10,7 @@ import { verdict } from "./verdict.js";
 const RELOAD_MILLISECONDS = 30_000;
 const state = { repairs: [], found: 0, shown: null, wanted: null, stamp: 0 };
 
-/** Builds the page; TensorBoard calls this when the tab is opened. */
+/** Builds the page. TensorBoard calls this when the tab is opened. */
 export async function render() {
   document.documentElement.lang = "en";
   document.title = "Repair";
@@ -27,7 +27,7 @@ export async function render() {
   setInterval(() => document.hidden || reload(), RELOAD_MILLISECONDS);
 }
 
-/** Reads the list anew; what has not changed stays as it is on the screen. */
+/** Reads the list of repairs again. Updates the screen only where something changed. */
 async function reload() {
   try {
     const { repairs, found } = await ask("repairs");
@@ -37,7 +37,7 @@ async function reload() {
     if (changed || !own) listRepairs(own?.name);
     if (own && (own.name !== state.shown || own.modified !== state.stamp)) await show(own.name);
   } catch (error) {
-    // TensorBoard has ended, or is busy: what is on the screen stays, and there is a next time.
+    // TensorBoard has ended or is busy: keep what is on the screen until the next reload.
     if (!state.shown) complain(error);
   }
 }
@@ -52,7 +52,7 @@ function listRepairs(shown) {
   place.replaceChildren(...(several ? repairsTable(state.repairs, state.found, shown, show) : []));
 }
 
-/** Shows one repair, by its name. */
+/** Shows the repair of this name. */
 async function show(name) {
   for (const button of document.querySelectorAll("#repairs [data-repair]")) {
     const own = button.dataset.repair === name;
@@ -63,7 +63,7 @@ async function show(name) {
   state.wanted = name;
   try {
     const repair = await ask("repair", { name });
-    if (state.wanted !== name) return;  // a reader was faster
+    if (state.wanted !== name) return;  // the reader has chosen another one
     Object.assign(state, { shown: name, stamp: repair.modified });
     const others = state.repairs.filter(one => !one.problem && one.name !== name).map(one => one.name);
     const flips = repair.changes ? flippedSamples(repair, others) : { element: "", choosePair: () => undefined };
@@ -82,7 +82,7 @@ function complain(error) {
   document.getElementById("repair").replaceChildren(h("p", { class: "warn", role: "alert" }, error.message));
 }
 
-/** TensorBoard has a switch of its own between light and dark; without it the browser's holds. */
+/** Follows TensorBoard's own switch between light and dark. Outside TensorBoard the browser's setting holds. */
 function followTheme() {
   try {
     const above = window.parent.document.body;
@@ -93,6 +93,6 @@ function followTheme() {
     follow();
     new MutationObserver(follow).observe(above, { attributeFilter: ["class"] });
   } catch {
-    // Another origin holds the frame.
+    // The parent page has another origin, so its theme cannot be read.
   }
 }

@@ -1,4 +1,4 @@
-// The repairs of a log, side by side.
+// The table of all repairs in a log folder.
 
 import { count, h } from "./dom.js";
 import { sortable } from "./table.js";
@@ -6,7 +6,7 @@ import { sortable } from "./table.js";
 const HEADS = ["repair", "verdict", "target", "targets repaired", "known broken", "unseen repaired", "unseen broken",
   "of others break", "unseen accuracy", "weights changed", "seconds"];
 
-/** A row for each repair; a click on its name calls `show(name)`. */
+/** Builds a table with a row per repair. A click on a name calls `show(name)`. */
 export function repairsTable(repairs, found, shown, show) {
   const rows = repairs.map(one => h("tr", { class: one.name === shown ? "shown" : "" },
     h("th", { scope: "row" },

@@ -1,4 +1,4 @@
-// Sliders over what was counted: the iterations of the search, and the strengths of the patch.
+// Sliders over the iterations of the search and over the strengths of the patch.
 
 import { curves } from "./curves.js";
 import { count, h, number } from "./dom.js";
@@ -7,7 +7,7 @@ const REPAIRED = "var(--repaired)", BROKEN = "var(--broken)", TARGET = "var(--ta
 const INK = "currentColor", DOTTED = "2 3";
 const PLAY_MILLISECONDS = 5000;
 
-/** The search, iteration by iteration: what the best candidate so far repairs and breaks. */
+/** Builds a slider over the iterations of the search: what the best candidate so far repairs and breaks. */
 export function searchReplay({ search, name }) {
   if (!search || !(search.curves.best?.length > 1)) return [];
   const { curves: found, n_failed, n_passed, stopped } = search, steps = [...found.best.keys()];
@@ -36,7 +36,7 @@ export function searchReplay({ search, name }) {
   });
 }
 
-/** The way from the original weights to the patch and beyond: what each part of the change would do. */
+/** Builds a slider from the original weights to the patch and beyond: what each strength repairs and breaks. */
 export function strengthSlider({ strength, chosen_strength, known }) {
   if (strength.length < 2) return [];
   const steps = strength.map(point => point.strength), of = key => strength.map(point => point[key]);
@@ -74,7 +74,7 @@ const series = lines => lines.filter(([, values]) => values?.some(value => value
 
 const rounded = x => number(x === null || x === undefined ? null : Number(x.toPrecision(4)));
 
-/** A section with a slider; its charts and facts follow it. */
+/** Builds a section with a slider, which moves the marks of the charts and updates the facts. */
 function slider({ id, title, text, label, steps, start, charts, facts, plays, text_of }) {
   let timer = null;
   const list = h("dl", { class: "facts" }), value = h("output", { for: `${id}-slider` });

@@ -1,8 +1,8 @@
-// The verdict, the numbers that it is judged by, and what data to come may look like.
+// The verdict, with its counts and the limit for future data.
 
 import { count, fromReport, h } from "./dom.js";
 
-/** Elements from the verdict to the table of splits. */
+/** Builds the elements from the verdict to the table of splits. */
 export function verdict(repair) {
   return [
     h("h1", { class: repair.tone }, repair.verdict),
@@ -23,7 +23,7 @@ export function verdict(repair) {
 
 function tiles({ known, unseen, accepted, changes, tone, at_most, calibrated }) {
   if (!changes) {
-    // No weights were found that could be counted: what is left is the model as it is.
+    // No new weights were counted, so only the unchanged model can be shown.
     return Object.entries({ known, unseen }).filter(([, data]) => data).map(([name, data]) =>
       tile(`${name} samples right`, count(data.right), `of ${count(data.n)}`, ""));
   }
