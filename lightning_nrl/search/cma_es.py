@@ -25,12 +25,12 @@ MAX_FULL = 320
 class Evolution(NamedTuple):
     """State of S independent searches by CMA-ES. `CmaEs.tell` changes the objects in `strategies` in place."""
 
-    candidates: Tensor  # S x P x K
-    original: Tensor  # S x K
+    candidates: Tensor  # S x P x K: searches x candidates x weights
+    original: Tensor  # S x K, the weights before the repair
     step: Tensor  # S x K, standard deviation of the layer's weights: the library's unit of length
     seeds: tuple[int, ...]  # one per search
     strategies: tuple[Any, ...] | None  # the library's optimisers, one per search; None before the first `tell`
-    sizes: tuple[int, ...]  # number of weights per search, padded to K
+    sizes: tuple[int, ...]  # number of weights of each search, without padding
     threshold: None = None  # None because the rank of every candidate matters
 
 
@@ -108,7 +108,7 @@ class CmaEs:
 
     def _strategy(self, state: Evolution, s: int, start: Tensor) -> Any:
         n_weights = state.sizes[s]
-        limit = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)  # for one weight both are equal
+        limit = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)  # for 1 weight `full` is `diagonal`
         strategy = _library().CMA if n_weights <= limit else _library().SepCMA
         mean = self._units(state, s, start[:n_weights]).numpy()
         return strategy(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)

@@ -22,7 +22,7 @@ class Population(NamedTuple):
     fitness: Tensor  # S x P, minus infinity before the first candidates are scored
     candidates: Tensor  # S x P x K, one trial for each member
     lowest: Tensor  # broadcasts to S x P x K, lower bound of the weights
-    highest: Tensor  # upper bound
+    highest: Tensor  # broadcasts to S x P x K, upper bound of the weights
     searched: Tensor | None  # S x 1 x K bool, False at padding; None: no padding
 
     @property

@@ -44,8 +44,8 @@ SMALLEST_UNCHANGED = 2.0**-10
 class Fitness:
     r"""Fitness from the paper's equations or the lexicographic ranking.
 
-    With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
-    loss terms :math:`l` (see `loss_term`), the kinds are
+    :math:`N_{patched}` of the failed samples :math:`I_{neg}` are repaired, and :math:`N_{intact}` of the passed samples
+    :math:`I_{pos}` are kept. `loss_term` explains the loss terms :math:`l`. The kinds are
 
     - `lexicographic`: ranks by fewest broken samples, then most repaired samples, then lowest mean loss over I_neg and
       I_pos. (With the loss on I_neg alone, the search would go on to shrink the margins of passed samples.) If no
@@ -180,7 +180,7 @@ for _kind in FITNESS_KINDS:
 @FITNESSES.register("arachne")
 @dataclass(frozen=True)
 class ArachneFitness:
-    r"""Arachne's first fitness: :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
+    r"""Arachne's fitness (L: mean loss): :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()

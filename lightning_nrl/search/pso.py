@@ -65,7 +65,7 @@ class ParticleSwarm:
         constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, a random number per weight, speed at most 0.2 of the
             range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number per particle and
             term, speed from 0.2 to 5 ranges; the minimum speed drives particles away from the original weights.
-        inertia: coefficient of the velocity, at least 0. For this and the next four, None: the value from `constants`.
+        inertia: coefficient of the velocity, at least 0. None here and in the next four means the value of `constants`.
         cognitive: coefficient of the pull to the particle's best position, at least 0.
         social: coefficient of the pull to the swarm's best position, at least 0.
         min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.

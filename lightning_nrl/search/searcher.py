@@ -57,7 +57,7 @@ class RandomStreams:
     """One random generator per search, so that a search draws the same numbers alone, in a batch and with padding."""
 
     generators: tuple[torch.Generator, ...]  # one per search, on the CPU so that every device gets the same numbers
-    sizes: tuple[int, ...] | None = None  # number of weights per search, padded to K; None: every search has K
+    sizes: tuple[int, ...] | None = None  # number of weights of each search, without padding; None: K
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
@@ -65,7 +65,7 @@ class RandomStreams:
         return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
-        """Draws numbers from [0, 1) in the dtype of `like`: for `shape` (2, P, K) a tensor `2 x S x P x K`."""
+        """Draws numbers from [0, 1) in the dtype of `like`. The `shape` (2, P, K) gives a tensor `2 x S x P x K`."""
         return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:

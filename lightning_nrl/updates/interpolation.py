@@ -55,7 +55,7 @@ class ShareChoice(Renderable):
 
     Attributes:
         chosen: the largest share whose accuracy is at most `tolerance` below the best accuracy of `curve` and that
-            breaks no more samples than share 0.
+            breaks no more samples than share 0, if there is one.
         curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
         tolerance: largest accepted loss of accuracy, in [0, 1]; None: the largest share was taken at any accuracy.
         state: weights and buffers for the chosen share; empty for share 0.

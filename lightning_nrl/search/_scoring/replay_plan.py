@@ -194,7 +194,7 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
             if is_out_of_memory(error):
                 raise
-            problem = f"resuming it failed: {error}".splitlines()[0]
+            problem = f"resuming a pass failed: {error}".splitlines()[0]
         if not problem:
             return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
     return problem
@@ -236,7 +236,7 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
         halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
         for half, parameters in zip(halves, weights, strict=True):
             if not same_values(half, model.logits(inputs, parameters), precision):
-                return "resuming it after the layer gives other outputs than the whole model"
+                return "resuming a pass after the layer gives other outputs than the whole model"
     return ""
 
 
