@@ -1,4 +1,4 @@
-"""CMA-ES (Hansen 2016), from the library `cmaes`, an extra: `pip install lightning_nrl[cmaes]`.
+"""CMA-ES (Hansen 2016), from the optional library `cmaes`: `pip install lightning_nrl[cmaes]`.
 
 The library runs on the CPU, one search at a time. The candidates of all searches are still scored in one call.
 """
@@ -19,36 +19,37 @@ from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 Covariance = Literal["auto", "full", "diagonal"]
 MAX_FULL = 320
-"""Largest number of weights for which `auto` uses the full covariance matrix, just above `default_n_weights`."""
+"""Largest number of weights for which `auto` is `full`. By default a search has fewer (`default_n_weights`)."""
 
 
 class Evolution(NamedTuple):
-    """State of S independent evolution strategies. `tell` changes the library's objects in place."""
+    """State of S independent searches by CMA-ES. `CmaEs.tell` changes the objects in `strategies` in place."""
 
-    candidates: Tensor  # S x P x K
-    original: Tensor  # S x K
-    step: Tensor  # S x K, one standard deviation of the layer's weights: the unit of the search
+    candidates: Tensor  # S x P x K: searches x candidates x weights
+    original: Tensor  # S x K, the weights before the repair
+    step: Tensor  # S x K, standard deviation of the layer's weights: the library's unit of length
     seeds: tuple[int, ...]  # one per search
-    strategies: tuple[Any, ...] | None  # one per search; None before the first candidates are scored
-    sizes: tuple[int, ...]  # number of weights per search; the rest of the K is padding
-    threshold: None = None  # every candidate's rank matters
+    strategies: tuple[Any, ...] | None  # the library's optimisers, one per search; None before the first `tell`
+    sizes: tuple[int, ...]  # number of weights of each search, without padding
+    threshold: None = None  # None because the rank of every candidate matters
 
 
 @SEARCHERS.register("cma-es")
 @dataclass(frozen=True)
 class CmaEs:
-    """Searches by covariance matrix adaptation.
+    """Search by covariance matrix adaptation.
 
-    The first candidates are the original weights, the elites, and samples around the original; the strategy starts at
-    the best of them. The result is the best candidate scored, so it is never worse than the original weights.
+    The first candidates are the original weights, the elites (known good candidates), and random points around the
+    original weights. The search starts at the best of these. Its result is the best candidate of all generations, which
+    is never worse than the original weights.
 
     Attributes:
         population: candidates per generation, at least 4.
-        iterations: maximum number of generations; 0 only scores the start.
+        iterations: maximum number of generations; with 0 only the first candidates are scored.
         patience: generations without improvement before the search stops, at least 1.
-        sigma: initial step in standard deviations of the layer's weights, above 0.
-        covariance: `full`, with memory quadratic and time cubic in the number of weights; `diagonal` (sep-CMA-ES, Ros &
-            Hansen 2008); `auto`: `full` up to 320 weights.
+        sigma: initial step size in standard deviations of the layer's weights, above 0.
+        covariance: `full` needs memory quadratic and time cubic in the number of weights; `diagonal` is sep-CMA-ES (Ros
+            & Hansen 2008); `auto` is `full` for up to 320 weights and `diagonal` for more.
     """
 
     label: ClassVar[str] = "CMA-ES"
@@ -89,7 +90,7 @@ class CmaEs:
         return state._replace(candidates=candidates)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Starts at the best first candidate, then adapts to `fitness`, `S x P`. NaN ranks last."""
+        """Adapts the strategies to `fitness`, `S x P`; the first call creates them. NaN ranks last."""
         worth = fitness.double().cpu()
         worth = worth.masked_fill(worth.isnan(), -math.inf)
         if state.strategies is None:
@@ -107,7 +108,7 @@ class CmaEs:
 
     def _strategy(self, state: Evolution, s: int, start: Tensor) -> Any:
         n_weights = state.sizes[s]
-        limit = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)  # with one weight both are the same
+        limit = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)  # for 1 weight `full` is `diagonal`
         strategy = _library().CMA if n_weights <= limit else _library().SepCMA
         mean = self._units(state, s, start[:n_weights]).numpy()
         return strategy(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)

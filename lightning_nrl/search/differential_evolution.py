@@ -20,37 +20,37 @@ class Population(NamedTuple):
 
     members: Tensor  # S x P x K
     fitness: Tensor  # S x P, minus infinity before the first candidates are scored
-    candidates: Tensor  # S x P x K, the trials of this generation
+    candidates: Tensor  # S x P x K, one trial for each member
     lowest: Tensor  # broadcasts to S x P x K, lower bound of the weights
-    highest: Tensor  # upper bound
+    highest: Tensor  # broadcasts to S x P x K, upper bound of the weights
     searched: Tensor | None  # S x 1 x K bool, False at padding; None: no padding
 
     @property
     def threshold(self) -> Tensor:
-        """Fitness just below each member's, `S x P`, since a trial that ties with its member replaces it."""
+        """Largest number below each member's fitness, `S x P`, since a trial of equal fitness replaces its member."""
         return torch.nextafter(self.fitness, torch.full_like(self.fitness, -math.inf))
 
 
 @SEARCHERS.register("differential-evolution")
 @dataclass(frozen=True)
 class DifferentialEvolution:
-    """Searches by differential evolution, rand/1/bin.
+    """Search by differential evolution, rand/1/bin.
 
-    A member's trial takes each weight, and at least one, with probability `crossover` from x_a + F (x_b - x_c), with
-    three other members a, b, c drawn at random and F drawn per generation. The trial replaces the member if it is at
-    least as good. The original weights are a member, and the result is the best candidate scored.
+    In each generation every member x gets a trial. Each weight of the trial comes, with probability `crossover`, from
+    `x_a + F (x_b - x_c)`, else from x; at least one weight does not come from x. The other members a, b, c and the
+    factor F are drawn at random. A trial replaces x if it is at least as good. Member 0 starts at the original weights.
 
     Attributes:
         population: number of members, at least 4.
-        iterations: maximum number of generations; 0 only scores the start.
+        iterations: maximum number of generations; with 0 only the first members are scored.
         patience: generations without improvement before the search stops, at least 1.
-        start: initial positions, as in `ParticleSwarm`.
-        scale_min: as in `ParticleSwarm`.
-        scale_max: as in `ParticleSwarm`.
+        start: initial members, with the same meaning as in `ParticleSwarm`.
+        scale_min: has the same meaning as in `ParticleSwarm`.
+        scale_max: has the same meaning as in `ParticleSwarm`.
         crossover: crossover rate CR, from 0 to 1.
-        factor_min: lower end of the uniform distribution of F, at least 0.
-        factor_max: upper end of that distribution.
-        reach: weights are clipped to this multiple of the layer's minimum and maximum, at least 1.
+        factor_min: smallest value of F, at least 0; F is uniformly distributed.
+        factor_max: largest value of F, at least `factor_min`.
+        reach: trials are clipped to `reach` times the smallest and the largest weight of the layer; at least 1.
     """
 
     label: ClassVar[str] = "differential evolution"
@@ -102,7 +102,7 @@ class DifferentialEvolution:
         mutant = _members(x, a) + factor * (_members(x, b) - _members(x, c))
         mutant = mutant.clamp(state.lowest, state.highest)
         crossed = streams.uniform(x, n, n_weights) < self.crossover
-        # Taken from the mask: sizes on the host would force a synchronisation.
+        # Computed on the device, since a transfer of the sizes from the CPU would make the device wait.
         sizes = n_weights if state.searched is None else state.searched.sum(-1).to(x)
         always = (streams.uniform(x, n, 1)[..., 0] * sizes).long().clamp(max=n_weights - 1)
         crossed = crossed.scatter(2, always[..., None], torch.ones_like(crossed[..., :1]))
@@ -111,7 +111,7 @@ class DifferentialEvolution:
         return state._replace(candidates=torch.where(crossed, mutant, x))
 
     def tell(self, state: Population, fitness: Tensor) -> Population:
-        """Keeps the better of each member and its trial by `fitness`, `S x P`; the trial on a tie. NaN ranks last."""
+        """Replaces each member whose trial has a fitness, `S x P`, that is higher or equal. NaN ranks last."""
         fitness = fitness.to(state.fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness >= state.fitness
@@ -122,7 +122,7 @@ class DifferentialEvolution:
 
 
 def three_others(uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws three distinct other members, uniformly, for each of P from numbers in [0, 1), `3 x S x P`.
+    """Turns random numbers from [0, 1), `3 x S x P`, into three distinct other members for each of the P members.
 
     Example:
         >>> [others.tolist() for others in three_others(torch.tensor([[[0.0] * 4], [[0.0] * 4], [[0.0] * 4]]))]

@@ -1,4 +1,4 @@
-"""Initial candidates of a population: near the original weights, drawn from the layer's distribution, or both."""
+"""Initial candidates of a population: near the original weights, random draws like the layer's weights, or both."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
 
 Start = Literal["local", "half", "paper", "normal"]
-"""Initial distributions, from all candidates near the original weights to all but one drawn from N(mean, std)."""
+"""Names of the initial distributions, which `ParticleSwarm` explains."""
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""Positions of extra candidates on the line from the original weights (0) through each elite (1)."""
+"""Positions of further candidates on the line through the original weights (position 0) and an elite (position 1)."""
 
 
 def first_positions(
     origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
 ) -> Tensor:
-    """Places the first candidates, `S x n x K`; `ParticleSwarm` describes start and scales.
+    """Returns the first candidates, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
 
-    Candidate 0 is the original weights and the next M are the elites. Further candidates lie on the lines from the
-    original weights through the elites, then around the original weights and the elites in turn.
+    Candidate 0 is the original weights, and candidates 1 to M are the M elites, if there are any. Of the others that
+    `start` places near the original weights, up to half then lie on lines from the original weights through an elite,
+    and the rest around the original weights and the elites in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
@@ -50,14 +51,14 @@ def first_positions(
 
 
 def broadcast_stat(x: float | Tensor, origin: SearchOrigin) -> Tensor:
-    """Reshapes a statistic of the layer's weights to broadcast to `S x P x K` candidates."""
+    """Returns a statistic of `origin.stats` as a tensor that broadcasts to candidates `S x P x K`."""
     original = origin.original
     x = torch.as_tensor(x, dtype=original.dtype, device=original.device)
     return x[:, None] if x.ndim == 2 else x
 
 
 def check_start(how: Any, **least: int) -> None:
-    """Checks a searcher's whole numbers against their minimum values, and its start and scales."""
+    """Checks a searcher's `start`, `scale_min`, `scale_max` and, as `check_numbers` does, its whole numbers."""
     check_numbers(how, **least)
     name, low, high = type(how).__name__, how.scale_min, how.scale_max
     check_choice(f"{name}.start", how.start, get_args(Start))

@@ -1,6 +1,8 @@
 """Fitness functions: the paper's equations, a lexicographic ranking, and fitnesses of Arachne and NeuRecover.
 
-They map scores, `S x P`, to values, `S x P`; larger is better. L is a mean loss under the candidate.
+A fitness maps the scores of S searches with P candidates each to numbers, `S x P`; a larger number is better. I_neg is
+the set of failed samples to repair, and I_pos is the set of passed samples that a search scores. L(I_neg) and L(I_pos)
+are their mean losses under a candidate.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
-"""Maps the candidates' scores, `S x P`, and the original's, `S x 1`, to fitnesses, `S x P`.
+"""Maps the scores of the candidates, `S x P`, and of the original weights, `S x 1`, to fitnesses, `S x P`.
 
-Optional members: `uses_passed_loss = False` and `uses_credit = True` declare which scores it reads; `most_broken` lets
-scoring stop early; `as_constraint` returns a version that ranks regressions first.
+A fitness may declare `uses_passed_loss = False` (it does not read `Scores.loss_passed`) and `uses_credit = True` (it
+reads the credits), and it may have the methods `most_broken` and `as_constraint` of `Fitness`.
 """
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
@@ -32,44 +34,45 @@ LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
 INFEASIBLE_RANKINGS = ("ranked", "zero")
 
 FEASIBLE_FLOOR = -(2.0**20)
-"""With `perfect_intact`, feasible candidates rank at or above this value, infeasible ones at or below it."""
+"""With `perfect_intact`, every feasible candidate has at least this fitness, every infeasible one at most this."""
 
 SMALLEST_UNCHANGED = 2.0**-10
-"""With `infeasible="zero"`, feasible fitnesses below this are mapped to smaller positive numbers."""
+"""With `infeasible="zero"`, the fitness of a feasible candidate is changed if it is below this, to stay above 0."""
 
 
 @dataclass(frozen=True)
 class Fitness:
     r"""Fitness from the paper's equations or the lexicographic ranking.
 
-    With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
-    loss terms :math:`l` (see `loss_term`), the kinds are
+    :math:`N_{patched}` of the failed samples :math:`I_{neg}` are repaired, and :math:`N_{intact}` of the passed samples
+    :math:`I_{pos}` are kept. `loss_term` explains the loss terms :math:`l`. The kinds are
 
-    - `lexicographic`: fewest broken, then most repaired, then lowest mean loss over I_neg and I_pos. (With the loss on
-      I_neg alone, the search would go on to shrink the margins of passed samples.) The value is N_patched + loss part,
-      which is positive, while nothing of I_pos is broken, and negative otherwise. The loss part is the bounded loss
-      term squashed into 0 to 1/2, 1/4 for an unchanged loss.
+    - `lexicographic`: ranks by fewest broken samples, then most repaired samples, then lowest mean loss over I_neg and
+      I_pos. (With the loss on I_neg alone, the search would go on to shrink the margins of passed samples.) If no
+      sample of I_pos is broken, the fitness is N_patched plus a number from 0 to 1/2, which is larger for a lower loss
+      and 1/4 for an unchanged loss. If a sample is broken, the fitness is negative.
     - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
 
-    With sample weights (`Scores.value`, `Scores.cost`), counts and the loss on I_neg are weighted, and the loss part is
-    multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. A candidate whose loss is NaN or
-    infinite gets minus infinity.
+    With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are weighted. The number for
+    the loss in `lexicographic` is multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. The
+    fitness is minus infinity if a loss is NaN or infinite.
 
     Attributes:
         kind: `lexicographic`, `eq1` or `eq2`.
         alpha: weight of the intact term in `eq1` and `eq2`, at least 0; see `exchange_rate`.
         beta: weight of the loss term in `eq2`, at least 0.
         delta: small constant in the loss terms, above 0.
-        loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with loss L before and L' after the repair:
-            `bounded` is 1 - (L'+d)/(L+d), at most 1; `inverse_ratio` is (L+d)/(L'+d), unbounded, so that one loss near
-            0 outweighs every count; `as_printed` is (L'+d)/(L+d), which grows with the loss.
-        perfect_intact: the paper's pi: a candidate that breaks a sample of I_pos is infeasible.
-        infeasible: fitness of infeasible candidates: `ranked` puts them below all feasible ones in lexicographic order;
-            `zero` gives them the paper's 0 and maps feasible fitnesses near or below 0 to small positive numbers.
-        tolerated: total weight of samples of I_pos that may break without any effect on the lexicographic order or on
-            feasibility, at least 0: the gate's tolerance.
+        loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with the loss L under the original weights, the
+            loss L' under the candidate, and d = `delta`. `bounded` is 1 - (L'+d)/(L+d), at most 1. `inverse_ratio` is
+            (L+d)/(L'+d); it has no upper limit, so that one loss near 0 outweighs every count. `as_printed` is
+            (L'+d)/(L+d), which grows with the loss.
+        perfect_intact: the paper's pi: if True, a candidate that breaks a sample of I_pos is infeasible.
+        infeasible: fitness of infeasible candidates. `ranked` ranks them in lexicographic order below all feasible
+            candidates. `zero` gives them the paper's 0 and raises the fitness of feasible candidates above 0.
+        tolerated: the gate's tolerance, at least 0: samples of I_pos up to this total weight may break without any
+            effect on the lexicographic order and on feasibility.
 
     Example:
         >>> import torch
@@ -105,17 +108,17 @@ class Fitness:
 
     @property
     def uses_passed_loss(self) -> bool:
-        """False if passed samples that no candidate can break need not be scored."""
+        """True if the fitness reads the loss on I_pos. If False, samples that no candidate breaks may be skipped."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """Returns this fitness with candidates that break more than `tolerated` samples, by weight, infeasible."""
+        """Returns a copy in which a candidate is infeasible if its broken samples weigh more than `tolerated`."""
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """Returns how many samples of I_pos a candidate may break and still exceed `value`, `S x P`.
+        """Returns how many samples of I_pos, by weight, a candidate may break and still exceed `value`, `S x P`.
 
-        Whole numbers or infinity; None where other terms can compensate for any number. `n_failed` is |I_neg|.
+        `n_failed` is |I_neg|. Returns None if other terms of the fitness can outweigh any number of broken samples.
         """
         any_number = torch.full_like(value, math.inf)
         if self.perfect_intact and self.infeasible == "zero":
@@ -129,10 +132,10 @@ class Fitness:
         return self.tolerated + torch.where(value >= FEASIBLE_FLOOR, 0.0, infeasible)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """Computes the fitness of each candidate, `S x P` float64, from its scores and the original's, `S x 1`.
+        """Returns the fitness of each candidate, `S x P` in float64, or float32 on MPS.
 
-        The lexicographic order of the counts is exact up to a million samples of each kind; in float32 (MPS), while
-        broken * (|I_neg| + 1) is below 2^22.
+        The lexicographic order of the counts is exact in float64 for up to a million samples in I_neg and in I_pos. In
+        float32 it is exact while broken * (|I_neg| + 1) is below 2^22.
         """
         repaired, intact, loss_failed, loss_passed = scores.columns()
         _, _, before_failed, before_passed = original.columns()
@@ -168,7 +171,7 @@ class Fitness:
 
 
 FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
-"""Fitnesses by name; any `FitnessFunction` works too."""
+"""Fitnesses by name. Wherever a name is accepted, any `FitnessFunction` is accepted too."""
 
 for _kind in FITNESS_KINDS:
     FITNESSES.register(_kind)(partial(Fitness, _kind))  # type: ignore[arg-type]
@@ -177,7 +180,7 @@ for _kind in FITNESS_KINDS:
 @FITNESSES.register("arachne")
 @dataclass(frozen=True)
 class ArachneFitness:
-    r"""Arachne's first fitness, of counts: :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
+    r"""Arachne's fitness (L: mean loss): :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()
@@ -187,7 +190,7 @@ class ArachneFitness:
 @FITNESSES.register("neurecover")
 @dataclass(frozen=True)
 class NeuRecoverFitness:
-    r"""NeuRecover's fitness, in rates instead of counts.
+    r"""NeuRecover's fitness: like `ArachneFitness`, but with rates instead of counts.
 
     .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
 
@@ -210,11 +213,11 @@ class NeuRecoverFitness:
 @FITNESSES.register("arachne-de")
 @dataclass(frozen=True)
 class ArachneDEFitness:
-    r"""Fitness of Arachne's second version, with a credit c for each sample: 1 if right, else 1/(loss + 1).
+    r"""Fitness of Arachne's second version: a weighted sum of the credits c of all samples.
 
     .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
 
-    Sample weights are ignored.
+    The credit of a sample is 1 if it is right under the candidate, else 1/(loss + 1). Sample weights are ignored.
 
     Attributes:
         aggressiveness: a, the weight of a failed sample relative to a passed one, at least 0.
@@ -228,17 +231,18 @@ class ArachneDEFitness:
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """Computes the fitness as `Fitness` does; raises a `ValueError` if the scores have no credits."""
+        """Returns the fitness of each candidate, `S x P`. Raises a `ValueError` if the scores have no credits."""
         if scores.credit_failed is None or scores.credit_passed is None:
             raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
         return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)
 
 
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
-    """Returns the regressions that `eq1` and `eq2` accept per repair, losses aside: |I_pos| / (alpha * |I_neg|).
+    """Returns how many broken samples `eq1` and `eq2` accept for one repaired sample, apart from their loss terms.
 
-    A repair earns 1/|I_neg|, a regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
-    regressions; only `perfect_intact` and the lexicographic kind do.
+    With `n_failed` failed samples to repair, a repaired sample adds 1/n_failed to the fitness. With `n_passed` passed
+    samples that the search scores, a broken sample subtracts alpha/n_passed. The result is n_passed / (alpha *
+    n_failed). No alpha in the paper's range (4 to 8) prevents broken samples; `perfect_intact` and `lexicographic` do.
 
     Example:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
@@ -248,17 +252,17 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """True if a fitness reads `Scores.loss_passed`: unless its `uses_passed_loss` is False."""
+    """True if a fitness reads `Scores.loss_passed`, which is assumed if it has no attribute `uses_passed_loss`."""
     return bool(getattr(fitness, "uses_passed_loss", True))
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness declares with `uses_credit = True` that it reads the credits of `Scores`."""
+    """True if a fitness has the attribute `uses_credit = True`: it then reads the credits of `Scores`."""
     return bool(getattr(fitness, "uses_credit", False))
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """Combines the fitnesses of S searches into one function; equal fitnesses are evaluated together."""
+    """Returns one function for all searches, which evaluates search s by `fitness[s]`."""
     rows: dict[Fitness, list[int]] = {}
     for row, one in enumerate(fitness):
         rows.setdefault(one, []).append(row)
@@ -276,7 +280,7 @@ def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> Fitn
 
 
 def _positive(value: Tensor) -> Tensor:
-    """Maps x below e = `SMALLEST_UNCHANGED` to e^2 / (2 e - x): positive, increasing, and smooth at e."""
+    """Maps x below e = `SMALLEST_UNCHANGED` to e^2 / (2 e - x), which is positive, increasing, and smooth at e."""
     e = SMALLEST_UNCHANGED
     return torch.where(value < e, e**2 / (2 * e - value), value)
 

@@ -1,7 +1,8 @@
-"""The search loop: ask for candidates, score them, tell their fitness, until the fitness stops improving.
+"""The search loop asks a searcher for candidates, scores them, and tells the searcher their fitness.
 
-On a GPU the host synchronises once in ten iterations. A search that ended earlier is frozen, so that the result does
-not depend on when the host checks.
+A search ends when its fitness stops improving. On a GPU the loop checks only once in ten iterations whether all
+searches have ended, because a check waits for the device. The best candidate of a search that has ended no longer
+changes, so the result does not depend on when the loop checks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lightning_nrl.search.searcher import (
 TIME_WAS_OVER = "time was over"  # stop reason of a search that hit its deadline
 
 PROGRESS_EVERY = 10
-"""Iterations between progress reports, and between checks of the stop rule where a check synchronises a device."""
+"""Iterations between progress reports; on a GPU also between checks whether all searches have ended."""
 
 
 def search(
@@ -49,9 +50,10 @@ def search(
     on_progress: Callable[[int, SearchHistory], None] | None = None,
     check_every: int | None = None,
 ) -> SearchResult:
-    """Searches for better values of the localised weights: `search_many` for one search, without dimension `S`.
+    """Searches for better values of the localised weights. `search_many` explains the arguments.
 
-    Returns the original weights bit for bit if no candidate is better.
+    `original` has the shape `K` and `elites` has `M x K`, without the dimension of the searches. The original weights
+    are returned bit for bit if no candidate is better.
     """
     report = None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
     return search_many(
@@ -83,28 +85,29 @@ def search_many(
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
     check_every: int | None = None,
 ) -> list[SearchResult]:
-    """Runs S searches in one batch; each gives bit for bit the result of `search`.
+    """Runs S searches in one batch. Each search gives bit for bit the same result as `search`.
 
-    GPU libraries may sum in another order for another number of searches, which can change the choice between
-    candidates that are equal up to rounding.
+    One exception: a GPU library may sum in another order for another number of searches. This can change the choice
+    between candidates that are equal up to rounding.
 
     Args:
-        scorer: scores candidates `S x P x K` in the dtype of `original`; each search may have its own samples.
-        original: `S x K`, the weights before the repair, on the search device, padded with finite values.
+        scorer: scores `S x P x K` candidates in the dtype of `original`. Each search may have its own samples.
+        original: `S x K`, the weights before the repair, on the device of the search; padding has any finite values.
         stats: statistics of the layers' weights; tensors broadcast to `S x K`.
-        seeds: one per search, the only source of randomness.
-        fitness: function to maximise, one for all or one per search; None: the lexicographic ranking.
+        seeds: one seed per search, the only source of randomness.
+        fitness: function to maximise, one for all searches or one for each; None: the lexicographic ranking.
         searcher: search algorithm, by name or as an object.
-        sizes: number of weights per search; the rest of the K is padding at the end and never moves. None: K.
-        elites: `S x M x K`, known good weights, padded likewise, `M` below the number of candidates. They are among the
-            first candidates, so the result is never worse than any of them.
+        sizes: number of weights of each search. Its further columns, up to K, are padding, which never changes. None:
+            every search has K weights.
+        elites: `S x M x K`, candidates that are known to be good, with M below P. They are among the first candidates,
+            so the result is never worse than any elite.
         deadline: checked once in `check_every` iterations. With a deadline, results may differ between runs.
         on_progress: called after every tenth iteration and at the end with the number of iterations and all histories.
-        check_every: iterations between checks of the stop rule, which synchronise the device; None: 1 on a CPU, 10
-            elsewhere. Results do not depend on this number.
+        check_every: iterations between checks whether all searches have ended; a check waits for the device. None: 1 on
+            a CPU, 10 elsewhere. Results do not depend on this number.
 
     Returns:
-        One result per search, without padding; `seconds` is the time of all searches together.
+        One result per search, without padding. `seconds` is the time of all searches together.
 
     Raises:
         ConfigurationError: `seeds`, `fitness` or `sizes` does not have one entry per search.
@@ -180,7 +183,7 @@ def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, e
 def _score(
     scorer: Scorer, state: SearchState, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
 ) -> Scores:
-    """Scores the candidates, with limits for a scorer that can stop early: -1 for frozen searches, `S` bool."""
+    """Scores the candidates; a scorer that can stop early skips those of searches that have ended (`frozen`)."""
     candidates = state.candidates.to(dtype)
     if not getattr(scorer, "gives_up", False):
         return scorer(candidates)

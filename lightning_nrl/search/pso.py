@@ -1,6 +1,6 @@
 """Particle swarm optimisation (paper, section II.2).
 
-S independent swarms run in one batch; each gives bit for bit the result that it gives alone.
+S independent swarms run in one batch. A swarm gives bit for bit the same result in a batch and alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COEFFICIENTS = {
     "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
     "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
 }
-"""Sets of constants; speeds are relative to the range of the layer's weights."""
+"""Coefficients by the value of `ParticleSwarm.constants`; speeds are multiples of the range of the layer's weights."""
 
 
 class Swarm(NamedTuple):
@@ -31,11 +31,11 @@ class Swarm(NamedTuple):
 
     position: Tensor  # S x P x K
     velocity: Tensor  # S x P x K
-    best_position: Tensor  # S x P x K, each particle's best
-    best_fitness: Tensor  # S x P
-    leader: Tensor  # S x K, the swarm's best; initially the original weights
-    leader_fitness: Tensor  # S
-    free: Tensor  # bool, broadcasts to S x P x K, False at fixed entries (the original weights, padding)
+    best_position: Tensor  # S x P x K, best position of each particle so far
+    best_fitness: Tensor  # S x P, fitness of the best positions
+    leader: Tensor  # S x K, best position of the swarm so far; initially the original weights
+    leader_fitness: Tensor  # S, fitness of the leaders
+    free: Tensor  # bool, broadcasts to S x P x K, False where a weight must not move (the first particle, padding)
     range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
 
     @property
@@ -44,34 +44,35 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle, `S x P`: lower values change nothing."""
+        """Best fitness of each particle so far, `S x P`; a particle that does not exceed it changes nothing."""
         return self.best_fitness
 
 
 @SEARCHERS.register("swarm")
 @dataclass(frozen=True)
 class ParticleSwarm:
-    """Searches by particle swarm optimisation. The defaults need no tuning.
+    """Search by particle swarm optimisation. The defaults need no tuning.
 
     Attributes:
         particles: number of particles, at least 2.
-        iterations: maximum number of steps; 0 only scores the start.
+        iterations: maximum number of steps; with 0 only the initial positions are scored.
         patience: steps without improvement before the search stops, at least 1.
-        start: initial positions; velocities are 0. `local`: one particle fixed at the original weights, the others
-            around it. `half`: the same for half of the swarm, the rest drawn from N(mean, std) of the layer's weights.
-            `paper`: half exactly at the original weights and free to move, the rest from N(mean, std). `normal`: one
-            fixed at the original weights, the rest from N(mean, std).
+        start: initial positions; initial velocities are 0. Some particles are drawn from N, the normal distribution
+            with mean and standard deviation of the layer's weights. `local`: one particle stays at the original weights
+            and the others start around it. `half`: half of the swarm starts as in `local`, the rest is drawn from N.
+            `paper`: half of the swarm starts exactly at the original weights and may move, the rest is drawn from N.
+            `normal`: one particle stays at the original weights, the rest is drawn from N.
         constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, a random number per weight, speed at most 0.2 of the
             range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number per particle and
-            term, speed from 0.2 to 5 ranges; the lower limit drives particles away from the original weights.
-        inertia: coefficient of the velocity, at least 0; None, here and below: the value from `constants`.
-        cognitive: coefficient of the pull to the particle's best, at least 0.
-        social: coefficient of the pull to the swarm's best, at least 0.
-        min_speed: minimum speed per weight, in ranges of the layer's weights, at least 0.
-        max_speed: maximum speed per weight, above 0 and at least `min_speed`.
-        scale_min: initial distance of the nearest local particle from the original weights, in standard deviations of
-            the layer's weights, above 0.
-        scale_max: initial distance of the farthest one; the others are spaced logarithmically.
+            term, speed from 0.2 to 5 ranges; the minimum speed drives particles away from the original weights.
+        inertia: coefficient of the velocity, at least 0. None here and in the next four means the value of `constants`.
+        cognitive: coefficient of the pull to the particle's best position, at least 0.
+        social: coefficient of the pull to the swarm's best position, at least 0.
+        min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.
+        max_speed: maximum speed of each weight in the same unit, above 0 and at least `min_speed`.
+        scale_min: in `local` and `half`, initial distance of the nearest particle from the original weights, in
+            standard deviations of the layer's weights, above 0.
+        scale_max: initial distance of the farthest of these particles; the others are spaced logarithmically.
     """
 
     particles: int = 100
@@ -132,7 +133,8 @@ class ParticleSwarm:
     def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-        v = inertia v + cognitive r_1 (own best - x) + social r_2 (leader - x), x = x + v.
+        v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), then x = x + v. The random
+        numbers r_1 and r_2 are from [0, 1).
         """
         x = state.position
         _, n, n_weights = x.shape
@@ -149,7 +151,7 @@ class ParticleSwarm:
         return state._replace(position=x + velocity, velocity=velocity)
 
     def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
-        """Updates the best positions by `fitness`, `S x P`. NaN ranks last; on a tie the earlier position stays."""
+        """Updates the best positions by `fitness`, `S x P`. NaN ranks last. On a tie the earlier position stays."""
         fitness = fitness.to(state.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness > state.best_fitness

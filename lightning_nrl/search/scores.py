@@ -1,4 +1,4 @@
-"""Scores of candidate weights: counts and losses, returned by a scorer and read by a fitness."""
+"""Scores of candidates: the counts and losses that a scorer returns and a fitness reads."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ from lightning_nrl._utils.device import widest
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of P candidates in each of S independent searches, summed over all ranks, on the device."""
+    """Scores of P candidates in each of S independent searches, over the data of all ranks, on the device.
 
-    patched: Tensor  # S x P float, samples of I_neg that now pass
-    intact: Tensor  # S x P float, samples of I_pos that still pass
+    I_neg are the failed samples to repair, and I_pos are the passed samples that a search must not break.
+    """
+
+    patched: Tensor  # S x P float, number of samples of I_neg that pass under the candidate
+    intact: Tensor  # S x P float, number of samples of I_pos that still pass
     loss_failed: Tensor  # S x P, mean loss over I_neg
     loss_passed: Tensor  # S x P, mean loss over I_pos
     n_failed: int | Tensor  # |I_neg|, a number or S x 1
     n_passed: int | Tensor  # |I_pos|, a number or S x 1
-    value: Tensor | None = None  # S x P, total weight of the patched samples, at most |I_neg|; None: their number
-    cost: Tensor | None = None  # S x P whole numbers, total weight of broken samples of I_pos; None: their number
+    value: Tensor | None = None  # S x P, total weight of the patched samples, at most |I_neg|; None: weights are 1
+    cost: Tensor | None = None  # S x P whole numbers, total weight of the broken samples of I_pos; None: weights are 1
     least: float = 1.0  # smallest weight of a sample of I_neg, from 0 to 1
     credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
     credit_passed: Tensor | None = None  # S x P, the same sum over I_pos
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Returns weighted counts of repaired and kept samples and both losses, `S x P` each, in the widest dtype."""
+        """Returns (repaired, kept, loss_failed, loss_passed) in the device's widest dtype, with weighted counts."""
         repaired = self.patched if self.value is None else self.value
         kept = self.intact if self.cost is None else self.n_passed - self.cost
         dtype = widest(self.patched.device)
         return repaired.to(dtype), kept.to(dtype), self.loss_failed.to(dtype), self.loss_passed.to(dtype)
 
     def finite(self, value: Tensor) -> Tensor:
-        """Replaces values by minus infinity where a loss or the value itself is NaN or infinite."""
+        """Returns `value`, `S x P`, with minus infinity where it or one of both losses is NaN or infinite."""
         finite = self.loss_failed.isfinite() & self.loss_passed.isfinite() & value.isfinite()
         return value.masked_fill(~finite, -math.inf)
 
 
 class Scorer(Protocol):
-    """Scores candidate weights on I_neg and I_pos.
+    """Scores candidates on I_neg and I_pos.
 
-    A scorer with `gives_up = True` may stop early: it also takes `most_broken`, `S x P`, the number (or total weight)
-    of samples of I_pos that each candidate may break. A candidate above its limit may get NaN losses and meaningless
-    counts; with a negative limit any candidate may.
+    A scorer with the attribute `gives_up = True` may stop early. It takes a second argument `most_broken`, `S x P`: the
+    total weight of the samples of I_pos that each candidate may break. A candidate that breaks more, or whose limit is
+    negative, may get NaN losses and meaningless counts.
     """
 
     def __call__(self, values: Tensor) -> Scores:
-        """Scores candidates, `S x P x K`, values of the K localised weights."""
+        """Scores candidates `S x P x K`: searches x candidates x values of the localised weights."""

@@ -1,4 +1,4 @@
-"""Search results, and a log of S searches that stays on the device until `SearchLog.read`."""
+"""Results of a search, and `SearchLog`, which records searches without copies from the device to the CPU."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """Course of a search: one entry per iteration, `T` each, on the CPU. Entry 0 is the initial population."""
+    """Course of a search. Each tensor has one entry per iteration, on the CPU; entry 0 is the initial population."""
 
     best: Tensor  # best fitness so far
-    mean: Tensor  # mean of the finite fitnesses; NaN if there are none
-    patched: Tensor  # repaired samples of I_neg under the best candidate so far
-    intact: Tensor  # kept samples of I_pos under that candidate
-    loss_failed: Tensor  # its mean loss on I_neg
-    loss_passed: Tensor  # its mean loss on I_pos; NaN if the fitness does not use this loss
-    diversity: Tensor  # standard deviation over candidates, averaged over weights
+    mean: Tensor  # mean of the iteration's finite fitnesses; NaN if none is finite
+    patched: Tensor  # number of repaired samples of I_neg under the best candidate so far
+    intact: Tensor  # number of kept samples of I_pos under the best candidate so far
+    loss_failed: Tensor  # mean loss on I_neg under the best candidate so far
+    loss_passed: Tensor  # mean loss on I_pos under the best candidate so far; NaN or 0 if the fitness does not use it
+    diversity: Tensor  # standard deviation of a weight over the iteration's candidates, averaged over the weights
 
     def __len__(self) -> int:
         return len(self.best)
@@ -31,29 +31,29 @@ class SearchHistory:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Best candidate of one search."""
+    """Best candidate of one search, and how the search found it."""
 
-    values: Tensor  # K, of the localised weights
-    fitness: float
+    values: Tensor  # K, values of the localised weights
+    fitness: float  # fitness of `values`
     original_fitness: float  # fitness of the unchanged weights
     iterations: int  # number of steps
-    stopped: str  # reason why the search ended
+    stopped: str  # reason why the search ended, in words
     history: SearchHistory
     seconds: float  # wall time
 
 
 N_COLUMNS = len(fields(SearchHistory)) + 1
-"""Numbers stored per iteration: the fields of `SearchHistory` and the iterations since the last improvement."""
+"""Numbers per iteration in a log: the fields of `SearchHistory`, and the iterations since the last improvement."""
 
 
 class SearchLog:
-    """Best candidates so far and the history of S searches.
+    """Best candidates so far and the history of S searches, on the device of the search.
 
     Args:
-        original: `S x K`, in the dtype of the search.
-        iterations: maximum number of iterations after the first.
-        patience: iterations without improvement after which a search is frozen.
-        sizes: number of weights per search; the rest of the K is padding. None: K.
+        original: `S x K`, the weights before the repair, in the dtype of the search.
+        iterations: maximum number of steps after the initial population.
+        patience: iterations without improvement after which a search has ended.
+        sizes: number of weights of each search; further columns of `original` are padding. None: every search has K.
     """
 
     def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
@@ -70,14 +70,14 @@ class SearchLog:
 
     @property
     def frozen(self) -> Tensor:
-        """Searches that have ended, `S` bool."""
+        """Mask of the searches that have ended, `S` bool. Nothing changes their best candidates any more."""
         return self.stale >= self.patience
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
-        """Records the candidates of an iteration, `S x P x K`, and their scores.
+        """Records one iteration: candidates, `S x P x K`, with their scores and fitness, `S x P`.
 
         Returns:
-            Their fitness, `S x P`, minus infinity where it is NaN or the search has ended.
+            The fitness, with minus infinity where it is NaN or the search has ended.
         """
         fitness = fitness.to(self.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)
@@ -99,12 +99,12 @@ class SearchLog:
         return fitness
 
     def read(self) -> Tensor:
-        """Copies the iterations so far, `T x N_COLUMNS x S`, to the CPU: the only synchronisation."""
+        """Copies the T iterations so far to the CPU, `T x N_COLUMNS x S`. No other method waits for the device."""
         return self._rows[: self.done + 1].cpu()
 
 
 def histories(rows: Tensor, patience: int) -> list[SearchHistory]:
-    """Splits the result of `SearchLog.read` into one history per search, cut where the search ended."""
+    """Splits `rows`, the result of `SearchLog.read`, into one history per search, up to the end of that search."""
     stale = rows[:, -1]
     length = torch.arange(1, len(rows) + 1, device=rows.device)[:, None]
     ends = torch.where(stale < patience, len(rows), length).amin(0).tolist()

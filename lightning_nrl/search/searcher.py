@@ -1,7 +1,7 @@
-"""The interface of a search algorithm and its inputs.
+"""The interface of a search algorithm, and the objects that are passed to it.
 
-A searcher is frozen settings plus `init`, `ask` and `tell`. The loop (`lightning_nrl.search.loop`) keeps the history,
-the best candidate, patience and deadline.
+A candidate is one set of values for the K weights of a search. A searcher holds only settings: its methods take a state
+and return the next one. `lightning_nrl.search.loop` records the best candidate and stops the search.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_nrl.evaluation.layers import ParameterSpace
 
 @dataclass(frozen=True)
 class WeightStats:
-    """Statistics of a layer's weights: floats, or tensors that broadcast to `S x K`."""
+    """Statistics of a layer's weights: floats, or tensors that broadcast to `S x K` (searches x weights)."""
 
     mean: float | Tensor
     std: float | Tensor
@@ -29,12 +29,12 @@ class WeightStats:
 
     @classmethod
     def of(cls, weights: Tensor) -> WeightStats:
-        """Computes the statistics of one layer's weights, any shape, in at least float32 on their device."""
+        """Computes the statistics of one layer's weights, in at least float32. The tensor may have any shape."""
         return cls(*_moments(weights))
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """Looks up, for each flat position in `where` (`K` int64), the statistics of the parameter that contains it."""
+        """Computes statistics of length K: entry k is for the parameter that contains the flat position `where[k]`."""
         parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)
@@ -48,16 +48,16 @@ def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the search dtype for weights of a dtype: at least float32."""
+    """Returns the dtype in which weights of a given dtype are searched: float32 or float64."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """One random stream per search: a search draws the same numbers alone, in a batch and with padding."""
+    """One random generator per search, so that a search draws the same numbers alone, in a batch and with padding."""
 
     generators: tuple[torch.Generator, ...]  # one per search, on the CPU so that every device gets the same numbers
-    sizes: tuple[int, ...] | None = None  # number of weights per search, the rest of the K is padding; None: K
+    sizes: tuple[int, ...] | None = None  # number of weights of each search, without padding; None: K
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
@@ -65,11 +65,11 @@ class RandomStreams:
         return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
-        """Draws from [0, 1) in the dtype of `like`: `shape`, with dimension S inserted before the last two."""
+        """Draws numbers from [0, 1) in the dtype of `like`. The `shape` (2, P, K) gives a tensor `2 x S x P x K`."""
         return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:
-        """Draws standard normal numbers, shaped as by `uniform`."""
+        """Draws standard normal numbers; `like` and `shape` have the same meaning as in `uniform`."""
         return self._draw(torch.randn, like, shape)
 
     def seeds(self) -> list[int]:
@@ -93,16 +93,16 @@ class RandomStreams:
 
 @dataclass(frozen=True)
 class SearchOrigin:
-    """Starting point of S searches, in float32 or float64."""
+    """Starting point of S searches over K weights each, in float32 or float64."""
 
-    original: Tensor  # S x K, the weights before the repair, padded with finite values
-    stats: WeightStats  # statistics of the layer's weights; tensors broadcast to S x K
-    elites: Tensor | None = None  # S x M x K, known good weights, padded likewise; None: no elites
-    searched: Tensor | None = None  # S x 1 x K bool, False at padding, which must never move; None: no padding
+    original: Tensor  # S x K, the weights before the repair; padding may have any finite values
+    stats: WeightStats  # statistics of the layer's weights
+    elites: Tensor | None = None  # S x M x K, M candidates per search that are known to be good; None: no elites
+    searched: Tensor | None = None  # S x 1 x K bool, False at padding, which must not change; None: no padding
 
     @property
     def first_candidates(self) -> Tensor:
-        """Original weights, then elites, `S x (1 + M) x K`, with the padding of the original."""
+        """The original weights and then the elites, `S x (1 + M) x K`. Padding has the values of `original`."""
         original = self.original[:, None]
         if self.elites is None:
             return original
@@ -111,7 +111,7 @@ class SearchOrigin:
 
 
 class SearchState(Protocol):
-    """State of S searches with P candidates each: a named tuple or frozen dataclass of tensors."""
+    """State of S searches with P candidates each: a named tuple or frozen dataclass that holds tensors."""
 
     @property
     def candidates(self) -> Tensor:
@@ -119,9 +119,10 @@ class SearchState(Protocol):
 
     @property
     def threshold(self) -> Tensor | None:
-        """Fitness that each candidate must exceed to change the state, `S x P`: scoring may stop early below it.
+        """Fitness that a candidate must exceed to change the state, one for each candidate, `S x P`.
 
-        Never above the best fitness so far. None: every fitness matters.
+        Scoring may stop early for a candidate that cannot exceed its threshold. A threshold is never above the best
+        fitness so far. None means that every fitness matters.
         """
 
 
@@ -132,42 +133,42 @@ State = TypeVar("State", bound=SearchState)
 class Searcher(Protocol[State]):
     """Search algorithm with its settings, such as `ParticleSwarm`.
 
-    Its methods are pure except for draws from `streams`, one stream per search, so that a search gives the same result
-    alone and in a batch. An optional `label` names the algorithm in reports.
+    The methods have no side effects except draws from `streams`. Each search draws only from its own stream, so that it
+    gives the same result alone and in a batch. An optional attribute `label` names the algorithm in reports.
     """
 
     @property
     def n_candidates(self) -> int:
-        """Candidates per iteration, P; more than the number of elites."""
+        """Number P of candidates per iteration; it must be above the number of elites."""
 
     @property
     def iterations(self) -> int:
-        """Maximum number of steps; with 0 only the first candidates are scored."""
+        """Maximum number of steps. With 0 only the first candidates are scored."""
 
     @property
     def patience(self) -> int:
         """Steps without improvement before the search stops, at least 1."""
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> State:
-        """Returns the first state; its candidates begin with `origin.first_candidates`, bit for bit."""
+        """Returns the first state. Its candidates must begin with exactly `origin.first_candidates`."""
 
     def ask(self, state: State, streams: RandomStreams) -> State:
         """Returns a state with the next candidates."""
 
     def tell(self, state: State, fitness: Tensor) -> State:
-        """Updates the state with its candidates' fitness, `S x P`; larger is better.
+        """Returns the state after its candidates were scored; `fitness`, `S x P`, is larger for better candidates.
 
-        Minus infinity is the worst; candidates of a search that has ended all have it.
+        A candidate has the fitness minus infinity if its loss is not finite or if its search has already ended.
         """
 
 
 SEARCHERS: Registry[Searcher[Any]] = Registry(
     "searcher", "an object such as ParticleSwarm()", lambda value: isinstance(value, Searcher), group="searchers"
 )
-"""Search algorithms by name; each is also a `method` of a repair."""
+"""Search algorithms by name. Each name is also a `method` of a repair."""
 
 
 def check_numbers(how: Any, **least: int) -> None:
-    """Checks `iterations`, `patience` and further whole numbers of a searcher against their minimum values."""
+    """Checks that the numbers named in `least`, `iterations` and `patience` are whole and at least their minimum."""
     for name, lowest in (least | {"iterations": 0, "patience": 1}).items():
         check_whole(f"{type(how).__name__}.{name}", getattr(how, name), lowest)

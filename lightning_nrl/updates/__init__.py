@@ -1,7 +1,8 @@
-"""Model updates: the old model, training losses that stay close to it, and the release gate between old and new.
+"""Model updates: a new model replaces an old one, and should get right what the old model gets right.
 
-In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`, terms of a training loss, interpolated
-weights, and a `ReleaseReport` with a verdict per rule.
+The old model is the model in use. A negative flip is a sample that the old model gets right and the new one wrong.
+In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`; loss terms that make negative flips
+rare; interpolated weights; and a `ReleaseReport` that says for each rule if the new model satisfies it.
 """
 
 from lightning_nrl.updates.interpolation import choose_share, interpolate

@@ -1,4 +1,4 @@
-"""Weight interpolation between old and new model, the choice of the share, and batch norm statistics."""
+"""Interpolation between the weights of an old and a new model, with matching batch norm statistics."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Heading, Page, Renderable, Row, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
-ACCURACY_TOLERANCE = 0.005  # half a point of accuracy for fewer regressions
+ACCURACY_TOLERANCE = 0.005  # accuracy to give up for fewer negative flips: half a percentage point
 
 Data = Source | Iterable[Any]
-"""A source, or batches that can be read repeatedly, such as a data loader."""
+"""A source, or batches that can be read more than once, such as a data loader."""
 
 
 @dataclass(frozen=True)
 class SharePoint:
-    """Flips from the old model to the weights with one share of the old ones, in [0, 1]."""
+    """Flips from the old model to the interpolated model for one share of the old weights, in [0, 1]."""
 
     share: float
     counts: FlipCounts
@@ -51,14 +51,14 @@ class SharePoint:
 
 @dataclass(frozen=True)
 class ShareChoice(Renderable):
-    """The chosen share of the old weights and the curve over all shares. `rich.print(choice)` shows a table.
+    """The chosen share of the old weights, and the results for all shares. `rich.print(choice)` shows a table.
 
     Attributes:
-        chosen: the largest share whose accuracy is within the tolerance of the best of the curve and that breaks no
-            more than share 0.
-        curve: all shares, from 0 (the new model unchanged).
-        tolerance: of the accuracy, in [0, 1]; None: the largest share was taken, whatever it costs.
-        state: weights and buffers of the chosen share; empty for share 0.
+        chosen: the largest share whose accuracy is at most `tolerance` below the best accuracy of `curve` and that
+            breaks no more samples than share 0, if there is one.
+        curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
+        tolerance: largest accepted loss of accuracy, in [0, 1]; None: the largest share was taken at any accuracy.
+        state: weights and buffers for the chosen share; empty for share 0.
     """
 
     chosen: SharePoint
@@ -71,7 +71,7 @@ class ShareChoice(Renderable):
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the chosen weights into a model of the same architecture; True if that changes anything."""
+        """Copies `state` into a model of the same architecture. Returns False if `state` is empty."""
         write(model, self.state)
         return bool(self.state)
 
@@ -98,15 +98,15 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch norm statistics.
 
-    Wortsman et al. 2022, Robust fine-tuning of zero-shot models (WiSE-FT); against regressions Schumann et al. 2024,
-    Backward compatibility during data updates by weight interpolation (BCWI). The new model must have been trained from
-    the old weights: between two trainings from scratch, accuracy collapses.
+    The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann et al. 2024, Backward
+    compatibility during data updates by weight interpolation (BCWI), use it against negative flips. The training of the
+    new model must have started from the old weights; otherwise the accuracy of interpolated weights is very low.
 
     Args:
         old: the old model, its state dict, or the path of a checkpoint.
-        new: the new model, on its device; unchanged afterwards. An `Evaluator` sets the precision.
-        share: of the old weights, in [0, 1]. At the ends the state is bit for bit that of one of the models.
-        training: data for batch norm statistics, read once; not needed without such layers.
+        new: the new model, on its device; it does not change. An `Evaluator` sets the precision.
+        share: share of the old weights, in [0, 1]. For 0 the result is bit for bit the new model, for 1 the old model.
+        training: data for the batch norm statistics, read once; not needed without batch norm layers.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Example:
@@ -138,21 +138,21 @@ def choose_share(
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
-    A larger share usually breaks fewer samples. A share that breaks more than share 0 is taken only if no other share
-    is within the tolerance. Each share costs one pass over `data`, and one over `training` if there are batch norm
-    layers.
+    A larger share usually breaks fewer samples. A share that breaks more samples than share 0 is taken only if all
+    shares within the tolerance do. Each share needs one pass over `data`, and one over `training` if the model has
+    batch norm layers.
 
     Args:
-        old: as for `interpolate`.
-        new: as for `interpolate`; an `Evaluator` also sets the task and the ranks that share the data.
-        data: data that the new model was not trained on; on training data the new model always wins.
-        training: as for `interpolate`.
-        tolerance: how far the accuracy may lie below the best of the curve, in [0, 1]; None: takes the largest share,
-            whatever it costs.
+        old: the same as for `interpolate`.
+        new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that share the data.
+        data: data that the new model was not trained on. On its training data the new model itself is always best.
+        training: the same as for `interpolate`.
+        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1]; None: takes the largest
+            share at any accuracy.
         shares: shares to try besides 0, in [0, 1].
-        batches: number of batches of `training` for the statistics; None: all.
-        seed: of their order.
-        adapter: takes raw batches apart.
+        batches: number of batches of `training` for the batch norm statistics; None: all batches.
+        seed: seed of the order of these batches.
+        adapter: converts a raw batch into `(args, kwargs, target)`.
     """
     if tolerance is not None:
         check_share(tolerance, "tolerance")
@@ -166,7 +166,7 @@ def choose_share(
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
         if 0 < share < 1:
-            # Kept, so that the chosen share needs no further pass.
+            # Kept in memory, so that the chosen share needs no second pass over the training data.
             statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
         found = _right_and_class(evaluator, mixed, data, adapter)
@@ -180,12 +180,12 @@ def choose_share(
         if not int(total.sum()):
             raise ConfigurationError("`data` is empty.", "give data to choose the share on.")
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
-    # In counts, since the difference of two rounded accuracies could be slightly too large.
+    # Counts are compared, since the difference of two rounded accuracies could be slightly above the tolerance.
     most, alone = max(point.counts.right for point in curve), curve[0].counts
     lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
     within = [point for point in curve if most - point.counts.right <= lost]
     if tolerance is not None:
-        # Between two trainings from scratch a larger share can break more.
+        # A larger share can break more samples if the new model was not trained from the old weights.
         within = [point for point in within if point.counts.broken <= alone.broken] or within
     chosen = max(within, key=lambda point: point.share)
     state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
@@ -198,9 +198,9 @@ def check_share(share: object, argument: str = "share") -> None:
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """Returns the cosine between the weights of two models, in [-1, 1]: 1 for a copy, about 0 if unrelated.
+    """Returns the cosine between the weights of two models: 1 for a copy, about 0 if they were trained independently.
 
-    Skips parameters with one dimension, such as norm scales, which are alike in all models.
+    Parameters with one dimension are left out, because some of them, such as norm scales, are alike in all models.
     """
     sums = []
     for name, weight in new.named_parameters():
@@ -226,7 +226,7 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
 
 
 def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
-    """Correctness and class (-1: unknown) of this rank's samples under a state, `n x 2`."""
+    """Returns a row for each sample of this rank: 1 if right under `state`, else 0, and its class (-1: unknown)."""
 
     def run() -> Tensor:
         rows = [torch.zeros(0, 2, dtype=torch.int64)]
@@ -241,14 +241,14 @@ def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Ad
 
 
 DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
-MIN_BATCH_SIZE = 4  # or a rank could get a batch of one, which batch norm refuses
+MIN_BATCH_SIZE = 4  # with less, a rank could get a batch of one sample, for which batch norm raises an error
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Returns the batch norm layers whose statistics follow the training, by name.
+    """Returns by name the batch norm layers whose running statistics the training updates.
 
-    Skips layers that do not track statistics, as Lightning leaves frozen ones, and layers in evaluation mode inside a
-    model in training mode (frozen by hand).
+    Frozen layers are left out: those that do not track statistics, which is how Lightning freezes them, and those in
+    evaluation mode inside a model in training mode.
     """
     return {
         name: layer
@@ -271,20 +271,20 @@ def estimate_statistics(
 ) -> dict[str, Tensor]:
     """Averages the mean and variance of each batch norm layer's inputs over batches, in one pass over the data.
 
-    As Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do after averaging
-    weights. Only batch norm layers are in training mode, so dropout drops nothing. The model is unchanged afterwards.
+    Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do the same after they
+    average weights. Only batch norm layers are in training mode, so dropout is off. The model does not change.
 
     Args:
         model: the model, on its device, with the weights that the statistics must match. An `Evaluator` sets the
-            precision and the ranks that share the data; ranks are weighted by their batches.
-        data: a source, read in random order because sorted data make unlike batches; or batches from a data loader,
-            read in order, the last ones not too small.
-        batches: number of batches; None: all.
-        seed: of the random order.
-        adapter: takes raw batches apart.
+            precision and the ranks that share the data. The average gives each batch of each rank the same weight.
+        data: a source, read in random order because batches of sorted data have unlike means; or batches from a data
+            loader, read in their order, where no batch should be much smaller than the others.
+        batches: number of batches to read; None: all batches.
+        seed: seed of the random order.
+        adapter: converts a raw batch into `(args, kwargs, target)`.
 
     Returns:
-        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, as in the state dict.
+        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, by state dict key.
     """
     evaluator = Evaluator.of(model)
     layers, collective = batch_norms(evaluator.model), evaluator.collective
@@ -308,7 +308,7 @@ def estimate_statistics(
 
 
 def _random_batches(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
-    """This rank's samples as shuffled batches of similar size; every rank gets the same number of batches."""
+    """Reads this rank's samples as shuffled batches of similar size. All ranks get the same number of batches."""
     mine = source.positions
     size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), MIN_BATCH_SIZE)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
@@ -319,7 +319,7 @@ def _random_batches(source: Source, batches: int | None, seed: int, collective: 
 
 @contextmanager
 def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Resets the layers and makes them average all batches equally; use inside `preserve`."""
+    """Resets the layers' statistics and makes the layers average all batches equally, inside `preserve_state`."""
     momenta = [layer.momentum for layer in layers.values()]
     try:
         for layer in layers.values():

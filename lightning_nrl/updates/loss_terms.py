@@ -1,6 +1,7 @@
-"""Training loss terms against regressions, their teachers, and the `Oversampler`.
+"""Training loss terms that make negative flips rare, and the `Oversampler`.
 
-The training adds the mean of a term over the samples of a batch to its loss.
+The mean of a term over the samples of a batch is added to the training loss. A term compares the new model with the
+outputs of the old model, which come from a teacher: `ModelTeacher` or `PredictedTeacher`.
 """
 
 from __future__ import annotations
@@ -33,48 +34,43 @@ from lightning_nrl.updates.predictions import Predictions
 
 @dataclass(frozen=True, eq=False)
 class OldAnswers:
-    """Outputs of the old model for the `n` samples of a batch, on the device of the new model's output.
+    """Outputs of the old model for the n samples of a batch, on the device of the new model's output."""
 
-    `passed`, `n` bool, are the samples it gets right. `output` are its logits, first dimension `n`, and `margin` its
-    margins, `n`, at least float32; None if unknown. `columns`, int64, are the new model's classes in the columns of
-    `output`; None: all, in order.
-    """
-
-    passed: Tensor
-    output: Tensor | None = None
-    margin: Tensor | None = None
-    columns: Tensor | None = None
+    passed: Tensor  # n bool, samples that the old model gets right
+    output: Tensor | None = None  # logits, one row per sample; None: unknown
+    margin: Tensor | None = None  # n, margins, at least float32; None: unknown
+    columns: Tensor | None = None  # int64, the new model's class in each column of `output`; None: all, in order
 
 
 class Term(ABC):
-    """A term of the training loss; `name` is the name of its curve."""
+    """A term of the training loss. `name` is the name under which its values are logged."""
 
     name: str
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """Returns one value per sample, `n`, at least float32 and at least 0, differentiable in the new logits."""
+        """Returns a value of at least 0 per sample, in at least float32, differentiable in the new model's `output`."""
 
 
 TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
-"""Terms by name."""
+"""Loss terms by name."""
 
 
 @TERMS.register("focal_distillation")
 @dataclass(frozen=True)
 class FocalDistillation(Term):
-    """Distils the old model, most of all where it is right (Yan et al. 2021, Positive-Congruent Training).
+    """Term that pulls the new outputs towards the old outputs, above all where the old model is right.
 
-    `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)`, with the divergence of the
-    task: Kullback-Leibler for `Multiclass`. T^2 keeps the size of the gradients when T changes (Hinton et al. 2015). By
-    default only samples that the old model gets right are distilled; with `focus=0`, all of them, errors included.
-    Samples with a non-finite old output are skipped.
+    It is `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)` (Yan et al. 2021,
+    Positive-Congruent Training). The task defines the divergence; for `Multiclass` it is that of Kullback and Leibler.
+    The factor T^2 makes the size of the gradients independent of T (Hinton et al. 2015). With `base=0` the term is 0
+    where the old model is wrong; with `focus=0` it treats all samples alike. It is 0 if an old output is not finite.
 
     Attributes:
-        weight: of the whole term; above 0.
-        base: weight of every sample (alpha in the paper); at least 0.
-        focus: extra weight of samples that the old model gets right (beta); at least 0.
-        temperature: T; above 0. A high temperature weighs all logits, a low one the largest.
+        weight: weight of the whole term, above 0.
+        base: weight of every sample (alpha in the paper), at least 0.
+        focus: additional weight of samples that the old model gets right (beta in the paper), at least 0.
+        temperature: T, above 0. At a high temperature all logits count, at a low one mainly the largest.
     """
 
     weight: float = 1.0
@@ -105,7 +101,7 @@ class FocalDistillation(Term):
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
-        # The new output in place of non-finite values teaches nothing.
+        # Comparing the new output with itself gives the divergence 0 without NaN gradients.
         teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
         distance = task.divergence(taught / self.temperature, teacher / self.temperature, target)
         focal = self.base + self.focus * old.passed.to(distance)
@@ -115,15 +111,15 @@ class FocalDistillation(Term):
 @TERMS.register("margin_hinge")
 @dataclass(frozen=True)
 class MarginHinge(Term):
-    """Keeps a share of the old model's margin on samples that it gets right.
+    """Term that keeps a share of the old model's margin on samples that the old model gets right.
 
-    `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, as in a polish
-    (`methods/_solvers/polish.py`). If only the old model's predictions are known, the goal is `most`.
+    It is `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`. If only the old model's
+    predictions are known, not its logits, the goal is `most`. The term is 0 for samples that the old model gets wrong.
 
     Attributes:
-        weight: of the whole term; above 0.
-        share: of the old margin; above 0.
-        most: upper limit of the goal, in the unit of the task's margins (logits); above 0.
+        weight: weight of the whole term, above 0.
+        share: share of the old margin to keep, above 0.
+        most: upper limit of the goal, in the unit of the task's margins (logits), above 0.
     """
 
     weight: float = 1.0
@@ -156,7 +152,7 @@ class MarginHinge(Term):
 
 
 def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
-    """Parses one or several terms; raises a `ConfigurationError` for none, two of one name, or anything else."""
+    """Parses one or several terms. Raises a `ConfigurationError` if there is none, or if two have the same name."""
     given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
     terms = tuple(TERMS.parse("term", one) for one in given)
     names = [one.name for one in terms]
@@ -167,19 +163,19 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-OUTPUT_TOLERANCE = 0.02  # of the largest output; rounding changes outputs by less, in any precision and batch size
+OUTPUT_TOLERANCE = 0.02  # share of the largest output; rounding errors are smaller in any precision and batch size
 Index = Callable[[Any], Any]
-"""Returns the data-set positions of a raw batch's samples, `n` whole numbers."""
+"""Returns the data-set positions of the n samples of a raw batch, as n whole numbers."""
 ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
-"""Returns the old model's outputs for a batch, from the new model's arguments, the target, the raw batch, and the new
-model's logits, first dimension `n`."""
+"""Returns the old model's outputs for a batch. The arguments are the args and kwargs of the new model, the target, the
+raw batch, and the new model's logits."""
 
 
 class ModelTeacher:
-    """Runs the old model on the new one's device, in evaluation mode and without gradients.
+    """Runs the old model on a batch, without gradients. The caller sets the model's device and evaluation mode.
 
-    `adapter` takes a raw batch apart for it; None: it gets the inputs of the new model. `index` returns the sample
-    positions of a raw batch, if samples never change: their outputs are cached (256 MiB).
+    `adapter` makes the old model's inputs from a raw batch; None: it gets the inputs of the new model. `index` may be
+    given if samples are not augmented: old outputs are then kept by data-set position, in up to 256 MiB.
     """
 
     def __init__(
@@ -202,7 +198,7 @@ class ModelTeacher:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
         rows = None if self.index is None else rows_of(self.index, raw, len(like))
-        # The second of two dimensions counts classes, which may differ from the new model's.
+        # The old model may have another number of classes, which is the second of two dimensions.
         output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
@@ -217,7 +213,7 @@ class ModelTeacher:
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
     def _check(self, known: Tensor | None, output: Tensor) -> None:
-        """Compares the first repeated samples with the cache; drops the cache if they changed."""
+        """Compares the outputs of the first repeated samples with the cache, which is switched off if they differ."""
         if known is None:
             return
         self._is_checked = True
@@ -251,7 +247,7 @@ class ModelTeacher:
 
 
 class PredictedTeacher:
-    """Reads from predictions of one split which samples the old model gets right; knows no logits."""
+    """Looks up in predictions for one split which samples the old model gets right. Logits stay unknown."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
         self.task, self.index, self.split = task, index, split
@@ -277,7 +273,7 @@ class PredictedTeacher:
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """Returns the positions of a raw batch by `index`, `n` int64; raises a `ConfigurationError` for others."""
+    """Returns `index(raw)` as `n` int64. Raises a `ConfigurationError` if the result is not `n` positions."""
     try:
         found = index(raw)
     except Exception as error:
@@ -289,9 +285,10 @@ def rows_of(index: Index, raw: Any, n: int) -> Tensor:
 
 
 def _reorder_classes(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Old logits in the new order of classes, then the old-only classes; and the matching new and old class numbers.
+    """Reorders old logits: first the columns of the `classes` new classes, then classes that only the old model has.
 
-    New-only classes get -infinity.
+    A class that only the new model has gets -infinity. `table` maps old class numbers to new ones. Also returns the new
+    and the old numbers of the classes that both models have.
     """
     pairs = [(new, old) for old, new in table.items() if old < output.shape[1] and new < classes]
     new, old = torch.tensor(pairs, device=output.device).view(-1, 2).unbind(1)
@@ -303,20 +300,21 @@ def _reorder_classes(output: Tensor, table: Mapping[int, int], classes: int) -> 
 
 
 class Oversampler(Sampler[int]):
-    """Draws every sample once per epoch in random order, hard samples more often.
+    """Sampler that draws a hard sample several times per epoch and every other sample once, in random order.
 
-    Hard are samples that a model, such as the one to replace, gets wrong or right by a narrow margin: below 3/8 of the
-    median margin of passed samples, as in a repair. Epochs are reproducible by seed. With several processes Lightning
-    splits each epoch, as for any sampler.
+    A sample is hard if a model, such as the old model, gets it wrong, or if its margin is below 3/8 of the median
+    margin of the passed samples. The orders are reproducible by seed. With several processes Lightning splits each
+    epoch, as for any sampler.
 
     Args:
-        passed: `n` bool, samples of the data set that the model gets right.
-        margin: `n`, distance from being wrong; NaN where unknown. None: only failed samples are hard.
-        oversample: how many times an epoch has a hard sample, from 1.
-        seed: of the orders.
+        passed: `n` bool, True for samples of the data set that the model gets right.
+        margin: `n`, the model's margins; NaN where unknown. None: only failed samples are hard.
+        oversample: how many times a hard sample is in an epoch, at least 1.
+        seed: seed of the orders.
 
     Attributes:
-        times: `n` int64, how often an epoch has each sample; also the weights for torch's `WeightedRandomSampler`.
+        times: `n` int64, how many times each sample is in an epoch. torch's `WeightedRandomSampler` accepts these
+            numbers as weights.
 
     Example::
 
@@ -354,12 +352,12 @@ class Oversampler(Sampler[int]):
         """Builds a sampler from one pass of a model over a data set. Leaves the model and random states unchanged.
 
         Args:
-            model: runs where it is, in evaluation mode.
-            data: the training data set, with a length and an index, without augmentation.
-            oversample: as for the class.
-            seed: as for the class.
-            task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-            adapter: takes a batch apart.
+            model: the model that finds hard samples; it runs on its current device in evaluation mode.
+            data: the training data set, map-style and without augmentation.
+            oversample: how many times a hard sample is in an epoch, at least 1.
+            seed: seed of the orders.
+            task: decides which samples pass; a name or an object of `lightning_nrl.tasks`; None: multiclass.
+            adapter: converts a raw batch into `(args, kwargs, target)`.
             **loader: arguments of the `DataLoader` that reads the data, such as `num_workers` and `collate_fn`.
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
@@ -373,7 +371,7 @@ class Oversampler(Sampler[int]):
         return cls(torch.cat(passed), torch.cat(margins), oversample, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the next epoch, so that a resumed training does not repeat its first orders."""
+        """Sets the number of the next epoch, so that a resumed training does not repeat its first orders."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""`ModelPair`: results of the old and the new model on the same samples, which release rules read."""
+"""`ModelPair`: the results of the old and the new model on the same samples, which the rules of a release read."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightning_nrl.updates.predictions import Predictions
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Results of both models on `N` samples, row by row.
+    """Results of the old and the new model on the same `N` samples, in the same order.
 
     Attributes:
         before: results of the old model.
         after: results of the new model.
         slices: names of the slices.
-        group: `N` int64, the slice number of each sample; -1: none.
-        marked: `N` bool by target of a rule: the samples it selects, right or wrong.
-        flips: of each sample from old to new.
+        group: `N` int64, number of each sample's slice in `slices`; -1: the sample is in no slice.
+        marked: for each target in a rule, a mask of the samples that it selects, right or wrong, `N` bool.
+        flips: how each sample changed from the old to the new model.
     """
 
     before: SampleResults
@@ -53,7 +53,7 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """Returns a mask, `N` bool, for each slice with samples in a split."""
+        """Returns a mask, `N` bool, of the split's samples in each slice, for slices that have such samples."""
         own = self.rows(split)
         masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
         return {name: mask for name, mask in masks.items() if mask.any()}
@@ -69,15 +69,15 @@ def evaluate_pair(
 ) -> ModelPair:
     """Runs each model over the data once, batch by batch. Leaves models and random states unchanged.
 
-    Each rank passes its share of the splits and gets the full results. The evaluator holds the new model, its task and
-    precision; `targets` are marked in the result.
+    `new` holds the new model, its task and precision. `data` is this rank's share of the splits; every rank gets the
+    results for all samples. The samples that `targets` select are marked in the result.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
     recording: Sequence[Any] = slicing
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
-        # Nested, so that a single pass records all.
+        # Each recorder reads from the one before, so that a single pass records all targets.
         recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
     with preserve_state(new.model):
         after = new.run(recording)
@@ -93,7 +93,7 @@ def pair_from_files(
     slices: Mapping[tuple[str, int], str] | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """Pairs the predictions of two models on the samples that the new one predicts; an empty slice name means none."""
+    """Pairs predictions on the samples in `new`. `slices` maps (split, id) to a name; an empty name means no slice."""
     given = slices or {}
     for split in sorted({split for split, _ in given}):
         own = {at for name, at in given if name == split}
@@ -114,7 +114,7 @@ def pair_from_files(
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
-    """Samples that a target selects, by the class that a right prediction reveals; unknown where both are wrong."""
+    """Selects the samples of a target. A label is known only where the prediction of a model is right."""
     label = torch.where(before.passed, before.prediction, torch.where(after.passed, after.prediction, -1))
     told = None if bool((before.passed & (label < 0)).any()) else label
     try:
@@ -127,7 +127,7 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """Returns the requested splits, or all if none is named; raises a `ConfigurationError` for an unknown one."""
+    """Returns the splits `asked`, or all splits `there` if none is asked for; raises an error for an unknown split."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(
@@ -137,7 +137,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """Counts samples with an old but no new prediction, by split; raises a `ConfigurationError` unless allowed."""
+    """Counts samples with an old but no new prediction by split; raises an error for a split not in `allowed`."""
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

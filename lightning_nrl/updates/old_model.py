@@ -1,4 +1,4 @@
-"""`OldModel` and `Reference`: the model to replace, and the samples that it gets right."""
+"""`OldModel`: the model that a new model replaces. `Reference`: knows which samples the old model gets right."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
-"""Old class numbers to new ones, or the names of the old and the new classes, in order."""
+"""`{old class number: new class number}`, or the class names of the old and of the new model, each in their order."""
 
 
 @runtime_checkable
@@ -34,25 +34,26 @@ class Reference(Protocol):
     """Knows which samples the old model gets right."""
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Returns the old model's results on this rank's share of data; only `prediction` and `passed` are meaningful.
+        """Returns the old model's results on `sources`, this rank's share of the data.
 
-        `evaluator` holds the new model, its task and precision; `like` holds the new model's results on the same data.
+        `evaluator` holds the new model, its task and precision. `like` are the new model's results on the same data, in
+        the same order. Of the returned results only `prediction` and `passed` are used.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class OldModel:
-    """The old model itself.
+    """The old model itself, which can run on any data.
 
     Attributes:
-        model: a module of any architecture; or, for the new model's architecture, a state dict or the path of a
+        model: a module of any architecture. For the new model's architecture also a state dict or the path of a
             checkpoint or saved state dict. A state dict is copied, since training its module would change it.
-        adapter: takes a batch of the data loader apart, if the old model needs other inputs than the new one.
-        classes: if the outputs differ: `{old class: new class}`, or the names of both. A class that the new model lacks
-            counts as wrong.
-        cache: a file for its predictions. It is used if it was not edited and weights, samples, labels, classes, task
-            and precision are the same; otherwise it is rewritten. Inputs are not compared: delete the file when they
-            change.
+        adapter: makes `(args, kwargs, target)` from a raw batch; needed if the two models have different inputs.
+        classes: needed if the classes differ: `{old class: new class}`, or the class names of both models, old ones
+            first. A prediction of a class that the new model lacks counts as wrong.
+        cache: CSV file for the old model's predictions. The file is read instead of running the model if nobody edited
+            it and weights, samples, labels, classes, task and precision are the same; otherwise it is rewritten. Inputs
+            are not compared: delete the file when they change.
 
     Example::
 
@@ -97,7 +98,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Returns its state dict; bare weights take the dtypes and device of the new `model`."""
+        """Returns the old weights; a state dict or file is cast to the dtypes and device of the new `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -124,7 +125,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """Parses a reference from a path, a module, a state dict or predictions; None stays None."""
+    """Parses a reference: None, a `Reference`, a module, a state dict, or the path of a checkpoint or a CSV file."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -134,8 +135,6 @@ def parse_reference(reference: Any) -> Reference | None:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A source with another adapter."""
-
     source: Source
     adapter: Adapter
 
@@ -149,7 +148,7 @@ class _Adapted:
 
 
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Returns old class numbers to new ones; raises a `ConfigurationError` if two map to one, or without classes."""
+    """Returns old class numbers mapped to new ones; refuses a map that is not one to one, or a task without classes."""
     if classes is None:
         return None
     if task is not None and not isinstance(task, Multiclass):
@@ -170,7 +169,7 @@ def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, 
 
 
 class _MappedMulticlass(Multiclass):
-    """Multiclass with predictions mapped to the new model's class numbers."""
+    """Multiclass task for an old model, whose predictions are mapped to the new model's class numbers."""
 
     def __init__(self, table: Mapping[int, int]) -> None:
         self.table = table
@@ -191,16 +190,16 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """Results of the old model by role, in the row order of the new model's results."""
+    """Results of the old model by role, for the same samples in the same order as the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """Returns the new model's results with only those targets that the old model gets right."""
+        """Returns the new model's results with only negative flips targeted: old model right, new model wrong."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """Returns the new model's known results, `passed` limited to the samples that must not break."""
+        """Returns the new model's known results, with `passed` only for samples that a repair must not break."""
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 
@@ -210,8 +209,8 @@ def evaluate_old(
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
-    """Evaluates the old model once on the sources of all roles (this rank's share); `results` are the new model's."""
-    # At once, since a cache is one file; split names are unique over roles.
+    """Evaluates the old model on this rank's share of all sources. `results` are those of the new model."""
+    # All roles in one call, since a cache is a single file. The names of splits are unique over all roles.
     together = [source for own in sources.values() for source in own]
     found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
     return Update({role: found.only(results[role].splits) for role in sources})

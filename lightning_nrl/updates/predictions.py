@@ -1,4 +1,4 @@
-"""`Predictions`: the predictions of a model that may no longer exist, from a CSV file."""
+"""`Predictions`: the predictions of a model from a CSV file, for when the model itself is not at hand."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 
 class Line(NamedTuple):
-    """One line of a CSV file, and what its error messages need."""
+    """One line of a CSV file, with the texts for error messages about it."""
 
-    where: str  # argument, file and line number
+    where: str  # names the argument, the file and the line number
     hint: str
-    values: dict[str, str]
+    values: dict[str, str]  # by column
 
     def whole_number(self, column: str) -> int:
         text = self.values[column].strip(" ")
@@ -49,10 +49,10 @@ class Line(NamedTuple):
 
 
 def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
-    """Reads a UTF-8 CSV file with a header, line by line; a `ConfigurationError` names a line that cannot be read.
+    """Reads a UTF-8 CSV file with a header, line by line. A `ConfigurationError` names a line that cannot be read.
 
-    A value never spans lines, so a stray quote costs one line only. Empty lines are skipped, missing optional columns
-    are empty. A first line that begins with `WEIGHTS` is not part of the table.
+    A value cannot contain a line break, so that a stray quote spoils only its own line. Empty lines are skipped. If an
+    optional column is missing, its values are empty. A first line that begins with `WEIGHTS` is skipped too.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
@@ -84,20 +84,20 @@ def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: 
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
-"""By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
+"""Maps a data-set position to the predicted class (-1: none) and to True if the sample passed (None: unknown)."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions by split and position in the data set, the ids that reports use.
+    """Predictions of a model for the samples of splits. The id of a sample is its position in the data set.
 
-    As a file: CSV with the columns `split`, `id` and `prediction`, the class number of the new model; or `passed` (1 or
-    0) for tasks without classes.
+    The CSV file has the columns `split`, `id` and `prediction`, a class number of the new model. For tasks without
+    classes the column `passed` (1 or 0) replaces `prediction`.
 
     Attributes:
-        splits: by the names of the splits.
-        weights: hash of the model's weights; None if unknown.
-        seal: SHA-256 of a cache's rows and of what they depend on; empty for other files.
+        splits: rows by the name of their split.
+        weights: hash of the model's weights; None: unknown.
+        seal: SHA-256 of the rows and everything on which they depend, in a cache of `OldModel`; empty in other files.
 
     Example::
 
@@ -110,7 +110,7 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
-        """Reads a file; a `ConfigurationError` names a line that cannot be read, or repeats a sample."""
+        """Reads a file. A `ConfigurationError` names a line that cannot be read or that repeats a sample."""
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
@@ -128,7 +128,7 @@ class Predictions:
         return cls(splits, weights, seal)
 
     def save(self, path: str | Path) -> None:
-        """Writes a file for `read`, atomically."""
+        """Writes atomically a file that `read` can read."""
         first = "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         replacing(path, lambda part: part.write_bytes((first + self._table()).encode()))
@@ -143,7 +143,7 @@ class Predictions:
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
-        """Returns the same predictions sealed with a key that says what they depend on."""
+        """Returns the same predictions with a seal; the text `key` says on what the predictions depend."""
         return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
 
     @classmethod
@@ -157,11 +157,11 @@ class Predictions:
         return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Returns the results on the samples of `like`; runs no model (see `Reference`)."""
+        """Returns `results(like)`: as a `Reference`, predictions need neither the evaluator nor the sources."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """Returns the results on the samples of `like`; losses are 0 if right and 1 if wrong."""
+        """Returns the results on the samples of `like`. The loss of a sample is 0 if it is right, else 1."""
         predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
             rows, start = self.splits.get(split, {}), like.start(split)
@@ -195,7 +195,7 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """Returns the results of the file alone; raises a `ConfigurationError` if it lacks `passed`."""
+        """Returns the results on all samples. Raises a `ConfigurationError` if a value of `passed` is missing."""
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
@@ -215,7 +215,7 @@ Ids = Mapping[str, Sequence[int]]
 
 
 def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses ids by split, from a CSV file or a mapping; bare positions get an empty split name, None no ids."""
+    """Parses data-set positions by split, from a mapping or CSV file. A list gets the empty split name."""
     found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
     found = found if isinstance(found, Mapping) else {"": found}
     lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())
@@ -224,7 +224,7 @@ def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Reads sample ids by split from a CSV file with the columns `split` and `id`."""
+    """Reads data-set positions by split from a CSV file with the columns `split` and `id`."""
     found: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
@@ -234,7 +234,7 @@ def read_ids(path: str | Path) -> dict[str, list[int]]:
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
-    """Reads the slice of each sample from a CSV file with the columns `split`, `id` and `slice`."""
+    """Reads a CSV file with the columns `split`, `id` and `slice`; returns `{(split, id): slice}`."""
     found: dict[tuple[str, int], str] = {}
     for line in read_csv("slices", path, ("split", "id", "slice")):
         sample = line.values["split"], line.whole_number("id")

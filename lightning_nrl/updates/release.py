@@ -1,4 +1,4 @@
-"""`release` decides if a new model may replace the old one; `ReleaseReport` has the verdict and the reasons."""
+"""`release` decides if a new model may replace the old one, and explains the decision in a `ReleaseReport`."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def release(
 ) -> ReleaseReport:
     """Decides if a new model may replace the old one, by one pass of each model over the data.
 
-    Reads the data batch by batch, so they may exceed memory. Leaves models and random states unchanged. See the
-    report's `accepted`, `reasons`, and `exit_status` for `sys.exit`.
+    Data are read batch by batch and need not fit in memory. Models and random states do not change. The report has the
+    decision (`accepted`), the `reasons`, and an `exit_status` for `sys.exit`.
 
     Args:
         new: the new model, on its device. An `Evaluator` sets the task, the precision, and the ranks that share the
             data; each rank gets the same report.
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an `OldModel`.
-        data: the splits, such as a `TensorSource`. Bounds for future data hold only if no training or model choice used
-            them.
-        rules: one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices`,
+        data: one source or a list of sources, such as a `TensorSource`; each is a split. Limits for future data are
+            valid only if neither training nor the choice of a model used the split.
+        rules: one or several of `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices`,
             `slices:count`, `protected:ids.csv`, followed by ` in SPLIT` to limit a rule to one split; or objects of
             `lightning_nrl.updates`.
-        require: one more rule for every split: `not-worse`, no net loss; `better`, a gain by the sign test
-            at 5 %; or `any`, no rule.
-        slices: the slice of each sample: a column of the raw batch by its key or place, a function of the batch that
-            returns a name or number per sample, its address, or a `Target`, whose samples form one slice.
-        seeds: seeds of data and models, noted in the report.
+        require: a further rule for every split. `not-worse`: no more samples break than are repaired. `better`: more
+            samples are repaired than break, by the sign test at 5 %. `any`: no further rule.
+        slices: tells the slice of each sample: the key or position of a field of the raw batch; a function of the batch
+            that returns a name or number per sample, or its address; or a `Target`, whose samples form one slice.
+        seeds: seeds of data and models by name, copied to the report.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release`; also returns both models' results. `name` names the new model in the report."""
+    """Does the work of `release`; also returns the pair. `name` is the new model's name in the report."""
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
@@ -133,23 +133,23 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
 
 @dataclass(frozen=True)
 class Identity:
-    """Class or file path of a model, and the SHA-256 of its weights (`hash_tensors`), empty if unknown."""
+    """Name of a model, which is its class or file, and the SHA-256 of its weights (`hash_tensors`)."""
 
     name: str
-    sha256: str = ""
+    sha256: str = ""  # empty if unknown
 
 
 @dataclass(frozen=True)
 class ReleaseRow(Derives):
-    """Counts of one split or slice.
+    """Numbers of flips in one split or slice.
 
     Attributes:
         split: name of the split.
         slice: name of the slice; empty for the whole split.
         counts: flips from the old model to the new one.
-        upper: upper limit of the negative flip rate, in (0, 1], at the report's confidence; joint over the slices of a
-            split.
-        p_worse: p-value of the one-sided sign test that more samples break than are repaired.
+        upper: upper limit of the negative flip rate, in (0, 1], at the report's confidence. The limits of all slices of
+            a split hold together with this confidence.
+        p_worse: p-value of the one-sided sign test; a small value means that the new model is worse.
     """
 
     split: str
@@ -160,7 +160,7 @@ class ReleaseRow(Derives):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Accuracies and the metrics of `lightning_nrl.evaluation.metrics`, by name."""
+        """Both accuracies and the metrics of `lightning_nrl.evaluation.metrics`, by name."""
         rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
         accuracies = {"accuracy_before": self.counts.accuracy_before, "accuracy_after": self.counts.accuracy_after}
         return {**accuracies, **rates}
@@ -172,22 +172,22 @@ class ReleaseRow(Derives):
 
 @dataclass(frozen=True)
 class ReleaseReport(Report):
-    """The decision if a new model may replace the old one. `rich.print(report)` shows it as a page.
+    """Decision whether a new model may replace the old one, with reasons. `rich.print(report)` shows it as a page.
 
     Attributes:
         status: `accepted` if every rule is satisfied, else `refused`.
-        findings: the results of the rules, in their order.
-        rows: each split, followed by its slices.
+        findings: one result for each rule, in the order of the rules.
+        rows: one row for each split, followed by one for each of its slices.
         broken_ids: data-set positions of all broken samples, by split.
         repaired_ids: data-set positions of all repaired samples, by split.
-        confidence: of the limits in the rows, in (0, 1).
+        confidence: confidence of the limits in the rows, in (0, 1).
         new: the new model.
-        old: the model to replace.
-        task: what right means, in words.
-        precision: of both runs.
-        missing: number of samples with an old but no new prediction, by split; only for prediction files, if the user
-            allows it.
-        seeds: seeds by name.
+        old: the old model, which the new model would replace.
+        task: the task, which defines when a sample is right, in words.
+        precision: precision in which both models ran.
+        missing: number of samples with an old but no new prediction, by split. Prediction files may lack samples only
+            if the user allows it.
+        seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
     """
 
@@ -216,7 +216,7 @@ class ReleaseReport(Report):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One sentence per rule that is not satisfied; empty if accepted."""
+        """One sentence for each rule that is not satisfied."""
         return tuple(f"{finding.rule}: {finding.reason}" for finding in self.findings if not finding.passed)
 
     @property
@@ -265,9 +265,9 @@ def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[st
 
 
 def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> ReleaseReport:
-    """Checks every rule and builds the report; `decided_on` are its remaining fields.
+    """Checks every rule and builds the report. `decided_on` are the report's other fields.
 
-    The limits in the rows use the confidence of the first `MaxNegativeFlipRate` rule, else 95 %.
+    The limits in the rows have the confidence of the first `MaxNegativeFlipRate` rule, or 95 % without such a rule.
     """
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)
@@ -290,7 +290,7 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         upper = Bound.at_level(counts.broken, counts.n, level).upper
         return ReleaseRow(split, name, counts, upper, p_worse(counts.broken, counts.repaired))
 
-    # Joint limits of the slices (Bonferroni); an empty slice has the limit 1 and needs no part of the level.
+    # All limits of slices hold together (Bonferroni). An empty slice has the limit 1 and does not count.
     level = 1 - confidence
     part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
     return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]

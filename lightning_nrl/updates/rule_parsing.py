@@ -13,16 +13,16 @@ from lightning_nrl.updates.rules import AtMostBroken, IsBetter, MaxNegativeFlipR
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "better": IsBetter(), "any": None}
-"""The rule for every split that a release gate adds to the user's."""
+"""The rule for every split that a release gate adds to the user's rules, by the value of `require`."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Rule parsers: functions of the text, its parts after the name, and the splits, that return None for bad text."""
+"""Parsers of rules: functions of the text, its parts after the name, and the splits; None means unreadable."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
-    """Parses one or several rules; raises a `ConfigurationError` for none, or one that cannot be read.
+    """Parses one or several rules, and adds `REQUIRED[require]` if it is not among them.
 
-    `require` adds a rule of `REQUIRED`, unless it is among them.
+    Raises a `ConfigurationError` if there is no rule, or if a rule cannot be read.
     """
     check_choice("require", require, tuple(REQUIRED))
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
@@ -34,9 +34,9 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """Parses a rule in one of the forms of `RULES.forms`, with any numbers; returns a `Rule` unchanged.
+    """Parses a rule in one of the forms of `RULES.forms`, with other numbers if wanted. Returns a `Rule` unchanged.
 
-    All but `protected` may end with ` in SPLIT, SPLIT`.
+    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")

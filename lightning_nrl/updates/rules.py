@@ -1,4 +1,4 @@
-"""Release rules that a new model must satisfy to replace the old one."""
+"""Release rules: conditions that a new model must satisfy to replace the old one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ from lightning_nrl.updates.predictions import Ids, parse_ids
 
 @dataclass(frozen=True)
 class RuleResult:
-    """Result of one rule: passed or not, and why.
+    """Result of one rule: if the new model satisfies it, and why."""
 
-    `ids` are data-set positions of the offending samples, by split; empty if it passed.
-    """
-
-    rule: str
-    passed: bool
+    rule: str  # the rule as text
+    passed: bool  # True if the new model satisfies the rule
     reason: str
-    ids: Ids = field(default_factory=dict)
+    ids: Ids = field(default_factory=dict)  # data-set positions of the broken samples that violate the rule, by split
 
 
 class Rule(ABC):
@@ -41,28 +38,28 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, pair: ModelPair) -> RuleResult:
-        """Judges the update; raises a `ConfigurationError` if the data lack what the rule needs."""
+        """Judges the new model. Raises a `ConfigurationError` if the rule cannot be applied to the samples."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """Returns the rule as text."""
+        """Returns the rule as text, as in a report."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Raises a `ConfigurationError` for unsuitable data, before any model runs."""
+        """Raises a `ConfigurationError`, before any model runs, if the data lack splits or slices of the rule."""
         return None
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Targets whose samples the rule needs in `ModelPair.marked`."""
+        """Targets whose samples the rule reads. `ModelPair.marked` gets a mask for each of them."""
         return ()
 
 
 class Part(NamedTuple):
-    """Samples that a rule counts together."""
+    """Samples that a rule counts together: a whole split or one slice of it."""
 
     split: str
-    name: str
-    rows: Tensor  # N bool
+    name: str  # of the split, or of the split and the slice
+    rows: Tensor  # N bool, mask of the samples
     counts: FlipCounts
 
 
@@ -70,13 +67,13 @@ class SplitRule(Rule):
     """Base class of rules that count flips in splits or their slices."""
 
     splits: tuple[str, ...]
-    whole_splits: bool = True
-    each_slice: bool = False
+    whole_splits: bool = True  # True if the rule counts flips in each whole split
+    each_slice: bool = False  # True if the rule counts flips in each slice
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """The rule as text, without its splits."""
+        """The rule as text, without the names of its splits."""
 
     def __post_init__(self) -> None:
         names = (self.splits,) if isinstance(self.splits, str) else self.splits
@@ -94,11 +91,11 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if one of `n_parts` parts violates the rule."""
+        """True if a part (split or slice) with these counts violates the rule, which checks `n_parts` parts."""
 
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
-        """Returns the sentences of the reason, without full stops."""
+        """Returns the sentences of `RuleResult.reason`, without full stops."""
 
     def check(self, pair: ModelPair) -> RuleResult:
         parts = self._parts(pair)
@@ -134,12 +131,12 @@ class SplitRule(Rule):
 
 @dataclass(frozen=True)
 class AtMostBroken(SplitRule):
-    """Allows at most as many broken samples per split as a gate does.
+    """Allows in each split at most as many broken samples as a gate allows.
 
     Attributes:
-        gate: `instance`: none; `accuracy`: no more than are repaired, so accuracy does not fall; `tolerance:3` or
-            `tolerance:1%`; or a `Gate`.
-        splits: names of the splits; empty: all.
+        gate: `instance` allows none; `accuracy` allows as many as are repaired, so that the accuracy does not fall;
+            `tolerance:3` allows 3 samples, `tolerance:1%` 1 % of the passed samples; or a `Gate`.
+        splits: names of the splits; empty: all splits.
 
     Example:
         >>> print(AtMostBroken("accuracy", splits=("test",)))
@@ -152,7 +149,7 @@ class AtMostBroken(SplitRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         gate = Gate.parse(self.gate)
-        gate.excess_of(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
+        gate.excess_of(FlipCounts(0, 0, 0, 0))  # Raises an error for a gate that needs a target.
         object.__setattr__(self, "gate", gate)
 
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
@@ -172,7 +169,7 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """Requires more repaired than broken samples in each split, by the sign test at 5 %."""
+    """Requires that in each split more samples are repaired than broken, by the sign test at 5 %."""
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -190,17 +187,17 @@ class IsBetter(SplitRule):
 
 @dataclass(frozen=True)
 class MaxNegativeFlipRate(SplitRule):
-    """Bounds the negative flip rate (broken of all) in each split, with a confidence.
+    """Requires in each split a negative flip rate (broken / all samples) of at most `limit`, with a confidence.
 
-    Compares the upper limit of Clopper and Pearson (`report.stats`) with `limit`. It holds for future data only if no
-    training or model choice used the split. Several splits or slices need no correction: a model that violates the
-    limit anywhere passes with probability 1 - confidence at most.
+    The upper confidence limit of Clopper and Pearson (`report.stats`) must not exceed `limit`. It is valid for future
+    data only if neither training nor the choice of a model used the split. Several splits or slices need no correction:
+    a model whose rate exceeds `limit` in any of them passes with a probability of at most 1 - confidence.
 
     Attributes:
-        limit: of the rate, in (0, 1).
-        confidence: in (0, 1).
-        each_slice: True to bound every slice too, not only the whole split.
-        splits: names of the splits; empty: all.
+        limit: limit of the rate, in (0, 1).
+        confidence: confidence of the rule, in (0, 1).
+        each_slice: True if the limit applies to every slice too, not only to the whole split.
+        splits: names of the splits; empty: all splits.
 
     Example:
         >>> print(MaxNegativeFlipRate(0.01, 0.99))
@@ -256,11 +253,12 @@ class NoSliceWorse(SplitRule):
     """Requires that no slice gets worse.
 
     Attributes:
-        by: `test`, for future data: no p-value of the slices' one-sided exact sign tests is below `level`, divided by
-            their number. The result names slices too small for the test; `MaxNegativeFlipRate(each_slice=True)` bounds
-            them. `count`, for a test suite: no slice has fewer right samples than before.
-        level: probability that the rule fails although no slice is worse, in (0, 1).
-        splits: names of the splits; empty: all.
+        by: `count`, for a test suite: a slice is worse if it has fewer right samples than before. `test`, for future
+            data: a slice is worse if the p-value of its one-sided exact sign test is below `level` divided by the
+            number of slices. The result names slices that are too small for this test;
+            `MaxNegativeFlipRate(each_slice=True)` limits what breaks in these.
+        level: for `test`, probability that the rule fails although no slice is worse, in (0, 1).
+        splits: names of the splits; empty: all splits.
 
     Example:
         >>> print(NoSliceWorse("count"))
@@ -310,9 +308,10 @@ class ProtectedIntact(Rule):
     """Requires that no protected sample breaks.
 
     Attributes:
-        ids: sample positions by split, or alone if there is one split; or a CSV file with the columns `split` and `id`.
-        where: further samples, by a `Target`, also as text such as `label 3`, a predicate on the raw batch, or its
-            address.
+        ids: protected samples: lists of data-set positions by split, a single list if there is one split, or a CSV file
+            with the columns `split` and `id`.
+        where: selects further samples: a `Target`, its text such as `label 3`, a predicate on the raw batch, or the
+            predicate's address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))

@@ -1,8 +1,8 @@
-"""Scoring of candidates: known data is recorded once and replayed from the repaired layer on, for many at once.
+"""Scoring of candidates: the known data are run once up to the repaired layer, and only the rest for each candidate.
 
-In: a model, known data, candidate weights. Out: `Scores`. `recording` builds an `ActivationCache`; `sparse_delta`
-computes the effect of changed weights on a layer's output, `candidate_tensor` carries it through the rest of the model;
-`chunk_scorer` and `scorer` count and sum.
+In: a model, known data, candidates. Out: `Scores`. `recording` stores the activations at the layer in an
+`ActivationCache`. `sparse_delta` computes the effect of changed weights on the layer's output, and `candidate_tensor`
+carries the effect through the rest of the model. `chunk_scorer` and `scorer` count passed samples and sum losses.
 """
 
 # Registers the operations of `CandidateTensor`.

@@ -1,8 +1,8 @@
-"""Cache of the known data at the first repaired layer; everything before that layer is run once.
+"""`ActivationCache`: the activations of the known data at the first repaired layer, from which passes are resumed.
 
-Samples whose passes have the same structure form a group. Of each tensor that exists when the layer is first called, a
-group keeps all samples' values if they reach the output by another way than that layer, else one sample's shape.
-`recording.record` builds the cache.
+Samples whose passes call the same modules with tensors of the same shapes form a group. When the layer is called, other
+tensors of the pass exist already. A group stores such a tensor for all samples if the logits also depend on it by
+another way than the layer, and else for one sample, to know its shape. `recording.record` builds the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_all,
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs, LayerEdit
 
 Recompute = Callable[[Tensor], list[Tensor]]
-"""Recomputes the stored tensors of samples, given their rows in the results."""
+"""Recomputes the stored tensors of some samples, given the rows of these samples in the results."""
 
 STORED_TENSOR = object()
 """Placeholder of a stored tensor among the constants of a `ReplayGroup`."""
@@ -31,24 +31,24 @@ STORED_TENSOR = object()
 
 @dataclass
 class ReplayGroup:
-    """Samples whose passes have the same structure, with their stored tensors: in memory, or recomputed by batch."""
+    """Samples whose passes have the same structure, and the tensors from which these passes resume (stored tensors)."""
 
     plan: ReplayPlan | None  # how to resume the passes; None: the whole model is run
-    layouts: list[SampleLayout]  # of each stored tensor
+    layouts: list[SampleLayout]  # layout of each stored tensor
     device: torch.device  # device of the stored tensors
     spec: pytree.TreeSpec | None = None  # tree of the model inputs, if the whole model is run
     constants: list[Any] = field(default_factory=list)  # leaves of that tree, `STORED_TENSOR` at stored tensors
     recomputed: bool = False  # True if stored tensors are recomputed each time
     same: tuple[int, ...] = ()  # for each stored tensor the index of the first equal one; only that one is kept
-    expected: int = 0  # samples for which memory is allocated at the first batch; later ones are concatenated
+    expected: int = 0  # samples for which memory is allocated at the first batch; 0: every batch allocates
     shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors without their first dimension
-    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # kept tensors by batch; `finish` leaves one part
-    filled: dict[int, int] = field(default_factory=dict)  # filled entries of each first part
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # by index of the tensor, parts that `finish` joins
+    filled: dict[int, int] = field(default_factory=dict)  # by index of the tensor, filled entries of the first part
     again: Recompute | None = None
     latest: tuple[int, int, dict[int, Tensor]] = (0, 0, {})  # start, stop and tensors of the last recomputation
     batch: int = 0  # size of the largest batch
-    targets: list[Any] = field(default_factory=list)  # target trees by batch, on the CPU; `finish` leaves one
-    rows: list[Tensor] = field(default_factory=list)  # rows in the results by batch; `finish` leaves one
+    targets: list[Any] = field(default_factory=list)  # one tree of targets per batch, on the CPU; `finish` joins them
+    rows: list[Tensor] = field(default_factory=list)  # rows in the results, per batch; `finish` joins them
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,6 @@ class ReplayGroup:
         return ReplayGroup(self.plan, self.layouts, device, self.spec, self.constants, recomputed, same)
 
     def add(self, stored: Sequence[Tensor], target: Any, rows: Tensor, again: Recompute | None = None) -> None:
-        """Adds a batch: stored tensors, target, rows in the results, and how to recompute what is not kept."""
         self.same = self.same or tuple(range(len(stored)))
         self.shapes = self.shapes or [x.shape[1:] for x in stored]
         self.again = self.again or again
@@ -78,13 +77,13 @@ class ReplayGroup:
             parts.append(x)
             return
         if not parts:
-            # The system allocates its pages as they fill.
+            # Costs nothing yet: the system allocates memory pages only when they are written.
             parts.append(x.new_empty((reserved, *x.shape[1:])))
         parts[0][start:stop] = x
         self.filled[i] = stop
 
     def finish(self, pin: bool = False) -> None:
-        """Ends the recording; page-locked (`pin`) memory can be copied to a GPU asynchronously."""
+        """Joins all batches. With `pin` the tensors are page-locked, so that copies to a GPU are asynchronous."""
         for i, parts in self.parts.items():
             if i in self.filled:
                 parts[0] = parts[0][: self.filled[i]]
@@ -96,7 +95,7 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
-        """Returns samples of all stored tensors, or of the `last` ones; views where nothing has to be moved."""
+        """Returns the given samples of the last `last` stored tensors, or of all stored tensors if `last` is 0."""
         kept = {i: parts[0] for i, parts in self.parts.items()}
         if self.recomputed:
             kept, samples = self._recompute_batch(samples)
@@ -105,14 +104,14 @@ class ReplayGroup:
         return [taken[i] for i in wanted]
 
     def _recompute_batch(self, samples: slice | Tensor) -> tuple[dict[int, Tensor], slice | Tensor]:
-        """Recomputes samples, and those after them up to one batch; returns tensors and the positions in them."""
+        """Recomputes `samples` and the next ones up to a batch; returns tensors and the positions of `samples`."""
         places = torch.arange(len(self.rows[0]))[samples if isinstance(samples, slice) else samples.cpu()]
         low, high = int(places.min()), int(places.max()) + 1
         if high - low > self.batch:
             return self._stored(self.rows[0][places]), slice(None)
         start, stop, kept = self.latest
         if not kept or low < start or high > stop:
-            self.latest = (0, 0, {})  # frees the memory first
+            self.latest = (0, 0, {})  # frees the old tensors before new ones are computed
             start, stop = low, min(low + self.batch, len(self.rows[0]))
             self.latest = start, stop, self._stored(self.rows[0][start:stop])
         return self.latest[2], places - start
@@ -131,7 +130,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if the samples of a group without a plan, with tensors `stored`, fit into this group."""
+        """True if samples of `other`, a group without plan, with the input tensors `stored` fit into this group."""
         return (
             self.plan is None
             and self.spec == other.spec
@@ -146,8 +145,8 @@ class Chunk:
 
     group: int
     samples: slice | Tensor  # positions in the group, on the group's device
-    rows: Tensor  # n int64 on the CPU, in the results
-    target: Any  # on the model's device
+    rows: Tensor  # n int64 on the CPU, rows of the samples in the results
+    target: Any  # targets of the samples, on the model's device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,7 +154,7 @@ class Chunk:
 
 @dataclass
 class ActivationCache:
-    """Known data, ready to be replayed from the first repaired layer on."""
+    """Known data whose passes can be resumed at the first repaired layer."""
 
     model: EditableModel
     groups: list[ReplayGroup]
@@ -176,7 +175,7 @@ class ActivationCache:
         return f"activations of {memory}{again:,} samples computed again each time"
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """Yields the samples marked in `keep`, `N` bool by row of the results, by group, at most `size` per chunk."""
+        """Yields chunks of at most `size` samples by group, without rows of the results for which `keep` is False."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]
@@ -186,7 +185,7 @@ class ActivationCache:
                     continue
                 poll()
                 whole = len(part) == int(part[-1] - part[0]) + 1
-                # On the device of the samples, so that indexing does not synchronise.
+                # The index is on the device of the samples, so that indexing does not wait for the device.
                 samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part.to(group.device)
                 yield Chunk(number, samples, rows[part], to_device(index_all(group.targets[0], part), device))
 
@@ -214,14 +213,15 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Resumes the passes at the first site; returns logits of `copies * n` samples, copy by copy.
+        """Resumes the passes of n samples at the first site; returns logits of `copies * n` samples, copy by copy.
 
-        `edit` maps each site's input and output, samples first, to a new output. At the first site it gets the recorded
-        tensors of `n` samples, which it must not change in place, and returns `copies * n`; later sites have
-        `copies * n`. Differentiable in the new outputs.
+        `edit` maps the input and the output of a site (repaired layer), with samples in the first dimension, to a new
+        output. At the first site `edit` gets the recorded tensors of n samples, which it must not change in place, and
+        returns `copies * n` samples. Later sites have `copies * n` samples. The logits are differentiable in the new
+        outputs.
 
         Raises:
-            ReplayError: several copies of samples that need the whole model; use `rerun`.
+            ReplayError: `copies` is above 1 for samples that need the whole model; use `rerun` for these.
         """
         group = self.groups[chunk.group]
         stored = group.take(chunk.samples, self.space.device)
@@ -235,14 +235,14 @@ class ActivationCache:
         return self.model.edited_logits(group.inputs(stored), edit)
 
     def rerun(self, chunk: Chunk, where: Tensor, values: Tensor) -> Tensor:
-        """Runs the whole model for candidates `P x K` at flat positions; returns logits of `P * n` samples."""
+        """Runs the whole model under candidates `P x K` at flat positions `where`, candidate by candidate."""
         group = self.groups[chunk.group]
         inputs = group.inputs(group.take(chunk.samples, self.space.device))
         return torch.cat([self.model.logits(inputs, self.space.changed(where, v)) for v in values])
 
 
 def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGroup, list[Tensor]]:
-    """Returns an empty group for samples that need the whole model, and the tensors to store of `n` samples."""
+    """Returns an empty group for samples that need the whole model, and the input tensors of a batch to store."""
     leaves, spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     stored, constants = [], []
     for x in leaves:
@@ -255,7 +255,7 @@ def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGr
 
 
 def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
-    """Concatenates parts; frees each as soon as it is copied, so that memory is not held twice."""
+    """Concatenates and empties `parts`. Each part is freed once it is copied, so that memory is not held twice."""
     if len(parts) == 1:
         return parts[0]
     shape = list(parts[0].shape)

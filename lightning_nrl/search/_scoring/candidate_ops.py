@@ -1,7 +1,7 @@
-"""Operations on `CandidateTensor`: once on the shared base, and for each candidate on its differing channels.
+"""Operations on `CandidateTensor`: one run for the shared base, and one for the differing channels of all candidates.
 
 Channelwise operations come first, then those that mix channels (Linear, convolution), then sums and products. A handler
-takes the function and its arguments; if it returns `NotImplemented`, the function is called with whole tensors.
+gets the torch function and its arguments. If it returns `NotImplemented`, the function gets whole tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ IN_PLACE = {
     **{getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
     **{getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul")},
 }
-"""In-place operations and their out-of-place versions."""
+"""Maps each in-place operation to its out-of-place version."""
 
 
 def _inplace_position(function: Any) -> int | None:
@@ -67,9 +67,10 @@ INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIV
 
 
 def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
-    """Registers a handler of some functions.
+    """Returns a decorator that registers a handler for some torch functions.
 
-    If `alone`, only the first argument may be a `CandidateTensor`, with its channels at `axis` if given.
+    With `alone`, the handler gets only calls whose first argument, and no other, is a `CandidateTensor`, and whose
+    channels are in dimension `axis` (None: in any). In other calls the torch function gets whole tensors.
     """
 
     def register(handler: Handler) -> Handler:
@@ -160,7 +161,7 @@ def _spatial_mean(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
         if flat is None or not fits or t.device.type != "cpu":
             return t.mean(dims, keepdim)
         n = flat.shape[-1]
-        # Several times as fast as `mean` over few contiguous numbers.
+        # For few contiguous numbers this product is several times as fast as `mean`.
         found = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
         return found.view(*found.shape, *[1] * len(dims)) if keepdim else found
 
@@ -272,7 +273,7 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """True if a product may be summed from two parts: not in half precision, which would round twice."""
+    """True if a product may be computed as the sum of two products. In half precision this would round twice."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -297,7 +298,7 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _add_identical(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
-    """Adds a tensor without differing channels to one with a pending difference: only the base changes."""
+    """Adds a tensor that is the same for all candidates to one with a pending difference, which stays pending."""
     if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):

@@ -1,9 +1,9 @@
 """`CandidateTensor`: activations of many candidates as one shared base plus the channels in which they differ.
 
-To the model's code it is a tensor of `P * n` samples; it stores `n` samples and the differing channels. Channelwise
-operations (activations, batch norm, pooling, sums) run once on the base and on the differing channels; a Linear or a
-convolution adds the effect of those channels to its output for the base. Any other operation gets the whole tensor, so
-results are those of plain code.
+For P candidates and n samples, the model's code sees a tensor of `P * n` samples. Only n samples and the channels that
+differ between candidates are stored. Channelwise operations (activations, batch norm, pooling, sums) run once on the
+base and once on the differing channels. A Linear or a convolution runs on the base and adds the effect of the differing
+channels. Any other operation gets the whole tensor, so that the results are those of plain code.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""Handlers by function; filled by `candidate_ops`."""
+"""Handlers by torch function; `candidate_ops` fills it."""
 
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """Difference that is not computed yet, so that a scale per channel can be folded into it.
+    """Difference of U channels from the base that is not computed yet, so that a scale per channel can be included.
 
-    `onto(base, scale)` adds the difference, times `scale` (`U` or None), to `base`, `U x n x ...`, and returns a new
-    tensor `U x P x n x ...`.
+    `onto(base, scale)` multiplies the difference by `scale`, shape `U` or None, and adds it to `base`, `U x n x ...`.
+    It returns a new tensor `U x P x n x ...`.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
@@ -36,15 +36,15 @@ class LazyDelta:
 
 
 class CandidateTensor(Tensor):
-    """Tensor `P * n x ...` of `n` samples under `P` candidates, candidate by candidate."""
+    """Tensor `P * n x ...` of n samples under P candidates, candidate by candidate."""
 
-    base: Tensor  # n x ..., shared values; never changed in place
+    base: Tensor  # n x ..., values that all candidates share; never changed in place
     axis: int  # channel dimension of `base`, not negative
-    units: Tensor  # U int64, channels that differ, each once
+    units: Tensor  # U int64, the channels in which candidates differ, each once
     copies: int  # P
-    pending: LazyDelta | None  # difference of those channels, if not computed yet
-    computed: Tensor | None  # P x n x ..., values of those channels; see `changed`
-    materialized: Tensor | None  # the whole tensor, once requested; it then replaces all the above
+    pending: LazyDelta | None  # difference of the U channels from the base; None if it is computed
+    computed: Tensor | None  # P x n x ..., values of the U channels; None if they are not computed yet
+    materialized: Tensor | None  # the whole tensor, which replaces all fields above; None before it is requested
 
     @staticmethod
     def __new__(
@@ -63,7 +63,7 @@ class CandidateTensor(Tensor):
 
     @property
     def changed(self) -> Tensor:
-        """Values of the differing channels, `P x n x ...` with `U` channels at `axis + 1`."""
+        """Values of the differing channels, `P x n x ...`, with the U channels in dimension `axis + 1`."""
         if self.computed is None:
             self.computed, self.pending = self.evaluated(), None
         return self.computed
@@ -82,7 +82,7 @@ class CandidateTensor(Tensor):
         return self.units.numel() == self.base.shape[self.axis]
 
     def dense(self) -> Tensor:
-        """Returns the whole tensor; in-place changes of it change this tensor."""
+        """Returns the whole tensor. In-place changes of the result change this tensor."""
         if self.materialized is None:
             base, dim = self.base, self.axis
             if self.all_differ:
@@ -95,7 +95,7 @@ class CandidateTensor(Tensor):
         return self.materialized
 
     def dense_view(self) -> Tensor:
-        """Returns the whole tensor for reading, in the cheapest layout."""
+        """Returns the whole tensor, which must not be changed, in the memory layout that costs least."""
         if self.materialized is None and self.all_differ:
             return self._all_changed().flatten(0, 1)
         return self.dense()
@@ -113,7 +113,7 @@ class CandidateTensor(Tensor):
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
-        """Applies a channelwise function of samples and channel indices; None stands for all channels."""
+        """Applies a channelwise function to samples and the indices of their channels (None: all channels)."""
         base = function(self.base, None)
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)

@@ -1,4 +1,4 @@
-"""Chunks of the known data, sized for a memory budget and the CPU cache, and their scores under many candidates."""
+"""`ChunkScorer`: scores many candidates on a chunk of the known data, sized for a memory budget and the CPU cache."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from lightning_nrl.tasks import Task
 
 @dataclass
 class ChunkScorer:
-    """Scores candidates on `n` samples."""
+    """Scores candidates on the `n` samples of a chunk."""
 
     cache: ActivationCache
     chunk: Chunk
-    deltas: tuple[LayerDelta, ...]  # one per site
-    where: Tensor  # flat positions of the changed weights
+    deltas: tuple[LayerDelta, ...]  # one per repaired layer (site)
+    where: Tensor  # K int64, flat positions of the changed weights
     task: Task
     rows: int  # candidates times samples per pass; halved permanently when memory runs out
     reserve: Tensor | None = None  # n, minimum margin of a sample to pass; None: no minimum
     weight: Tensor | None = None  # n, sample weights; None: equal weights
     total_weight: float = 0.0
-    is_head: bool = False  # True if the layer's output is the model's output
-    gathered: GatheredInputs | None = None  # inputs of the first site's delta, if kept
-    head: HeadScorer | None = None  # scorer of a last layer, if kept
+    is_head: bool = False  # True if the layer's outputs are the logits of a plain classifier
+    gathered: GatheredInputs | None = None  # inputs of the first site's delta; None: gathered at each call
+    head: HeadScorer | None = None  # scorer of a last layer; None: built at each call
 
     @property
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Precomputes what is the same in every call, if it takes at most `room` bytes."""
+        """Computes `head` or `gathered` once for all calls, if that takes at most `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -56,10 +56,10 @@ class ChunkScorer:
             self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """Scores candidates `P x K`; yields slices of them with their sums over all samples."""
+        """Scores candidates `P x K` block by block; yields each block's slice of the candidates and its sums."""
 
         def work(_: slice, own: Tensor) -> Sums:
-            # Leaving out decided samples would synchronise a GPU.
+            # On a GPU, `count_passed` would have to wait for the device to know which samples are decided.
             if self.is_head and not with_loss and values.device.type == "cpu":
                 return Sums(*(self.head or self._make_head()).count_passed(own[0], self.weight))
             return summed(*self.evaluate(own[0], with_loss), self.weight, with_credit)
@@ -78,7 +78,7 @@ class ChunkScorer:
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Evaluates candidates `P x K`: `passed`, `P x n` bool, and losses, `P x n`, or None without `with_loss`."""
+        """Returns for candidates `P x K` which samples pass, `P x n` bool, and losses, `P x n` (None if not wanted)."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         whole = self.rows >= len(self.chunk)
@@ -94,7 +94,7 @@ class ChunkScorer:
     def outputs(
         self, chunk: Chunk, gathered: GatheredInputs | None, values: Tensor, with_loss: bool, reserve: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Evaluates some of the samples in one pass; see `evaluate`."""
+        """Returns what `evaluate` returns, for the samples of `chunk` in one pass."""
         p = len(values)
         if self.cache.is_replayable(chunk):
             logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
@@ -109,25 +109,25 @@ class ChunkScorer:
 CPU_CACHE_BYTES = 1 << 20
 """Bytes of the first site's output, or of a last layer's logits, per pass on a CPU, so that they stay in its cache."""
 CPU_BLOCK_BYTES = 16 << 20
-"""Bytes of all tensors per pass on a CPU, up to eight times its cache; smaller passes are dominated by overhead."""
-GPU_BLOCK_BYTES = 256 << 20  # the same on a GPU
-MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples per chunk; a GPU needs many per launch
+"""Bytes of all tensors that a pass creates on a CPU: smaller passes are dominated by overhead."""
+GPU_BLOCK_BYTES = 256 << 20  # bytes of all tensors, or of a last layer's logits, per pass on a GPU
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples per chunk; a GPU is slow if a kernel gets few samples
 
 
 @torch.no_grad()
 def make_chunk_scorers(
     cache: ActivationCache,
-    deltas: tuple[LayerDelta, ...],  # one per site
+    deltas: tuple[LayerDelta, ...],  # one per repaired layer
     where: Tensor,  # K int64, flat positions of the changed weights
-    mask: Tensor,  # N bool by row of the results, the samples
+    mask: Tensor,  # N bool, the samples to score; entry i belongs to row i of the results, as in `reserve`, `weight`
     task: Task,
     *,
     budget: int,  # bytes per pass
     room: int,  # bytes that may be kept between calls
-    reserve: Tensor | None = None,  # N by row of the results, minimum margin to pass; None: no minimum
-    weight: Tensor | None = None,  # N float64 by row of the results, sample weights; None: equal weights
+    reserve: Tensor | None = None,  # N, minimum margin to pass; None: no minimum
+    weight: Tensor | None = None,  # N float64, sample weights; None: equal weights
 ) -> list[ChunkScorer]:
-    """Divides samples into chunks; if memory runs out, chunks are smaller and nothing is kept between calls."""
+    """Divides samples into chunks. If memory runs out, chunks are made smaller and keep nothing between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 
@@ -175,7 +175,7 @@ def make_chunk_scorers(
 
 
 def _rows_per_pass(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
-    """Chooses the rows per pass from the memory that a few rows take; deterministic."""
+    """Chooses the rows (candidates times samples) per pass from the sizes of the tensors for a few rows."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
     original = scorer.deltas[0].original
 

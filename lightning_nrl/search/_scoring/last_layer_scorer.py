@@ -1,8 +1,8 @@
-"""Scores candidates of a last layer: computes only changed classes, from the layer's inputs to passes and losses.
+"""Scores candidates of a last layer from its inputs, and computes only the logits of classes whose weights change.
 
-On a CPU each swarm is scored by itself, without samples that all candidates decide alike. On a GPU swarms are padded to
-a common shape and scored together. That shape depends on the swarm's own sizes only, so that results are the same alone
-and in a batch.
+On a CPU each swarm (search) is scored alone. Samples that pass under all candidates, or fail under all, are *decided*
+and skipped. On a GPU swarms are padded to a common shape and scored together. The shape depends only on the sizes of
+one swarm, so that its results are the same alone and in a batch.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from lightning_nrl.search._scoring.memory import in_blocks
 from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
-MAX_UNDECIDED_SHARE = 0.75  # above this share of undecided samples, all are computed
+MAX_UNDECIDED_SHARE = 0.75  # if more samples are undecided, none is skipped
 
 
 def is_plain_multiclass(task: Task) -> bool:
-    """True if a task has the rules of `Multiclass` for passed, margin and loss."""
+    """True if a task defines passed, margin and loss exactly as `Multiclass` does."""
     rules = ("passed", "loss", "prediction", "margin")
     return all(getattr(type(task), name) == getattr(Multiclass, name) for name in rules)
 
 
 class Sums(NamedTuple):
-    """Sums over the samples of a chunk for `p` candidates, `p` each."""
+    """Sums over the samples of a chunk, one entry per candidate."""
 
     passed: Tensor  # number of passed samples
-    weight: Tensor | None  # their total weight; None: equal weights
+    weight: Tensor | None  # total weight of the passed samples; None: equal weights
     loss: Tensor | None = None  # sum of (weighted) losses; None: not computed
     credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not computed
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Sums over samples, the last dimension."""
+    """Returns the sums over the samples, which are the last dimension of each tensor."""
     wide = widest(passed.device)
     credit = None
     if loss is not None and with_credit:
@@ -52,33 +52,34 @@ def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_cred
 
 
 def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Counts the passed samples and sums their weights; None without weights."""
+    """Returns the number of passed samples, and their total weight (None if samples have no weights)."""
     return passed.sum(-1), None if weight is None else torch.where(passed, weight, 0.0).sum(-1)
 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """Precomputed values of `n` samples for a last layer with `U` changed classes.
+    """Precomputed values of n samples for a last layer in which U classes have changed weights.
 
-    Of the unchanged classes only the largest logit, the sum of exponentials, and the largest logit before the true
-    class are needed, the last because arg max takes the first on ties. The reserve does not affect the loss.
+    Candidates change only the logits of these classes. The other logits, except that of the true class, are called
+    fixed. Only their maximum and the sum of their exponentials are needed, and for ties their maximum over the classes
+    before the true class, because arg max takes the first of equal logits. A reserve does not affect the loss.
     """
 
-    rivals: Tensor  # U x 1 x n, old logits of the changed classes, -inf for the true one
-    true_unit: Tensor  # 1 x 1 x n int64, index of the true class among the changed ones, 0 if unchanged
-    true_logit: Tensor  # n, old logit of the true class minus the reserve
+    rivals: Tensor  # U x 1 x n, original logits of the changed classes, -inf for the true class
+    true_unit: Tensor  # 1 x 1 x n int64, index of the true class among the changed classes, 0 if it does not change
+    true_logit: Tensor  # n, original logit of the true class minus the reserve
     true_changes: Tensor  # n, 1 if the true class changes, else 0
-    fixed_max: Tensor  # n, largest logit of the unchanged classes without the true one
-    fixed_sum: Tensor  # n, sum of exp(logit - fixed_max) over these classes
-    fixed_max_before: Tensor  # n, largest of these logits before the true class
-    is_before: Tensor  # U x 1 x n bool, changed classes before the true one
+    fixed_max: Tensor  # n, largest fixed logit
+    fixed_sum: Tensor  # n, sum of exp(logit - fixed_max) over the fixed logits
+    fixed_max_before: Tensor  # n, largest fixed logit of a class with a lower number than the true class
+    is_before: Tensor  # U x 1 x n bool, True if the changed class has a lower number than the true class
     reserve: Tensor | None  # n, minimum margin to pass; None: no minimum
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns `passed`, `P x n` bool, and losses, `P x n`, or None without `with_loss`.
+        """Returns which samples pass under P candidates, `P x n` bool, and losses, `P x n` (None: not wanted).
 
-        `z`, `U x P x n`, is the change of each logit; it is overwritten. Tables, `z` and results may have one more
-        dimension in front.
+        `z`, `U x P x n`, holds the changes of the U logits; it is overwritten. All tensors, those of the class
+        included, may have one more dimension in front.
         """
         moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
         true = torch.addcmul(self.true_logit, self.true_changes, moved)
@@ -101,8 +102,6 @@ class HeadTables:
 
 @dataclass(frozen=True)
 class HeadScorer(HeadTables):
-    """Scores candidates of a last layer on some samples."""
-
     delta: LayerDelta
     gathered: GatheredInputs
 
@@ -114,11 +113,11 @@ class HeadScorer(HeadTables):
         return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
 
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Finds the samples that pass, and those that fail, under all candidates `P x K`, `n` bool each.
+        """Returns the masks of the samples that pass, and that fail, under all candidates `P x K`; `n` bool each.
 
-        Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the bounds of
-        its true class and best rival are apart by more than rounding: `eps * (m + 8)` times the sum of all magnitudes,
-        for sums of `m` products.
+        Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the interval
+        of its true class and that of its best other class are further apart than the rounding error. For sums of m
+        products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
         """
         change = self.delta.weight_delta(values, self.true_logit.dtype)
         least, most = change.aminmax(dim=0)
@@ -154,7 +153,7 @@ class HeadScorer(HeadTables):
         return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Counts the passed samples of each candidate, `P x K`, and sums their weights; skips decided samples."""
+        """Does the work of `sum_passed` for candidates `P x K`, and evaluates only undecided samples."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -172,7 +171,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Builds a scorer from old logits `y`, `n x C`, true classes and minimum margins, `n`."""
+    """Builds a scorer from original logits `y`, `n x C`, true classes `target`, `n`, and minimum margins, `n`."""
     units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
     y = class_logits(y)
     n, c = y.shape
@@ -198,24 +197,24 @@ def make_head_scorer(
 
 
 UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
-"""Sizes are rounded up to one of this many steps per power of two, to limit the number of shapes."""
+"""Padded sizes are rounded up to one of this many values per power of two, so that few different shapes occur."""
 
-OF_UNITS = ("rivals", "is_before")  # tables of changed classes
+OF_UNITS = ("rivals", "is_before")  # fields of `HeadTables` with a dimension for the changed classes
 FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
-"""Padding of samples and classes, 0 for other tables: padded samples pass with a loss of 0."""
+"""Padding by field of `HeadTables`; it is 0 in other fields. A padded sample passes with a loss of 0."""
 
 
 class SwarmHead(NamedTuple):
     """Scorer of one swarm on the samples of one role (I_neg or I_pos)."""
 
     swarm: int
-    columns: Tensor | None  # int64, positions of the swarm's weights among the K values; None: the first ones
+    columns: Tensor | None  # int64, positions of the swarm's weights among K values; None: the first positions
     head: HeadScorer
     weight: Tensor | None  # n, sample weights; None: equal weights
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Padded sizes: changed classes, weights of a class with its bias, samples."""
+        """Sizes after padding: number of changed classes, of weights per class (bias included), and of samples."""
         delta, n = self.head.delta, self.head.true_logit.shape[-1]
         most = max((bucket.columns.shape[1] for bucket in delta.buckets), default=0) + delta.site.include_bias
         return rounded_up(len(delta.units), UNIT_STEPS), rounded_up(most, WEIGHT_STEPS), rounded_up(n, SAMPLE_STEPS)
@@ -227,24 +226,24 @@ class SwarmHead(NamedTuple):
 
 @dataclass
 class HeadStack:
-    """Scorers of S swarms in one role, padded to `U` changed classes with `m` weights each and `n` samples."""
+    """Scorers of S swarms on I_neg or on I_pos, padded to U changed classes with m weights each, and to n samples."""
 
     swarms: Tensor  # S int64, swarm numbers
     original: Tensor  # S x 1 x K, original values, padded with 0
-    columns: Tensor  # S x 1 x (U * m) int64, position of each weight among the K values; K: unchanged
+    columns: Tensor  # S x 1 x (U * m) int64, position of each weight among the K values; K: the weight is unchanged
     x: Tensor  # S x U x m x n, input of each weight
-    tables: HeadTables  # with dimension S in front
-    counted: Tensor  # S x 1 x n bool, False at padding
+    tables: HeadTables  # tables of all swarms, with dimension S in front
+    counted: Tensor  # S x 1 x n bool, False for padded samples
     weight: Tensor | None  # S x 1 x n, sample weights; None: equal weights
     rows: int  # swarms times candidates times samples per pass; halved permanently when memory runs out
-    deployed: torch.dtype  # of the weights
+    deployed: torch.dtype  # dtype of the model's weights
 
     @property
     def total_weight(self) -> Tensor | float:
         return 0.0 if self.weight is None else self.weight.sum(-1)
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Sums:
-        """Scores the candidates of these swarms, `S x P x K`; returns sums, `S x P` each."""
+        """Scores the candidates of these swarms, `S x P x K`. Each sum has the shape `S x P`."""
         work = partial(self._run, with_loss, with_credit)
         parts = [found for _, found in in_blocks(self, values, self.x.shape[-1], work)]
 
@@ -274,13 +273,13 @@ class HeadStack:
 
 
 def rounded_up(n: int, steps: int) -> int:
-    """Rounds `n` up to one of `steps` values per power of two; `steps` is a power of two."""
+    """Rounds `n` up so that there are `steps` possible results per power of two; `steps` is a power of two."""
     step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
     return -(-n // step) * step
 
 
 def stack_heads(swarms: Sequence[SwarmHead], n_columns: int, block_bytes: int) -> list[HeadStack]:
-    """Stacks swarms of equal shape; `n_columns` is K, `block_bytes` the limit for the logits of a pass."""
+    """Builds one stack per padded shape. `n_columns` is K; `block_bytes` limits the logits of a pass."""
     shapes: dict[tuple[int, int, int], list[SwarmHead]] = {}
     for one in swarms:
         shapes.setdefault(one.shape, []).append(one)

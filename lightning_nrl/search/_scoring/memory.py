@@ -1,4 +1,4 @@
-"""Memory budget of scoring and measurement of allocations."""
+"""Memory budget of scoring, passes in blocks that fit, and measurement of allocations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def default_budget(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes; for main memory, at most the container's remaining limit."""
+    """Returns the free memory of a device in bytes; main memory counts only up to the limit of a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -46,7 +46,7 @@ def _installed_memory() -> int:
 
 
 def _container_limit() -> list[int]:
-    """Returns the bytes left below a container's limit (control groups, version 2), as a list of one or none."""
+    """Returns in a list the bytes left below a container's limit (control groups, version 2), if it has one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -57,17 +57,18 @@ def _container_limit() -> list[int]:
 
 
 class InBlocks(Protocol):
-    """Worker with a block size that is halved permanently when memory runs out."""
+    """Object with a block size, which `in_blocks` halves permanently when memory runs out."""
 
-    rows: int  # candidates times samples per block
+    rows: int  # block size: candidates times samples
 
 
 def in_blocks(
     worker: InBlocks, values: Tensor, n: int, work: Callable[[slice, Tensor], T]
 ) -> Iterator[tuple[slice, T]]:
-    """Runs `work` on `n` samples in blocks of candidates `S x P x K`: several swarms, or part of one.
+    """Calls `work` for blocks of the candidates `values`, `S x P x K`, each on all `n` samples.
 
-    Yields each block's slice of candidates and its result, in order.
+    A block is several whole swarms or a part of one swarm. `work` gets the slice of the swarms and the candidates.
+    Yields the slice of the candidates of each block and the result of `work`, in order.
     """
     start, candidate, (s, p, _) = 0, 0, values.shape
     while start < s and p:
@@ -83,7 +84,7 @@ def in_blocks(
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
-    """Measures the bytes of the tensors that `work` creates: peak and total."""
+    """Returns the peak and the total number of bytes of the tensors that `work` creates."""
     meter = AllocationMeter()
     with meter:
         work()
@@ -91,8 +92,6 @@ def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Tracks the storages that operations create until they are freed."""
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[int, int] = {}  # bytes of each live storage, by address

@@ -1,8 +1,9 @@
-"""Runs a model once over known data and stores what is needed to resume its passes at the first repaired layer.
+"""Runs a model once over known data and stores the tensors from which its passes resume at the first repaired layer.
 
-The first pass of each structure is replayed under changed weights, every later one under the original weights, and
-compared with the whole model. Samples that cannot be replayed are stored as model inputs and run through the whole
-model. What does not fit in memory is recomputed each time; the choice depends on sizes only, so that runs repeat.
+Passes with the same calls and tensors form a group. A resumed pass is compared with the whole model: the first of a
+group under changed weights, later ones under the original weights. Samples whose pass cannot be resumed are stored as
+model inputs and run through the whole model. Tensors that do not fit in memory are recomputed each time. That choice
+depends only on sizes, so that it is the same in every run.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
-"""Reads samples again by ascending rows in the results; yields batches with their rows."""
+"""Reads samples again, given their rows in the results in ascending order; yields batches with their rows."""
 
 
 @torch.no_grad()
 def record(
     evaluator: Evaluator,
-    batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the results, n int64 on the CPU
+    batches: Iterable[tuple[Batch, Tensor]],  # this rank's batches of n samples with their rows in the results, n int64
     space: ParameterSpace,
-    keep: Tensor,  # N bool by row of the results, the samples to store
+    keep: Tensor,  # N bool, the samples to store; entry i belongs to row i of the results
     *,
     budget: int | None = None,  # bytes on the model's device; None: half of the free memory
-    draw: Draw | None = None,  # reads samples that do not fit; None: everything is stored
+    draw: Draw | None = None,  # reads samples again whose tensors do not fit in memory; None: all tensors are stored
 ) -> ActivationCache:
-    """Records the known data for a repair of `space`; warns if some samples need the whole model.
+    """Records the known data for a repair of `space`. Warns if some samples must run through the whole model.
 
-    With a GPU, main memory is used too, up to half of what is free.
+    With a GPU, half of the free main memory is used too.
 
     Raises:
-        ReplayError: there is no layer, or one is never called.
+        ReplayError: `space` has no layer, or the model never calls one of its layers.
     """
     if not space.sites:
         raise ReplayError(space.obstacle)
@@ -68,7 +69,7 @@ def record(
         target = batch.target
         if sliceable is None:
             sliceable = can_be_cut(cache.model, inputs, len(rows))
-            # Otherwise, batches of other samples might be collated differently.
+            # Other inputs might be collated differently when samples are read again in other batches.
             can_recompute &= sliceable and is_sliceable(inputs, len(rows))
         if len(index) < len(rows):
             target = index_batch(target, index, len(rows))
@@ -98,7 +99,7 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs `n` samples; returns their group, a new one if needed, and the tensors to store."""
+    """Runs a batch of `n` samples; returns its group, which may be new, and the tensors to store."""
     model = cache.model
     planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
     live = {name for _, plan in planned for name in plan.live_calls}
@@ -131,7 +132,7 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if batches can be indexed: two samples taken from a batch give the same logits as in the batch."""
+    """True if samples can be taken out of a batch: two of them alone have the same logits as in the batch."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
@@ -147,10 +148,10 @@ def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Finds the group of a batch that cannot be indexed; see `find_group`.
+    """Does the work of `find_group` for a batch from which no samples can be taken: the layer must return the logits.
 
     Raises:
-        InseparableBatchError: the site is not the only one, or does not return the logits, one row per sample.
+        InseparableBatchError: more than one layer is repaired, or the layer does not return one row of logits a sample.
     """
     model = cache.model
     trace, logits = model.trace(inputs, lambda name: False)
@@ -185,7 +186,7 @@ def find_head_group(
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Finds the group of a batch that needs the whole model and records the reason; see `find_group`."""
+    """Does the work of `find_group` for a batch that must run through the whole model, and notes the reason."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:
@@ -200,12 +201,12 @@ def _choose_group(
     group: ReplayGroup,
     stored: list[Tensor],
     memory: dict[torch.device, int],
-    n_wanted: int,  # samples to record in total
-    n: int,  # samples of this batch
+    n_wanted: int,  # number of samples to record in total
+    n: int,  # number of samples in this batch
     can_recompute: bool,
 ) -> ReplayGroup:
-    """Chooses where to store a batch; returns the group of such passes stored there, a new one if needed."""
-    # Equal tensors are stored once: a block's input also goes into its shortcut.
+    """Chooses the memory for a batch; returns the group with the structure of `group` in that memory, or a new one."""
+    # Equal tensors are stored once, such as the input of a residual block, which is also the input of its shortcut.
     same = tuple(
         next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored
     )

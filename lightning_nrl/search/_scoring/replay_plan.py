@@ -1,4 +1,4 @@
-"""`ReplayPlan`: resumes passes of one structure at the first repaired layer, checked against the whole model."""
+"""`ReplayPlan`: resumes passes with the same structure at the first repaired layer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from lightning_nrl.search._scoring.traced_model import (
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """Leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant."""
+    """Leaf of the tree of inputs and outputs that a resumed pass needs: a tensor of all samples, or a constant."""
 
     layout: SampleLayout | None  # None for a constant
-    live: bool  # False if only the shape matters
+    live: bool  # False if the logits depend only on the shape of the tensor
     value: Any  # the constant, or one sample of the tensor
-    repeats: bool = True  # False if not repeated for each copy: the first site's input and output
+    repeats: bool = True  # False for the first site's input and output, which all copies share
 
     @property
     def stored(self) -> bool:
@@ -51,9 +51,9 @@ class LeafSpec:
         return self.layout.matches(x.shape, self.value.shape, n)
 
     def rebuild(self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device) -> Any:
-        """Returns the leaf for `copies * n` samples, from the next of `stored` if its values are stored.
+        """Returns the leaf for `copies * n` samples. A leaf whose values are stored takes the next tensor of `stored`.
 
-        The model may change it in place, except for the first site's input and output.
+        The model may change the leaf in place, unless it is the first site's input or output.
         """
         if self.layout is None:
             return self.value.clone() if isinstance(self.value, Tensor) else self.value
@@ -69,11 +69,11 @@ class LeafSpec:
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """Plan to resume passes of one structure."""
+    """Plan to resume passes with the same structure. `traced_model` explains the frontier."""
 
-    calls: tuple[str, ...]  # the frontier, see `ForwardTrace`
+    calls: tuple[str, ...]  # calls of the frontier, as in `ForwardTrace`
     modules: Mapping[str, nn.Module]  # modules of the frontier by name
-    first: LayerRef  # the site that is called first
+    first: LayerRef  # the repaired layer (site) that is called first
     dims: Mapping[str, int]  # sample dimension of each site's output
     spec: pytree.TreeSpec  # of the tree (inputs, outputs of the frontier, input and output of the first site)
     leaves: tuple[LeafSpec, ...]  # leaves of that tree
@@ -86,7 +86,7 @@ class ReplayPlan:
         return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
 
     def is_like(self, other: ReplayPlan) -> bool:
-        """True if samples of another last-layer plan fit into this plan's group."""
+        """True if both plans are for a last layer and their samples can be in the same group."""
         if not self.is_last_layer or self.spec != other.spec:
             return False
         return all(a.matches(b.value, 1) for a, b in zip(self.leaves, other.leaves, strict=True))
@@ -112,7 +112,7 @@ class ReplayPlan:
     def resume(
         self, model: EditableModel, stored: Sequence[Tensor], n: int, edit: LayerEdit, copies: int = 1
     ) -> Tensor:
-        """Resumes `n` stored samples at the first site; see `ActivationCache.replay`."""
+        """Resumes the passes of `n` samples from their `stored` tensors, as `ActivationCache.replay` explains."""
         if self.is_last_layer:
             x, y = (t.to(model.space.device) for t in stored[-2:])
             return _copy_if_recorded(edit(self.first, x, y), y)
@@ -149,9 +149,9 @@ def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
-    """Returns a plan for passes like this one, of `n` samples, or the reason why there is none.
+    """Returns a plan for passes with the structure of this batch of `n` samples, or the reason why none is possible.
 
-    The plan has been checked against the whole model with changed weights.
+    With changed weights, a resumed pass has given the same logits as the whole model.
     """
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
@@ -194,14 +194,14 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
             if is_out_of_memory(error):
                 raise
-            problem = f"resuming it failed: {error}".splitlines()[0]
+            problem = f"resuming a pass failed: {error}".splitlines()[0]
         if not problem:
             return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
     return problem
 
 
 def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
-    """True if two results are equal up to rounding in `precision`, by default their own dtype."""
+    """True if two tensors are equal up to rounding errors in `precision`, by default in their dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     are_equal = torch.equal(a, b)
@@ -216,7 +216,7 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
 
 
 def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """Resumes the pass with original and changed weights, first all, then a few; returns the problem, or ""."""
+    """Compares resumed passes with the whole model, with all or a few weights changed; returns the problem, or ""."""
     flat = model.space.flat()
     changed = perturbed(flat)
     whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
@@ -236,12 +236,12 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
         halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
         for half, parameters in zip(halves, weights, strict=True):
             if not same_values(half, model.logits(inputs, parameters), precision):
-                return "resuming it after the layer gives other outputs than the whole model"
+                return "resuming a pass after the layer gives other outputs than the whole model"
     return ""
 
 
 def perturbed(flat: Tensor) -> Tensor:
-    """Adds seeded noise to weights."""
+    """Returns the weights plus noise from a fixed seed."""
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
     return flat + noise * flat.std(correction=0).clamp_min(1e-3)
 
@@ -258,7 +258,7 @@ def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor],
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
-    """Finds the leaves that reach the logits by another way than the first site, by gradients."""
+    """Returns for each leaf, by its gradient, True if the logits depend on it by another way than the first site."""
     leaves, spec = flatten_trace(inputs, trace)
     floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
     try:

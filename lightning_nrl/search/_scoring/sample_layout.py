@@ -1,4 +1,4 @@
-"""Layout of samples in tensors: index and repeat samples in any dimension."""
+"""Layout of samples in tensors: the entries of a sample, and how to select and repeat samples in any dimension."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """Sample dimension of a tensor; `m` is above 1 where the model folds, for example, frames into the batch."""
+    """Position of the samples in a tensor: sample i has the entries i * m to i * m + m - 1 of dimension `dim`."""
 
     dim: int
-    m: int = 1  # consecutive entries per sample
+    m: int = 1  # above 1 if the model folds, for example, the frames of a video into the batch dimension
 
     def take(self, x: Tensor, samples: Tensor | slice) -> Tensor:
-        """Selects samples; returns a view for a slice."""
+        """Selects samples. The result for a slice is a view."""
         x = x.unflatten(self.dim, (-1, self.m))
         if isinstance(samples, slice):
             start, stop, _ = samples.indices(x.shape[self.dim])
@@ -29,7 +29,7 @@ class SampleLayout:
         return x.flatten(self.dim, self.dim + 1)
 
     def expand(self, x: Tensor, n: int) -> Tensor:
-        """Repeats all samples `n` times; a view for one sample with `m` of 1."""
+        """Repeats all samples `n` times, copy by copy. The result for one sample with `m = 1` is a view."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
 
@@ -41,10 +41,9 @@ class SampleLayout:
 
 
 def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
-    """Infers a layout from the shapes for two numbers of samples; None if the shapes are equal.
+    """Infers the layout of a tensor from its shapes for `n_small` and for `n_large` samples.
 
-    Raises:
-        ValueError: no layout explains the shapes.
+    Returns None if the shapes are equal. Raises a `ValueError` if no layout explains the shapes.
     """
     if len(small) != len(large):
         raise ValueError(f"{list(small)} became {list(large)}")
@@ -59,7 +58,7 @@ def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_lar
 
 
 def index_batch(tree: Any, index: Tensor, n: int) -> Any:
-    """Selects samples from the tensors of a batch whose first dimension is `n`; leaves the rest unchanged."""
+    """Selects samples from each tensor of a batch whose first dimension is `n`. Everything else stays unchanged."""
 
     def take(x: Tensor) -> Tensor:
         return x.index_select(0, index.to(x.device)) if x.ndim and len(x) == n else x
@@ -68,15 +67,14 @@ def index_batch(tree: Any, index: Tensor, n: int) -> Any:
 
 
 def index_all(tree: Any, samples: Tensor | slice) -> Any:
-    """Selects samples from every tensor; returns views for a slice."""
+    """Selects samples from every tensor in a tree. The results for a slice are views."""
     return pytree.tree_map_only(Tensor, lambda x: SampleLayout(0).take(x, samples), tree)
 
 
 def repeat_all(tree: Any, copies: int) -> Any:
-    """Repeats the samples of every tensor, copy by copy."""
+    """Repeats the samples of every tensor in a tree, copy by copy."""
     return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Moves every tensor of a tree to a device."""
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)

@@ -1,4 +1,4 @@
-"""`SwarmScorer`: counts passed samples and sums losses for all candidates of all swarms in one call."""
+"""`SwarmScorer`: counts passed samples and sums losses for all candidates of all searches (swarms) in one call."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from lightning_nrl.search._scoring.memory import default_budget
 from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.search.scores import Scores
 
-N_MOST_FRAGILE = 128  # number of fragile samples of I_pos that are scored first
+N_MOST_FRAGILE = 128  # number of samples of I_pos that are scored first, because they break most easily
 
 
 @dataclass(frozen=True)
 class SwarmGroup:
-    """Swarms that search the same weights on the same samples; each runs by itself, so that results do not change."""
+    """Swarms that search the same weights on the same samples. Each swarm is scored alone."""
 
-    swarms: tuple[int, ...]
-    columns: Tensor | slice  # positions of their weights among the K values
-    failed: list[ChunkScorer]  # samples of I_neg
-    passed: list[ChunkScorer]  # samples of I_pos
+    swarms: tuple[int, ...]  # numbers of the swarms, from 0 to S - 1
+    columns: Tensor | slice  # positions of the searched weights among the K values of a candidate
+    failed: list[ChunkScorer]  # scorers of the samples of I_neg
+    passed: list[ChunkScorer]  # scorers of the samples of I_pos
 
 
 @dataclass(frozen=True)
 class SwarmScorer:
-    """Scores candidates on recorded data; see `make_scorer`."""
+    """Scores the candidates of S swarms on recorded data; `make_scorer` builds it."""
 
     cache: ActivationCache  # the known data of this rank
     groups: tuple[SwarmGroup, ...]  # swarms that are not in `stacks`
     n_failed: int | Tensor  # |I_neg| over all ranks, a number or S x 1
-    n_passed: int | Tensor  # |I_pos| over all ranks, likewise
+    n_passed: int | Tensor  # |I_pos| over all ranks, a number or S x 1
     collective: Collective
     passed_loss: bool  # True if losses on I_pos are needed
-    gives_up: bool = False  # True if scoring stops early for candidates above `most_broken`
+    gives_up: bool = False  # True if scoring stops early for candidates that break more than `most_broken`
     weighted: bool = False  # True if samples have weights
     least: float = 1.0  # smallest weight of a sample of I_neg
     credit: bool = False  # True if credits (see `Scores`) are needed; requires `passed_loss`
-    stacks: tuple[tuple[int, HeadStack], ...] = ()  # (0 for I_neg or 1 for I_pos, swarms scored together)
+    stacks: tuple[tuple[int, HeadStack], ...] = ()  # pairs (0 for I_neg or 1 for I_pos, swarms scored together)
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
-        """Scores candidates, `S x P x K`, on all ranks' samples.
+        """Scores candidates `S x P x K` (swarms x candidates x weights) on the samples of all ranks.
 
-        With `gives_up`, a candidate that breaks more than `most_broken` samples of I_pos, `S x P`, gets NaN losses and
-        meaningless counts. A swarm whose limits are all negative is not scored.
+        With `gives_up`, `most_broken`, `S x P`, limits the samples of I_pos that each candidate may break. A candidate
+        above its limit gets NaN losses and meaningless counts; so does a swarm whose limits are all negative.
         """
         device = self.cache.space.device
         values = values.to(device)
@@ -90,7 +90,6 @@ class SwarmScorer:
         )
 
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
-        """Adds the results of one swarm's candidates, `P x K`, on this rank's samples to `sums`; I_pos comes first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
         n_scored = 0
         for role, scorer in [*((1, scorer) for scorer in group.passed), *((0, scorer) for scorer in group.failed)]:
@@ -110,21 +109,21 @@ class SwarmScorer:
 
 def make_scorer(
     cache: ActivationCache,
-    where: Tensor,  # K int64, flat positions of the localised weights; or S x K per swarm, padded with -1
-    failed: Tensor,  # N bool, I_neg; or S x N per swarm
-    passed: Tensor,  # N bool, I_pos; or S x N per swarm
+    where: Tensor,  # flat positions of the localised weights: K int64, or S x K with padding -1 if swarms differ
+    failed: Tensor,  # mask of I_neg: N bool, or S x N if swarms differ
+    passed: Tensor,  # mask of I_pos: N bool, or S x N if swarms differ
     evaluator: Evaluator,
     *,
-    budget: int | None = None,  # bytes for scoring, without the recording; None: a share of the free memory
+    budget: int | None = None,  # bytes for scoring, besides those of `cache`; None: a quarter of the free memory
     passed_loss: bool = True,  # True if losses on I_pos are needed
-    fragility: Tensor | None = None,  # N, such as the original loss: the highest are scored first; None: recorded order
+    fragility: Tensor | None = None,  # N, such as the original loss; the highest are scored first; None: stored order
     reserve: Tensor | None = None,  # N, minimum margin to pass, for tasks with margins; None: no minimum
     weight: Tensor | None = None,  # N float64, finite sample weights, mean 1 over I_neg; None: equal weights
     credit: bool = False,  # True if the credits of `Scores` are needed; requires `passed_loss`
 ) -> SwarmScorer:
-    """Prepares the scoring of candidates; `N` is by row of the results.
+    """Builds a scorer of candidates. Entry i of a tensor of length N belongs to row i of the model's results.
 
-    Without `passed_loss`, `Scores.loss_passed` is 0 and samples of I_pos that no candidate can break are skipped.
+    Without `passed_loss`, `Scores.loss_passed` is 0, and samples of I_pos that no candidate can break may be skipped.
 
     Raises:
         ConfigurationError: `where`, `failed` and `passed` are for different numbers of swarms.
@@ -183,19 +182,19 @@ def make_scorer(
 
 
 def is_stacked_on(device: torch.device) -> bool:
-    """True if swarms are scored in stacks; otherwise scoring stops early and skips decided samples."""
+    """True if swarms are stacked and scored together (on a GPU), instead of one by one with early stops (on a CPU)."""
     return device.type != "cpu"
 
 
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
-    """Stacks all groups with a last layer; `n_columns` is K, `block_bytes` limits a pass, `room` the padded samples."""
+    """Stacks swarms with a last layer. `n_columns` is K; `block_bytes` limits a pass, `room` all padded inputs."""
     groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
     for group in scorer.groups:
         columns = None if isinstance(group.columns, slice) else group.columns
         parts = [(role, part) for role, scorers in ((0, group.failed), (1, group.passed)) for part in scorers]
         heads = [(role, SwarmHead(0, columns, part.head, part.weight)) for role, part in parts if part.head is not None]
-        # At most one chunk of samples per role, and no more padding than there is room for.
+        # A stack needs one chunk of samples per role, and the padded inputs must fit.
         fits = max(len(group.failed), len(group.passed)) <= 1 and all(one.padded_nbytes <= each for _, one in heads)
         if not fits or len(heads) < len(parts):
             groups.append(group)
@@ -207,7 +206,7 @@ def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float =
 
 
 def _add_sums(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
-    """Adds sums over samples of I_neg (role 0) or I_pos (role 1, where weights are those of the broken samples)."""
+    # Role 0 is I_neg and 1 is I_pos. Weights are summed over repaired samples of I_neg, but broken samples of I_pos.
     weighed = total_weight - found.weight if role and found.weight is not None else found.weight
     for row, column in ((role, found.passed), (2 + role, found.loss), (role - 2, found.credit), (4 + role, weighed)):
         if column is not None:
@@ -215,7 +214,6 @@ def _add_sums(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
-    """Marks the samples of I_pos to score first, `N` bool; none without `fragility`."""
     first = torch.zeros_like(passed)
     if fragility is not None:
         rows = passed.nonzero().flatten()

@@ -1,9 +1,9 @@
-"""Effect of K changed weights of a Linear or a convolution on its output.
+"""Effect of K changed weights of a Linear or a convolution on the layer's output.
 
-Each output unit with changed weights gets the product of the weight changes with their inputs. Units are grouped by
-their number of changed weights, within a factor of two, so that each group is one batched matrix product with little
-padding. In half precision, old output and change are summed in float32 and rounded once, as matrix products do; under
-autocast, inputs and weights are rounded first.
+To an output unit with changed weights, the products of the weight changes and the inputs of these weights are added.
+Units whose numbers of changed weights differ by less than a factor of two form a bucket, which needs one batched matrix
+product with little padding. In half precision, the original output and the change are summed in float32 and rounded
+once, as in a matrix product. Under autocast, inputs and weights are rounded first.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, Lazy
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
-"""With more candidates than this times a unit's changed weights, copying inputs is cheaper on a CPU than outputs."""
+"""With more candidates than this times the changed weights per unit, a CPU copies inputs faster than outputs."""
 MIN_SHARE_OF_ALL_UNITS = 0.9
-"""Above this share of changed units all units are treated as changed, which saves an index copy."""
+"""Above this share of changed units, all units are treated as changed, which saves a copy by index."""
 
 
 @dataclass(frozen=True)
 class UnitBucket:
-    """Group of `u` output units with up to `m` changed weights each, padded with unchanged weights."""
+    """Group of u output units with up to m changed weights each, padded with unchanged weights."""
 
-    columns: Tensor  # u x m int64, position of each weight among the K values; K: unchanged
+    columns: Tensor  # u x m int64, position of each weight among the K values; K: the weight is unchanged
     kernel_index: Tensor  # u x m int64, position in the unit's flattened kernel
     channels: Tensor  # int64, input channels of the weights, ascending
     channel: Tensor  # u x m int64, index of each weight's channel in `channels`
@@ -42,15 +42,15 @@ class UnitBucket:
         return UnitBucket(*(x.to(device) for x in (self.columns, self.kernel_index, self.channels, self.channel)))
 
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """Returns each weight's input in a Linear, `u x copies x m x R`."""
+        """Returns the input of each weight of a Linear, `u x copies x m x R`, for R rows of `x` per copy."""
         u, m = self.kernel_index.shape
         met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
         return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
-        """Returns each weight's input in a convolution at every output position, `u x copies x m x R`.
+        """Returns the input of each weight of a convolution at R output positions, `u x copies x m x R`.
 
-        `x` is `copies * n x C x ...`, candidate by candidate; `out` is the spatial shape of the output.
+        `x` is the input, `copies * n x C x ...`; `out` is the spatial output shape. R counts positions of n samples.
         """
         u, m = self.kernel_index.shape
         x = pad_input(conv, x.index_select(1, self.channels))
@@ -71,11 +71,11 @@ class UnitBucket:
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """Inputs and old outputs of the changed units; `B` is 1 if all candidates share the input, else `P`."""
+    """Inputs and original outputs of U changed units for n samples. B is 1 if all candidates share them, else P."""
 
     x: tuple[Tensor, ...]  # per bucket: u x B x m x R, inputs of changed weights at R output positions of all samples
-    base: Tensor  # B x n x U x ..., old outputs, in float32 for half precision
-    rounded: Tensor  # old outputs in the layer's dtype
+    base: Tensor  # B x n x U x ..., original outputs; if the layer has half precision, in float32
+    rounded: Tensor  # B x n x U x ..., original outputs in the layer's dtype
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +84,13 @@ class GatheredInputs:
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """Computes a layer's output for any values of its changed weights."""
+    """Computes a layer's output for any values of K weights, from its input and output under the original weights."""
 
     site: LayerRef
     original: Tensor  # K, original values, in the deployed dtype
     units: Tensor  # U int64, changed output units, bucket by bucket
     buckets: tuple[UnitBucket, ...]
-    bias: Tensor  # U int64, position of each unit's bias among the K values; K: unchanged
+    bias: Tensor  # U int64, position of each unit's bias among the K values; K: the bias is unchanged
 
     @property
     def unit_dim(self) -> int:
@@ -101,8 +101,8 @@ class LayerDelta:
     ) -> Tensor:
         """Returns the layer's output under candidates `P x K`: `P * n` samples, candidate by candidate.
 
-        `x` is the layer's input and `y` its output under the original weights, `copies * n` samples, with `copies` 1 if
-        all candidates share the input, else P. `gathered` is the result of `gather`, if kept.
+        `x` is the layer's input and `y` is its output under the original weights, for `copies * n` samples. `copies` is
+        1 if all candidates share the input, else P. `gathered` may be an earlier result of `gather(x, y, copies)`.
         """
         p, dim = values.shape[0], self.unit_dim % y.ndim
         if not self.units.shape[0]:
@@ -120,7 +120,7 @@ class LayerDelta:
             return changed.flatten(0, 1)
 
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
-        """Gathers the inputs and old outputs of the changed units from `copies * n` samples, candidate by candidate."""
+        """Selects from `x` the inputs of changed weights, and from `y` the changed units, for `output`."""
         module = self.site.module
 
         def units_of(y: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class LayerDelta:
         return GatheredInputs(tuple(inputs.to(y.dtype).to(compute) for inputs in met), base, rounded)
 
     def unit_outputs(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns the changed units' outputs, `P x n x U x ...`, in the layer's output dtype."""
+        """Returns the outputs of the changed units, `P x n x U x ...`, in the dtype of the layer's output."""
         change = self.weight_delta(values, gathered.rounded.dtype)
         p, (_, n, u, *rest) = values.shape[0], gathered.base.shape
         delta = self._products(change, gathered).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
@@ -149,13 +149,13 @@ class LayerDelta:
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the weight changes in compute precision, `P x (K + 1)`; the last column is 0."""
+        """Returns how candidates `P x K` change the weights, at least in float32, with a last column of zeros."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns the changes of the units' outputs under candidates `P x K`, `U x P x R`."""
+        """Returns how much candidates `P x K` change the outputs of the changed units, `U x P x R`."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
@@ -179,7 +179,7 @@ class LayerDelta:
             elif base is None:
                 torch.bmm(d, x[:, 0], out=delta[start:stop])
             elif d.device.type == "cpu" and d.shape[1] > COPIED_INPUTS * d.shape[2]:
-                # The base becomes an input with weight 1, so that it is not copied for each candidate.
+                # The base is appended as an input with weight 1, so that it is not copied for each candidate.
                 d, met = F.pad(d, (0, 1), value=1.0), torch.cat([x[:, 0], base[start:stop]], 1)
                 torch.bmm(d, met, out=delta[start:stop])
             else:
@@ -198,7 +198,7 @@ class LayerDelta:
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
-    """Computes a site's output with other parameters, given by dotted name."""
+    """Computes the output of a site (repaired layer) under other parameters, which are given by dotted name."""
     new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
     return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
 
@@ -206,7 +206,7 @@ def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) ->
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """Returns the `edit` of `ReplayPlan.resume` for candidates `P x K`; `gathered` is the first site's, if kept."""
+    """Returns `edit` for one call of `ReplayPlan.resume` with candidates `P x K`; `gathered` is for the first site."""
     by_site = {id(delta.site): delta for delta in deltas}
     first = True
 
@@ -222,13 +222,13 @@ def edit_layers(
 
 
 def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
-    """Builds one `LayerDelta` per site; `where` is `K` int64, unique flat positions of the changed weights."""
+    """Builds one `LayerDelta` per site. `where`, `K` int64, are the flat positions of the changed weights."""
     original, where = space.flat()[where.to(space.device)], where.cpu()
     return tuple(_layer_delta(site, where - site.offset, original) for site in space.sites)
 
 
 def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
-    """Groups the changed weights of a layer; `where`, `K` int64 on the CPU, may have positions outside the layer."""
+    """Groups the changed weights of a layer. `where`, `K` on the CPU, may have positions of weights of other layers."""
     k, out = len(where), site.weight_shape[0]
     size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
     is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)

@@ -1,8 +1,9 @@
 """The model under repair: trace its passes, resume them from stored outputs, or run them with other weights.
 
-The modules that have finished when the first repaired layer is called do not depend on the repaired weights. The
-outermost of them, in order, are the *frontier*. A resumed pass returns their outputs from memory and runs only the
-Python code between them and everything after the layer.
+When the first repaired layer is called, some modules have finished, and their outputs do not depend on the repaired
+weights. Of these modules, those that are not part of another finished module are the *frontier*, in the order of their
+calls. In a resumed pass the frontier returns stored outputs; only the Python code between its modules and everything
+after the layer runs.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ class _Clonable(Protocol):
 
 @dataclass
 class ForwardTrace:
-    """State of a forward pass when it first called a repaired layer, and that layer's output."""
+    """Record of a forward pass up to its first call of a repaired layer, and of all calls of repaired layers."""
 
-    calls: list[str] = field(default_factory=list)  # the frontier in order, one name per call
-    outputs: list[Any] = field(default_factory=list)  # their outputs
-    layer_order: list[str] = field(default_factory=list)  # calls of repaired layers in order
-    layer_shapes: list[torch.Size] = field(default_factory=list)  # of their outputs
-    input: Tensor | None = None  # of the first repaired layer
-    output: Tensor | None = None  # of the first repaired layer, before the user's hooks
+    calls: list[str] = field(default_factory=list)  # names of the frontier's modules in order, one per call
+    outputs: list[Any] = field(default_factory=list)  # outputs of these calls
+    layer_order: list[str] = field(default_factory=list)  # names of the repaired layers in order, one per call
+    layer_shapes: list[torch.Size] = field(default_factory=list)  # shapes of the outputs of these calls
+    input: Tensor | None = None  # input of the first repaired layer
+    output: Tensor | None = None  # output of the first repaired layer, before the user's hooks
 
 
 @dataclass(frozen=True)
 class EditableModel:
-    """Model under repair, as deployed."""
+    """The model under repair, in evaluation mode and in the precision of the evaluator."""
 
-    evaluator: Evaluator  # the model in evaluation mode, and its task
-    space: ParameterSpace  # the repaired layers
+    evaluator: Evaluator  # the model, its task and precision
+    space: ParameterSpace  # the repaired layers (sites)
 
     @property
     def model(self) -> nn.Module:
@@ -64,12 +65,12 @@ class EditableModel:
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
-        """Runs a pass; returns its trace up to the first site, and the logits.
+        """Runs a pass; returns its trace and the logits.
 
-        Modules for which `keep` is False have their outputs recorded as shapes (meta tensors).
+        If `keep` is False for the name of a module, only the shapes of its outputs are recorded, as meta tensors.
 
         Raises:
-            ReplayError: a site is never called.
+            ReplayError: the model never calls one of the sites.
         """
         traced = trace_forward(self.model, self.space.sites, keep)
         with unroll(self.space.gates), traced as trace, self.evaluator.context():
@@ -85,7 +86,7 @@ class EditableModel:
         return trace, self.evaluator.task.logits(output)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Returns the logits of a pass; the model may change its inputs in place."""
+        """Returns the logits of a pass. The model may change the inputs in place."""
         args, kwargs = inputs
         with unroll(self.space.gates), self.evaluator.context():
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
@@ -101,7 +102,6 @@ class EditableModel:
 
 @contextmanager
 def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]) -> Iterator[ForwardTrace]:
-    """Traces the pass that runs in this context; see `EditableModel.trace`."""
     trace = ForwardTrace()
     open_calls: list[list[tuple[str, Any]]] = [[]]
 
@@ -113,7 +113,7 @@ def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[s
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not trace.layer_order:
                 open_calls.pop()
-                # The indices of a packed sequence need their values.
+                # A packed sequence contains indices, whose values are needed.
                 copy = _clone if keep(name) or is_packed(output) else _shape_only
                 open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
 
@@ -140,7 +140,6 @@ def trace_forward(model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[s
 
 
 def is_packed(output: Any) -> bool:
-    """True if a module's output contains a packed sequence."""
     leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
     return any(isinstance(x, PackedSequence) for x in leaves)
 
@@ -166,10 +165,10 @@ def with_cached_outputs(
     first: nn.Module,
     result: Callable[[], Tensor],
 ) -> Iterator[None]:
-    """Makes the frontier return `outputs` and the first repaired layer `result()` in this context.
+    """Makes the frontier return `outputs` and the first repaired layer return `result()` in this context.
 
     Raises:
-        ReplayError: the pass calls the frontier in another order than recorded.
+        ReplayError: the pass calls the modules of the frontier in another order than the recorded pass.
     """
     left = Counter(calls)
     patches: dict[str, ExitStack] = {}
@@ -203,7 +202,7 @@ def with_cached_outputs(
 
 
 def _cloned(inputs: Inputs) -> Inputs:
-    """Copies the inputs, including graphs, since a model may change them in place."""
+    """Copies tensors and graph objects in the inputs, since a model may change them in place."""
     args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1])))
     return args, kwargs
 
