@@ -1,10 +1,10 @@
-"""Repairs a slice of the data that an attribute tells: digits of writers whose hand leans to the right.
+"""Repairs one slice of the data, selected by an attribute: handwritten digits that lean to the right.
 
     python examples/attribute_slice.py
 
-Handwritten digits (scikit-learn). Those who wrote the training data wrote upright; then come others whose digits
-lean to the right, and the network fails on four in ten of these. The slant is measured in the image: a property of the
-real data. It could as well be night, camera 2 or partly occluded.
+The training set of scikit-learn's digits is limited to upright writing. Later data also have digits that lean to the
+right, and the network fails on four in ten of them. The slant is measured in the image, so it is a real property of
+the data. Any other attribute works the same way: night, camera 2, partly occluded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_nrl import RegressionFreeRepair, SampleOptions, Target
 
-LEANING = 0.0  # pixels to the right for each pixel up; two digits in five lean more
+LEANING = 0.0  # shift to the right per pixel of height; two in five digits lean more
 
 
 def slant(images: Tensor) -> Tensor:
-    """How far the ink of `n x 8 x 8` images moves to the right for each pixel up, `n`."""
+    """Returns the slant of `n x 8 x 8` images: the shift to the right per pixel of height, `n`."""
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     ink = images / images.sum((1, 2), keepdim=True)
     dy = y - (ink * y).sum((1, 2), keepdim=True)
@@ -33,7 +33,7 @@ def slant(images: Tensor) -> Tensor:
 
 
 class Hands(Splits):
-    """Batches of `(image, digit, slant)`: upright ones to train on, then all kinds."""
+    """Batches of `(image, digit, slant)`. The training data are upright; the other splits are mixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class Hands(Splits):
 
 
 def leaning(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The attribute of each sample of a batch: the failures that are to be repaired are among these."""
+    """Marks the samples of a batch that lean. Only failures among them are repaired."""
     return batch[2] > LEANING
 
 
 def hand(batch: tuple[Tensor, Tensor, Tensor]) -> list[str]:
-    """The slice of each sample, by name: the report counts each apart."""
+    """Names the slice of each sample. The report has separate counts for each slice."""
     return ["leaning" if leans else "upright" for leans in leaning(batch).tolist()]
 
 

@@ -1,8 +1,8 @@
-"""Repairs beside what people do instead: fine-tuning, distillation, interpolation, retraining. Half a minute.
+"""Compares a repair with fine-tuning, distillation, interpolation and retraining. Half a minute.
 
     python examples/compare.py
 
-The data and the network are in `digits.py`. Prints one table; with matplotlib it also draws `comparison.png`.
+The data and the network are in `digits.py`. The script prints a table and, with matplotlib, draws `comparison.png`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_nrl import ConfigurationError, Target, compare
 if __name__ == "__main__":
     options = {
         "--seed": {"type": int, "default": 0, "help": "of data, training and methods"},
-        "--methods": {"nargs": "*", "help": "names of methods; all if there are none"},
+        "--methods": {"nargs": "*", "help": "names of methods; default: all"},
     }
     given = start(__doc__, **options)
     epochs = 5 if given.fast else 30

@@ -1,13 +1,13 @@
-"""Parts of your own: a task, a fitness, a method.
+"""Plugs in a task, a fitness and a method of your own.
 
-    python examples/custom.py            # all three
+    python examples/custom.py            # all three parts
     python examples/custom.py method     # one of them
 
-- task: what "right" means. Here the true digit is among the two best guesses, of which a clerk picks one.
-- fitness: what a candidate is worth. Here repaired samples less broken ones, so that one broken sample may pay for two
-  repaired ones; the gate `accuracy` lets that through. By default the search breaks no known sample.
-- method: how new weights are found. Here the bias of one class is raised, as far as nothing breaks. The paper's swarm
-  beside it may change 64 weights of the same layer.
+- The task defines which predictions are right. Here, a prediction is right if the true digit is among the top two.
+- The fitness ranks the candidates of a search. Here, it is the number of repaired minus broken samples. The gate
+  `accuracy` accepts such a trade. By default, a search breaks no known sample.
+- The method finds new weights. Here, it raises the bias of one class until a sample would break. For comparison, the
+  paper's swarm changes up to 64 weights of the same layer.
 
 The network and its data are in `digits.py`.
 """
@@ -31,38 +31,38 @@ from lightning_nrl.tasks import Custom
 
 
 def margin(logits: Tensor, digits: Tensor) -> Tensor:
-    """By how much the true digit leads the second best of the others: above 0 where it is among the best two."""
+    """Returns the logit of the true digit minus the second largest other logit: above 0 if in the top two."""
     truth = logits.gather(1, digits[:, None])
     others = logits.masked_fill(F.one_hot(digits, logits.shape[1]).bool(), -torch.inf)
     return truth[:, 0] - others.topk(2).values[:, 1]
 
 
 def among_two(logits: Tensor, digits: Tensor) -> Tensor:
-    """Which samples are right, `n` bool."""
+    """Returns True for samples with the true digit in the top two, `n`."""
     return margin(logits, digits) > 0
 
 
 def loss(logits: Tensor, digits: Tensor) -> Tensor:
-    """What is to be made small, `n`."""
+    """Returns the loss of each sample, `n`."""
     return F.cross_entropy(logits, digits, reduction="none")
 
 
 def balance(after: object, before: object) -> Tensor:
-    """The worth of each candidate, larger is better; all tensors are `searches x candidates`.
+    """Returns the fitness of each candidate, `searches x candidates`; larger is better.
 
-    `after` counts the failed samples that pass (`patched`) and the passed samples that still do (`intact`), and has the
-    mean loss of both kinds; `before` is the same of the original weights.
+    `after.patched` counts failed samples that pass with the candidate's weights, `after.intact` passed samples that
+    still pass. `after.loss_failed` is a mean loss. `before` has the same numbers for the original weights.
     """
     broken = after.n_passed - after.intact
-    return after.patched - broken - 0.1 * after.loss_failed  # of equal ones, that which is nearer to the next repair
+    return after.patched - broken - 0.1 * after.loss_failed  # the loss decides between equal counts
 
 
 @dataclass(frozen=True)
 class RaiseBias:
-    """Raises the bias of a class in steps, and keeps the step that repairs most among those that break nothing.
+    """Raises the bias of a class in steps and returns the step with the most repairs and no broken sample.
 
-    A method gets a `Problem`, proposes weights, and has each proposal counted with the real model on all known data.
-    The gate judges what it gives like everything else.
+    A method gets a `Problem` and proposes weights. `problem.propose` counts a proposal with the real model on all
+    known data. The gate judges the returned weights, as for any other method.
     """
 
     label: int
@@ -93,10 +93,10 @@ REPAIRS: dict[str, dict[str, dict[str, Any]]] = {
         "swarm": {"method": "swarm", "target": SLASHED},
     },
 }
-"""Arguments of `repair` for each part, by the name of its row."""
+"""Arguments of `repair` by part and by row of the table."""
 
 if __name__ == "__main__":
-    given = start(__doc__, part={"nargs": "?", "choices": tuple(REPAIRS), "help": "all if there is none"})
+    given = start(__doc__, part={"nargs": "?", "choices": tuple(REPAIRS), "help": "default: all"})
     for part in [given.part] if given.part else REPAIRS:
         seed_everything(0, verbose=False)
         model, data = DigitNet(), SlashedZeros()
@@ -114,4 +114,4 @@ if __name__ == "__main__":
             for name, report in reports.items():
                 print(f"{name.replace('_', ' ')}: {report.reason}")
         if part == "task":
-            print("Accuracy here is the share of digits that are among the best two guesses.")
+            print("Accuracy here is the share of images with the true digit in the top two.")

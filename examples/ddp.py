@@ -1,9 +1,9 @@
-"""Two processes train one network and repair it together: DDP on two CPU processes (gloo).
+"""Trains and repairs a network with DDP on two CPU processes (gloo).
 
     python examples/ddp.py
 
-Nothing is done for it: each process looks at its share of the samples, and they agree on one repair. The network and
-its data are in `digits.py`. On GPUs it is the same script with `accelerator="gpu"`.
+The repair needs no extra code: each process evaluates its share of the samples, and all get the same repair. The data
+and the network are in `digits.py`. For GPUs, set `accelerator="gpu"`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Before a repair: what can be fixed, what stands in the way, which layer has room. Seconds, after the training.
+"""Diagnoses failures before a repair: which can be fixed, what prevents it, and in which layer. A few seconds.
 
     python examples/diagnose.py
 
-The data and the network are in `digits.py`. Prints tables; with matplotlib it also draws `diagnosis.png`.
+The data and the network are in `digits.py`. The script prints tables and, with matplotlib, draws `diagnosis.png`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ if __name__ == "__main__":
     print(f"\nIt took {sum(diagnosis.seconds.values()):.1f} s.")
     try:
         diagnosis.plot("diagnosis.png")
-        print("The picture:  diagnosis.png")
+        print("The figure:  diagnosis.png")
     except ConfigurationError as error:
         print(error)

@@ -1,8 +1,7 @@
-"""What you already have: data with a weak spot, and a network that was trained on it.
+"""Data and network of most examples: handwritten digits, and later data with a weak spot.
 
-Some people write a zero with a slash through it; nobody did among those who wrote the training data (scikit-learn's
-handwritten digits). Then a form comes into use that asks for slashed zeros: four in five of the zeros that come in from
-now on are slashed, and the network takes many of them for another digit.
+Some people write a zero with a slash through it, but nobody does in the training data (scikit-learn's digits). In later
+data, four in five zeros are slashed. The network misreads many of them.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images, no image in two splits
-SLASHED = {"train": 0.0, "val": 0.0, "repair": 0.8, "test": 0.8}  # share of the zeros
+SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images; splits do not overlap
+SLASHED = {"train": 0.0, "val": 0.0, "repair": 0.8, "test": 0.8}  # share of slashed zeros among zeros
 
 
 class SlashedZeros(Splits):
-    """Batches of `(image, digit, slashed)`. `repair_dataloader` gives what came in after the network was trained."""
+    """Batches of `(image, digit, slashed)`. `repair_dataloader` has data collected after the training."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -40,13 +39,13 @@ class SlashedZeros(Splits):
 
 
 def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Which samples of a batch are slashed zeros: what a target asks."""
+    """Marks the slashed zeros of a batch, for `Target.where`."""
     _image, _digit, slashed = batch
     return slashed
 
 
 def slash(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a line from the lower left to the upper right of `n x 1 x 8 x 8` images, on each a little different."""
+    """Draws a line from lower left to upper right, with random slope and shift, on `n x 1 x 8 x 8` images."""
     y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
     slope = torch.empty(len(images), 1, 1, 1).uniform_(0.8, 1.3, generator=generator)
     shift = torch.empty(len(images), 1, 1, 1).uniform_(-0.7, 0.7, generator=generator)
@@ -55,7 +54,7 @@ def slash(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class DigitNet(LightningModule):
-    """Two convolutions and two Linear layers; about 0.97 right on validation data."""
+    """Two convolutions and two Linear layers; validation accuracy is about 0.97."""
 
     def __init__(self) -> None:
         super().__init__()

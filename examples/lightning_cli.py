@@ -1,10 +1,10 @@
-"""A repair from LightningCLI: all of it stands in a YAML file, no code.
+"""Repairs with LightningCLI: the callback is configured in a YAML file.
 
     python examples/lightning_cli.py                                                 # fit, with lightning_cli.yaml
-    python examples/lightning_cli.py fit --config my.yaml --trainer.max_epochs 10    # as LightningCLI has it
+    python examples/lightning_cli.py fit --config my.yaml --trainer.max_epochs 10    # any arguments of LightningCLI
 
-The file that LightningCLI leaves beside its checkpoints is all that the commands of this package need; what to call is
-printed at the end.
+LightningCLI saves its configuration next to the checkpoints. The commands of this package read that file; the script
+prints an example.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ if __name__ == "__main__":
             print(summary(repair=callback.report))
             checkpoint = cli.trainer.checkpoint_callback.best_model_path
             config = Path(cli.trainer.log_dir) / "config.yaml"
-            print("What could be repaired, and what stands in the way, before any repair:")
+            print("To diagnose the failures of the model before the repair:")
             print(f"PYTHONPATH={HERE} lightning-nrl diagnose --config {config} --ckpt_path {checkpoint}")

@@ -1,4 +1,4 @@
-"""What all examples share: a quiet start, a quiet trainer, loaders, and a small table of what a repair did."""
+"""Helpers of all examples: command line, a quiet trainer, data loaders, and a table of counts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_nrl import RepairReport
 from lightning_nrl.report import SliceReport, SplitReport
 
-FAST = "the same in a few seconds: less data, fewer epochs, less time for the repair"
+FAST = "run in a few seconds, with less data, fewer epochs and less time for the repair"
 
 
 def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
-    """Reads the command line, which `--fast` is always part of, and leaves the screen to what an example prints."""
+    """Parses the command line, which always has `--fast`, and silences logs and warnings of other packages."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help=FAST)
     for name, options in arguments.items():
         parser.add_argument(name, **options)
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+    torch.set_num_threads(1)  # faster for networks this small
     for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|pytorch_lightning|torch")
@@ -35,13 +35,13 @@ def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
 
 
 def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Trainer:
-    """A trainer on the CPU that shows no progress and writes no log."""
+    """Returns a trainer on the CPU without progress bar, logger and checkpoints."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(**{"max_epochs": epochs, "accelerator": "cpu", "callbacks": list(callbacks), **quiet, **arguments})
 
 
 class Splits(LightningDataModule):
-    """Loaders of `self.data`; `repair_dataloader` gives what came in after the network was trained."""
+    """Loaders of the splits in `self.data`. `repair_dataloader` has data collected after the training."""
 
     data: dict[str, Dataset]
     batch_size, drop_last = 32, False
@@ -57,7 +57,7 @@ class Splits(LightningDataModule):
 
 
 def summary(**reports: RepairReport) -> Table:
-    """Two lines for each repair, with its name: known samples, which it has looked at, and unseen ones."""
+    """Tabulates the counts on known and on unseen data, two rows per repair."""
     rows = {
         f"{name.replace('_', ' ')}, {role}" if len(reports) > 1 else role: report.pooled(role)
         for name, report in reports.items()
@@ -67,12 +67,12 @@ def summary(**reports: RepairReport) -> Table:
 
 
 def counts_table(rows: Mapping[str, SplitReport | SliceReport]) -> Table:
-    """A line for each split or slice by its name: what was repaired, what broke, accuracy before and now."""
+    """Tabulates repaired and broken samples and both accuracies, a row per split or slice."""
     table = Table(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
-        caption="target: failures that were to be repaired. known: the repair looked at them; unseen: only counted.",
+        caption="target: failures to repair. known: data used by the repair. unseen: data that is only counted.",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)

@@ -1,9 +1,9 @@
-"""A repair without Lightning's Trainer: a module, tensors, and a loop of your own. A few seconds on two cores.
+"""Repairs a plain PyTorch module without Lightning's Trainer. A few seconds on two cores.
 
     python examples/plain_pytorch.py
 
-A network learns handwritten digits (scikit-learn). Then the scanner gets a scratch, a bright line down the right of
-half of the images that come in, and the network fails on many of these. They are repaired; nothing that worked breaks.
+A network learns scikit-learn's handwritten digits. Then the scanner gets a scratch: a bright line down the right side
+of half of the new images. The network fails on many of them. The repair fixes them and breaks no known image.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from lightning_nrl import Settings, Target, TensorSource, repair_module
 
-SIZES = (800, 400, 597)  # images to train on, those that came in since, and those that the repair never looks at
+SIZES = (800, 400, 597)  # training images, new images, and later images that are only counted
 
 
 def load() -> tuple[Tensor, Tensor, Tensor]:
-    """Images `N x 64`, digits `N`, and which images are scratched, `N` bool: none that is trained on."""
+    """Returns images `N x 64`, digits `N` and a mask of scratched images, `N`. No training image is scratched."""
     digits = load_digits()
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(digits.images), generator=generator)
@@ -62,7 +62,7 @@ if __name__ == "__main__":
         settings=Settings(target=Target.where(is_scratched)),
         unseen=[TensorSource(x_later, y_later, extras=(marks_later,), split="later")],
     )
-    print(summary(repair=outcome.report))  # print(outcome.report) has all of it
-    if outcome.write(model):  # until here the model was as training left it
+    print(summary(repair=outcome.report))  # print(outcome.report) prints everything
+    if outcome.write(model):  # the model changes only here
         accuracy = (model(x_later).argmax(1) == y_later).float().mean()
         print(f"The model holds the repaired weights: {accuracy:.2%} right on the later images.")

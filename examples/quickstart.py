@@ -1,8 +1,8 @@
 """Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute on two cores.
 
-    python examples/quickstart.py   # the fit, a swarm and the default, side by side
+    python examples/quickstart.py   # compares the fit, a swarm and the default
 
-The data and the network are in `digits.py`; all that a repair needs is in `train_and_repair`.
+The data and the network are in `digits.py`. `train_and_repair` has all the code that a repair needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_nrl import RegressionFreeRepair, RepairReport, Target, repair
 
 
 def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
-    """The report of the default, the trainer that it came after, and how many seconds the fit took."""
+    """Returns the report of the default method, the trainer, and the seconds of the fit."""
     seed_everything(seed, verbose=False)
     timer = Timer()
     callback = RegressionFreeRepair(target=Target.where(slashed_zero), unseen="test", seed=seed, verbose=False)
@@ -38,7 +38,7 @@ def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
 
 
 def swarm_alone(seed: int, trained: Trainer) -> RepairReport:
-    """Repairs with the paper's localisation and swarm, under this package's ranking, from the trained checkpoint."""
+    """Repairs the trained checkpoint with the paper's localisation and swarm and this package's ranking."""
     return repair(
         Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False),
         DigitNet(),
@@ -66,9 +66,9 @@ def one_repair(seed: int) -> None:
         "\nrepaired: wrong before, right now. broken: right before, wrong now.\n"
         "swarm: the paper's localisation and swarm in the last layer; this package's ranking accepts no broken sample "
         '(method="swarm"). `RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n'
-        "default: rungs of a ladder, from the least change to the most. `search` is that swarm, and every known sample "
-        "that was right keeps a margin. Each rung is judged by known samples that it has not used (held out). Of "
-        "those that do no harm there, the one that repairs most is taken.\n"
+        "default: up to three rungs, from the smallest change to the largest. `search` is the swarm again, but every "
+        "known sample that was right keeps a margin. Each rung is judged on known samples that it has not used (held "
+        "out). Of the rungs that do no harm there, the one that repairs most is taken.\n"
     )
     print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")
@@ -78,7 +78,7 @@ def one_repair(seed: int) -> None:
 
 
 def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> Table:
-    """A column each for the model as trained, the swarm alone, and the rungs of the default."""
+    """Tabulates the trained model, the swarm alone and the rungs of the default, one column each."""
     known, unseen, rungs = swarm.pooled("known"), swarm.pooled("unseen"), default.rungs
     taken, held_out = default.pooled("unseen"), [rung.held_out for rung in rungs]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of data, training and repair")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
+    torch.set_num_threads(1)  # faster for a network this small
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.pytorch")
     one_repair(arguments.seed)

@@ -1,9 +1,9 @@
-"""May the new model replace the old one? Rules, a verdict with reasons, a report to file, an exit status for scripts.
+"""Decides by rules whether a new model may replace the old one; writes a report and exits with a status.
 
-    python examples/release.py                        # the candidate is the old model, tuned on what it failed on
+    python examples/release.py                        # the candidate is the old model, fine-tuned on new data
     python examples/release.py --candidate repaired   # the candidate is the old model, repaired
 
-The data and the network are in `digits.py`. Exits with 0 if the candidate is accepted, 1 if it is refused.
+The data and the network are in `digits.py`. The status is 0 if the candidate is accepted and 1 if it is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_zero(batch: Batch) -> Tensor:
 
 
 if __name__ == "__main__":
-    candidate = {"choices": ["tuned", "repaired"], "default": "tuned", "help": "the model that asks to be released"}
+    candidate = {"choices": ["tuned", "repaired"], "default": "tuned", "help": "the new model"}
     given = start(__doc__, **{"--candidate": candidate})
     epochs = 3 if given.fast else 30
 
@@ -49,9 +49,9 @@ if __name__ == "__main__":
     gate = ReleaseGate(
         reference=old,
         rules=[
-            "instance in known",  # nothing that has been seen to work may break
-            "nfr:2% in later",  # with 95 % confidence, of data like these
-            "slices in later",  # no digit is worse
+            "instance in known",  # no known sample may break
+            "nfr:2% in later",  # at most 2 % of samples like these break, with 95 % confidence
+            "slices in later",  # no digit is significantly worse
             ProtectedIntact(where=is_zero),
         ],
         slices=digit,

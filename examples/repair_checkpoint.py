@@ -1,9 +1,9 @@
-"""Repairs a checkpoint that was trained some time ago: no training, the same report and files.
+"""Repairs a trained checkpoint without a fit.
 
-    python examples/repair_checkpoint.py               # trains a checkpoint first, to have one
-    python examples/repair_checkpoint.py digits.ckpt   # repairs this one, of the network in `digits.py`
+    python examples/repair_checkpoint.py               # trains a checkpoint first
+    python examples/repair_checkpoint.py digits.ckpt   # repairs this checkpoint of the network in `digits.py`
 
-Only the last layer may change, which takes a few seconds and makes a small patch.
+Only the last layer may change, so the repair takes a few seconds and the patch is small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_nrl import Target, repair
 
 
 def train(epochs: int) -> str:
-    """What happened long ago: a plain training, without a thought of repair."""
+    """Trains without the callback and returns the path of the checkpoint."""
     seed_everything(0, verbose=False)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(DigitNet(), datamodule=SlashedZeros())
@@ -46,4 +46,4 @@ if __name__ == "__main__":
         print(f"Weights changed: {report.change.changed} of {report.change.total:,}.")
         repaired = DigitNet.load_from_checkpoint(report.files["checkpoint"])  # an ordinary checkpoint
         trainer.test(repaired, datamodule=data)
-        print(f"The change alone, to be applied and taken back: {report.files.get('patch')}")
+        print(f"The patch, which can be applied and reverted: {report.files.get('patch')}")

@@ -1,8 +1,8 @@
-"""The callback in a training: `fit` trains a digit classifier, then it is repaired, then it is tested.
+"""Repairs at the end of `fit` with the callback, then tests the repaired checkpoint.
 
     python examples/repair_in_fit.py
 
-Nobody wrote a zero with a slash in the training data; now they come in (`digits.py`), and most are misread.
+The training data have no slashed zeros. Later data do, and most of them are misread (`digits.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_nrl import RegressionFreeRepair, Target
 
 
 def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Which samples of a batch are to be right: one bool each, from the batch as the data loader gives it."""
+    """Marks the samples to repair, one bool each, in a batch as the data loader returns it."""
     _image, _digit, slashed = batch
     return slashed
 
@@ -27,9 +27,9 @@ if __name__ == "__main__":
     seed_everything(0, verbose=False)
     model, data = DigitNet(), SlashedZeros()
     repair = RegressionFreeRepair(
-        target=Target.where(slashed_zero),  # without a target: all failures
-        unseen="test",  # only counted, never searched
-        max_time=3 if fast else None,  # seconds; without it, as many visits as the fit made
+        target=Target.where(slashed_zero),  # default: all failures
+        unseen="test",  # data that is only counted
+        max_time=3 if fast else None,  # seconds; default: about as much work as the fit
         verbose=False,
     )
     trainer = Trainer(
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     trainer.fit(model, datamodule=data)  # trains, repairs, judges, logs, saves
 
     print(summary(repair=repair.report))
-    if repair.repaired_model_path:  # an ordinary Lightning checkpoint; None if nothing was accepted
+    if repair.repaired_model_path:  # a Lightning checkpoint; None if nothing was accepted
         tested = trainer.test(model, datamodule=data, ckpt_path=repair.repaired_model_path, verbose=False)
         print(f"Lightning's own test of the repaired checkpoint: {tested[0]['test/accuracy']:.2%}")
     print(f"The whole report: {repair.report.files['html']}")

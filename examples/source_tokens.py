@@ -1,12 +1,11 @@
-"""Repairs a network that colours Python code, character by character.
+"""Repairs a network that classifies each character of Python code, as a syntax highlighter does.
 
     python examples/source_tokens.py
 
-A sample is a line of Python's own standard library, and its labels say what each character belongs to: a name, a
-keyword, a number, a string, an operator, a comment or white space, as the module `tokenize` has it. A line is right if
-every character is. In the code that the network has learned from no string has a prefix, as b"bytes" and r"raw" have;
-then it is given code with such strings. Nothing is downloaded; figures differ with the version of Python, whose code
-it is.
+A sample is a line of Python's standard library. Each character has a label from the module `tokenize`: name, keyword,
+number, string, operator, comment or white space. A line is right if all its characters are. No string in the training
+data has a prefix, such as b"bytes" or r"raw". Later data have such strings. Nothing is downloaded. The counts depend on
+the version of Python.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ KINDS = {
     tokenize.COMMENT: COMMENT,
 }
 PREFIXED = re.compile(r"""(?<!\w)[bBrRuU]{1,2}["']""")
-SPLITS = {"train": (3_000, 0.0), "repair": (900, 0.25), "test": (1_200, 0.25)}  # lines, share with prefixes
+SPLITS = {"train": (3_000, 0.0), "repair": (900, 0.25), "test": (1_200, 0.25)}  # lines, share of lines with prefixes
 
 
 def labels_of(line: str) -> list[int] | None:
-    """The kind of each character; None if the line does not stand by itself."""
+    """Returns the label of each character, or None if the line is no complete code."""
     labels = [SPACE] * len(line)
     try:
         for token in tokenize.generate_tokens(io.StringIO(line).readline):
@@ -59,13 +58,13 @@ def labels_of(line: str) -> list[int] | None:
 
 
 def prefixed(line: str, labels: list[int]) -> bool:
-    """Whether a string of the line has a prefix; inside of a comment or a longer string it is none."""
+    """True if a string of the line has a prefix. Text inside comments and other strings does not count."""
     starts = (match.start() for match in PREFIXED.finditer(line))
     return any(labels[at] == STRING and (at == 0 or labels[at - 1] != STRING) for at in starts)
 
 
 def lines() -> list[str]:
-    """Distinct lines of the standard library, white space around them taken off, in the order of its files."""
+    """Returns the distinct lines of the standard library, stripped, in the order of its files."""
     folder, found = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(folder.glob("*.py")):
         for line in map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
@@ -75,13 +74,13 @@ def lines() -> list[str]:
 
 
 class Code(Splits):
-    """Batches of `(characters, labels, prefixed)`, lines padded to `WIDTH`; no line is in two splits."""
+    """Batches of `(characters, labels, prefixed)`. Lines are padded to `WIDTH`; splits do not overlap."""
 
     def __init__(self, seed: int = 0, share: float = 1.0) -> None:
         super().__init__()
         code, rng = lines(), random.Random(seed)
         rng.shuffle(code)
-        code.sort(key=lambda line: not PREFIXED.search(line))  # those that may have a prefix first, as they are rare
+        code.sort(key=lambda line: not PREFIXED.search(line))  # lines with a prefix are rare, so they come first
         sizes = {split: round(n * share) for split, (n, _) in SPLITS.items()}
         counts = {split: round(sizes[split] * prefixes) for split, (_, prefixes) in SPLITS.items()}
         wanted = {True: sum(counts.values()), False: sum(sizes.values()) - sum(counts.values())}
@@ -103,7 +102,7 @@ class Code(Splits):
 
 
 class Colours(LightningModule):
-    """An embedding of characters and two recurrent passes, one from each end; logits are `n x WIDTH x 7`."""
+    """Character embedding, bidirectional GRU and a Linear layer; logits are `n x WIDTH x 7`."""
 
     def __init__(self) -> None:
         super().__init__()

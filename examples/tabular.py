@@ -1,11 +1,11 @@
-"""Repairs a network on a table: prices of diamonds, where right means within 15 % of the price.
+"""Repairs a regression network on a table of diamonds: a price within 15 % is right.
 
     python -m pip install plotnine
     python examples/tabular.py
 
-53,940 diamonds with their prices come with the package plotnine, nothing is downloaded. The network was trained on the
-sales of a shop that had hardly a stone of 1.5 carat or more; then the shop began to sell them. Prices are estimated as
-their logarithm, so that a tolerance of log(1.15) means 15 %, for a cheap stone and a dear one.
+The package plotnine contains 53,940 diamonds with prices, so nothing is downloaded. The network was trained with hardly
+any stones of 1.5 carat or more. In later data, three in ten stones are that large. The network predicts the logarithm
+of the price, so a tolerance of log(1.15) means 15 % at any price.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GRADES = {
 }
 LENGTHS = ("carat", "depth", "table", "x", "y", "z")
 LARGE = 1.5  # carat
-SPLITS = {"train": (4_000, 0.002), "repair": (1_500, 0.3), "test": (3_000, 0.3)}  # stones, share of large ones
+SPLITS = {"train": (4_000, 0.002), "repair": (1_500, 0.3), "test": (3_000, 0.3)}  # stones, share of large stones
 
 
 def table() -> tuple[Tensor, Tensor, Tensor]:
-    """Features, logarithms of prices, and which stones are large."""
+    """Returns features, logarithms of prices and a mask of large stones."""
     package = find_spec("plotnine")
     if package is None or package.origin is None:
         raise SystemExit("The data come with plotnine: python -m pip install plotnine")
@@ -51,7 +51,7 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Diamonds(Splits):
-    """Batches of `(features, log price, large)`; no stone is in two splits."""
+    """Batches of `(features, log price, large)`. Splits do not overlap."""
 
     batch_size = 64
 
@@ -77,7 +77,7 @@ class PriceNet(LightningModule):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(9, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
         self.price = nn.Linear(64, 1)
-        nn.init.constant_(self.price.bias, 7.8)  # about the mean
+        nn.init.constant_(self.price.bias, 7.8)  # about the mean of the targets
 
     def forward(self, features: Tensor) -> Tensor:
         return self.price(self.body(features))[:, 0]

@@ -1,10 +1,10 @@
-"""A new model replaces an old one: a gate refuses it, its regressions are repaired, the gate looks again.
+"""Replaces an old model by a new one: a gate refuses the new model, a repair fixes its regressions, the gate accepts.
 
     python examples/update.py
 
-A network was trained on 200 handwritten digits (scikit-learn) and is in use. A new one, trained from scratch on 600, is
-better by far, and wrong on some digits where the old one was right. That is what users notice. A suite of 400 digits is
-what both may be tested on; later digits are only counted.
+The old network was trained on 200 of scikit-learn's handwritten digits. A new one, trained from scratch on 600, is far
+more accurate, but it misreads some digits that the old one read correctly. Both models are tested on a suite of 400
+digits. Later digits are only counted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lightning_nrl import ReleaseGate, repair
 from lightning_nrl.updates import ReleaseReport
 
 RULES = [
-    "instance in suite",  # nothing that is known to work may break
-    "accuracy in later",  # on data that nobody has looked at, no more may break than is repaired
+    "instance in suite",  # no sample of the suite may break
+    "accuracy in later",  # no more unseen samples may break than are repaired
 ]
 
 
 def digits() -> tuple[TensorDataset, ...]:
-    """Digits to train the old model on, to train the new one on, the suite, and later ones."""
+    """Returns the training digits of the old and the new model, the suite, and later digits."""
     data, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     images = torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16
     labels = torch.tensor(data.target)[order]
@@ -37,7 +37,7 @@ def digits() -> tuple[TensorDataset, ...]:
 
 
 def judged(new: DigitNet, old: DigitNet, loaders: dict[str, DataLoader]) -> ReleaseReport:
-    """May the new model replace the old one? Reasons and ids are in the files of the gate."""
+    """Tests the new model with the release gate and returns its report."""
     gate = ReleaseGate(reference=old, rules=RULES, verbose=False)
     quiet_trainer(1, gate).test(new, loaders, verbose=False)
     return gate.report
@@ -59,7 +59,7 @@ if __name__ == "__main__":
         new,
         train_dataloaders=DataLoader(more, 32, shuffle=True),
         val_dataloaders=loaders["suite"],
-        reference=old,  # what it gets right and the new one wrong is to be repaired
+        reference=old,  # targets: samples that the old model gets right and the new one wrong
         unseen=loaders["later"],
         max_time=3 if fast else None,
         verbose=False,

@@ -1,11 +1,10 @@
-"""Scikit-learn's digits in place of the vehicles: the same columns, with patches for trees and turns for views.
+"""Scikit-learn's digits as a substitute for the vehicles, where their sprites cannot be installed.
 
-8 x 8 pixels are drawn at 16 x 16. An occluded digit has a square in front of it; a digit that is turned by 25 to 50
-degrees to the left has the view of a front, to the right that of a back, and all others that of a side. How many there
-are is as for vehicles, in each experiment and split.
+The 8 x 8 pixels are drawn at 16 x 16. An occluded digit has a square in front of it. A digit that is rotated by 25 to
+50 degrees to the left counts as a front view, to the right as a back view; all others are side views. The shares are
+those of the vehicles, in each experiment and split.
 
-It stands in where the sprites cannot be installed: the same study, on other images. What the paper says of vehicles
-cannot be held against it.
+The paper's findings are about vehicles, so results on digits neither confirm nor contradict them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FRONT, BACK, SIDE = 0, 1, 2
 
 
 def draw(experiment: str, seed: int = 0, total: int = 1_797) -> dict[str, np.ndarray]:
-    """Draws the digits of an experiment; no digit is in two splits.
+    """Draws the digits of an experiment. Splits do not overlap.
 
     Returns:
         For each split `s`: `s_x` uint8 `N x 16 x 16 x 3`, `s_y` the digit, `s_view` (0 front, 1 back, 2 side), and

@@ -1,8 +1,8 @@
-"""Figures 2 to 6 of the paper, and what methods repair for what they break, drawn from the tables of a study.
+"""Draws figures 2 to 6 of the paper, and repaired against broken samples by method, from the tables of a study.
 
     python examples/case_study/figures.py runs/study_vehicles_0 --out docs/figures
 
-Each run is a pale mark; dark ones are means over the runs with their 95 % intervals.
+Pale marks are runs. Dark marks are means over runs with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lightning_nrl.report import RepairReport
 
 BLUE, VERMILLION, GREEN, FAINT, INK = "#0072B2", "#D55E00", "#009E73", "#b8bcc2", "#333a42"
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
-"""Shapes too, so that colour is never needed."""
+"""Marker shapes, so that the figures can be read without colour."""
 TICKS = (0, 1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
 KEY = (
     "Dot: a run of a setting; diamond: mean of a row of the paper's Table II, filled where it is of this experiment;\n"
@@ -43,7 +43,7 @@ NAMES = {"A": "A: partly occluded", "B": "B: front and back", "C": "C: front and
 
 
 def draw_all(tables: Tables, folder: Path, others: Mapping[str, Sequence[Other]] | None = None) -> list[Path]:
-    """Draws what the tables have runs for. Returns the files."""
+    """Draws the figures that the tables have runs for, and returns their files."""
     figures = {"figure_2": accuracies(tables), "figure_3": counts(tables)}
     for line in LINES:
         figure = along(tables, line)
@@ -60,13 +60,13 @@ def draw_all(tables: Tables, folder: Path, others: Mapping[str, Sequence[Other]]
 
 
 def tables_of(folder: Path) -> dict[str, tuple[Run, ...]]:
-    """The tables of a study: `A/sweep.csv`, `B/sweep.csv` and `C/sweep.csv`, those that are there."""
+    """Reads the tables of a study that exist: `A/sweep.csv`, `B/sweep.csv` and `C/sweep.csv`."""
     paths = {experiment: folder / experiment / "sweep.csv" for experiment in NAMES}
     return {experiment: SweepResult.from_csv(path).runs for experiment, path in paths.items() if path.exists()}
 
 
 def accuracies(tables: Tables) -> Figure:
-    """Figure 2: accuracy on unseen data, as its change, where the fewest known samples break."""
+    """Draws figure 2: the change of unseen accuracy in the setting that breaks the fewest known samples."""
     cases = _cases(tables)
     figure = _figure(1.5 + 1.25 * len(cases), 4.2, "Accuracy on unseen data where the fewest known samples break")
     axes = figure.subplots()
@@ -83,7 +83,7 @@ def accuracies(tables: Tables) -> Figure:
 
 
 def counts(tables: Tables) -> Figure:
-    """Figure 3: broken and repaired in the same runs."""
+    """Draws figure 3: broken and repaired samples of the same runs."""
     cases = _cases(tables)
     figure = _figure(1.5 + 1.25 * len(cases), 6.4, "Broken and repaired where the fewest known samples break")
     panels = figure.subplots(2, 1, sharex=True)
@@ -101,7 +101,7 @@ def counts(tables: Tables) -> Figure:
 
 
 def along(tables: Tables, line: Line) -> Figure | None:
-    """Figures 4, 5 and 6: broken and repaired against one number of the settings; None if there are no such runs."""
+    """Draws figures 4, 5 and 6: broken and repaired by one parameter. Returns None without such runs."""
     own = {
         name: found for name, runs in tables.items() if all(found := [like(runs, row) for row in line.settings(name)])
     }
@@ -131,7 +131,7 @@ def along(tables: Tables, line: Line) -> Figure | None:
 
 @dataclass(frozen=True)
 class Other:
-    """What another method, a repair or a baseline, does, to stand beside the settings of the paper."""
+    """Counts of another method, for comparison with the settings of the paper."""
 
     name: str
     known: FlipCounts
@@ -140,7 +140,7 @@ class Other:
 
 
 def others_of(experiment: str, seed: int, folder: Path = Path("runs")) -> list[Other]:
-    """The default method and baselines as they gave their weights, where the studies of both left them."""
+    """Reads the counts of the default method and the baselines from the files of their studies."""
     found = []
     report = folder / f"vehicles_{experiment}_default" / f"seed_{seed}" / "report.json"
     comparison = folder / f"comparison_vehicles_{experiment}_{seed}" / "comparison.json"
@@ -155,7 +155,7 @@ def others_of(experiment: str, seed: int, folder: Path = Path("runs")) -> list[O
 
 
 def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) -> Figure:
-    """Repaired against broken: each run, the means of the rows of Table II, and other methods. Square-root scales."""
+    """Plots repaired against broken samples on square-root scales: runs, means of Table II, other methods."""
     figure = _figure(11, 5.2, f"{NAMES[experiment]}: what is repaired for what breaks")
     figure.supxlabel(KEY, color=INK, fontsize=8, x=0.01, ha="left")
     panels = figure.subplots(1, 2)
@@ -184,7 +184,7 @@ def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) ->
 
 
 def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
-    """Scales that show 0, 5 and 500 in one picture, and the line of as many broken as repaired."""
+    """Sets square-root scales, which show 0, 5 and 500 at once, and draws the line of equal counts."""
     right, top = 1.25 * max(1, *x), 1.1 * max(1, *y)
     axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
@@ -198,7 +198,7 @@ def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def _cases(tables: Tables) -> dict[str, list[Run]]:
-    """For each experiment the setting that breaks the fewest known samples and the paper's, by their names."""
+    """Selects for each experiment the setting that breaks the fewest known samples, and the paper's."""
     found = {}
     for name, runs in tables.items():
         best = fewest_broken(runs)
@@ -216,7 +216,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _dots(axes: Any, at: float, values: Sequence[float], what: str, label: str, width: float = 0.12) -> None:
-    """Each value a pale dot, moved aside a little; their mean and its interval beside them."""
+    """Draws values as pale dots with jitter, and their mean with its interval next to them."""
     colour, shape = LOOKS[what]
     rng = random.Random(0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -238,16 +238,16 @@ def _dots(axes: Any, at: float, values: Sequence[float], what: str, label: str, 
 
 
 def _tick(line: Line, runs: Sequence[Run]) -> str:
-    """The value, and how many weights there were where that is another number."""
+    """Labels a tick with its value and, if different, the number of localised weights."""
     value, found = getattr(runs[0], line.axis), runs[0].n_localized
     return f"{value}\n({found} found)" if line.axis == "n_weights" and found != value else f"{value:g}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, help="the folder of its tables")
-    parser.add_argument("--out", type=Path, help="where the figures go; else into the same folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the repair and the baselines that are drawn, too")
+    parser.add_argument("study", type=Path, help="folder of the tables")
+    parser.add_argument("--out", type=Path, help="folder of the figures; default: the same folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the repair and the baselines to draw")
     chosen = parser.parse_args()
     tables = tables_of(chosen.study)
     if not tables:

@@ -1,7 +1,7 @@
-"""The 66 settings of the study, and the lines through them along which one number changes.
+"""The 66 settings of the study, and series of settings that differ in one parameter.
 
-The paper prints twelve of its 66 settings (Table II) and says of the others that they were looked for by hand. These
-are the twelve and what lies between them: every number that the table has, varied around its two kinds of row.
+The paper prints twelve of its 66 settings (Table II); the others were found by hand. The settings here are those twelve
+and variations of them: each parameter of the table is varied around its two kinds of row.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ PASSED = (500, 1000)
 
 
 def studied() -> tuple[PaperRow, ...]:
-    """Sixty-six settings, the twelve of Table II first.
+    """Returns 66 settings. The twelve of Table II come first.
 
     - Equation (1), as in the rows of A and B, with 200 particles: alpha = 1, 4, 5, 6, #lw = 8, 16, 32, 53, 282, and
-      #pos = 500, 1000 (40); as the rows of A, with #lw = 309 (5). The paper has no alpha below 4; 1 is where a
-      regression costs little beside what a repair earns.
+      #pos = 500, 1000 (40); as the rows of A, with #lw = 309 (5). The paper has no alpha below 4; with 1, a
+      regression costs little compared with a repair.
     - Equation (2) under perfect intact and alpha = 8, as in the rows of C: #lw = 8, 16, 32, 53, 76, and #pos = 500,
       1000 (10).
-    - Which of the two makes the difference, the equation or perfect intact: each with the other's, alpha = 8 and
+    - Equation (1) under perfect intact, and equation (2) without it, to separate the two effects: alpha = 8 and
       #pos = 500 (8).
-    - Half as many particles (3).
+    - Half the number of particles (3).
     """
     rows = list(TABLE_II.values())
     rows += [
@@ -44,13 +44,13 @@ def studied() -> tuple[PaperRow, ...]:
 
 @dataclass(frozen=True)
 class Line:
-    """Settings that differ in one number alone.
+    """Series of settings that differ in one parameter.
 
     Attributes:
-        axis: which number, by its column in the table.
-        ends: the values between which the paper says what happens.
-        rows: for each experiment the row of Table II that all others are like.
-        shown: the experiments that the paper shows.
+        axis: the parameter, by its column in the table.
+        ends: the two values that the paper compares.
+        rows: for each experiment, the row of Table II that is varied.
+        shown: the experiments in the paper's figure.
     """
 
     axis: str
@@ -62,7 +62,7 @@ class Line:
     shown: str
 
     def settings(self, experiment: str) -> tuple[PaperRow, ...]:
-        """One for each value."""
+        """Returns one setting per value."""
         name = self.axis
         return tuple(replace(TABLE_II[self.rows[experiment]], **{name: value}) for value in self.values)
 

@@ -1,4 +1,4 @@
-"""The paper's kind of network, 27 convolutions and one Linear layer, and its data: vehicles or digits."""
+"""Network of the paper's kind, with 27 convolutions and one Linear layer, and its data: vehicles or digits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TARGETS = {
 
 
 class Scenes(Splits):
-    """Batches of `(image, class, view, occluded)` of an experiment of the paper; `folder` keeps what was drawn once."""
+    """Batches of `(image, class, view, occluded)` of an experiment; images are drawn once and kept in `folder`."""
 
     batch_size, drop_last = 128, True
     name: str
@@ -61,7 +61,7 @@ class Scenes(Splits):
         self.data = {split: _split(columns, split) for split in SPLITS}
 
     def network(self) -> VehicleNet:
-        """A new network for these images."""
+        """Returns an untrained network for these images."""
         raise NotImplementedError
 
     def val_dataloader(self) -> DataLoader:
@@ -69,7 +69,7 @@ class Scenes(Splits):
 
 
 class Vehicles(Scenes):
-    """Seven kinds of vehicle, as many images as in the paper."""
+    """Images of seven kinds of vehicle; the number of images is that of the paper."""
 
     name, total, draw = "vehicles", 10_186, staticmethod(partial(make, PAK))
 
@@ -78,7 +78,7 @@ class Vehicles(Scenes):
 
 
 class Digits(Scenes):
-    """Scikit-learn's digits with the same attributes, for machines without the vehicles."""
+    """Scikit-learn's digits with the same attributes, for machines without the sprites."""
 
     name, total, draw = "digits", 1_797, staticmethod(draw)
 
@@ -87,7 +87,7 @@ class Digits(Scenes):
 
 
 class VehicleNet(LightningModule):
-    """A residual network: a first convolution, three stages of four blocks of two, and two at the shortcuts."""
+    """Residual network: one convolution, three stages of four blocks of two, and two in shortcuts."""
 
     def __init__(self, width: int = 16, blocks: int = 4, classes: int = len(CLASSES), mirrored: bool = True) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class VehicleNet(LightningModule):
                 self.features.append(Block(n_in, n_out, stride))
                 n_in = n_out
         self.classifier = nn.Linear(n_in, classes)
-        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.to(memory_format=torch.channels_last)  # 25 % faster on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).mean((2, 3)))
@@ -119,7 +119,7 @@ class VehicleNet(LightningModule):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with batch norm beside a shortcut."""
+    """Residual block of two 3 x 3 convolutions with batch norm."""
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
-    """Three quarters of the images mirrored left to right by chance, and moved by up to `shift` pixels each."""
+    """Shifts three quarters of the images by up to `shift` pixels and mirrors half of them."""
     n, _, height, width = images.shape
     device = images.device
     chosen = torch.rand(n, device=device) < 0.75
@@ -152,7 +152,7 @@ def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
 
 
 def trained(data: Scenes, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
-    """The checkpoint of the network that is to be repaired; trained if it is not there yet."""
+    """Returns the path of the trained checkpoint, and trains it if the file does not exist."""
     if not path.exists():
         seed_everything(seed, verbose=False)
         trainer = Trainer(

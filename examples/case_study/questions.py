@@ -1,8 +1,8 @@
-"""The paper's research questions, answered from the table of a study: what it found, what is found here, do they agree.
+"""Compares the paper's answers to its research questions with the tables of a study.
 
-A table is the runs of one experiment, as a sweep gives them. All counts are of unseen data, as the
-paper's figures are, unless *known* is written. Differences between settings are taken within a seed, so that the two
-runs of a pair begin alike, and their interval is that of the mean over seeds.
+A table has the runs of one experiment, as `sweep` returns them. All counts are of unseen data, as in the paper's
+figures, unless *known* is written. Two settings are compared by the differences within each seed; the interval is that
+of the mean difference over seeds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lightning_nrl.analysis.sweep import Run
 from lightning_nrl.pipeline import TABLE_II, PaperRow
 
 Tables = Mapping[str, Sequence[Run]]
-"""The runs of each experiment."""
+"""Runs by experiment."""
 
 SETTING = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and the 95 % interval of it."""
+    """Mean over seeds with its 95 % interval."""
 
     mean: float
     low: float
@@ -39,13 +39,13 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 if the interval lies above 0, -1 if below, 0 if 0 is in it."""
+        """Returns 1 if the interval lies above 0, -1 if it lies below, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A claim of the paper beside what the table says; `agrees` is None where that does not settle it."""
+    """A claim of the paper and the finding here; `agrees` is None if the runs do not settle it."""
 
     question: str
     paper: str
@@ -58,7 +58,7 @@ class Answer:
 
 
 def answers(tables: Tables) -> tuple[Answer, ...]:
-    """An answer to each claim of the paper that the experiments in the tables speak of."""
+    """Returns an answer to each claim of the paper that the tables have experiments for."""
     found = [answer for name, runs in tables.items() for answer in levels(name, runs)]
     found += occlusion(tables) + drift(tables)
     for line, ask in zip(LINES, (intact_weight, positive_samples, localised_weights), strict=True):
@@ -68,21 +68,21 @@ def answers(tables: Tables) -> tuple[Answer, ...]:
 
 
 def page(found: Sequence[Answer]) -> str:
-    """Answers as a table in markdown."""
+    """Formats answers as a Markdown table."""
     return "\n".join(["| | the paper | here | agrees |", "|---|---|---|---|", *map(str, found)]) + "\n"
 
 
 def like(runs: Sequence[Run], row: PaperRow) -> list[Run]:
-    """The runs of one setting, by rising seed."""
+    """Selects the runs of one setting, in order of their seeds."""
     wanted = (row.equation, row.alpha, row.perfect_intact, row.n_weights, row.n_passed, row.particles)
     return sorted((run for run in runs if _setting(run) == wanted), key=lambda run: run.seed)
 
 
 def fewest_broken(runs: Sequence[Run]) -> list[Run]:
-    """The runs of the paper's *minimum regression case*, found on known data.
+    """Selects the runs of the paper's *minimum regression case* on known data.
 
-    Of the settings that repair something in the mean, the one that breaks the fewest known samples in the mean; among
-    equals the one that repairs more.
+    This is the setting with the fewest broken known samples on average, among those that repair any on average. On a
+    tie, the setting with more repairs wins.
     """
     settings = list(_by_setting(runs).values())
     able = [own for own in settings if any(run.known.repaired for run in own)] or settings
@@ -90,9 +90,9 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
 
 
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
-    """How much more of a count, such as `known.broken`, there is at `high` than at `low`, all else equal, in the mean.
+    """Returns the mean difference of a count, such as `known.broken`, between `high` and `low`, all else equal.
 
-    The differences are averaged within each seed, so that each seed is one observation. None if there is no pair.
+    Differences are averaged within a seed, so each seed is one observation. Returns None without a pair.
     """
     values: dict[tuple, dict[float, float]] = {}
     for run in runs:
@@ -106,19 +106,19 @@ def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of some numbers, and its 95 % interval by Student's t; of a single number none is known (NaN)."""
+    """Returns the mean and its 95 % interval by Student's t. The interval of a single number is NaN."""
     mean, n = fmean(values), len(values)
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return Interval(mean, mean - half, mean + half)
 
 
 def count(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """How many runs; they share a network, so a binomial limit would be too narrow."""
+    """Says how many runs; without an interval, since the runs share a network and are not independent."""
     return f"{sum(map(holds, runs))} of {len(runs)} runs"
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """The difference of two independent means, and its 95 % interval by Welch's t; of single numbers none is known."""
+    """Returns the difference of two independent means and its 95 % interval by Welch's t."""
     mean = fmean(first) - fmean(second)
     if min(len(first), len(second)) < 2:
         return Interval(mean, math.nan, math.nan)
@@ -131,11 +131,11 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 
 def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
-    """RQ1 and RQ2: at which level regression is suppressed.
+    """Answers RQ1 and RQ2: the level at which regression is suppressed.
 
-    The level of accuracy is that of the setting that breaks the fewest known samples; it is reached if the interval of
-    its mean gain lies above 0, and not if it lies below. The level of instances is reached
-    if there is a setting none of whose runs breaks an unseen sample of the target, and that repairs one.
+    The accuracy level is judged by the setting that breaks the fewest known samples. It is reached if the interval of
+    the mean gain lies above 0, and not reached if the interval lies below 0. The instance level is reached if one
+    setting repairs an unseen sample of the target and breaks none in any run.
     """
     question = "RQ2" if experiment == "C" else "RQ1"
     best = fewest_broken(runs)
@@ -168,7 +168,7 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
 
 
 def occlusion(tables: Tables) -> list[Answer]:
-    """RQ3: with equal alpha, A breaks more unseen samples than B; by the rows that differ in alpha alone."""
+    """Answers RQ3: at equal alpha, A breaks more unseen samples than B. Uses the rows that differ in alpha."""
     rows = {"A": ("EXP-A2", "EXP-A3", "EXP-A4"), "B": ("EXP-B1", "EXP-B2", "EXP-B3")}
     own = {e: [run for row in names for run in like(tables.get(e, ()), TABLE_II[row])] for e, names in rows.items()}
     if not all(own.values()):
@@ -178,9 +178,9 @@ def occlusion(tables: Tables) -> list[Answer]:
 
 
 def drift(tables: Tables) -> list[Answer]:
-    """RQ2: with drift a smaller share of the known targets is repaired, and accuracy grows less.
+    """Answers RQ2: drift lowers the share of repaired known targets and the gain in accuracy.
 
-    By one setting, which breaks the fewest samples of B, and by each experiment's own rows of Table II.
+    Compares once the setting that breaks the fewest samples of B, once each experiment's own rows of Table II.
     """
     if not {"B", "C"} <= set(tables):
         return []
@@ -206,9 +206,9 @@ def drift(tables: Tables) -> list[Answer]:
 def _compared(
     question: str, claim: str, words: str, runs: Tables, number: Callable[[Run], float], larger: str
 ) -> Answer:
-    """Compares the means of two experiments; a seed's mean over its settings is one observation.
+    """Compares the means of two experiments. A seed's mean over its settings is one observation.
 
-    The claim says which one is larger.
+    The claim says which mean is larger.
     """
     values = {}
     for name, own in runs.items():
@@ -227,7 +227,7 @@ def _gain(run: Run) -> float:
 
 
 def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
-    """RQ3: between the alphas of the paper."""
+    """Answers RQ3 on alpha, between the smallest and the largest value of the paper."""
     low, high = line.ends
     found = []
     for what in ("broken", "repaired"):
@@ -242,7 +242,7 @@ def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> list[Answ
 
 
 def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
-    """RQ3: from 500 to 1000 passed samples, where regressions are weighed (not under perfect intact)."""
+    """Answers RQ3 on 500 against 1000 passed samples, in settings without perfect intact."""
     few, many = line.ends
     weighed = [run for run in runs if not run.perfect_intact]
     broken, repaired, known = (
@@ -256,7 +256,7 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> list[A
 
 
 def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
-    """RQ3: of the rows of C, the one with 32 weights breaks the fewest; with half as many more break."""
+    """Answers RQ3 on the number of weights: of the rows of C, the one with 32 breaks the fewest."""
     own = [run for row in line.settings(experiment) for run in like(runs, row)]
     (few, most), some = line.ends, line.values[1]
     found = {other: effect(own, line.axis, some, other, "unseen.broken") for other in (few, most)}
@@ -268,18 +268,18 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[
 
 
 def _agrees(sign: int) -> bool | None:
-    """Settled if 0 is outside the interval."""
+    """Returns None if 0 is inside the interval."""
     return {1: True, -1: False, 0: None}[sign]
 
 
 def _spared(run: Run) -> bool:
-    """True if a run suppresses regression at the level of instances: of the unseen samples of the target."""
+    """True if a run suppresses regression at the instance level, on unseen samples of the target."""
     counts = run.counts("unseen")
     return counts.broken_in_target == 0 and counts.repaired_in_target > 0
 
 
 def _no_worse(run: Run) -> bool:
-    """True if a run suppresses regression at the level of accuracy."""
+    """True if a run suppresses regression at the accuracy level."""
     return run.unseen.accuracy_after >= run.unseen.accuracy_before
 
 

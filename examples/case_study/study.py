@@ -1,14 +1,14 @@
-"""The paper's case study in one command: experiments A, B and C, 66 settings with ten seeds each, figures and answers.
+"""Runs the paper's case study: experiments A, B and C, 66 settings with ten seeds each, figures and answers.
 
-    python examples/case_study/study.py            # from fresh images to the answers
+    python examples/case_study/study.py            # everything
     python examples/case_study/study.py --quick    # Table II on few images, a short training, three seeds: minutes
-    python examples/case_study/study.py --layer features.15.body.3   # the last convolution in place of the last layer
+    python examples/case_study/study.py --layer features.15.body.3   # the last convolution instead of the last layer
     python examples/case_study/study.py --data digits
     python examples/case_study/study.py --loss-term inverse_ratio --delta 1   # (L + 1)/(L' + 1)
 
-Draws the scenes, trains a network for each experiment, runs the settings on its last layer or another, and writes to
-`runs/study_<data>_<seed>/` a table for each experiment, the paper's figures 2 to 6 and `answers.md`. What is there is
-used again. Without the vehicles' sprites it takes scikit-learn's digits.
+Draws the scenes, trains a network per experiment and runs the settings on one of its layers. Writes a table per
+experiment, the paper's figures 2 to 6 and `answers.md` to `runs/study_<data>_<seed>/`. Existing files are reused.
+Without the sprites of the vehicles, the data are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
 
 
 def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta) -> dict[str, object]:
-    """Arguments of a setting, and its name; what the row does not say is as in `from_paper`."""
+    """Returns the arguments and the name of a setting. Arguments that the row lacks are those of `from_paper`."""
     arguments = asdict(row)
     words = (
         f"{row.equation} alpha={row.alpha}",
@@ -62,7 +62,7 @@ def study(
     total: int | None,
     layer: str = "auto",
 ) -> None:
-    """Runs experiments and writes what came of them to a folder."""
+    """Runs experiments and writes their results to a folder."""
     for experiment in experiments:
         data = DATA[name](experiment, seed, total)
         of = f"{name}_{experiment}_{seed}" + (f"_{total}" if total else "")
@@ -70,7 +70,7 @@ def study(
         trainer = Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
         given = {"datamodule": data, "ckpt_path": checkpoint, "target": TARGETS[experiment], "layer": layer}
         where = {"settings": settings, "seeds": seeds, "dirpath": folder / experiment}
-        print(sweep(trainer, data.network(), **given, **where))  # what is in the folder is not run again
+        print(sweep(trainer, data.network(), **given, **where))  # runs in the folder are reused
     tables = tables_of(folder)
     answered = page(answers(tables))
     (folder / "answers.md").write_text(answered)
@@ -83,14 +83,14 @@ def study(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", default="ABC")
-    parser.add_argument("--data", choices=DATA, help="vehicles, where their sprites are")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and training")
-    parser.add_argument("--seeds", type=int, help="of the search, ten as in the paper")
-    parser.add_argument("--table-ii", action="store_true", help="the twelve rows of Table II alone")
-    parser.add_argument("--loss-term", choices=LOSS_TERMS, default="bounded", help="how the paper's loss ratio is read")
+    parser.add_argument("--data", choices=DATA, help="default: vehicles if the sprites are installed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and training")
+    parser.add_argument("--seeds", type=int, help="number of searches per setting; default: ten, as in the paper")
+    parser.add_argument("--table-ii", action="store_true", help="only the twelve rows of Table II")
+    parser.add_argument("--loss-term", choices=LOSS_TERMS, default="bounded", help="reading of the paper's loss ratio")
     parser.add_argument("--delta", type=float, default=Fitness().delta, help="the small constant in that ratio")
-    parser.add_argument("--layer", default="auto", help="whose weights change; auto is the last Linear layer")
-    parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
+    parser.add_argument("--layer", default="auto", help="layer to repair; auto: the last Linear layer")
+    parser.add_argument("--quick", action="store_true", help="few images, a short training, only Table II")
     chosen = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")

@@ -1,8 +1,8 @@
-"""Scenes of seven kinds of vehicle with known view and occlusion, shaped like the paper's data: 10,186 images.
+"""Draws 10,186 scenes of seven kinds of vehicle with known view and occlusion, as many as in the paper.
 
-Semi-synthetic: real artwork, composed scenes. The sprites of vehicles, trees and ground are those of Debian's package
-simutrans-pak64 (`apt install simutrans-pak64`; Artistic-1.0: install it, do not commit it or what is made of it). A
-sprite stands on a ground texture; an occluded one has a tree in front that covers 20 to 60 % of it.
+The sprites of vehicles, trees and ground are from Debian's package simutrans-pak64 (`apt install simutrans-pak64`;
+Artistic-1.0: do not commit the sprites or images made of them). A sprite stands on a ground texture. An occluded
+vehicle has a tree in front that covers 20 to 60 % of it.
 
 The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B with drift: front and
 back views are rare in train and val, common in repair and test.
@@ -24,7 +24,7 @@ CLASSES = ["aircraft", "ship", "road_motor", "road_trailer", "steam_loco", "dies
 VIEWS = ["front", "back", "side"]
 SPLITS = {"train": 0.40, "val": 0.10, "repair": 0.20, "test": 0.30}
 HEADING_VIEW = [0, 1, 2, 0, 1, 0, 2, 1]  # s w sw se n e ne nw
-SPECIAL_COLOUR = 0x8000  # colours from here on are recoloured (company colours) or lights
+SPECIAL_COLOUR = 0x8000  # larger values are company colours or lights
 
 
 class Node(NamedTuple):
@@ -69,7 +69,7 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def sprite(data: bytes) -> Sprite | None:
-    """Decode a run-length coded IMG node."""
+    """Decodes a run-length coded IMG node."""
     version = data[6]
     if version == 0:
         w, h, offset = data[1], data[3], 12
@@ -120,7 +120,7 @@ def vehicle_label(way: int, engine: int, power: int) -> int | None:
         return 2 if power and engine != animal else 3
     if way == rail:
         return 6 if not power else (4 if engine == steam else 5)
-    return None  # trams and monorails are left out
+    return None  # without trams and monorails
 
 
 def load_designs(pak: Path) -> list:
@@ -152,7 +152,7 @@ def load_sprites(pak: Path, pattern: str, smallest: int = 1, largest: int = 999)
 
 
 def paste(canvas: np.ndarray, image: np.ndarray, mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """Put image on canvas where mask holds; returns the covered pixels as bool [SIZE, SIZE]."""
+    """Draws an image on the canvas where `mask` is True, and returns the covered pixels, `SIZE x SIZE` bool."""
     y0, x0, y1, x1 = max(0, y), max(0, x), min(SIZE, y + mask.shape[0]), min(SIZE, x + mask.shape[1])
     covered = np.zeros((SIZE, SIZE), bool)
     if y1 > y0 and x1 > x0:
@@ -216,7 +216,7 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
 
 
 def rates(experiment: str, split: str) -> tuple[float, float | None]:
-    """Share of occluded scenes, and of front and back views; None: as the headings are drawn."""
+    """Returns the shares of occluded scenes and of front and back views. None: uniform over headings."""
     later = split in ("repair", "test")
     p_occluded = {"A": 0.30 if later else 0.15, "B": 0.0, "C": 0.0}[experiment]
     p_front_back = {"A": None, "B": 0.4, "C": 0.5 if later else 0.05}[experiment]

@@ -1,13 +1,13 @@
-"""Does it matter which weights are localised? Seven localisers and random weights on five problems, in tables.
+"""Compares seven localisers with random weights on five problems.
 
     python examples/studies/ablation.py --problems weak-digit fashion --seeds 10
     python examples/studies/ablation.py --problems vehicles-A vehicles-B vehicles-C --seeds 5
 
-Each localiser gets the same network, layer, number of weights, searcher, fitness and budget of candidates; random
-weights are drawn ten times, in deeper layers five times. Data, training and search have the seed. NeuRecover has nine
-checkpoints of the training. In deeper layers the search scores 300 sampled passed samples; what is broken is counted on
-all that are known. No gate judges. A difference to random weights is that of one seed and layer to the mean of its
-draws, with a 95 % t interval and an exact sign-flip test over seeds. What was run before is read from `runs/ablation`.
+All localisers get the same network, layer, number of weights, searcher, fitness and number of candidates. Random
+weights are drawn ten times, in deeper layers five times. A seed sets data, training and search. NeuRecover gets nine
+checkpoints of the training. In deeper layers, the search scores 300 passed samples; broken samples are counted on all known
+data. There is no gate. A localiser is compared with the mean over random draws in the same network and layer, with a 95 %
+t interval and an exact sign-flip test over seeds. Earlier runs are read from `runs/ablation`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from lightning_nrl.localization import (
 FITNESSES = {"eq1": "the paper's equation (1), alpha 6", "lexicographic": "fewer broken first"}
 N_WEIGHTS = 64
 VEHICLE_EPOCHS = 12
-"""A short training, as many networks are needed."""
+"""A short training, since many networks are needed."""
 LAST_LAYER = (ParticleSwarm(particles=50, iterations=40, patience=40), None, 10)
 DEEPER = (ParticleSwarm(particles=30, iterations=20, patience=20), 300, 5)
-"""The swarm, how many passed samples it scores, and how often random weights are drawn.
+"""Swarm, number of scored passed samples and number of random draws.
 
-A candidate takes hundreds of times as long to score in deeper layers.
+Scoring a candidate takes hundreds of times as long in deeper layers.
 """
 
 
 def localizers(history: list[State], draws: int) -> Iterator[tuple[str, Localizer]]:
-    """All but `all` with `N_WEIGHTS` weights, or as near to that as they get."""
+    """Returns the localisers, with about `N_WEIGHTS` weights except for `all`."""
     n = N_WEIGHTS
     yield "neurecover-lite", NeuRecoverLite(n)
     yield "neurecover", NeuRecover(history, n)
@@ -60,7 +60,7 @@ def localizers(history: list[State], draws: int) -> Iterator[tuple[str, Localize
 
 
 def searched(name: str, layer: str, seed: int) -> tuple[Run, ...]:
-    """All searches in a layer of a seed's network; read if they were run before."""
+    """Runs all searches in a layer of a seed's network, or reads earlier results."""
     path = RUNS / "ablation" / f"{name}_{layer}_{seed}.csv"
     if not path.exists():
         problem = PROBLEMS[name]
@@ -86,13 +86,13 @@ def searched(name: str, layer: str, seed: int) -> tuple[Run, ...]:
 
 
 def group_of(run: Run) -> str:
-    """The row of a run: the draws of random weights are one."""
+    """Returns the row of a run. All random draws share one row."""
     localizer = run.setting.partition("/")[2]
     return "random" if localizer.startswith("random") else localizer
 
 
 def difference(pairs: Sequence[float]) -> str:
-    """Mean difference with its 95 % t interval, and the p of an exact sign-flip test."""
+    """Formats the mean difference with its 95 % t interval and the p-value of an exact sign-flip test."""
     if len(pairs) < 2:
         return "-"
     mean, half = fmean(pairs), half_interval(pairs)
@@ -103,7 +103,7 @@ def difference(pairs: Sequence[float]) -> str:
 
 
 def paired(runs: Sequence[Run], number: Callable[[Run], float]) -> Mapping[str, list[float]]:
-    """Of each localiser its differences to random weights, one for each seed: the mean over layers."""
+    """Returns the differences of each localiser to random weights, per seed, as means over layers."""
     cells: dict[tuple[int, str, str], list[float]] = {}
     for run in runs:
         cells.setdefault((run.seed, run.layer, group_of(run)), []).append(number(run))
@@ -124,7 +124,7 @@ HEADS = ("runs", "weights", "repaired", "known broken", "unseen repaired : broke
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A row for each localiser, with means over runs."""
+    """Tabulates means over runs, a row per localiser."""
     differences = [paired(runs, number) for number in NUMBERS.values()]
     rows = []
     for group in dict.fromkeys(map(group_of, runs)):
@@ -141,9 +141,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = [name for name, problem in PROBLEMS.items() if problem.layers]
     parser.add_argument("--problems", nargs="+", choices=choices, default=["weak-digit"])
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--layers", type=int, default=3, help="how many of each network, from the last one back")
+    parser.add_argument("--layers", type=int, default=3, help="number of layers, from the last one back")
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)

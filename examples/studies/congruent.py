@@ -1,14 +1,13 @@
-"""Retraining with and without a term that holds the new model to what the old one gets right: one table.
+"""Compares loss terms that keep a retrained model right where the old one was.
 
     python examples/studies/congruent.py                  # ten seeds from scratch, all terms
-    python examples/studies/congruent.py --start old      # the same, going on from the old weights
-    python examples/studies/congruent.py --start old --interpolate  # and each with weights between old and new
+    python examples/studies/congruent.py --start old      # the same, starting from the old weights
+    python examples/studies/congruent.py --start old --interpolate  # also interpolates between old and new weights
     python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
 
-A network for handwritten digits (scikit-learn) was trained on 300 images; it is replaced by one that is trained on
-these and 300 more. What the new one breaks of the old one is counted on 997 images that nothing has looked at, right
-after training and after the repair, which may look at 200 validation images too. What was run before is read from
-`runs/congruent/`.
+The old network was trained on 300 of scikit-learn's handwritten digits, the new one on these and 300 more. Samples that
+the old model gets right and the new one wrong are counted on 997 unseen images, after the training and after a repair.
+The repair also uses 200 validation images. Earlier runs are read from `runs/congruent/`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TERMS = {
 
 
 class MoreDigits(LightningDataModule):
-    """Batches of `(image, digit, position)`; the first images alone, or with those that came in later."""
+    """Batches of `(image, digit, position)`: the first images, or all."""
 
     def __init__(self, seed: int, more: bool, hard_for: DigitNet | None = None) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ def position(batch: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def old_model(seed: int) -> Path:
-    """The checkpoint of the model in use."""
+    """Returns the checkpoint of the old model."""
     path = RUNS / "congruent" / f"old_{seed}.ckpt"
     if not path.exists():
         seed_everything(seed, verbose=False)
@@ -81,7 +80,7 @@ def old_model(seed: int) -> Path:
 
 
 def updated(seed: int, term: str, begin: str, interpolate: bool) -> RepairReport:
-    """Trains the new model in one of the ways, and repairs what it breaks; read if it was run before."""
+    """Trains the new model with one term and repairs its regressions, or reads an earlier run."""
     way = f"{term}{'_interpolated' * interpolate}_{begin}".replace(" ", "_")
     folder = RUNS / "congruent" / way / f"seed_{seed}"
     if not (folder / "report.json").exists():
@@ -105,7 +104,7 @@ HEADS = ("trained: accuracy", "NFR, %", "(fewer : more)", "repaired: accuracy", 
 
 
 def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport]) -> list[str]:
-    """Means over seeds on unseen data, and the seeds in which fewer and more break than in the first way."""
+    """Returns means over seeds on unseen data, and the seeds with fewer and more broken than in the first row."""
     cells = []
     for which in ("trained", "now"):
         splits, plain = ([getattr(one.pooled_update("unseen"), which) for one in of] for of in (reports, first))
@@ -118,10 +117,10 @@ def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--start", choices=("scratch", "old"), default="scratch", help="of the new model's training")
-    parser.add_argument("--interpolate", action="store_true", help="further rows with weights between old and new")
+    parser.add_argument("--start", choices=("scratch", "old"), default="scratch", help="start of the new training")
+    parser.add_argument("--interpolate", action="store_true", help="add rows with weights between old and new")
     parser.add_argument("--terms", nargs="+", choices=list(TERMS), default=list(TERMS))
     given = parser.parse_args()
     start()

@@ -1,7 +1,7 @@
 """Six small problems for `defaults.py`: tables, series, images; drift, rare classes, noisy labels.
 
-All are generated from a seed or come with scikit-learn. Each has a network as its owner would write it, with an
-optimizer and perhaps a schedule; a training takes 2 to 8 s on one core.
+The data are generated from a seed or come with scikit-learn. Each problem has a typical network, optimizer and, in some
+cases, a learning-rate schedule. A training takes 2 to 8 s on one core.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Small(Splits):
 
 
 class Classifier(LightningModule):
-    """A network that is trained with cross-entropy; `schedule` makes the schedule of the rate."""
+    """Classifier trained with cross-entropy; `schedule` makes the learning-rate schedule."""
 
     def __init__(
         self, network: nn.Module, optimizer: Callable[..., Optimizer], schedule: Schedule | None = None
@@ -64,7 +64,7 @@ class Classifier(LightningModule):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer, what is read of its outputs `n x length x 32`, and a Linear layer."""
+    """Recurrent layer, a pooling of its outputs `n x length x 32`, and a Linear layer."""
 
     def __init__(self, layer: nn.Module, read: Callable[[Tensor], Tensor], classes: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def table(seed: int, n: int, features: int, classes: int, **arguments: object) -
 
 
 def rare_classes(seed: int) -> Small:
-    """A table of 20 features and 6 classes, three of them with 4 % of the samples each."""
+    """Makes a table of 20 features and 6 classes; three classes have 4 % of the samples each."""
     weights = [0.4, 0.3, 0.18, 0.04, 0.04, 0.04]
     inputs, labels = table(seed, 7_000, 20, 6, n_clusters_per_class=3, class_sep=1.6, weights=weights, flip_y=0)
     return Small(inputs, labels, (2_500, 900, 3_600))
@@ -105,7 +105,7 @@ def one_cycle(optimizer: Optimizer, trainer: Trainer) -> object:
 
 
 def drifting_sensors(seed: int) -> Small:
-    """A table of 16 features and 5 classes; after training four features of a third of the samples are offset."""
+    """Makes a table of 16 features and 5 classes; later, four features of a third of the samples are offset."""
     inputs, labels = table(seed, 6_500, 16, 5, n_clusters_per_class=2, class_sep=2.0, flip_y=0)
     drifted = torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed)) < 0.33
     drifted[:2_500] = False
@@ -120,7 +120,7 @@ def sensor_net() -> Classifier:
 
 
 def waves(seed: int) -> Small:
-    """Series of one channel and 5 shapes of wave; after training 40 % of them are faster than any before."""
+    """Makes series of one channel and 5 wave shapes; later, 40 % are faster than any in training."""
     n, length = 4_400, 40
     generator = torch.Generator().manual_seed(seed)
 
@@ -146,7 +146,7 @@ def wave_net() -> Classifier:
 
 
 def gestures(seed: int) -> Small:
-    """Series of three channels and 6 classes: the order in which three pulses come. Long, noisy, few."""
+    """Makes few, long, noisy series of three channels; the class is the order of three pulses (6 classes)."""
     n, length, orders = 4_000, 60, torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(6, (n,), generator=generator)
@@ -157,13 +157,13 @@ def gestures(seed: int) -> Small:
 
 
 def gesture_net() -> Classifier:
-    """An LSTM that is trained too briefly to fit its training data; Adam without a schedule."""
+    """LSTM that underfits its training data; Adam without a schedule."""
     network = Recurrent(nn.LSTM(3, 32, batch_first=True), lambda outputs: outputs[:, -1], 6)
     return Classifier(network, partial(torch.optim.Adam, lr=1e-3))
 
 
 def noisy_labels(seed: int) -> Small:
-    """Images of 12 x 12 pixels and 6 shapes, filled or outlined; 5 % of the known labels are those of another shape."""
+    """Makes 12 x 12 images of 6 shapes, filled or outlined; 5 % of the known labels are wrong."""
     n, known, pixels = 5_000, 2_600, torch.arange(12)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(6, (n,), generator=generator)
@@ -194,7 +194,7 @@ def shape_net() -> Classifier:
 
 
 def rotated_digits(seed: int) -> Small:
-    """Scikit-learn's digits; after training 40 % of them are rotated by 25 to 50 degrees to either side."""
+    """Loads scikit-learn's digits; later, 40 % are rotated by 25 to 50 degrees to either side."""
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits.images), generator=generator)

@@ -1,13 +1,12 @@
-"""The default repair beside fine-tuning with as many visits, in shares of the fit's time, or after other fits.
+"""Compares the default repair with fine-tuning, under time limits, and after other fits.
 
     python examples/studies/defaults.py --seeds 10            # six small problems, 10 minutes on one core
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits      # the quickstart and the weak digit
 
-The repair is a callback of the training, and all failures of the repair data are the target. Fine-tuning goes on from
-the trained weights, on all known data, with as many epochs as the training. With `--fits` something else than the
-owner's whole training comes before the repair (`FITS`). All counts are made by a plain loop. What was run before is
-read from `--out`.
+The repair is a callback of the training; the targets are all failures of the repair data. Fine-tuning starts from the
+trained weights and trains on all known data for as many epochs as the fit. `--fits` replaces the fit before the repair
+by shorter or other ones (`FITS`). A plain loop makes all counts. Earlier runs are read from `--out`.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSo
 from lightning_nrl.report.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
-"""The networks of `--fits`."""
+"""Networks of `--fits`."""
 FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
-"""Fits that go on from the trained weights: a constant rate and the epochs, of the training where None."""
+"""Fits that start from the trained weights: a constant rate and the epochs; None: as in the training."""
 PLAIN = "plain PyTorch"
 SHIFTED = "images, noisy labels"
-"""Its unseen labels are right where known ones are wrong, so that held-out samples are not like unseen ones."""
+"""In this problem, known labels are noisy and unseen ones are not, so held-out samples differ from unseen."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one method did: counts on repair data (targets), known data and unseen ones; seconds of the processor.
+    """Counts of one method on repair data (targets), known and unseen data, and its processor seconds.
 
-    `held_out`: repaired, failures, broken and passed among the samples that the chosen rung did not see, and how many
-    rungs they chose among.
+    `held_out`: repaired, failures, broken and passed among the held-out samples of the chosen rung, and the number of
+    rungs to choose from.
     """
 
     targeted: int
@@ -61,12 +60,12 @@ class Run:
 
     @property
     def points(self) -> float:
-        """By how much the accuracy on test data grew, in percentage points."""
+        """Returns the gain in accuracy on unseen data, in percentage points."""
         return 100 * (self.unseen_repaired - self.unseen_broken) / self.unseen
 
 
 class TrainingEnd(Callback):
-    """Notes weights and time when training ends; what comes after it in the same `fit` is the repair."""
+    """Records weights and time at the end of training, before the repair in the same `fit`."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.state, self.ended = deepcopy(pl_module.state_dict()), time.process_time()
@@ -90,7 +89,7 @@ class Study:
         return model
 
     def run(self, method: str) -> Run:
-        """Run fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
+        """Runs fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
         if method == "fine-tuning":
             model = self.new(self.state)
             loader = self.data.train_dataloader()
@@ -113,7 +112,7 @@ class Study:
         return self.counted(end.state, model, time.process_time() - end.ended, repair.report)
 
     def repaired_plain(self) -> Run:
-        """Repair from tensors, without a Trainer."""
+        """Repairs with tensors as data, without a Trainer."""
         train, repair, test = (self.data.data[split].tensors[:2] for split in SPLITS)
         known = [TensorSource(*train, split="train", passed=True), TensorSource(*repair, split="repair", failed=True)]
         model, began = self.new(self.state).eval(), time.process_time()
@@ -122,7 +121,7 @@ class Study:
         return self.counted(self.state, model, time.process_time() - began, outcome.report)
 
     def counted(self, before: State, model: LightningModule, seconds: float, report: RepairReport | None = None) -> Run:
-        """Count what changed from weights before to a model as it is now."""
+        """Counts the changes from earlier weights to the present ones."""
         models = self.new(before), model
         was, now = ({split: right(one, self.data.data[split]) for split in SPLITS} for one in models)
         broken = {split: int((was[split] & ~now[split]).sum()) for split in SPLITS}
@@ -141,7 +140,7 @@ class Study:
 
 
 def fix_rate(model: LightningModule, rate: float) -> None:
-    """Replaces the schedule of a module by a constant rate."""
+    """Replaces the schedule of a module by a constant learning rate."""
     configure = model.configure_optimizers
 
     def constant() -> torch.optim.Optimizer:
@@ -161,13 +160,13 @@ def held_out_of(report: RepairReport) -> tuple[int, int, int, int, int] | None:
 
 @torch.no_grad()
 def right(model: LightningModule, data: Dataset) -> Tensor:
-    """Samples that a model gets right, in the order of the data."""
+    """Returns True for samples that a model gets right, in the order of the data."""
     model.eval()
     return torch.cat([model(inputs).argmax(1) == labels for inputs, labels, *_ in DataLoader(data, 500)])
 
 
 def runs_of(name: str, problem: Problem, seed: int, methods: Sequence[str], out: Path) -> dict[str, Run]:
-    """A run of each method; read if they were run before."""
+    """Runs each method, or reads earlier runs."""
     folder = out / name.replace(",", "").replace(" ", "_") / f"seed_{seed}"
     path = folder / f"{'_'.join(methods).replace(' ', '')}.json"
     if not path.exists():
@@ -194,7 +193,7 @@ def row(name: str, runs: Sequence[Run]) -> list[str]:
 
 
 def estimates(runs: Sequence[Run]) -> str:
-    """Count the runs whose unseen rates are within the 90 % intervals of their held-out estimates."""
+    """Counts the runs whose unseen rates are within the 90 % intervals of their held-out estimates."""
     covered, tried = [0, 0], [run for run in runs if run.held_out is not None]
     for run in tried:
         happened = (run.unseen_repaired, run.unseen - run.unseen_right), (run.unseen_broken, run.unseen_right)
@@ -209,12 +208,12 @@ def estimates(runs: Sequence[Run]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from seed --first")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="all that the study has by default")
-    parser.add_argument("--max-times", nargs="+", type=float, help="shares of the fit's seconds for the repair")
+    parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="default: all of the study")
+    parser.add_argument("--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time")
     parser.add_argument("--fits", action="store_true", help="other fits before the repair")
-    parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="folder of the runs")
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)

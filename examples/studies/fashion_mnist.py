@@ -1,6 +1,6 @@
 """Fashion-MNIST with drift, as in the paper's EXP-C: a view that was rare in training becomes common in operation.
 
-Garments lie the right way up; 2 % of the training images are upside down, and 40 % of those that come in later.
+2 % of the training images are upside down, and 40 % of the later images.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
-SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # images, no image in two splits
-UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of them
+SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # images; splits do not overlap
+UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of upside-down images
 
 
 def load_images() -> tuple[Tensor, Tensor]:
-    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package."""
+    """Reads all 70,000 images, `N x 1 x 28 x 28` uint8, and their classes from Debian's package."""
     if not DEBIAN.is_dir():
         raise SystemExit("Fashion-MNIST is not here.\nHINT: apt install dataset-fashion-mnist")
     parts = ("train", "t10k")
@@ -31,7 +31,7 @@ def load_images() -> tuple[Tensor, Tensor]:
 
 
 class DriftingFashion(Splits):
-    """Batches of `(image, garment, upside_down)`. `repair_dataloader` gives what came in after training."""
+    """Batches of `(image, garment, upside_down)`. `repair_dataloader` has data collected after the training."""
 
     batch_size, drop_last = 128, True
 
@@ -85,7 +85,7 @@ class FashionNet(LightningModule):
 
 
 def flip_and_shift(images: Tensor) -> Tensor:
-    """Mirrors half of the images left to right, and moves the batch by up to two pixels."""
+    """Mirrors half of the images and shifts the batch by up to two pixels."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     images = torch.where(mirrored, images.flip(3), images)
     down, right = torch.randint(0, 5, (2,)).tolist()

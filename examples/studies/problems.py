@@ -1,9 +1,9 @@
-"""What the studies repair: networks with too little of something in their training data, each from a seed.
+"""Problems of the studies: networks whose training data lack something, made from a seed.
 
-- `slashed-zeros`: the quickstart. `weak-digit`: MNIST with too few eights; `toolkit`: the same digits, split so that
-  there are about as many targets and known samples as in the public toolkit's figures.
-- `fashion`: garments that are upside down, rare in training and common in operation (Debian's dataset-fashion-mnist).
-- `vehicles-A`: partly occluded vehicles; `vehicles-B`: front and back views; `vehicles-C`: the same, rare in training.
+- `slashed-zeros` is the quickstart. `weak-digit` is MNIST with too few eights. `toolkit` has the same digits, split for
+  about as many targets and known samples as in the public toolkit's figures.
+- `fashion` has upside-down garments, rare in training and common later (Debian's dataset-fashion-mnist).
+- `vehicles-A` has partly occluded vehicles, `vehicles-B` front and back views, `vehicles-C` the same, rare in training.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lightning_nrl import Target
 
 RUNS = Path("runs")
 CHECKPOINTS = 10
-"""Of each training that are kept, at equal distances; the last one is the network."""
+"""Number of checkpoints kept per training, evenly spaced; the last one is the network to repair."""
 
 State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A network to be trained and repaired, of any seed; data are in splits `train`, `repair` and `test`.
+    """A network to train and repair, for any seed, with data in the splits `train`, `repair` and `test`.
 
     `layers`: the last layer, the one before it that has weights, and a deeper one.
     """
@@ -53,25 +53,25 @@ class Problem:
 
 
 def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Trainer:
-    """A trainer that shows and keeps nothing."""
+    """Returns a trainer without progress bar, logger and checkpoints."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     return Trainer(**{"max_epochs": epochs, "devices": 1, "callbacks": list(callbacks), **quiet, **arguments})
 
 
 def start() -> None:
-    """Leaves the screen to what a study prints."""
+    """Silences logs and warnings of other packages."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as the pages of the docs have it."""
+    """Formats a table as Markdown."""
     lines = [("", *heads), ["---", *["---:"] * len(heads)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def interval(values: Sequence[float], form: str = ".1f") -> str:
-    """Mean and half of its 95 % t interval; of one value there is none."""
+    """Formats the mean and half of its 95 % t interval; only the mean for a single value."""
     if len(values) < 2:
         return format(values[0], form)
     return f"{fmean(values):{form}} ± {half_interval(values):{form.lstrip('+')}}"
@@ -82,7 +82,7 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 class CheckpointsOfTraining(Callback):
-    """Keeps the weights of some epochs."""
+    """Saves the weights of some epochs."""
 
     def __init__(self, epochs: int) -> None:
         self.states: list[State] = []
@@ -94,7 +94,7 @@ class CheckpointsOfTraining(Callback):
 
 
 def trained(name: str, seed: int, epochs: int | None = None) -> tuple[Path, list[State]]:
-    """The checkpoint of a problem's network and the weights on the way there; trained if it is not in `runs/`."""
+    """Returns the checkpoints of a problem's training, the last one first; trains if `runs/` has none."""
     problem = PROBLEMS[name]
     short = "" if epochs in (None, problem.epochs) else f"_{epochs}_epochs"
     checkpoint = RUNS / f"{name.replace('-', '_')}_{seed}{short}.ckpt"

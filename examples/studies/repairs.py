@@ -1,17 +1,16 @@
-"""Repairs of one problem over seeds: a line for each seed, or, of several methods, a line with means for each method.
+"""Repairs one problem over seeds; prints a row per seed, or means per method for several methods.
 
     python examples/studies/repairs.py slashed-zeros --seeds 10
-    python examples/studies/repairs.py weak-digit --seeds 10 --methods convex      # the last layer alone
-    python examples/studies/repairs.py vehicles-C --max-time 80                    # seconds for each repair
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods convex      # only the last layer
+    python examples/studies/repairs.py vehicles-C --max-time 80                    # seconds per repair
     python examples/studies/repairs.py toolkit --seeds 10 --methods default swarm arachne merged
-    python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # the published methods too
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # with the published methods
     python examples/studies/repairs.py vehicles-C --seeds 1 --max-time 80 --compare fine-tuning retraining
 
-Data, training and repair have the seed. The problems are those of `problems.py`. Published methods are counted as they
-are, whatever they break; all others may break no known sample. Arachne and `merged` score 200 passed samples.
-NeuRecover and Arachne's second version may change all Linear layers, the others the last one. `from_paper` is EXP-B1.
-`--compare` has methods and baselines beside each other, with a table and a picture for each seed. What was run before
-is read from `runs/`.
+A seed sets data, training and repair. The problems are in `problems.py`. Published methods run without a gate; all
+others may break no known sample. Arachne and `merged` score 200 passed samples. NeuRecover and Arachne's second version
+may change all Linear layers, the others the last one. `from_paper` is EXP-B1. `--compare` compares methods and
+baselines, with a table and a figure per seed. Earlier runs are read from `runs/`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples,
 
 
 def linear_layers(network: LightningModule) -> dict[str, Any]:
-    """Counted as found, searched in all Linear layers."""
+    """Returns arguments of a repair of all Linear layers without a gate."""
     return {**AS_FOUND, "layer": [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]}
 
 
@@ -61,11 +60,11 @@ METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
     "apricot, no polish": lambda history, network: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
     "apricot": lambda history, network: {"method": Apricot(history[-5:])},
 }
-"""Arguments of each repair, from the weights that the training had on the way."""
+"""Arguments of each repair, by the checkpoints of the training."""
 
 
 def repaired(name: str, seed: int, method: str, max_time: float | None = None) -> RepairReport:
-    """The report of one repair of a trained network; read if it was run before."""
+    """Repairs a trained network and returns the report, or reads an earlier one."""
     limit = "" if max_time is None else f"_{max_time:g}s"
     folder = RUNS / f"{name}_{method}{limit}".replace(",", "").replace(" ", "-").replace("-", "_") / f"seed_{seed}"
     if not (folder / "report.json").exists():
@@ -87,7 +86,7 @@ def repaired(name: str, seed: int, method: str, max_time: float | None = None) -
 
 
 def compared(name: str, seed: int, methods: Sequence[str], max_time: float | None) -> Comparison:
-    """Methods and baselines beside each other; read if they were run before, whatever they were run with."""
+    """Compares methods and baselines, or reads an earlier comparison, whatever its arguments."""
     folder = RUNS / f"comparison_{name.replace('-', '_')}_{seed}"
     path = folder / "comparison.json"
     if path.exists():
@@ -110,7 +109,7 @@ NUMBERS: dict[str, tuple[Callable[[RepairReport], float], str]] = {
     "points": (lambda report: 100 * (after(report) - report.pooled("unseen").accuracy_before), "+.2f"),
     "seconds": (lambda report: sum(report.seconds.values()), ".0f"),
 }
-"""Columns of the table; known is what the repair saw, unseen is only counted."""
+"""Columns of the table. The repair uses known data; unseen data are only counted."""
 
 
 def after(report: RepairReport) -> float:
@@ -124,15 +123,15 @@ def row(name: str, reports: Sequence[RepairReport]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["default"])
-    parser.add_argument("--compare", nargs="*", help="methods and baselines, all if none is named")
-    parser.add_argument("--max-time", type=float, help="seconds for each repair, and each baseline but retraining")
+    parser.add_argument("--compare", nargs="*", help="methods and baselines; default: all")
+    parser.add_argument("--max-time", type=float, help="seconds per repair and per baseline except retraining")
     chosen = parser.parse_args()
     start()
     if not chosen.problem.startswith(("vehicles", "fashion")):
-        torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+        torch.set_num_threads(1)  # faster for networks this small
     if chosen.compare is not None:
         for seed in range(chosen.first, chosen.first + chosen.seeds):
             print(compared(chosen.problem, seed, chosen.compare, chosen.max_time).render(120))

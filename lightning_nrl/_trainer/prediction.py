@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.step_outputs import forward_hooks, no_op, replaced
+from lightning_nrl._trainer.step_outputs import forward_hooks
 from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
@@ -367,9 +367,6 @@ def _run_step(
     raw = source.first_batch()
     with ExitStack() as stack:
         stack.enter_context(untracked(trainer))
-        for part in model.modules():
-            if isinstance(part, LightningModule):
-                stack.enter_context(replaced(part, log=no_op, log_dict=no_op))
         stack.enter_context(preserve_attributes(model))
         calls = stack.enter_context(_recording(model, evaluator, layers))
         seed_all(seed)

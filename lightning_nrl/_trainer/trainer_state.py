@@ -30,6 +30,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
+from lightning_nrl._trainer.step_outputs import without_logging
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
 from lightning_nrl._utils.preserve import has_own_modes, module_flags, random_state, set_modes
@@ -176,7 +177,14 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 
 
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
-    return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))
+    """Returns an evaluator with the trainer's device, precision and ranks. While it runs, `self.log` does nothing."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with without_logging(model), trainer.precision_plugin.forward_context():
+            yield
+
+    return Evaluator(model, task, context, Collective.current(model.device))
 
 
 @contextmanager

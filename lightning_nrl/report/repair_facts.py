@@ -60,7 +60,9 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if limit is None:
         return ()
     confidence = show_confidence(UNSEEN_CONFIDENCE)
-    text = f"with {confidence} confidence at most {percent_up(limit)} of others like these break"
+    text = (
+        f"with {confidence} confidence at most {percent_up(limit)} of new samples like these that were right will break"
+    )
     known = sum(report.leaked.values())
     return (("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),)
 

@@ -242,7 +242,7 @@ def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
 
 
 def _sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
-    columns = _named("true", "before", "after", *MARGINS, "target")
+    columns = _named("true", "before", "after", *MARGINS, "in target")
     with_slices = any(one.slice for one in samples)
     rows = []
     for one in samples:

@@ -87,6 +87,15 @@ class Scripted(Classifier):
         self.network = torch.jit.script(self.network)
 
 
+class Logged(Classifier):
+    """Logs in `forward`, which Lightning allows in its own steps alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self._trainer:
+            self.log("mean", images.mean())
+        return super().forward(images)
+
+
 class Uncopyable(Classifier):
     """Holds what no copy can hold: locks, a file, a generator, a result with its graph."""
 
@@ -114,6 +123,7 @@ class Uncopyable(Classifier):
         (ScheduledBySteps, {"max_steps": 24, "max_epochs": -1}),
         (Uncopyable, {}),
         (Scripted, {}),
+        (Logged, {}),
     ],
 )
 def test_the_training_goes_on(tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ def test_parametrised_layer_is_refused():
 
 
 def test_looking_for_layers_leaves_the_power_iteration_of_a_spectral_norm() -> None:
-    model = nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 2)).train()
+    model = nn.Sequential(spectral_norm(nn.Linear(30, 40)), nn.Linear(40, 2)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert [site.name for site in find_layers(model).sites] == ["1"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

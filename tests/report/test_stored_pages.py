@@ -195,7 +195,7 @@ def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_wh
     assert unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
         assert unseen_limit(other) is None
-        assert "others like these" not in other.to_markdown()
+        assert "samples like these" not in other.to_markdown()
 
 
 if __name__ == "__main__":

@@ -134,7 +134,10 @@ def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
     assert found["search"]["curves"]["broken"] == [0, 1]
     assert [point["strength"] for point in found["strength"]] == [0, 0.5, 1.0]
     assert [point["repaired"] for point in found["strength"]] == [0, 0, 1]
-    assert found["answers"][-1][1] == "with 95 % confidence at most 6.17 % of others like these break"
+    assert (
+        found["answers"][-1][1]
+        == "with 95 % confidence at most 6.17 % of new samples like these that were right will break"
+    )
     assert found["verdict"] == "Repaired: promise kept, no difference shown on unseen data"
     evidence = "no difference shown: 3 repaired, 2 broken of 104 unseen samples (sign test, p = 1)"
     assert found["answers"][1] == ["evidence", evidence]
