@@ -5,9 +5,9 @@
 
 All localisers get the same network, layer, number of weights, searcher, fitness and number of candidates. Random
 weights are drawn ten times, in deeper layers five times. A seed sets data, training and search. NeuRecover gets nine
-checkpoints of the training. In deeper layers, the search scores 300 passed samples; broken samples are counted on all known
-data. There is no gate. A localiser is compared with the mean over random draws in the same network and layer, with a 95 %
-t interval and an exact sign-flip test over seeds. Earlier runs are read from `runs/ablation`.
+checkpoints of the training. In deeper layers, the search scores 300 passed samples; broken samples are counted on all
+known data. There is no gate. A localiser is compared with the mean over random draws in the same network and layer,
+with a 95 % t interval and an exact sign-flip test over seeds. Earlier runs are read from `runs/ablation`.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def no_op(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def without_logging(model: nn.Module) -> Iterator[None]:
-    """Lets `self.log` do nothing for a block, since Lightning refuses it outside of its own steps."""
+    """Makes `self.log` do nothing for a block, since Lightning refuses it outside its own steps."""
     with ExitStack() as stack:
         for part in model.modules():
             if isinstance(part, LightningModule):
