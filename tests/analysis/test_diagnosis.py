@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_repairs import known, trained
+from toy_repairs import Within, known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
 from lightning_nrl.analysis.baselines import BASELINES
@@ -32,7 +32,6 @@ from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
 from lightning_nrl.report import hash_tensors
-from lightning_nrl.tasks import Task
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -173,16 +172,6 @@ def test_nothing_to_repair_is_an_answer() -> None:
     assert "Nothing to repair" in found.render()
     shown = [text.get_text() for axes in found.plot().axes for text in axes.texts]
     assert shown == ["no margin is known", "not looked at", "not looked at"]
-
-
-class Within(Task):
-    """Right within a tolerance; no classes and no margin."""
-
-    def passed(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output[:, 0] - target).abs() < 0.5
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output[:, 0] - target).square()
 
 
 def test_a_task_without_margins_leaves_the_swarm() -> None:
