@@ -48,8 +48,8 @@ def missing(batch: Any) -> Any:
 
 @pytest.mark.parametrize("where", [missing, lambda batch: None])
 def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any]) -> None:
+    later = TensorSource(*blobs(8), split="later")
     with pytest.warns(DataWarning, match="in the target are not counted on held-out data: `target`: the pred"):
-        later = TensorSource(*blobs(8), split="later")
         results = evaluate_held_out(Evaluator(mlp()), [later], quick(target=Target.where(where)))
     assert len(results) == 8
     assert not results.targeted.any()
