@@ -73,9 +73,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
     """Raises a `ConfigurationError` if `limit` needs missing calibration data, or counts only samples in the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
-        raise ConfigurationError(
-            f"`limit='{limit}'` must count all samples, not only the target.", "write `tolerance:1%`."
-        )
+        raise ConfigurationError(f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`.")
     if limit is not None and not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
