@@ -202,7 +202,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: MaxNegativeFlipRate(0.01, 95), "`confidence=95` is no share"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: NoSliceWorse(level=0), "`level=0` is no share"),
-        (lambda: AtMostBroken("instance-in-target"), "no failures are targeted here"),
+        (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
         (lambda: ProtectedIntact(), "protects nothing"),
         (lambda: ProtectedIntact({"test": []}), "protects nothing"),
