@@ -62,7 +62,7 @@ def test_a_diagnosis_says_what_was_never_learnt(tmp_path: Path) -> None:
     other = DoubtfulLabel("all", 5, 1, prediction=0, agreed=1.0, lead=1.0)
     first, second = history_notes(TrainingRecord.read(tmp_path), known.before, [doubt, other])
     assert "2 points, 1 of 2 targets were never right, and 1 were forgotten" in first
-    assert second.endswith("look first at the labels of all 6.")
+    assert second.startswith("Look first at the labels of all 6: neighbours")
     notes = diagnose_module(known.evaluator, known.sources, history=tmp_path).notes
     assert any("1 of 2 targets were never right" in note for note in notes)
 
