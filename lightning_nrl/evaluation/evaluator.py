@@ -231,7 +231,7 @@ def _check_classes(source: Source, table: Table) -> None:
     if without:
         some = f"{without[:10]}{' ...' if len(without) > 10 else ''}"
         raise UnusableSamplesError(
-            f"`{source.split}` data: {len(without)} labels are below 0 or above the model's last class ({some}).",
+            f"`{source.split}` data: {len(without)} samples have labels below 0 or above the last class ({some}).",
             "leave samples without a class out of the data, such as those with the label -100, which a loss ignores.",
             {source.split: without},
         )

@@ -191,7 +191,7 @@ def _names(
     found_outside = _outside_tree(modules)
     if found_outside:
         raise _outside_error("auto", next(iter(found_outside)))
-    hint = f"name a {KINDS}, unless it is scripted (`torch.jit`); 'auto' finds no recurrent layers."
+    hint = f"name a {KINDS} that is not scripted (`torch.jit`); 'auto' finds no recurrent layers."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
 

@@ -148,7 +148,7 @@ class _Adapted:
 
 
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Maps old classes to new ones; raises a `ConfigurationError` if this is not one to one or `task` has no classes."""
+    """Maps old classes to new ones; raises a `ConfigurationError` if it is not one to one or `task` has no classes."""
     if classes is None:
         return None
     if task is not None and not isinstance(task, Multiclass):

@@ -95,7 +95,7 @@ def test_what_a_term_needs_is_asked_for() -> None:
         FocalDistillation()(TASK, STUDENT, LABELS, known)
     with pytest.raises(ConfigurationError, match="have no margin to keep"):
         MarginHinge()(TASK, STUDENT, LABELS, known)
-    with pytest.raises(ConfigurationError, match=r"old model returned \[2, 3\], the new one \[2, 2\]"):
+    with pytest.raises(ConfigurationError, match=r"old model returned \[2, 3\], but the new one \[2, 2\]"):
         FocalDistillation()(TASK, STUDENT, LABELS, OldAnswers(RIGHT, torch.zeros(2, 3)))
 
 
