@@ -190,7 +190,7 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """Results of the old model by role of the data, with the same rows as the results of the new model."""
+    """Results of the old model by role (known, calibration, unseen), with the rows of the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 

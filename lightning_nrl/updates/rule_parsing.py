@@ -34,7 +34,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """Parses the text of a rule, which has one of the forms in `RULES.forms`; its numbers may differ from those there.
+    """Parses the text of a rule, which has one of the forms in `RULES.forms`, with any numbers.
 
     The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. A `Rule` object is returned unchanged.
 

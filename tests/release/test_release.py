@@ -257,11 +257,7 @@ def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
     assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
-    assert re.search(
-        r"`new` has no value of `passed` for 1 samples.*HINT: give the column `passed`",
-        capsys.readouterr().err,
-        re.DOTALL,
-    )
+    assert re.search(r"`new` has no value of `passed` for 1 .*HINT: give ", capsys.readouterr().err, re.DOTALL)
 
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
