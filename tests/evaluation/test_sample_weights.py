@@ -118,7 +118,7 @@ def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
         ({"importance": 1.5}, "`importance`: a value of type float is not a column"),
         ({"importance": "no.such:function"}, "`importance='no.such:function'`"),
         ({"importance": True}, "type bool is not a column"),
-        ({"quotas": {"night": 3}}, "needs slices, and there are none"),
+        ({"quotas": {"night": 3}}, "needs slices, but `slices` is not given"),
         ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
         ({"slices": 2, "quotas": {"night": "half"}}, "`quotas.'night'.`: 'half' is no number"),
         ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),

@@ -76,5 +76,5 @@ def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None
         NeuRecover(tmp_path / "other").on(known)
     forget_after(tmp_path / "other", -1)
     write_point(tmp_path / "other", 1, 0, replace(known.before, splits=("train",)), threshold(0.5))
-    with pytest.raises(ConfigurationError, match=r"records \['train'\], the targets are in \['all'\]"):
+    with pytest.raises(ConfigurationError, match=r"records \['train'\], but the targets are in \['all'\]"):
         NeuRecover(tmp_path / "other").on(known)
