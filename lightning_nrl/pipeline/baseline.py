@@ -34,9 +34,9 @@ class Baseline:
     """Results of the model before the repair, on all data.
 
     Attributes:
-        known: results on known data. `targeted` marks the failures to repair. Failures set aside are not among them.
+        known: results on known data. `targeted` marks the failures to repair, without those that are set aside.
         before: the results from which the search starts. They equal `known`, except in an update with
-            `keep="reference"`: then `passed` leaves out samples that the replaced model gets wrong; these may break.
+            `keep="reference"`. Then `passed` leaves out samples that the replaced model gets wrong, so these may break.
         held_out: data and results by role. A role without data is missing.
         set_aside: mask over the `N` known samples. It marks the failures in the target that are not to be repaired.
         update: results of the replaced model. None if no model is replaced.
@@ -103,7 +103,7 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data of one role. `sources` are this rank's share; `before` are the original results of all ranks."""
+    """Held-out data of one role. `sources` are this rank's share. `before` has all ranks' results before the repair."""
 
     sources: Sequence[Source]
     before: SampleResults

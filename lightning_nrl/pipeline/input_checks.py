@@ -49,9 +49,9 @@ def given_or_default(settings: Settings | None) -> Settings:
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Raises a `ConfigurationError` if sources are no lists of `Source`, share a split name, or lack a needed mark.
+    """Raises a `ConfigurationError` if the arguments are no lists of `Source`, or if split names or marks are wrong.
 
-    A known source must be marked `failed`. If `n_passed` is set, a known source must be marked `passed`.
+    Split names must differ. At least one known source must be marked `failed` and, if `n_passed` is set, one `passed`.
     """
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
@@ -70,7 +70,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if `limit` needs missing calibration data, or counts only samples in the target."""
+    """Raises a `ConfigurationError` if `limit` lacks calibration data, or counts only broken samples in the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
         raise ConfigurationError(f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`.")

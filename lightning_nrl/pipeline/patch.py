@@ -71,7 +71,7 @@ class Patch:
             report: report of the repair, to be stored in the patch.
 
         Raises:
-            ConfigurationError: the states are equal or of different models.
+            ConfigurationError: the states are equal or of different models, or a checkpoint cannot be read.
         """
         before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
         if before.keys() != after.keys():
@@ -202,7 +202,8 @@ def patch_checkpoint(
         checkpoint: path of a Lightning checkpoint, or of a file with a state dict.
         out: path of the file to write, atomically. It may be `checkpoint`.
         undo: if True, reverts the patch instead.
-        weights_only: if True, refuses a checkpoint with anything but tensors and plain values. False trusts the file.
+        weights_only: if True, refuses a checkpoint with anything but tensors and plain values. If False, such a file is
+            read, and may run code. Trust its source.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.

@@ -1,8 +1,8 @@
 """Changes of tensors, bit by bit, and the file format of patches.
 
 A patch is a safetensors file. For a tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values of `w`
-are stored. A complex number is stored as two. The metadata are `format`, `patch` (a `PatchHeader`), `report` and
-`sha256`, a hash of everything else.
+are stored. A complex number is stored as two numbers. The metadata are `format`, `patch` (a `PatchHeader`), `report`
+and `sha256`, which is a hash of the header, the report and the tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TensorChange:
 
     If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise they are vectors of
     the values at the flat positions `index`, which ascend and are int32, or int64 for large tensors. The two hashes
-    (`hash_tensors`) are of the whole tensor before and after the change.
+    (`hash_tensor`) are of the whole tensor before and after the change.
     """
 
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class TensorChange:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Returns the SHA-256 of one tensor."""
+    """Returns the SHA-256 of the dtype, shape and bytes of one tensor."""
     return hash_tensors({"": tensor})
 
 
@@ -107,7 +107,10 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """Metadata of a `TensorChange`, `sparse` if that has an `index`. Tied tensors are stored once, as `values_of`."""
+    """Metadata of a `TensorChange`. `sparse` is True if the change has an `index`.
+
+    Tied tensors share their values in the file. `values_of` is the name under which the file has the values.
+    """
 
     shape: tuple[int, ...]
     dtype: str

@@ -63,7 +63,7 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """Returns a mask of shape `N` of the known passed samples to score (I_pos): all, or a draw of `n_passed` (#pos)."""
+    """Returns a mask of shape `N` of the passed samples to score (I_pos): all, or `n_passed` (#pos) drawn at random."""
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)

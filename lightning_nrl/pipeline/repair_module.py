@@ -43,10 +43,10 @@ class Outcome:
 
     Attributes:
         report: the report, whose `status` says how the repair ended.
-        parameters: repaired parameters and buffers by state-dict name, whole tensors. None unless they were accepted.
-        evaluated: `parameters` in evaluation mode. `eval()` may rewrite tensors, for instance to merge an adapter.
+        parameters: the repaired parameters and buffers, whole tensors by state-dict name. None if none were accepted.
+        evaluated: `parameters` after `eval()`, which may rewrite tensors, for instance to merge an adapter.
         changes: new minus old tensors by name, on the CPU, also of refused weights. None if no weights were found.
-        views: flipped samples for review.
+        views: inputs of flipped samples, as pictures or text, to show with the report.
     """
 
     report: RepairReport
@@ -95,7 +95,7 @@ def repair_module(
         settings: what to repair and how. None takes the default settings.
         unseen: data that are only counted, before and after an accepted repair. Marks are ignored.
         calibration: held-out data that choose the strength (how much of the change to make). Marks are ignored.
-        training: continues the training of the model. If None, methods that train make their own steps.
+        training: continues the training of the model. If None, methods that train take gradient steps of their own.
         reference: knows what the replaced model gets right. Only samples that this model gets right are then repaired.
         observer: is notified of progress.
         work: saves finished steps and restores the steps that an earlier process saved. If None, nothing is saved.
@@ -106,8 +106,8 @@ def repair_module(
     Raises:
         ConfigurationError: the layer, data, target or task cannot be used, or calibration data are also known.
         EvaluationError: the original model has NaN or infinite losses. The error names the samples.
-        DeviceMemoryError: memory ran out while the original model was evaluated. With several ranks this error is also
-            raised if memory runs out later; a single rank then returns the outcome `not repaired`.
+        DeviceMemoryError: memory ran out while the original model was evaluated, or later with several ranks. If it
+            runs out later on a single rank, the function returns the outcome `not repaired` instead.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -292,11 +292,11 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """Returns the tensors to load in training mode, and the tensors that `eval()` then makes of them.
+    """Returns two states: the tensors to load in training mode, and their values after the next `eval()`.
 
-    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then tensors
-    to load are chosen that `eval()` brings as close to the patch as possible. Tensors that do not change are left out.
-    Call this in evaluation mode inside `preserve_state`, which yields `rewritten` (tensors before `eval()`, by `id`).
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then `eval()`
+    rewrites loaded tensors, and the state is chosen that `eval()` brings closest to the patch. Tensors that do not
+    change are left out. Call this in evaluation mode inside `preserve_state`, which yields `rewritten`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch

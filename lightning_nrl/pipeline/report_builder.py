@@ -59,7 +59,7 @@ def split_report(
 
 
 def update_text(splits: Sequence[UpdateSplit]) -> str:
-    """Returns a sentence about regressions on known data, or an empty string if no model was replaced."""
+    """Returns a sentence that counts the regressions on known data, or "" if no model was replaced."""
     known = by_role(splits).get("known")
     if known is None:
         return ""
@@ -149,7 +149,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
 
 
 def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """Counts the flips in `rows` by class. Returns () if the task has no classes."""
+    """Counts kept, broken, repaired and failing samples in `rows` by class. Returns () if the task has no classes."""
     labels = before.label[rows]
     if not _has_classes(labels, before.prediction[rows]):
         return ()
@@ -228,7 +228,7 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """Returns the report on new weights `new`. `held_out` and `bounds` are for weights that the gate accepted."""
+        """Returns the report on weights `new` with results `after`. If they are refused, `held_out` is not used."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before

@@ -40,7 +40,7 @@ class SearchOptions:
         n_scored: maximum number of known samples that the search uses: failed samples, samples near the decision
             boundary, and a random draw of the rest. If time is short, fewer are used. The gate judges on all samples.
         budget: memory for the search on the device, in bytes. None takes a share of the free memory. Half of the budget
-            holds recorded activations; a GPU also uses main memory. Activations that do not fit are computed again.
+            holds recorded activations. With a GPU, main memory holds more of them. The rest is computed when needed.
         save_every: a trainer saves the result of each step that took at least this many seconds. If the run is stopped
             or killed, the same call skips the saved steps. None saves nothing.
 
@@ -77,8 +77,8 @@ class BoundOptions:
     """How much of the change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: the share of the change to make, above 0 and at most 2. None means 1 or, with calibration data, more
-            if this repairs more targets, breaks no known sample, and breaks no more calibration samples than 1 does.
+        strength: the share of the change to make, above 0 and at most 2. None takes 1 or, with calibration data, a
+            greater strength that repairs more targets, breaks no known sample and no more calibration samples.
         limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The greatest strength within
             this limit is taken. None sets no limit.
         sparse: share of the repairs (0 to below 1) that may be lost to change fewer weights. None keeps every change.
@@ -195,7 +195,7 @@ class Settings:
 
     @property
     def trains(self) -> bool:
-        """True if the method continues the training where possible. Such a method needs no layer to search."""
+        """True if the method can train the model further. Such a method needs no layer to search."""
         return bool(getattr(self.method, "trains", False))
 
     @property
@@ -288,8 +288,8 @@ def paper_arguments(row: str) -> dict[str, Any]:
     """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
 
     Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and under pi one regression makes the fitness 0 (section IV.B). The whole change is made. The gate is `accuracy`,
-    the paper's weaker level (section III).
+    and under pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
+    the swarm finds. The gate is `accuracy`, the weaker of the paper's two levels (section III).
 
     The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`. It stops after
     100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
@@ -305,7 +305,10 @@ def paper_arguments(row: str) -> dict[str, Any]:
 
 
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row's arguments, overridden by `arguments`. Defaults in `search` and `bounds` override nothing."""
+    """Returns the arguments of a row of Table II, overridden by `arguments`.
+
+    In `search` and `bounds`, only options that differ from their defaults override those of the row.
+    """
     made = {**paper_arguments(row), **arguments}
     search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
     if "search" in arguments:

@@ -60,8 +60,8 @@ class PatchPath:
     ) -> tuple[StrengthPoint, ...]:
         """Evaluates the patch at several strengths, in the given order, and returns all points counted so far.
 
-        If a strength above 1 violates the gate, skips greater ones. If time is short, skips all that are left, but
-        never the first. `after` has the results on known data at strength 1, if they are available.
+        If a strength above 1 violates the gate, greater strengths are skipped. If time is short, only the first one is
+        certain to be evaluated. `after` has the results on known data at strength 1, if they are available.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -85,7 +85,7 @@ class PatchPath:
         return self.counted[strength]
 
     def take(self, strength: float) -> State:
-        """Returns the weights at a strength, after a polish if it is below 1 and violates the gate."""
+        """Returns the weights at a strength. Below 1, weights that violate the gate are polished if margins exist."""
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
             state = polish(self.problem, state, deadline=self.problem.deadline).state
@@ -105,7 +105,7 @@ class PatchPath:
     def within_limit(self, strength: float, limit: Gate) -> bool:
         """True if the patch at a strength keeps the limit on calibration data and the gate on known data.
 
-        Below strength 1 the gate is ignored if the task has margins, since `take` may then restore broken samples.
+        Below strength 1 the gate is ignored if the task has margins, because `take` then polishes the weights.
         """
         point = self.point(strength)
         assert point.calibration is not None
@@ -167,9 +167,9 @@ def line_search(
 ) -> LineSearchResult:
     """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
-    If `fixed` is given, this strength is chosen. If `limit` on broken calibration samples is given, the greatest of
-    `LIMIT_STRENGTHS` is chosen that keeps the limit and, after a polish if necessary, the gate. `after` has the results
-    on known data under the patch, if they are available.
+    If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration samples. If it is given, the
+    greatest strength in `LIMIT_STRENGTHS` is chosen that keeps the limit and the gate; a polish may help to keep the
+    gate. `after` has the results on known data under the patch, if they are available.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths = PATH_STRENGTHS
@@ -212,7 +212,7 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
 
 
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
-    """Returns the points above strength 1 that break no known sample and repair more, if there are calibration data."""
+    """Returns the points above strength 1 that repair more and break no known sample, or [] without calibration."""
     patch = _whole_patch(path)
     if patch is None or patch.calibration is None:
         return []
@@ -257,7 +257,7 @@ def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
 
 
 def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
-    """True if every strength up to this one breaks at most `allowed` samples. False if time is short to count them."""
+    """True if every strength up to this one breaks at most `allowed` samples. False if time is too short to tell."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -270,7 +270,7 @@ def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
 
 
 def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
-    """Returns the number of calibration samples that may break. None if it depends on the repair, or is all of them."""
+    """Returns how many calibration samples may break. None if this depends on the repair, or if all may break."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -318,7 +318,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
 
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """Bisects the number of changed weights, for repairs worth `least` and, if set, a cost of at most `most_broken`."""
+    """Bisects the least number of changes whose repairs are worth `least` and, if set, cost at most `most_broken`."""
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
