@@ -50,7 +50,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """Creates a figure with `n_panels` axes, two per row. `width` is the figure's and `height` one row's, in inches."""
+    """Creates a figure of `n_panels` axes, two per row. It is `width` inches wide. Each row is `height` inches high."""
     n_rows = max(1, -(-n_panels // 2))
     figure = new_figure(width, height * n_rows)
     axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()

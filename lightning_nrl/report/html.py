@@ -40,7 +40,7 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last."""
+    """Renders a page as HTML. Figures (SVG) and galleries, by title, follow its first table. `tables` come last."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
     return _macro("document", title, body, STYLE, SCRIPT)
 
@@ -70,10 +70,7 @@ def _macro(name: str, *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class Report(Record, Renderable):
-    """Base class of reports, with the `versions` of the software and the `provenance` of the results.
-
-    `rich.print(report)` shows a report as tables.
-    """
+    """Base class of reports, with the `versions` of the software and the `provenance` of the results."""
 
     versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
     provenance: Provenance = field(default_factory=Provenance, kw_only=True)

@@ -50,15 +50,15 @@ class Row:
     label: str
     cells: tuple[str, ...]
     tone: Tone = ""
-    ends_group: bool = False
+    ends_group: bool = False  # True: a gap follows
 
 
 @dataclass(frozen=True)
 class Table:
     """A table of labelled rows. If it is too wide for the page, its last columns continue below.
 
-    Each of `columns` is a name and, below it in the head, a kind such as a role; both may be empty. Columns are aligned
-    to the right. If `notes` is True, the last column holds words and is aligned to the left.
+    Each of `columns` is a pair: a name, and a kind, such as a role, which stands below the name. Both may be empty.
+    Columns are aligned to the right. If `notes` is True, the last column holds words and is aligned to the left.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -70,7 +70,7 @@ class Table:
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """Splits the table between columns into tables at most `width` characters wide, as far as possible."""
+        """Splits the table between columns into tables at most `width` characters wide. A wide column stays whole."""
         label = max((len(row.label) for row in self.rows), default=0)
         widths = [max(map(len, (*head, *(row.cells[i] for row in self.rows)))) for i, head in enumerate(self.columns)]
         start = 0

@@ -65,7 +65,7 @@ class Provenance:
     """The time at which a result was made, and the model and the data from which it was made.
 
     `made` is a time in UTC (see `of`); comparisons ignore it. `module` is the class of the model. `n_layers` counts the
-    modules of the model that have own parameters or buffers. `checkpoint` is the file of the weights.
+    modules that have own parameters or buffers. `checkpoint` is the file from which the weights were loaded.
     """
 
     made: str = field(default="", compare=False)

@@ -47,7 +47,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
 
 
 def layer_text(report: RepairRecord) -> str:
-    """Lists the names of the layers. A long list is cut, and all layers are called the whole network."""
+    """Lists the names of the layers. Cuts a long list, and says "the whole network" if all layers change."""
     n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
     if n > 1 and n == report.provenance.n_layers:
         return f"the whole network ({n} layers)"

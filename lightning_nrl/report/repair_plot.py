@@ -248,7 +248,7 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
     """Draws the change of each tensor, and each weight's change in the tensor that changes most. Returns both by title.
 
-    `changes` has new minus old values, whole tensors by state-dict name.
+    `changes` has new minus old values, whole tensors by state-dict name. If all are 0, there is no figure.
     """
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:

@@ -31,7 +31,7 @@ class Judge:
     """The precision in which the model was evaluated.
 
     `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins. `n_borderline` known
-    samples are right by less than this; on another device or with another batch size they may be wrong.
+    samples have a smaller margin. On another device or with another batch size they may be wrong.
     """
 
     precision: DeployedPrecision
@@ -72,7 +72,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class PricePoint:
-    """The best result if a share `allowed` of known passed samples may break (1: all may). Counts are as in `Rung`."""
+    """The best result if at most the share `allowed` of known passed samples may break. Counts are as in `Rung`."""
 
     allowed: float
     broken: int
@@ -95,7 +95,7 @@ class SearchReport:
     """The course of a search for the best candidate, which is a set of new values for the searched weights.
 
     `fitness` is that of the best candidate. `history` has the curves of `SearchHistory`, one value per iteration.
-    Candidates were scored on `n_failed` failed samples (|I_neg|) and `n_passed` passed ones (|I_pos|), None if unknown.
+    `n_failed` and `n_passed` are the numbers of samples in I_neg and I_pos. A number is None if it is unknown.
     """
 
     iterations: int
@@ -131,7 +131,7 @@ class StrengthPoint:
 
     If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
     `harm` is the gate's cost of the broken known samples, `calibration_harm` that of the broken calibration samples.
-    If one of these three values is just the number of samples, it is None, and the counts have the number.
+    Each is None if it is just the number of samples, which `worth`, `cost` and `calibration_cost` then return.
     """
 
     strength: float
@@ -277,10 +277,7 @@ class RepairRecord(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the result of `to_dict`.
-
-        Raises a `ConfigurationError` if a value is missing, unknown, infinite or mistyped, or another version wrote it.
-        """
+        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is missing, unknown or wrong."""
         found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
         if type(found) is not int or found != SCHEMA:
             raise ConfigurationError(
@@ -291,7 +288,7 @@ class RepairRecord(Record):
 
     @property
     def unseen_splits(self) -> tuple[SplitReport, ...]:
-        """Reports of unseen splits: in an update against the replaced model, otherwise empty if no weights changed."""
+        """Reports of unseen splits. Updates compare with the replaced model. Otherwise () if no weights changed."""
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
         return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
@@ -302,7 +299,7 @@ class RepairRecord(Record):
 
     @property
     def n_estimates(self) -> int:
-        """Number of results that held-out samples chose among. A taken `exact` rung counts once per `convex` step."""
+        """Number of results among which held-out samples chose. A taken `exact` rung counts once per `convex` step."""
         rungs = [rung for rung in self.rungs if rung.held_out is not None]
         is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
         strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0

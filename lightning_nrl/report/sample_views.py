@@ -46,7 +46,7 @@ class SampleView:
 
 
 def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
-    """Returns the sample's position, class, predictions and margins as text."""
+    """Returns the sample's position, class, predictions and margins as text. `name` maps a class to its name."""
     taken = f"{name(sample.predicted_before)} -> {name(sample.predicted_after)}"
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
     return f"{sample.id}: true {name(sample.label)}, {taken}, margin {margins}"

@@ -83,7 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """Margin counts before and after, in `B` bins with `B + 1` ascending edges. Outer bins include margins beyond."""
+    """Counts of margins before and after, in B bins with B + 1 ascending edges. Outer bins include margins beyond."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -168,7 +168,7 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A failure in the target that was not to be repaired. `id` is its position. `label` is -1 without classes."""
+    """A failure that was set aside. `id` is its position in its data set. Classes are -1 if the task has no classes."""
 
     split: str
     id: int

@@ -59,16 +59,13 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
-    """Computes the one-sided lower limit of Clopper and Pearson (1934) on a rate, in [0, 1).
-
-    Arguments and errors are those of :func:`upper_limit`.
-    """
+    """Computes the one-sided lower limit on a rate, in [0, 1). Method and arguments are as in :func:`upper_limit`."""
     broken, n = _checked_counts(broken, n)
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """Computes a 90 % interval (Clopper and Pearson) for the rate k / n that holds for `choices` results at once."""
+    """Computes a Clopper-Pearson interval for the rate k / n. All of `choices` intervals hold with 90 % confidence."""
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
@@ -88,7 +85,7 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """Computes P(Bin(n, p) <= k) for 0 < p < 1, the exact p-value of "the rate is at least p" if k of n broke."""
+    """Computes the probability of at most k successes in n independent draws, each with probability p in (0, 1)."""
     if k >= n:
         return 1.0
     odds = p / (1 - p)  # terms are summed from k away from the mean; they fall, so no digits cancel
@@ -137,7 +134,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Compares repaired with broken samples by `sign_test`, with the same arguments, at a level of 5 %.
+    """Decides by `sign_test` at a level of 5 % whether a model is better or worse. The arguments are the same.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
@@ -196,7 +193,7 @@ def percent_up(rate: float) -> str:
 
 
 def show_confidence(confidence: float) -> str:
-    """Formats a confidence in percent, such as `99.99 %`. Its distance from 100 % is rounded to two digits."""
+    """Formats a confidence in percent. Rounds its distance from 100 % to two digits: 0.9998765 becomes `99.988 %`."""
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
 
@@ -227,8 +224,8 @@ class Selection:
     Attributes:
         states: number of sets of weights that the data could have chosen, fixed in advance. 1 if they chose nothing.
         ordered: True if 80 % of the error probability is for strengths accepted one by one from weak to strong.
-        allowed: number of calibration samples that may break, fixed in advance. None unless the chosen strength was
-            accepted in this order: it and all weaker strengths break at most this many.
+        allowed: number, fixed in advance, of calibration samples that the chosen strength and each weaker strength may
+            break. None if the weights were not accepted in this order.
     """
 
     states: int = 1
@@ -240,9 +237,12 @@ def limit_after(broken: int, n: int, selection: Selection, confidence: float) ->
     """Computes an upper limit in (0, 1] on the rate of broken samples, after these data have chosen the weights.
 
     `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper and Pearson for an
-    error probability. Without a choice it is a = 1 - confidence, and after a choice among C sets of weights it is a / C
-    (Bonferroni). If strengths may be accepted one by one from weak to strong (Learn then Test), it is 0.8 a for such a
-    strength, with `allowed` instead of `broken` samples, and 0.2 a / C for other weights, such as polished weights.
+    error probability, which depends on a = 1 - confidence and the number of states C (`Selection`; 1 without a choice):
+
+    - Usually it is a / C (Bonferroni).
+    - It is 0.8 a if the chosen strength was accepted in order from weak to strong (Learn then Test). Then the limit is
+      computed for `allowed` instead of `broken` samples.
+    - It is 0.2 a / C if such an order was set but other weights were chosen, for instance polished weights.
     """
     level = 1 - confidence
     if selection.allowed is not None:

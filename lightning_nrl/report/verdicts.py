@@ -35,12 +35,12 @@ class Verdict:
             samples at 5 %. It is also `worse` if one unseen split is worse. Updates compare with the replaced model.
         source: data of the evidence: `unseen` if there are any, else `held-out` (known samples that the taken rung did
             not use), else `none`.
-        repaired: number of repaired samples in these data. `broken` and `n` count broken and all samples. If only one
-            unseen split is worse, the three numbers are of this split.
-        p_value: p-value of the sign test, times the number of results that the data chose among. Before the test,
-            the number of leaked samples is subtracted from `repaired`, but not below `broken`.
+        repaired: number of repaired samples in these data. `broken` and `n` count broken and all samples. If one unseen
+            split alone makes the evidence `worse`, the three numbers are of this split.
+        p_value: p-value of the sign test, with a Bonferroni correction if the data chose among several results. The
+            test subtracts the number of leaked samples from `repaired`, but does not go below `broken`.
         advice: what to do next.
-        tone: `good`; `warn` for no difference, no evidence or no repair; `bad` for worse.
+        tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed, otherwise `warn`.
     """
 
     headline: str
@@ -112,7 +112,7 @@ def _flips(split: SplitReport) -> tuple[int, int]:
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Returns the split with the lowest p-value of several that break more than they repair, or None."""
+    """Compares several splits. Returns the one with the lowest p-value that breaks more than it repairs, or None."""
     losing = [split for split in splits if split.counts.broken > split.counts.repaired]
     return min(losing, key=lambda split: sign_test(*_flips(split)), default=None) if len(splits) > 1 else None
 
@@ -165,7 +165,7 @@ def _revert_hint(report: RepairRecord) -> str:
 
 
 def _looser_gate_hint(report: RepairRecord) -> str:
-    """Suggests a gate that would have repaired twice as many targets, or gained more on held-out samples, if any."""
+    """Suggests a gate that would have repaired twice as many targets or gained more on held-out data, else ""."""
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:

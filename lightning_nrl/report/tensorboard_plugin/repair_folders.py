@@ -34,7 +34,7 @@ class RepairFolder:
 
 
 def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
-    """Returns TensorBoard's log folders by name. `--logdir` has an empty name; `--logdir_spec` gives its own names."""
+    """Returns TensorBoard's log folders by name. `--logdir_spec` gives the names; the name of `--logdir` is empty."""
     spec = getattr(flags, "logdir_spec", None) if not getattr(flags, "logdir", None) else None
     if not spec:
         return {"": Path(logdir)} if logdir else {}

@@ -34,7 +34,7 @@ LOOK_SECONDS = 5.0  # time until the folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Shows each repair below the log folder: verdict, flipped samples, search."""
+    """The Repair tab of TensorBoard. It shows each repair below the log folder: verdict, flipped samples, search."""
 
     plugin_name = "lightning_nrl"
 
