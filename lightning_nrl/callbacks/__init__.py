@@ -1,7 +1,7 @@
 """Callbacks for a Trainer: repairs at the end of `fit` or at chosen epochs, and tools for model updates.
 
 In: a Trainer, and for a model update also the replaced model. Out: a repair and its report, metrics, a loss term,
-interpolated weights, a release decision, a training record.
+interpolated weights, a release decision, or a training record.
 """
 
 from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining, regression_loss

@@ -37,9 +37,9 @@ class PositiveCongruentTraining(CallbackBase):
 
     The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model
     Updates. The callback computes the term from the output of `self(x)` in `training_step`, and adds it to the loss
-    that the step returns. A step that does not call the model exactly once on its batch raises an error; call
-    `regression_loss` in such a step. Each term is logged as `regression/<name of the term>`. The replaced model does
-    not become part of the module, its checkpoints or its optimizer.
+    that the step returns. An error is raised if the step does not call the model exactly once on its batch. Such a step
+    must call `regression_loss`. Each term is logged as `regression/<name of the term>`. The replaced model does not
+    become part of the module, its checkpoints or its optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. If the term is a
@@ -48,7 +48,7 @@ class PositiveCongruentTraining(CallbackBase):
             (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
         index: function of a batch that returns the data-set position of each sample, or the function's address. The
             outputs of the replaced model are then cached by position, so samples must not be augmented. Required for
-            predictions from a file. None: the replaced model runs on every batch.
+            predictions from a file. If None, the replaced model runs on every batch.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`, but it must not run the module itself.
@@ -204,8 +204,8 @@ class PositiveCongruentTraining(CallbackBase):
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
     """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it itself.
 
-    This is needed if the step uses manual optimisation, calls the model several times, or mixes samples and labels.
-    The function returns 0 outside of training, and if the trainer has no such callback.
+    This is needed if the step uses manual optimisation, calls the model several times, or mixes samples (mixup).
+    The function returns 0 outside of training, and if the trainer has no `PositiveCongruentTraining`.
 
     Args:
         module: the module whose `training_step` runs.

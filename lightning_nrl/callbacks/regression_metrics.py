@@ -83,7 +83,7 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model on validation data. `model`, the new one, makes one pass too. Neither changes."""
+    """Evaluates the replaced model, and in one pass the new `model`, on validation data. Neither model changes."""
     collective = Collective.current(model.device)
     loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
@@ -147,7 +147,7 @@ def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FlipCounter:
-    """Counter of samples that the new model breaks and repairs in one validation; synchronises only at the end."""
+    """Counter of samples that the new model breaks and repairs in one validation. Only `counts` synchronises ranks."""
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
@@ -158,12 +158,12 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the number of samples that a batch has in `self.reference`, or 0 if that has no such batch."""
+        """Returns the number of samples that a batch has in `self.reference`, or 0 for a batch beyond the last one."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """Adds a batch: `right` marks the samples that the new model gets right, `label` has the true classes."""
+        """Adds a batch. `right` marks the samples that the new model gets right. `label` has the true classes."""
         expected = self.size(batch_idx)
         if right.shape != (expected,):
             problem = f"`val` data: a batch of {expected} samples has results of the shape {list(right.shape)}."
@@ -176,7 +176,7 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data, then one per slice."""
+        """Returns slice names, and rows of counts (kept, broken, repaired, failing): first all data, then by slice."""
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
@@ -202,8 +202,8 @@ class RegressionMetrics(CallbackBase):
         reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the path of a CSV file
             with its predictions for the split `val`.
         slices: where the slice of each sample is found: the key or position of a column in the raw batch, a function of
-            the raw batch or its address, or a `Target`. Samples with equal names or whole numbers form a slice; samples
-            with True form one named like the column. Slices are logged as `regression/<slice>/nfr` and so on.
+            the raw batch or its address, or a `Target`. Samples with the same text or whole number form a slice. In a
+            column of bools, True marks one slice, named like the column. Tags are `regression/<slice>/nfr` and so on.
         prefix: prefix of logged tags.
         dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.

@@ -63,41 +63,41 @@ class RegressionFreeRepair(RepairCallback):
     After training, the callback evaluates the known data. The default method then searches new values for some weights
     of one layer, solves a convex problem for the layer, and, if the whole network may change, continues the training
     and takes small steps until no known sample is broken. It proposes the result that repairs most without harm to
-    held-out samples. If the gate accepts that result on all known data, the callback writes `repaired.ckpt`, the weight
-    change (`repair.patch.safetensors`), `report.json` and `report.md` to `<log_dir>/repair/`, logs to every logger, and
-    leaves the repaired weights in the model. Otherwise the weights stay unchanged.
+    held-out samples. If the gate accepts this result on all known data, the callback writes `repaired.ckpt` and the
+    weight change (`repair.patch.safetensors`), and leaves the repaired weights in the model. Otherwise the weights stay
+    unchanged. In any case it writes the report (JSON, Markdown, HTML) to `<log_dir>/repair/` and to every logger.
 
     Args:
-        target: the failures to repair, such as `Target.label(3)` or `"label 3"`; None: all failures.
-        layer: dotted name of the layer or block to repair, or several names. `auto`: the search and the convex problem
-            change the last Linear layer (without one, the last convolution), training changes the whole network.
-        gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (none of
-            the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
+        target: the failures to repair, such as `Target.label(3)` or `"label 3"`. None means all failures.
+        layer: dotted name of the layer or block to repair, or several names. With `auto`, training changes the whole
+            network. The search and the convex problem change the last Linear, or without one the last convolution.
+        gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (no sample
+            in the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
             `tolerance:1%` (at most 3, or 1 % of the passed samples, are broken), or a `Gate`.
         method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
         task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or
-            an object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: `multiclass`.
+            an object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`. None means `multiclass`.
         reference: in a model update, the model that is replaced: a module, the path of its checkpoint, a CSV file of
             its predictions, or an `OldModel`. Only known samples that the replaced model gets right are then repaired.
-        unseen: data that the repair never uses; the report counts its right samples before and after: `test`, `val`, a
+        unseen: data that the repair never uses: `test`, `val`, a DataLoader or None. The report counts how many of
+            these samples break and how many are repaired.
+        calibration: data for choosing how much of the weight change to make, which no search uses: `val`, `test`, a
             DataLoader or None.
-        calibration: data that no search uses, for choosing how much of the weight change to make: `val`, `test`, a
-            DataLoader or None.
-        data: sources of known data, the adapter for batches, and the weights to repair: `DataOptions`.
-        samples: weights of samples, slices, and protected samples: `SampleOptions`.
-        search: ranking, localisation and size of the search: `SearchOptions`.
-        bounds: how much of the weight change to make, and which bounds for future samples to report: `BoundOptions`.
-        max_time: time limit in seconds. None: no limit; the more epochs the fit had, the longer the repair takes.
-        seed: seed of the repair; the same seed gives the same repair.
-        dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
-        verbose: True: print the report at the end.
+        data: `DataOptions` with the sources of known data, the adapter for batches, and the weights to repair.
+        samples: `SampleOptions` with the weights of samples, slices, and protected samples.
+        search: `SearchOptions` with the ranking, localisation and size of the search.
+        bounds: `BoundOptions` with how much of the weight change to make, and which bounds for future data to report.
+        max_time: time limit in seconds. With None, the time grows with the number of epochs that the fit had.
+        seed: seed of the repair. The same seed gives the same repair.
+        dirpath: folder for the files. None means `repair` in the logger's folder, or without one in `default_root_dir`.
+        verbose: if True, prints the report at the end.
 
     Attributes:
-        report: the report; None before the repair.
+        report: the report. None before the repair.
 
     Raises:
-        ConfigurationError: an invalid argument, raised as early as possible.
+        ConfigurationError: an argument is invalid. Raised on construction, or when `fit` begins if it needs the model.
 
     Example::
 
@@ -159,15 +159,12 @@ class RegressionFreeRepair(RepairCallback):
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """Returns a callback with the settings of a row of the paper's Table II, such as `EXP-B1` (see docs/paper.md).
-
-        Further arguments override those of the row.
-        """
+        """Returns a callback with a row of the paper's Table II, such as `EXP-B1`. Other arguments override the row."""
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the last repair, also if the strategy ran it in another process. None before a repair."""
+        """The report of the last repair, even if the strategy ran it in another process. None before a repair."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -178,12 +175,12 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint. None without an accepted repair; `test(ckpt_path=None)` tests the model."""
+        """Path of the repaired checkpoint, or None if no repair was accepted. `test(model, ckpt_path)` takes both."""
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
     def patch_path(self) -> str | None:
-        """Path of the weight change, which `Patch.load` reads. None without an accepted repair."""
+        """Path of the weight change, which `Patch.load` reads. None if no repair was accepted."""
         return None if self.report is None else self.report.files.get("patch")
 
     @override
@@ -226,8 +223,8 @@ class RegressionFreeRepair(RepairCallback):
     def add_to_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
         """Writes the report, under the callback's `state_key`, and the repaired weights into a checkpoint.
 
-        Writes the weights if the checkpoint is `repaired.ckpt`, which is saved before the model changes, or if the
-        model has the repaired weights. They replace an average that a weight-averaging callback would save.
+        The weights are written to `repaired.ckpt`, which is saved before the model changes, and later to any checkpoint
+        of a model that has the repaired weights. There they replace the average of a weight-averaging callback.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
@@ -252,7 +249,7 @@ class RegressionFreeRepair(RepairCallback):
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Repairs the model within a fit. `start_from` is as in `DataOptions`; files and logs are named by `name`."""
+        """Repairs the model within a fit. `start_from` is as in `DataOptions`. `name` is used in files and logs."""
         self._name = name
         self.report = self._parameters = None
         with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
@@ -267,14 +264,14 @@ class RegressionFreeRepair(RepairCallback):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches for a repair; the model, trained for `epochs`, stays unchanged. None: the epochs of the fit."""
+        """Searches for a repair without changing the model. `epochs`, by default the fit's, limits further training."""
         self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
     def save_outcome(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files (warns if that fails), then accepted weights to the model. Returns the name for loggers."""
+        """Writes the files (or warns), then writes accepted weights to the model. Returns the name for loggers."""
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)

@@ -40,13 +40,13 @@ class RepairInTraining(RepairCallback):
     method that takes seconds (`convex`, `swarm`).
 
     Args:
-        every_n_epochs: epochs between two repairs. None: only `monitor` starts repairs.
+        every_n_epochs: epochs between two repairs. If None, only `monitor` starts repairs.
         monitor: name of a validation metric, such as that of a slice. An epoch ends with a repair if the metric is
             worse than its best value since the last repair. After an accepted repair, an unlogged validation measures
             the metric anew.
         mode: `min` if a lower metric is better, `max` if a higher one is.
-        min_delta: by how much the metric may be worse than its best value without starting a repair, from 0.
-        at_end: True: also repairs when training ends, unless a repair already followed the last step.
+        min_delta: by how much the metric may be worse than its best value without starting a repair. At least 0.
+        at_end: if True, also repairs when training ends, unless a repair already followed the last step.
         **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:

@@ -32,26 +32,26 @@ class TrainingHistory(CallbackBase):
     """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
     `NeuRecover` localises with this history, and `TrainingRecord.read(folder)` reads it. A resumed training continues
-    its history. Each record takes one pass over all splits in evaluation mode; record less often (`every_n_epochs=5`)
+    its history. Each record takes one pass over all splits in evaluation mode. Record less often (`every_n_epochs=5`)
     if that is too slow. The training itself does not change.
 
-    For each split, such as `val`, three counts of samples are logged: `history/val/learned` (right now), `forgotten`
-    (right at an earlier record, wrong now) and `never_learned` (never right so far). If there are at most 20 classes,
-    each is counted too, such as `history_val/forgotten/3`. At the end, TensorBoard gets a figure of each split.
+    Each record logs three counts per split, such as `val`: `history/val/learned` (samples that are right), `forgotten`
+    (wrong, but right at an earlier record) and `never_learned` (wrong at all records so far). If there are at most 20
+    classes, each class is counted too: `history_val/forgotten/3`. At the end, TensorBoard gets a figure of each split.
 
     Args:
-        splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data.
+        splits: `train`, `val`, `val:1`, `repair`, `test` or several. `auto` takes training and validation data.
         every_n_epochs: epochs between two records.
-        every_n_steps: optimiser steps between two records, in place of `every_n_epochs`; None: counts epochs.
+        every_n_steps: optimiser steps between two records. If given, `every_n_epochs` is ignored.
         layers: layers to record: `auto` (the layer that a repair would search), dotted names, or `all`.
-        dirpath: folder for the records; None: `<log_dir>/history`, or `<default_root_dir>/history` without a logger.
+        dirpath: folder for the records. None takes `<log_dir>/history`, or `<default_root_dir>/history` if no logger.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
 
     Attributes:
-        folder: folder with the records; None before training.
-        recorded: names of the recorded splits; empty before training.
+        folder: folder with the records. None before training.
+        recorded: names of the recorded splits. Empty before training.
         seconds: time spent on the records of this training.
 
     Example::

@@ -52,27 +52,27 @@ class WeightInterpolation(CallbackBase):
     before `RegressionFreeRepair`, which then repairs the remaining failures.
 
     Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and `interpolation/nfr` (the
-    negative flip rate), and as `..._before` their values without the interpolation. Checkpoints of the training, weight
-    averages and optimizer states do not change; save the interpolated weights with `trainer.save_checkpoint`.
+    negative flip rate), and with the suffix `_before` their values without the interpolation. Checkpoints of training,
+    weight averages and optimizer states do not change. Save the new weights with `trainer.save_checkpoint`.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel`.
-        share: share of the replaced weights, in [0, 1]. `auto`: the largest of 0, 0.05, ..., 0.5 whose accuracy on
-            calibration data is within `tolerance` of the best and that breaks no more samples than share 0.
-        tolerance: accuracy that `auto` may give up for fewer regressions; 0.005 is half a percentage point.
-        calibration: data for choosing the share and counting, not trained on: `val`, `test`, `repair` or a DataLoader.
-            None: nothing is counted, and `share` must be a number.
+        share: share of the replaced weights, in [0, 1]. `auto` takes the largest of 0, 0.05, ..., 0.5 that breaks no
+            more samples than share 0, and whose accuracy on calibration data is within `tolerance` of the best.
+        tolerance: accuracy that `auto` may give up for fewer regressions. 0.005 is half a percentage point.
+        calibration: data that were not trained on, for choosing the share and for counting: `val`, `test`, `repair` or
+            a DataLoader. If None, nothing is counted, and `share` must be a number.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, preferably
-            without augmentation. Each tried share takes one pass over them.
-        batches: number of batches for the statistics, drawn at random; None: all batches.
+            without augmentation. Each share that is tried takes one pass over these data.
+        batches: number of batches for the statistics, drawn at random. None takes all batches.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         seed: seed for drawing the batches and for random transforms.
-        verbose: True: print the choice.
+        verbose: if True, prints the choice.
 
     Attributes:
-        choice: the chosen share and the alternatives; None if nothing was counted.
+        choice: the chosen share and the alternatives. None if nothing was counted.
 
     Example::
 
