@@ -1,6 +1,6 @@
 """Evaluates the original model on all data, marks the failures to repair, and finds held-out samples that leaked.
 
-Methods use no held-out data. Calibration data choose the strength (how far to go), unseen data are only counted.
+Methods use no held-out data. Calibration data choose the strength (how far to go). Unseen data are only counted.
 """
 
 from __future__ import annotations

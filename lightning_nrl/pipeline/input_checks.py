@@ -1,4 +1,4 @@
-"""Checks of settings and known data. They run before a method, in a trainer also on a few samples before training."""
+"""Checks of settings and known data before a method runs and, in a trainer, on a few samples before training."""
 
 from __future__ import annotations
 

@@ -202,8 +202,7 @@ def patch_checkpoint(
         checkpoint: path of a Lightning checkpoint, or of a file with a state dict.
         out: path of the file to write, atomically. It may be `checkpoint`.
         undo: if True, reverts the patch instead.
-        weights_only: if True, refuses a checkpoint with anything but tensors and plain values. If False, such a file is
-            read, and may run code. Trust its source.
+        weights_only: if True, refuses a checkpoint with anything but tensors and plain values, which could run code.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.

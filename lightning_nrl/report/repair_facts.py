@@ -68,11 +68,10 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
 
 
 def unseen_limit(report: RepairRecord) -> float | None:
-    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
+    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break (`upper_limit`).
 
-    The rate is among samples that the original model (in an update: the replaced model) got right. The limit of Clopper
-    and Pearson at `UNSEEN_CONFIDENCE` is valid, because unseen data chose nothing. Returns None if no unseen sample was
-    right, or no weights changed.
+    It is the rate among samples that the model was right on before the repair. In an update, the replaced model counts
+    instead. The confidence is `UNSEEN_CONFIDENCE`. Returns None if no unseen sample was right, or no weights changed.
     """
     counted = report.unseen
     if counted is None or not counted.passed:

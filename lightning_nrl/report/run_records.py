@@ -131,7 +131,7 @@ class StrengthPoint:
 
     If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
     `harm` is the gate's cost of the broken known samples, `calibration_harm` that of the broken calibration samples.
-    Each is None if it is just the number of samples, which `worth`, `cost` and `calibration_cost` then return.
+    Each of the three is None if it is just a number of samples: then `worth`, `cost` and `calibration_cost` return it.
     """
 
     strength: float
@@ -288,7 +288,10 @@ class RepairRecord(Record):
 
     @property
     def unseen_splits(self) -> tuple[SplitReport, ...]:
-        """Reports of unseen splits. Updates compare with the replaced model. Otherwise () if no weights changed."""
+        """Reports of unseen splits.
+
+        In an update, they compare with the replaced model. Otherwise they are empty if no weights changed.
+        """
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
         return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()

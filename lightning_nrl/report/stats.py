@@ -65,7 +65,7 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """Computes a Clopper-Pearson interval for the rate k / n. All of `choices` intervals hold with 90 % confidence."""
+    """Computes a Clopper-Pearson interval for the rate k / n. `choices` intervals hold jointly with 90 % confidence."""
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
