@@ -91,9 +91,9 @@ class StagedFiles:
     def commit(self, there: Container[str] = ()) -> list[Path]:
         """Moves the staged files to the folder; returns the new paths of the files of an earlier run that were renamed.
 
-        A file of an earlier run is replaced if a file of the same name is staged. Files in `there`, which this run has
-        written directly, stay. Any other file of `names` gets the prefix `earlier-`, since it may be the only copy of a
-        model; marks are removed.
+        Marks of an earlier run are removed. Its other files are replaced if a file of the same name is staged, and
+        else get the prefix `earlier-`, since a file may be the only copy of a model. Files in `there`, which this run
+        has written directly, stay.
         """
         if self._stage is None or not any(self._stage.iterdir()):
             return []
