@@ -147,7 +147,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Raises `ConfigurationError` if `fits` is false, or if `value` is a class instead of an object."""
+    """Raises `ConfigurationError` (`value` is no `kind`) if `fits` is false, or if `value` is a class."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 

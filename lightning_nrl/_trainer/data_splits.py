@@ -115,7 +115,7 @@ class DataRequest:
     def find(
         self, loaders: SplitLoaders
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data with a second use."""
+        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data used twice."""
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":

@@ -40,7 +40,7 @@ from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 PAGE_KINDS = ("html", "markdown", "json")
-"""Kinds of pages in the order in which `commit` moves them, last of all files: with `report.json`, all are there."""
+"""Kinds of pages, which `commit` moves last, in this order. So if `report.json` exists, all other files exist."""
 
 NOT_JUDGED = "it would not hold"
 FILE_PREFIX = "lightning_nrl-"

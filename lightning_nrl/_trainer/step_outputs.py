@@ -240,7 +240,7 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Calls `follower` once, when the module's hook `name` has run next, and after the followers added before."""
+    """Calls `follower` once, after the next run of the module's hook `name` and after earlier followers."""
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)

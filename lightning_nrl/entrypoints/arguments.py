@@ -27,7 +27,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
     "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options that have an effect, by function. In functions that are not listed, only `start_from` has none."""
+"""Options that have an effect, by function. In a function that is not listed, all but `start_from` have an effect."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",

@@ -138,7 +138,7 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves a `RegressionFreeRepair` from the callbacks to the options `repair`, and keeps options that are set."""
+        """Moves a `RegressionFreeRepair` from the callbacks to the options `repair`. Options set there stay."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
