@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_nrl import ParticleSwarm, SearchOptions, Settings, TensorSource
 from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.tasks import Task
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=12, iterations=12),
@@ -76,3 +77,13 @@ def right(model: nn.Module, source: TensorSource) -> Tensor:
     for module, training in flags:
         module.training = training
     return found
+
+
+class Within(Task):
+    """A regression task without classes and margins: right within a tolerance."""
+
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output[:, 0] - target).abs() < 0.5
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output[:, 0] - target).square()

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -365,10 +365,7 @@ def _run_step(
     seed: int,
 ) -> tuple[Calls, float] | None:
     raw = source.first_batch()
-    with ExitStack() as stack:
-        stack.enter_context(untracked(trainer))
-        stack.enter_context(preserve_attributes(model))
-        calls = stack.enter_context(_recording(model, evaluator, layers))
+    with untracked(trainer), preserve_attributes(model), _recording(model, evaluator, layers) as calls:
         seed_all(seed)
         try:
             found = getattr(model, step)(raw, 0)

@@ -45,7 +45,7 @@ class FineTuning:
     uses its stored statistics, and dropout is off. Samples are read as in validation, without augmentation.
 
     Attributes:
-        epochs: passes over all known data; small data get more passes, so that at least 400 steps are made.
+        epochs: passes over all known data. Small data get more passes, so that there are at least 400 steps.
         learning_rate: initial learning rate of AdamW, which falls to 0 by a cosine over the steps that the time allows.
         emphasis: weight of the loss of a targeted sample; other samples have weight 1.
     """
@@ -210,7 +210,7 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
                     reset()
                 elif any(True for _ in module.parameters(recurse=False)):
                     raise ConfigurationError(
-                        f"`model`: {name or 'it'} ({type(module).__name__}) has weights and no `reset_parameters`.",
+                        f"`model`: {name or 'it'} ({type(module).__name__}) has weights, but no `reset_parameters`.",
                         "give a function that makes an untrained network: `Retraining(fresh=lambda: Net())`.",
                     )
     return state

@@ -77,7 +77,7 @@ def compare_module(
     continues or repeats the model's own training; further training and retraining need it.
 
     Raises:
-        ConfigurationError: an argument cannot be used, or no failed sample is in the target.
+        ConfigurationError: an argument is invalid, no failed sample is in the target, or no known sample passes.
         EvaluationError: the original model gives losses that are not finite.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
@@ -117,7 +117,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     names = [str(method) if named or isinstance(method, str) else type(method).__name__ for method in methods]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            f"`methods` are {names}.", "name each once; a mapping gives objects names of their own."
+            f"`methods` are {names}.", "name each method once; the keys of a mapping are names of methods."
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
     return {name: ALL_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
@@ -156,7 +156,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample. It may miss one, as counts may fall again."""
+    """Bisects for the largest strength that breaks no known sample. Misses a larger one if counts fall again."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -175,10 +175,10 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts under weights w0 + strength (w - w0), w0 before and w after a method, which repair `targeted` targets."""
+    """Counts under the weights w0 + strength (w - w0), with the weights w0 before a method and w after it."""
 
     strength: float
-    targeted: int
+    targeted: int  # number of repaired targets
     known: FlipCounts
     unseen: FlipCounts
 
@@ -291,7 +291,7 @@ SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found t
 def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
     text = f"{plural(comparison.targets, 'failure')} to repair"
     if not shown:
-        return f"{text}; no method gave new weights."
+        return f"{text}; no method found new weights."
     first = shown[0].curve[0]
     text += f", {first.known.passed:,} of {first.known.n:,} known samples right before"
     if first.unseen.n:
@@ -325,7 +325,7 @@ def _has_unseen(shown: Sequence[Entry]) -> bool:
 
 
 LEGEND = (
-    "Dot: as the method gave it; ring: scaled back to none known broken; dashed: a baseline; "
+    "Dot: result of a method; ring: scaled back until no known sample is broken; dashed: a baseline; "
     "thin line: as many broken as repaired"
 )
 

@@ -37,13 +37,13 @@ class PositiveCongruentTraining(CallbackBase):
 
     The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model
     Updates. The callback computes the term from the output of `self(x)` in `training_step`, and adds it to the loss
-    that the step returns. If the step does not call the model exactly once on its batch, the first step raises an
-    error; then call `regression_loss` in the step. Each term is logged as `regression/<name of the term>`. The replaced
-    model does not become part of the module, its checkpoints or its optimizer.
+    that the step returns. A step that does not call the model exactly once on its batch raises an error; call
+    `regression_loss` in such a step. Each term is logged as `regression/<name of the term>`. The replaced model does
+    not become part of the module, its checkpoints or its optimizer.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. For a `MarginHinge` with
-            a finite `most`, a CSV file of its predictions is enough.
+        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. If the term is a
+            `MarginHinge` with a limit `most`, the path of a CSV file with the model's predictions is enough.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
             (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
         index: function of a batch that returns the data-set position of each sample, or the function's address. The
@@ -74,8 +74,8 @@ class PositiveCongruentTraining(CallbackBase):
         self.terms = parse_terms(term)
         self.index = None if index is None else import_function("index", index)
         if isinstance(self.reference, Predictions) and self.index is None:
-            hint = "give `index=f`, f(batch) -> data-set positions, or the model itself."
-            raise ConfigurationError("`reference`: predictions are found by the index of a sample.", hint)
+            hint = "give `index=f`, where f(batch) returns data-set positions, or give the model as `reference`."
+            raise ConfigurationError("`reference`: predictions are found by data-set position; `index` is None.", hint)
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -106,7 +106,7 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        # Replaced only during a batch: a copy of the module with the replacement would call the original's step.
+        # Only during a batch: a module that was copied with the replaced step would call the step of the original.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
@@ -152,7 +152,7 @@ class PositiveCongruentTraining(CallbackBase):
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            problem = "`training_step` optimises by itself, so nothing can be added to its loss."
+            problem = "`training_step` uses manual optimisation, so the callback cannot add to its loss."
             raise ConfigurationError(problem, step_outputs.ONE_LINE)
         plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(name, calls, plain, named, length_of(target), self.task)
@@ -184,7 +184,7 @@ class PositiveCongruentTraining(CallbackBase):
                 output = probe(*args, **kwargs)
             except Exception as error:
                 what = f"`adapter`: the model raised {type(error).__name__} on the first batch ({error})."
-                hint = "give `adapter=f`, f(batch) -> (args, kwargs, target), that takes your batches apart."
+                hint = "give `adapter=f`, where f(batch) returns (args, kwargs, target) for your batches."
                 raise ConfigurationError(what, hint) from error
             logits = self.task.logits(output)
             self.task.check(logits, target)

@@ -64,7 +64,7 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[An
         problem = f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders."
         raise ConfigurationError(problem, "count them from 0.")
     if len(loaders) > 1 and mode != "sequential":
-        problem = f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} in one batch."
+        problem = f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} loaders in one batch."
         hint = "give the validation data loaders as a list, so that they are read one after the other."
         raise ConfigurationError(problem, hint)
     hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
@@ -83,7 +83,7 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model on the validation data. Each model makes one pass and stays unchanged."""
+    """Evaluates the replaced model on validation data. `model`, the new one, makes one pass too. Neither changes."""
     collective = Collective.current(model.device)
     loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
@@ -132,7 +132,7 @@ def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[in
         if found == again:
             return found
     problem = f"`val` data: {type(inside).__name__} gives the samples in another order each time."
-    hint = "validate without shuffling, so that each sample can be matched with what the replaced model does on it."
+    hint = "validate without shuffling, so that each sample can be matched with the replaced model's result."
     raise ConfigurationError(problem, hint)
 
 
@@ -158,7 +158,7 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the expected number of samples in a batch. Returns 0 after the last expected batch."""
+        """Returns the number of samples that a batch has in `self.reference`, or 0 if that has no such batch."""
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
@@ -166,7 +166,7 @@ class FlipCounter:
         """Adds a batch: `right` marks the samples that the new model gets right, `label` has the true classes."""
         expected = self.size(batch_idx)
         if right.shape != (expected,):
-            problem = f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}."
+            problem = f"`val` data: a batch of {expected} samples has results of the shape {list(right.shape)}."
             hint = "validate the same samples each time; a collate function must neither drop nor add any."
             raise ConfigurationError(problem, hint)
         rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
@@ -196,14 +196,14 @@ class RegressionMetrics(CallbackBase):
 
     Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
     `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping` (formulas: `lightning_nrl.evaluation.metrics`). The
-    callback uses the outputs of `validation_step`. It only adds one pass of each model before training.
+    callback reuses the model's outputs in `validation_step`. Its only cost is a pass of each model before training.
 
     Args:
         reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the path of a CSV file
             with its predictions for the split `val`.
-        slices: slices of the data to count separately, as `regression/<slice>/nfr` and so on: a column of the raw
-            batch by its key or position, a function of the raw batch or its address, or a `Target`. A column or
-            function has a name, a number or a bool per sample; samples with True form a slice named like the column.
+        slices: where the slice of each sample is found: the key or position of a column in the raw batch, a function of
+            the raw batch or its address, or a `Target`. Samples with equal names or whole numbers form a slice; samples
+            with True form one named like the column. Slices are logged as `regression/<slice>/nfr` and so on.
         prefix: prefix of logged tags.
         dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.

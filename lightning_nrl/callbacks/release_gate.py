@@ -166,7 +166,7 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
         own = [stage] if len(loaders) == 1 else [f"{stage}-{i}" for i in range(len(loaders))]
     names = own if splits is None else list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
-        hint = "give each of them a name of its own, in order, or leave `splits` out."
+        hint = "give each data loader a name of its own, in order, or leave `splits` out."
         raise ConfigurationError(f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint)
     hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
     for name, loader in zip(names, loaders, strict=True):

@@ -73,7 +73,7 @@ class RegressionFreeRepair(RepairCallback):
             change the last Linear layer (without one, the last convolution), training changes the whole network.
         gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (none of
             the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
-            `tolerance:1%` (at most so many are broken), or a `Gate`.
+            `tolerance:1%` (at most 3, or 1 % of the passed samples, are broken), or a `Gate`.
         method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
         task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or
@@ -88,7 +88,7 @@ class RegressionFreeRepair(RepairCallback):
         samples: weights of samples, slices, and protected samples: `SampleOptions`.
         search: ranking, localisation and size of the search: `SearchOptions`.
         bounds: how much of the weight change to make, and which bounds for future samples to report: `BoundOptions`.
-        max_time: time limit in seconds. None: no limit; the repair then takes longer after a fit of more epochs.
+        max_time: time limit in seconds. None: no limit; the more epochs the fit had, the longer the repair takes.
         seed: seed of the repair; the same seed gives the same repair.
         dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
         verbose: True: print the report at the end.
@@ -167,7 +167,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the last repair, even one made in a process that the strategy started. None before a repair."""
+        """The report of the last repair, also if the strategy ran it in another process. None before a repair."""
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -178,7 +178,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint. None without an accepted repair: `test` then uses the model as it is."""
+        """Path of the repaired checkpoint. None without an accepted repair; `test(ckpt_path=None)` tests the model."""
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
@@ -204,7 +204,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `trainer.test()` without a model loads the best checkpoint of the fit, from before the repair.
         if self._is_changed(pl_module):
-            problem = f"the test uses other weights than the repaired ones: {trainer.ckpt_path or 'others'} was loaded."
+            problem = f"the test uses other weights than the repaired ones (loaded: {trainer.ckpt_path or 'nothing'})."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
                 hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
@@ -224,10 +224,10 @@ class RegressionFreeRepair(RepairCallback):
         self.add_to_checkpoint(checkpoint, pl_module, self.state_key)
 
     def add_to_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
-        """Adds the repaired weights to a checkpoint, and the report under the callback's `state_key`.
+        """Writes the report, under the callback's `state_key`, and the repaired weights into a checkpoint.
 
-        It adds the weights while `repaired.ckpt` is saved, which happens before the model's weights change, and later
-        as long as the model has them. Without this, weight averaging would save its average.
+        Writes the weights if the checkpoint is `repaired.ckpt`, which is saved before the model changes, or if the
+        model has the repaired weights. They replace an average that a weight-averaging callback would save.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
@@ -252,7 +252,7 @@ class RegressionFreeRepair(RepairCallback):
     def repair_now(
         self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
     ) -> Outcome:
-        """Searches for a repair within a fit, saves it, writes accepted weights to the model, and logs the report."""
+        """Repairs the model within a fit. `start_from` is as in `DataOptions`; files and logs are named by `name`."""
         self._name = name
         self.report = self._parameters = None
         with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
@@ -267,14 +267,14 @@ class RegressionFreeRepair(RepairCallback):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches for a repair of a model trained for `epochs` (None: the fit's epochs) without changing the model."""
+        """Searches for a repair; the model, trained for `epochs`, stays unchanged. None: the epochs of the fit."""
         self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
     def save_outcome(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files (warns if it cannot), then accepted weights to the model. Returns the name for logging."""
+        """Writes the files (warns if that fails), then accepted weights to the model. Returns the name for loggers."""
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)

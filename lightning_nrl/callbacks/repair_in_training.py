@@ -160,7 +160,7 @@ class RepairInTraining(RepairCallback):
             self._best = found
             return
         what = f"`best` in the checkpoint is no finite number (found a {type(found).__name__})"
-        hint = "training continues, and the next validation is the first that counts."
+        hint = "training continues, and the metrics of earlier validations do not count."
         rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,7 +199,7 @@ class RepairInTraining(RepairCallback):
             if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
                 problem = f"`monitor={self.monitor!r}`: no metric of that name was logged, so it triggers no repair."
-                hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
+                hint = f"the logged metrics are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
                 rank_zero_warn(TrainingWarning(problem, hint))
             return due
         sign = 1 if self.mode == "min" else -1

@@ -36,8 +36,8 @@ class TrainingHistory(CallbackBase):
     if that is too slow. The training itself does not change.
 
     For each split, such as `val`, three counts of samples are logged: `history/val/learned` (right now), `forgotten`
-    (right at an earlier record, wrong now) and `never_learned` (never right so far). With up to 20 classes each class
-    has its counts, such as `history_val/forgotten/3`. At the end, TensorBoard gets a figure of each split.
+    (right at an earlier record, wrong now) and `never_learned` (never right so far). If there are at most 20 classes,
+    each is counted too, such as `history_val/forgotten/3`. At the end, TensorBoard gets a figure of each split.
 
     Args:
         splits: `train`, `val`, `val:1`, `repair`, `test` or several of them; `auto`: training and validation data.
@@ -74,7 +74,7 @@ class TrainingHistory(CallbackBase):
         super().__init__()
         self.splits = (splits,) if isinstance(splits, str) else tuple(splits)
         if not self.splits or len(set(self.splits)) < len(self.splits):
-            raise ConfigurationError(f"`splits={splits!r}` names no split, or one twice.", "name each once.")
+            raise ConfigurationError(f"`splits={splits!r}` names no split, or one twice.", "name each split once.")
         for split in self.splits:
             if self.splits != ("auto",):
                 check_data("splits", split)
@@ -164,7 +164,7 @@ class TrainingHistory(CallbackBase):
                     write_point(self.folder, trainer.global_step, trainer.current_epoch, results, weights)
                 except OSError as error:
                     problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
-                    hint = "make room, or give it another `dirpath`; training continues, and tries later steps."
+                    hint = "free some space, or give another `dirpath`; training continues and tries later steps."
                     warnings.warn(FilesWarning(problem, hint), stacklevel=2)
             numbers = self._learning_numbers(results)
             track_numbers(numbers, trainer.loggers, step=trainer.global_step, what="history of the training")

@@ -63,7 +63,7 @@ class WeightInterpolation(CallbackBase):
         calibration: data for choosing the share and counting, not trained on: `val`, `test`, `repair` or a DataLoader.
             None: nothing is counted, and `share` must be a number.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, preferably
-            without augmentation. Each tried share takes one pass.
+            without augmentation. Each tried share takes one pass over them.
         batches: number of batches for the statistics, drawn at random; None: all batches.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
@@ -180,7 +180,7 @@ class WeightInterpolation(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run in a fit without a training step.
         if self._reference_state and not trainer.should_stop:
-            problem = "the weights were not interpolated, because no training step ran (it was complete or skipped)."
+            problem = "the weights were not interpolated, because no training step ran (fit complete or skipped)."
             hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
             rank_zero_warn(TrainingWarning(problem, hint))
         self._reference_state = {}

@@ -78,7 +78,7 @@ def describe(raw: Any, name: str = "batch") -> str:
 
 
 def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
-    """Returns a hint with the code of an adapter for this batch. It guesses which fields are input and target."""
+    """Returns a hint with the code of an adapter, with guessed fields. `where` tells how to pass the adapter."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
@@ -151,7 +151,7 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """Binds an adapter to a module: `unpack` gets the signature of its forward, a `ModelAdapter` the module itself."""
+    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module. Others stay as is."""
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
@@ -161,17 +161,17 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     """Splits a batch into model inputs and target; this is the default adapter.
 
-    A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of arguments. If forward needs several
-    inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
+    A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's arguments. If forward
+    needs several inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
 
-    In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. A forward with
-    one required parameter gets the field named like the parameter, else the only tensor, else the first of
-    `INPUT_KEYS`. It gets the whole batch if the parameter is annotated as a mapping or named `batch`, or if no field
-    fits. A forward with several parameters gets the fields named like them; `**kwargs` gets all tensors but the target.
-    The inputs or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`.
+    In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. The inputs
+    or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`. Forward gets these inputs:
 
-    `signature` describes forward. If it is None, the first of `INPUT_KEYS` is the only input. If the batch has none of
-    these keys, every tensor except the target is passed by name.
+    - If it has one required parameter, the field of this name, else the only tensor, else the first of `INPUT_KEYS`,
+      else the whole batch. A parameter that is named `batch` or annotated as a mapping gets the whole batch. So does
+      any parameter if the batch is of graphs.
+    - If it has several parameters, the fields of these names. `**kwargs` gets all tensors except the target.
+    - If `signature` is None, the first of `INPUT_KEYS`, else every tensor except the target, by name.
 
     Returns:
         `(args, kwargs, target)`.
@@ -294,7 +294,7 @@ class ModelAdapter:
     def __call__(self, raw: Any) -> Unpacked:
         if self.model is None:
             raise ConfigurationError(
-                "`adapter`: f(module, batch) -> (logits, target) cannot be used here, where inputs are needed.",
+                "`adapter`: inputs are needed here, which f(module, batch) -> (logits, target) does not return.",
                 "give f(batch) -> (args, kwargs, target).",
             )
         with torch.no_grad(), preserve_state(self.model):

@@ -107,7 +107,7 @@ class RecordingSource:
 
 
 class ModelCall(ABC):
-    """Function that runs a model on a raw batch. A batch for it has `args = (call, raw)`, which `run_model` handles."""
+    """Callable that runs a model on a raw batch. A `Batch` holds it as `args = (call, raw)`; `run_model` calls it."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:

@@ -70,14 +70,13 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """Evaluates a column on a batch; `label` has the true classes, for columns that are targets."""
+    """Returns a column's values for a batch, unchecked. Columns that are targets need the true classes, `label`."""
     try:
         return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:
         raise ConfigurationError(
             f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            "it is called with a batch as the data loader returns it; predictions, such as a confusion needs, are not "
-            "available.",
+            "a function gets the batch as the data loader returns it; a target cannot use predictions (no confusions).",
         ) from error
 
 

@@ -38,7 +38,7 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
     Args:
         dataset: the outermost data set.
         index: `n` int64, positions in `dataset`.
-        as_read: True: does not look inside of wrappers, which may change samples, such as by augmentation.
+        as_read: True: a wrapper counts as innermost, since it may change samples, such as by augmentation.
 
     Returns:
         `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the position in it.

@@ -102,7 +102,7 @@ class Target(ABC):
 
 @dataclass(frozen=True)
 class AllFailures(Target):
-    """Target that selects every sample."""
+    """Target without a condition: every failure is repaired."""
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return torch.ones(len(batch), dtype=torch.bool)

@@ -72,13 +72,13 @@ class DeployedPrecision:
 
 
 def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> float | None:
-    """Estimates the rounding error of margins by `ROUNDING_FACTOR`; returns None if no passed margin is finite."""
+    """Estimates the rounding error of margins (`ROUNDING_FACTOR`). Returns None if no passed margin is finite."""
     margin = before.margin[before.passed & before.margin.isfinite()]
     return None if not len(margin) else ROUNDING_FACTOR * precision.eps * max(0.0, float(margin.median()))
 
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
-    """Returns `rounding_margin` if a number format is coarser than float32; returns 0 otherwise or without margins."""
+    """Returns `rounding_margin`, or 0 if no number format is coarser than float32 or no passed margin is finite."""
     return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 

@@ -63,7 +63,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module | Evaluator) -> Evaluator:
-        """Returns an `Evaluator` unchanged; wraps a multi-class classifier for a single process without autocast."""
+        """Returns an `Evaluator` unchanged. Wraps a module as a multi-class model in one process, without autocast."""
         return model if isinstance(model, Evaluator) else cls(model)
 
     @property
@@ -105,7 +105,7 @@ class Evaluator:
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
             problem = f"`sources` has the splits {list(splits)}."
-            raise ConfigurationError(problem, "give at least one source, each with a name of its own.")
+            raise ConfigurationError(problem, "give at least one source, and each source its own split name.")
         tables = []
         for source in sources:
             marker = _TargetMarker(target, source.split, everywhere or source.failed)
@@ -115,7 +115,7 @@ class Evaluator:
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """Yields checked logits and targets by batch. Data loader batches are first moved to the device and adapted."""
+        """Yields logits and targets by batch, after `Task.check`. Raw batches are moved to the device and adapted."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
@@ -183,7 +183,7 @@ class _TargetMarker:
                 # This mask only serves gates on samples in the target, which become stricter if it is all True.
                 self.applies, reason = False, str(error).partition("\n")[0]
                 problem = (
-                    f"`target`: all `{self.split}` samples count as in the target, since it cannot be applied: {reason}"
+                    f"`target` cannot be applied to `{self.split}` data, whose samples all count as in it: {reason}"
                 )
                 warnings.warn(DataWarning(problem), stacklevel=2)
         return nothing, ~nothing
@@ -194,7 +194,7 @@ def _warn_of_probabilities(split: str, table: Table) -> None:
     is_1, margin = table["label"] == 1, table["margin"]
     output, most = torch.where(is_1, margin, -margin), max(int(is_1.sum()), int((~is_1).sum()))
     if bool(((output >= 0) & (output <= 1)).all()) and int(((output > 0.5) == is_1).sum()) > most:
-        problem = f"`task`: all outputs on `{split}` data are from 0 to 1 and taken for logits, above 0 is class 1."
+        problem = f"`task`: all outputs on `{split}` data are from 0 to 1, but count as logits: above 0 is class 1."
         warnings.warn(DataWarning(problem, "if they are probabilities, return the sigmoid's inputs."), stacklevel=2)
 
 
@@ -202,7 +202,7 @@ def _check_count(batch: Batch, output: Tensor) -> None:
     if output.shape[:1] != (len(batch),):
         raise ConfigurationError(
             f"`task`: the model returned {list(output.shape)} for {len(batch)} targets.\n{describe(batch.raw)}",
-            f"its first dimension must count samples; {adapter_hint(batch.raw)}",
+            f"the first dimension of the output must count samples; {adapter_hint(batch.raw)}",
         )
 
 
@@ -231,8 +231,8 @@ def _check_classes(source: Source, table: Table) -> None:
     if without:
         some = f"{without[:10]}{' ...' if len(without) > 10 else ''}"
         raise UnusableSamplesError(
-            f"`{source.split}` data: {len(without)} samples have labels below 0 or above the model's ({some}).",
-            "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
+            f"`{source.split}` data: {len(without)} samples have labels below 0 or above the last class ({some}).",
+            "leave samples without a class out of the data, such as those with the label -100, which a loss ignores.",
             {source.split: without},
         )
 
@@ -242,8 +242,8 @@ def _check_devices(split: str, batch: Batch, device: torch.device, error: Runtim
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:
         raise ConfigurationError(
-            f"`{split}` data lie on {' and '.join(elsewhere)}, the model on {device}.",
-            f"name the model's device: `TensorSource(..., device={str(device)!r})`.",
+            f"`{split}` data are on {' and '.join(elsewhere)}, but the model is on {device}.",
+            f"set the model's device: `TensorSource(..., device={str(device)!r})`.",
         ) from error
 
 
@@ -280,8 +280,8 @@ def _gather_split(source: Source, read: Callable[[], Table], collective: Collect
         order = position.argsort()
         if not torch.equal(position[order], expected):
             raise EvaluationError(
-                f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
-                "over all ranks each must come once; a collate function must neither drop nor add samples.",
+                f"`{source.split}` data: read {len(position)} samples instead of each of {len(source.index)} once.",
+                "over all ranks, no sample may be missing or occur twice; a collate function must keep all samples.",
             )
         whole = {name: column[order] for name, column in whole.items()}
     return {"index": source.index, **whole}
@@ -297,12 +297,12 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Raises a `ConfigurationError`, with the method's name `by` and `hint`, if a task lacks what the method needs."""
+    """Raises a `ConfigurationError` if `needs` has margins or classes and the task has none. `by` is the method."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(
-            f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
+            f"`task`: {name} has no `margin` that the method could increase.",
             "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
         )
     if "classes" in needs and bool((results.label < 0).any()):
-        raise ConfigurationError(f"{by} needs a class for each sample, the task {name} has none.", hint)
+        raise ConfigurationError(f"{by} needs a class for each sample, but the task {name} has none.", hint)

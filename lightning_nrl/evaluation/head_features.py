@@ -65,7 +65,7 @@ def collect_features(
 def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields the samples at `rows` of the results that this rank has, as pairs of a batch and its rows."""
+    """Yields this rank's samples among those at `rows` of the results, as pairs of a batch and its rows."""
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]

@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Task
 
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
-    """Reshapes a layer's input or output to rows, `r x ...`."""
+    """Reshapes a layer's input or output to rows, `r x ...`, as the module docstring defines them."""
     return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
@@ -58,10 +58,10 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
 
 
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
-    """Unfolds inputs into windows, the values that meet the weights of one output channel at one position.
+    """Unfolds inputs into windows: the values that one output channel multiplies by its weights at one position.
 
     The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position per row. A
-    convolution has a position for each place of its kernel; about `max_positions` per row are kept, evenly spread.
+    convolution has one for each place of its kernel; about `max_positions` of them per row are kept, evenly spread.
     """
     if isinstance(layer, nn.Linear):
         return x[None]
@@ -127,7 +127,7 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Computes the gradients of `(weights * values).sum()` at the outputs of the calls; empty if it has none."""
+        """Returns the gradients of `(weights * values).sum()` at the recorded outputs; `()` if it has no gradients."""
         zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
@@ -157,10 +157,7 @@ def margin_calls(
             output = task.logits(run_model(model, batch.args, batch.kwargs))
         margin = task.margin(output, batch.target)
         if margin is None:
-            raise ConfigurationError(
-                f"`task`: {type(task).__name__} has no margin, so there are no gradients of it.",
-                "give the task a `margin`.",
-            )
+            raise ConfigurationError(f"`task`: {type(task).__name__} has no `margin`.", "give the task a `margin`.")
         calls = probe.calls(margin)
     n, sliceable = len(margin), is_sliceable((batch.args, batch.kwargs), len(margin))
     for name, x, _ in probe.seen:

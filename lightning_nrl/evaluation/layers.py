@@ -124,7 +124,7 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
     kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in space.parameters.values()}
     if len(kinds) > 1:
         raise ConfigurationError(
-            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one."
+            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair these layers one by one."
         )
     return space
 
@@ -169,7 +169,7 @@ def layer_names(layer: str | Sequence[str]) -> list[str]:
     """Returns one name or several names as a list; raises a `ConfigurationError` if there is no name."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
+        raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`.")
     return names
 
 
@@ -191,7 +191,7 @@ def _names(
     found_outside = _outside_tree(modules)
     if found_outside:
         raise _outside_error("auto", next(iter(found_outside)))
-    hint = f"only {KINDS} can be repaired, not scripted (`torch.jit`); a recurrent layer has to be named."
+    hint = f"name a {KINDS} that is not scripted (`torch.jit`); 'auto' finds no recurrent layers."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
 
@@ -270,8 +270,8 @@ def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _outside_error(layer: str, attribute: str) -> ConfigurationError:
     return ConfigurationError(
-        f"`layer={layer!r}`: `{attribute}` holds layers in a plain list or dict, outside of the module tree: no "
-        "optimizer gets them by `parameters()`, and no checkpoint has them.",
+        f"`layer={layer!r}`: `{attribute}` holds layers in a plain list or dict, outside of the module tree, so "
+        "`parameters()` does not return them to an optimizer and no checkpoint has them.",
         "make it an `nn.ModuleList` or an `nn.ModuleDict`.",
     )
 
@@ -330,7 +330,7 @@ def _refuse(name: str, *_: Any) -> None:
     raise ConfigurationError(
         f"`model`: `{name}` is a batch norm without running statistics, so a prediction depends on the other "
         "samples in its batch, and no sample is sure to stay right.",
-        "make it with `track_running_stats=True`, or put a layer norm or group norm in its place.",
+        "create it with `track_running_stats=True`, or use a layer norm or group norm instead.",
     )
 
 

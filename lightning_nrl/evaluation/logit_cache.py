@@ -34,7 +34,7 @@ class LogitCache:
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """Returns the logits of the samples `index`, int64; returns None unless all are cached and fit `shape[1:]`."""
+        """Returns logits by sample number. Returns None unless all are cached, with the shape `shape[1:]` if given."""
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None

@@ -45,7 +45,7 @@ def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
     if preds.shape == target.shape and not preds.is_floating_point():
         return preds == target
     raise ConfigurationError(
-        f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
+        f"`{argument}`: {preds.dtype} of shape {list(preds.shape)} does not fit a `target` {list(target.shape)}.",
         "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
     )
 

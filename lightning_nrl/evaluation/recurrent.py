@@ -103,8 +103,8 @@ class _Unrolled:
         module = self.gates.module
         if not isinstance(input, Tensor):
             raise ConfigurationError(
-                f"`layer`: a {type(module).__name__} that is given packed sequences cannot be repaired.",
-                "give it padded ones, or name another layer.",
+                f"`layer`: a {type(module).__name__} that gets packed sequences cannot be repaired.",
+                "give the layer padded sequences, or name another layer.",
             )
         unbatched, is_lstm = input.dim() == 2, isinstance(module, nn.LSTM)
         x = input.unsqueeze(0) if unbatched else input if module.batch_first else input.transpose(0, 1)

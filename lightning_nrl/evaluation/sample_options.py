@@ -70,7 +70,7 @@ class SampleOptions:
         protected: passed samples of known and calibration data that must never break, whatever the gate: a column of
             bools, a target, or ids by split. Whole numbers instead of bools are costs of breaking samples, usually 1.
         risk: severity of confusions, as in Athena and DRWeightMerge: whole numbers from 1 by pair of true and predicted
-            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. Other confusions have 1. The value of a
+            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. The default is 1. The value of a
             repair is multiplied by the severity of the repaired confusion, the cost of breaking a sample by the highest
             severity of its class.
         set_aside: failures in the target that are not to be repaired: a column of bools, a target, ids, or `"doubtful"`
@@ -99,10 +99,8 @@ class SampleOptions:
         if self.quotas is not None:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
-                raise ConfigurationError(
-                    f"`quotas={self.quotas!r}` needs slices, and there are none.",
-                    "say with `slices` which slice each sample is in.",
-                )
+                problem = f"`quotas={self.quotas!r}` needs slices, but `slices` is not given."
+                raise ConfigurationError(problem, "give the slice of each sample with `slices`.")
 
     def columns(self) -> SampleOptions:
         """Returns a copy with only those options that are read from batches, to check them on a few samples."""
@@ -120,8 +118,8 @@ class SampleOptions:
     ) -> tuple[SampleResults, Tensor]:
         """Evaluates the model and applies the options; returns the results and a mask of failures set aside, `N` bool.
 
-        Failures set aside are not targeted in the results. The arguments are those of `Evaluator.run` and `known`. If
-        `known` is False, the repair does not use the data, and `importance` and `set_aside` are ignored.
+        Failures set aside are not targeted in the results. `known` is False for data that the repair only evaluates;
+        `importance` and `set_aside` are then ignored. The other arguments are those of `Evaluator.run`.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")
@@ -178,8 +176,8 @@ def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
         if len(pair) not in (1, 2) or not all(map(is_class, pair)) or len({*pair}) < len(pair):
             raise ConfigurationError(
                 f"`risk` has the key {key!r}.",
-                "give a true class, or the pair of a true class and another one that it is taken for: "
-                "`risk={7: 2, (3, 5): 4}`, in YAML `'3 -> 5': 4`.",
+                "give a true class, or the pair of a true and a predicted class: `risk={7: 2, (3, 5): 4}`, in YAML "
+                "`'3 -> 5': 4`.",
             )
         levels.setdefault(pair[0], {})[pair[1] if len(pair) == 2 else None] = level
     return levels
@@ -189,7 +187,7 @@ def _weigh_risk(levels: Mapping[int, Mapping[int | None, int]], results: SampleR
     """Returns for each sample the value of repairing it and the cost of breaking it (highest level of its class)."""
     if bool((results.label < 0).all()):
         raise ConfigurationError(
-            "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
+            "`risk` is for confusions of classes, but the task has no classes.", "use `importance` and `protected`."
         )
     worth, cost = torch.ones(2, len(results), dtype=torch.float64)
     for true, own in levels.items():
@@ -216,7 +214,7 @@ def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResu
         raise ConfigurationError(
             f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
             f"({_ids(results, wrong)}).",
-            "give finite numbers above 0; leave failures that do not count out of the `target`.",
+            "give finite numbers above 0; to leave out failures, choose another `target`.",
         )
     return normalise_weights(replace(results, weight=torch.where(results.targeted, importance, results.weight)))
 
@@ -231,7 +229,7 @@ def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
     if wrong.any():
         raise ConfigurationError(
             f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_ids(results, wrong)}).",
-            "give bools, or whole numbers from 1: how many other samples it counts for; infinity protects.",
+            "give bools, or whole numbers from 1, the costs of breaking a sample; infinity protects it.",
         )
     return torch.where(results.passed, cost, 1.0)
 
@@ -249,8 +247,8 @@ def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Seq
     named = by_key and all(isinstance(key, str) for key in value)
     if not named and len(splits) != 1 and strict:
         raise ConfigurationError(
-            f"`{argument}`: the ids may be of any of {list(splits)}.",
-            f"name the split: `{argument}={{{splits[0]!r}: ...}}`." if splits else "mark the data that have failures.",
+            f"`{argument}`: the ids do not say which of the splits {list(splits)} they are in.",
+            f"name the split: `{argument}={{{splits[0]!r}: ...}}`." if splits else "set `failed=True` in a source.",
         )
     tables = value if named else {split: value for split in splits[:1] if strict}
     for split, own in tables.items():

@@ -127,7 +127,7 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
     found: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:
-            return {}, f"`quotas` names the slice {name!r}; there are {', '.join(before.names) or 'none'}."
+            return {}, f"`quotas` names the slice {name!r}, but the data have {', '.join(before.names) or 'no slices'}."
         n = int((before.targeted & _in_slice(before, name)).sum())
         # Exact arithmetic: with floats, 7 % of 100 would be more than 7.
         found[name] = quota if isinstance(quota, int) else math.ceil(Fraction(repr(quota)) * n)

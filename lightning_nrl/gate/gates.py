@@ -47,13 +47,13 @@ class Gate(ABC):
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
         """Returns by how much the cost of the broken samples exceeds the limit, or 0 if the gate accepts the cost.
 
-        Without a `cost`, each broken sample that counts has a cost of 1. Then `ConfigurationError` is raised if the
-        gate needs a target and `counts` are no `TargetCounts`.
+        By default each broken sample that this gate counts costs 1. In this case a `ConfigurationError` is raised if
+        the gate needs a target and `counts` are no `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
                 raise ConfigurationError(
-                    f"`gate='{self}'`: no failures are targeted here, so nothing is in the target.",
+                    f"`gate='{self}'` needs a target, but none is given here.",
                     "write `instance` or `tolerance:1%`.",
                 )
             cost = counts.broken_in_target
@@ -61,13 +61,13 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Returns the summed weights of the `broken` samples (`N` bool) that count. A protected one weighs infinity."""
+        """Returns the total weight of the `broken` samples (`N` bool) that the gate counts; inf if one is protected."""
         return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
     @abstractmethod
     def rule(self) -> str:
-        """The limit, in words that complete "the gate allows"."""
+        """The limit, in words that complete the sentence "the gate allows ..."."""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -163,7 +163,7 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """Allows `limit` known samples to break: a whole number, or a fraction in [0, 1] of the samples that passed."""
+    """Allows `limit` known samples to break. An int is a number of samples, a float a fraction of the passed ones."""
 
     limit: int | float
 
@@ -222,7 +222,7 @@ class GateDecision:
 def judge(
     before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
 ) -> GateDecision:
-    """Decides if new weights are accepted, by all known samples, including those that the search did not score.
+    """Decides whether new weights are accepted. All known samples count, even if the search did not score them.
 
     New weights that repair no targeted sample are not accepted, since any change of weights is a risk on unseen data.
     Ranks with equal results decide alike.
@@ -231,7 +231,7 @@ def judge(
         before: results of the model before the repair on all known data; the mask `targeted` marks samples to repair.
         after: results of the new weights on the same data, from a forward pass of the deployed module.
         gate: limit on the cost of broken known samples. Protected samples may never break.
-        needed: minimum number of repaired targets, by name of the slice.
+        needed: quotas: for each slice, by its name, the minimum number of its targets to repair.
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
@@ -253,18 +253,18 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Changes a decision to `refused` if a protected sample of the calibration data (`before`, `after`) breaks."""
+    """Returns `decision`, as `refused` if a protected sample breaks. The two results are of calibration data."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Names broken protected samples, or the cost of the broken samples if it differs from their number."""
+    """Returns a sentence on broken protected samples, or on the broken samples' weight if it is not their number."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples would break: {_by_split(protected)}."
     cost, n = before.cost(flips.broken), int(flips.broken.sum())
-    return "" if cost == n or only_protected else f" The broken samples count as {cost:,.0f}."
+    return "" if cost == n or only_protected else f" The weights of the broken samples add up to {cost:,.0f}."
 
 
 def _reason(status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]) -> str:

@@ -172,7 +172,7 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
-    """Returns the positions of the weights on the Pareto front, ascending, or of `n_weights` weights.
+    """Returns ascending positions: those of the weights on the Pareto front, or of `n_weights` weights if given.
 
     `n_weights` are taken from the front, then from the front of the remaining weights, and so on. If a front has more
     weights than are needed, the weights are ranked by each score, and those are taken whose worse rank is best. Weights

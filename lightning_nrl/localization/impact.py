@@ -247,7 +247,7 @@ def _mean(
     for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
         if is_mixed:
             raise ReplayError(
-                f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
+                f"`aggregation='per_sample'`: input rows of `layer={site.name!r}` do not belong to one sample each.",
                 "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
             )
         check_called(site, count)

@@ -199,8 +199,8 @@ def localize_by_history(
     sizes = {name: int(size) for name, size in at.items()} | {"total": space.size}
     if not len(weights):
         raise EmptyLocalizationError(
-            f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} changed and matter for "
-            f"regressions, all of them among the {sizes['passed']} that matter for improvements.",
+            f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} weights changed and "
+            f"matter for regressions, but all of them are among the {sizes['passed']} that matter for improvements.",
             "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
         )
     suspicion = zip(space.sites, suspicious.tolist(), strict=True)

@@ -87,13 +87,13 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns the set sizes of `Localization.sizes` for every N_g, as int64 tensors in which row i is for N_g = i."""
+    """Returns `Localization.sizes` for every N_g, as int64 tensors whose entry i is for N_g = i, without `total`."""
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Computes `Localization.sizes` at each threshold in `at`; weights are localised from `enter` to below `leave`."""
+    """Computes `Localization.sizes` at each threshold t in `at`: weights with `enter <= t < leave` are localised."""
     failed, passed, both = (
         torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
     )
@@ -119,7 +119,7 @@ def _empty_error(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocali
     candidates = localized.nonzero().squeeze(1)
     if len(candidates):
         nearest = int(candidates[(candidates - n_g).abs().argmin()])
-        hint = f"the nearest N_g that leaves any is {nearest} (size {int(localized[nearest])}); or give `n_weights`."
+        hint = f"N_g = {nearest} is the nearest that leaves weights ({int(localized[nearest])}); or give `n_weights`."
     else:
         hint = "no N_g leaves a weight: failed and passed data rank the weights alike; choose another layer or target."
     return EmptyLocalizationError(

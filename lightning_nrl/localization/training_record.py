@@ -93,13 +93,13 @@ class TrainingRecord:
         """Converts the points for `NeuRecover`; the results of samples without a record are unknown.
 
         Raises:
-            ConfigurationError: the weights of a layer to repair were not recorded, or no split with targets was.
+            ConfigurationError: the record lacks the weights of a layer to repair, or all splits that have targets.
         """
         before = known.before
         failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
         if failing and not set(failing) & set(self.splits):
             raise ConfigurationError(
-                f"`history` records {list(self.splits)}, the targets are in {failing}.",
+                f"`history` records {list(self.splits)}, but the targets are in {failing}.",
                 f"record these: `TrainingHistory(splits={[*self.splits, *failing]})`.",
             )
         rows = {split: self._rows(before, split) for split in before.splits if split in self.splits}
@@ -170,7 +170,7 @@ def _recorded_split(split: str, samples: Mapping[str, Tensor], points: Sequence[
     kinds = index.dtype == label.dtype == torch.int64 and passed.dtype == torch.bool and loss.is_floating_point()
     shapes = index.ndim == 1 and index.shape == label.shape == passed.shape[1:] == loss.shape[1:]
     if not kinds or not shapes or bool((index < 0).any()):
-        raise ValueError(f"the columns of `{split}` do not fit each other")
+        raise ValueError(f"the columns of `{split}` differ in length or have a wrong type")
     return RecordedSplit(index, label, passed, loss)
 
 

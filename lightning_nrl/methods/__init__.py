@@ -49,8 +49,8 @@ def solve(method: AnyMethod, problem: Problem) -> Solution:
     solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
     if not isinstance(solution, Solution):
         raise ConfigurationError(
-            f"`method`: {type(method).__name__} gave a {type(solution).__name__}, not a solution.",
-            "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
+            f"`method`: {type(method).__name__} returned a {type(solution).__name__} instead of a `Solution`.",
+            "return `Solution(proposal)`, or `Solution(None, reason)` if no better weights were found.",
         )
     return solution
 

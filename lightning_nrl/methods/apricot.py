@@ -31,10 +31,10 @@ NO_CHECKPOINTS_HINT = (
 
 @dataclass(frozen=True, eq=False)
 class Apricot:
-    r"""Moves the weights along saved checkpoints by the failed samples, then continues training.
+    r"""Moves weights toward saved checkpoints that get targets right, away from others, then continues training.
 
-    A round moves the weights by a sum over the targets x that still fail, where w_x is the weight of x, C(x) are the
-    checkpoints that get x right, I(x) the checkpoints that get x wrong, and the bars are means over them:
+    A round moves the weights by a sum over the targets x that still fail. w_x is the weight of x, C(x) are the
+    checkpoints that get x right, I(x) the checkpoints that get x wrong. A bar is the mean over the checkpoints m:
 
     .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
         - \overline{\theta_m - \theta}_{m \in I(x)})
@@ -46,7 +46,7 @@ class Apricot:
         checkpoints: a list of paths of Lightning checkpoints or saved state dicts, of modules, or of state dicts, all
             of the same architecture; or a folder of `*.ckpt` files. None means the checkpoints that the Trainer's
             `ModelCheckpoint` callbacks kept (`save_top_k`).
-        strategy: `right` moves toward checkpoints that are right, `wrong` away from those that are wrong, `both` both.
+        strategy: `right` moves toward checkpoints that are right, `wrong` away from wrong ones, `both` does both.
         rate: the step size r per sample, above 0. The steps of a round are scaled to a sum of at most 0.2.
         rounds: maximum number of rounds, from 1. Each is one pass over the known data.
         patience: number of rounds without a better result after which the rounds stop, from 1.
@@ -75,7 +75,7 @@ class Apricot:
         fits = given is None or isinstance(given, (str, Path, Sequence))
         check_kind("Apricot.checkpoints", given, fits, "list of checkpoints", "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])")
         if given is not None and not given:
-            raise ConfigurationError("`Apricot.checkpoints` is an empty list.", "give at least one other checkpoint.")
+            raise ConfigurationError("`Apricot.checkpoints` is an empty list.", "give at least one checkpoint.")
         check_choice("Apricot.strategy", self.strategy, get_args(Strategy))
         check_real("Apricot.rate", self.rate, "rate", "give a finite number above 0.", above=0)
         for name, least in (("rounds", 1), ("patience", 1), ("epochs", 0)):
@@ -168,9 +168,9 @@ class Apricot:
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """Returns how far to move toward each of M models, `M` float64; a negative value means away from the model.
+    """Returns how far to move toward each of M models, `M` float64. A negative value means away from the model.
 
-    `passed`, `M x n` bool, marks which of n failed samples each model gets right; `weight`, `n`, has their weights.
+    `passed`, `M x n` bool, marks which of n failed samples each model gets right. `weight`, `n`, are sample weights.
     """
     right = passed.to(torch.float64)
     towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)

@@ -93,7 +93,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung; `seconds` includes the trial that gives its held-out counts."""
+    """The result of one rung. `seconds` includes a second run without the held-out samples to get their counts."""
 
     name: str
     solution: Solution
@@ -140,7 +140,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def run(self) -> list[RungResult]:
-        """Runs the rungs. If `training` leaves time, repeats those that `max_time` cut and keeps the better results."""
+        """Runs all rungs. If time is left, runs the rungs that `max_time` cut again; the better results count."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -181,10 +181,7 @@ class _Ladder:
         return self._add_held_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
 
     def _exact(self) -> Solution | None:
-        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the layer or the task.
-
-        The held-out counts are those of the solver's result, before the search.
-        """
+        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the layer or task."""
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
         for method in (convex, Linearized()) if self.is_one_layer else (convex,):
@@ -195,6 +192,7 @@ class _Ladder:
                 continue
             if solution.proposal is not None:
                 last = self._searched_from(solution.proposal, self.end)
+                # The held-out samples are not counted again after the search.
                 solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
             return solution
         return None
@@ -282,7 +280,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Finds the best counts for each share in `PRICE_LEVELS` that may break; leaves out shares that no counts meet."""
+    """Finds, for each share in `PRICE_LEVELS`, the counts with most repairs that break at most this share, if any."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]

@@ -14,7 +14,6 @@ one sample; a training step on a sample counts as `FORWARD_BACKWARD` visits. A p
 If there is time for fewer than `FEW_EPOCHS` of training, the searches get `HURRIED_SEARCH_TIME_SHARE`. A search that
 was cut runs again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most
 `POLISH_TIME_SHARE` of the time left. An update polishes for `UPDATE_TIME_SHARE` of the time left, then searches.
-`MergedRepairs` spends `TIME_SHARE_OF_PARTS` on repairing its parts.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ PACE_STEPS = 4  # steps of `distill` that are timed, after a first step that is 
 
 # Polish
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
-STALLED_POLISH_SHARE = 1 / 3  # a polish stops after this share of them without fewer violated samples
+STALLED_POLISH_SHARE = 1 / 3  # of the training's visits; a polish stops after so many without fewer violated samples
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
 MAX_STALLED_ROUNDS = 20  # since a start, a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated
 MAX_RETREATS = 4
-FIRST_ENFORCING_ROUNDS = 4  # with `max_time`, failing targets are then suspended; the next time twice as many
-ENFORCING_TIME_FRACTION = 0.4  # likewise, share of the time left
+FIRST_ENFORCING_ROUNDS = 4  # with `max_time`, targets that still fail are then suspended; next time after twice as many
+ENFORCING_TIME_FRACTION = 0.4  # the same limit as a share of the time left
 
 # Convex and linearized
 RECORDING_PASSES = 2.0  # to record the layer and compare its output with the logits

@@ -96,7 +96,7 @@ class Convex:
         seconds, folded = (time.perf_counter() - began) / len(points), _folds(problem) >= 0
         estimates = [estimate(before, replace(before, passed=right), folded) for right in held_out]
         steps = [
-            point.step(seconds, f"strength {cost:g}; held out {one.repaired_in_target} repaired, {one.broken} broken")
+            point.step(seconds, f"strength {cost:g}; held-out: {one.repaired_in_target} repaired, {one.broken} broken")
             for point, cost, one in zip(points, SLACK_COSTS, estimates, strict=False)
         ]
         worth = [_worth(problem, right) for right in held_out]
@@ -108,9 +108,9 @@ class Convex:
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
             note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
-            note += f"; the path was {CUT}" if is_cut else ""
+            note += f"; higher strengths were {CUT}" if is_cut else ""
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
-        none = "no change of the layer that held-out samples support repairs a target without a regression."
+        none = "the change of the layer that is best on held-out samples repairs no target without a regression."
         reason = "" if proposal else none
         return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
 
@@ -121,7 +121,7 @@ def _check_layers(space: ParameterSpace) -> None:
         raise ConfigurationError(space.obstacle, "name the last Linear layer as `layer`.")
     if len(names) > 1 or not isinstance(space.sites[0].module, torch.nn.Linear):
         raise ConfigurationError(
-            f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
+            f"`method='convex'` repairs only the last Linear layer, but `layer` names {names}.",
             "leave `layer` at 'auto', or use `method='linearized'`.",
         )
 
@@ -150,7 +150,7 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     """Yields for each strength the change, `C x d`, and which samples are right in the cross-validation, `N` bool.
 
     The samples of a fold are predicted with the change that was fitted without them. If time runs out at the first
-    strength, folds without a change are predicted with the original layer; at a later one, the path ends before it.
+    strength, folds without a change are predicted with the original layer. A later strength is left out in this case.
     """
 
     def is_over() -> bool:
@@ -260,7 +260,7 @@ class _KnownHead:
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        """Marks the samples that the layer gets right with a change, `C x d`, in a mask, `N` bool."""
+        """Returns a mask, `N` bool, of the samples that the layer gets right after a change, `C x d`."""
         right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
         right[self.rows] = self.head.right(change).cpu()
         for some in self.rest.blocks():

@@ -59,7 +59,7 @@ class FineTuned:
 
     @property
     def is_harmful(self) -> bool:
-        """True if more held-out samples break than are repaired, by over `MAX_STANDARD_ERRORS` standard errors."""
+        """True if held-out regressions exceed held-out repairs by more than `MAX_STANDARD_ERRORS` standard errors."""
         return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
 
 
@@ -97,8 +97,8 @@ class FineTunePolish:
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
     """Trains and polishes; the first half of the training does not use the samples in `held_out`, `N` bool.
 
-    If the first half breaks more of these samples than it repairs, the second half does not use them either. They are
-    counted with the last weights trained without them. `share` is the share of the time left that may be used.
+    If the first half breaks more of these samples than it repairs, the second half does not use them either. Their
+    counts are from the last weights trained without them. Up to `share` of the time left is used.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
@@ -118,7 +118,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Estimates the seconds for the start and epochs of a training, its count halfway, and a polish's last passes."""
+    """Estimates the seconds to start a training, run its epochs, evaluate it halfway and end a polish."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 

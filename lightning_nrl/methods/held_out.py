@@ -1,6 +1,6 @@
 """Estimates of what a method does to unseen samples; `Auto` chooses its rung by them.
 
-At most half of the samples from data sets with failures to repair are held out. The model was not trained on these.
+At most half of the samples from splits with failures to repair are held out. Usually the model did not train on these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a sma
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
-    """Draws the samples to hold out, `N` bool; returns None if too few targets or no passed samples are drawn."""
+    """Draws the samples to hold out, `N` bool. Returns None if there are too few targets or passed samples."""
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
@@ -43,7 +43,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the flips of the held-out samples `rows`, `N` bool. `before` has the results with nothing held out."""
+    """Counts the flips of the held-out samples `rows`, `N` bool. In `before` they are not held out."""
     return Flips.between(before, after).target_counts(before, rows)
 
 
@@ -53,7 +53,7 @@ def net_rate(counts: TargetCounts | None) -> float:
 
 
 def is_ahead(value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None) -> bool:
-    """True if a rung is better than a smaller one; `other_value` and `other` are those of the smaller rung.
+    """True if a rung (`value`, `counts`) is better than a smaller rung (`other_value`, `other`).
 
     A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A rung that repairs
     less, but at least `FEWEST_REPAIRS_SHARE` as much, is better if its net rate is significantly higher. A difference

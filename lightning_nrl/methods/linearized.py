@@ -54,10 +54,10 @@ RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # if the whole step broke nothing; 
 class Linearized:
     """Repairs any Linear or convolution layers without breaking a known passed sample, in a few dozen forward passes.
 
-    A step is computed from the gradients of targets and of passed samples near the boundary. To first order, passed
-    samples keep half of their margin, or a sufficient part of it, and targets get a sufficient margin. Of all such
-    steps it moves the layers' outputs on passed data least, in the mean square. It is shortened until the evaluation of
-    all known data shows no regression.
+    A step is computed from the gradients of targets and of passed samples near the boundary. To first order, targets
+    get a fixed margin if possible, and passed samples keep half of their margin, or the fixed one if that is less. The
+    step taken is the one that changes the layers' outputs on passed data least, in the mean square. It is shortened
+    until the evaluation of all known data shows no regression.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
@@ -76,7 +76,7 @@ class Linearized:
         while not run.is_done and deadline.leaves(took):
             began = time.perf_counter()
             if not run.round():
-                return Solution(None, "no margin of a target depends on the layer's weights.")
+                return Solution(None, "the margins of the targets do not depend on the layer's weights.")
             took = time.perf_counter() - began
         if run.steps and not run.is_done:
             run.steps[-1] = replace(run.steps[-1], note=f"{run.steps[-1].note}; {CUT}")
@@ -186,7 +186,7 @@ class _TrustRegionSteps:
             tries.append(self._proposed(here + fraction * step))
             if self._is_clean(tries[-1][0].after):
                 return tries, f"{fraction:.0%} of the step"
-        return tries, "still breaking some"
+        return tries, "still breaks some samples"
 
     def _proposed(self, change: Tensor) -> Try:
         with self.problem.clock.stage("judge"):
@@ -205,7 +205,6 @@ def _worth(proposal: Proposal) -> float:
 
 
 def _margins(results: SampleResults) -> Tensor:
-    """Returns the margins, replaced by -1e6 where the margin or loss is not finite."""
     finite = results.margin.isfinite() & results.loss.isfinite()
     return torch.where(finite, results.margin, -1e6)
 
@@ -225,13 +224,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """The price at which the median target would be repaired on its own; 0 if no step helps any target."""
+        """Price of missing margin at which the median target would be repaired on its own; 0 if no step helps any."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the step, `K`, and its multipliers, `m`; `error`, `m`, has real minus predicted margins."""
+        """Returns the step, `K`, and its multipliers, `m`. `error`, `m`, corrects the predicted margins."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

@@ -102,7 +102,7 @@ class LocalSearch:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def with_parts(self, **parts: Any) -> LocalSearch:
-        """Returns a copy with other parts. A part that is None stays as it is."""
+        """Returns a copy with another `searcher`, `localizer` or `fitness`. A part that is None stays as it is."""
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
@@ -127,7 +127,7 @@ class LocalSearch:
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises and searches from the present weights; raises an `EmptyLocalizationError` if it localises none."""
+    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if none are localised."""
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 

@@ -112,7 +112,7 @@ class MergedRepairs:
         if isinstance(self.parts, str):
             if bool((before.label < 0).all()):
                 raise ConfigurationError(
-                    f"`MergedRepairs.parts={self.parts!r}` is for classes, and the task has none.",
+                    f"`MergedRepairs.parts={self.parts!r}` needs classes, but the task has none.",
                     "give targets, such as `Target.where(predicate)`.",
                 )
             columns = (before.label, before.prediction)[: 2 if self.parts == "confusion" else 1]
@@ -129,7 +129,7 @@ class MergedRepairs:
                     found[str(part)] = mask
             if not found:
                 raise ConfigurationError(
-                    "`MergedRepairs.parts` have none of the targets.", "give parts of the `target` of the repair."
+                    "`MergedRepairs.parts` contain no targeted sample.", "give parts of the `target` of the repair."
                 )
         ranked = sorted(found.items(), key=lambda pair: -float(before.weight[pair[1]].sum()))
         return dict(ranked[: self.most])
@@ -153,7 +153,7 @@ class MergedRepairs:
             return None, Step(name, 0, 0, round(took, 3), solution.reason)
         proposal = problem.counted(name, solution.proposal.state, solution.proposal.after)
         of_part = int((rows & proposal.after.passed).sum())
-        return proposal, proposal.step(took, f"{of_part:,} of {n:,} of this part")
+        return proposal, proposal.step(took, f"{of_part:,} of {n:,} targets of this part")
 
 
 def _parse_method(method: Any) -> Any:
@@ -166,7 +166,10 @@ def _parse_method(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """Returns the best coefficients of K states and the search log; starts from none, each, all and their mean."""
+    """Searches the best coefficients of K states; returns these, `K`, and the log of the search.
+
+    The search starts from the original weights, each state alone, the sum of all changes and the mean of the states.
+    """
     device, k = problem.space.device, len(states)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
@@ -186,7 +189,7 @@ def search_coefficients(
 
 
 def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
-    """Builds a scorer of coefficients, on recorded activations if only the searched layers change."""
+    """Returns a scorer of coefficients (on recorded activations if possible), and the number of passed samples."""
     space, before = problem.space, problem.before
     parameters = space.parameters
     if any(name not in parameters for state in states for name in state):

@@ -67,7 +67,7 @@ class Polish:
             with problem.clock.stage("judge"):
                 began = time.perf_counter()
                 start = problem.propose("given", state)
-                steps, others = (start.step(time.perf_counter() - began, "as they came"),), (start,)
+                steps, others = (start.step(time.perf_counter() - began, "before the polish"),), (start,)
         proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
         reason = "" if proposal.repaired else f"{whose} no target without breaking what is right."
         return Solution(proposal if proposal.repaired else None, reason, (*steps, step), others)
@@ -80,6 +80,6 @@ def _check_scope(problem: Problem, state: State) -> None:
     beyond = [name for name in changed(problem.model, state) if name in parameters - set(problem.scope)]
     if beyond:
         raise ConfigurationError(
-            f"`layer` lets {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
+            f"`layer` lets only {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
             "leave `layer` at 'auto', or give weights that differ in that layer alone.",
         )

@@ -52,14 +52,13 @@ Renew = Callable[[State], Tensor | None]
 class Training(Protocol):
     """Continues training a model with the known failures added to its data.
 
-    A training that treats targets differently from other samples has a method `for_targets(targeted)`. It returns a
-    copy for these targets, a mask `N` bool in the order of `Problem.before`.
+    A training that treats targets differently from other samples has a method `for_targets(targeted)`, which returns a
+    copy of the training. The mask `targeted`, `N` bool in the order of `Problem.before`, marks the targets.
     """
 
     @property
     def epochs(self) -> int:
         """Number of epochs of the original training."""
-        ...
 
     def __call__(
         self,
@@ -86,7 +85,6 @@ class Training(Protocol):
             rate: learning rate of an AdamW that replaces the module's optimizers and schedules; None keeps these.
             renew: is called halfway with the present weights.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Problem:
         training: continues the training; None if the original training is unknown.
         whole: True if the whole network may change.
         update: True if the model replaces another model that gets the targets right.
-        needed: the quotas: by name of a slice, the minimum number of its targets to repair.
+        needed: quotas: for each slice, by its name, the minimum number of its targets to repair.
         gate: decides how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that a method may not use. In `before` they are neither passed nor targeted.
         unmasked: `before` as it was when no samples were held out; None if none are.
@@ -158,7 +156,7 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Maximum number of epochs of continued training: that of the original training, or more if data are few."""
+        """Maximum number of epochs of continued training: as many as originally, or more if there are few samples."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
@@ -173,11 +171,11 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method that may use a share of the time left; keeps time to judge its result."""
+        """Returns the deadline of a method that may use `share` of the time left. Time to judge its result is kept."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """Evaluates the deployed model with the tensors of a state on all known data."""
+        """Returns the results of the deployed model on all known data, with the tensors of `state` in place."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -210,7 +208,7 @@ class Problem:
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, samples of the data sets that hold the failures to repair; the model was not trained on them."""
+        """`N` bool, all samples of the splits with failures to repair. Usually the model was not trained on them."""
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -218,7 +216,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Returns the mask `rows`, `N` bool, plus all copies of its samples if every source can identify samples."""
+        """Returns `rows`, `N` bool, plus copies of its samples if there are several sources, all `Identified`."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -226,7 +224,7 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """Returns how far the cost of broken samples, `N` bool, exceeds what the gate allows, or 0."""
+        """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit, or 0 if it does not."""
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
@@ -247,7 +245,7 @@ class Method(Protocol):
 
     - `trains = True` declares that the method continues the training. The repair first checks that this is possible.
     - `needs` is a tuple of requirements on task and data (`Need` in `lightning_nrl.evaluation.evaluator`).
-    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for what does not suit the method.
+    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` if it does not fit the method.
     - `fitness` and `localizer` are defaults that the user may override.
     - `with_parts(localizer=..., fitness=...)` returns the method with the user's parts; None means no choice.
     - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the Trainer's checkpoints.
@@ -260,4 +258,3 @@ class Method(Protocol):
             EmptyLocalizationError: there are no weights to search.
             ConfigurationError: the method does not suit the model or the task.
         """
-        ...

@@ -29,7 +29,7 @@ from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000  # randomly drawn samples; enough for a mean over passed data
 FAILED_SHARE = 0.5  # of the samples of a search; more only if passed samples leave room
-FEW_SHARE = 0.25  # if fewer than this share of many samples is recorded, only these are read
+FEW_SHARE = 0.25  # if less than this share of large data is recorded, only the chosen samples are read
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
 
 
 def _distance(before: SampleResults) -> Tensor:
-    """Returns how far samples are from the boundary, `N`: by margin or loss; a large weight brings them nearer."""
+    """Returns distances from the boundary, `N`, by margin or loss. Samples with a large weight count as nearer."""
     if bool(before.margin.isfinite().all()):
         return before.margin.abs() / before.weight.to(before.margin)
     weight = before.weight.to(before.loss)
@@ -127,7 +127,10 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Builds a scorer for new values of the weights at `where`. Samples pass if margins reach `reserve`, `N`."""
+    """Builds a scorer for new values of the weights at `where`, on the recorded samples in `failed` and `passed`.
+
+    If `reserve`, `N`, is given, a sample only passes with new values if its margin reaches that of `reserve`.
+    """
     before = problem.before
     return make_scorer(
         recording,
@@ -155,5 +158,5 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Returns the bytes for recorded activations; the scorer gets as many. None means a share of the free memory."""
+    """Returns half of `Problem.budget`, which may be None. Recorded activations and the scorer get a half each."""
     return None if problem.budget is None else max(1, problem.budget // 2)

@@ -72,7 +72,7 @@ class Solution:
         held_out: counts of known samples that the method could not use; None if they were not measured.
         rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for other methods.
         choice: why `Auto` took one of the rungs.
-        price: the best results of `Auto` if certain shares of the known passed samples may break.
+        price: for several shares of known passed samples, the best counts of `Auto` if this share may break.
     """
 
     proposal: Proposal | None

@@ -42,11 +42,11 @@ def warm_started_search(
     base: State = ORIGINAL_WEIGHTS,
     end: Deadline | None = None,
 ) -> Solution:
-    """Localises weights in the chosen layers of the network with weights `base`, then searches new values for them.
+    """Puts `base` into the network, localises weights in the chosen layers, then searches new values for them.
 
-    Samples that pass with `base` have to keep half of their margin, or `SUFFICIENT_MARGIN` of the median margin if that
-    is less. Failures outside the target that `base` repairs may not break either. If no target is left to repair, the
-    search widens margins that are too small. Returns the best of base, proposals and search.
+    Returns the best of `base`, the proposals and the result of the search. Samples that pass with `base` have to keep
+    half of their margin, or `SUFFICIENT_MARGIN` of the median margin if that is less. Failures outside the target that
+    `base` repairs may not break either. If no target is left to repair, the search widens margins that are too small.
 
     `base` may change any part of the network. If it is the `state` of a proposal, the results of this proposal are used
     again. The search also starts from the proposals' values of the localised weights, the best first.
@@ -70,7 +70,7 @@ def warm_started_search(
     kept = before.passed | (passes & ~before.targeted & problem.used)
     narrow = None if failed.any() else _narrow(problem, start)
     if narrow is not None and not narrow.any():
-        note = "not run: no target is left, no sample is near the border"
+        note = "not run: no target is left to repair and no sample is near the boundary"
         return Solution(best, steps=(_step(best, 0.0, note),))
     if narrow is not None and reserve is not None:
         failed, kept = narrow, (kept | before.targeted) & ~narrow

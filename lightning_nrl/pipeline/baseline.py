@@ -34,11 +34,11 @@ class Baseline:
     """Results of the model before the repair, on all data.
 
     Attributes:
-        known: results on known data. `targeted` marks the failures to repair, without those that were set aside.
-        before: equal to `known`, except in an update with `keep="reference"`. There `passed` marks only the samples
-            that the replaced model gets right too, since only these must not break.
+        known: results on known data. `targeted` marks the failures to repair. Failures set aside are not among them.
+        before: the results from which the search starts. They equal `known`, except in an update with
+            `keep="reference"`: then `passed` leaves out samples that the replaced model gets wrong; these may break.
         held_out: data and results by role. A role without data is missing.
-        set_aside: mask of shape `N` (known samples) of the failures in the target that are not to be repaired.
+        set_aside: mask over the `N` known samples. It marks the failures in the target that are not to be repaired.
         update: results of the replaced model. None if no model is replaced.
         leaked: for each unseen split with leaks, the number of its samples that are also known or calibration data.
     """
@@ -61,7 +61,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Evaluates the model on all data and times it. Other arguments and the errors are those of `repair_module`."""
+    """Evaluates the model on all data. `clock` measures the time. Other arguments and errors: see `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -103,7 +103,7 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data of one role: this rank's share as `sources`, and the original model's results on all shares."""
+    """Held-out data of one role. `sources` are this rank's share; `before` are the original results of all ranks."""
 
     sources: Sequence[Source]
     before: SampleResults
@@ -117,7 +117,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     """Evaluates held-out data and marks the failures in the target, which are only reported.
 
     If the target cannot be applied, for instance because these data lack a column, a warning says so and no failure is
-    marked. Any other error is raised; if one rank has one, every rank raises.
+    marked. Any other error is raised. If one rank has such an error, every rank raises.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
@@ -125,7 +125,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
         # If one rank fails, all ranks get here. They evaluate again unless some rank has another error.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
-        problem = f"the target's failures are not counted on unseen data: {error}"
+        problem = f"the failures in the target are not counted on held-out data: {error}"
         warnings.warn(DataWarning(problem), stacklevel=3)
     return settings.samples.evaluate(evaluator, sources, known=False)[0]
 
@@ -134,10 +134,11 @@ MAX_LISTED_IDS = 10  # ids of samples in a message
 
 
 class LeakCheck:
-    """Finds held-out samples that are also known. Run the model over `known` and `held_out`, then call `leaked`.
+    """Finds calibration samples that are also known, and unseen samples that are also known or calibration data.
 
-    These attributes wrap the given sources to record a hash of each sample. Two samples are the same if inputs and
-    labels are bitwise equal, or if they have the same position in a data set, even through subsets and unions.
+    First run the model over the attributes `known` and `held_out`, then call `leaked`. The attributes wrap the given
+    sources to record a hash of each sample. Two samples are the same if their inputs and labels are bitwise equal, or
+    if they have the same position in a data set, even through subsets and unions.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
@@ -148,9 +149,9 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Counts the leaked samples of each unseen split that has any, and warns of them. Call this after a whole pass.
+        """Returns the number of leaked samples for each unseen split that has any, and warns about them.
 
-        Raises a `ConfigurationError` if calibration samples are also known, so that they cannot bound future errors.
+        Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration sample is also known.
         """
         found: dict[str, int] = {}
         others = [source for source in self.known if isinstance(source, RecordingSource)]

@@ -42,14 +42,17 @@ ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch cannot concaten
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """Returns the settings, or the default ones for None. Raises a `ConfigurationError` if they are no `Settings`."""
+    """Returns the settings, or default settings if they are None. Raises a `ConfigurationError` for other types."""
     settings = Settings() if settings is None else settings
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
     return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Raises a `ConfigurationError` if sources are no lists, share split names, or lack a `failed` or `passed` mark."""
+    """Raises a `ConfigurationError` if sources are no lists of `Source`, share a split name, or lack a needed mark.
+
+    A known source must be marked `failed`. If `n_passed` is set, a known source must be marked `passed`.
+    """
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
             problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
@@ -58,19 +61,19 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     if len(set(names)) < len(names):
         raise ConfigurationError(f"the data have the splits {names}.", "give each split its own name.")
     if not any(source.failed for source in known):
-        raise ConfigurationError("`known`: no source is marked `failed`.", "mark the one with the failures to repair.")
+        raise ConfigurationError("`known`: no source is marked `failed`.", "mark the source that has the failures.")
     if settings.search.n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
             f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
-            "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
+            "mark the source to draw samples from, or leave `n_passed` out to score every known passed sample.",
         )
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if a limit is set without calibration data, or if it counts only the target."""
+    """Raises a `ConfigurationError` if `limit` needs missing calibration data, or counts only samples in the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
-        raise ConfigurationError(f"`limit='{limit}'`: a limit is about all calibration data.", "write `tolerance:1%`.")
+        raise ConfigurationError(f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`.")
     if limit is not None and not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
@@ -103,7 +106,7 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
-            f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
+            f"`known`: no sample {what} ({settings.target}).", "give data with failures to repair and passed samples."
         )
 
 
@@ -158,7 +161,7 @@ def _check_recording(
         warnings.simplefilter("ignore")
         recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
         if hasattr(method, "check_recording"):
-            ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used.")
+            ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used on another rank.")
         localizer = on_data(settings.localizer, KnownData(evaluator, sources, few, space))
         localizer(recording, evaluator, failed=failed, passed=known & ~failed)
 

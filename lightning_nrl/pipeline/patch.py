@@ -76,7 +76,7 @@ class Patch:
         before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
         if before.keys() != after.keys():
             name = min(before.keys() ^ after.keys())
-            raise ConfigurationError(f"`{name}` is in one state only.", "give two states of the same model.")
+            raise ConfigurationError(f"`{name}` is in only one of the states.", "give two states of the same model.")
         changes: dict[str, TensorChange] = {}
         shared: dict[tuple[str, str], TensorChange] = {}
         for name, value in before.items():
@@ -127,7 +127,7 @@ class Patch:
     def _changed(self, to: Any, undo: bool) -> Any:
         if not isinstance(to, (nn.Module, Mapping)):
             found = type(to).__name__
-            raise ConfigurationError(f"`to`: found a {found}, no module and no state dict.", "load the model first.")
+            raise ConfigurationError(f"`to`: found a {found}, not a module or state dict.", "load the model first.")
         state = _tensors(to.state_dict() if isinstance(to, nn.Module) else to)
         self._check_state(state, undo)
         made: dict[tuple[int, ...], Tensor] = {}
@@ -161,13 +161,13 @@ class Patch:
         found, problem = hash_tensors(state), self._difference(state, undo)
         if found == wanted and not problem:
             return
-        hint = "it fits only the weights it was made for; apply patches in the order they were made."
+        hint = "a patch fits only the weights that it was made for; apply patches in the order they were made."
         if undo:
             hint = "revert the later patches first."
         if found == other:
-            problem = "these are the weights without it" if undo else "these weights have it already"
+            problem = f"the weights {'do not' if undo else 'already'} contain this change"
             hint = "there is nothing to do."
-        problem = problem or "the tensors it changes match, others of the model do not"
+        problem = problem or "the tensors that it changes fit, but other tensors of the model differ"
         raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
@@ -178,7 +178,7 @@ class Patch:
                 return f"the model has no tensor `{name}`"
             own, fits = (state[name].dtype, list(state[name].shape)), (change.old.dtype, list(change.shape))
             if own != fits:
-                return f"`{name}` is {own[0]} {own[1]}, and {fits[0]} {fits[1]} in the patch"
+                return f"`{name}` is {own[0]} {own[1]} in the model and {fits[0]} {fits[1]} in the patch"
             if hash_tensor(state[name]) != (change.sha256_new if undo else change.sha256_old):
                 wrong.append(name)
         if not wrong:

@@ -35,9 +35,9 @@ PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it 
 class TensorChange:
     """The change of one tensor of the given `shape`. All attributes that are tensors are on the CPU.
 
-    If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise they have shape `n`
-    and hold only the values at the flat positions `index`, which ascend and are int32, or int64 for large tensors. The
-    two hashes are of the whole tensor before and after (`hash_tensors`).
+    If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise they are vectors of
+    the values at the flat positions `index`, which ascend and are int32, or int64 for large tensors. The two hashes
+    (`hash_tensors`) are of the whole tensor before and after the change.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """Metadata of a `TensorChange`, `sparse` if it has an `index`. `values_of` names the first of tied tensors."""
+    """Metadata of a `TensorChange`, `sparse` if that has an `index`. Tied tensors are stored once, as `values_of`."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -37,7 +37,7 @@ def build_problem(
     training: Training | None = None,
     **rest: Any,
 ) -> Problem:
-    """Builds the problem for a method. `layers` is the result of `find_scope`, `rest` has more fields of `Problem`."""
+    """Builds the problem for a method. `layers` is the result of `find_scope`. `rest` are other fields of `Problem`."""
     space, scope = layers
     for_targets = getattr(training, "for_targets", None)
     if for_targets is not None:
@@ -86,9 +86,9 @@ NEUTRAL_SETTINGS = ("save_every",)  # settings that do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
-    """Returns a hash of each input of a repair, by the name that messages use.
+    """Returns hashes of everything that a repair depends on, by name. Saved steps can be reused if all are equal.
 
-    The data are hashed by the model's results on each sample: if an input changes, its loss changes too.
+    For the data, the model's results on each sample are hashed: if the input of a sample changes, so does its loss.
     """
     model, training = problem.model, problem.training
     versions = installed_versions()

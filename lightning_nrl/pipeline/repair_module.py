@@ -43,8 +43,8 @@ class Outcome:
 
     Attributes:
         report: the report, whose `status` says how the repair ended.
-        parameters: repaired parameters and buffers by state-dict name, whole tensors. None unless accepted.
-        evaluated: these tensors in evaluation mode. `eval()` may rewrite tensors, for instance to merge an adapter.
+        parameters: repaired parameters and buffers by state-dict name, whole tensors. None unless they were accepted.
+        evaluated: `parameters` in evaluation mode. `eval()` may rewrite tensors, for instance to merge an adapter.
         changes: new minus old tensors by name, on the CPU, also of refused weights. None if no weights were found.
         views: flipped samples for review.
     """
@@ -96,7 +96,7 @@ def repair_module(
         unseen: data that are only counted, before and after an accepted repair. Marks are ignored.
         calibration: held-out data that choose the strength (how much of the change to make). Marks are ignored.
         training: continues the training of the model. If None, methods that train make their own steps.
-        reference: knows what the replaced model gets right. Only known samples that it gets right are then repaired.
+        reference: knows what the replaced model gets right. Only samples that this model gets right are then repaired.
         observer: is notified of progress.
         work: saves finished steps and restores the steps that an earlier process saved. If None, nothing is saved.
 
@@ -106,7 +106,8 @@ def repair_module(
     Raises:
         ConfigurationError: the layer, data, target or task cannot be used, or calibration data are also known.
         EvaluationError: the original model has NaN or infinite losses. The error names the samples.
-        DeviceMemoryError: memory ran out while the original model was evaluated; with several ranks, at any step.
+        DeviceMemoryError: memory ran out while the original model was evaluated. With several ranks this error is also
+            raised if memory runs out later; a single rank then returns the outcome `not repaired`.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -273,7 +274,7 @@ def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Set
     target = settings.target
     if baseline.update is not None:
         return (
-            f"no known sample in the target ({target}) that the replaced model gets right is wrong under the new one."
+            f"no known sample in the target ({target}) is right under the replaced model and wrong under the new one."
         )
     failed = ~baseline.known.passed
     counts = ", ".join(f"{int(failed[baseline.known.of(source.split)].sum())} in {source.split}" for source in known)
@@ -291,11 +292,11 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """Returns the tensors to load in training mode, and the tensors that `eval()` then turns them into.
+    """Returns the tensors to load in training mode, and the tensors that `eval()` then makes of them.
 
-    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then the
-    second are as close to the patch as the module allows. Both leave out tensors that do not change. Call this in
-    evaluation mode inside `preserve_state`, which yields `rewritten` (tensors before `eval()`, by `id`).
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then tensors
+    to load are chosen that `eval()` brings as close to the patch as possible. Tensors that do not change are left out.
+    Call this in evaluation mode inside `preserve_state`, which yields `rewritten` (tensors before `eval()`, by `id`).
     """
     if not patch or not has_own_modes(model):
         return patch, patch

@@ -113,7 +113,7 @@ MARGIN_GROWTH = 1.5  # factor on the range, since margins grow in a repair
 def flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
 ) -> tuple[FlippedSample, ...]:
-    """Returns a record for each repaired or broken sample in `rows`, in the same order."""
+    """Returns a record for each repaired or broken sample in `rows`, in the order of the rows."""
     chosen = (flips.repaired | flips.broken).nonzero().flatten()
     chosen = chosen[(chosen >= rows.start) & (chosen < rows.stop)]
     columns = {

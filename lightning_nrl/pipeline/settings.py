@@ -30,17 +30,17 @@ class SearchOptions:
 
     Attributes:
         fitness: ranks the candidates: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1` and
-            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None takes the one of
-            the method, or `lexicographic` if the method has none.
+            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None takes the
+            fitness of the method, or `lexicographic` if the method has none.
         localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`, `gradient`,
-            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None takes the one of the method, or
-            `neurecover-lite` if the method has none.
+            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None takes the localizer of the
+            method, or `neurecover-lite` if the method has none.
         n_passed: number of passed samples to score (#pos in the paper), drawn at random from sources marked `passed`.
             None scores all known passed samples.
-        n_scored: maximum number of known samples that the search uses: failed ones, those nearest to the decision
-            boundary, and a random draw of the rest. If `max_time` is short, it uses fewer. The result is judged on all.
+        n_scored: maximum number of known samples that the search uses: failed samples, samples near the decision
+            boundary, and a random draw of the rest. If time is short, fewer are used. The gate judges on all samples.
         budget: memory for the search on the device, in bytes. None takes a share of the free memory. Half of the budget
-            holds recorded activations (a GPU also uses main memory). The rest is computed again, and a note says so.
+            holds recorded activations; a GPU also uses main memory. Activations that do not fit are computed again.
         save_every: a trainer saves the result of each step that took at least this many seconds. If the run is stopped
             or killed, the same call skips the saved steps. None saves nothing.
 
@@ -77,8 +77,8 @@ class BoundOptions:
     """How much of the change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: the share of the change to make, above 0 and at most 2. None makes the whole change (1), or more than
-            that if this repairs more targets and breaks no known sample and no more calibration samples.
+        strength: the share of the change to make, above 0 and at most 2. None means 1 or, with calibration data, more
+            if this repairs more targets, breaks no known sample, and breaks no more calibration samples than 1 does.
         limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The greatest strength within
             this limit is taken. None sets no limit.
         sparse: share of the repairs (0 to below 1) that may be lost to change fewer weights. None keeps every change.
@@ -109,7 +109,7 @@ class BoundOptions:
             object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:
                 raise ConfigurationError(
-                    f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
+                    f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both set the strength.",
                     "give one of them.",
                 )
 
@@ -137,8 +137,8 @@ class Settings:
     Attributes:
         target: the failures to repair, also as text such as `label 3`.
         layer: dotted name of a layer to search, or several names. `auto` takes the last Linear, or the last convolution
-            if there is none, and lets methods that train change the whole network. For such a method it may also name a
-            block, in which all layers may change.
+            if there is no Linear; methods that train may then change the whole network. These methods also accept the
+            name of a block. Then all layers in the block may change.
         gate: the condition for accepting a repair.
         method: finds new weights, by name or as an object (see `lightning_nrl.methods`).
         max_time: time limit in seconds. None limits the work by the number of epochs of the original fit.
@@ -185,12 +185,12 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """The user's fitness; if there is none, the method's or `lexicographic`."""
+        """The fitness in `search`, or else that of the method, or `lexicographic` if neither has one."""
         return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """The user's localizer; if there is none, the method's or `neurecover-lite`."""
+        """The localizer in `search`, or else that of the method, or `neurecover-lite` if neither has one."""
         return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
@@ -212,7 +212,7 @@ class Settings:
 
 
 def plain_value(value: Any) -> Any:
-    """Converts a value to a JSON-like one, without memory addresses, so that equal runs give equal values."""
+    """Converts a value to plain JSON values, without memory addresses, so that equal runs give equal values."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Target, Gate)):
@@ -247,8 +247,8 @@ def _fields(value: Any) -> dict[str, Any]:
 class PaperRow:
     """One row of Table II of the paper.
 
-    `equation` is the fitness, `alpha` its weight of kept samples, and `perfect_intact` (pi) is True if one regression
-    makes it 0. The counts are those of localised weights (#lw), sampled passed samples (#pos) and particles (#p).
+    `equation` is the fitness, in which `alpha` is the weight of kept samples. If `perfect_intact` (pi) is True, one
+    regression makes the fitness 0. `n_weights` is #lw in the paper, `n_passed` is #pos, and `particles` is #p.
     """
 
     equation: Literal["eq1", "eq2"]
@@ -305,7 +305,7 @@ def paper_arguments(row: str) -> dict[str, Any]:
 
 
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row's arguments, overridden by `arguments`. Of `search` and `bounds`, only non-default fields do."""
+    """Returns a row's arguments, overridden by `arguments`. Defaults in `search` and `bounds` override nothing."""
     made = {**paper_arguments(row), **arguments}
     search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
     if "search" in arguments:

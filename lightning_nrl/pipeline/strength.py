@@ -29,11 +29,11 @@ PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)  # the 
 
 
 class PatchPath:
-    """Counts what a patch repairs and breaks at several strengths, by passes over known and calibration data.
+    """Evaluates a patch at several strengths on known and calibration data, and counts what it repairs and breaks.
 
-    A patch that breaks nothing at strength 1 may break something below 1. `take` then polishes: small steps restore the
-    broken samples. `counted` has the counts by strength, after a polish if there was one. `broken_unpolished` has, by
-    strength, the number of calibration samples that break without a polish.
+    A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take` polishes the weights:
+    it takes small steps until these samples are right again. `counted` has the counts by strength, after the polish if
+    there was one. `broken_unpolished` has the number of broken calibration samples by strength, before any polish.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class PatchPath:
         return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
-        """True if a strength keeps the limit on calibration data and the gate on known data.
+        """True if the patch at a strength keeps the limit on calibration data and the gate on known data.
 
-        Below 1 the gate is ignored, since a polish may restore the broken samples (if the task has margins).
+        Below strength 1 the gate is ignored if the task has margins, since `take` may then restore broken samples.
         """
         point = self.point(strength)
         assert point.calibration is not None
@@ -144,9 +144,9 @@ LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 
 @dataclass(frozen=True)
 class LineSearchResult:
-    """The `chosen` strength, or None if no strength keeps the limit; `path` has the counts at all strengths.
+    """The `chosen` strength, or None if no strength keeps the limit. `path` has the counts at each tried strength.
 
-    `state` has the whole tensors at the chosen strength. `selection` says how calibration data chose it.
+    `state` has the whole tensors at the chosen strength. `selection` says how calibration data chose this strength.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -283,12 +283,12 @@ VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
-    """Searches the patch with the fewest changed weights that breaks no more known samples than the proposal does.
+    """Searches for a patch that changes as few weights as possible and breaks no more known samples than the proposal.
 
-    The patch keeps the weights that change most, and may lose a share `loss` of the repairs. Their number is bisected,
-    with a pass over known data each time. Small steps of the kept weights then restore what broke. Buffers, such as
-    batch norm statistics, are those of the proposal. Returns the patch, or the proposal itself if fewer weights do not
-    suffice, and the step for the report.
+    The patch keeps the largest changes of the proposal, and may lose a share `loss` of its repairs. Bisection finds how
+    many changes to keep, with a pass over known data each time. Small steps of the kept weights then restore broken
+    samples. Buffers, such as batch norm statistics, are those of the proposal. Returns the patch (or the proposal if
+    fewer changes do not suffice) and the step for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)

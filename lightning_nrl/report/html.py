@@ -40,7 +40,7 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a page as HTML. `figures` (SVG by caption) and `galleries` follow its first table, `tables` come last."""
+    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
     return _macro("document", title, body, STYLE, SCRIPT)
 
@@ -91,11 +91,7 @@ class Report(Record, Renderable):
 
     @abstractmethod
     def page(self, full: bool = False) -> Page:
-        """Builds the page of the report.
-
-        Args:
-            full: True for a reviewer, with all samples and full paths. False for the console, with a summary.
-        """
+        """Builds the page: a summary for the console or, if `full`, all samples and full paths for a reviewer."""
 
     def full_page(self) -> Page:
         """Builds the page for a reviewer. It ends with the provenance."""

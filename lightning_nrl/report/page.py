@@ -57,8 +57,8 @@ class Row:
 class Table:
     """A table of labelled rows. If it is too wide for the page, its last columns continue below.
 
-    Each column has a name and a kind, such as a role, and is aligned to the right. If `notes` is True, the last column
-    holds words and is aligned to the left.
+    Each of `columns` is a name and, below it in the head, a kind such as a role; both may be empty. Columns are aligned
+    to the right. If `notes` is True, the last column holds words and is aligned to the left.
     """
 
     columns: tuple[tuple[str, str], ...]

@@ -64,8 +64,8 @@ class DataIdentity:
 class Provenance:
     """The time at which a result was made, and the model and the data from which it was made.
 
-    `made` is the time in UTC, or that in the variable SOURCE_DATE_EPOCH; comparisons ignore it. `module` is the model's
-    class. `n_layers` counts its modules with own parameters or buffers. `checkpoint` is the file of the weights.
+    `made` is a time in UTC (see `of`); comparisons ignore it. `module` is the class of the model. `n_layers` counts the
+    modules of the model that have own parameters or buffers. `checkpoint` is the file of the weights.
     """
 
     made: str = field(default="", compare=False)
@@ -77,7 +77,7 @@ class Provenance:
 
     @classmethod
     def of(cls, model: nn.Module, *results: SampleResults) -> Self:
-        """Records the current time, the class of a model, and the data of its results."""
+        """Records the time (or SOURCE_DATE_EPOCH, if set), the class of a model, and the data of its results."""
         when = datetime.fromtimestamp(float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc)
         kind, layers = type(model), {name.rpartition(".")[0] or name for name in current_state(model)}
         data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}

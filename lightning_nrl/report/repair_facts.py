@@ -70,9 +70,9 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
 def unseen_limit(report: RepairRecord) -> float | None:
     """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
 
-    It is the rate among samples that the original model (in an update the replaced one) got right. The limit of Clopper
-    and Pearson at `UNSEEN_CONFIDENCE` is valid because unseen data chose nothing. Returns None if there are no such
-    unseen samples, or no weights changed.
+    The rate is among samples that the original model (in an update: the replaced model) got right. The limit of Clopper
+    and Pearson at `UNSEEN_CONFIDENCE` is valid, because unseen data chose nothing. Returns None if no unseen sample was
+    right, or no weights changed.
     """
     counted = report.unseen
     if counted is None or not counted.passed:
@@ -81,7 +81,7 @@ def unseen_limit(report: RepairRecord) -> float | None:
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
-    """Lists the first failures that were set aside, each with the reason, and the number of the others."""
+    """Lists the first failures that were set aside, each with the reason, and the number of further failures."""
     facts = [
         (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
         for one in samples[:LISTED_SAMPLES]

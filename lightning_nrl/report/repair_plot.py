@@ -75,7 +75,7 @@ def repair_figures(report: RepairRecord) -> dict[str, Any]:
 
 
 def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Draws all figures for a reviewer, by title: the panels, the whole search, and the `changes` of weights."""
+    """Draws all figures for a reviewer: panels, the whole search, and `changes` of weights. Returns them by title."""
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -84,7 +84,7 @@ def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None 
 
 
 def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
-    """Draws pictures of flipped samples with captions, one figure per flip and split. Skips samples shown as text."""
+    """Draws pictures of flipped samples: a figure per split and kind of flip, by title. Skips samples shown as text."""
     galleries: dict[str, list[SampleView]] = {}
     for view in views:
         if view.pixels is not None:

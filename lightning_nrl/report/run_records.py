@@ -31,7 +31,7 @@ class Judge:
     """The precision in which the model was evaluated.
 
     `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins. `n_borderline` known
-    samples are right by a smaller margin; on another device or with another batch size they may be wrong.
+    samples are right by less than this; on another device or with another batch size they may be wrong.
     """
 
     precision: DeployedPrecision
@@ -55,8 +55,8 @@ class Rung:
     """One rung of the default method, which tries up to three changes, from the smallest to the largest (the ladder).
 
     `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, or `training` for further
-    training. `held_out` counts known samples that the rung did not use; it is None if there are none. Other counts are
-    of all known samples. The rung that is `taken` becomes the repair.
+    training. `held_out` counts known samples that the rung did not use. It is None if the rung used all. Other
+    counts are of all known samples. The rung that is `taken` becomes the repair.
     """
 
     name: str
@@ -83,7 +83,7 @@ class PricePoint:
 
 @dataclass(frozen=True)
 class LocalizationReport:
-    """The numbers of searched weights, as in `Localization`. `requested` (#lw) is None if `n_g` was given instead."""
+    """The numbers of a `Localization`. `requested` (#lw) is None if no number of weights was requested."""
 
     requested: int | None
     n_g: int
@@ -108,7 +108,7 @@ class SearchReport:
 
     @property
     def curves(self) -> dict[str, Sequence[float]]:
-        """The history, with a curve `broken` that is `n_passed` minus the curve `intact` if both are known."""
+        """The curves of `history`, and a curve `broken`: `n_passed` minus the curve `intact`, if both are known."""
         intact = self.history.get("intact")
         if self.n_passed is None or intact is None:
             return dict(self.history)
@@ -131,7 +131,7 @@ class StrengthPoint:
 
     If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
     `harm` is the gate's cost of the broken known samples, `calibration_harm` that of the broken calibration samples.
-    Each of the three is None if it equals the number of these samples.
+    If one of these three values is just the number of samples, it is None, and the counts have the number.
     """
 
     strength: float
@@ -177,8 +177,9 @@ class WeightChange:
 class CalibrationBounds(Bound):
     """The number of broken calibration samples, and a limit on the rate at which similar samples break.
 
-    The data could have chosen among `states` sets of weights; 1 means that they chose nothing. If strengths were
-    accepted from weak to strong while at most `allowed` samples broke, the limit is that for `allowed` broken samples.
+    The data could have chosen among `states` sets of weights; 1 means that they chose nothing. If `allowed` is given,
+    strengths were accepted from weak to strong while at most `allowed` samples broke. Then the limit is computed for
+    `allowed` instead of `broken` samples.
     """
 
     states: int = 1
@@ -187,7 +188,7 @@ class CalibrationBounds(Bound):
     def __str__(self) -> str:
         text = super().__str__()
         if self.allowed is not None:
-            text += f" (the limit for {self.allowed:,} broken: strengths were accepted up to that, weakest first)"
+            text += f" (the limit for {self.allowed:,} broken, since strengths that break more were not accepted)"
         elif self.states > 1:
             text += f" (valid for each of the {self.states:,} sets of weights that these data could have chosen)"
         return text
@@ -206,7 +207,7 @@ class RepairRecord(Record):
 
     Attributes:
         status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
-        reason: why the repair ended so, in a sentence or two with figures.
+        reason: why the repair has this status, in a sentence or two with figures.
         layers: dotted names of the layers to change.
         target: the failures to repair, in words. `gate` and `task` are in words, too.
         splits: outcome by split under the weights that the model has after the repair.
@@ -214,9 +215,9 @@ class RepairRecord(Record):
         slices: outcome by slice and role. For refused weights, the outcome that they would have on known data.
         set_aside: failures in the target that were not to be repaired, with reasons.
         leaked: by unseen split, the number of its samples that are also known or calibration data.
-        candidate: outcome that refused weights would have on known splits. Empty if none were refused.
-        localization: numbers of searched weights. Like the attributes below, None if the repair did not get that far.
-        search: the course of the search.
+        candidate: outcome that refused weights would have on known splits. Empty if no weights were refused.
+        localization: numbers of searched weights. None if the repair selected no weights.
+        search: the course of the search. None if there was no search.
         steps: steps of the method, in order.
         rungs: changes that the default method tried, from the smallest to the largest.
         choice: why one of the rungs was taken, in a sentence. Empty if there was no choice.
@@ -224,7 +225,7 @@ class RepairRecord(Record):
         strength: counts of the patch by strength, from the original weights (0) to the patch (1) and beyond.
         chosen_strength: the strength that was chosen. None if there was no choice.
         bounds: limit from calibration data. None if there are no such data, or the gate accepted nothing.
-        change: difference between the old weights and the new ones, accepted or not.
+        change: difference between the old and the new weights, accepted or not. None if no new weights were found.
         hashes: hashes of the weights.
         judge: precision of the evaluation.
         seed: seed of the run.
@@ -290,7 +291,7 @@ class RepairRecord(Record):
 
     @property
     def unseen_splits(self) -> tuple[SplitReport, ...]:
-        """Reports of unseen splits: in an update against the replaced model, otherwise only if weights changed."""
+        """Reports of unseen splits: in an update against the replaced model, otherwise empty if no weights changed."""
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
         return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
@@ -301,7 +302,7 @@ class RepairRecord(Record):
 
     @property
     def n_estimates(self) -> int:
-        """Number of results that held-out samples chose among: the rungs, and the steps of a taken `exact` rung."""
+        """Number of results that held-out samples chose among. A taken `exact` rung counts once per `convex` step."""
         rungs = [rung for rung in self.rungs if rung.held_out is not None]
         is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
         strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0
@@ -309,7 +310,7 @@ class RepairRecord(Record):
 
     @property
     def held_out(self) -> TargetCounts | None:
-        """Counts of the taken rung on known samples that it did not use. None if nothing was counted or repaired."""
+        """Counts of the taken rung on known samples that it did not use. None if it used all or no weights changed."""
         return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)
 
     def class_name(self, label: int) -> str:

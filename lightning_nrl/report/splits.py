@@ -83,7 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """Counts of margins, before and after, in `B` bins with `B + 1` ascending edges. Outer bins include all beyond."""
+    """Margin counts before and after, in `B` bins with `B + 1` ascending edges. Outer bins include margins beyond."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -99,7 +99,7 @@ class SplitReport(_Counted):
     """Counts and samples of one split, before and after a repair.
 
     `targeted_ids` are the failures to repair. `confusion` has the cells that are not 0. `confusion` and `classes` are
-    empty if the task has no classes, and `margins` is None if it has no margins.
+    empty if the task has no classes, and `margins` is None if the task has no margins.
     """
 
     split: str
@@ -184,7 +184,7 @@ def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
 
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
-    """Adds up several splits of one role. Leaves out their samples, since ids of different data sets do not mix."""
+    """Adds up several splits of one role. Leaves out samples, whose ids are valid in their own data set only."""
     counts = _sum(TargetCounts, [split.counts for split in splits])
     parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
     return SplitReport("all", splits[0].role, counts, (), (), *parts)

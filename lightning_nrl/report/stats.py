@@ -68,7 +68,7 @@ def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """Computes the 90 % interval of Clopper and Pearson for `k` of `n`, Bonferroni-corrected for `choices` results."""
+    """Computes a 90 % interval (Clopper and Pearson) for the rate k / n that holds for `choices` results at once."""
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
@@ -88,13 +88,10 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """Computes P(Bin(n, p) <= k) for 0 < p < 1, the exact p-value of "the rate is at least p" if k of n broke.
-
-    Terms are summed from k away from the mean. Each is smaller than the one before, so no digits cancel.
-    """
+    """Computes P(Bin(n, p) <= k) for 0 < p < 1, the exact p-value of "the rate is at least p" if k of n broke."""
     if k >= n:
         return 1.0
-    odds = p / (1 - p)
+    odds = p / (1 - p)  # terms are summed from k away from the mean; they fall, so no digits cancel
     if k <= n * p:
         return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
     return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
@@ -116,9 +113,9 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 
 
 def p_worse(broken: int, repaired: int) -> float:
-    """Computes the one-sided sign test that more samples break than are repaired.
+    """Computes the one-sided p-value of the sign test, which is small if far more samples break than are repaired.
 
-    The p-value is P(Bin(broken + repaired, 1/2) >= broken). It is 1 if no sample flipped.
+    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped.
 
     Example:
         >>> p_worse(5, 0)
@@ -192,14 +189,14 @@ class Bound:
 
 
 def percent_up(rate: float) -> str:
-    """Formats a limit in percent, with two decimals, or two digits below 0.1 %. Rounds up, so that it stays valid."""
+    """Formats a limit in percent with two decimals or, below 0.1 %, two digits. Rounds up, so that it stays valid."""
     percent = Decimal(repr(rate)) * 100
     places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
     return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
 
 
 def show_confidence(confidence: float) -> str:
-    """Formats a confidence in percent, with two digits of its distance from 100 %."""
+    """Formats a confidence in percent, such as `99.99 %`. Its distance from 100 % is rounded to two digits."""
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
 
@@ -218,7 +215,7 @@ def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
     if found[0] > found[1]:
         raise ConfigurationError(
             f"`broken={found[0]}` is more than `n={found[1]}`.",
-            "count as broken only what was right before, and give the number of those as `n`.",
+            "`n` is the number of samples that were right before; `broken` counts only samples among these.",
         )
     return found[0], found[1]
 
@@ -228,10 +225,10 @@ class Selection:
     """How calibration data took part in the choice of the weights.
 
     Attributes:
-        states: number of sets of weights that the data could have chosen, fixed in advance; 1 if they chose nothing.
-        ordered: True if strengths may be accepted one after the other from weak to strong. `states` counts other sets.
-        allowed: number of calibration samples that may break, fixed in advance. None unless the chosen strength and all
-            weaker ones of the grid break at most this many.
+        states: number of sets of weights that the data could have chosen, fixed in advance. 1 if they chose nothing.
+        ordered: True if 80 % of the error probability is for strengths accepted one by one from weak to strong.
+        allowed: number of calibration samples that may break, fixed in advance. None unless the chosen strength was
+            accepted in this order: it and all weaker strengths break at most this many.
     """
 
     states: int = 1
@@ -242,10 +239,10 @@ class Selection:
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
     """Computes an upper limit in (0, 1] on the rate of broken samples, after these data have chosen the weights.
 
-    `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper and Pearson for the
-    error probability a = 1 - confidence. After a choice among C sets of weights, the probability is a / C (Bonferroni).
-    If strengths are accepted one after the other from weak to strong, while at most `allowed` samples break (Learn then
-    Test), they share 80 % of a; all other sets, such as polished weights, share 20 %.
+    `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper and Pearson for an
+    error probability. Without a choice it is a = 1 - confidence, and after a choice among C sets of weights it is a / C
+    (Bonferroni). If strengths may be accepted one by one from weak to strong (Learn then Test), it is 0.8 a for such a
+    strength, with `allowed` instead of `broken` samples, and 0.2 a / C for other weights, such as polished weights.
     """
     level = 1 - confidence
     if selection.allowed is not None:

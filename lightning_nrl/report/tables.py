@@ -216,7 +216,7 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Returns the splits whose flips to show: those of an update, else of refused weights, else of the repair."""
+    """Returns the splits whose flips are shown: those of an update or else of refused or accepted weights."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
@@ -232,7 +232,7 @@ def flipped_rows(report: RepairRecord) -> list[list[Any]]:
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
-    """Sorts broken samples by rising margin, and after them repaired samples by falling gain in margin."""
+    """Sorts broken samples by rising margin after the repair, then repaired samples by falling gain in margin."""
 
     def key(one: FlippedSample) -> tuple[bool, float]:
         margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after

@@ -32,13 +32,13 @@ class Verdict:
         kept: True if weights changed and the gate's promise is kept.
         promise: the promise in words, with figures.
         evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of repaired against broken
-            samples at 5 %; also `worse` if one unseen split is. Updates are compared with the replaced model.
+            samples at 5 %. It is also `worse` if one unseen split is worse. Updates compare with the replaced model.
         source: data of the evidence: `unseen` if there are any, else `held-out` (known samples that the taken rung did
             not use), else `none`.
-        repaired: number of repaired samples. `broken` and `n` count broken and all samples. If one unseen split is
-            worse, the numbers are of this split.
-        p_value: p-value of the sign test, times the number of results that the data chose among. Leaked unseen samples
-            are subtracted from the repaired ones, but not below the number of broken ones.
+        repaired: number of repaired samples in these data. `broken` and `n` count broken and all samples. If only one
+            unseen split is worse, the three numbers are of this split.
+        p_value: p-value of the sign test, times the number of results that the data chose among. Before the test,
+            the number of leaked samples is subtracted from `repaired`, but not below `broken`.
         advice: what to do next.
         tone: `good`; `warn` for no difference, no evidence or no repair; `bad` for worse.
     """

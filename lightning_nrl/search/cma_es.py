@@ -18,8 +18,7 @@ from lightning_nrl.search.first_positions import broadcast_stat
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin, check_numbers
 
 Covariance = Literal["auto", "full", "diagonal"]
-MAX_FULL = 320
-"""Largest number of weights for which `auto` is `full`. By default a search has fewer (`default_n_weights`)."""
+MAX_FULL = 320  # largest number of weights for which `auto` is `full`; `default_n_weights` is smaller
 
 
 class Evolution(NamedTuple):

@@ -71,7 +71,7 @@ class DifferentialEvolution:
         check_real(f"{name}.crossover", self.crossover, "share", "give a share from 0 to 1.", least=0, most=1)
         check_real(f"{name}.reach", self.reach, "number", "give a finite number of at least 1.", least=1)
         for number in ("factor_min", "factor_max"):
-            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite number from 0.", least=0)
+            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite number >= 0.", least=0)
         if self.factor_min > self.factor_max:
             raise ConfigurationError(
                 f"`{name}.factor_min={self.factor_min!r}` is above `factor_max={self.factor_max!r}`.",
@@ -111,7 +111,7 @@ class DifferentialEvolution:
         return state._replace(candidates=torch.where(crossed, mutant, x))
 
     def tell(self, state: Population, fitness: Tensor) -> Population:
-        """Replaces each member whose trial has a fitness, `S x P`, that is higher or equal. NaN ranks last."""
+        """Replaces each member by its trial if the trial's fitness, `S x P`, is at least as high. NaN ranks last."""
         fitness = fitness.to(state.fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness >= state.fitness
@@ -122,7 +122,7 @@ class DifferentialEvolution:
 
 
 def three_others(uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns random numbers from [0, 1), `3 x S x P`, into three distinct other members for each of the P members.
+    """Turns random numbers from [0, 1), `3 x S x P`, into indices of three distinct other members for each member.
 
     Example:
         >>> [others.tolist() for others in three_others(torch.tensor([[[0.0] * 4], [[0.0] * 4], [[0.0] * 4]]))]

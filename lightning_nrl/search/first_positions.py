@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
 
-Start = Literal["local", "half", "paper", "normal"]
-"""Names of the initial distributions, which `ParticleSwarm` explains."""
+Start = Literal["local", "half", "paper", "normal"]  # initial distributions, which `ParticleSwarm` explains
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
 """Positions of further candidates on the line through the original weights (position 0) and an elite (position 1)."""
@@ -24,9 +23,9 @@ def first_positions(
 ) -> Tensor:
     """Returns the first candidates, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
 
-    Candidate 0 is the original weights, and candidates 1 to M are the M elites, if there are any. Of the others that
-    `start` places near the original weights, up to half then lie on lines from the original weights through an elite,
-    and the rest around the original weights and the elites in turn.
+    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites, and the other candidates that
+    `start` would place near the original weights are divided: up to half of them lie on lines from the original weights
+    through an elite, and the others lie around the original weights and around each elite in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
@@ -58,13 +57,13 @@ def broadcast_stat(x: float | Tensor, origin: SearchOrigin) -> Tensor:
 
 
 def check_start(how: Any, **least: int) -> None:
-    """Checks a searcher's `start`, `scale_min`, `scale_max` and, as `check_numbers` does, its whole numbers."""
+    """Checks a searcher's `start`, `scale_min` and `scale_max`, and calls `check_numbers(how, **least)`."""
     check_numbers(how, **least)
     name, low, high = type(how).__name__, how.scale_min, how.scale_max
     check_choice(f"{name}.start", how.start, get_args(Start))
     if not isinstance(low, Real) or not isinstance(high, Real) or not 0 < low <= high < math.inf:  # type: ignore[operator]
         raise ConfigurationError(
-            f"`{name}.scale_min={low!r}` does not go with `scale_max={high!r}`.", "give 0 < scale_min <= scale_max."
+            f"`{name}.scale_min={low!r}` and `scale_max={high!r}` are not a range.", "give 0 < scale_min <= scale_max."
         )
 
 

@@ -103,7 +103,7 @@ class Fitness:
         check_choice("fitness.infeasible", self.infeasible, INFEASIBLE_RANKINGS)
         for name in ("alpha", "beta"):
             check_real(f"fitness.{name}", getattr(self, name), "weight", "give a finite number of at least 0.", least=0)
-        check_real("fitness.tolerated", self.tolerated, "number", "give a number of samples from 0.", least=0)
+        check_real("fitness.tolerated", self.tolerated, "number", "give a number of samples, at least 0.", least=0)
         check_real("fitness.delta", self.delta, "constant", "give a finite number above 0.", above=0)
 
     @property
@@ -116,7 +116,7 @@ class Fitness:
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """Returns how many samples of I_pos, by weight, a candidate may break and still exceed `value`, `S x P`.
+        """Returns how much weight of I_pos a candidate may break and still have a fitness above `value`, `S x P`.
 
         `n_failed` is |I_neg|. Returns None if other terms of the fitness can outweigh any number of broken samples.
         """
@@ -252,12 +252,12 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """True if a fitness reads `Scores.loss_passed`, which is assumed if it has no attribute `uses_passed_loss`."""
+    """True if a fitness reads `Scores.loss_passed`. Without attribute `uses_passed_loss` it is assumed to read it."""
     return bool(getattr(fitness, "uses_passed_loss", True))
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness has the attribute `uses_credit = True`: it then reads the credits of `Scores`."""
+    """True if a fitness reads the credits of `Scores`, which it declares by the attribute `uses_credit = True`."""
     return bool(getattr(fitness, "uses_credit", False))
 
 

@@ -33,8 +33,7 @@ from lightning_nrl.search.searcher import (
 
 TIME_WAS_OVER = "time was over"  # stop reason of a search that hit its deadline
 
-PROGRESS_EVERY = 10
-"""Iterations between progress reports; on a GPU also between checks whether all searches have ended."""
+PROGRESS_EVERY = 10  # iterations between progress reports; on a GPU also between checks whether searches have ended
 
 
 def search(
@@ -91,7 +90,7 @@ def search_many(
     between candidates that are equal up to rounding.
 
     Args:
-        scorer: scores `S x P x K` candidates in the dtype of `original`. Each search may have its own samples.
+        scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on the samples of their search.
         original: `S x K`, the weights before the repair, on the device of the search; padding has any finite values.
         stats: statistics of the layers' weights; tensors broadcast to `S x K`.
         seeds: one seed per search, the only source of randomness.
@@ -101,7 +100,7 @@ def search_many(
             every search has K weights.
         elites: `S x M x K`, candidates that are known to be good, with M below P. They are among the first candidates,
             so the result is never worse than any elite.
-        deadline: checked once in `check_every` iterations. With a deadline, results may differ between runs.
+        deadline: checked every `check_every` iterations. With a deadline, results may differ between runs.
         on_progress: called after every tenth iteration and at the end with the number of iterations and all histories.
         check_every: iterations between checks whether all searches have ended; a check waits for the device. None: 1 on
             a CPU, 10 elsewhere. Results do not depend on this number.
@@ -118,7 +117,7 @@ def search_many(
     for name, given in (("seeds", seeds), ("fitness", fitness), ("sizes", sizes)):
         if isinstance(given, Sequence) and len(given) != len(original):
             problem = f"`{name}` has {len(given)} entries for {len(original)} searches."
-            raise ConfigurationError(problem, "give one entry a search.")
+            raise ConfigurationError(problem, "give one entry per search.")
     value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
     streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
@@ -183,7 +182,7 @@ def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, e
 def _score(
     scorer: Scorer, state: SearchState, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
 ) -> Scores:
-    """Scores the candidates; a scorer that can stop early skips those of searches that have ended (`frozen`)."""
+    """Scores candidates. A scorer that can stop early skips the candidates of searches that have ended (`frozen`)."""
     candidates = state.candidates.to(dtype)
     if not getattr(scorer, "gives_up", False):
         return scorer(candidates)

@@ -65,14 +65,14 @@ class ParticleSwarm:
         constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, a random number per weight, speed at most 0.2 of the
             range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number per particle and
             term, speed from 0.2 to 5 ranges; the minimum speed drives particles away from the original weights.
-        inertia: coefficient of the velocity, at least 0. None here and in the next four means the value of `constants`.
+        inertia: coefficient of the velocity, at least 0. None means the value of `constants`, also for the next four.
         cognitive: coefficient of the pull to the particle's best position, at least 0.
         social: coefficient of the pull to the swarm's best position, at least 0.
         min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.
         max_speed: maximum speed of each weight in the same unit, above 0 and at least `min_speed`.
         scale_min: in `local` and `half`, initial distance of the nearest particle from the original weights, in
             standard deviations of the layer's weights, above 0.
-        scale_max: initial distance of the farthest of these particles; the others are spaced logarithmically.
+        scale_max: the same distance of the farthest particle. The distances in between are spaced logarithmically.
     """
 
     particles: int = 100
@@ -93,12 +93,12 @@ class ParticleSwarm:
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name in COEFFICIENTS[self.constants]:
             check_real(
-                f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite number from 0.", least=0
+                f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite number >= 0.", least=0
             )
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
         if not slow <= fast or not fast:
             raise ConfigurationError(
-                f"`ParticleSwarm.min_speed={slow!r}` does not go with `max_speed={fast!r}`.",
+                f"`ParticleSwarm.min_speed={slow!r}` and `max_speed={fast!r}` are not a range.",
                 "give 0 <= min_speed <= max_speed, and max_speed above 0.",
             )
 

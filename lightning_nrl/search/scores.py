@@ -13,7 +13,7 @@ from lightning_nrl._utils.device import widest
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of P candidates in each of S independent searches, over the data of all ranks, on the device.
+    """Scores of P candidates in each of S independent searches, over the data of all ranks.
 
     I_neg are the failed samples to repair, and I_pos are the passed samples that a search must not break.
     """
@@ -38,7 +38,7 @@ class Scores:
         return repaired.to(dtype), kept.to(dtype), self.loss_failed.to(dtype), self.loss_passed.to(dtype)
 
     def finite(self, value: Tensor) -> Tensor:
-        """Returns `value`, `S x P`, with minus infinity where it or one of both losses is NaN or infinite."""
+        """Returns a copy of `value`, `S x P`, with minus infinity where `value` or a loss is NaN or infinite."""
         finite = self.loss_failed.isfinite() & self.loss_passed.isfinite() & value.isfinite()
         return value.masked_fill(~finite, -math.inf)
 

@@ -1,4 +1,4 @@
-"""Results of a search, and `SearchLog`, which records searches without copies from the device to the CPU."""
+"""Results of a search, and `SearchLog`, which records searches on their device, so that they need not wait for it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ class SearchResult:
     seconds: float  # wall time
 
 
-N_COLUMNS = len(fields(SearchHistory)) + 1
-"""Numbers per iteration in a log: the fields of `SearchHistory`, and the iterations since the last improvement."""
+N_COLUMNS = len(fields(SearchHistory)) + 1  # fields of `SearchHistory`, and iterations since the last improvement
 
 
 class SearchLog:

@@ -169,6 +169,9 @@ SEARCHERS: Registry[Searcher[Any]] = Registry(
 
 
 def check_numbers(how: Any, **least: int) -> None:
-    """Checks that the numbers named in `least`, `iterations` and `patience` are whole and at least their minimum."""
+    """Raises a `ConfigurationError` unless some attributes of a searcher are whole numbers of at least a minimum.
+
+    The attributes are `iterations` (minimum 0), `patience` (minimum 1), and those in `least`: names with minimums.
+    """
     for name, lowest in (least | {"iterations": 0, "patience": 1}).items():
         check_whole(f"{type(how).__name__}.{name}", getattr(how, name), lowest)

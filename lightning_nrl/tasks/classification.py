@@ -21,7 +21,7 @@ PROBABILITY_ROUNDING = 1e-2
 
 @TASKS.register("multiclass")
 class Multiclass(Task):
-    """Multiclass classification from `n x C` logits: a sample is right if the arg max is its class.
+    """Multiclass classification from `n x C` logits, samples x classes: a sample is right if the arg max is its class.
 
     The loss is cross entropy, in at least float32. One logit per sample, `n` or `n x 1`, is treated as in `Binary`.
     Targets are class indices, `n` or `n x 1`, of any real dtype. They may also be `n x C` probabilities, one-hot or
@@ -74,7 +74,7 @@ class Multiclass(Task):
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
             raise ConfigurationError(
-                f"`task`: multiclass needs whole labels [samples], found {described(target)}.",
+                f"`task`: multiclass needs whole-number labels [samples], found {described(target)}.",
                 "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
             )
         return target.float().argmax(1) if _is_soft(target) else target.flatten().long()
@@ -91,7 +91,7 @@ class Multiclass(Task):
                 )
         elif target.is_floating_point() and bool((target != target.round()).any()):
             raise ConfigurationError(
-                "`task`: multiclass needs whole labels, found fractions.",
+                "`task`: multiclass needs whole-number labels, found fractions.",
                 "for numeric targets use `task=Regression(tolerance=...)`.",
             )
 

@@ -37,7 +37,7 @@ class Elements(NamedTuple):
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks the right elements, `n x E` bool. If given, `reserve`, `n`, is the least lead that they must have."""
+        """Marks the right elements, `n x E` bool. `reserve`, `n`, if given, is the least lead of a right element."""
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -75,11 +75,11 @@ class ElementsTask(Task):
         """Returns the margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64 with `ndim` dimensions, or raises a `ConfigurationError`."""
+        """Returns the true classes, `n x ...` int64 (`ndim` dimensions with `n`), or raises a `ConfigurationError`."""
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
-            f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {described(target)}.",
+            f"`task`: {type(self).__name__} needs whole-number labels [samples, ...], found {described(target)}.",
             "give a class number for each element, or pass an `adapter` that does.",
         )
 
@@ -125,7 +125,7 @@ class ElementsTask(Task):
         return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the Kullback-Leibler divergence from the teacher's classes, averaged over the elements that count."""
+        """Returns each sample's Kullback-Leibler divergence from the teacher, `n`: a mean over elements that count."""
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
@@ -136,7 +136,7 @@ class ElementsTask(Task):
         return Elements(logits, label.masked_fill(~counts, 0), counts)
 
     def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
-        return "the model must give logits for each element of the labels; an `adapter` can change these."
+        return "the model must return logits for each element of the labels; an `adapter` can change the labels."
 
 
 def _cross_entropy(elements: Elements) -> Tensor:
@@ -227,8 +227,8 @@ class Segmentation(ElementsTask):
     numbers of any dtype or bools.
 
     The lead of a pixel is its true logit minus the largest other logit. The margin is the largest amount by which the
-    leads of all pixels could shrink before the IoU falls below the threshold. It equals the lead of one pixel, found
-    by sorting. Its gradient is the mean over pixels with similar leads, which estimates the derivative of a quantile.
+    leads of all pixels could shrink before the IoU falls below the threshold. It equals the lead of a single pixel, but
+    its gradient is the mean gradient of this lead and of leads of similar size.
 
     Attributes:
         iou: threshold, above 0 and at most 1.
@@ -282,7 +282,7 @@ class Segmentation(ElementsTask):
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the lead of the deciding pixel of each image, `n`.
 
-        If the pixels become right one after another, by falling lead, the IoU is reached with the deciding pixel.
+        If the pixels turn right one by one, the largest lead first, the image reaches the IoU at the deciding pixel.
         """
         lead, rival = elements.lead_and_rival()
         order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)

@@ -76,7 +76,7 @@ class Task(ABC):
             found = tensors[0] if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list))) else None
         if found is None:
             raise ConfigurationError(
-                f"`task`: no tensor of logits in the output of the model's forward.\n{describe(output, 'output')}",
+                f"`task`: the output of the model's forward has no tensor of logits.\n{describe(output, 'output')}",
                 "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of your own that "
                 "overrides `logits`.",
             )
@@ -91,7 +91,7 @@ class Task(ABC):
         return None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns a distance of each output from that of another model, the teacher, `n`: from 0, differentiable.
+        """Returns the distance of each output from that of another model, the teacher: `n`, at least 0, differentiable.
 
         The default is the mean squared difference. With `target`, a task may leave out parts that the target ignores.
         """
@@ -124,7 +124,7 @@ def class_logits(output: Tensor) -> Tensor:
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the Kullback-Leibler divergence from the teacher's classes, `n x ...`. Logits are `n x C x ...`."""
+    """Returns the Kullback-Leibler divergence from the teacher, `n x ...`, for logits `n x C x ...`."""
     new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
     return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
@@ -136,7 +136,7 @@ def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
 
 TASKS: Registry[Task] = Registry(
     "Task",
-    "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
+    "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of your own class",
     lambda value: isinstance(value, Task),
 )
 """Tasks by name, for tasks that need no arguments."""

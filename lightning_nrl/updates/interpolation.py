@@ -54,8 +54,8 @@ class ShareChoice(Renderable):
     """The chosen share of the old weights, and the results for all shares. `rich.print(choice)` shows a table.
 
     Attributes:
-        chosen: the largest share whose accuracy is at most `tolerance` below the best accuracy of `curve` and that
-            breaks no more samples than share 0, if there is one.
+        chosen: among the shares whose accuracy is at most `tolerance` below the best in `curve`, the largest that
+            breaks no more samples than share 0, or simply the largest if all of them break more.
         curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
         tolerance: largest accepted loss of accuracy, in [0, 1]; None: the largest share was taken at any accuracy.
         state: weights and buffers for the chosen share; empty for share 0.
@@ -138,9 +138,9 @@ def choose_share(
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
-    A larger share usually breaks fewer samples. A share that breaks more samples than share 0 is taken only if all
-    shares within the tolerance do. Each share needs one pass over `data`, and one over `training` if the model has
-    batch norm layers.
+    A larger share usually breaks fewer samples. Shares that break more samples than share 0 are passed over, unless all
+    shares within the tolerance break more. Each share needs one pass over `data`, and one over `training` if the model
+    has batch norm layers.
 
     Args:
         old: the same as for `interpolate`.
@@ -193,7 +193,7 @@ def choose_share(
 
 
 def check_share(share: object, argument: str = "share") -> None:
-    """Raises a `ConfigurationError` unless the value is a number from 0 to 1."""
+    """Raises a `ConfigurationError` unless `share` is a number from 0 to 1."""
     check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
 
 

@@ -96,7 +96,7 @@ class FocalDistillation(Term):
         taught = output if old.columns is None else class_logits(output)[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
-                f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
+                f"`reference`: the old model returned {list(old.output.shape)}, but the new one {list(taught.shape)}.",
                 "map the old classes to the new ones: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
@@ -138,12 +138,12 @@ class MarginHinge(Term):
         if margin is None:
             raise ConfigurationError(
                 f"`term`: {type(task).__name__} has no margins.",
-                "use `FocalDistillation()`, or a `task` whose `margin` gives a number.",
+                "use `FocalDistillation()`, or a `task` with a `margin`.",
             )
         if old.margin is None and math.isinf(self.most):
             raise ConfigurationError(
                 "`reference`: predictions have no margin to keep.",
-                "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
+                "set one, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
         goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
         goal = goal.clamp(max=self.most)
@@ -158,7 +158,7 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     names = [one.name for one in terms]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
+            f"`term` has {len(names)} terms, with the names {names}.", "give at least one, each with its own `name`."
         )
     return terms
 
@@ -174,8 +174,8 @@ raw batch, and the new model's logits."""
 class ModelTeacher:
     """Runs the old model on a batch, without gradients. The caller sets the model's device and evaluation mode.
 
-    `adapter` makes the old model's inputs from a raw batch; None: it gets the inputs of the new model. `index` may be
-    given if samples are not augmented: old outputs are then kept by data-set position, in up to 256 MiB.
+    `adapter` makes the old model's inputs from a raw batch; None: it gets the inputs of the new model. `index` returns
+    data-set positions, by which outputs are cached in up to 256 MiB; leave it out if samples are augmented.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class ModelTeacher:
         except Exception as error:
             raise ConfigurationError(
                 f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
-                "give it its own inputs with `OldModel(old, adapter=...)`.",
+                "give the old model its own inputs with `OldModel(old, adapter=...)`.",
             ) from error
         if not output.ndim or len(output) != n:
             raise ConfigurationError(
@@ -253,8 +253,8 @@ class PredictedTeacher:
         self.task, self.index, self.split = task, index, split
         self.rows = predictions.splits.get(split, {})
         if not self.rows:
-            there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
-            raise ConfigurationError(f"`reference`: no predictions for `{split}`, only for {there}.", "add them.")
+            there = ", ".join(f"`{name}`" for name in predictions.splits) or "no split"
+            raise ConfigurationError(f"`reference` has predictions for {there}, not for `{split}`.", "add these.")
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
@@ -264,7 +264,7 @@ class PredictedTeacher:
         found = [self.rows[at] for at in ids if at in self.rows]
         if missing or (label is None and any(right is None for _, right in found)):
             lacks = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
-            raise ConfigurationError(f"`reference`: {lacks} `{self.split}`.", "give one for each data-set position.")
+            raise ConfigurationError(f"`reference` has {lacks} `{self.split}`.", "give one for each data-set position.")
         if label is None:
             passed = torch.tensor([bool(right) for _, right in found])
         else:
@@ -273,13 +273,13 @@ class PredictedTeacher:
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """Returns `index(raw)` as `n` int64. Raises a `ConfigurationError` if the result is not `n` positions."""
+    """Returns the `n` positions `index(raw)`, int64. Raises a `ConfigurationError` if `index` returns anything else."""
     try:
         found = index(raw)
     except Exception as error:
         raise ConfigurationError(
             f"`index` raised {type(error).__name__}: {error}.",
-            "it is called with a batch as the data loader gives it, and returns data-set positions.",
+            "it must take a batch of the data loader and return the data-set positions of its samples.",
         ) from error
     return check_per_sample("`index`", found, n, "whole number from 0").long()
 
@@ -323,12 +323,12 @@ class Oversampler(Sampler[int]):
 
     def __init__(self, passed: Tensor, margin: Tensor | None = None, oversample: int = 3, seed: int = 0) -> None:
         fits = isinstance(passed, Tensor) and passed.ndim == 1 and passed.dtype == torch.bool and len(passed) > 0
-        check_kind("passed", passed, fits, "tensor of one bool a sample", "a bool tensor, or use `Oversampler.of`")
+        check_kind("passed", passed, fits, "tensor with one bool per sample", "a bool tensor, or use `Oversampler.of`")
         check_whole("oversample", oversample, 1)
         if margin is not None and margin.shape != passed.shape:
             raise ConfigurationError(
                 f"`margin` has the shape {list(margin.shape)}, `passed` {list(passed.shape)}.",
-                "give one margin a sample.",
+                "give one margin per sample.",
             )
         hard = ~passed.cpu()
         if margin is not None and bool(passed.any()):

@@ -93,7 +93,11 @@ def pair_from_files(
     slices: Mapping[tuple[str, int], str] | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """Pairs predictions on the samples in `new`. `slices` maps (split, id) to a name; an empty name means no slice."""
+    """Pairs the predictions of two models on the samples in `new`.
+
+    `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises a
+    `ConfigurationError` if a sample has no prediction in `old`, or if `slices` and `old` have different samples.
+    """
     given = slices or {}
     for split in sorted({split for split, _ in given}):
         own = {at for name, at in given if name == split}
@@ -101,7 +105,7 @@ def pair_from_files(
             raise ConfigurationError(
                 f"`slices`: {len(apart):,} samples of `{split}` are in only one of the files `slices` and `old` "
                 f"({', '.join(map(str, apart[:5]))}).",
-                "give a line for each sample that `old` predicts; leave `slice` empty where it is in none.",
+                "give a line for each sample that `old` predicts; leave `slice` empty for a sample in no slice.",
             )
     after = new.alone()
     before = old.results(after)
@@ -121,23 +125,23 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
         return target.select(Batch((), None, torch.arange(len(after))), told, None)
     except TargetError as error:
         raise ConfigurationError(
-            f"the rule `protected:{target}`: the files do not say which samples these are.",
-            "classes are told by the column `prediction`; choose others by a file of ids, `protected:ids.csv`.",
+            f"the rule `protected:{target}`: the files do not say which samples it protects.",
+            "give the column `prediction`, which tells the classes, or a file of ids, `protected:ids.csv`.",
         ) from error
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """Returns the splits `asked`, or all splits `there` if none is asked for; raises an error for an unknown split."""
+    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if a split is not in `there`."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(
-            f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these."
+            f"`{argument}` names the split {unknown[0]!r}, but the data have {list(there)}.", "name one of these."
         )
     return tuple(asked) or tuple(there)
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """Counts samples with an old but no new prediction by split; raises an error for a split not in `allowed`."""
+    """Counts by split samples that only `old` predicts; raises a `ConfigurationError` for a split not in `allowed`."""
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

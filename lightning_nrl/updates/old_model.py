@@ -46,8 +46,8 @@ class OldModel:
     """The old model itself, which can run on any data.
 
     Attributes:
-        model: a module of any architecture. For the new model's architecture also a state dict or the path of a
-            checkpoint or saved state dict. A state dict is copied, since training its module would change it.
+        model: a module of any architecture. If both models have the same architecture, it may also be a state dict, or
+            the path of a checkpoint or saved state dict. A state dict is copied, since training would change it.
         adapter: makes `(args, kwargs, target)` from a raw batch; needed if the two models have different inputs.
         classes: needed if the classes differ: `{old class: new class}`, or the class names of both models, old ones
             first. A prediction of a class that the new model lacks counts as wrong.
@@ -69,7 +69,7 @@ class OldModel:
         fits = isinstance(self.model, (nn.Module, Mapping, str, Path))
         check_kind("reference", self.model, fits, "model", "OldModel(model), 'old.ckpt' or a state dict")
         if isinstance(self.model, (str, Path)) and not Path(self.model).is_file():
-            raise ConfigurationError(f"`reference={str(self.model)!r}` is not there.", "give the path of a checkpoint.")
+            raise ConfigurationError(f"`reference={str(self.model)!r}` does not exist.", "give a checkpoint's path.")
         if isinstance(self.model, Mapping):
             state = read_state("reference", self.model).items()
             copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
@@ -125,7 +125,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """Parses a reference: None, a `Reference`, a module, a state dict, or the path of a checkpoint or a CSV file."""
+    """Parses None, a `Reference`, a module, a state dict, or the path of a checkpoint or a CSV file of predictions."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -148,11 +148,11 @@ class _Adapted:
 
 
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Returns old class numbers mapped to new ones; refuses a map that is not one to one, or a task without classes."""
+    """Maps old classes to new ones; raises a `ConfigurationError` if it is not one to one or `task` has no classes."""
     if classes is None:
         return None
     if task is not None and not isinstance(task, Multiclass):
-        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
+        raise ConfigurationError(f"`classes` needs Multiclass, not {type(task).__name__}.", "leave `classes` out.")
     if isinstance(classes, Mapping):
         table = dict(classes)
         whole = all(map(is_class, (*table, *table.values())))
@@ -190,7 +190,7 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """Results of the old model by role, for the same samples in the same order as the new model's results."""
+    """Results of the old model by role (known, calibration, unseen), with the rows of the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 

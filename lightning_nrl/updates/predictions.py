@@ -51,8 +51,8 @@ class Line(NamedTuple):
 def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
     """Reads a UTF-8 CSV file with a header, line by line. A `ConfigurationError` names a line that cannot be read.
 
-    A value cannot contain a line break, so that a stray quote spoils only its own line. Empty lines are skipped. If an
-    optional column is missing, its values are empty. A first line that begins with `WEIGHTS` is skipped too.
+    A value cannot contain a line break, so that a stray quote spoils only its own line. Empty lines and a first line
+    that begins with `WEIGHTS` are skipped. If an optional column is missing, its values are empty.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
@@ -77,7 +77,7 @@ def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: 
         header = [name.strip() for name in values]
         missing = [column for column in columns if column not in header]
         if missing or len(set(header)) < len(header):
-            problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
+            problem = f"the column {missing[0]!r} is missing" if missing else "a column occurs twice"
             raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
     if not header:
         raise ConfigurationError(f"{name} is empty.", hint)
@@ -95,9 +95,9 @@ class Predictions:
     classes the column `passed` (1 or 0) replaces `prediction`.
 
     Attributes:
-        splits: rows by the name of their split.
+        splits: for each split, the prediction of each sample by its id (`Rows`).
         weights: hash of the model's weights; None: unknown.
-        seal: SHA-256 of the rows and everything on which they depend, in a cache of `OldModel`; empty in other files.
+        seal: SHA-256 by which `OldModel` finds out if its cache file is still valid; empty in other files.
 
     Example::
 
@@ -118,7 +118,7 @@ class Predictions:
                 raise line.refused("neither `prediction` nor `passed` is given")
             rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
             if at in rows:
-                raise line.refused(f"sample {at} of {line.values['split']!r} is there twice")
+                raise line.refused(f"sample {at} of {line.values['split']!r} occurs twice")
             rows[at] = line.whole_number("prediction") if named else -1, line.flag("passed") if judged else None
         with Path(path).open(encoding="utf-8-sig") as file:
             first = file.readline()
@@ -143,7 +143,7 @@ class Predictions:
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
-        """Returns the same predictions with a seal; the text `key` says on what the predictions depend."""
+        """Returns a copy whose seal is the SHA-256 of the rows and of `key`, which names what the rows depend on."""
         return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
 
     @classmethod
@@ -161,18 +161,21 @@ class Predictions:
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """Returns the results on the samples of `like`. The loss of a sample is 0 if it is right, else 1."""
+        """Returns the results of this model on the samples of `like`. The loss is 0 for a right sample, else 1.
+
+        Raises a `ConfigurationError` if a sample of `like` has no prediction.
+        """
         predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
             rows, start = self.splits.get(split, {}), like.start(split)
             ids = like.index[like.of(split)].tolist()
             missing = [at for at in ids if at not in rows]
             if missing:
-                there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
+                there = ", ".join(f"`{name}`" for name in self.splits) or "no split"
                 raise ConfigurationError(
                     f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
-                    f"({missing[:5]}), only those of {there}.",
-                    "give one for each known and unseen sample; ids are positions in the data set.",
+                    f"({missing[:5]}); there are predictions for {there}.",
+                    "give one prediction for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
                 predicted[i], right = rows[at]
@@ -199,10 +202,8 @@ class Predictions:
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
-            problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
-            raise ConfigurationError(
-                f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
-            )
+            lacks = f"no value of `passed` for {len(unknown):,} samples, such as {unknown[0]}" if rows else "no samples"
+            raise ConfigurationError(f"`new` has {lacks}.", "give the column `passed`, 1 or 0, for each sample.")
         index = torch.tensor([at for _, at, _ in rows])
         classless, nothing, none = torch.full_like(index, -1), torch.zeros(len(rows)), torch.zeros(len(rows)).bool()
         sizes = tuple(map(len, self.splits.values()))
@@ -239,6 +240,6 @@ def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
     for line in read_csv("slices", path, ("split", "id", "slice")):
         sample = line.values["split"], line.whole_number("id")
         if sample in found:
-            raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
+            raise line.refused(f"sample {sample[1]} of {sample[0]!r} occurs twice")
         found[sample] = line.values["slice"]
     return found

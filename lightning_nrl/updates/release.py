@@ -57,7 +57,7 @@ def release(
         require: a further rule for every split. `not-worse`: no more samples break than are repaired. `better`: more
             samples are repaired than break, by the sign test at 5 %. `any`: no further rule.
         slices: tells the slice of each sample: the key or position of a field of the raw batch; a function of the batch
-            that returns a name or number per sample, or its address; or a `Target`, whose samples form one slice.
+            (or the address of one) that returns a name or number per sample; or a `Target`, whose samples are a slice.
         seeds: seeds of data and models by name, copied to the report.
 
     Example:
@@ -133,7 +133,7 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
 
 @dataclass(frozen=True)
 class Identity:
-    """Name of a model, which is its class or file, and the SHA-256 of its weights (`hash_tensors`)."""
+    """Identity of a model: its class or file as `name`, and the SHA-256 of its weights (`hash_tensors`)."""
 
     name: str
     sha256: str = ""  # empty if unknown
@@ -160,7 +160,7 @@ class ReleaseRow(Derives):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Both accuracies and the metrics of `lightning_nrl.evaluation.metrics`, by name."""
+        """Accuracies of the old and the new model and the rates in `UPDATE_RATES`, by name."""
         rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
         accuracies = {"accuracy_before": self.counts.accuracy_before, "accuracy_after": self.counts.accuracy_after}
         return {**accuracies, **rates}

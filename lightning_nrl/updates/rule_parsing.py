@@ -16,7 +16,7 @@ REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "b
 """The rule for every split that a release gate adds to the user's rules, by the value of `require`."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Parsers of rules: functions of the text, its parts after the name, and the splits; None means unreadable."""
+"""Parsers of rules: functions of the text, its parts after the name, and the splits. None: invalid text."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
@@ -27,16 +27,16 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
     check_choice("require", require, tuple(REQUIRED))
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
     if not isinstance(listed, (list, tuple)) or not listed:
-        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
+        raise ConfigurationError(f"`rules={rules!r}` contains no rule.", "give at least one, such as ['instance'].")
     parsed = tuple(parse_rule(rule) for rule in listed)
     added = REQUIRED[require]
     return parsed if added is None or added in parsed else (*parsed, added)
 
 
 def parse_rule(rule: Any) -> Rule:
-    """Parses a rule in one of the forms of `RULES.forms`, with other numbers if wanted. Returns a `Rule` unchanged.
+    """Parses the text of a rule, which has one of the forms in `RULES.forms`, with any numbers.
 
-    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`.
+    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. A `Rule` object is returned unchanged.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")

@@ -45,7 +45,7 @@ class Rule(ABC):
         """Returns the rule as text, as in a report."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Raises a `ConfigurationError`, before any model runs, if the data lack splits or slices of the rule."""
+        """Called before any model runs; raises a `ConfigurationError` if a split or slices of the rule are missing."""
         return None
 
     @property
@@ -85,7 +85,7 @@ class SplitRule(Rule):
         check_splits(str(self), self.splits, splits)
         if self.each_slice and not sliced:
             raise ConfigurationError(
-                f"the rule `{self}` needs slices, and `slices` is not given.",
+                f"the rule `{self}` needs slices, but `slices` is not given.",
                 "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
             )
 
@@ -95,7 +95,7 @@ class SplitRule(Rule):
 
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
-        """Returns the sentences of `RuleResult.reason`, without full stops."""
+        """Returns sentences about the parts, without full stops. `RuleResult.reason` joins them."""
 
     def check(self, pair: ModelPair) -> RuleResult:
         parts = self._parts(pair)
@@ -106,7 +106,7 @@ class SplitRule(Rule):
         sentences, splits = self.sentences(parts), {part.split for part in parts}
         outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(part.counts.n for part in parts)
         if outside > 0:
-            sentences.append(f"{outside:,} samples are in no slice and were not looked at")
+            sentences.append(f"{outside:,} samples are in no slice and were not checked")
         return RuleResult(str(self), not worse, f"{'. '.join(sentences)}.", _broken(pair, bad))
 
     def _parts(self, pair: ModelPair) -> list[Part]:
@@ -116,7 +116,7 @@ class SplitRule(Rule):
             if not any(rows.any() for rows in slices.values()):
                 what = "sample in a slice" if self.each_slice else "sample"
                 raise ConfigurationError(
-                    f"the rule `{self}` has nothing to look at: `{split}` has no {what}.",
+                    f"the rule `{self}` has nothing to check: `{split}` has no {what}.",
                     f"leave the rule out, or name the splits that it is for: `{self.text} in SPLIT`.",
                 )
             named = {split: pair.rows(split)} if self.whole_splits else {}
@@ -239,8 +239,8 @@ class MaxNegativeFlipRate(SplitRule):
         if bound.upper <= self.limit:
             return text
         needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
-        few = f"; that takes {needed:,} samples even where none breaks" if bound.n < needed else ""
-        return f"{text}, not within {_exact_percent(self.limit)}{few}"
+        few = f"; a pass needs {needed:,} samples, even if none breaks" if bound.n < needed else ""
+        return f"{text}, above the limit of {_exact_percent(self.limit)}{few}"
 
     @property
     def text(self) -> str:
@@ -289,7 +289,7 @@ class NoSliceWorse(SplitRule):
         mute = [part.name for part in parts if p_worse(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
-            sentences.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
+            sentences.append(f"the test can say nothing about {len(mute):,} slices with too few samples ({named})")
         return sentences
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
@@ -330,7 +330,7 @@ class ProtectedIntact(Rule):
         ids = parse_ids(self.ids)
         if where is None and not any(ids.values()):
             raise ConfigurationError(
-                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
+                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a CSV file of ids, or `where`."
             )
         object.__setattr__(self, "_ids", ids)
 
@@ -354,7 +354,7 @@ class ProtectedIntact(Rule):
             return self._ids
         if len(splits) != 1:
             raise ConfigurationError(
-                f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
+                f"`ids` names no split, but the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
             )
         return {splits[0]: self._ids[""]}
 
@@ -373,7 +373,7 @@ class ProtectedIntact(Rule):
         for target in self.targets:
             if not pair.marked[target].any():
                 raise ConfigurationError(
-                    f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
+                    f"`where`: '{target}' selects none of {len(chosen):,} samples, so nothing would be protected.",
                     "give data that have such samples, or leave the rule out.",
                 )
             chosen |= pair.marked[target]

@@ -107,8 +107,7 @@ def assert_same(state: Any, expected: dict[str, Tensor]) -> None:
 )
 def test_fine_tuning_is_adamw_on_the_deployed_network(method: Any, layer: str, names: list[str], rate: float) -> None:
     model = network()
-    solution = method(make_problem(model, SOURCES, layer))
-    assert_same(solution.proposal.state, tuned_by_hand(model, names, rate))
+    assert_same(method(make_problem(model, SOURCES, layer)).proposal.state, tuned_by_hand(model, names, rate))
 
 
 def test_what_it_breaks_is_counted_and_does_not_stop_it() -> None:
@@ -238,7 +237,7 @@ def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(make: Any,
 
 def test_what_cannot_be_used_is_refused() -> None:
     refused: dict[str, Any] = {
-        r"`model`: 1 \(ParameterList\) has weights and no `reset_parameters`": lambda: fresh_weights(
+        r"`model`: 1 \(ParameterList\) has weights, but no `reset_parameters`": lambda: fresh_weights(
             nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])), seed=0
         ),
         "`fresh` lacks '0.weight'": lambda: fresh_weights(network(), 0, lambda: nn.Linear(2, 2)),

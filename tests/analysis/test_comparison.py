@@ -159,8 +159,8 @@ def test_methods_are_named_or_given() -> None:
     assert list(parse_methods(["distillation", FineTuning()])) == ["distillation", "FineTuning"]
     for wrong, message in (
         ("fine tuning", "did you mean 'fine-tuning'"),
-        (["swarm", "swarm"], "name each once"),
-        ([], "name each once"),
+        (["swarm", "swarm"], "name each method once"),
+        ([], "name each method once"),
         ({"mine": 3}, "`methods=3` is no method"),
     ):
         with pytest.raises(ConfigurationError, match=message):

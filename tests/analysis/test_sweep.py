@@ -277,7 +277,7 @@ def test_data_that_are_shared_out_over_ranks_are_refused(tmp_path: Path) -> None
 
     train, new = known()
     half = Half(train.inputs, train.targets, "train", passed=True)
-    with pytest.raises(ConfigurationError, match="`train` data are shared out: this rank has 60 of 120"):
+    with pytest.raises(ConfigurationError, match="`train` data are split: this rank has 60 of 120"):
         sweep_module(trained(), [half, new], {"alpha": 4})
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):

@@ -81,7 +81,7 @@ def test_the_front_goes_from_few_broken_to_many() -> None:
     assert seen(RESULT.pareto("unseen"), "unseen") == [(0, 5), (3, 6), (9, 9)]
     with pytest.raises(ConfigurationError, match="did you mean 'unseen'"):
         RESULT.pareto("unsen")
-    with pytest.raises(ConfigurationError, match="`role='unseen'`: there were no such data"):
+    with pytest.raises(ConfigurationError, match="`role='unseen'`: the sweep had no unseen data"):
         SweepResult((made("plain", 0, (1, 0)),)).pareto("unseen")
 
 

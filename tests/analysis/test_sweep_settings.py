@@ -39,8 +39,7 @@ def test_what_makes_no_difference_is_tried_once() -> None:
     ]
     assert names([{"alpha": 4, "name": "a"}, {"alpha": 4, "name": "a"}]) == ["a"]
     # As the paper's 0 it does make one.
-    zero = Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True])
-    assert len(names(zero)) == 2
+    assert len(names(Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True]))) == 2
 
 
 def test_whole_objects_are_taken_as_they_are() -> None:
@@ -65,7 +64,7 @@ def test_whole_objects_are_taken_as_they_are() -> None:
         ([], "`settings` is empty"),
         (3, "`settings=3` is no list of settings"),
         ([3], "`settings=3` is no setting"),
-        ([{"alpha": 4, "name": "a"}, {"fitness": "eq1", "name": "a"}], "two different ones are 'a'"),
+        ([{"alpha": 4, "name": "a"}, {"fitness": "eq1", "name": "a"}], "two settings have the name 'a'"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(settings: Any, message: str) -> None:
@@ -74,7 +73,7 @@ def test_what_cannot_be_tried_is_refused(settings: Any, message: str) -> None:
 
 
 def test_a_grid_without_values_and_another_method_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="a grid without an axis"):
+    with pytest.raises(ConfigurationError, match="the grid has no argument"):
         Grid()
     with pytest.raises(ConfigurationError, match="`patience` has no value"):
         Grid(alpha=[4], patience=[])

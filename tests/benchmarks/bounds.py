@@ -79,21 +79,21 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     return [
         trial("overall", old, True, overall, lambda row: upper_limit(row[0], sum(SIZES), CONFIDENCE) < same),
         trial("overall", new, False, overall, lambda row: upper_limit(row[0], sum(SIZES), CONFIDENCE) < later),
-        trial("the hidden slice's own", new, True, hidden, lambda row: upper_limit(row[0], *of_hidden) < RATES[1]),
-        trial("each class's own, all at once", ten, False, classes, any_class(CONFIDENCE)),
-        trial("simultaneous", ten, True, classes, any_class(1 - (1 - CONFIDENCE) / CLASSES)),
-        trial("the boldest whose own limit is low enough", twenty, False, candidates, rashly),
-        trial("chosen in order", twenty, True, candidates, in_order),
-        trial("chosen without an order", twenty, True, candidates, without_order),
+        trial("the hidden slice alone", new, True, hidden, lambda row: upper_limit(row[0], *of_hidden) < RATES[1]),
+        trial("each class, at 95 % each", ten, False, classes, any_class(CONFIDENCE)),
+        trial("each class, at 99.5 % each", ten, True, classes, any_class(1 - (1 - CONFIDENCE) / CLASSES)),
+        trial("boldest candidate with a low limit", twenty, False, candidates, rashly),
+        trial("candidate chosen in order", twenty, True, candidates, in_order),
+        trial("candidate chosen at 5 % / 20", twenty, True, candidates, without_order),
     ]
 
 
 def bounds() -> None:
     found = trials()
-    print(f"| bound at {100 * CONFIDENCE:g} % | data | missed in {DRAWS:,} draws | may miss |")
+    print(f"| bound at {100 * CONFIDENCE:g} % | data | missed in {DRAWS:,} draws | allowed |")
     print("|---|---|---|---|")
     for trial in found:
-        may = f"{(1 - CONFIDENCE) * trial.draws:.0f}" if trial.promised else "nothing is promised"
+        may = f"{(1 - CONFIDENCE) * trial.draws:.0f}" if trial.promised else "no promise"
         print(f"| {trial.bound} | {trial.data} | {trial.missed} | {may} |")
     print(
         f"\nA bound that fails as often as it may is missed at most {found[0].allowed} times in 999 of 1,000 studies."

@@ -75,7 +75,7 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
         return batch[2]
 
     lacking, target = source("train"), Target.where(second)
-    with pytest.warns(DataWarning, match="all `train` samples count as in the target.*raised") as told:
+    with pytest.warns(DataWarning, match="`train` data, whose samples all count as in it.*raised") as told:
         evidence = Evaluator(nn.Identity()).run([lacking], target)
     assert len(told) == 1
     assert (evidence.in_target.all(), evidence.targeted.any()) == (True, False)
@@ -122,7 +122,7 @@ def test_every_sample_is_there_exactly_once_in_order(
 def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> None:
     six = [0, 1, 2, 3, 4, 4]
     share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
-    with pytest.raises(EvaluationError, match=f"`train` data: {len(position)} samples came for 5"):
+    with pytest.raises(EvaluationError, match=f"`train` data: read {len(position)} samples instead of each of 5"):
         Evaluator(nn.Identity()).run([share])
 
 
@@ -193,7 +193,7 @@ def test_a_label_without_a_logit_is_refused() -> None:
 
 def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
     evaluator = Evaluator(nn.Linear(3, 3, device="meta"))
-    message = r"`train` data lie on cpu, the model on meta\.\nHINT: .*`TensorSource\(\.\.\., device='meta'\)`"
+    message = r"`train` data are on cpu, but the model is on meta\.\nHINT: .*`TensorSource\(\.\.\., device='meta'\)`"
     with pytest.raises(ConfigurationError, match=message) as caught:
         evaluator.run([source()])
     assert isinstance(caught.value.__cause__, RuntimeError)

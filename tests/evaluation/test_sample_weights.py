@@ -118,7 +118,7 @@ def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
         ({"importance": 1.5}, "`importance`: a value of type float is not a column"),
         ({"importance": "no.such:function"}, "`importance='no.such:function'`"),
         ({"importance": True}, "type bool is not a column"),
-        ({"quotas": {"night": 3}}, "needs slices, and there are none"),
+        ({"quotas": {"night": 3}}, "needs slices, but `slices` is not given"),
         ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
         ({"slices": 2, "quotas": {"night": "half"}}, "`quotas.'night'.`: 'half' is no number"),
         ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),
@@ -138,10 +138,7 @@ def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], messag
             SampleOptions(importance=lambda batch: batch[2] - 3),
             r"`importance` is -2.0 for 3 failed samples \(new: \[0, 2, 4\]",
         ),
-        (
-            SampleOptions(importance=lambda batch: batch[2][:1]),
-            r"returned torch.float32 \[1\] for a batch of 4",
-        ),
+        (SampleOptions(importance=lambda batch: batch[2][:1]), r"returned torch.float32 \[1\] for a batch of 4"),
         (SampleOptions(importance={99: 1.0}), "'new' data have no sample 99"),
         (SampleOptions(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
         (SampleOptions(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
@@ -164,7 +161,7 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
     assert judge(before, flipped(before, 0, 3), Gate.tolerance(3)).accepted
     several = judge(before, flipped(before, 1, 3), Gate.tolerance(3))
     assert several.status == "refused"
-    assert several.reason.endswith("The broken samples count as 4.")
+    assert several.reason.endswith("The weights of the broken samples add up to 4.")
     protected = judge(before, flipped(before, 2, 3), Gate.tolerance(1.0))
     assert protected.status == "refused"
     assert protected.reason.endswith("Protected samples would break: 1 in train.")

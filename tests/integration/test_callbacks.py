@@ -26,7 +26,7 @@ from lightning_nrl.updates import FocalDistillation, MarginHinge
 UPDATES = (PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     *((kind, {"reference": None}, "`reference=None`") for kind in UPDATES),
-    *((kind, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` is not there") for kind in UPDATES),
+    *((kind, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` does not exist") for kind in UPDATES),
     *((kind, {"task": "multi-class"}, "`task='multi-class'` is unknown") for kind in UPDATES),
     *((kind, {"task": 3}, "`task=3` is no Task") for kind in UPDATES),
     (PositiveCongruentTraining, {"term": "distillation"}, "did you mean 'focal_distillation'"),

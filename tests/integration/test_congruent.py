@@ -260,7 +260,7 @@ def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: 
         fit(tmp_path, model, PositiveCongruentTraining(reference, terms, index=third), data=data)
         both.append(model)
     assert same(*both)
-    with pytest.raises(ConfigurationError, match="found by the index of a sample"):
+    with pytest.raises(ConfigurationError, match="are found by data-set position"):
         PositiveCongruentTraining(known, MarginHinge(most=0.5))
     with pytest.raises(ConfigurationError, match="distillation needs the old model"):
         fit(tmp_path, Classifier(), PositiveCongruentTraining(known, index=third), data=data)
@@ -304,8 +304,7 @@ def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Pa
 
 def test_a_repair_before_it_in_the_list_trains_its_own_copies(old: Classifier, tmp_path: Path) -> None:
     repair = quick_repair(method="finetune-polish", dirpath=tmp_path / "repair", max_time=20)
-    model = Classifier()
-    fit(tmp_path, model, repair, PositiveCongruentTraining(old), data=Digits())
+    fit(tmp_path, Classifier(), repair, PositiveCongruentTraining(old), data=Digits())
     assert repair.report.status in ("repaired", "not repaired")
 
 
@@ -356,7 +355,7 @@ def test_a_step_that_is_left_out_stays_left_out(old: Classifier, tmp_path: Path)
         (Twice, r"calls the model 2 times, .*\nHINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`"),
         (Halves, r"does not call `self\(x\)` on the 32 samples of a batch"),
         (FlippedPart, r"calls `self.network` with other inputs than those of the batch"),
-        (ByItself, r"optimises by itself, .*\nHINT: add `loss = loss \+"),
+        (ByItself, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
         (Lossless, r"returned a dict without a loss"),
     ],
 )

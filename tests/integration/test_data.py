@@ -250,7 +250,7 @@ def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(tmp_path: P
 def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(tmp_path: Path) -> None:
     data = Digits()
     bare = DataLoader(TensorDataset(*data.test.tensors[:2]), 64)
-    with pytest.warns(UserWarning, match="the target's failures are not counted on unseen data"):
+    with pytest.warns(UserWarning, match="the failures in the target are not counted on held-out data"):
         report, model = repaired(tmp_path, data, target=Target.where(is_noisy), unseen=bare)
     assert_true(report, "unseen", model, data.test)
 

@@ -243,7 +243,7 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
     data = Digits()
     data.repair.tensors[1][64:] = 77
     before = state_of(trained)
-    with pytest.raises(EvaluationError, match="139 samples have labels below 0 or above the model's"):
+    with pytest.raises(EvaluationError, match="139 samples have labels below 0 or above the"):
         repair(quiet_trainer(tmp_path), trained, datamodule=data, **with_options(QUICK))
     assert same(before, trained)
 
@@ -253,8 +253,8 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
     [
         ("mlp", "auto", Polish("nope.ckpt"), "'nope.ckpt' cannot be read"),
         ("mlp", "auto", Polish(Classifier("cnn")), "`Polish.new` has 'network.1.weight' in the shape"),
-        ("cnn", "network.3", "convex", "repairs one last Linear layer"),
-        ("mlp", ["network.1", "network.3"], "convex", "repairs one last Linear layer"),
+        ("cnn", "network.3", "convex", "repairs only the last Linear layer"),
+        ("mlp", ["network.1", "network.3"], "convex", "repairs only the last Linear layer"),
         ("mlp", "network.1", "convex", "is not the model's logits"),
     ],
 )

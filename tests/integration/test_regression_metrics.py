@@ -321,7 +321,7 @@ def ids(batch: Any) -> Any:
             {"slices": lambda batch: batch[0]},
             r"`slices` returned Tensor .*64 samples\.\nHINT: return one name",
         ),
-        (Noisy(), {"slices": lambda batch: batch["kind"]}, r"`slices` raised TypeError.*\nHINT: it is called with a"),
+        (Noisy(), {"slices": lambda batch: batch["kind"]}, r"`slices` raised TypeError.*\nHINT: a function gets the"),
         (Noisy(), {"slices": Target.confusion(3, 5)}, r"`slices` raised TargetError.*asks for classes"),
         (Noisy(), {"slices": ids}, r"`slices` gave 2\d\d slices"),
         (Noisy(), {"reference": nn.Linear(3, 2).state_dict()}, "`reference` lacks"),

@@ -174,7 +174,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("arguments", "loader", "message"),
     [
-        ({"rules": "instance in suite"}, None, r"names the split 'suite', the data have \['test'\]"),
+        ({"rules": "instance in suite"}, None, r"names the split 'suite', but the data have \['test'\]"),
         ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
         ({"splits": ["a", "b"]}, None, r"`splits=\['a', 'b'\]`: there are 1 test data loaders"),
         ({}, DataLoader(Stream(), 64), r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader"),

@@ -279,7 +279,7 @@ def test_order_of_samples_and_positions_matters_to_single_samples_alone(recorded
     impact = measure(recording, EVALUATOR, mask)
     expected = autograd_oracle(model, x.double(), y, "mean_gradient")
     torch.testing.assert_close(impact.backward, expected)
-    with pytest.raises(ReplayError, match=r"`aggregation='per_sample'`.*'layer'` are not sample by sample"):
+    with pytest.raises(ReplayError, match=r"`aggregation='per_sample'`.*'layer'` do not belong to one sample"):
         measure(recording, EVALUATOR, mask, aggregation="per_sample")
 
 

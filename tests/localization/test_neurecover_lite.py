@@ -100,7 +100,7 @@ def test_empty_names_the_set_sizes_and_the_nearest_n_g():
     assert str(caught.value) == (
         "`localizer` leaves no weight at N_g = 4 of 4: |B_failed & F_failed| = 4, |B_passed & F_passed| = 4, "
         "|intersection of the two| = 4, |W_localized| = 0.\n"
-        "HINT: the nearest N_g that leaves any is 3 (size 1); or give `n_weights`."
+        "HINT: N_g = 3 is the nearest that leaves weights (1); or give `n_weights`."
     )
 
 

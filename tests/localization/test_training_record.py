@@ -62,7 +62,7 @@ def test_a_diagnosis_says_what_was_never_learnt(tmp_path: Path) -> None:
     other = DoubtfulLabel("all", 5, 1, prediction=0, agreed=1.0, lead=1.0)
     first, second = history_notes(TrainingRecord.read(tmp_path), known.before, [doubt, other])
     assert "2 points, 1 of 2 targets were never right, and 1 were forgotten" in first
-    assert second.endswith("look first at the labels of all 6.")
+    assert second.startswith("Look first at the labels of all 6: neighbours")
     notes = diagnose_module(known.evaluator, known.sources, history=tmp_path).notes
     assert any("1 of 2 targets were never right" in note for note in notes)
 
@@ -76,5 +76,5 @@ def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None
         NeuRecover(tmp_path / "other").on(known)
     forget_after(tmp_path / "other", -1)
     write_point(tmp_path / "other", 1, 0, replace(known.before, splits=("train",)), threshold(0.5))
-    with pytest.raises(ConfigurationError, match=r"records \['train'\], the targets are in \['all'\]"):
+    with pytest.raises(ConfigurationError, match=r"records \['train'\], but the targets are in \['all'\]"):
         NeuRecover(tmp_path / "other").on(known)

@@ -71,16 +71,11 @@ def test_solving_ends_with_its_time() -> None:
     assert len(Convex()(own).steps) > 3
     for seconds in (0.0, -1.0):
         assert Convex(seconds=seconds)(own).reason == "no time was left to solve anything."
-    asked: list[int] = []
-
-    def ticks() -> float:
-        asked.append(1)
-        return float(len(asked))
-
+    asked = itertools.count(1.0)
     # Time is over within the weakest strength: folds without any change nothing, and the verdict on it is the rest.
     counts = set()
     for seconds in range(1, 30):
-        solution = Convex(seconds=seconds)(replace(own, clock=StageTimer(now=ticks)))
+        solution = Convex(seconds=seconds)(replace(own, clock=StageTimer(now=lambda: next(asked))))
         counts.add(len(solution.steps))
         assert solution.proposal is None or broken(own, solution.proposal.state) == 0
     assert {0, 2} <= counts
@@ -135,8 +130,7 @@ def test_a_target_that_a_passed_sample_contradicts_stays_and_nothing_breaks() ->
         source([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], [1, 0, 0], "train", passed=True),
         source([[0.0, 1.0]], [1], "new", failed=True),
     ]
-    problem = make(plane(), twins)
-    solution = Linearized()(problem)
+    solution = Linearized()(make(plane(), twins))
     assert solution.proposal is None
     assert solution.reason == "no step along the gradients repairs a target without a regression."
     assert all(step.broken == step.repaired for step in solution.steps)
@@ -181,8 +175,7 @@ def test_it_repairs_most_of_what_a_hidden_layer_can() -> None:
     problem = make(trained(), known())
     solution = Linearized()(problem)
     assert solution.proposal is not None
-    targets = int(problem.before.targeted.sum())
-    assert solution.proposal.repaired >= 0.6 * targets
+    assert solution.proposal.repaired >= 0.6 * int(problem.before.targeted.sum())
     repairs = [proposal.repaired for proposal in (*solution.others, solution.proposal)]
     assert repairs == sorted(set(repairs))
 
@@ -202,10 +195,8 @@ def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does(few: bool)
 
 
 def test_mixed_precision_is_repaired_as_deployed() -> None:
-    def mixed() -> Any:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    solution = Linearized()(problem := make(trained(), known(), context=mixed))
+    problem = make(trained(), known(), context=lambda: torch.autocast("cpu", torch.bfloat16))
+    solution = Linearized()(problem)
     assert solution.proposal is not None
     assert (solution.proposal.broken, solution.proposal.repaired > 0) == (0, True)
     assert problem.propose("again", solution.proposal.state).repaired == solution.proposal.repaired
@@ -238,4 +229,4 @@ def test_a_layer_that_no_margin_depends_on_is_no_error() -> None:
     sources = [source([[1.0, 0.0]], [1], "train", passed=True), source([[0.0, 1.0]], [0], "new", failed=True)]
     solution = Linearized()(make(model, sources))
     assert solution.proposal is None
-    assert solution.reason == "no margin of a target depends on the layer's weights."
+    assert solution.reason == "the margins of the targets do not depend on the layer's weights."

@@ -287,7 +287,7 @@ def test_a_new_model_in_any_form_is_polished(form: Callable[[State, Path], Any],
     now = right(problem, solution.proposal.state)
     assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
     first, second = solution.steps
-    assert (first.name, first.note) == ("given", "as they came")
+    assert (first.name, first.note) == ("given", "before the polish")
     assert (first.repaired, first.broken) == (problem.propose("new", new).repaired, 1)
     assert (second.name, second.repaired, second.broken) == ("polish", solution.proposal.repaired, 0)
     assert second.note.endswith("round") or second.note.endswith("rounds")
@@ -360,7 +360,7 @@ def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
 def test_a_repair_that_is_late_still_breaks_nothing() -> None:
     problem = on_a_line(clock=StageTimer(max_time=1e-9))
     solution = Polish(threshold(-3.0))(problem)
-    assert solution.steps[1].note == "1 round, cut by `max_time`, then back to 3% of the way"
+    assert solution.steps[1].note == "1 round, cut by `max_time`, then scaled back to 3% of the change"
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
 
 

@@ -155,7 +155,7 @@ def test_a_block_changes_inside_alone() -> None:
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
         Auto(50)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="`method`: function gave a NoneType, not a solution"):
+    with pytest.raises(ConfigurationError, match="`method`: function returned a NoneType instead of a `Solution`"):
         repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]
 
 
@@ -172,7 +172,7 @@ def test_what_is_left_of_the_time_goes_to_the_search_where_nothing_trains() -> N
     assert [rung.name for rung in solution.rungs] == ["search", "exact"]
     first, *strengths, chosen, last = solution.steps
     assert 0 < len(strengths) < 10
-    assert chosen.note.endswith(f"is chosen; the path was {CUT}")
+    assert chosen.note.endswith(f"is chosen; higher strengths were {CUT}")
     assert "12 iterations" in last.note
     assert last.repaired >= first.repaired
     assert 0.8 * 2 < own.clock.elapsed < 2

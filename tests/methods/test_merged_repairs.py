@@ -44,7 +44,7 @@ def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
         ("where below", 2, 1),  # who repairs 0.5 repairs 0.7 too, and breaks 0.6
         ("merge", 1, 0),
     ]
-    assert solution.steps[0].note == "1 of 1 of this part"
+    assert solution.steps[0].note == "1 of 1 targets of this part"
     assert solution.steps[2].note.startswith("where above ")
     alone = MergedRepairs(PARTS[1:], method=Lowered())(problem).proposal
     assert alone is not None  # a part of the change will do

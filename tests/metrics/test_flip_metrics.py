@@ -97,13 +97,10 @@ def test_what_is_undefined_is_nan(
 @pytest.mark.parametrize(
     ("old", "message"),
     [
-        (torch.zeros(3, dtype=torch.int64), r"`old_preds`: torch.int64 \[3\]"),
-        (torch.rand(11), r"`old_preds`: torch.float32 \[11\] does not fit a `target` of \[11\]"),
-        (torch.rand(10, 3), r"`old_preds`: torch.float32 \[10, 3\]"),
-        (
-            torch.zeros(11, 3, dtype=torch.int64),
-            r"HINT: give classes as integers in the shape of the target, or logits",
-        ),
+        (torch.zeros(3, dtype=torch.int64), r"`old_preds`: torch.int64 of shape \[3\]"),
+        (torch.rand(11), r"`old_preds`: torch.float32 of shape \[11\] does not fit a `target` \[11\]"),
+        (torch.rand(10, 3), r"`old_preds`: torch.float32 of shape \[10, 3\]"),
+        (torch.zeros(11, 3, dtype=torch.int64), r"HINT: give classes as integers in the shape of the target, or "),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(old: Tensor, message: str) -> None:

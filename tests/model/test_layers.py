@@ -158,7 +158,7 @@ def test_auto_without_a_linear_is_the_last_convolution(model):
 
 
 def test_auto_without_anything_to_repair_is_refused():
-    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: only Linear, Conv"):
+    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: name a Linear, Conv"):
         find_layers(nn.Sequential(nn.ReLU()))
 
 

@@ -339,7 +339,7 @@ def test_it_stops_at_twice_the_visits_of_the_training(
     problem = on_a_line()
     found = checked(problem, polish(problem, threshold(-3.0)))
     # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3 * 7 visits an epoch.
-    assert (found.rounds, found.stopped) == (rounds, "stopped at its share of the budget")
+    assert (found.rounds, found.stopped) == (rounds, "stopped at its limit of forward passes")
     assert found.note.startswith(f"{rounds} round")
     assert found.repaired == 1
 
@@ -389,6 +389,6 @@ def test_without_a_new_low_it_stops_and_keeps_the_best(monkeypatch: pytest.Monke
     to_the_end = polish(problem, {}, after=problem.before, enforce=True)
     monkeypatch.setattr(polish_module, "STALLED_POLISH_SHARE", 0.02)
     found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert (to_the_end.stopped, found.stopped) == ("", "stopped without a new low")
+    assert (to_the_end.stopped, found.stopped) == ("", "stopped without progress")
     assert same(found.state, to_the_end.state)
     assert len(found.course) < len(to_the_end.course)

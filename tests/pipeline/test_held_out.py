@@ -48,10 +48,9 @@ def missing(batch: Any) -> Any:
 
 @pytest.mark.parametrize("where", [missing, lambda batch: None])
 def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any]) -> None:
-    with pytest.warns(DataWarning, match="the target's failures are not counted on unseen data: `target`: the pred"):
-        results = evaluate_held_out(
-            Evaluator(mlp()), [TensorSource(*blobs(8), split="later")], quick(target=Target.where(where))
-        )
+    later = TensorSource(*blobs(8), split="later")
+    with pytest.warns(DataWarning, match="in the target are not counted on held-out data: `target`: the pred"):
+        results = evaluate_held_out(Evaluator(mlp()), [later], quick(target=Target.where(where)))
     assert len(results) == 8
     assert not results.targeted.any()
 
@@ -90,11 +89,8 @@ def calibration() -> list[TensorSource]:
 
 def leaking(own: TensorSource, other: TensorSource, rows: list[int]) -> TensorSource:
     """A source with some samples of another one, in a new data set."""
-    return replace(
-        own,
-        inputs=torch.cat([own.inputs, other.inputs[rows]]),
-        targets=torch.cat([own.targets, other.targets[rows]]),
-    )
+    inputs, targets = torch.cat([own.inputs, other.inputs[rows]]), torch.cat([own.targets, other.targets[rows]])
+    return replace(own, inputs=inputs, targets=targets)
 
 
 def test_calibration_data_that_are_known_too_are_refused() -> None:
@@ -117,14 +113,9 @@ def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_repor
 
 def test_unseen_data_that_calibrate_are_named_too() -> None:
     (data,) = calibration()
+    later = replace(data, inputs=data.inputs[:5], targets=data.targets[:5], split="later")
     with pytest.warns(DataWarning, match="`unseen`: 5 of the 5 samples of `later`"):
-        outcome = repair_module(
-            trained(),
-            known(),
-            quick(),
-            calibration=[data],
-            unseen=[replace(data, inputs=data.inputs[:5], targets=data.targets[:5], split="later")],
-        )
+        outcome = repair_module(trained(), known(), quick(), calibration=[data], unseen=[later])
     assert outcome.report.leaked == {"later": 5}
 
 

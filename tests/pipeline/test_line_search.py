@@ -278,7 +278,7 @@ def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
     assert bounds is not None
     assert bounds.allowed == int(0.05 * bounds.n)
     assert bounds.upper == pytest.approx(limit_at_level(bounds.allowed, bounds.n, 0.08), abs=1e-12)
-    assert f"the limit for {bounds.allowed} broken: strengths were accepted up to that" in report.to_markdown()
+    assert f"the limit for {bounds.allowed} broken, since strengths that break more" in report.to_markdown()
 
 
 def test_without_an_accepted_repair_or_calibration_data_nothing_is_said() -> None:

@@ -84,7 +84,7 @@ def test_labels_have_any_dtype(form: Any) -> None:
 
 
 def test_probabilities_are_not_taken_for_logits_without_a_word() -> None:
-    with pytest.warns(DataWarning, match=r"all outputs on `new` data are from 0 to 1 and taken for logits"):
+    with pytest.warns(DataWarning, match=r"all outputs on `new` data are from 0 to 1, but count as logits"):
         repair_module(learned(nn.Sigmoid()), known(), quick())
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)

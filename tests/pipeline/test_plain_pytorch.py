@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_repairs import known, quick, right, trained
+from toy_repairs import Within, known, quick, right, trained
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, repair_module
 from lightning_nrl._utils.state import hash_tensors
@@ -16,7 +16,7 @@ from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline.input_checks import run_sanity_check
-from lightning_nrl.tasks import Custom, Task
+from lightning_nrl.tasks import Custom
 
 
 @dataclass
@@ -49,16 +49,6 @@ def test_models_that_take_keywords_and_return_an_object(kind: Any) -> None:
         (s.repaired_ids, s.broken_ids) for s in plain.report.splits
     ]
     assert list(outcome.parameters) == ["body.2.weight"]
-
-
-class Within(Task):
-    """A regression: right within a tolerance. It knows no classes."""
-
-    def passed(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output[:, 0] - target).abs() < 0.5
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output[:, 0] - target).square()
 
 
 def test_a_task_of_the_user_s_own_without_classes() -> None:

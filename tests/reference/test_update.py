@@ -183,7 +183,7 @@ def test_one_pass_of_a_model_over_the_data_tells_what_is_hard() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"passed": torch.ones(3)}, "is no tensor of one bool a sample"),
+        ({"passed": torch.ones(3)}, "is no tensor with one bool per sample"),
         ({"margin": torch.ones(4)}, r"`margin` has the shape \[4\], `passed` \[5\]"),
         ({"oversample": 1.5}, "`oversample=1.5` is out of range"),
         ({"oversample": 0}, "`oversample=0` is out of range"),

@@ -151,13 +151,13 @@ def test_ranks_come_to_the_same_report() -> None:
     [
         ({"new": "new.ckpt"}, "`new='new.ckpt'` is no model"),
         ({"old": None}, "`old=None`: nothing to compare with"),
-        ({"old": "nowhere.ckpt"}, "is not there"),
+        ({"old": "nowhere.ckpt"}, "does not exist"),
         ({"data": torch.zeros(3)}, "`data`: found a Tensor, not a list of sources"),
         ({"data": []}, "`data`: found a list, not a list of sources"),
         ({"rules": "all"}, "'all' is no rule"),
         ({"rules": "slices"}, "the rule `slices` needs slices"),
-        ({"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])}, "`slices:count` has nothing to l"),
-        ({"rules": "instance in suite"}, "names the split 'suite', the data have \\['test'\\]"),
+        ({"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])}, "`slices:count` has nothing to c"),
+        ({"rules": "instance in suite"}, "names the split 'suite', but the data have \\['test'\\]"),
         ({"slices": 3.5}, "`slices`"),
         ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
     ],
@@ -228,8 +228,8 @@ def test_protected_classes_are_told_by_right_predictions(
             {("test", i): "a" for i in range(101)},
             "1 samples of `test` are in only one of the files `slices` and `old` (100)",
         ),
-        ({("test", i): " " for i in range(100)}, "has nothing to look at: `test` has no sample in a slice"),
-        ({}, "has nothing to look at: `test` has no sample in a slice"),
+        ({("test", i): " " for i in range(100)}, "has nothing to check: `test` has no sample in a slice"),
+        ({}, "has nothing to check: `test` has no sample in a slice"),
     ],
 )
 @pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:40%:50%"])
@@ -257,7 +257,7 @@ def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
     assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
-    assert re.search(r"`new`: of 1 samples.*HINT: give the column `passed`", capsys.readouterr().err, re.DOTALL)
+    assert re.search(r"`new` has no value of `passed` for 1 .*HINT: give ", capsys.readouterr().err, re.DOTALL)
 
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
@@ -309,7 +309,7 @@ def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("new", "test,0,1,1\ntest,0,1,0", "line 3: sample 0 of 'test' is there twice"),
+        ("new", "test,0,1,1\ntest,0,1,0", "line 3: sample 0 of 'test' occurs twice"),
         ("new", "test,0,1,2", "`passed` is '2', neither 0 nor 1"),
         ("new", "test,0,1,-1", "`passed` is '-1', neither 0 nor 1"),
         ("new", 'test,0,1,1\n"test,1,1,0\ntest,2,1,0\ntest",3,1,0', "line 3 cannot be read"),
@@ -321,8 +321,8 @@ def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.Ca
         ("new", "test,0,,", "neither `prediction` nor `passed` is given"),
         ("new", "", "4 of 4 samples of `test`"),
         ("ids", 'test,0\n"test,1\ntest,2', "line 3 cannot be read"),
-        ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' is there twice"),
-        ("spaces", "test,0,1,1,0", "a column is there twice"),
+        ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' occurs twice"),
+        ("spaces", "test,0,1,1,0", "a column occurs twice"),
     ],
 )
 def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(

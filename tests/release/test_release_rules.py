@@ -70,7 +70,7 @@ def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> 
 def test_it_says_how_many_samples_a_limit_takes_at_least() -> None:
     found = MaxNegativeFlipRate(0.01).check(seen(test="k" * 298))
     assert not found.passed
-    assert found.reason.endswith("not within 1%; that takes 299 samples even where none breaks.")
+    assert found.reason.endswith("above the limit of 1%; a pass needs 299 samples, even if none breaks.")
     assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
 
 
@@ -110,11 +110,11 @@ def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_l
     ):
         parse_rule(rule).check(half)
     found = parse_rule(f"{rule} in suite").check(half)
-    assert ("1 samples are in no slice and were not looked at" in found.reason) == rule.startswith("slices")
+    assert ("1 samples are in no slice and were not checked" in found.reason) == rule.startswith("slices")
 
 
 def test_a_rule_refuses_an_empty_split_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"^the rule `accuracy` has nothing to look at: `suite` has no sample"):
+    with pytest.raises(ConfigurationError, match=r"^the rule `accuracy` has nothing to check: `suite` has no sample"):
         AtMostBroken("accuracy").check(seen(suite="", test="k"))
 
 
@@ -189,8 +189,8 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: parse_rules([]), r"`rules=\[\]` are no rules"),
-        (lambda: parse_rules(None), "`rules=None` are no rules"),
+        (lambda: parse_rules([]), r"`rules=\[\]` contains no rule"),
+        (lambda: parse_rules(None), "`rules=None` contains no rule"),
         (lambda: parse_rules("instance", "bettr"), r"`require='bettr'` is unknown.\nHINT: did you mean 'better'"),
         (lambda: parse_rule("better:1%"), "'better:1%' is no rule"),
         (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
@@ -202,7 +202,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: MaxNegativeFlipRate(0.01, 95), "`confidence=95` is no share"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: NoSliceWorse(level=0), "`level=0` is no share"),
-        (lambda: AtMostBroken("instance-in-target"), "no failures are targeted here"),
+        (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
         (lambda: ProtectedIntact(), "protects nothing"),
         (lambda: ProtectedIntact({"test": []}), "protects nothing"),
@@ -218,7 +218,7 @@ def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (AtMostBroken("instance", splits=("suit",)), r"`instance in suit` names the split 'suit', the data have"),
+        (AtMostBroken("instance", splits=("suit",)), r"`instance in suit` names the split 'suit', but the data have"),
         (NoSliceWorse(), "the rule `slices` needs slices"),
         (MaxNegativeFlipRate(0.1, each_slice=True), "the rule `slice-nfr:10%` needs slices"),
         (ProtectedIntact({"tst": [1]}), "`ids` names the split 'tst'"),
@@ -234,7 +234,7 @@ def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
     with pytest.raises(ConfigurationError, match=r"1 protected samples are not in `test` \[?\(\[7\]\)"):
         ProtectedIntact({"test": [100, 7]}).check(seen(test="kk"))
     target = Target.label(3)
-    with pytest.raises(ConfigurationError, match="'label 3' chooses none of 2 samples"):
+    with pytest.raises(ConfigurationError, match="'label 3' selects none of 2 samples"):
         ProtectedIntact(where=target).check(seen(test="kk", marked={target: torch.tensor([False, False])}))
 
 

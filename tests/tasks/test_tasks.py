@@ -84,12 +84,7 @@ def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: lis
     ("task", "output", "target", "loss"),
     [
         # (ln 2 + ln(1 + e)) / 2 and ln 2
-        (
-            Multilabel(),
-            torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
-            torch.tensor([[1, 0], [1, -100]]),
-            [1.003204, 0.693147],
-        ),
+        (Multilabel(), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, -100]]), [1.003204, 0.693147]),
         # errors of 1/2 and 0, 0 and 4, 1 and 0 tolerances: quadratic within one, linear beyond
         (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.0625, 1.75, 0.25]),
         # (ln(1 + e^-3) + ln(1 + e^-2) + ln(1 + e^-0.5)) / 3 and (ln(1 + e^-0.25) + ln(1 + e)) / 2
@@ -138,7 +133,7 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
         (Sequence(), TOKENS, TOKEN_LABELS[:, :2], r"logits \[2, 3, 2\] for labels \[2, 2\]"),
         (Sequence(), TOKENS.transpose(1, 2), TOKEN_LABELS, r"HINT: write `Sequence\(class_dim=1\)"),
         (Sequence(), TOKENS, TOKEN_LABELS + 0.5, "there is a label 0.5, and the model returned 2 logits"),
-        (Sequence(), TOKENS, [[0, 1, 0]] * 2, r"whole labels \[samples, ...\], found list"),
+        (Sequence(), TOKENS, [[0, 1, 0]] * 2, r"whole-number labels \[samples, ...\], found list"),
         (Sequence(), TOKENS, TOKEN_LABELS[0], r"found torch.int64 \[3\]"),
         (Sequence(), TOKENS, TOKEN_LABELS + 1, "there is a label 2, and the model returned 2 logits"),
         (Sequence(), TOKENS, TOKEN_LABELS.clamp(-1), "there is a label -1"),
@@ -295,7 +290,7 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
 @pytest.mark.parametrize(
     ("target", "found"),
     [
-        (torch.tensor([0.0, 0.5, 1.0]), "needs whole labels"),
+        (torch.tensor([0.0, 0.5, 1.0]), "needs whole-number labels"),
         (torch.eye(3), "not probabilities of 2 classes"),
         (torch.tensor([[1, 1], [0, 1], [1, 0]]), "not probabilities of 2 classes"),
         (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
@@ -308,7 +303,7 @@ def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: st
 
 @pytest.mark.parametrize("target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]])
 def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"multiclass needs whole labels \[samples\]"):
+    with pytest.raises(ConfigurationError, match=r"multiclass needs whole-number labels \[samples\]"):
         Multiclass().label(target)
 
 
@@ -335,7 +330,7 @@ def test_logits_are_found_in_what_models_return(output: Any) -> None:
     "output", [None, {"a": LOGITS, "b": LOGITS}, (), ("a",), (torch.tensor(1.0),), SimpleNamespace(logits=None)]
 )
 def test_output_without_logits_is_refused(output: Any) -> None:
-    with pytest.raises(ConfigurationError, match="`task`: no tensor of logits"):
+    with pytest.raises(ConfigurationError, match="has no tensor of logits"):
         Multiclass().logits(output)
 
 

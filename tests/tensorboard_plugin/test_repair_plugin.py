@@ -203,15 +203,14 @@ def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: 
     [
         ('{"status": "repaired", "reason": "', "Unterminated"),
         ('{"status": "repaired", "reason": "", "class_names": [], "schema": 99}', "schema: expected 1"),
-        ('{"status": "repaired", "reason": ""' + " " * 3000 + "}", "1 are read at most"),
+        ('{"status": "repaired", "reason": ""' + " " * 3000 + "}", "the limit is"),
     ],
 )
 def test_a_report_that_cannot_be_read_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str
 ) -> None:
-    if problem.startswith("1 "):
+    if problem == "the limit is":
         monkeypatch.setattr(repair_plugin, "MAX_REPORT_BYTES", 1000)
-        problem = "are read at most"
     (tmp_path / "report.json").write_text(text)
     (row,) = Asked(tmp_path).json("/repairs")["repairs"]
     assert (row["name"], problem in row["problem"]) == (tmp_path.name, True), row

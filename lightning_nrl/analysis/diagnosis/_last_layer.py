@@ -37,7 +37,7 @@ from lightning_nrl.methods._solvers.convex_head import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # fixed targets get it, passed samples keep it (or half their own, if less); above rounding
+REQUIRED_MARGIN = 1e-3  # that fixed targets get and passed samples keep (or half their margin, if less); above rounding
 FULFILLED_FRACTION = 0.9  # a constraint is violated if the margin is below this fraction of what it requires
 MAX_FIX_ROUNDS = 14  # rounds of cutting planes, each more expensive; targets without a verdict then are undecided
 ROWS_PER_ROUND = 12  # constraints added per target and round: the most violated ones, each of another sample
@@ -46,7 +46,7 @@ FEATURE_RIDGE = 1e-6  # variance added to features, relative to the mean; else c
 MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
 MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
 MAX_MULTIPLICATIONS = 8e9  # for all tried targets on all passed samples, once: about a second on one core
-MIN_TARGETS_TRIED = 8  # are tried however long it takes
+MIN_TARGETS_TRIED = 8  # so many are tried however long it takes
 MAX_FIXES_CHECKED = 96  # fixes that are repeated without held-out samples: enough for a mean
 MAX_PASSED_COMPARED = 2_000  # passed samples whose own neighbours are found
 
@@ -63,7 +63,7 @@ class LastLayer(NamedTuple):
 def analyze_last_layer(
     layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """Analyses the last layer, or returns the reason why it cannot be analysed."""
+    """Returns an analysis of the last layer, or the reason why it cannot be analysed."""
     results, features = seen.results, seen.features
     if layer is None:
         return "the model has no Linear layer."
@@ -162,7 +162,7 @@ def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> HeldOutCheck | None:
-    """Fixes targets twice, each time without half of the passed samples that came with failures, and counts these."""
+    """Fixes each chosen target twice, each time without half of the samples `kept[failing]`, and counts this half."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -297,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores the fixes found and adds violated rows for the other targets. Returns False if no target is left."""
+        """Stores the fixes found and adds constraints that other solutions violate. Returns False if none are left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -331,7 +331,7 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
 
 
 def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """Returns the fraction at which each change breaks a sample, and shortfall, sample and rival of its worst rows."""
+    """Returns the fraction of each change that first breaks a sample; shortfall, sample and rival of its worst rows."""
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved

@@ -48,7 +48,7 @@ MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Estimates what a change of each layer can do. `batches` has this rank's samples and their rows in the results."""
+    """Estimates what a change of each layer can do. `batches`: this rank's samples, with their rows in `results`."""
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -239,7 +239,7 @@ def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequen
         return (text,)
     more = f" and {len(doubted) - MOST_NAMED:,} more" if len(doubted) > MOST_NAMED else ""
     named = ", ".join(doubted[:MOST_NAMED])
-    return text, f"Never right, and their neighbours agree with the model: look first at the labels of {named}{more}."
+    return text, f"Look first at the labels of {named}{more}: neighbours agree with the model, which was never right."
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def _measure_times(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """Estimates the seconds of usable methods from those of the model, the last Linear and all fixes (NaN: unknown)."""
+    """Estimates the seconds of each method, given those of a pass, the last Linear and all fixes (NaN: unknown)."""
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = budget.SCORED_SHARE * candidates * head
@@ -272,8 +272,8 @@ def costs(
     if without_margins:
         found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
     else:
-        found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "exact programmes for the last Linear"))
-        found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "some steps of one layer"))
+        found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "convex problems for the last Linear"))
+        found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "steps that change one layer"))
         fit = ((epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES) * one_pass
         how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.LEAST_EPOCHS} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
@@ -290,7 +290,7 @@ MAX_SMALL_CHANGE = 0.5  # relative to a layer's norm; first-order estimates are 
 
 
 def advise(found: Diagnosis) -> str:
-    """Writes advice: look at doubtful labels, then repair the last layer, else the network, else get more data."""
+    """Writes advice: repair the last layer, or the network, or get more data. Many doubtful labels come first."""
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:
@@ -320,10 +320,10 @@ def _method(found: Diagnosis) -> str:
     elif check.rate < MIN_EXCHANGE_RATE:
         against = f"{head} would break too much on other data"
     elif own is not None and best is not None and own.change > MAX_CHANGE_RATIO * best.change:
-        against = f"{head} would have to change much more than others"
+        against = f"{head} would have to change much more than other layers"
     if not against:
         return (
-            f"Use method='convex', {times.get('convex', 'seconds')}: {head} is likely to do. {last} "
+            f"Use method='convex', {times.get('convex', 'seconds')}: {head} is likely to be enough. {last} "
             f"The default, method='auto', {times['auto']}, changes the whole network and may repair more."
         )
     if best is None:
@@ -331,11 +331,11 @@ def _method(found: Diagnosis) -> str:
     if best.change < MAX_SMALL_CHANGE:
         return (
             f"Use the default, method='auto', on the whole network, {times['auto']}{f': {against}' * (tried > 0)}. "
-            f"{last} If one layer must do, take method='linearized' on {best.layer}, {times['linearized']}."
+            f"{last} To change a single layer, use method='linearized' on {best.layer}, {times['linearized']}."
         )
     mixed = ""
     if mixing is not None:
-        mixed = f" Of the nearest passed samples, {rough_percent(mixing.mean('targets'))} have a target's label."
+        mixed = f" Of the nearest passed samples, {rough_percent(mixing.mean('targets'))} have the target's label."
     return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
 
 
@@ -344,7 +344,7 @@ def _alone(alone: int, tried: int, check: HeldOutCheck | None) -> str:
     if check is not None:
         repaired = f"repairs {check.repaired:.1f} other targets and breaks {check.broken:.1f} passed samples."
         others = f"; on samples held out, fixing one {repaired}"
-    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions{others}"
+    text = f"One at a time, the last layer can fix {alone:,} of {tried:,} targets without known regressions{others}"
     return text if tried else ""
 
 

@@ -64,8 +64,8 @@ class Diagnosis(Report, figures.Plotted):
         blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), FactList(_facts(self))]
         if any(target.fixable != "not tried" for target in self.targets):
             text = (
-                f"Fixes of one target by a change of the last layer ({self.head}), without known regressions. "
-                "Change: relative to the logits of passed samples."
+                f"Each target is fixed alone, by a change of the last layer ({self.head}) without known regressions. "
+                "The change is relative to the logits of passed samples."
             )
             blocks += [Heading("Each target alone"), Text(text), _alone(self, most)]
             blocks += [Heading("Passed samples in the way"), *_binding(self.binding, most)]
@@ -89,7 +89,7 @@ class Diagnosis(Report, figures.Plotted):
             blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
         if self.costs:
             costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in self.costs)
-            text = "On this machine, to a factor of about two, including all evaluations; `max_time` limits it."
+            text = "Times on this machine, to a factor of about two, with all evaluations. `max_time` limits them."
             blocks += [Heading("What a repair would take"), Text(text), FactList(costs)]
         if self.notes:
             blocks += [Heading("Not checked"), *(Text(note) for note in self.notes)]
@@ -110,7 +110,7 @@ class Diagnosis(Report, figures.Plotted):
 
     @property
     def easiest_layer(self) -> LayerCapacity | None:
-        """The layer with the smallest `change`, by which it repairs a typical target. None if no layer was compared."""
+        """The layer with the smallest `LayerCapacity.change`. None if no layer was compared."""
         return min(self.layers, key=lambda layer: layer.change, default=None)
 
     @property
@@ -179,7 +179,7 @@ def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) 
 def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
     if not found:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each sample limits or prevents the fixes of so many targets: a fix that ignored the sample would break it."
+    text = "Each sample limits or prevents fixes of some targets: a fix that ignored the sample would break it."
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found]
     last = f"<= {found[most].targets:,}" if len(found) > most else ""
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
@@ -250,7 +250,7 @@ def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
         )
     axes.set(xticks=range(mixing.k + 1), ylim=(0, 119), yticks=range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")
-    across = f"of the {mixing.k} nearest passed samples, with its label"
+    across = f"nearest passed samples with its label, of {mixing.k}"
     _style(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
 
 

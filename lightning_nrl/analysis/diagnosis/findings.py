@@ -26,9 +26,10 @@ class TargetFinding(FoundSample):
 
     Attributes:
         margin: distance from being right, at most 0; NaN if the task has no margin.
-        fixable: `yes`: a fix was found. `no`: it is proven that a fix would change the logits by more than their size.
-        change: size of the fix: its effect on the logits of passed samples, relative to these logits (root mean
-            squares); NaN without a fix.
+        fixable: `yes` if a fix was found; `no` if every fix is proven to change the logits of passed samples by more
+            than their own size; `undecided` if neither is known; `not tried` if no fix was searched for.
+        change: size of the fix: the root mean square of its effect on the logits of passed samples, divided by the
+            root mean square of these logits; NaN without a fix.
         agreement: share of the nearest passed samples that have the target's label; NaN if unknown.
     """
 
@@ -49,14 +50,14 @@ class Binding(FoundSample):
 
 @dataclass(frozen=True)
 class HeldOutCheck:
-    """Effect of fixes by the last layer, each of one target, on samples that the fixes did not take into account.
+    """Effect of fixes on samples that they did not take into account. Each fix changes the last layer for one target.
 
-    `repairs` is the number of fixes. On average, a fix breaks `broken` of `passed` passed samples, which come from the
-    data with failures, and repairs `repaired` of `others` other targets. The share `harmless` of the fixes breaks none.
+    `repairs` is the number of fixes. On average, a fix breaks `broken` of `passed` passed samples and repairs
+    `repaired` of the `others` other targets. `harmless` is the share of the fixes that break no sample.
     """
 
     repairs: int
-    passed: int
+    passed: int  # only samples of splits whose failures may be repaired
     broken: float
     others: int
     repaired: float
@@ -72,11 +73,11 @@ class HeldOutCheck:
 
 @dataclass(frozen=True)
 class NeighbourMixing:
-    """`targets[i]` targets and `passed[i]` passed samples have the label of `i` of their `k` nearest passed samples."""
+    """Counts of samples by how many of their `k` nearest passed samples have the label of the sample."""
 
     k: int
-    targets: tuple[int, ...]
-    passed: tuple[int, ...]
+    targets: tuple[int, ...]  # item i: number of targets with i such neighbours
+    passed: tuple[int, ...]  # item i: number of passed samples with i such neighbours
 
     def mean(self, group: Literal["targets", "passed"]) -> float:
         """Returns the mean share of neighbours with a sample's own label, from 0 to 1. NaN if the group is empty."""
@@ -87,11 +88,11 @@ class NeighbourMixing:
 
 @dataclass(frozen=True)
 class DoubtfulLabel(FoundSample):
-    """A target with a doubtful label: a share `agreed` of neighbours has the predicted class, which leads by `lead`."""
+    """A target with a doubtful label: the model and the nearest passed samples agree on another class."""
 
     prediction: int
-    agreed: float
-    lead: float
+    agreed: float  # share of the nearest passed samples that have the predicted class
+    lead: float  # logit of the predicted class minus the logit of the label
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class LayerCapacity:
     """What a layer could do for some targets without harm to the passed samples nearest to failing, to first order.
 
     Attributes:
-        room: a small change of the layer raises a target's margin. This share of the rise, from 0 to 1, is left if none
-            of the passed samples may lose margin; mean over targets.
+        room: how much a small change can raise the margin of a target if none of the passed samples may lose margin, as
+            a share, from 0 to 1, of the rise without this condition; mean over targets.
         change: size of the smallest change that repairs a target and breaks none of the passed samples, relative to the
             layer's norm; median over targets, infinite if there is no such change.
     """

@@ -32,7 +32,7 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # swarms in a batch, else 512; more gain nothing on a CPU, fewer are saved sooner
+SWARMS_BY_DEVICE = {"cpu": 32}  # swarms in a batch (else 512): more gain nothing on a CPU, and fewer are saved sooner
 TENSORS_PER_SWARM = 16  # approximate number of tensors of the size of all particles, held at once
 STATES_MEMORY = 256 << 20  # bytes for the changed layers of runs, kept from one batch to the next
 
@@ -89,7 +89,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs the searches of one batch (see `batches`), each with the same result as alone. Counts no samples yet."""
+        """Runs a batch of searches (see `batches`), each with the same result as alone. `Recount` adds the counts."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -206,7 +206,7 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Records each batch. A batch is given with its samples' rows in the results, `n` int64 on the CPU."""
+    """Records each batch. `batches` has pairs of a batch and its samples' rows in the results, `n` int64 on the CPU."""
     model = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []  # replay plans of earlier batches

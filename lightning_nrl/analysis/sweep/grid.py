@@ -40,7 +40,7 @@ class Grid:
                 raise ConfigurationError(f"`{name}` has no value.", f"give a list, such as `{name}=[...]`.")
         if not self.axes:
             raise ConfigurationError(
-                "`settings`: a grid without an axis.", "give one, such as `Grid(alpha=[4, 5, 6])`."
+                "`settings`: the grid has no argument.", "give one, such as `Grid(alpha=[4, 5, 6])`."
             )
 
     def settings(self) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Returns arguments of `repair` and `Settings` for the same search. `strength=1`: the whole change is made."""
+        """Returns arguments of `repair` and `Settings` for the same search, with `strength=1`: the whole change."""
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
@@ -112,7 +112,7 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigurationError(f"`settings`: two different ones are {twice!r}.", "give each a `name` of its own.")
+        raise ConfigurationError(f"`settings`: two settings have the name {twice!r}.", "give each a `name` of its own.")
     if not found:
         raise ConfigurationError("`settings` is empty.", "give a Grid, or a list such as [{'alpha': 5}].")
     return tuple(found)
@@ -142,7 +142,7 @@ def _setting(given: Any, start: Setting) -> Setting:
         made = replace(made, fitness=plain)
     if made.localizer.include_bias != start.localizer.include_bias:
         raise ConfigurationError(
-            "`settings`: some search biases and others do not.", "give all the same `include_bias`, by `search`."
+            "`settings`: some search biases and others do not.", "set `include_bias` for all, in `search`."
         )
     Settings(**made.arguments())  # Raises for invalid values.
     return replace(made, name=_label(made, start) if name is None else str(name))

@@ -119,7 +119,7 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder with files of runs, made with the first file. If `folder` is None, nothing is stored."""
+    """Folder with files of runs, created with the first file. If `folder` is None, nothing is stored."""
 
     folder: Path | None
 
@@ -129,14 +129,14 @@ class RunStore:
             return {}
         if self.folder.is_file():
             raise ConfigurationError(
-                f"`dirpath={str(self.folder)!r}` is a file.", "name a folder, which is made if need be."
+                f"`dirpath={str(self.folder)!r}` is a file.", "name a folder; it is created if necessary."
             )
         found: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
                 checksum, _, data = path.read_bytes().partition(b"\n")
                 if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
-                    raise ConfigurationError("it does not fit its checksum")
+                    raise ConfigurationError("its checksum does not match")
                 found |= _unpacked(data)
             except (OSError, ConfigurationError) as error:
                 why = str(error).partition("\n")[0]
@@ -162,7 +162,7 @@ def digest(value: Any) -> str:
 
 
 def results_digest(results: SampleResults) -> str:
-    """Returns the SHA-256 of samples and results. The loss counts with three digits."""
+    """Returns the SHA-256 of samples and results. Losses are first rounded to about three digits."""
     found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
     for name in DIGESTED_RESULTS:
         found.update(getattr(results, name).numpy().tobytes())
@@ -197,5 +197,5 @@ def _unpacked(data: bytes) -> dict[str, StoredRun]:
 
 def _stored_run(run: Any, where: Any, values: Any) -> StoredRun:
     if where.dtype != torch.int64 or where.ndim != 1 or where.shape != values.shape or not values.is_floating_point():
-        raise ConfigurationError("its weights do not have their positions")
+        raise ConfigurationError("its weights and their positions do not match")
     return StoredRun(from_plain(Run, run), where, values)

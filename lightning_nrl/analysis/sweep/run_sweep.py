@@ -57,10 +57,10 @@ def sweep_module(
 
     Model and data are as in `repair_module`. No search reads the calibration data; they serve to choose among the runs.
     `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has what all runs share, such as target and layer, and
-    the defaults. Its method is a `ParticleSwarm`; the default method is replaced by one.
+    the defaults. Its method must be a `ParticleSwarm`; `auto`, the default method, stands for one.
 
     Raises:
-        ConfigurationError: an argument cannot be used, no failed sample is in the target, or none passes.
+        ConfigurationError: an argument is invalid, no failed sample is in the target, or no known sample passes.
         EvaluationError: the original model gives losses that are not finite.
     """
     evaluator, base = Evaluator.of(model), swarming(given_or_default(base))
@@ -93,7 +93,7 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
         raise ConfigurationError(
-            f"`seeds={seeds!r}` names no seed, or one twice.", "give how many, or a list such as [0, 1, 2]."
+            f"`seeds={seeds!r}` names no seed, or one twice.", "give the number of seeds, or a list such as [0, 1, 2]."
         )
     for seed in found:
         Settings(seed=seed)
@@ -110,8 +110,8 @@ def _check(base: Settings, sources: Iterable[Source]) -> None:
     for source in sources:
         if len(source.positions) < len(source.index):
             raise ConfigurationError(
-                f"`{source.split}` data are shared out: this rank has {len(source.positions)} of {len(source.index)}.",
-                "give each rank all data; a sweep shares the runs.",
+                f"`{source.split}` data are split: this rank has {len(source.positions)} of {len(source.index)}.",
+                "give each rank all data; the ranks share the runs.",
             )
 
 

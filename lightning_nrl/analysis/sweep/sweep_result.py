@@ -63,7 +63,7 @@ class SweepResult(Report):
         """Returns the Pareto front of broken and repaired samples, by rising broken. Do not choose by `unseen` data."""
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
-            raise ConfigurationError(f"`role={role!r}`: there were no such data.", f"give `{role}` data.")
+            raise ConfigurationError(f"`role={role!r}`: the sweep had no {role} data.", f"give `sweep` {role} data.")
         front: list[Run] = []
         for run in sorted(self.runs, key=lambda run: (run.counts(role).broken, -run.counts(role).repaired)):
             if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
@@ -97,7 +97,7 @@ class SweepResult(Report):
         return {one: _hparams(self.of(one), name) for one in dict.fromkeys(run.setting for run in self.runs)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Returns the arguments of `repair` that reproduce a run. A result that was read from a file has none."""
+        """Returns the arguments of `repair` for the same run. Raises `ConfigurationError` for a result from a file."""
         self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
@@ -118,7 +118,7 @@ class SweepResult(Report):
         if (run.setting, run.seed) not in self.weights:
             raise ConfigurationError(
                 f"`run`: this result has no weights of {run.setting!r} with seed {run.seed}.",
-                "call `sweep` again with the same `dirpath`, which repeats no run; a table has no weights.",
+                "a table has no weights; call `sweep` again with the same `dirpath`, which repeats no run.",
             )
         return self.weights[run.setting, run.seed]
 
@@ -143,7 +143,7 @@ class SweepResult(Report):
         except (csv.Error, ConfigurationError) as error:
             problem = str(error).partition("\n")[0]
             raise ConfigurationError(
-                f"`source` is no table of a sweep: {problem}", "give what `SweepResult.to_csv` has written."
+                f"`source` is no table of a sweep: {problem}", "give a table that `SweepResult.to_csv` wrote."
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -42,11 +42,11 @@ MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of a violated sample, per round;
 
 
 class ActiveSet:
-    """The last measured margins of all known samples, NaN where the loss is not finite, and the working set.
+    """The working set, and the last measured margins of all known samples, which are NaN if the loss is not finite.
 
-    The teacher of a sample is the model with the given state if that is right, else the original model. Targets in
-    `enforced`, `N` bool, are pushed however far they are from right; the mask may be changed between rounds. Without
-    `holds_repairs`, steps ignore all other samples that the original model fails.
+    The teacher of a sample is the model with the weights `state` if these get it right, else the original model. Steps
+    push targets in `enforced`, `N` bool, however far from right; the caller may change this mask between rounds.
+    Without `holds_repairs`, steps ignore all other samples that the original model gets wrong.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class ActiveSet:
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """True if a state breaks any passed sample in `rows`; sets the margins of these."""
+        """True if `state` breaks any passed sample in `rows`. Stores the margins measured in these rows."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Steps on the active and as many rehearsed samples, and measures margins; returns the number of visits."""
+        """Makes steps that push active samples and hold as many others; updates margins and returns the visits."""
         before = self.problem.before
         self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -181,7 +181,10 @@ def _margins(after: SampleResults) -> Tensor:
 
 
 class TargetSchedule:
-    """Targets to repair however far they are from right: `wanted` until given up, `enforced` at present (`N` bool)."""
+    """The targets to repair even if they are far from right, as masks `N` bool.
+
+    `wanted` has all that are not given up. `enforced` has those of `wanted` that steps push at present.
+    """
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
         self._weight = problem.before.weight
@@ -196,23 +199,23 @@ class TargetSchedule:
         self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all wanted targets again, for twice as many rounds as before."""
+        """Enforces all wanted targets again, for up to twice as many rounds as before."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Stops enforcing targets that are still wrong once the rounds or time for them are used up."""
+        """Stops enforcing the targets that are still wrong if their rounds or time are used up; counts the round."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Gives up the lighter half of the enforced targets that are wrong, or all of them if they weigh the same.
+        """Gives up the enforced targets that are wrong and weigh no more than their median.
 
-        If no enforced target is wrong, chooses from those with the largest multiplier instead.
+        If no enforced target is wrong, the same rule applies to the enforced targets with the largest multiplier.
         """
         weight, multiplier = self._weight, active_set.multiplier
         late = self.enforced & active_set.violated

@@ -23,12 +23,12 @@ from lightning_nrl.methods._solvers.qp import solve_dual
 KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # a passed sample keeps this part of its margin, at most this much
 HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
 LEAST_KEPT_MARGIN = 0.01  # part of the required margin that a passed sample keeps after the final scaling
-HEAD_RIDGE = 1e-4  # added, of the mean eigenvalue; without it directions without passed samples would cost nothing
+HEAD_RIDGE = 1e-4  # of the mean eigenvalue, added to all; else directions without passed samples would cost nothing
 MAX_PATH_ROUNDS = 31  # of solving and adding pairs, at each strength
 PAIRS_PER_ROUND = 400  # added at most, the most violated first
 VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations
-# Maximum samples and logits of one block. Larger data are read in smaller blocks that fit the cache, and only as far as
-# margins may be too small.
+# Maximum samples and logits of one block. Larger data are read in smaller blocks that fit the cache, and only where a
+# margin may be too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
 LOGITS_PER_BLOCK = 2**22
 REACH_SLACK = 1.001  # for rounding of the distances
@@ -36,7 +36,7 @@ REACH_SLACK = 1.001  # for rounding of the distances
 
 @dataclass(frozen=True)
 class ConvexHead:
-    """The last Linear layer on `n` of `N` recorded samples, of which it processes one block at a time."""
+    """The last Linear layer, with `d` inputs and `C` outputs, on `n` of `N` recorded samples, read in blocks."""
 
     features: Tensor  # N x d, inputs; with a column of ones if the bias may change and `ones` is False
     logits: Tensor  # N x C, outputs
@@ -100,16 +100,16 @@ class ConvexHead:
         return root
 
     def white(self, rows: Tensor) -> Tensor:
-        """Returns whitened features of `m` samples, `m x d`. The second moment over passed samples is the identity."""
+        """Returns features, `m x d`, transformed so that their second moment over passed samples is the identity."""
         return self.inputs(rows).to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
-        """Returns the logits of `m` samples, `m x C`, with a change of the weights, `C x d`."""
+        """Returns the logits of `m` samples, `m x C`, after `change`, `C x d`, is added to the weights."""
         return self.outputs(some) + self.inputs(some) @ change.T.to(self.features)
 
     @cached_property
     def reach(self) -> Tensor:
-        """`n`, how far the whitened weights of two classes must move apart before a margin can be too small.
+        """Per sample, `n`: how far the whitened weights of two classes may move apart until its margin is too small.
 
         A margin changes by at most this distance times the length of the whitened features (Cauchy-Schwarz).
         """
@@ -118,7 +118,7 @@ class ConvexHead:
         return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
-        """Returns the samples in `among`, `n` bool, whose margin a change may make too small; None means all."""
+        """Returns indices of samples in `among`, `n` bool, whose margin a change can spoil. None means all."""
         if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
@@ -126,7 +126,7 @@ class ConvexHead:
         return (among & (self.reach <= apart[self.label])).nonzero().flatten()
 
     def right(self, change: Tensor) -> Tensor:
-        """Marks the samples that the layer gets right with a change, `C x d`, in a mask, `n` bool."""
+        """Returns a mask, `n` bool, of the samples that the layer gets right after a change, `C x d`."""
         right = ~self.targeted
         for some in self.blocks(self.reached(change, torch.ones_like(right))):
             right[some] = self.changed(change, some).argmax(1) == self.label[some]
@@ -140,11 +140,11 @@ def regularization_path(
     is_over: Callable[[], bool] = lambda: False,
     max_pairs: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the best change, `C x d`, at each strength, from low to high. Each solution starts from the one before.
+    """Yields the best change of the weights, `C x d`, at each strength, from low to high.
 
-    The changes ignore samples outside `used`, `n` bool, and break no passed sample inside. A strength is the price of a
-    target's missing margin; at 1 the median target would just be repaired on its own. Once `is_over` returns True, the
-    changes get worse but still break nothing. The path ends after the first programme of more than `max_pairs` pairs.
+    A strength is the price of what a target's margin lacks; at 1 the median target would just be repaired on its own.
+    The changes break no passed sample in `used`, `n` bool, and ignore other samples. Once `is_over` returns True, they
+    are worse but still break nothing. The path ends after a programme of more than `max_pairs` (sample, class) pairs.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -173,7 +173,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
-        """Sets the price of a target's missing margin; keeps only the binding pairs."""
+        """Sets the price of what a target's margin lacks, and drops all pairs whose constraint does not bind."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
@@ -196,7 +196,7 @@ class _PairProgramme:
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
-        """Adds the most violated pairs; returns False if no pair is violated."""
+        """Adds the pairs that `change` violates most; returns False if it violates no further pair."""
         head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
         codes, lacks = [self._code[:0]], [head.required[:0]]
         for some in head.blocks(head.reached(change, self.used)):
@@ -237,7 +237,7 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Alternates solving and adding violated rows; returns True if no row is violated at the end."""
+    """Calls `solve` and `add_violated` in turn; returns True if it ends because no violated row is left to add."""
     for _ in range(max_rounds):
         solve()
         if not add_violated():
@@ -248,22 +248,22 @@ def add_cutting_planes(
 
 
 def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns the label's logit minus each other logit, `n x C`, infinite at the label."""
+    """Returns the label's logit minus each logit, `n x C`. The entry of the label itself is infinite."""
     own = label[:, None]
     return (logits.gather(1, own) - logits).scatter(1, own, float("inf"))
 
 
 def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
-    """Returns 1 at the label, -1 at the rival and 0 elsewhere, `... x C`; floats, since GPUs multiply no integers."""
+    """Returns `C` floats per pair: 1 at the label, -1 at the rival class, 0 elsewhere. `like` has the dtype and `C`."""
     n_classes = like.shape[-1]
     return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
 
 
 def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
-    """Returns the products of m pairs, `... m x m`, from their features, `... m x d`, and sides, `... m x C`."""
+    """Returns inner products, `... m x m`, of m constraints, which are outer products of `sides` and `features`."""
     return (sides @ sides.mT) * (features @ features.mT)
 
 
 def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
-    """Returns the sum of pairs times their multipliers, a change of the weights, `... C x d`. It is deterministic."""
+    """Returns the sum of constraints (see `pair_gram`) times multipliers, `... C x d`. The result is deterministic."""
     return (sides * multipliers[..., None]).mT @ features

@@ -28,8 +28,8 @@ class Descent:
     half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
     its gradient is summed over smaller forward passes.
 
-    Starts at `state` and moves only the parameters in `problem.scope`. `masks`, by parameter name, mark the weights
-    that may move. Losses are sums over samples, so that they add up over splits and ranks and do not vanish in half
+    The copy starts at `state`. Only parameters in `problem.scope` move; `masks`, by parameter name, can limit this to
+    some weights. Losses are sums over samples, so that they add up over splits and ranks and do not vanish in half
     precision. The optimizer must therefore be scale-invariant, such as Adam.
     """
 
@@ -69,7 +69,7 @@ class Descent:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Puts the current weights into the model inside the block; gradients flow to the copies."""
+        """Puts the current weights into the model inside the block; gradients flow to the float32 copies."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield

@@ -33,12 +33,12 @@ def distill(
 ) -> Trained | None:
     """Trains the parameters in the problem's scope on known data, from their original values.
 
-    A target of weight v, at most 10, adds `3 v loss` to a step's loss. A passed sample adds `loss + 5 v divergence`.
-    Other samples add `loss`. `divergence` compares the output with that of the original model.
+    The loss of a step is a sum over samples: `3 v loss` for a target of weight v (at most 10), `loss + 5 v divergence`
+    for a passed sample, and `loss` for any other. `divergence` compares the output with the original model's.
 
-    Samples whose `weight`, `N`, is 0 are left out. If there is a deadline, the pace of the first steps decides how many
-    are made, the same on all ranks; the learning rate falls to 0 over these. If a single sample exceeds the memory, the
-    training ends with a warning. `renew` is called halfway; if it returns None, so does this function.
+    Samples whose `weight`, `N`, is 0 are left out. With a deadline, the time of the first steps decides how many steps
+    are made, equally many on all ranks. The learning rate falls to 0 over all steps. If a single sample exceeds the
+    memory, the training ends early with a warning. `renew` is called halfway; if it returns None, so does `distill`.
     """
     run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
     rows, has_renewed = run.used.nonzero().flatten(), renew is None
@@ -51,8 +51,8 @@ def distill(
                 run.used = weight > 0
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
-        message = f"the fit ended after {run.visits:,} samples: {error}"
-        warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
+        message = f"the training stopped after {run.visits:,} samples: {error}"
+        warnings.warn(RepairWarning(message, "the repair goes on with the weights trained so far."), stacklevel=3)
     n, planned = len(problem.before), run.most if run.deadline.is_set else run.visits
     return Trained(run.descent.state(), run.visits / n, planned / n)
 

@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """Yields this rank's parts of each mini-batch of rows. A part has samples of one split and fits its batch size."""
+    """Yields each mini-batch as a list of its parts on this rank. A part is from one split, at most its batch size."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
@@ -49,7 +49,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns `column`, `N`, updated by the measurements of all ranks, which are pairs of rows and values."""
+    """Returns a copy of `column`, `N`, with the values measured on all ranks. `measured` has (rows, values) pairs."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])

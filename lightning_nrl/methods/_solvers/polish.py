@@ -45,12 +45,12 @@ NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
 HOLDING_STARTS = 3  # number of starts that hold repairs; later ones may lose them
 BISECTIONS = 6  # of the way back, on samples known to be broken
-MAX_COUNTS = 6  # of all known samples on the way back; each may reveal more broken ones
+MAX_COUNTS = 6  # evaluations of all known samples on the way back; each may reveal more broken ones
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing. `state` has the given tensors and, after steps, all parameters in the scope."""
+    """Weights that break nothing. `state` has the given tensors and, if steps were made, all parameters in scope."""
 
     rounds: int = 0
     strength: float = 1.0  # part of the change that is kept; 0 for the original weights
@@ -59,7 +59,7 @@ class PolishResult(Proposal):
 
     @property
     def note(self) -> str:
-        back = f"then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
+        back = f"then scaled back to {self.strength:.0%} of the change" if self.strength < 1 else ""
         rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
         return ", ".join(part for part in (rounds, self.stopped, back) if part)
 
@@ -73,11 +73,12 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Steps from a state until no known passed sample is broken, else goes back toward the original weights.
+    """Makes small steps from `state` until no known passed sample is broken.
 
-    Only parameters in the problem's scope move; `masks` (by name of the parameter) can limit this to some weights. The
-    last forward passes over known data may end after `deadline`. `after` are the results of the given state, if they
-    are known. With `enforce`, all failing targets are pushed, otherwise only those that are nearly right.
+    If steps do not suffice, the weights move back toward the original ones until nothing is broken. Only parameters in
+    the problem's scope move; `masks`, by parameter name, can limit this to some weights. The last forward passes over
+    known data may end after `deadline`. `after` are the results of `state`; without it they are measured. With
+    `enforce`, steps push all failing targets, otherwise only targets that are nearly right.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
@@ -90,9 +91,9 @@ def polish(
 def polished(
     problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, enforce: bool = False
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
-    """Polishes a proposal as a stage of a repair; returns the result, its report step, and all counts on the way.
+    """Polishes a proposal; returns the result, its report step, and counts from each evaluation of all known data.
 
-    With `steered`, slices that miss their quota weigh more. Without `deadline`, it may use all time left for methods.
+    With `steered`, slices that miss their quota weigh more. Without a `deadline`, all time left for methods is used.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -119,7 +120,7 @@ def _polish(*arguments: Any) -> PolishResult:
 class _Polish:
     """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
 
-    `best` breaks nothing. `state` are the weights where the steps began or ended. `after` has the last evaluation.
+    `best` breaks nothing. `state` are the weights where steps began or ended, `after` the last results on known data.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class _Polish:
         self._n_first = 0  # violated at the first start
 
     def start(self) -> Phase | None:
-        """Begins steps at `state`, whose results are in `after`: the given weights, or those after a retreat."""
+        """Begins steps at `state` (given, or after a retreat), whose results are `after`. Returns the next phase."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
         self._n_first = self._n_first or int(self.active_set.violated.sum())
@@ -195,10 +196,10 @@ class _Polish:
 
     def _after_round(self) -> Phase:
         if self._end_of_rounds.is_over() or self._visits > POLISH_SHARE:
-            self.stopped = CUT if self._end_of_rounds.is_over() else "stopped at its share of the budget"
+            self.stopped = CUT if self._end_of_rounds.is_over() else "stopped at its limit of forward passes"
             return self._stop_steps()
         if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
-            self.stopped = "stopped without a new low"
+            self.stopped = "stopped without progress"
             return self._stop_steps()
         return self._step if self._rounds_left else self._retreat
 
@@ -262,7 +263,6 @@ class _Polish:
 
     @property
     def _may_enforce_again(self) -> bool:
-        """True if targets are suspended, which happens only in limited time."""
         return self._deadline.is_set and not self.targets.enforces_all
 
     def _is_satisfied(self, is_violated: Tensor) -> bool:

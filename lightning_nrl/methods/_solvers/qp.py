@@ -36,7 +36,7 @@ from lightning_nrl._utils.interrupts import poll
 
 
 class DualSolution(NamedTuple):
-    """The solution of a dual; in a batch of `T` programmes every tensor has `T` as its first dimension."""
+    """The solution of a programme with `m` rows. In a batch, each tensor has the `T` programmes as first dimension."""
 
     values: Tensor  # m, multipliers a from 0 to the limits, on the device of `gram`; x = A' a
     value: Tensor  # the dual's value at `values`, a lower bound of the minimum
@@ -54,15 +54,15 @@ def solve_dual(
     max_value: float = math.inf,
     is_over: Callable[[], bool] = lambda: False,
 ) -> DualSolution:
-    """Solves one programme, or many small ones at once, in float64 on the CPU.
+    """Solves one programme of `m` rows (constraints), or a batch of `T` small ones, in float64 on the CPU.
 
     Args:
-        gram: `m x m`, K = A A', products of the rows; `T x m x m` for T programmes. A zero row must require 0.
-        required: `m` or `T x m`, lower bounds of the rows.
-        limit: `m`, for one programme: limits of the multipliers, infinite for hard rows. None: all rows are hard.
-        start: like `required`, initial multipliers, such as those of a similar programme. None means 0.
-        max_value: for a batch: programmes of a larger value stop as infeasible. If infinite, all must be feasible.
-        is_over: for one programme: called at each step, returns True to stop with the best multipliers so far.
+        gram: K = A A', the products of the rows of A, `m x m` or `T x m x m`. A zero row must require 0.
+        required: lower bound of each row, `m` or `T x m`.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows; None makes all rows hard. Not for a batch.
+        start: initial multipliers, shaped like `required`, such as those of a similar programme; None means 0.
+        max_value: programmes of a batch with a larger optimum count as infeasible; if infinite, all must be feasible.
+        is_over: is called at each step; True ends with the best multipliers so far. Not for a batch.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -81,7 +81,7 @@ CONDITIONS_TOLERANCE = 1e-7  # violation of the optimality conditions, relative 
 # multipliers reach or leave a bound at once; a Cholesky factor in float64 needs the minimum.
 PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
 # Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of 200 to 1,500 rows
-# take 5 to 10 and 20 to 60; only multipliers a million times as large as others need more.
+# take 5 to 10 proximal and 20 to 60 Newton steps; only multipliers a million times as large as others need more.
 MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
 # Hard rows are contradictory if x must be this many times as long as for a single row.
 CONTRADICTION_RATIO = 1e6
@@ -90,7 +90,7 @@ CONTRADICTION_RATIO = 1e6
 def solve_one(
     gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Returns the multipliers, True if they are optimal up to rounding, and True if the hard rows are feasible."""
+    """Returns the multipliers, whether they are optimal up to rounding, and whether the hard rows are feasible."""
     if not len(required):
         return required, True, True
     # Rows are scaled to norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.
@@ -119,9 +119,9 @@ class _Box:
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
     def is_contradictory(self, change: Tensor) -> bool:
-        """True if a change of the multipliers proves the hard rows contradictory (Farkas).
+        """True if a change of the multipliers proves that the hard rows contradict each other (Farkas' lemma).
 
-        For any d >= 0 on the hard rows, an x that meets these has |A' d| |x| >= d' A x >= d' required.
+        Let d be what it adds to hard rows. An x that meets them has |A' d| |x| >= d' A x >= d' required: |x| is huge.
         """
         d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
         needed = float(self.required @ d)
@@ -199,13 +199,13 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # added, of the diagonal's mean; without it nearly equal rows have no unique multipliers
+RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added to it; else nearly equal rows have no unique multipliers
 MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
 RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns multipliers, `T x m`, values of the duals, `T`, and which programmes converged, `T` bool."""
+    """Returns the multipliers, `T x m`, the optimum of each dual, `T`, and whether it was reached, `T` bool."""
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
     jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)

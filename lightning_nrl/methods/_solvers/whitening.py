@@ -22,17 +22,17 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MOMENT_RIDGE = 0.1  # added, of the mean eigenvalue; directions with few passed samples hardly help unseen failures
+MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added to all; limits changes where passed samples hardly vary
 MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples, and positions of a convolution, per moment
 MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """The whitened coordinates of changes of several layers, `K` in all.
+    """The `K` whitened coordinates of changes of several layers.
 
-    For each layer, `outputs` has the output channels that may change, int64. `roots` has C^(-1/2) of each of its groups
-    of channels: `groups x d x d`, or `groups x d` if C is diagonal, where `d` counts the bias if it may change.
+    For each layer, `outputs` has the output channels that may change, int64. `roots` has C^(-1/2) for each group of
+    channels: `groups x d x d`, or `groups x d` if C is diagonal. A channel has `d` weights, with a bias that may move.
     """
 
     sites: tuple[LayerRef, ...]
@@ -44,7 +44,7 @@ class Whitening:
         return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
 
     def state(self, change: Tensor) -> State:
-        """Returns the whole parameters: those of the model plus a change, `K`."""
+        """Returns whole parameters of the layers: those of the model plus a change in `K` whitened coordinates."""
         found, at = {}, 0
         for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
             size = len(outputs) * root.shape[-1]
@@ -61,10 +61,10 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Computes the whitened coordinates of a problem's layers from passed data, about `max_size` at most.
+    """Computes at most about `max_size` whitened coordinates of the problem's layers from passed samples.
 
-    If the layers have more weights, only some output channels of each may change: those with the largest squared
-    gradients of target margins.
+    If the layers have more weights, only some output channels of each layer may change: those whose weights have the
+    largest squared gradients of target margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -94,7 +94,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
-    """Returns the chosen rows, `m` in order, and gradients of their margins, `m x K`; all ranks get all rows."""
+    """Returns the sorted rows `chosen`, `m`, and their margins' gradients at `state`, `m x K`, from all ranks."""
     rows, parts = [], []
     with temporary_weights(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
@@ -113,7 +113,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     if problem.space.gates:
         name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
         raise ConfigurationError(
-            f"`layer={name!r}`: steps along gradients cannot be made in a recurrent layer.",
+            f"`layer={name!r}`: `method='linearized'` cannot repair a recurrent layer.",
             "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
         )
     layers = {site.name: site.module for site in problem.space.sites}
@@ -127,9 +127,8 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     for name, missing in missed.items():
         if problem.collective.any(missing):
             raise ConfigurationError(
-                f"`layer={name!r}`: the gradients of the margins do not reach it, sample by sample.",
-                "name a layer that the model calls as a module outside `torch.no_grad`, with a batch first; or use "
-                "`method='swarm'`, which needs no gradients.",
+                f"`layer={name!r}`: the gradients of the margins cannot be computed sample by sample in this layer.",
+                "name a layer called as a module, batch first, without `torch.no_grad`; or use `method='swarm'`.",
             )
 
 
@@ -174,7 +173,6 @@ def _zero_moment(site: LayerRef) -> Tensor:
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
-    """Returns C^(-1/2) of each group, after scaling C to a mean eigenvalue of 1."""
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(1e-30)
     if moment.ndim == 2:

@@ -17,7 +17,7 @@ FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with the report of a repair, which has `size` bytes and was `modified` at a time in nanoseconds.
+    """A folder with the report of a repair. The report has `size` bytes and was `modified` at a time in nanoseconds.
 
     A browser asks for the folder by `name`: its path below the log folder `root`, with slashes.
     """

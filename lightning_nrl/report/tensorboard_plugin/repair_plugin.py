@@ -83,7 +83,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         file = loaded.sample_file(request.args.get("split", ""), position, request.args.get("kind", ""))
         path = loaded.folder.path / (file or "")
         if file is None or not is_below(path, loaded.folder.root) or path.stat().st_size > MAX_SAMPLE_BYTES:
-            return _missing(request, "there is no picture of such a sample.")
+            return _missing(request, "this sample has no picture or text.")
         return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
 
     def _folders(self) -> list[RepairFolder]:
@@ -109,7 +109,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
 def _read(folder: RepairFolder) -> LoadedRepair | str:
     if folder.size > MAX_REPORT_BYTES:
-        return f"report.json has {folder.size / 2**20:,.0f} MiB; {MAX_REPORT_BYTES // 2**20} are read at most."
+        return f"report.json has {folder.size / 2**20:,.0f} MiB; the limit is {MAX_REPORT_BYTES // 2**20} MiB."
     # Imported late, since it imports torch, which takes seconds.
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
 

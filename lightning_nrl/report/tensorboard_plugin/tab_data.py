@@ -80,7 +80,7 @@ class LoadedRepair:
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """Returns the path of a flipped sample's picture or text in the folder. Returns None for any other sample."""
+        """Returns the path of a flipped sample's picture or text in the folder, or None for an unflipped sample."""
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))

@@ -1,8 +1,8 @@
-"""`ActivationCache`: the activations of the known data at the first repaired layer, from which passes are resumed.
+"""`ActivationCache`: stored tensors of the known data, from which passes resume at the first repaired layer.
 
-Samples whose passes call the same modules with tensors of the same shapes form a group. When the layer is called, other
-tensors of the pass exist already. A group stores such a tensor for all samples if the logits also depend on it by
-another way than the layer, and else for one sample, to know its shape. `recording.record` builds the cache.
+Samples whose passes call the same modules with tensors of the same shapes form a group. A group stores the input and
+the output of the layer for all its samples. It also stores each earlier tensor that the model uses again after the
+layer, such as the shortcut of a residual block. `recording.record` builds the cache.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from lightning_nrl.search._scoring.replay_plan import ReplayPlan
 from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_all, to_device
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs, LayerEdit
 
-Recompute = Callable[[Tensor], list[Tensor]]
-"""Recomputes the stored tensors of some samples, given the rows of these samples in the results."""
-
-STORED_TENSOR = object()
-"""Placeholder of a stored tensor among the constants of a `ReplayGroup`."""
+Recompute = Callable[[Tensor], list[Tensor]]  # recomputes stored tensors of samples, given their rows in the results
+STORED_TENSOR = object()  # placeholder of a stored tensor among the constants of a `ReplayGroup`
 
 
 @dataclass
@@ -83,7 +80,7 @@ class ReplayGroup:
         self.filled[i] = stop
 
     def finish(self, pin: bool = False) -> None:
-        """Joins all batches. With `pin` the tensors are page-locked, so that copies to a GPU are asynchronous."""
+        """Joins the tensors of all batches. With `pin` they are page-locked, for asynchronous copies to a GPU."""
         for i, parts in self.parts.items():
             if i in self.filled:
                 parts[0] = parts[0][: self.filled[i]]
@@ -95,7 +92,7 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
-        """Returns the given samples of the last `last` stored tensors, or of all stored tensors if `last` is 0."""
+        """Returns some samples of the stored tensors: of the last `last` tensors, or of all tensors if `last` is 0."""
         kept = {i: parts[0] for i, parts in self.parts.items()}
         if self.recomputed:
             kept, samples = self._recompute_batch(samples)
@@ -104,7 +101,7 @@ class ReplayGroup:
         return [taken[i] for i in wanted]
 
     def _recompute_batch(self, samples: slice | Tensor) -> tuple[dict[int, Tensor], slice | Tensor]:
-        """Recomputes `samples` and the next ones up to a batch; returns tensors and the positions of `samples`."""
+        """Returns recomputed tensors that contain `samples`, and the positions of `samples` in these tensors."""
         places = torch.arange(len(self.rows[0]))[samples if isinstance(samples, slice) else samples.cpu()]
         low, high = int(places.min()), int(places.max()) + 1
         if high - low > self.batch:
@@ -130,7 +127,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if samples of `other`, a group without plan, with the input tensors `stored` fit into this group."""
+        """True if this group can store the samples of `other`, a group without plan, whose inputs are `stored`."""
         return (
             self.plan is None
             and self.spec == other.spec
@@ -172,10 +169,10 @@ class ActivationCache:
             return ""
         kept = len(self.rows) - again
         memory = f"{kept:,} samples in memory, " if kept else ""
-        return f"activations of {memory}{again:,} samples computed again each time"
+        return f"activations: {memory}{again:,} samples computed again whenever needed"
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """Yields chunks of at most `size` samples by group, without rows of the results for which `keep` is False."""
+        """Yields chunks of at most `size` samples of one group. `keep` is True at rows of the results to include."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]
@@ -220,8 +217,7 @@ class ActivationCache:
         returns `copies * n` samples. Later sites have `copies * n` samples. The logits are differentiable in the new
         outputs.
 
-        Raises:
-            ReplayError: `copies` is above 1 for samples that need the whole model; use `rerun` for these.
+        Raises a `ReplayError` if `copies` is above 1 but the samples must run through the whole model (see `rerun`).
         """
         group = self.groups[chunk.group]
         stored = group.take(chunk.samples, self.space.device)
@@ -229,20 +225,20 @@ class ActivationCache:
             return group.plan.resume(self.model, stored, len(chunk), edit, copies)
         if copies != 1:
             raise ReplayError(
-                f"`layer`: {self.fallback_reason}, so copies of samples cannot be run at once.",
-                "give whole parameters to `rerun`.",
+                f"`layer`: {self.fallback_reason}, so no pass can be resumed for several candidates at once.",
+                "call `ActivationCache.rerun`, which runs the whole model.",
             )
         return self.model.edited_logits(group.inputs(stored), edit)
 
     def rerun(self, chunk: Chunk, where: Tensor, values: Tensor) -> Tensor:
-        """Runs the whole model under candidates `P x K` at flat positions `where`, candidate by candidate."""
+        """Returns the whole model's logits under candidates `P x K` of the weights at `where`: n rows per candidate."""
         group = self.groups[chunk.group]
         inputs = group.inputs(group.take(chunk.samples, self.space.device))
         return torch.cat([self.model.logits(inputs, self.space.changed(where, v)) for v in values])
 
 
 def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGroup, list[Tensor]]:
-    """Returns an empty group for samples that need the whole model, and the input tensors of a batch to store."""
+    """Returns an empty group for passes of the whole model, and the tensors of `inputs` with one row per sample."""
     leaves, spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     stored, constants = [], []
     for x in leaves:

@@ -69,8 +69,8 @@ INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIV
 def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
     """Returns a decorator that registers a handler for some torch functions.
 
-    With `alone`, the handler gets only calls whose first argument, and no other, is a `CandidateTensor`, and whose
-    channels are in dimension `axis` (None: in any). In other calls the torch function gets whole tensors.
+    With `alone`, the handler is called only if the first argument is a `CandidateTensor` with its channels in dimension
+    `axis` (None: in any), and no other argument is a `CandidateTensor`. Else the torch function gets whole tensors.
     """
 
     def register(handler: Handler) -> Handler:

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""Handlers by torch function; `candidate_ops` fills it."""
+OP_HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; `candidate_ops` registers handlers
 
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """Difference of U channels from the base that is not computed yet, so that a scale per channel can be included.
+    """Change of U channels under P candidates that is computed late, so that a scale per channel can be included.
 
-    `onto(base, scale)` multiplies the difference by `scale`, shape `U` or None, and adds it to `base`, `U x n x ...`.
-    It returns a new tensor `U x P x n x ...`.
+    `onto(base, scale)` returns `base + scale * change` as a new tensor `U x P x n x ...`. `base`, `U x n x ...`, is the
+    part of `CandidateTensor.base` in the U channels, and `scale` is a factor per channel, shape `U`, or None.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
@@ -36,7 +35,7 @@ class LazyDelta:
 
 
 class CandidateTensor(Tensor):
-    """Tensor `P * n x ...` of n samples under P candidates, candidate by candidate."""
+    """Activations of n samples under P candidates, `P * n x ...`: n rows for candidate 0, n for candidate 1, ..."""
 
     base: Tensor  # n x ..., values that all candidates share; never changed in place
     axis: int  # channel dimension of `base`, not negative
@@ -63,7 +62,7 @@ class CandidateTensor(Tensor):
 
     @property
     def changed(self) -> Tensor:
-        """Values of the differing channels, `P x n x ...`, with the U channels in dimension `axis + 1`."""
+        """Values of the differing channels, `P x n x ...`. Dimension `axis + 1` stands for the U channels."""
         if self.computed is None:
             self.computed, self.pending = self.evaluated(), None
         return self.computed
@@ -95,7 +94,7 @@ class CandidateTensor(Tensor):
         return self.materialized
 
     def dense_view(self) -> Tensor:
-        """Returns the whole tensor, which must not be changed, in the memory layout that costs least."""
+        """Returns the whole tensor, which need not be contiguous and must not be changed."""
         if self.materialized is None and self.all_differ:
             return self._all_changed().flatten(0, 1)
         return self.dense()
@@ -113,7 +112,7 @@ class CandidateTensor(Tensor):
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
-        """Applies a channelwise function to samples and the indices of their channels (None: all channels)."""
+        """Applies a channelwise `function(values, channels)`. `channels` are indices; None means all channels."""
         base = function(self.base, None)
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)

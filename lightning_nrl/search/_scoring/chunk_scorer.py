@@ -47,7 +47,7 @@ class ChunkScorer:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Computes `head` or `gathered` once for all calls, if that takes at most `room` bytes."""
+        """Stores `head` or `gathered` for all later calls if it takes at most `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -78,7 +78,7 @@ class ChunkScorer:
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns for candidates `P x K` which samples pass, `P x n` bool, and losses, `P x n` (None if not wanted)."""
+        """Returns for candidates `P x K` a mask of passed samples and, `with_loss`, losses (else None), `P x n`."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         whole = self.rows >= len(self.chunk)
@@ -108,8 +108,7 @@ class ChunkScorer:
 
 CPU_CACHE_BYTES = 1 << 20
 """Bytes of the first site's output, or of a last layer's logits, per pass on a CPU, so that they stay in its cache."""
-CPU_BLOCK_BYTES = 16 << 20
-"""Bytes of all tensors that a pass creates on a CPU: smaller passes are dominated by overhead."""
+CPU_BLOCK_BYTES = 16 << 20  # bytes of all tensors that a pass creates on a CPU; smaller passes are mostly overhead
 GPU_BLOCK_BYTES = 256 << 20  # bytes of all tensors, or of a last layer's logits, per pass on a GPU
 MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples per chunk; a GPU is slow if a kernel gets few samples
 
@@ -127,7 +126,7 @@ def make_chunk_scorers(
     reserve: Tensor | None = None,  # N, minimum margin to pass; None: no minimum
     weight: Tensor | None = None,  # N float64, sample weights; None: equal weights
 ) -> list[ChunkScorer]:
-    """Divides samples into chunks. If memory runs out, chunks are made smaller and keep nothing between calls."""
+    """Builds one scorer per chunk. If memory runs out, chunks are made smaller and store nothing between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 

@@ -22,7 +22,7 @@ from lightning_nrl.search._scoring.memory import in_blocks
 from lightning_nrl.search._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
-MAX_UNDECIDED_SHARE = 0.75  # if more samples are undecided, none is skipped
+MAX_UNDECIDED_SHARE = 0.75  # if a larger share of the samples is undecided, no sample is skipped
 
 
 def is_plain_multiclass(task: Task) -> bool:
@@ -41,7 +41,7 @@ class Sums(NamedTuple):
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Returns the sums over the samples, which are the last dimension of each tensor."""
+    """Computes `Sums` over the samples, the last dimension of the mask `passed` and of the losses and weights."""
     wide = widest(passed.device)
     credit = None
     if loss is not None and with_credit:
@@ -62,7 +62,7 @@ class HeadTables:
 
     Candidates change only the logits of these classes. The other logits, except that of the true class, are called
     fixed. Only their maximum and the sum of their exponentials are needed, and for ties their maximum over the classes
-    before the true class, because arg max takes the first of equal logits. A reserve does not affect the loss.
+    before the true class, because arg max takes the first of equal logits. Losses do not depend on the reserve.
     """
 
     rivals: Tensor  # U x 1 x n, original logits of the changed classes, -inf for the true class
@@ -76,10 +76,10 @@ class HeadTables:
     reserve: Tensor | None  # n, minimum margin to pass; None: no minimum
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns which samples pass under P candidates, `P x n` bool, and losses, `P x n` (None: not wanted).
+        """Returns for P candidates a mask of passed samples and, `with_loss`, the losses (else None), `P x n` each.
 
-        `z`, `U x P x n`, holds the changes of the U logits; it is overwritten. All tensors, those of the class
-        included, may have one more dimension in front.
+        `z`, `U x P x n`, holds the changes of the logits of the U classes, and is overwritten. For several swarms at
+        once, `z` and all fields of this class have one more dimension in front.
         """
         moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
         true = torch.addcmul(self.true_logit, self.true_changes, moved)
@@ -153,7 +153,7 @@ class HeadScorer(HeadTables):
         return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Does the work of `sum_passed` for candidates `P x K`, and evaluates only undecided samples."""
+        """Returns the result of `sum_passed` for candidates `P x K`. Skips decided samples unless they are few."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -171,7 +171,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Builds a scorer from original logits `y`, `n x C`, true classes `target`, `n`, and minimum margins, `n`."""
+    """Builds a scorer. `y`, `n x C`, are the original logits of C classes; `reserve`, `n`, are minimum margins."""
     units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
     y = class_logits(y)
     n, c = y.shape
@@ -243,7 +243,7 @@ class HeadStack:
         return 0.0 if self.weight is None else self.weight.sum(-1)
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Sums:
-        """Scores the candidates of these swarms, `S x P x K`. Each sum has the shape `S x P`."""
+        """Scores candidates `S x P x K` of the swarms in this stack. Each tensor in the result has shape `S x P`."""
         work = partial(self._run, with_loss, with_credit)
         parts = [found for _, found in in_blocks(self, values, self.x.shape[-1], work)]
 
@@ -273,13 +273,16 @@ class HeadStack:
 
 
 def rounded_up(n: int, steps: int) -> int:
-    """Rounds `n` up so that there are `steps` possible results per power of two; `steps` is a power of two."""
+    """Rounds `n` up to one of `steps` values per power of two: for 4 steps 8, 10, 12, 14, 16, 20, 24 and so on."""
     step = max(1, (1 << max(0, n - 1).bit_length()) // (2 * steps))
     return -(-n // step) * step
 
 
 def stack_heads(swarms: Sequence[SwarmHead], n_columns: int, block_bytes: int) -> list[HeadStack]:
-    """Builds one stack per padded shape. `n_columns` is K; `block_bytes` limits the logits of a pass."""
+    """Groups swarms by their padded shape and builds one stack per shape.
+
+    `n_columns` is K, the number of values per candidate. A pass computes at most `block_bytes` of logits.
+    """
     shapes: dict[tuple[int, int, int], list[SwarmHead]] = {}
     for one in swarms:
         shapes.setdefault(one.shape, []).append(one)

@@ -1,4 +1,4 @@
-"""Memory budget of scoring, passes in blocks that fit, and measurement of allocations."""
+"""Finds the free memory of a device, runs work in blocks that fit into it, and measures allocations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _installed_memory() -> int:
 
 
 def _container_limit() -> list[int]:
-    """Returns in a list the bytes left below a container's limit (control groups, version 2), if it has one."""
+    """Returns the bytes left below a container's limit (control groups, version 2); empty without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -67,8 +67,8 @@ def in_blocks(
 ) -> Iterator[tuple[slice, T]]:
     """Calls `work` for blocks of the candidates `values`, `S x P x K`, each on all `n` samples.
 
-    A block is several whole swarms or a part of one swarm. `work` gets the slice of the swarms and the candidates.
-    Yields the slice of the candidates of each block and the result of `work`, in order.
+    A block has all candidates of several swarms, or some candidates of one swarm. `work` gets the slice of the block's
+    swarms and `values` of the block. Yields, in order, the slice of each block's candidates and the result of `work`.
     """
     start, candidate, (s, p, _) = 0, 0, values.shape
     while start < s and p:

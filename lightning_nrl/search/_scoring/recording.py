@@ -1,6 +1,6 @@
 """Runs a model once over known data and stores the tensors from which its passes resume at the first repaired layer.
 
-Passes with the same calls and tensors form a group. A resumed pass is compared with the whole model: the first of a
+Passes with the same calls and shapes form a group. A resumed pass is compared with the whole model: the first of a
 group under changed weights, later ones under the original weights. Samples whose pass cannot be resumed are stored as
 model inputs and run through the whole model. Tensors that do not fit in memory are recomputed each time. That choice
 depends only on sizes, so that it is the same in every run.
@@ -28,7 +28,7 @@ from lightning_nrl.search._scoring.sample_layout import index_batch
 from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
 
-OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
+OTHER_OUTPUTS = "for some samples a resumed pass gives other outputs than the whole model"
 
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
 """Reads samples again, given their rows in the results in ascending order; yields batches with their rows."""
@@ -46,7 +46,7 @@ def record(
 ) -> ActivationCache:
     """Records the known data for a repair of `space`. Warns if some samples must run through the whole model.
 
-    With a GPU, half of the free main memory is used too.
+    With a GPU, half of the free main memory is used besides `budget`.
 
     Raises:
         ReplayError: `space` has no layer, or the model never calls one of its layers.
@@ -132,7 +132,7 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if samples can be taken out of a batch: two of them alone have the same logits as in the batch."""
+    """True if samples can be run without the rest of their batch: two of them must get the same logits as in it."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
@@ -148,17 +148,18 @@ def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Does the work of `find_group` for a batch from which no samples can be taken: the layer must return the logits.
+    """Does the work of `find_group` for a batch whose samples cannot be run alone. The layer must return the logits.
 
     Raises:
-        InseparableBatchError: more than one layer is repaired, or the layer does not return one row of logits a sample.
+        ConfigurationError: the model does not return one row of logits per sample.
+        InseparableBatchError: more than one layer is repaired, or the layer's output is not the logits.
     """
     model = cache.model
     trace, logits = model.trace(inputs, lambda name: False)
     if len(logits) != n:
         raise ConfigurationError(
             f"`task`: the model returned logits {list(logits.shape)} for a batch of {n} samples.",
-            "the model's output and the target must count the same samples; an `adapter` says what both are.",
+            "return one row per sample, or give an `adapter` that selects the inputs and the target of a batch.",
         )
     stored = [] if trace.input is None or trace.output is None else [trace.input, trace.output]
     first = model.sites[trace.layer_order[0]]
@@ -171,8 +172,8 @@ def find_head_group(
         or not same_values(output_under(changed, first, stored[0]), model.logits(inputs, changed))
     ):
         raise InseparableBatchError(
-            f"`layer={first.name!r}`: samples cannot be taken out of these batches, and the layer's output is not what "
-            "the model returns as logits, so the layer cannot be searched.",
+            f"`layer={first.name!r}`: samples cannot be taken out of these batches, and the layer does not return the "
+            "model's logits, so no new weights can be searched for it.",
             "name the last Linear layer, or use a method that trains, such as `finetune-polish`.",
         )
     plan = ReplayPlan.of_last_layer(first, *stored)
@@ -240,7 +241,7 @@ def _recompute_stored(model: EditableModel, group: ReplayGroup, draw: Draw, rows
         if stored is None:
             raise ReplayError(
                 "`layer`: samples that were read again took another path through the model.",
-                "raise `SearchOptions.budget`, so that nothing has to be read again.",
+                "raise `SearchOptions.budget`, so that no samples must be read again.",
             )
         parts.append(stored)
     return [torch.cat(xs, layout.dim) for xs, layout in zip(zip(*parts, strict=True), group.layouts, strict=True)]

@@ -86,7 +86,7 @@ class ReplayPlan:
         return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
 
     def is_like(self, other: ReplayPlan) -> bool:
-        """True if both plans are for a last layer and their samples can be in the same group."""
+        """True if both plans are for a last layer whose input and output have equal dtypes and shapes per sample."""
         if not self.is_last_layer or self.spec != other.spec:
             return False
         return all(a.matches(b.value, 1) for a, b in zip(self.leaves, other.leaves, strict=True))
@@ -151,7 +151,7 @@ def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
     """Returns a plan for passes with the structure of this batch of `n` samples, or the reason why none is possible.
 
-    With changed weights, a resumed pass has given the same logits as the whole model.
+    The plan has been tested: under changed weights, a resumed pass gives the same logits as the whole model.
     """
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
@@ -166,20 +166,20 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
     leaves, spec = flatten_trace(few, trace)
     others, other_spec = flatten_trace(more, other)
     if spec != other_spec:
-        return "what modules return depends on the data"
+        return "the structure of what modules return depends on the data"
     try:
         layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
         of_calls = [
             infer_layout(a, b, small, small + 1) for a, b in zip(trace.layer_shapes, other.layer_shapes, strict=True)
         ]
     except ValueError as error:
-        return f"a module's output does not count samples in one dimension: {error}"
+        return f"no dimension of a module's output stands for the samples: {error}"
     called = [(name, layout.dim) for name, layout in zip(trace.layer_order, of_calls, strict=True) if layout]
     if len(called) < len(of_calls) or layouts[-2] is None:
-        return "a layer's output is the same for all samples"
+        return "the size of a layer's input or output does not depend on the number of samples"
     dims = dict(called)
     if len(set(called)) > len(dims):
-        return "a layer is called with samples in several dimensions"
+        return "calls of a layer have the samples in different dimensions"
     first = model.sites[first_name]
     modules = {name: model.model.get_submodule(name) for name in trace.calls}
     alive = _liveness(model, trace, few)

@@ -1,4 +1,4 @@
-"""Layout of samples in tensors: the entries of a sample, and how to select and repeat samples in any dimension."""
+"""`SampleLayout`: which entries of a tensor belong to a sample, and how to select and repeat samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SampleLayout:
         return x.flatten(self.dim, self.dim + 1)
 
     def expand(self, x: Tensor, n: int) -> Tensor:
-        """Repeats all samples `n` times, copy by copy. The result for one sample with `m = 1` is a view."""
+        """Repeats the samples `n` times (order 0, 1, ..., 0, 1, ...). Returns a view for one sample with `m = 1`."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
 
@@ -46,19 +46,19 @@ def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_lar
     Returns None if the shapes are equal. Raises a `ValueError` if no layout explains the shapes.
     """
     if len(small) != len(large):
-        raise ValueError(f"{list(small)} became {list(large)}")
+        raise ValueError(f"the shape {list(small)} became {list(large)} for more samples")
     differing = [dim for dim, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
     if not differing:
         return None
     dim = differing[0]
     m, rest = divmod(small[dim], n_small)
     if len(differing) > 1 or rest or m == 0 or large[dim] != m * n_large:
-        raise ValueError(f"{list(small)} for {n_small} samples became {list(large)} for {n_large}")
+        raise ValueError(f"the shape {list(small)} for {n_small} samples became {list(large)} for {n_large}")
     return SampleLayout(dim, m)
 
 
 def index_batch(tree: Any, index: Tensor, n: int) -> Any:
-    """Selects samples from each tensor of a batch whose first dimension is `n`. Everything else stays unchanged."""
+    """Selects samples from those tensors of a batch that have the first dimension `n`, and changes nothing else."""
 
     def take(x: Tensor) -> Tensor:
         return x.index_select(0, index.to(x.device)) if x.ndim and len(x) == n else x
@@ -72,7 +72,6 @@ def index_all(tree: Any, samples: Tensor | slice) -> Any:
 
 
 def repeat_all(tree: Any, copies: int) -> Any:
-    """Repeats the samples of every tensor in a tree, copy by copy."""
     return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
 
 

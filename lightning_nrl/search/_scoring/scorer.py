@@ -25,7 +25,7 @@ N_MOST_FRAGILE = 128  # number of samples of I_pos that are scored first, becaus
 
 @dataclass(frozen=True)
 class SwarmGroup:
-    """Swarms that search the same weights on the same samples. Each swarm is scored alone."""
+    """Swarms that search the same weights on the same samples, and that are scored one after another."""
 
     swarms: tuple[int, ...]  # numbers of the swarms, from 0 to S - 1
     columns: Tensor | slice  # positions of the searched weights among the K values of a candidate
@@ -123,10 +123,10 @@ def make_scorer(
 ) -> SwarmScorer:
     """Builds a scorer of candidates. Entry i of a tensor of length N belongs to row i of the model's results.
 
-    Without `passed_loss`, `Scores.loss_passed` is 0, and samples of I_pos that no candidate can break may be skipped.
+    Without `passed_loss`, `Scores.loss_passed` is 0, and samples of I_pos that no candidate breaks may be skipped.
 
     Raises:
-        ConfigurationError: `where`, `failed` and `passed` are for different numbers of swarms.
+        ConfigurationError: `where`, `failed` and `passed` have rows for different numbers of swarms.
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
@@ -135,8 +135,8 @@ def make_scorer(
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
     if len(counted) > 1:
-        problem = f"`where`, `failed` and `passed` are for {sorted(counted)} swarms."
-        raise ConfigurationError(problem, "give each for the same number.")
+        problem = f"`where`, `failed` and `passed` have rows for {sorted(counted)} swarms."
+        raise ConfigurationError(problem, "give one row per swarm, or a tensor without this dimension for all swarms.")
     s = counted.pop() if counted else 1
     several = any(x.ndim == 2 for x in (where, failed, passed))
     tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
@@ -187,7 +187,11 @@ def is_stacked_on(device: torch.device) -> bool:
 
 
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
-    """Stacks swarms with a last layer. `n_columns` is K; `block_bytes` limits a pass, `room` all padded inputs."""
+    """Returns a copy of a scorer in which swarms that search a last layer are scored together.
+
+    A swarm is still scored alone if its samples of I_neg or I_pos are in several chunks, or if their padded inputs need
+    more than an equal share of `room` bytes. `stack_heads` explains the other arguments.
+    """
     groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
     for group in scorer.groups:

@@ -1,9 +1,9 @@
 """Effect of K changed weights of a Linear or a convolution on the layer's output.
 
-To an output unit with changed weights, the products of the weight changes and the inputs of these weights are added.
-Units whose numbers of changed weights differ by less than a factor of two form a bucket, which needs one batched matrix
-product with little padding. In half precision, the original output and the change are summed in float32 and rounded
-once, as in a matrix product. Under autocast, inputs and weights are rounded first.
+An output unit is a feature of a Linear's output or a channel of a convolution's. Its output changes by the sum, over
+its changed weights, of weight change times input. Units whose numbers of changed weights differ by less than a factor
+of two form a bucket, which needs one batched matrix product. In half precision, the original output and the change are
+summed in float32 and rounded once, as in a matrix product. Under autocast, inputs and weights are rounded first.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, Lazy
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
 """With more candidates than this times the changed weights per unit, a CPU copies inputs faster than outputs."""
-MIN_SHARE_OF_ALL_UNITS = 0.9
-"""Above this share of changed units, all units are treated as changed, which saves a copy by index."""
+MIN_SHARE_OF_ALL_UNITS = 0.9  # above this share of changed units, all count as changed, which saves a copy
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class UnitBucket:
         return UnitBucket(*(x.to(device) for x in (self.columns, self.kernel_index, self.channels, self.channel)))
 
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """Returns the input of each weight of a Linear, `u x copies x m x R`, for R rows of `x` per copy."""
+        """Returns the input of each weight of a Linear, `u x copies x m x R`, where `x` has R rows per copy."""
         u, m = self.kernel_index.shape
         met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
         return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
-        """Returns the input of each weight of a convolution at R output positions, `u x copies x m x R`.
+        """Returns the input of each weight of a convolution at each output position, `u x copies x m x R`.
 
-        `x` is the input, `copies * n x C x ...`; `out` is the spatial output shape. R counts positions of n samples.
+        `x` is the input, `copies * n x C x ...`, and `out` the spatial output shape; R is n times the product of `out`.
         """
         u, m = self.kernel_index.shape
         x = pad_input(conv, x.index_select(1, self.channels))
@@ -71,7 +70,10 @@ class UnitBucket:
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """Inputs and original outputs of U changed units for n samples. B is 1 if all candidates share them, else P."""
+    """Inputs of changed weights, and original outputs of their U output units, for n samples.
+
+    In the shapes, B is 1 if all P candidates have the same layer input, else P.
+    """
 
     x: tuple[Tensor, ...]  # per bucket: u x B x m x R, inputs of changed weights at R output positions of all samples
     base: Tensor  # B x n x U x ..., original outputs; if the layer has half precision, in float32
@@ -120,7 +122,7 @@ class LayerDelta:
             return changed.flatten(0, 1)
 
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
-        """Selects from `x` the inputs of changed weights, and from `y` the changed units, for `output`."""
+        """Selects the inputs of changed weights from `x`, and the outputs of changed units from `y` (see `output`)."""
         module = self.site.module
 
         def units_of(y: Tensor) -> Tensor:
@@ -149,13 +151,13 @@ class LayerDelta:
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns how candidates `P x K` change the weights, at least in float32, with a last column of zeros."""
+        """Returns candidates `P x K` minus the original values in at least float32, `P x (K + 1)`; column K is 0."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns how much candidates `P x K` change the outputs of the changed units, `U x P x R`."""
+        """Returns how candidates `P x K` change the outputs of U units at R positions of all samples, `U x P x R`."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
@@ -206,7 +208,10 @@ def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) ->
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """Returns `edit` for one call of `ReplayPlan.resume` with candidates `P x K`; `gathered` is for the first site."""
+    """Returns an `edit` that applies candidates `P x K` in one call of `ReplayPlan.resume`.
+
+    `gathered` is the result of `LayerDelta.gather` for the first site; without it, `edit` calls `gather`.
+    """
     by_site = {id(delta.site): delta for delta in deltas}
     first = True
 

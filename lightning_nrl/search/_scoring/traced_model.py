@@ -26,10 +26,8 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
 from lightning_nrl.evaluation.recurrent import patched_forward, unroll
 
-Inputs = tuple[tuple[object, ...], Mapping[str, object]]
-"""Positional and keyword arguments of a model."""
-LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
-"""Maps a site, its input and its output to a new output."""
+Inputs = tuple[tuple[object, ...], Mapping[str, object]]  # positional and keyword arguments of a model
+LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]  # maps a site, its input and its output to a new output
 
 
 @runtime_checkable
@@ -68,9 +66,7 @@ class EditableModel:
         """Runs a pass; returns its trace and the logits.
 
         If `keep` is False for the name of a module, only the shapes of its outputs are recorded, as meta tensors.
-
-        Raises:
-            ReplayError: the model never calls one of the sites.
+        Raises a `ReplayError` if the model never calls one of the sites.
         """
         traced = trace_forward(self.model, self.space.sites, keep)
         with unroll(self.space.gates), traced as trace, self.evaluator.context():
@@ -146,7 +142,7 @@ def is_packed(output: Any) -> bool:
 
 @contextmanager
 def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
-    """Replaces the output of each site by `edit(site, input, output)` in this context, before the user's hooks."""
+    """Replaces each site's output by `edit(site, input, output)` in this context. Forward hooks get the new output."""
 
     def edited(site: LayerRef, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda input: edit(site, input, forward(input))
@@ -165,10 +161,9 @@ def with_cached_outputs(
     first: nn.Module,
     result: Callable[[], Tensor],
 ) -> Iterator[None]:
-    """Makes the frontier return `outputs` and the first repaired layer return `result()` in this context.
+    """Makes call i of the frontier return `outputs[i]`, and the layer `first` return `result()`, in this context.
 
-    Raises:
-        ReplayError: the pass calls the modules of the frontier in another order than the recorded pass.
+    Raises a `ReplayError` if the pass calls the frontier's modules in another order than `calls`.
     """
     left = Counter(calls)
     patches: dict[str, ExitStack] = {}
