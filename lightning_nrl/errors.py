@@ -39,7 +39,7 @@ CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2
 
 
 class RepairError(Exception):
-    """Base class of all errors of this package. The message has a problem, and a hint on how to solve it."""
+    """Base class of all errors of this package. Its message describes a problem and ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -90,7 +90,7 @@ class InseparableBatchError(ReplayError):
 
 
 class RepairWarning(UserWarning):
-    """Base class of all warnings of this package. The message has a problem, and a hint on how to solve it."""
+    """Base class of all warnings of this package. Its message describes a problem and ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -147,7 +147,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Raises `ConfigurationError` if `fits` is false, or if `value` is a class instead of an object."""
+    """Raises `ConfigurationError` (`value` is no `kind`) if `fits` is false, or if `value` is a class."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 

@@ -116,7 +116,7 @@ class ContinuedTraining:
         before = {**current_state(self.model), **run.start}
         if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
             problem = f"continuing the training of {type(self.model).__name__} for a repair changed nothing."
-            hint = "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method."
+            hint = "a lambda or closure in the module may use the original, which is then trained; make it a method."
             rank_zero_warn(TrainingWarning(problem, hint))
         return trained
 
@@ -128,8 +128,8 @@ class ContinuedTraining:
 
     def _warn(self, obstacle: str) -> None:
         name, reason = type(self.model).__name__, obstacle.rstrip(".")
-        problem = f"the training of {name} cannot go on for a repair: {reason}."
-        rank_zero_warn(TrainingWarning(problem, "the repair makes steps of its own instead."))
+        problem = f"the training of {name} cannot continue for a repair: {reason}."
+        rank_zero_warn(TrainingWarning(problem, "the repair trains by its own steps instead."))
 
     def _trained(self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
@@ -309,13 +309,13 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
     first, spec = pytree.tree_flatten(one, is_leaf=is_list)
     second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
     cause: Exception | None = None
-    problem = f"its batch has {len(second)} parts, the others have {len(first)}"
+    problem = f"it returned a batch of {len(second)} parts, but other batches have {len(first)}"
     if spec == other_spec:
         try:
             return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)
         except (RuntimeError, TypeError, AttributeError) as error:
             cause, problem = error, first_line(error)
-    hint = "give a batch of the same form, with tensors of the same sizes but for the number of samples."
+    hint = "return a batch of the same form; sizes of tensors may differ only in the number of samples."
     raise ConfigurationError(f"`augment`: {problem}.", hint) from cause
 
 
@@ -354,7 +354,7 @@ def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
     what = "its samples cannot be read"
     try:
         samples = [part[0] for part in parts]
-        what = "its samples and the failed ones do not make one batch"
+        what = "its samples and the failed ones cannot be put into one batch"
         for batch in (samples, samples[::-1]):
             collate(batch)
     except Exception as error:

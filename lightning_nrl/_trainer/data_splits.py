@@ -115,7 +115,7 @@ class DataRequest:
     def find(
         self, loaders: SplitLoaders
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data with another use."""
+        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data used twice."""
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
@@ -219,7 +219,7 @@ class SplitLoaders:
                 covered = False
             if loader is not None and not covered:
                 missing.append(f"`{name}`")
-        return f"Not counted, so nothing is known of what breaks there: {', '.join(missing)}." if missing else ""
+        return f"Not counted, so it is unknown what breaks in them: {', '.join(missing)}." if missing else ""
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
@@ -354,12 +354,12 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
         return _single_loader(find_data(argument, given, loaders))
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
-        hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."
+        hint = f"give one DataLoader over map-style data as `{argument}=`{do_without}."
         raise ConfigurationError(found, hint) from error
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns, for loggers, the chosen share, and accuracy and negative flip rate at share 0 and at that share."""
+    """Returns, for loggers, the chosen share of the old weights, and accuracy and NFR at share 0 and at this share."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

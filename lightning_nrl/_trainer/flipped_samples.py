@@ -166,7 +166,7 @@ def _table(x: Tensor) -> str:
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
 ) -> tuple[SampleView, ...]:
-    """Returns views of the most clearly broken and repaired samples of each split; omits unsuitable samples."""
+    """Returns views of the most clearly broken and repaired samples of each split; omits those that cannot be shown."""
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}

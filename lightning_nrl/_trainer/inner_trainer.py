@@ -268,7 +268,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
     if n_fatal and not fatal:
-        raise OtherRankError("the continued training failed on another rank.", "look at its own error.")
+        raise OtherRankError("the continued training failed on another rank.", "look at the error of that rank.")
     if error is not None:
         raise error
     if n_stuck:
@@ -297,7 +297,7 @@ class TimeBudget(CallbackBase):
             result = work()
         except Exception as error:
             if self._has_met_failure:
-                raise  # `meet` has exchanged the failure already
+                raise  # the ranks have exchanged the failure already
             failure = error
         if isinstance(failure, ConfigurationError):
             failure = CannotTrainError(first_line(failure))

@@ -253,11 +253,11 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise refused(f"found {type(loader).__name__}, not a DataLoader", "wrap the data set in a DataLoader.")
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
-        found = f"{type(loader.dataset).__name__} is iterable, its samples have no stable index"
+        found = f"{type(loader.dataset).__name__} is iterable, so its samples have no index"
         raise refused(found, "give map-style data: `data=DataOptions(passed=loader, failed=other)`.")
     if loader.batch_sampler is None:
         found = f"its {type(loader).__name__} asks the data set for whole batches (torch's `batch_size=None`)"
-        hint = "read samples, `DataLoader(loader.dataset, batch_size=64, collate_fn=...)`, as `data=DataOptions(...)`."
+        hint = "give `DataOptions` a loader of samples: `DataLoader(loader.dataset, batch_size=64, collate_fn=...)`."
         raise refused(found, hint)
     if len(loader.dataset) == 0:
         raise refused("the data set is empty", "name another split, or pass a DataLoader with samples.")

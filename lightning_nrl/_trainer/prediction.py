@@ -73,8 +73,8 @@ def open_sources(
     def check() -> None:
         if not _is_random(model, evaluator, adapter, raw):
             return _check_step(trainer, model, evaluator, found[0])
-        problem = "`model`: its predictions are drawn at random in evaluation mode, as by dropout that stays on."
-        hint = "all counts hold for one fixed draw; draw `if self.training`, or " + ADAPTER_HINT
+        problem = "`model`: its predictions are random in evaluation mode, for instance by dropout that stays on."
+        hint = "all counts hold for one fixed draw; draw only `if self.training`, or " + ADAPTER_HINT
         return rank_zero_warn(DataWarning(problem, hint))
 
     ranks.all_or_none(check, failed)
@@ -127,9 +127,9 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 def choose_prediction(
     model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any
 ) -> tuple[bool, bool] | None:
-    """Returns `on_inputs` and `gives_probabilities` of the `PredictStep` for batches, or None if `forward` runs them.
+    """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to predict by `forward`.
 
-    `forward` runs if it predicts the same as `predict_step`, or if `predict_step` is missing or fails.
+    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails.
     """
     if isinstance(adapter, ModelAdapter):
         return None
@@ -158,15 +158,15 @@ def choose_prediction(
             found = f"{type(forward).__name__}: {first_line(forward)}"
             problem = f"`model`: {name} can run neither `predict_step` nor `forward` ({found})."
             raise ConfigurationError(problem, ADAPTER_HINT) from forward
-        _warn("raises on these batches")
+        _warn("raises an error on these batches")
         return None
     own = _logits(task, output, target)
     if own is None:
         kind = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         if logits is None or not _predicts_same(output, task.prediction(logits)):
-            problem = f"`predict_step` of {name} gives {kind}, no logits, and `forward` does not predict the same."
+            problem = f"`predict_step` of {name} returns {kind}, no logits, and `forward` does not predict the same."
             raise ConfigurationError(f"`model`: {problem}", ADAPTER_HINT)
-        _warn(f"gives {kind}, no logits")
+        _warn(f"returns {kind}, no logits")
         return None
     probable = _are_probabilities(own, task)
     if logits is not None and logits.shape == own.shape:
@@ -205,8 +205,8 @@ def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
 
 
 def _warn(problem: str) -> None:
-    text = f"`model`: its `predict_step` {problem}, so `forward` stands for it"
-    rank_zero_warn(DataWarning(f"{text}.", "to have it judged otherwise, " + ADAPTER_HINT))
+    text = f"`model`: its `predict_step` {problem}, so `forward` is used instead"
+    rank_zero_warn(DataWarning(f"{text}.", "to have other outputs judged, " + ADAPTER_HINT))
 
 
 def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: Any) -> None:
@@ -219,8 +219,8 @@ def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, 
     if called and not reached:
         raise ConfigurationError(
             "`model`: no gradients come through `predict_step` (`torch.no_grad` or `inference_mode` around it), and "
-            "`forward` gives something else.",
-            "leave that to the trainer, which predicts without gradients anyway; or " + ADAPTER_HINT,
+            "`forward` predicts something else.",
+            "remove it, since the trainer predicts without gradients anyway; or " + ADAPTER_HINT,
         )
 
 
@@ -321,7 +321,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
         apart = min(_distances(calls, ours), default=math.nan)
         if apart <= LAYER_TOLERANCE:
             return
-        losses = f"the loss of its own step is {own_loss:.3g}, ours {loss:.3g} on the same batch"
+        losses = f"the loss of its own step is {own_loss:.3g}, that of the prediction {loss:.3g} on the same batch"
         if math.isnan(apart):
             if loss > LOSS_FACTOR * own_loss + LOSS_OFFSET and not is_model_adapter:
                 found = f"`model`: `{step}` may not predict as the repair does: {losses}"
@@ -337,7 +337,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
         if not is_model_adapter:
             hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
             raise ConfigurationError(f"{found}.", hint)
-        rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter gives what is deployed."))
+        rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter predicts as the deployed model does."))
         return
 
 

@@ -87,21 +87,21 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
             changed = f"{unstable} of {len(positions)} samples that were read twice changed"
             problem = f"{changed}, though they were read with the same random numbers"
             hint = (
-                "Draw from torch's, numpy's or Python's global generator in the data set, not from one of its own or "
-                "in the collate function, or pass a DataLoader that does not."
+                "Draw in the data set, not in the collate function, and from the global generator of torch, numpy or "
+                "Python; or pass a DataLoader that draws nothing."
             )
         elif moved := check_order(source, batch):
             problem = changed = f"{moved} of {len(batch)} samples of a batch in reverse order changed or swapped places"
             hint = "Their ids in reports are wrong. Let the collate function keep the order, and draw nothing in it."
         if changed:
-            hint = f"nothing can be guaranteed of them. {hint}"
+            hint = f"no guarantee holds for them. {hint}"
             rank_zero_warn(DataWarning(f"`{source.split}` data: {problem}.", hint))
             sentences.append(f"No guarantee for `{source.split}`: {changed}.")
             continue
         if source.has_validation_view:
             sentence = f"`{source.split}` was read with the `transform` of the validation data."
         elif source.samples.draws:
-            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, each a sample"
+            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, as {source.draws} samples"
             sentence = f"`{source.split}` draws at random: each sample was counted in {fixed}."
         else:
             continue

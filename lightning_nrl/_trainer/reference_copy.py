@@ -34,7 +34,7 @@ def parse_with_weights(reference: object) -> OldModel:
     """Returns the replaced model; refuses a model whose weights cannot be interpolated with those of the new model."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
-        what = "there is nothing to go back to" if found is None else "it has no weights"
+        what = "there are no weights to interpolate with" if found is None else "it has no weights"
         hint = "give a checkpoint, a module, a state dict or an OldModel."
         raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     for name in ("adapter", "classes"):
@@ -47,7 +47,7 @@ def parse_with_weights(reference: object) -> OldModel:
 def reference_module(
     trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
-    """Returns the replaced model, or a copy of `module` with its weights, in evaluation mode until `held` closes."""
+    """Returns the module `given`, or a copy of `module` with the weights `given`, in eval mode until `held` closes."""
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)

@@ -40,7 +40,7 @@ from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 PAGE_KINDS = ("html", "markdown", "json")
-"""Kinds of pages in the order in which `commit` moves them, last of all files: with `report.json`, all are there."""
+"""Kinds of pages, which `commit` moves last, in this order. So if `report.json` exists, all other files exist."""
 
 NOT_JUDGED = "it would not hold"
 FILE_PREFIX = "lightning_nrl-"
@@ -145,7 +145,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
                     self._problems.setdefault(kind, _short(error))
             return
         for path in kept:
-            rank_zero_info(f"{path} is of an earlier run; it was {path.name.removeprefix('earlier-')}.")
+            rank_zero_info(f"{path} is of an earlier run; its name was {path.name.removeprefix('earlier-')}.")
 
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
         """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only."""
@@ -230,7 +230,7 @@ def _short(error: Exception) -> str:
 
 
 class ResultBox:
-    """Box by which a process that a strategy such as `ddp_spawn` starts passes a text to the process that made it."""
+    """Box in which a process of a strategy such as `ddp_spawn` leaves a text for the process that made the box."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -283,7 +283,7 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
                     own = os.path.join(logger.save_dir or found, *parts)
             except Exception as error:  # such as a store that MLflow cannot open
                 own = found
-                problem = f"{type(logger).__name__} names no folder ({_short(error)}); files go below {own}."
+                problem = f"{type(logger).__name__} has no folder ({_short(error)}); the files are written below {own}."
                 rank_zero_warn(LoggingWarning(problem, "set `dirpath=`, or check the logger's settings."))
             found = trainer.strategy.broadcast(str(own))
     if "://" in str(found):
@@ -298,7 +298,7 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     fits = bool(batch_limit(trainer)) or (place.is_dir() and os.access(place, os.W_OK | os.X_OK))
     if not trainer.strategy.broadcast(fits):
-        problem = f"`dirpath`: {folder} cannot be written to, because of {place}."
+        problem = f"`dirpath`: {folder} cannot be written to; the obstacle is {place}."
         raise UnwritableFolderError(problem, "name another folder as `dirpath=`.")
 
 
@@ -377,7 +377,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
     if report.status != "repaired" or not best or best == path:
         return ""
     how = f"ckpt_path={relative_to_cwd(path)!r}" if path else "the model as an argument"
-    return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
+    return f"`trainer.test()` tests the best checkpoint, from before the repair; to test the repair, give {how}."
 
 
 def resume_store(

@@ -78,7 +78,7 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Ends recording. Returns the output for these arguments, or else of the first call, or None without a call."""
+        """Ends recording. Returns the output for these arguments, else the first output, or None without a call."""
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
@@ -99,7 +99,7 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model. Then `parts` names the outermost submodule that returned the model's output, or is empty."""
+    """Calls a model. The first call sets `parts`: the outermost submodule that returned the model's output, or `()`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -174,7 +174,7 @@ def find_forward_pass(
         what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
     else:
         what = f"`training_step` calls the model {len(found)} times"
-    raise ConfigurationError(f"{what}, so the output for the term is ambiguous.", ONE_LINE)
+    raise ConfigurationError(f"{what}, so the logits for the loss term are ambiguous.", ONE_LINE)
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
@@ -240,7 +240,7 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Runs `follower` once: after the next call of the module's hook `name`, and after earlier followers."""
+    """Calls `follower` once, after the next run of the module's hook `name` and after earlier followers."""
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)

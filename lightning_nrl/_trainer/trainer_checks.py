@@ -35,7 +35,7 @@ def check_packages(trainer: Any, **others: object) -> None:
         packages = packages_of(original_module(thing) if isinstance(thing, nn.Module) else thing)
         if packages and own not in packages:
             problem = f"`{argument}`: {type(thing).__name__} is of `{packages[0]}`, the Trainer of `{own}`."
-            raise ConfigurationError(problem, "import all of it from one of them; their classes do not mix.")
+            raise ConfigurationError(problem, "import everything from one of the two packages, not from both.")
 
 
 def check_strategy(
@@ -48,7 +48,7 @@ def check_strategy(
     if any(name.startswith(SHARDING_STRATEGIES) or "Sharded" in name for name in names):
         raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {why}.", hint)
     if any(name.startswith(UNTESTED_STRATEGIES) for name in names):
-        raise ConfigurationError(f"`strategy`: {names[0]} has a device of XLA or Habana, which was never tried.", hint)
+        raise ConfigurationError(f"`strategy`: {names[0]} runs on XLA or Habana, which was never tried.", hint)
 
 
 def check_whole(model: nn.Module) -> None:
@@ -57,7 +57,7 @@ def check_whole(model: nn.Module) -> None:
         kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SHARDED_CLASSES), None)
         if kind is not None:
             problem = f"{name or type(part).__name__!r} is a {kind}, split over ranks; a repair needs layers whole."
-            hint = "train so, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded."
+            hint = "train with it, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded."
             raise ConfigurationError(f"`model`: {problem}", hint)
 
 
@@ -69,10 +69,10 @@ def check_order(
     what: str = "the repair",
     kind: type = Callback,
 ) -> None:
-    """Refuses an order of callbacks in which one of them undoes a change of the weights by another.
+    """Refuses an order of callbacks in which one callback undoes a change of the weights by another.
 
-    No callback after `callback` may overwrite weights: none of `OVERWRITING_CALLBACKS` or `earlier`. If `start_from` is
-    `best`, no callback before `callback` may change weights: none of `earlier`, and none of the class `kind`.
+    Callbacks of the classes `OVERWRITING_CALLBACKS` and `earlier` must not come after `callback`. If `start_from` is
+    `best`, callbacks of the classes `earlier` and `kind` must not come before it, since their change would be lost.
     """
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
@@ -84,10 +84,10 @@ def check_order(
     if start_from == "best" and before:
         repairs = isinstance(before[0], kind)
         whose = "the repair before this one" if repairs else f"{type(before[0]).__name__} before it"
-        hint = "leave `start_from='best'` out; the repair goes on from what it left."
+        hint = "leave `start_from='best'` out; the repair then starts from the changed weights."
         if repairs:
-            hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
-        raise ConfigurationError(f"`start_from='best'`: the best checkpoint lacks what {whose} does.", hint)
+            hint = "set `start_from='best'` for the first repair only; the next repair starts from its result."
+        raise ConfigurationError(f"`start_from='best'`: the best checkpoint lacks the change by {whose}.", hint)
 
 
 def check_twins(callback: Callback, trainer: Trainer) -> None:

@@ -59,7 +59,7 @@ STAGES = {
     "strength": "choosing the strength",
     "judge": "counting the result",
     "sweep": "running the settings",
-    "layers": "looking for room in each layer",
+    "layers": "measuring what each layer can repair",
     "alone": "fixing each target alone",
     "held out": "trying fixes on held-out data",
     "neighbours": "comparing with the nearest samples",
@@ -251,7 +251,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """A repair of a trainer's model: settings, task, replaced model, data, and callbacks that copies leave out."""
+    """A repair of a trainer's model. Callbacks of the classes `left_out` do not run in training for the repair."""
 
     settings: Settings
     task: Task
@@ -263,7 +263,7 @@ class TrainerRepair:
         """Checks a repair before training, on one batch of each split; warns if training could not continue for it."""
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
-            raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
+            raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: the fit saves none.", NO_CHECKPOINTS_HINT)
         with random_state(), validating(trainer):
             few = self._open_data(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
             history = _history_callback(settings, trainer)

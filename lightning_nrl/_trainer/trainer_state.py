@@ -100,8 +100,8 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
 
     Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
     After a validation, Lightning sets only the flag `training`, so that adapters merged by `eval()` stay merged. So
-    modules in training mode run their own `train()` again. Everything is restored bit by bit on exit, unless `keep` was
-    set.
+    modules in training mode run their own `train()` again. On exit, everything is restored bit by bit, unless the block
+    has set `keep` of the yielded object.
     """
     path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
@@ -149,7 +149,7 @@ def _best_path(trainer: Trainer) -> str:
     checkpoint = trainer.checkpoint_callback
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
-        problem = "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights."
+        problem = "`start_from='best'`: no best checkpoint was saved, so the repair starts from the last weights."
         rank_zero_warn(TrainingWarning(problem, "add a ModelCheckpoint with `monitor=`."))
     return path
 

@@ -85,15 +85,15 @@ class StagedFiles:
         return self._stage / name
 
     def is_written(self, name: str) -> bool:
-        """True while a staged file awaits `commit`."""
+        """True while the staged file `name` awaits `commit`."""
         return self._stage is not None and (self._stage / name).exists()
 
     def commit(self, there: Container[str] = ()) -> list[Path]:
         """Moves the staged files to the folder; returns the new paths of the files of an earlier run that were renamed.
 
-        A file of an earlier run is replaced if a file of the same name is staged. Files in `there`, which this run has
-        written directly, stay. Any other file of `names` gets the prefix `earlier-`, since it may be the only copy of a
-        model; marks are removed.
+        Marks of an earlier run are removed. Other files of that run are replaced if a file of the same name is staged,
+        and else get the prefix `earlier-`, since a file may be the only copy of a model. Files in `there`, which this
+        run has written directly, stay.
         """
         if self._stage is None or not any(self._stage.iterdir()):
             return []

@@ -53,7 +53,7 @@ def _check_sums(argument: str, path: str | Path) -> None:
         except Exception as error:  # the bytes are damaged
             damaged = type(error).__name__
     if damaged is not None:
-        problem = f"`{argument}`: {str(path)!r} is damaged, its checksum of {damaged!r} does not fit."
+        problem = f"`{argument}`: {str(path)!r} is damaged: the checksum of {damaged!r} is wrong."
         warnings.warn(DataWarning(problem, "take another copy of the file."), stacklevel=3)
 
 
@@ -66,7 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Converts a state dict to the names (`live_tensors`), dtypes and devices of the model, or refuses it as unfit."""
+    """Converts a state dict to the names (`live_tensors`), dtypes and devices of the model; refuses unfit tensors."""
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}

@@ -46,7 +46,7 @@ def check_per_sample(
     found = value if tensors_only else as_tensor(value)
     if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
         return found
-    hint = f"return one {kind} a sample, [{n}]."
+    hint = f"return one {kind} per sample, in the shape [{n}]."
     raise error(f"{what} returned {described(value)} for a batch of {n} samples.", hint)
 
 

@@ -34,7 +34,7 @@ def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T
 
 
 def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = True) -> T:
-    """Returns `work()`. If memory runs out, tries once more, unless `alone` is false: other ranks do not try again.
+    """Returns `work()`. If memory runs out and this is the only rank (`alone`), tries once more.
 
     Raises:
         DeviceMemoryError: memory ran out in the last try. `doing` completes the message, as in "the search ran".

@@ -96,7 +96,7 @@ class Collective:
             return result
         # The first class of this package among the error's class and its bases, or None.
         kind = next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)
-        elsewhere = OtherRankError(failed, "look at that rank's own error.")
+        elsewhere = OtherRankError(failed, "look at the error of that rank.")
         if self.any(error is not None and kind is None):
             raise elsewhere if error is None or kind is not None else error
         name, _, message = self.first_text("" if kind is None else f"{kind.__name__}\n{error}").partition("\n")
@@ -116,5 +116,5 @@ def _peer_errors() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        hint = "look at that rank's own error; the weights here are unchanged."
+        hint = "look at the error of that rank; the weights on this rank are unchanged."
         raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error

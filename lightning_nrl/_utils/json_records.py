@@ -21,7 +21,7 @@ T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
 TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
 LONGEST_SHOWN = 60  # characters of a value in a message
-PLAIN_HINT = "give what `to_json` has written."
+PLAIN_HINT = "give JSON that `to_json` has written."
 
 UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is not in the JSON
 
@@ -202,7 +202,7 @@ def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
     record = kind(**read)
     derived = record.derived if isinstance(record, Derives) else {}
     for name in sorted(data.keys() - names - derived.keys()):
-        raise _error(prefix + name, "it is not known what this is")
+        raise _error(prefix + name, "this key is unknown")
     return record
 
 
@@ -232,12 +232,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} is there twice")
+        raise ValueError(f"the key {key!r} occurs twice")
     return found
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _written_fields(kind: Any) -> list[Field[Any]]:

@@ -31,7 +31,7 @@ def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """Sets evaluation mode for a block, then restores parameters, buffers and flags bit by bit.
 
-    Yields the values before `eval()` of those tensors that `eval()` has overwritten, by `id` of the tensor.
+    Yields the earlier values of the tensors that `eval()` has overwritten, by the `id` of the tensor.
 
     Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging adapters in
     `eval()`. So on exit, the modules' own `train()` runs, every tensor is compared with a copy (the tensor's `_version`

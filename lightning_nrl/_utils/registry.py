@@ -25,8 +25,8 @@ class Registry(Generic[T]):
         example: example of a valid value for messages.
         fits: returns True for a valid object.
         include: other registries, whose names are accepted too.
-        group: other distributions add factories, called without arguments, by entry points in the group
-            `lightning_nrl.<group>`. Empty: no entry points.
+        group: if not empty, other distributions can add factories, by entry points in the group
+            `lightning_nrl.<group>`. A factory must be callable without arguments.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -105,7 +105,7 @@ class Registry(Generic[T]):
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """Returns what the factory of a name makes without arguments; returns a valid object unchanged."""
+        """Returns what the factory named `value` makes without arguments. A valid object is returned unchanged."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns an error for unreadable text. `found` quotes argument and text; `name` is the text before a colon."""
+        """Returns the error for a text such as `tolerence:1%`; `found` quotes the text, and `name` is `tolerence`."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(

@@ -116,7 +116,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs `work`. All ranks must call it. For `hint` see `from_bytes`."""
+        """Returns the saved result of a step, or runs `work` and saves its result. All ranks must call it."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -156,8 +156,8 @@ class ResumeStore:
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
-            problem = f"a repair cannot be saved while it works, in {folder} ({type(error).__name__}: {error})."
-            warnings.warn(FilesWarning(problem, "make room; without it, a stopped repair starts again."), stacklevel=3)
+            problem = f"finished steps cannot be saved in {folder} ({type(error).__name__}: {error})."
+            warnings.warn(FilesWarning(problem, "make room; otherwise a stopped repair starts over."), stacklevel=3)
             self._folder = None
 
     def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
@@ -177,7 +177,7 @@ class ResumeStore:
             return result
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
-            message = f"{self._folder}: {name!r} is not used, {problem}."
+            message = f"{self._folder}: {name!r} is not used: {problem}."
             warnings.warn(FilesWarning(message, "that part of the repair runs again."), stacklevel=3)
         return None
 
@@ -198,6 +198,6 @@ class ResumeStore:
             newest = max(others, key=lambda path: path.stat().st_mtime)
             other = dict(json.loads(newest.read_text(encoding="utf-8")))
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
-            why = f"{newest.parent} is of one with other {differ}; delete it if you do not need it"
+            why = f"{newest.parent} is from a repair with other {differ}; delete it if you do not need it"
             self._clock.announce(f"Repair: starts again, since {why}.")
         return False

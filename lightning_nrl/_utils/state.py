@@ -133,9 +133,9 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Maps each name in `model.state_dict()` to the name of the tensor of `live_tensors` that is saved under it.
+    """Maps names in `model.state_dict()` to the names in `live_tensors` of the tensors that are saved under them.
 
-    A custom `state_dict` may omit or rename live tensors, or save other values, such as a moving average.
+    A custom `state_dict` may omit or rename live tensors. Names of other values, such as moving averages, are left out.
     """
     live, state = live_tensors(model), model.state_dict()
     places = {_place(value): name for name, value in live.items()}
@@ -177,7 +177,7 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
     live = live_tensors(model)
     for name, value in state.items():
         if name not in live or live[name].shape != value.shape:
-            found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
+            found = f"has the shape {list(live[name].shape)}" if name in live else "is missing"
             raise ConfigurationError(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
     return live
 

@@ -37,8 +37,8 @@ class Observer(Protocol):
 class Deadline:
     """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is infinite.
 
-    All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together, and get the same answer. Without a
-    limit, the ranks exchange nothing.
+    All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together; each returns the same on all ranks.
+    Without a limit, the ranks exchange nothing.
     """
 
     end: float = math.inf
@@ -107,7 +107,7 @@ class StageTimer:
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Sets the elapsed seconds and the seconds by stage to those of an earlier process. Deadlines count them."""
+        """Sets `elapsed` and `seconds` to those of an earlier process, whose time then counts towards `max_time`."""
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
         self.seconds.update(seconds)

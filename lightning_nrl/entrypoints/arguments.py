@@ -27,7 +27,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
     "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options that have an effect, by function. In functions that are not listed, only `start_from` has none."""
+"""Options that have an effect, by function. In a function that is not listed, all but `start_from` have an effect."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
@@ -56,7 +56,7 @@ def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if an argument, or a field of the option object that it takes, has an effect in `entry_point`."""
+    """True if `argument`, or a field of the option object that `argument` takes, has an effect in `entry_point`."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
     return not names.isdisjoint(USED_OPTIONS[entry_point])
@@ -84,5 +84,5 @@ def check_model(model: Any, without_lightning: str) -> None:
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, LightningModule):
         problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."
-        hint = f"give a LightningModule; for a plain PyTorch module there is `{without_lightning}`."
+        hint = f"give a LightningModule, or call `{without_lightning}` for a plain PyTorch module."
         raise ConfigurationError(problem, hint)

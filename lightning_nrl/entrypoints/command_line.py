@@ -45,8 +45,8 @@ def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool =
     """Writes a copy `out` of a checkpoint with a patch applied, or reverted if `undo`."""
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
-    done = "taken out" if undo else "applied"
-    print(f"{out}: {change.n_changed:,} values in {len(change.names)} tensors, {done}.")
+    done = "reverted" if undo else "applied"
+    print(f"{out}: {done} {change.n_changed:,} values in {len(change.names)} tensors.")
     return 0
 
 
@@ -142,8 +142,8 @@ def decide_release(
         rules,
         new=Identity(new, after.weights or ""),
         old=Identity(old, before.weights or ""),
-        task="what the files say",
-        precision="that in which the predictions were made",
+        task="as recorded in the files",
+        precision="as recorded in the files",
         seeds={},
         missing=missing,
     )
@@ -160,7 +160,7 @@ def repair_project(project: Project) -> int:
     """Repairs the model of a project; returns 1 if that fails or the result does not meet `require`, else 0."""
     require = project.own["require"] or "any"
     if require != "any" and "unseen" not in project.options:
-        problem = f"`require={require}` judges data that the repair never looks at, and `unseen` names none."
+        problem = f"`require={require}` judges data that the repair does not use, but `unseen` is not given."
         raise ConfigurationError(problem, "add --repair.unseen test.")
     report = repair(**project.source, **{**project.options, "verbose": False})
     trainer = project.source["trainer"]
@@ -190,15 +190,15 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison of methods, or tests the checkpoint `new` against `old` with a `ReleaseGate`."""
+    """Prints a comparison of methods, or the decision of a `ReleaseGate` on `new`; returns 1 if `new` is refused."""
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
         options = {name: value for name, value in project.options.items() if is_used("compare", name)}
         show(compare(**project.source, methods=methods, **options))
         return 0
     if old is None or new is None or methods:
-        problem = "`old` and `new` are two checkpoints, compared by `rules` and `require`, without `methods`."
-        raise ConfigurationError(problem, "give both, such as --old best.ckpt --new new.ckpt.")
+        problem = "`old`, `new`, `rules` and `require` test a new model; they need `old` and `new`, and no `methods`."
+        raise ConfigurationError(problem, "give --old best.ckpt --new new.ckpt, or only --methods.")
     trainer, module, data = (project.source[name] for name in ("trainer", "model", "datamodule"))
     options = {name: value for name, value in project.options.items() if name in ("task", "dirpath")}
     gate = ReleaseGate(old, rules or ["instance"], require or "not-worse", **options)
@@ -212,7 +212,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose in words, and its arguments (None: those of a project)."""
+    """A command: its function, its purpose in words, and its arguments. None: it takes the arguments of a project."""
 
     run: Callable[..., int]
     purpose: str
@@ -220,34 +220,34 @@ class Command(NamedTuple):
 
 
 PATCH: Arguments = {
-    "--patch": {"required": True, "help": "the patch, such as repair.patch.safetensors"},
-    "--ckpt": {"required": True, "help": "the checkpoint to read"},
-    "--out": {"required": True, "help": "the checkpoint to write; it may be the same file"},
+    "--patch": {"required": True, "help": "patch to apply or revert, such as repair.patch.safetensors"},
+    "--ckpt": {"required": True, "help": "checkpoint to read"},
+    "--out": {"required": True, "help": "checkpoint to write; may be the file of --ckpt"},
     "--weights_only": {"choices": ("true", "false"), "default": "true", "help": TRUST},
 }
 RELEASE: Arguments = {
-    "old": {"help": "predictions of the model in use, a CSV file with split,id,prediction,passed"},
-    "new": {"help": "predictions of the new model, likewise; such as predictions.csv of a ReleaseGate"},
-    "--rule": {"action": "append", "help": "what must hold: " + ", ".join(RULES.forms).replace("%", "%%")},
+    "old": {"help": "predictions of the model in use: CSV file with the columns split,id,prediction,passed"},
+    "new": {"help": "predictions of the new model: a file like `old`, such as predictions.csv of a ReleaseGate"},
+    "--rule": {"action": "append", "help": "rule to meet, repeatable: " + ", ".join(RULES.forms).replace("%", "%%")},
     "--require": {"choices": list(REQUIRED), "default": "not-worse", "help": REQUIRE},
-    "--slices": {"help": "a CSV file with split,id,slice"},
-    "--allow-missing": {"action": "append", "default": [], "metavar": "SPLIT", "help": "a split that may lack samples"},
-    "--out": {"help": "folder for report.json, report.md and report.html"},
+    "--slices": {"help": "CSV file with the columns split,id,slice"},
+    "--allow-missing": {"action": "append", "default": [], "metavar": "SPLIT", "help": "split that may lack samples"},
+    "--out": {"help": "folder to write report.json, report.md and report.html"},
 }
 INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
 REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
-    "--out": {"help": "the file to write, HTML if its name ends so; by default it is printed"},
+    "--out": {"help": "file to write: HTML if it ends in .html, else Markdown; without --out, Markdown is printed"},
 }
 COMMANDS: Mapping[str, Command] = {
-    "repair": Command(repair_project, "repair the model of a project: 0 if repaired or nothing to repair, else 1"),
-    "diagnose": Command(diagnose_project, "say what can be repaired, what stands in the way, and what it costs"),
-    "compare": Command(compare_project, "count what repairs, baselines or a new checkpoint fix and break"),
-    "release": Command(decide_release, "decide from predictions: 0 if the new model is accepted, else 1", RELEASE),
+    "repair": Command(repair_project, "repair the model of a project; exit status 1 if the repair fails or is refused"),
+    "diagnose": Command(diagnose_project, "predict what can be repaired, what limits this, and how long it takes"),
+    "compare": Command(compare_project, "count the samples that methods, or a new checkpoint, repair and break"),
+    "release": Command(decide_release, "accept a new model by predictions, or refuse it with exit status 1", RELEASE),
     "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
-    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch taken out, to the bit", PATCH),
-    "inspect": Command(inspect_file, "show what a patch, a repaired checkpoint or a report holds", INSPECT),
-    "report": Command(show_report, "write the report of a repair or of a release as Markdown", REPORT),
+    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch reverted, bit by bit", PATCH),
+    "inspect": Command(inspect_file, "show the contents of a patch, a checkpoint or a report", INSPECT),
+    "report": Command(show_report, "print the report of a repair or of a release, or write it to a file", REPORT),
 }
 """All commands by name."""
 
@@ -255,7 +255,7 @@ FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0 for success, 1 if not accepted, 2 for an error, and 3 if files cannot be written."""
+    """Runs a command; returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be written)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.insert(0, "")  # for the user's modules in the current folder
@@ -276,9 +276,9 @@ def _run(given: list[str]) -> int:
     lines = "\n".join(f"  {name:<10}{command.purpose}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "lightning-nrl",
-        usage="lightning-nrl COMMAND ... (each with --help)",
-        description="Repair of trained models without regressions.",
-        epilog=f"commands:\n{lines}\n\nAn error ends with status 2.",
+        usage="lightning-nrl COMMAND [ARGUMENTS]",
+        description="Repair of trained models without regressions. COMMAND --help describes a command.",
+        epilog=f"commands:\n{lines}\n\nExit status: 2 for an error, 3 if files cannot be written.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())

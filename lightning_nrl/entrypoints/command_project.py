@@ -27,23 +27,23 @@ NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
 OWN_WEIGHTS = "model"  # value of `ckpt_path`
 
-TRUST = "false: you trust the checkpoint, which may hold objects and run their code"
+TRUST = "false: trust the checkpoint, which may hold objects that run code; true (the default): refuse objects"
 
-REQUIRE = "beside the rules, in each split: not-worse (accuracy has not fallen; the default), better (sign test), any"
+REQUIRE = "further condition on each split: not-worse (accuracy has not fallen; the default), better (sign test), any"
 
 PROJECT_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
-    "ckpt_path": (str, f"the trained checkpoint; {OWN_WEIGHTS}: the weights that the code of the model loads itself"),
+    "ckpt_path": (str, f"checkpoint of the trained model, or `{OWN_WEIGHTS}` if the model's code loads its weights"),
     "weights_only": (bool, TRUST),
 }
 OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "repair": {
-        "require": (Require, "of the unseen samples: better (sign test), not-worse (no net loss); any is the default")
+        "require": (Require, "condition on unseen samples: better (sign test), not-worse (no net loss), any (default)")
     },
     "compare": {
-        "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
-        "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
-        "new": (str, "the checkpoint of the model that is to replace it"),
-        "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
+        "methods": (list[str], "methods and baselines by name, such as [convex, fine-tuning]; by default, a selection"),
+        "old": (str, "checkpoint, or predictions (CSV), of the model in use, against which `new` is tested"),
+        "new": (str, "checkpoint of the model that is to replace the model in use"),
+        "rules": (list[str], "rules that `new` must meet, as in the command `release`; [instance] by default"),
         "require": (Require, REQUIRE),
     },
 }
@@ -60,9 +60,9 @@ class Project:
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads a project from LightningCLI's arguments, without a subcommand, and those of the command.
+    """Reads a project from the arguments of LightningCLI, which get no subcommand, and from those of the command.
 
-    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair. Options under `repair` win.
+    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair; those under `repair` override it.
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -100,8 +100,8 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
 def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
     usage = f"{program} --config config.yaml --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
     lightning = (
-        "LightningCLI's arguments are taken too, without subcommands: --config, --model, --data, --trainer.ARGUMENT, "
-        f"--seed_everything and others. {FULL_HELP} prints them, and the types of those above."
+        "The arguments of LightningCLI can be given too, without a subcommand: --config, --model, --data, "
+        f"--trainer.ARGUMENT, --seed_everything and others. {FULL_HELP} prints all arguments with their types."
     )
     parser = argparse.ArgumentParser(program, usage, purpose, lightning, add_help=False)
     for name, (_, text) in own.items():
@@ -138,7 +138,7 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves the arguments of a callback `RegressionFreeRepair` to `repair`, except those that are set there."""
+        """Moves a `RegressionFreeRepair` from the callbacks to the options `repair`. Options set there stay."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:

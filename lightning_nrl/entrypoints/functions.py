@@ -64,7 +64,7 @@ def dry_fit(
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
-        problem = f"{type(trainer.strategy).__name__} starts processes of its own, which keep the results."
+        problem = f"{type(trainer.strategy).__name__} starts processes of its own, which cannot return the results."
         raise ConfigurationError(f"`strategy`: {problem}", "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
@@ -216,8 +216,8 @@ def diagnose(
     is written. All arguments except `history` are those of `repair`. Of the arguments of `RegressionFreeRepair`, only
     `target`, `task`, `data` and `seed` have an effect.
 
-    `history` is a folder written by `TrainingHistory`. With it, the notes of the diagnosis count targets that were
-    never learned, those of them with a doubtful label, and targets that were forgotten.
+    `history` is a folder written by `TrainingHistory`. With it, the notes of the diagnosis count the targets that were
+    never learned and those that were forgotten. They name targets that were never learned and have a doubtful label.
 
     Returns:
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next step.

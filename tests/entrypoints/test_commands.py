@@ -275,7 +275,7 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
     assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt", "--new", "worse.ckpt"]) == 1
     assert "REFUSED" in capsys.readouterr().out
     assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt"]) == 2
-    assert "HINT: give both" in capsys.readouterr().err
+    assert "HINT: give --old" in capsys.readouterr().err
 
 
 def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(

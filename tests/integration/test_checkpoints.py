@@ -219,7 +219,7 @@ def test_apricot_takes_the_checkpoints_of_the_trainer(tmp_path: Path) -> None:
     assert repair.report.settings["method"]["checkpoints"] == sorted(kept.best_k_models)
     assert "checkpoints, right on" in repair.report.steps[0].note
     assert repair.report.pooled("known").counts.broken == 0
-    with pytest.raises(ConfigurationError, match=r"`Apricot.checkpoints`: there will be none\."):
+    with pytest.raises(ConfigurationError, match=r"`Apricot.checkpoints`: the fit saves none\."):
         quiet_trainer(tmp_path, quick_repair(method="apricot"), enable_checkpointing=False).fit(
             Untrainable(), datamodule=Digits()
         )

@@ -548,7 +548,7 @@ def test_all_validation_loaders_are_known(
 def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str, other: str) -> None:
     report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=name)
     assert sizes(report) == {"train": 400, name: 203}
-    assert report.reason.endswith(f"Not counted, so nothing is known of what breaks there: `{other}`.")
+    assert report.reason.endswith(f"Not counted, so it is unknown what breaks in them: `{other}`.")
     assert_true(report, name, model, Digits().repair)
     with pytest.raises(ConfigurationError, match=r"`val` data have no loader '7'.\nHINT: take one of"):
         repaired(tmp_path, kind(), ValidatesSeveral(), failed="val:7")
@@ -666,7 +666,7 @@ def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        (lambda batch: batch[:2], "`augment`: its batch has 2 parts, the others have 3"),
+        (lambda batch: batch[:2], "`augment`: it returned a batch of 2 parts, but other batches have 3"),
         (lambda batch: [batch[0].repeat(1, 1, 1, 2), *batch[1:]], "`augment`: Sizes of tensors must match"),
         (lambda batch: 1 / 0, "`augment` raised ZeroDivisionError"),
     ],

@@ -60,7 +60,7 @@ class AveragesDraws(models.Plain):
 
 @pytest.mark.parametrize("module", [KeepsDropout, AveragesDraws])
 def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path, module: Any) -> None:
-    with pytest.raises(Training), pytest.warns(DataWarning, match="`model`: its predictions are drawn at random"):
+    with pytest.raises(Training), pytest.warns(DataWarning, match="`model`: its predictions are random"):
         rehearse(tmp_path, module())
 
 
@@ -71,7 +71,7 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
     with pytest.raises(Training), pytest.warns(DataWarning, match="other inputs"):
         rehearse(tmp_path, module, lambda module, batch: (module(batch[0]), batch[1]))
     # Forward stands for a step that predicts the same classes.
-    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` stands for it"):
+    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` is used instead"):
         rehearse(tmp_path, models.PredictsClasses())
 
 
@@ -79,7 +79,7 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
     ("kind", "match"),
     [
         ("WithoutForward", "no `forward` and no `predict_step`(.|\n)*def predict"),
-        ("PredictsOtherClasses", "gives torch.int64 .*no logits"),
+        ("PredictsOtherClasses", "returns torch.int64 .*no logits"),
         ("PredictsMembers", r"the model returned \[\d+, 2, 4\]"),
         ("PredictsWithoutGradients", "no gradients come through `predict_step`"),
         ("SavesAverage", "does not save 'net.2.weight' as it is"),

@@ -195,7 +195,7 @@ class Closed(Logger):
 
 def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
     repair = witness()
-    with pytest.warns(LoggingWarning, match="Closed names no folder .Broken: the file store takes no runs any more"):
+    with pytest.warns(LoggingWarning, match="Closed has no folder .Broken: the file store takes no runs any more"):
         fit(tmp_path, repair, logger=Closed(), enable_checkpointing=False)
     assert repair.report.status == "repaired"
     assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
@@ -283,7 +283,7 @@ def test_a_test_of_the_best_is_not_of_the_repair(
     trainer = quiet_trainer(tmp_path, callback, ModelCheckpoint(monitor="val_loss"), max_epochs=1)
     trainer.fit(model, datamodule=Digits())
     printed = capsys.readouterr().out
-    assert "`trainer.test()` tests the best checkpoint of the fit, as it was before the repair" in printed
+    assert "`trainer.test()` tests the best checkpoint, from before the repair" in printed
     assert f"ckpt_path={callback.repaired_model_path!r}" in printed
 
     def said() -> list[str]:
@@ -308,7 +308,7 @@ def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(tmp_path:
         trainer = quiet_trainer(tmp_path, WeightInterpolation(path, verbose=False), fast_dev_run=True)
         trainer.fit(Classifier.load_from_checkpoint(trained_path), datamodule=Digits())
 
-    with pytest.warns(DataWarning, match=r"is damaged, its checksum of .* does not fit"):
+    with pytest.warns(DataWarning, match=r"is damaged: the checksum of .* is wrong"):
         read(tmp_path / "damaged.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)

@@ -85,7 +85,7 @@ def test_repairs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     assert "`callbacks`: there are 2 RegressionFreeRepair of the same layer and target." in message
     second = quick_repair(layer="network.3", start_from="best")
     message = refused(tmp_path, Digits(), quick_repair(), second)
-    assert message.startswith("`start_from='best'`: the best checkpoint lacks what the repair before this one does.")
+    assert message.startswith("`start_from='best'`: the best checkpoint lacks the change by the repair before this one")
 
 
 class FSDPStrategy(SingleDeviceStrategy):
@@ -105,7 +105,7 @@ class SingleDeviceXLAStrategy(SingleDeviceStrategy):
     [
         (FSDPStrategy, "shards the weights"),
         (Renamed, "shards the weights"),
-        (SingleDeviceXLAStrategy, "has a device of XLA"),
+        (SingleDeviceXLAStrategy, "runs on XLA"),
     ],
 )
 def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(tmp_path: Path, kind: Any, words: str) -> None:

@@ -124,7 +124,7 @@ def test_an_outcome_is_written_whole_or_not_at_all() -> None:
     before = hash_tensors(other.state_dict())
     with pytest.raises(ConfigurationError, match=r"tensor '2.weight' has the shape \[4, 12\]"):
         outcome.write(other)
-    with pytest.raises(ConfigurationError, match=r"tensor '0.weight' is not there"):
+    with pytest.raises(ConfigurationError, match=r"tensor '0.weight' is missing"):
         outcome.write(nn.Linear(4, 3))
     assert hash_tensors(other.state_dict()) == before
     assert outcome.write(model.double())

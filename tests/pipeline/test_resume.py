@@ -129,7 +129,7 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
     for what, given in (("settings", {"max_time": 500.0}), ("weights and data", {"seed": 3})):
         fresh, _, _ = repaired(None, **given)
         found, observer, work = repaired(tmp_path, **given)
-        assert f"is of one with other {what}; delete it" in observer.said
+        assert f"is from a repair with other {what}; delete it" in observer.said
         assert_same(fresh, found)
         work.done()
     assert_same(whole("swarm"), repaired(tmp_path)[0])
@@ -140,7 +140,7 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Death):
         repaired(tmp_path, 17, "auto")
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
-    with pytest.raises(Death, match="is of one with other training; delete it"):
+    with pytest.raises(Death, match="is from a repair with other training; delete it"):
         repaired(tmp_path, 3, "auto")
 
 
@@ -157,7 +157,7 @@ def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found, _, _ = repaired(tmp_path, method="auto")
-    assert any("is not used, the checksum is wrong" in str(one.message) for one in warned)
+    assert any("is not used: the checksum is wrong" in str(one.message) for one in warned)
     assert_same(whole("auto"), found)
 
 

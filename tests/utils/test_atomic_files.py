@@ -183,7 +183,7 @@ def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(folde
     assert data[length] == 8
     data[length] = flag
     path.write_bytes(data)
-    with pytest.warns(DataWarning, match=r"is damaged, its checksum of .* does not fit"):
+    with pytest.warns(DataWarning, match=r"is damaged: the checksum of .* is wrong"):
         read_checkpoint(path)
 
 
@@ -289,7 +289,7 @@ def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytes
         return from_bytes(data, *args)
 
     monkeypatch.setattr("lightning_nrl._utils.resume.from_bytes", reading)
-    with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used, MemoryError: no memory for it"):
+    with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used: MemoryError: no memory for it"):
         assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
 

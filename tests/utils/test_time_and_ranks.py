@@ -250,7 +250,7 @@ def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path
         in_two_processes(work, str(tmp_path))
     message, seconds = torch.load(tmp_path / "alone.pt")
     assert message.startswith("another rank has ended or does not answer: ")
-    assert "HINT: look at that rank's own error" in message
+    assert "HINT: look at the error of that rank" in message
     assert seconds < 30
 
 

@@ -71,7 +71,7 @@ WRONG = {"nowhere.weight": NEW, "cache": torch.ones(1), "head.weight": torch.zer
 def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> None:
     model = Shared()
     before = snapshot(model)
-    found = r"is not there" if name in ("nowhere.weight", "cache") else r"has the shape \["
+    found = r"is missing" if name in ("nowhere.weight", "cache") else r"has the shape \["
     with pytest.raises(ConfigurationError, match=rf"`model`: its tensor '{name}' {found}"):
         use(model, {"norm.weight": torch.zeros(2), name: WRONG[name]})  # type: ignore[operator]
     assert not changed(model, before)

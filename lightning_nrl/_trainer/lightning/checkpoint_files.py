@@ -22,7 +22,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl.errors import ConfigurationError
 
-TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
+TRUSTED_FILE_HINT = "if you trust the file, set `weights_only=False`, or load the model from it yourself."
 
 
 @contextmanager
