@@ -70,7 +70,7 @@ class RegressionFreeRepair(RepairCallback):
     Args:
         target: the failures to repair, such as `Target.label(3)` or `"label 3"`. None means all failures.
         layer: dotted name of the layer or block to repair, or several names. With `auto`, training changes the whole
-            network. The search and the convex problem change the last Linear, or without one the last convolution.
+            network. The search and the convex problem change the last Linear, or the last convolution if there is none.
         gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (no sample
             in the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
             `tolerance:1%` (at most 3, or 1 % of the passed samples, are broken), or a `Gate`.
@@ -90,7 +90,7 @@ class RegressionFreeRepair(RepairCallback):
         bounds: `BoundOptions` with how much of the weight change to make, and which bounds for future data to report.
         max_time: time limit in seconds. With None, the time grows with the number of epochs that the fit had.
         seed: seed of the repair. The same seed gives the same repair.
-        dirpath: folder for the files. None means `repair` in the logger's folder, or without one in `default_root_dir`.
+        dirpath: folder for the files. None takes `repair` in the logger's folder, or in `default_root_dir` without one.
         verbose: if True, prints the report at the end.
 
     Attributes:

@@ -254,7 +254,7 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """Returns the report. `after` has the results after the repair by role; it is empty if no weights changed."""
+        """Returns the report. `after` has the results after the repair by role. It is empty if no weights changed."""
         found, update = self.solution or Solution(None), self._updates(after)
         known, localization = self.baseline.known, found.localization
         n_failed, where = int(known.targeted.sum()), None

@@ -185,12 +185,12 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """The fitness in `search`, or else that of the method, or `lexicographic` if neither has one."""
+        """The fitness in `search`, else the fitness of the method, else `lexicographic`."""
         return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """The localizer in `search`, or else that of the method, or `neurecover-lite` if neither has one."""
+        """The localizer in `search`, else the localizer of the method, else `neurecover-lite`."""
         return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property

@@ -38,7 +38,7 @@ FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": 
 
 
 class RepairReport(RepairRecord, Report, Plotted):
-    """The report of one repair; its data are in :class:`RepairRecord`. `rich.print` and notebooks show it as tables."""
+    """The report of a repair, with the data of :class:`RepairRecord`. `rich.print` and notebooks show it as tables."""
 
     def __repr__(self) -> str:
         pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]

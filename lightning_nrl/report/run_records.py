@@ -130,7 +130,7 @@ class StrengthPoint:
     """Counts of a patch at one strength: 0 stands for the original weights, 1 for the patch.
 
     If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
-    `harm` is the gate's cost of the broken known samples, `calibration_harm` that of the broken calibration samples.
+    `harm` is the gate's cost of the broken known samples, `calibration_harm` the cost of broken calibration samples.
     Each of the three is None if it is just a number of samples: then `worth`, `cost` and `calibration_cost` return it.
     """
 

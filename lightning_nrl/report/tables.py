@@ -216,7 +216,7 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Returns the splits whose flips are shown: of an update if there is one, else of refused or accepted weights."""
+    """Returns the splits whose flips are shown: from `update`, `candidate` or `splits`, the first that is not empty."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
