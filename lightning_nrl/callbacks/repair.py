@@ -90,7 +90,8 @@ class RegressionFreeRepair(RepairCallback):
         bounds: `BoundOptions` with how much of the weight change to make, and which bounds for future data to report.
         max_time: time limit in seconds. With None, the time grows with the number of epochs that the fit had.
         seed: seed of the repair. The same seed gives the same repair.
-        dirpath: folder for the files. None takes `repair` in the logger's folder, or in `default_root_dir` without one.
+        dirpath: folder for the files. None takes `repair` in the logger's folder or, if there is no logger, in
+            `default_root_dir`.
         verbose: if True, prints the report at the end.
 
     Attributes:
