@@ -47,7 +47,7 @@ class Apricot:
             checkpoints or saved state dicts, all of the model's architecture. None means the checkpoints that the
             Trainer's `ModelCheckpoint` callbacks kept (`save_top_k`).
         strategy: `right` moves toward checkpoints that are right, `wrong` away from wrong ones, `both` does both.
-        rate: the step size r per sample, above 0. If the steps of a round add up to more than 0.2, they are reduced.
+        rate: the step size r per sample, above 0. If steps of a round add up to more than 0.2, they are scaled to 0.2.
         rounds: maximum number of rounds, from 1. Each round is one pass over the known data.
         patience: the rounds stop after this many in a row without a better result, from 1.
         epochs: epochs of continued training, from 0; none if the training is unknown or only some layers may change.

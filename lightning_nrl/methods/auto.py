@@ -279,7 +279,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Returns the counts with most repairs within each share in `PRICE_LEVELS`; omits shares that all counts exceed."""
+    """For each share in `PRICE_LEVELS` that may break, returns the counts with the most repairs, if there are any."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]

@@ -222,7 +222,7 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns sampling weights, `N` float64: of a target its weight, at most `MAX_SAMPLE_WEIGHT`; of all others 1."""
+    """Returns sampling weights, `N` float64. A target gets its weight, at most `MAX_SAMPLE_WEIGHT`; all others 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 

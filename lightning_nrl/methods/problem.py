@@ -155,7 +155,7 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Most epochs of continued training: as many as the original training had, but on small data at least 16."""
+        """Limit of the epochs of continued training: those of the original training, but at least 16 on small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
@@ -170,7 +170,7 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method that may use `share` of the time left and must leave time to judge it."""
+        """Returns the deadline of a method that may use `share` of the time left. It leaves time to judge a result."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
@@ -215,7 +215,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Adds copies of its samples to `rows`, `N` bool. Returns `rows` alone if not all sources are `Identified`."""
+        """Returns `rows`, `N` bool, with copies of its samples added if several sources exist, all `Identified`."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
