@@ -34,7 +34,6 @@ class Rate:
         return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
-        """Computes the rate of one set of counts in double precision."""
         four = counts.kept, counts.broken, counts.repaired, counts.failing
         return float(self(torch.tensor(four, dtype=torch.float64)))
 
