@@ -218,8 +218,7 @@ class Comparison(Report, Plotted):
 
     Attributes:
         entries: one per method, in the order of their runs.
-        targets: number of failures to repair.
-        target: these failures, in words.
+        targets, target: number of failures to repair, and these failures in words.
     """
 
     entries: tuple[Entry, ...]

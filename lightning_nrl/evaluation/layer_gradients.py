@@ -133,7 +133,7 @@ class OutputProbe:
             return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
-        """Returns the calls of each layer, with the gradients of `values.sum()`."""
+        """Returns the calls of each layer, with the gradients of `values.sum()`. No calls if `values` needs none."""
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
         for (name, x, _), gradient in zip(self.seen, gradients, strict=bool(gradients)):

@@ -30,7 +30,7 @@ MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely
 
 
 class SliceRecorder(RecordingSource):
-    """Source that records the slice of each sample; `slices=None` means no slices. Errors name `argument`."""
+    """Source that records the slice of each sample; `slices=None` means no slices. `argument` is the name in errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))

@@ -40,6 +40,7 @@ class Diagnosis(Report, figures.Plotted):
         check: effect of repairs of the last layer on held-out samples; None if unknown.
         mixing: labels of the passed samples nearest to the targets; None if unknown.
         doubts: targets with doubtful labels, most doubtful first.
+        layers, costs: what a change of each layer could do, and how long each method would take.
         notes: checks that were not possible, with reasons, and then what the history of the training shows.
         seconds: wall time by stage.
     """

@@ -188,7 +188,7 @@ class ExactBatch:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the deployed model's logits under new parameters of the searched layers, all given by dotted name."""
+        """Returns the deployed model's logits under `parameters`, all those of the searched layers by dotted name."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
