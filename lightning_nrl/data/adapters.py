@@ -159,7 +159,7 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 
 
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
-    """Splits a batch into model inputs and target; this is the default adapter.
+    """Splits a batch into model inputs and target. This is the default adapter.
 
     A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's arguments. If forward
     needs several inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.

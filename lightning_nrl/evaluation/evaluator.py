@@ -71,7 +71,7 @@ class Evaluator:
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """Computes the logits of a batch; if `forward` is given, it is called instead of the model."""
+        """Computes the logits of a batch. If `forward` is given, it is called instead of the model."""
         with self.context():
             if forward is None:
                 return self.task.logits(run_model(self.model, batch.args, batch.kwargs))

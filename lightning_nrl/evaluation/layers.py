@@ -166,7 +166,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """Returns one name or several names as a list; raises a `ConfigurationError` if there is no name."""
+    """Returns one name or several names as a list. Raises a `ConfigurationError` if there is no name."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`.")

@@ -30,7 +30,7 @@ MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely
 
 
 class SliceRecorder(RecordingSource):
-    """Source that records the slice of each sample; `slices=None` means no slices. `argument` is the name in errors."""
+    """Source that records the slice of each sample. `slices=None` means no slices. `argument` is the name in errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
@@ -142,7 +142,7 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
 
 
 def missed_quotas(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Returns (repaired targets, required repairs) of each slice that misses its quota; `repaired` is `N` bool."""
+    """Returns (repaired targets, `needed` repairs) of each slice with too few repairs. `repaired` is `N` bool."""
     got = {name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed}
     return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 

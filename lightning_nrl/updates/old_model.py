@@ -97,7 +97,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Returns the old weights; a state dict or file is cast to the dtypes and device of the new `model`."""
+        """Returns the old weights. Those of a state dict or file get the dtypes and device of the new `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)

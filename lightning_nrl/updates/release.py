@@ -95,7 +95,7 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release`; also returns the pair. `name` is the new model's name in the report."""
+    """Does the work of `release` and returns the pair too. `name` is the new model's name in the report."""
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
@@ -114,7 +114,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """Parses the old model; raises a `ConfigurationError` for None."""
+    """Parses the old model. Raises a `ConfigurationError`, which names `argument`, for None."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
