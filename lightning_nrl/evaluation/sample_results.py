@@ -88,6 +88,7 @@ class SampleResults:
         return sum(self.sizes[: self.splits.index(split)])
 
     def of(self, split: str) -> slice:
+        """Returns the rows of a split."""
         start = self.start(split)
         return slice(start, start + self.sizes[self.splits.index(split)])
 

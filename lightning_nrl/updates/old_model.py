@@ -77,6 +77,7 @@ class OldModel:
         class_table(self.classes)
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+        """Runs the old model over the data, or reads its predictions from the cache."""
         weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
         table, known, key = class_table(self.classes, task), None, ""
         if self.cache is not None:

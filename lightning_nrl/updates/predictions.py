@@ -148,6 +148,7 @@ class Predictions:
 
     @classmethod
     def of(cls, results: SampleResults, weights: State) -> Predictions:
+        """Builds predictions from the results of a model."""
         rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
         splits = {
             split: {at: (predicted, passed) for at, predicted, passed in rows[results.of(split)]}
@@ -156,6 +157,7 @@ class Predictions:
         return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+        """Returns `results(like)`: predictions need neither the evaluator nor the sources."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
