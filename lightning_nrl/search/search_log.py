@@ -75,8 +75,7 @@ class SearchLog:
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
         """Records one iteration: candidates, `S x P x K`, with their scores and fitness, `S x P`.
 
-        Returns:
-            The fitness, with minus infinity where it is NaN or the search has ended.
+        Returns the fitness, with minus infinity where it is NaN or the search has ended.
         """
         fitness = fitness.to(self.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)

@@ -48,7 +48,7 @@ def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which weights of a given dtype are searched: float32 or float64."""
+    """Returns the dtype in which weights are searched: float64 for float64 weights, float32 for all others."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 

@@ -2,8 +2,7 @@
 
 When the first repaired layer is called, some modules have finished, and their outputs do not depend on the repaired
 weights. Of these modules, those that are not part of another finished module are the *frontier*, in the order of their
-calls. In a resumed pass the frontier returns stored outputs; only the Python code between its modules and everything
-after the layer runs.
+calls. In a resumed pass the frontier returns stored outputs; only code between its modules and after the layer runs.
 """
 
 from __future__ import annotations
