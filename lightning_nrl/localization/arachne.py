@@ -32,7 +32,7 @@ class Arachne:
     Attributes:
         n_weights: number of weights to localise. If the front has fewer, it is followed by the front of the remaining
             weights, and so on. None: only the first front, as published.
-        n_g: number of weights to compare; None: 20 per failed sample, as published, and at least `n_weights`.
+        n_g: number of weights to compare. None: 20 per failed sample, as published, but at least `n_weights`.
         include_bias: True to localise biases too.
     """
 

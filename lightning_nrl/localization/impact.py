@@ -67,7 +67,7 @@ def measure(
 ) -> Impact:
     """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
-    The weight w_ij leads from a layer's input o_i to its output o_j; L is the loss of a sample. The backward impact is
+    The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The backward impact is
     |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation` says. The forward impact is the mean of
     |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and the
     forward impact is their mean, padding included. The forward impact of a bias is its absolute value.

@@ -44,7 +44,7 @@ class Replay(Protocol):
         """
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """Computes the logits of a chunk of n samples; `edit(site, input, output)` replaces the output of each layer.
+        """Computes the logits of a chunk of n samples. `edit(site, input, output)` replaces the output of each layer.
 
         At the first layer `edit` gets tensors of n samples and must return an output for `copies * n` samples, copy by
         copy. At later layers it gets and returns tensors of `copies * n` samples. The logits have `copies * n` rows.
@@ -57,7 +57,7 @@ class Localizer(Protocol):
 
     @property
     def include_bias(self) -> bool:
-        """True if biases may be chosen too; `recording.space` then contains them."""
+        """True if biases may be chosen too. `recording.space` then contains them."""
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Chooses the weights to search, the same on every rank.

@@ -132,7 +132,7 @@ class TrainingFlips:
 
 @dataclass(frozen=True)
 class HistoryLocalizer:
-    """Localizer that `NeuRecover.on` returns; it has the history of the training."""
+    """Localizer that `NeuRecover.on` returns. It has the history of the training."""
 
     settings: NeuRecover
     flips: TrainingFlips

@@ -66,7 +66,7 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder; raises a `ConfigurationError` if it has no record or a damaged one."""
+        """Reads a folder. Raises a `ConfigurationError` if it has no record or a damaged one."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
             raise ConfigurationError(f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT)

@@ -89,7 +89,7 @@ class CmaEs:
         return state._replace(candidates=candidates)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Adapts the strategies to `fitness`, `S x P`; the first call creates them. NaN ranks last."""
+        """Adapts the strategies to `fitness`, `S x P`. The first call creates them. NaN ranks last."""
         worth = fitness.double().cpu()
         worth = worth.masked_fill(worth.isnan(), -math.inf)
         if state.strategies is None:

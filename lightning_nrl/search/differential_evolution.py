@@ -37,7 +37,7 @@ class DifferentialEvolution:
     """Search by differential evolution, rand/1/bin.
 
     In each generation every member x gets a trial. Each weight of the trial comes, with probability `crossover`, from
-    `x_a + F (x_b - x_c)`, else from x; at least one weight does not come from x. The members a, b and c are drawn for
+    `x_a + F (x_b - x_c)`, else from x. At least one weight does not come from x. The members a, b and c are drawn for
     each x, F once for all. A trial replaces x if it is at least as good. Member 0 starts at the original weights.
 
     Attributes:

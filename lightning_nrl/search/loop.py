@@ -91,8 +91,8 @@ def search_many(
 
     Args:
         scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on the samples of their search.
-        original: `S x K`, the weights before the repair, on the device of the search; padding has any finite values.
-        stats: statistics of the layers' weights; tensors broadcast to `S x K`.
+        original: `S x K`, the weights before the repair, on the device of the search. Padding may be any finite number.
+        stats: statistics of the layers' weights: floats, or tensors that broadcast to `S x K`.
         seeds: one seed per search, the only source of randomness.
         fitness: function to maximise, one for all searches or one for each; None: the lexicographic ranking.
         searcher: search algorithm, by name or as an object.

@@ -44,7 +44,7 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle so far, `S x P`; a particle that does not exceed it changes nothing."""
+        """Best fitness of each particle so far, `S x P`. A particle that does not exceed it changes nothing."""
         return self.best_fitness
 
 
@@ -57,7 +57,7 @@ class ParticleSwarm:
         particles: number of particles, at least 2.
         iterations: maximum number of steps; with 0 only the initial positions are scored.
         patience: steps without improvement before the search stops, at least 1.
-        start: initial positions; initial velocities are 0. Some particles are drawn from N, the normal distribution
+        start: initial positions. Initial velocities are 0. Some particles are drawn from N, the normal distribution
             with mean and standard deviation of the layer's weights. `local`: one particle stays at the original weights
             and the others start around it. `half`: half of the swarm starts as in `local`, the rest is drawn from N.
             `paper`: half of the swarm starts exactly at the original weights and may move, the rest is drawn from N.

@@ -15,7 +15,7 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """Course of a search. Each tensor has one entry per iteration, on the CPU; entry 0 is the initial population."""
+    """Course of a search. Each tensor has one entry per iteration, on the CPU. Entry 0 is the initial population."""
 
     best: Tensor  # best fitness so far
     mean: Tensor  # mean of the iteration's finite fitnesses; NaN if none is finite

@@ -208,7 +208,7 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Resumes the passes of n samples at the first site; returns logits of `copies * n` samples, copy by copy.
+        """Resumes the passes of n samples at the first site. Returns logits of `copies * n` samples, copy by copy.
 
         `edit` maps the input and the output of a site (repaired layer), with samples in the first dimension, to a new
         output. At the first site it gets the recorded tensors of n samples, which it must not change in place, and

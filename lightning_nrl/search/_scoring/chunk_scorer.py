@@ -56,7 +56,7 @@ class ChunkScorer:
             self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """Scores candidates `P x K` block by block; yields each block's slice of the candidates and its sums."""
+        """Scores candidates `P x K` block by block. Yields each block's slice of the candidates and its sums."""
 
         def work(_: slice, own: Tensor) -> Sums:
             # On a GPU, `count_passed` would have to wait for the device to know which samples are decided.

@@ -171,7 +171,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Builds a scorer. `y`, `n x C`, are the original logits of C classes; `reserve`, `n`, are minimum margins."""
+    """Builds a scorer. `y`, `n x C`, are the original logits of C classes. `reserve`, `n`, are minimum margins."""
     units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
     y = class_logits(y)
     n, c = y.shape

@@ -97,7 +97,7 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs a batch of `n` samples; returns its group, which may be new, and the tensors to store."""
+    """Runs a batch of `n` samples. Returns its group, which may be new, and the tensors to store."""
     model = cache.model
     planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
     live = {name for _, plan in planned for name in plan.live_calls}
@@ -184,7 +184,7 @@ def find_head_group(
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Does the work of `find_group` for a batch that must run through the whole model; `reason` says why."""
+    """Does the work of `find_group` for a batch that must run through the whole model. `reason` says why."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:

@@ -35,7 +35,7 @@ class SwarmGroup:
 
 @dataclass(frozen=True)
 class SwarmScorer:
-    """Scores the candidates of S swarms on recorded data; `make_scorer` builds it."""
+    """Scores the candidates of S swarms on recorded data. `make_scorer` builds it."""
 
     cache: ActivationCache  # the known data of this rank
     groups: tuple[SwarmGroup, ...]  # swarms that are not in `stacks`

@@ -211,7 +211,7 @@ def edit_layers(
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
     """Returns an `edit` that applies candidates `P x K` in one call of `ReplayPlan.resume`.
 
-    `gathered` is the result of `LayerDelta.gather` for the first site; without it, `edit` calls `gather`.
+    `gathered` is the result of `LayerDelta.gather` for the first site. Without it, `edit` calls `gather`.
     """
     by_site = {id(delta.site): delta for delta in deltas}
     first = True

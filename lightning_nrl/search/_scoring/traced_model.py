@@ -62,7 +62,7 @@ class EditableModel:
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
-        """Runs a pass; returns its trace and the logits.
+        """Runs a pass. Returns its trace and the logits.
 
         If `keep` is False for the name of a module, only the shapes of its outputs are recorded, as meta tensors.
         Raises a `ReplayError` if the model never calls one of the sites.
