@@ -32,7 +32,7 @@ class Arachne:
     Attributes:
         n_weights: number of weights to localise. If the front has fewer, it is followed by the front of the remaining
             weights, and so on. None: only the first front, as published.
-        n_g: number of weights to compare; None: 20 per failed sample, as published, and at least `n_weights`.
+        n_g: number of weights to compare. None: 20 per failed sample, as published, but at least `n_weights`.
         include_bias: True to localise biases too.
     """
 
@@ -95,9 +95,10 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
 
-    The first mean is the weight's share of its neuron's input, the second the neuron's influence on z, the sample's
-    `MAX_OUTPUTS` largest logits. Means are over samples and, in a convolution, positions. The result has one number
-    per weight, in the order of `ParameterSpace.flat`. Arguments and errors are those of `measure`.
+    The first mean is the weight's share of its neuron's input. The second mean is the neuron's influence on z, the
+    `MAX_OUTPUTS` largest logits of a sample. The means are over samples and, in a convolution, over positions. The
+    result has one number per weight, in the order of `ParameterSpace.flat`. The arguments are those of `measure`.
+    Raises an `EvaluationError` if no sample is marked, a `ReplayError` if a layer is never called or has no gradient.
     """
     space = recording.space
     own: dict[str, tuple[LayerRef, int, slice]] = {}
@@ -153,7 +154,7 @@ def _share(site: LayerRef, x: Tensor) -> Tensor:
 def pareto_front(one: Tensor, other: Tensor) -> Tensor:
     """Marks the weights on the Pareto front of two scores, `one` and `other`, of which larger values are better.
 
-    A weight is on the front unless another weight has one larger score and no smaller score.
+    A weight is on the front unless another weight is better in one score and not worse in the other.
 
     Example:
         >>> pareto_front(torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 2.0]))
@@ -172,11 +173,11 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
-    """Returns ascending positions: those of the weights on the Pareto front, or of `n_weights` weights if given.
+    """Returns the positions of the weights on the Pareto front of two scores, in ascending order.
 
-    `n_weights` are taken from the front, then from the front of the remaining weights, and so on. If a front has more
-    weights than are needed, the weights are ranked by each score, and those are taken whose worse rank is best. Weights
-    whose two scores are 0 are never taken.
+    If `n_weights` is given, that many positions are returned: weights are taken from the front, then from the front of
+    the remaining weights, and so on. On the last front, the best weights are taken, judged by the worse of their ranks
+    in the two scores. Weights whose two scores are 0 are never taken, so fewer than `n_weights` may be returned.
     """
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:

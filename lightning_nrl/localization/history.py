@@ -60,13 +60,13 @@ class DataLocalizer(Protocol):
 
 
 def on_data(localizer: Localizer, known: KnownData) -> Localizer:
-    """Returns the localizer of a `DataLocalizer` for the known data; returns any other localizer unchanged."""
+    """Returns the localizer of a `DataLocalizer` for the known data. Returns any other localizer unchanged."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """History of the checkpoints of one training, oldest first; each is evaluated once on the known data.
+    """History of the checkpoints of one training, oldest first. Each is evaluated once on the known data.
 
     A checkpoint is a module, a state dict, or the path of a Lightning checkpoint or of a saved state dict.
     """
@@ -74,7 +74,7 @@ class CheckpointHistory:
     checkpoints: Sequence[nn.Module | State | str | Path]
 
     def points(self, known: KnownData) -> list[HistoryPoint]:
-        """Evaluates each checkpoint; raises a `ConfigurationError` if one cannot be read or does not fit the model."""
+        """Evaluates each checkpoint. Raises a `ConfigurationError` if one cannot be read or does not fit the model."""
         points, argument = [], "NeuRecover.history"
         for checkpoint in self.checkpoints:
             state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)

@@ -67,7 +67,7 @@ def measure(
 ) -> Impact:
     """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
-    The weight w_ij leads from a layer's input o_i to its output o_j; L is the loss of a sample. The backward impact is
+    The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The backward impact is
     |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation` says. The forward impact is the mean of
     |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and the
     forward impact is their mean, padding included. The forward impact of a bias is its absolute value.
@@ -80,13 +80,13 @@ def measure(
         weight: `N`, weights of the samples in the means, above 0 for measured samples; None: equal weights.
 
     Returns:
-        Impacts in the order of `ParameterSpace.flat`, on the device of the weights, in float64 if that is supported.
+        Impacts in the order of `ParameterSpace.flat`, on the device of the weights, in float64, or float32 on MPS.
 
     Raises:
         ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called or its output is detached; or, with `per_sample` or `weight`, the first
-            dimension of its input does not count samples.
+        ReplayError: a layer is never called, or its output is detached. If `per_sample` or `weight` is given, also: the
+            first dimension of a layer's input is not the number of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sites = recording.space, len(recording.space.sites)
@@ -133,10 +133,11 @@ def accumulate(
     sizes: Sequence[int],
     add: Callable[[Sequence[Tensor], Any, bool], None],
 ) -> tuple[Tensor, ...]:
-    """Sums vectors of the given sizes over the marked samples of all ranks.
+    """Sums vectors, whose lengths are `sizes`, over the marked samples of all ranks, and returns the sums.
 
-    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It adds to the vectors
-    `sums`, the last of which counts the samples. `first` is True for the first chunk of more than one sample.
+    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It must add the values of
+    the chunk to the vectors `sums` in place. The last vector must count the samples; an `EvaluationError` is raised if
+    it stays 0. `first` is True only for the first chunk of more than one sample.
     """
     space = recording.space
 
@@ -185,7 +186,7 @@ def _calls(
 
 
 def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
-    """Computes the logits of a recorded chunk with a probe at all sites; returns the probe and `values(logits)`."""
+    """Computes the logits of a chunk. Returns a probe for the gradients at all sites, and `values(logits)`."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
         logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
@@ -228,7 +229,7 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
 
 
 def check_called(site: LayerRef, count: float) -> None:
-    """Raises a `ReplayError` if a layer was never called."""
+    """Raises a `ReplayError` if a layer was never called: `count`, how often each weight was used, is then 0."""
     if not count:
         raise ReplayError(
             f"`layer={site.name!r}` is never called when the model runs.",
@@ -237,7 +238,7 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """Joins values for the weight and, if included, the bias of a site to its part of the flat weight vector."""
+    """Returns a site's part of a flat weight vector: the values for its weight and, if it is searched, for its bias."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
@@ -279,7 +280,7 @@ class ByGradient:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Returns the weights with the largest nonzero gradients; of equal gradients the first comes first."""
+        """Returns the weights with the largest nonzero gradients. Of equal gradients, the first ones are taken."""
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]

@@ -19,9 +19,9 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 class Localization:
     """Weights to search (paper, section II.1, step ii).
 
-    `sizes` counts the weights that are `localized`, and all weights of the layers (`total`). For methods that subtract
-    the set that matters for passed samples from the set that matters for failed samples, such as `NeuRecoverLite`, it
-    has the sizes of these sets (`passed`, `failed`) and of their intersection (`both`) too.
+    `sizes` maps names to numbers of weights: `localized` weights, and all weights of the layers (`total`). Localizers
+    such as `NeuRecoverLite` remove the weights that matter for passed samples (`passed`) from the weights that matter
+    for failed samples (`failed`). They also give the sizes of these two sets and of their intersection (`both`).
     """
 
     weights: Tensor  # K int64: ascending positions of the localised weights in the flat vector (`ParameterSpace`)
@@ -38,12 +38,16 @@ class Replay(Protocol):
         """The layers to repair."""
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields the samples marked in `keep` (`N` bool by row of the results; None: all), at most `size` per chunk."""
+        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks the rows of the results to include.
+
+        If `keep` is None, all samples are included. If `size` is None, chunks have no maximum size.
+        """
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """Computes the logits of a chunk with each layer's output replaced by `edit(site, input, output)`.
+        """Computes the logits of a chunk of n samples. `edit(site, input, output)` replaces the output of each layer.
 
-        At the first layer `edit` gets the tensors of `n` samples and returns outputs of `copies * n` samples.
+        At the first layer `edit` gets tensors of n samples and must return an output for `copies * n` samples, copy by
+        copy. At later layers it gets and returns tensors of `copies * n` samples. The logits have `copies * n` rows.
         """
 
 
@@ -53,7 +57,7 @@ class Localizer(Protocol):
 
     @property
     def include_bias(self) -> bool:
-        """True if biases may be chosen too; `recording.space` then contains them."""
+        """True if biases may be chosen too. `recording.space` then contains them."""
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Chooses the weights to search, the same on every rank.
@@ -76,7 +80,7 @@ LOCALIZERS: Registry[Localizer] = Registry(
 
 
 def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """Builds a `Localization`; raises an `EmptyLocalizationError` if `weights` is empty."""
+    """Builds a `Localization` of `weights`. Raises an `EmptyLocalizationError` if `weights` is empty."""
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",
@@ -95,7 +99,7 @@ def check_numbers(**numbers: int | None) -> None:
 def default_n_weights(total: int) -> int:
     """Returns the default number of weights to localise: a tenth of `total`, but at least 32 and at most 309.
 
-    The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1).
+    The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1). The result may exceed a small `total`.
 
     Example:
         >>> [default_n_weights(total) for total in (224, 640, 589_824)]
@@ -124,7 +128,7 @@ class RandomWeights:
     """Draws weights uniformly at random, independently of the data.
 
     Attributes:
-        n_weights: number of weights, or all if the layers have fewer; None: `default_n_weights`.
+        n_weights: number of weights to draw; None: `default_n_weights`. All are drawn if the layers have fewer.
         seed: seed of the draw, from 0 to 2^32 - 1. The repair's seed has no effect.
         include_bias: True to draw biases too.
     """

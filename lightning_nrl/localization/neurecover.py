@@ -29,25 +29,24 @@ from lightning_nrl.localization.training_record import FolderHistory
 class NeuRecover:
     r"""Localises weights by the history of the training.
 
-    The regressions (deg) are targets (I_neg) that used to be right; the improvements (imp) are passed samples (I_pos)
-    that used to be wrong. In each layer the result is `(F_deg & G_deg & D) - (F_imp & G_imp)`, where every letter is a
-    set of weights: F those with the largest forward impact and G those with the largest gradient on the regressions or
-    improvements, D those that the training changed most. In a layer of n weights, each set has `round(n * s * rate)` of
-    them, with the suspiciousness
+    The regressions (deg) are targets (I_neg) that used to be right. The improvements (imp) are passed samples (I_pos)
+    that used to be wrong. In each layer the weights `(F_deg & G_deg & D) - (F_imp & G_imp)` are localised. F_deg has
+    the weights with the largest forward impact on the regressions, G_deg those with the largest gradient, and D those
+    that the training changed most. F_imp and G_imp are the same sets for the improvements. In a layer of n weights,
+    each set has `round(n * s * rate)` weights. Here s is the suspiciousness of the layer:
 
     .. math:: s = \frac{\bar f_{deg}}{\bar f_{deg} + \bar f_{imp}} \cdot \overline{|\Delta w|}
 
-    Here f is a weight's forward impact and :math:`\Delta w` its change. Bars are means over the layer's weights. Each
-    of the two factors is divided by its maximum over the layers.
+    In this formula, f is a weight's forward impact and :math:`\Delta w` its change, and bars are means over the layer's
+    weights. Each of the two factors of s is divided by its maximum over the layers.
 
     Attributes:
         history: earlier points of the training, oldest first: a list of checkpoints (paths, modules, state dicts), a
-            folder written by `TrainingHistory`, or a `History`. None: the folder of a `TrainingHistory` in the same
-            Trainer.
+            folder written by `TrainingHistory`, or a `History`. None: the `TrainingHistory` in the same Trainer.
         n_weights: number of weights to localise, or the nearest reachable number; by default `default_n_weights`.
-        rate: share of a layer's weights in each set if s is 1, above 0 to 1; replaces `n_weights`.
-        last: number of most recent steps (from a point to the next) to use; 1, as published, or None for all.
-        decay: weight of a step relative to the step after it, above 0 to 1.
+        rate: share of a layer's weights in each set if s is 1, above 0 and at most 1. It replaces `n_weights`.
+        last: number of most recent steps (from a point to the next) to use; None: all. The published method uses 1.
+        decay: weight of a step relative to the step after it, above 0 and at most 1.
         include_bias: True to localise biases too.
     """
 
@@ -78,7 +77,10 @@ class NeuRecover:
         return replace(self, history=folder)
 
     def on(self, known: KnownData) -> HistoryLocalizer:
-        """Reads the history, evaluating checkpoints on the known data, and returns the localizer for these data."""
+        """Reads the history, evaluates checkpoints on the known data, and returns the localizer for these data.
+
+        Raises a `ConfigurationError` if there is no history, or no point with other weights than the current model.
+        """
         history = _history_of(self.history)
         if history is None:
             raise ConfigurationError(
@@ -107,7 +109,7 @@ class NeuRecover:
 
 @dataclass(frozen=True)
 class TrainingFlips:
-    """Flips of samples and changes of weights during a training, with a higher weight for later steps."""
+    """Flips of samples and changes of weights during a training. A step counts `decay` times as much as the next."""
 
     regressed: Tensor  # N: weighted number of flips from right to wrong
     improved: Tensor  # N: weighted number of flips from wrong to right
@@ -115,7 +117,7 @@ class TrainingFlips:
 
     @classmethod
     def between(cls, points: Sequence[HistoryPoint], decay: float) -> TrainingFlips:
-        """Compares each point with the next; a sample whose result is unknown at one of the two did not flip."""
+        """Compares each point with the next. A sample whose result is unknown at one of the two points did not flip."""
         regressed = improved = torch.zeros(len(points[0].passed), dtype=torch.float64)
         change, total = torch.zeros(len(points[0].weights), dtype=torch.float64), 0.0
         for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
@@ -130,7 +132,7 @@ class TrainingFlips:
 
 @dataclass(frozen=True)
 class HistoryLocalizer:
-    """Localizer of `NeuRecover` once the history of the training was read."""
+    """Localizer that `NeuRecover.on` returns. It has the history of the training."""
 
     settings: NeuRecover
     flips: TrainingFlips
@@ -162,18 +164,16 @@ def localize_by_history(
     n_weights: int | None = None,
     rate: float | None = None,
 ) -> Localization:
-    """Localises weights by the sets that `NeuRecover` describes, in every layer.
+    """Localises weights by the sets that `NeuRecover` describes. Raises an `EmptyLocalizationError` if none is left.
 
     Args:
-        space: the layers.
+        space: the layers to repair.
         deg: impacts on the regressions.
         imp: impacts on the improvements; None: no improvements.
         change: absolute change of each weight during the training, in the order of `space.flat`.
-        n_weights: requested number of weights. The rate that comes nearest is used; on a tie, the smallest rate.
-        rate: rate as in `NeuRecover`, instead of `n_weights`.
-
-    Raises:
-        EmptyLocalizationError: no weight is left.
+        n_weights: requested number of weights if `rate` is None; by default `default_n_weights`. Of the rates for which
+            the number of localised weights is nearest to `n_weights`, the smallest is used.
+        rate: as in `NeuRecover`.
     """
     change = change.to(deg.forward)
     enter, leave = (torch.full_like(deg.forward, torch.inf) for _ in range(2))
@@ -209,7 +209,7 @@ def localize_by_history(
 
 
 def suspiciousness(deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor) -> Tensor:
-    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`)."""
+    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`). `layers` are slices of the weights."""
 
     def means(x: Tensor) -> Tensor:
         return torch.stack([x[own].mean() for own in layers])

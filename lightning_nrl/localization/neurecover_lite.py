@@ -27,8 +27,8 @@ class NeuRecoverLite:
     Attributes:
         n_weights: number of weights to localise (#lw), or the nearest reachable number; by default `default_n_weights`.
         n_g: number of weights in each of the four sets (N_g); replaces `n_weights`.
-        aggregation: backward impact: `mean_gradient`, the absolute value of the samples' mean gradient, or
-            `per_sample`, the mean of the absolute values of their gradients.
+        aggregation: definition of the backward impact. `mean_gradient` is the absolute value of the samples' mean
+            gradient, `per_sample` is the mean of the absolute values of their gradients.
         include_bias: True to localise biases too.
     """
 
@@ -51,9 +51,10 @@ class NeuRecoverLite:
 def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
     """Computes `(B_failed & F_failed) - (B_passed & F_passed)` (paper, section II.1, step ii).
 
-    Each of the four sets has the N_g weights with the largest impact on the failed or on the passed samples: B by
-    backward and F by forward impact. Of weights with equal impacts, the first ones are taken. If `n_g` is None, the N_g
-    is used for which the number of localised weights is nearest to `n_weights`; on a tie, the smallest N_g is used.
+    B_failed has the N_g weights with the largest backward impact on the failed samples, F_failed the N_g weights with
+    the largest forward impact. B_passed and F_passed are the same sets for the passed samples. Of weights with equal
+    impacts, the first ones are taken. If `n_g` is None, the N_g is used for which the number of localised weights is
+    nearest to `n_weights`. On a tie the smallest N_g is used.
 
     Args:
         failed: impacts on the samples to repair (I_neg).
@@ -87,13 +88,13 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns `Localization.sizes` for every N_g, as int64 tensors whose entry i is for N_g = i, without `total`."""
+    """Returns `Localization.sizes`, without `total`, as int64 tensors. Entry i of each tensor is for N_g = i."""
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Computes `Localization.sizes` at each threshold t in `at`: weights with `enter <= t < leave` are localised."""
+    """Returns `Localization.sizes` for each t in `at`. `failed` counts `enter <= t`, `passed` counts `leave <= t`."""
     failed, passed, both = (
         torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
     )
@@ -105,13 +106,13 @@ def _first_n_g(impact: Impact) -> Tensor:
 
 
 def rank_impacts(impact: Tensor) -> Tensor:
-    """Ranks impacts from 1, the largest first; equal impacts are ranked by position."""
+    """Returns the rank of each impact, 1 for the largest. Of equal impacts, an earlier one has a smaller rank."""
     order = impact.argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
 
 
 def nearest(sizes: Tensor, size: int) -> int:
-    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`; on a tie, the first."""
+    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`. On a tie it is the first index."""
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 

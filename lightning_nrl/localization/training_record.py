@@ -30,19 +30,12 @@ RECORD_HINT = "give the folder written by `TrainingHistory`, by default `<log_di
 
 @dataclass(frozen=True)
 class RecordedSplit:
-    """Results on one split of `n` samples at `T` points of a training, oldest first.
+    """Results on one split of `n` samples at `T` points of a training, oldest first."""
 
-    Attributes:
-        index: `n` int64, positions in the data set.
-        label: `n` int64, true classes, -1 if the task has no classes.
-        passed: `T x n` bool.
-        loss: `T x n` float16.
-    """
-
-    index: Tensor
-    label: Tensor
-    passed: Tensor
-    loss: Tensor
+    index: Tensor  # n int64, positions in the data set
+    label: Tensor  # n int64, true classes, -1 if the task has no classes
+    passed: Tensor  # T x n bool
+    loss: Tensor  # T x n float16
 
     @property
     def never_learned(self) -> Tensor:
@@ -73,7 +66,7 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder; raises a `ConfigurationError` if it has no record or a damaged one."""
+        """Reads a folder. Raises a `ConfigurationError` if it has no record or a damaged one."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
             raise ConfigurationError(f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT)
@@ -90,10 +83,10 @@ class TrainingRecord:
             raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
     def history(self, known: KnownData) -> list[HistoryPoint]:
-        """Converts the points for `NeuRecover`; the results of samples without a record are unknown.
+        """Converts the points for `NeuRecover`. A known sample that was not recorded has the result -1, unknown.
 
-        Raises:
-            ConfigurationError: the record lacks the weights of a layer to repair, or all splits that have targets.
+        Raises a `ConfigurationError` if the weights of a layer to repair were not recorded, or if targets (I_neg) exist
+        but none of their splits was recorded.
         """
         before = known.before
         failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
@@ -141,7 +134,7 @@ class FolderHistory:
 
 
 def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> None:
-    """Writes the point of a step: the results of all samples, and the weights."""
+    """Writes one point of a training to the folder: the results of all samples, and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}

@@ -1,8 +1,7 @@
 """Search for new values of the localised weights: fitnesses, searchers and the loop that runs them.
 
 A candidate is one set of values for the localised weights. In: the original weights, a scorer, and statistics of the
-layer's weights. Out: a `SearchResult` with the best candidate and the history. To add an algorithm, write a `Searcher`
-and register it in `SEARCHERS`.
+layer's weights. Out: a `SearchResult`. To add an algorithm, write a `Searcher` and register it in `SEARCHERS`.
 """
 
 from lightning_nrl.search.cma_es import CmaEs

@@ -47,8 +47,8 @@ class CmaEs:
         iterations: maximum number of generations; with 0 only the first candidates are scored.
         patience: generations without improvement before the search stops, at least 1.
         sigma: initial step size in standard deviations of the layer's weights, above 0.
-        covariance: `full` needs memory quadratic and time cubic in the number of weights; `diagonal` is sep-CMA-ES (Ros
-            & Hansen 2008); `auto` is `full` for up to 320 weights and `diagonal` for more.
+        covariance: `full` needs memory quadratic and time cubic in the number of weights. `diagonal` is sep-CMA-ES (Ros
+            & Hansen 2008). `auto` is `full` for up to 320 weights and `diagonal` for more.
     """
 
     label: ClassVar[str] = "CMA-ES"
@@ -89,7 +89,7 @@ class CmaEs:
         return state._replace(candidates=candidates)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Adapts the strategies to `fitness`, `S x P`; the first call creates them. NaN ranks last."""
+        """Adapts the strategies to `fitness`, `S x P`. The first call creates them. NaN ranks last."""
         worth = fitness.double().cpu()
         worth = worth.masked_fill(worth.isnan(), -math.inf)
         if state.strategies is None:

@@ -37,20 +37,21 @@ class DifferentialEvolution:
     """Search by differential evolution, rand/1/bin.
 
     In each generation every member x gets a trial. Each weight of the trial comes, with probability `crossover`, from
-    `x_a + F (x_b - x_c)`, else from x; at least one weight does not come from x. The other members a, b, c and the
-    factor F are drawn at random. A trial replaces x if it is at least as good. Member 0 starts at the original weights.
+    `x_a + F (x_b - x_c)`, else from x. At least one weight does not come from x. The members a, b and c are drawn for
+    each x, F once for all. A trial replaces x if it is at least as good. Member 0 starts at the original weights.
 
     Attributes:
         population: number of members, at least 4.
         iterations: maximum number of generations; with 0 only the first members are scored.
         patience: generations without improvement before the search stops, at least 1.
-        start: initial members, with the same meaning as in `ParticleSwarm`.
-        scale_min: has the same meaning as in `ParticleSwarm`.
-        scale_max: has the same meaning as in `ParticleSwarm`.
+        start: initial members, as in `ParticleSwarm`.
+        scale_min: as in `ParticleSwarm`.
+        scale_max: as in `ParticleSwarm`.
         crossover: crossover rate CR, from 0 to 1.
         factor_min: smallest value of F, at least 0; F is uniformly distributed.
         factor_max: largest value of F, at least `factor_min`.
-        reach: trials are clipped to `reach` times the smallest and the largest weight of the layer; at least 1.
+        reach: trials are clipped to the range of the layer's weights. A negative lower end and a positive upper end of
+            this range are first multiplied by `reach`, at least 1.
     """
 
     label: ClassVar[str] = "differential evolution"

@@ -23,9 +23,9 @@ def first_positions(
 ) -> Tensor:
     """Returns the first candidates, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
 
-    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites, and the other candidates that
-    `start` would place near the original weights are divided: up to half of them lie on lines from the original weights
-    through an elite, and the others lie around the original weights and around each elite in turn.
+    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. They also change the position
+    of other candidates that `start` would place near the original weights: up to half of these lie on lines from the
+    original weights through an elite, and the rest lie around the original weights and around each elite in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]

@@ -51,9 +51,8 @@ class Fitness:
       I_pos. (With the loss on I_neg alone, the search would go on to shrink the margins of passed samples.) If no
       sample of I_pos is broken, the fitness is N_patched plus a number from 0 to 1/2, which is larger for a lower loss
       and 1/4 for an unchanged loss. If a sample is broken, the fitness is negative.
-    - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
-      (1).
-    - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
+    - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's eq. (1).
+    - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's eq. (2).
 
     With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are weighted. The number for
     the loss in `lexicographic` is multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. The
@@ -75,7 +74,6 @@ class Fitness:
             effect on the lexicographic order and on feasibility.
 
     Example:
-        >>> import torch
         >>> from lightning_nrl.search.scores import Scores
         >>> loss = torch.ones(1, 2)
         >>> none, every = torch.tensor([[0.0]]), torch.tensor([[10.0]])
@@ -112,7 +110,7 @@ class Fitness:
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """Returns a copy in which a candidate is infeasible if its broken samples weigh more than `tolerated`."""
+        """Returns a copy in which candidates are infeasible if broken samples have a total weight above `tolerated`."""
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
@@ -242,7 +240,8 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
     With `n_failed` failed samples to repair, a repaired sample adds 1/n_failed to the fitness. With `n_passed` passed
     samples that the search scores, a broken sample subtracts alpha/n_passed. The result is n_passed / (alpha *
-    n_failed). No alpha in the paper's range (4 to 8) prevents broken samples; `perfect_intact` and `lexicographic` do.
+    n_failed), or infinity if this divisor is 0. No alpha in the paper's range (4 to 8) prevents broken samples, but
+    `perfect_intact` and `lexicographic` do.
 
     Example:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
@@ -252,7 +251,7 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """True if a fitness reads `Scores.loss_passed`. Without attribute `uses_passed_loss` it is assumed to read it."""
+    """True if a fitness reads `Scores.loss_passed`, or if it has no attribute `uses_passed_loss`."""
     return bool(getattr(fitness, "uses_passed_loss", True))
 
 

@@ -44,7 +44,7 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle so far, `S x P`; a particle that does not exceed it changes nothing."""
+        """Best fitness of each particle so far, `S x P`. A particle that does not exceed it changes nothing."""
         return self.best_fitness
 
 
@@ -57,15 +57,16 @@ class ParticleSwarm:
         particles: number of particles, at least 2.
         iterations: maximum number of steps; with 0 only the initial positions are scored.
         patience: steps without improvement before the search stops, at least 1.
-        start: initial positions; initial velocities are 0. Some particles are drawn from N, the normal distribution
+        start: initial positions. Initial velocities are 0. Some particles are drawn from N, the normal distribution
             with mean and standard deviation of the layer's weights. `local`: one particle stays at the original weights
             and the others start around it. `half`: half of the swarm starts as in `local`, the rest is drawn from N.
             `paper`: half of the swarm starts exactly at the original weights and may move, the rest is drawn from N.
             `normal`: one particle stays at the original weights, the rest is drawn from N.
-        constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, a random number per weight, speed at most 0.2 of the
-            range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number per particle and
-            term, speed from 0.2 to 5 ranges; the minimum speed drives particles away from the original weights.
-        inertia: coefficient of the velocity, at least 0. None means the value of `constants`, also for the next four.
+        constants: default coefficients. `clerc`: `inertia` chi = 0.7298, `cognitive` and `social` 2.05 chi, a random
+            number per weight, speed at most 0.2 of the range (max - min) of the layer's weights. `arachne`: `inertia`
+            chi, `cognitive` and `social` 4.1 chi, one random number per particle and pull, speed from 0.2 to 5 ranges.
+            Its minimum speed drives particles away from the original weights.
+        inertia: coefficient of the velocity, at least 0. If it or one of the next four is None, `constants` sets it.
         cognitive: coefficient of the pull to the particle's best position, at least 0.
         social: coefficient of the pull to the swarm's best position, at least 0.
         min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.
@@ -133,8 +134,8 @@ class ParticleSwarm:
     def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-        v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), then x = x + v. The random
-        numbers r_1 and r_2 are from [0, 1).
+        v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), with random numbers r_1 and
+        r_2 from [0, 1). The speed is limited (`min_speed`, `max_speed`). Then x = x + v.
         """
         x = state.position
         _, n, n_weights = x.shape

@@ -31,7 +31,10 @@ class Scores:
     credit_passed: Tensor | None = None  # S x P, the same sum over I_pos
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Returns (repaired, kept, loss_failed, loss_passed) in the device's widest dtype, with weighted counts."""
+        """Returns repaired, kept, `loss_failed` and `loss_passed`, `S x P` each, in float64, or float32 on MPS.
+
+        Repaired and kept are the numbers of these samples or, if samples have weights, their total weights.
+        """
         repaired = self.patched if self.value is None else self.value
         kept = self.intact if self.cost is None else self.n_passed - self.cost
         dtype = widest(self.patched.device)

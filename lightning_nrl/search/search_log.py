@@ -15,7 +15,7 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """Course of a search. Each tensor has one entry per iteration, on the CPU; entry 0 is the initial population."""
+    """Course of a search. Each tensor has one entry per iteration, on the CPU. Entry 0 is the initial population."""
 
     best: Tensor  # best fitness so far
     mean: Tensor  # mean of the iteration's finite fitnesses; NaN if none is finite
@@ -75,8 +75,7 @@ class SearchLog:
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
         """Records one iteration: candidates, `S x P x K`, with their scores and fitness, `S x P`.
 
-        Returns:
-            The fitness, with minus infinity where it is NaN or the search has ended.
+        Returns the fitness, with minus infinity where it is NaN or the search has ended.
         """
         fitness = fitness.to(self.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)

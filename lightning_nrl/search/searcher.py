@@ -48,7 +48,7 @@ def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which weights of a given dtype are searched: float32 or float64."""
+    """Returns the dtype in which weights are searched: float64 for float64 weights, float32 for all others."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -69,7 +69,7 @@ class RandomStreams:
         return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:
-        """Draws standard normal numbers; `like` and `shape` have the same meaning as in `uniform`."""
+        """Draws standard normal numbers. `like` and `shape` have the same meaning as in `uniform`."""
         return self._draw(torch.randn, like, shape)
 
     def seeds(self) -> list[int]:
@@ -139,7 +139,7 @@ class Searcher(Protocol[State]):
 
     @property
     def n_candidates(self) -> int:
-        """Number P of candidates per iteration; it must be above the number of elites."""
+        """Number P of candidates per iteration. It must be above the number of elites."""
 
     @property
     def iterations(self) -> int:
@@ -156,7 +156,7 @@ class Searcher(Protocol[State]):
         """Returns a state with the next candidates."""
 
     def tell(self, state: State, fitness: Tensor) -> State:
-        """Returns the state after its candidates were scored; `fitness`, `S x P`, is larger for better candidates.
+        """Returns the state after its candidates were scored. `fitness`, `S x P`, is larger for better candidates.
 
         A candidate has the fitness minus infinity if its loss is not finite or if its search has already ended.
         """

@@ -25,7 +25,7 @@ class Multiclass(Task):
 
     The loss is cross entropy, in at least float32. One logit per sample, `n` or `n x 1`, is treated as in `Binary`.
     Targets are class indices, `n` or `n x 1`, of any real dtype. They may also be `n x C` probabilities, one-hot or
-    soft; the most probable class is then the true one, and the loss is the cross entropy with all probabilities.
+    soft. The most probable class is then the true one, and the loss is the cross entropy with all probabilities.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -105,7 +105,7 @@ class Binary(Multiclass):
     """Binary classification from one logit per sample, `n` or `n x 1`: a logit above 0 predicts class 1, else class 0.
 
     The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype. `Multiclass`, the default, gives
-    the same results for such logits; `Binary` rejects logits of any other shape.
+    the same results for such logits. `Binary` rejects logits of any other shape.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:

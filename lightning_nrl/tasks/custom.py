@@ -33,7 +33,7 @@ class Custom(Task):
         loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use `reduction="none"` and average
             over all dimensions but the first.
         margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the sample passed, else
-            below 0. None: the task has no margins, and only the method `swarm` can repair.
+            below 0. None: the task has no margins, and only gradient-free methods such as `swarm` can repair.
 
     Example:
         >>> def far(output, target):
@@ -103,7 +103,7 @@ def _address(function: Judge) -> str:
 class NamedHead(Task):
     """Task for one head of a model with several outputs.
 
-    If the target has parts too, the part named like the head is used. Give a repair a `layer` that belongs to this head
+    If the target has parts too, its part with this `name` is used. Give a repair a `layer` that belongs to this head
     only: the repair does not protect the outputs of other heads.
 
     Attributes:
@@ -111,7 +111,6 @@ class NamedHead(Task):
         task: task of this head, or its name.
 
     Example:
-        >>> import torch
         >>> task = NamedHead("digit")
         >>> logits = task.logits({"digit": torch.tensor([[0.0, 1.0]]), "colour": torch.zeros(1, 3)})
         >>> task.passed(logits, {"digit": torch.tensor([1]), "colour": torch.tensor([2])})

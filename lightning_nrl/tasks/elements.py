@@ -32,12 +32,12 @@ class Elements(NamedTuple):
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """Returns `lead()` and the rival, which is the class with the largest other logit, `n x E` int64."""
+        """Returns `lead()` and the rivals, `n x E` int64. The rival is the class with the largest other logit."""
         best, rival = self._others().max(1)
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks the right elements, `n x E` bool. `reserve`, `n`, if given, is the least lead of a right element."""
+        """Marks right elements, `n x E` bool. With `reserve`, `n`, their lead must reach their sample's reserve."""
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -68,14 +68,17 @@ class ElementsTask(Task):
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Marks the right samples, `n` bool. Their margins must also be at least `reserve`, `n`, if that is given."""
+        """Marks the right samples, `n` bool. With `reserve`, `n`, a sample's margin must also reach its reserve."""
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64 (`ndim` dimensions with `n`), or raises a `ConfigurationError`."""
+        """Returns the true classes, `n x ...` int64. `ndim` is the expected number of dimensions, including samples.
+
+        Raises a `ConfigurationError` if the target is not a tensor of real numbers with at least two dimensions.
+        """
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
@@ -125,7 +128,7 @@ class ElementsTask(Task):
         return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns each sample's Kullback-Leibler divergence from the teacher, `n`: a mean over elements that count."""
+        """Returns the Kullback-Leibler divergence from the teacher, `n`: a mean over elements that `target` counts."""
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
@@ -226,14 +229,15 @@ class Segmentation(ElementsTask):
     `n x 1 x ...` for two classes, with a logit above 0 for class 1. Targets are `n x ...` or `n x 1 x ...`, whole
     numbers of any dtype or bools.
 
-    The lead of a pixel is its true logit minus the largest other logit. The margin is the largest amount by which the
-    leads of all pixels could shrink before the IoU falls below the threshold. It equals the lead of a single pixel, but
-    its gradient is the mean gradient of this lead and of leads of similar size.
+    The lead of a pixel is its true logit minus the largest other logit. The margin of a right image is the amount by
+    which the leads of all pixels can shrink before the IoU falls below the threshold. The margin of a wrong image is
+    minus the amount by which they would have to grow. A margin equals the lead of one pixel, but its gradient is the
+    mean gradient of this lead and of leads of similar size.
 
     Attributes:
         iou: threshold, above 0 and at most 1.
         classes: classes that count, such as `(1,)` for the foreground alone; None: all classes. If none of them occurs
-            in the target of an image, all classes count there.
+            in the target of an image, all classes count for this image.
         ignore_index: label of pixels that do not count; 255 in many data sets.
 
     Example:

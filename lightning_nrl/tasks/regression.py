@@ -19,13 +19,13 @@ from lightning_nrl.tasks.task import Task
 class Regression(Task):
     """Regression: a sample is right if every output is within a tolerance of its target.
 
-    Outputs and targets have equal sizes, `n` or `n x ...`. Errors are divided by the tolerance. The margin is 1 minus
-    the largest error of a sample: 1 for a perfect output, below 0 outside the tolerance. The loss is the Huber loss of
-    the errors, averaged over outputs, so that single outliers do not dominate.
+    Outputs and targets have equal sizes, `n` or `n x ...`. An error is measured in units of the tolerance. The margin
+    of a sample is 1 minus its largest absolute error: 1 for a perfect output, below 0 outside the tolerance. The loss
+    is the Huber loss of the errors, averaged over outputs, so that single outliers do not dominate.
 
     Attributes:
         tolerance: absolute tolerance, above 0, in the units of the target.
-        relative: share of the target that is added to `tolerance`, such as 0.05 for 5 %.
+        relative: share of the target's absolute value that is added to `tolerance`, such as 0.05 for 5 %.
 
     Example:
         >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])

@@ -40,8 +40,8 @@ class Task(ABC):
         Args:
             output: the model's logits.
             target: the targets.
-            reserve: `n`, least margin with which each sample passes (only for tasks with margins); None: no such limit.
-            with_loss: False: the second result is None.
+            reserve: `n`, minimum margin with which each sample passes, for tasks with margins; None: no minimum.
+            with_loss: if False, the second result is None.
         """
         passed = self.passed(output, target)
         if reserve is not None:
@@ -57,14 +57,15 @@ class Task(ABC):
         return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Raises a `ConfigurationError` if output and target do not fit together. It is called for each batch."""
+        """Checks each batch. Raises a `ConfigurationError` if output and target do not fit together."""
         return None
 
     def logits(self, output: Any) -> Tensor:
         """Returns the logits in the output of a model.
 
-        A tensor is returned as it is. Of a mapping, named tuple or object, the first of `OUTPUT_KEYS` is returned, else
-        the only tensor that is not a scalar. Of another sequence, the first tensor that is not a scalar is returned.
+        A tensor is returned as it is. Of an output with named fields, the first of `OUTPUT_KEYS` is returned. If it has
+        no such field, scalars are ignored: of a list or tuple the first tensor is returned, of any other output the
+        only tensor. Raises a `ConfigurationError` if there is no such tensor, or several in a mapping.
         """
         if isinstance(output, Tensor):
             return output
@@ -83,10 +84,10 @@ class Task(ABC):
         return found
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        """Returns the margin of each sample, `n`, differentiable and at least float32: above 0 if passed, else below.
+        """Returns the margin of each sample, `n`, differentiable and at least float32.
 
-        A margin is 0 only on a tie, such as between two logits. A task without margins returns None; only gradient-free
-        methods can then repair.
+        A margin is above 0 if the sample passed and below 0 if it failed. It is 0 only on a tie, such as between two
+        logits. A task without margins returns None; only gradient-free methods can then repair.
         """
         return None
 
@@ -117,7 +118,7 @@ class Task(ABC):
 
 
 def class_logits(output: Tensor) -> Tensor:
-    """Returns logits of at least two classes, `n x C x ...`. A single logit becomes that of class 1; class 0 gets 0."""
+    """Returns logits `n x C x ...` of at least two classes. A single logit becomes that of class 1; class 0 gets 0."""
     output = output[:, None] if output.ndim == 1 else output
     # sigmoid(z) = softmax([0, z])[1]
     return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
@@ -149,7 +150,9 @@ TASKS_WITH_ARGUMENTS = {
 
 
 def parse_task(task: Any) -> Task:
-    """Returns the task of a name. A task object is returned unchanged; None stands for `Multiclass`.
+    """Returns the task with a name, the `task` itself if it is a task object, and `Multiclass` for None.
+
+    Raises a `ConfigurationError` if the name is unknown, or if the named task needs arguments.
 
     Example:
         >>> parse_task("multilabel")

@@ -138,8 +138,6 @@ class ReplayGroup:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples of one group."""
-
     group: int
     samples: slice | Tensor  # positions in the group, on the group's device
     rows: Tensor  # n int64 on the CPU, rows of the samples in the results
@@ -172,7 +170,7 @@ class ActivationCache:
         return f"activations: {memory}{again:,} samples computed again whenever needed"
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """Yields chunks of at most `size` samples of one group. `keep` is True at rows of the results to include."""
+        """Yields chunks of at most `size` samples of one group. The arguments have the same meaning as in `Replay`."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]
@@ -210,12 +208,11 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Resumes the passes of n samples at the first site; returns logits of `copies * n` samples, copy by copy.
+        """Resumes the passes of n samples at the first site. Returns logits of `copies * n` samples, copy by copy.
 
         `edit` maps the input and the output of a site (repaired layer), with samples in the first dimension, to a new
-        output. At the first site `edit` gets the recorded tensors of n samples, which it must not change in place, and
-        returns `copies * n` samples. Later sites have `copies * n` samples. The logits are differentiable in the new
-        outputs.
+        output. At the first site it gets the recorded tensors of n samples, which it must not change in place, and
+        returns `copies * n` samples. Later sites have `copies * n` samples. The logits have gradients in new outputs.
 
         Raises a `ReplayError` if `copies` is above 1 but the samples must run through the whole model (see `rerun`).
         """

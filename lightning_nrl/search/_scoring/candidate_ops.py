@@ -69,8 +69,9 @@ INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIV
 def handles(*functions: Any, alone: bool = True, axis: int | None = None) -> Callable[[Handler], Handler]:
     """Returns a decorator that registers a handler for some torch functions.
 
-    With `alone`, the handler is called only if the first argument is a `CandidateTensor` with its channels in dimension
-    `axis` (None: in any), and no other argument is a `CandidateTensor`. Else the torch function gets whole tensors.
+    With `alone`, the handler is called only if the first argument, but no other, is a `CandidateTensor`. If `axis` is
+    given, the channels of this tensor must also be in that dimension. Otherwise the torch function gets whole tensors.
+    Without `alone`, the handler is called if any argument is a `CandidateTensor`, and `axis` has no effect.
     """
 
     def register(handler: Handler) -> Handler:
@@ -273,7 +274,7 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """True if a product may be computed as the sum of two products. In half precision this would round twice."""
+    """True if a product may be computed as the sum of two products: in float32 or float64, without autocast."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -47,7 +47,7 @@ class ChunkScorer:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Stores `head` or `gathered` for all later calls if it takes at most `room` bytes."""
+        """Sets `head` (for a last layer) or `gathered` for all later calls, unless it takes more than `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -56,7 +56,7 @@ class ChunkScorer:
             self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """Scores candidates `P x K` block by block; yields each block's slice of the candidates and its sums."""
+        """Scores candidates `P x K` block by block. Yields each block's slice of the candidates and its sums."""
 
         def work(_: slice, own: Tensor) -> Sums:
             # On a GPU, `count_passed` would have to wait for the device to know which samples are decided.
@@ -78,7 +78,7 @@ class ChunkScorer:
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns for candidates `P x K` a mask of passed samples and, `with_loss`, losses (else None), `P x n`."""
+        """Returns passed and loss under candidates `P x K`, `P x n` each. The loss is None unless `with_loss`."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         whole = self.rows >= len(self.chunk)
@@ -126,7 +126,7 @@ def make_chunk_scorers(
     reserve: Tensor | None = None,  # N, minimum margin to pass; None: no minimum
     weight: Tensor | None = None,  # N float64, sample weights; None: equal weights
 ) -> list[ChunkScorer]:
-    """Builds one scorer per chunk. If memory runs out, chunks are made smaller and store nothing between calls."""
+    """Builds one scorer per chunk. If memory runs out, smaller chunks are built, which store nothing between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 

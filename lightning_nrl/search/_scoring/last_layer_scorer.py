@@ -41,7 +41,7 @@ class Sums(NamedTuple):
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Computes `Sums` over the samples, the last dimension of the mask `passed` and of the losses and weights."""
+    """Computes `Sums` from a mask of passed samples, losses and weights. The last dimension is that of samples."""
     wide = widest(passed.device)
     credit = None
     if loss is not None and with_credit:
@@ -62,7 +62,7 @@ class HeadTables:
 
     Candidates change only the logits of these classes. The other logits, except that of the true class, are called
     fixed. Only their maximum and the sum of their exponentials are needed, and for ties their maximum over the classes
-    before the true class, because arg max takes the first of equal logits. Losses do not depend on the reserve.
+    before the true class, because arg max takes the first of equal logits. The `reserve` does not change losses.
     """
 
     rivals: Tensor  # U x 1 x n, original logits of the changed classes, -inf for the true class
@@ -76,7 +76,7 @@ class HeadTables:
     reserve: Tensor | None  # n, minimum margin to pass; None: no minimum
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns for P candidates a mask of passed samples and, `with_loss`, the losses (else None), `P x n` each.
+        """Returns passed and loss of each sample under P candidates, `P x n` each. The loss is None unless `with_loss`.
 
         `z`, `U x P x n`, holds the changes of the logits of the U classes, and is overwritten. For several swarms at
         once, `z` and all fields of this class have one more dimension in front.
@@ -113,7 +113,7 @@ class HeadScorer(HeadTables):
         return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
 
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the masks of the samples that pass, and that fail, under all candidates `P x K`; `n` bool each.
+        """Returns two masks, `n` bool: samples that pass under all candidates `P x K`, and samples that fail under all.
 
         Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the interval
         of its true class and that of its best other class are further apart than the rounding error. For sums of m
@@ -153,7 +153,7 @@ class HeadScorer(HeadTables):
         return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns the result of `sum_passed` for candidates `P x K`. Skips decided samples unless they are few."""
+        """Returns the result of `sum_passed` for candidates `P x K`, faster if many samples are decided."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -171,7 +171,7 @@ class HeadScorer(HeadTables):
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Builds a scorer. `y`, `n x C`, are the original logits of C classes; `reserve`, `n`, are minimum margins."""
+    """Builds a scorer. `y`, `n x C`, are the original logits of C classes. `reserve`, `n`, are minimum margins."""
     units, true = delta.units + (y.shape[1] == 1), target.unsqueeze(1)
     y = class_logits(y)
     n, c = y.shape

@@ -26,7 +26,7 @@ def default_budget(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes; main memory counts only up to the limit of a container."""
+    """Returns the free memory of a device in bytes. In a container, its limit bounds the free main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -68,7 +68,7 @@ def in_blocks(
     """Calls `work` for blocks of the candidates `values`, `S x P x K`, each on all `n` samples.
 
     A block has all candidates of several swarms, or some candidates of one swarm. `work` gets the slice of the block's
-    swarms and `values` of the block. Yields, in order, the slice of each block's candidates and the result of `work`.
+    swarms and the block's values. For each block, yields its slice of dimension P and the result of `work`.
     """
     start, candidate, (s, p, _) = 0, 0, values.shape
     while start < s and p:

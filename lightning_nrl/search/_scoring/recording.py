@@ -46,10 +46,8 @@ def record(
 ) -> ActivationCache:
     """Records the known data for a repair of `space`. Warns if some samples must run through the whole model.
 
-    With a GPU, half of the free main memory is used besides `budget`.
-
-    Raises:
-        ReplayError: `space` has no layer, or the model never calls one of its layers.
+    On a GPU, tensors beyond `budget` are stored in main memory, but at most in half of its free part. Raises a
+    `ReplayError` if `space` has no layer, or if the model never calls one of its layers.
     """
     if not space.sites:
         raise ReplayError(space.obstacle)
@@ -99,7 +97,7 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs a batch of `n` samples; returns its group, which may be new, and the tensors to store."""
+    """Runs a batch of `n` samples. Returns its group, which may be new, and the tensors to store."""
     model = cache.model
     planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
     live = {name for _, plan in planned for name in plan.live_calls}
@@ -132,7 +130,7 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if samples can be run without the rest of their batch: two of them must get the same logits as in it."""
+    """True if samples can be run without their batch. If the inputs do not show this, two samples are tried."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
@@ -150,9 +148,8 @@ def find_head_group(
 ) -> tuple[ReplayGroup, list[Tensor]]:
     """Does the work of `find_group` for a batch whose samples cannot be run alone. The layer must return the logits.
 
-    Raises:
-        ConfigurationError: the model does not return one row of logits per sample.
-        InseparableBatchError: more than one layer is repaired, or the layer's output is not the logits.
+    Raises a `ConfigurationError` if the model does not return one row of logits per sample, and an
+    `InseparableBatchError` if more than one layer is repaired or if the layer's output is not the logits.
     """
     model = cache.model
     trace, logits = model.trace(inputs, lambda name: False)
@@ -187,7 +184,7 @@ def find_head_group(
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Does the work of `find_group` for a batch that must run through the whole model, and notes the reason."""
+    """Does the work of `find_group` for a batch that must run through the whole model. `reason` says why."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:

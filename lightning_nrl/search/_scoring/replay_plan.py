@@ -241,7 +241,6 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
 
 
 def perturbed(flat: Tensor) -> Tensor:
-    """Returns the weights plus noise from a fixed seed."""
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
     return flat + noise * flat.std(correction=0).clamp_min(1e-3)
 
@@ -258,7 +257,7 @@ def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor],
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
-    """Returns for each leaf, by its gradient, True if the logits depend on it by another way than the first site."""
+    """Returns True for each leaf that the logits depend on by another way than the first site, as gradients show."""
     leaves, spec = flatten_trace(inputs, trace)
     floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
     try:

@@ -35,7 +35,7 @@ class SwarmGroup:
 
 @dataclass(frozen=True)
 class SwarmScorer:
-    """Scores the candidates of S swarms on recorded data; `make_scorer` builds it."""
+    """Scores the candidates of S swarms on recorded data. `make_scorer` builds it."""
 
     cache: ActivationCache  # the known data of this rank
     groups: tuple[SwarmGroup, ...]  # swarms that are not in `stacks`
@@ -124,9 +124,7 @@ def make_scorer(
     """Builds a scorer of candidates. Entry i of a tensor of length N belongs to row i of the model's results.
 
     Without `passed_loss`, `Scores.loss_passed` is 0, and samples of I_pos that no candidate breaks may be skipped.
-
-    Raises:
-        ConfigurationError: `where`, `failed` and `passed` have rows for different numbers of swarms.
+    Raises a `ConfigurationError` if `where`, `failed` and `passed` have rows for different numbers of swarms.
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device

@@ -49,7 +49,8 @@ class UnitBucket:
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
         """Returns the input of each weight of a convolution at each output position, `u x copies x m x R`.
 
-        `x` is the input, `copies * n x C x ...`, and `out` the spatial output shape; R is n times the product of `out`.
+        `x`, `copies * n x C x ...`, is the layer's input, and `out` is the spatial shape of its output. R is the number
+        of output positions of n samples, n times the product of `out`.
         """
         u, m = self.kernel_index.shape
         x = pad_input(conv, x.index_select(1, self.channels))
@@ -151,13 +152,13 @@ class LayerDelta:
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns candidates `P x K` minus the original values in at least float32, `P x (K + 1)`; column K is 0."""
+        """Returns the weight changes of candidates `P x K` and a column of zeros: `P x (K + 1)`, at least float32."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns how candidates `P x K` change the outputs of U units at R positions of all samples, `U x P x R`."""
+        """Returns the output changes of U units under candidates `P x K`, as `U x P x R` (see `GatheredInputs`)."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
@@ -210,7 +211,7 @@ def edit_layers(
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
     """Returns an `edit` that applies candidates `P x K` in one call of `ReplayPlan.resume`.
 
-    `gathered` is the result of `LayerDelta.gather` for the first site; without it, `edit` calls `gather`.
+    `gathered` is the result of `LayerDelta.gather` for the first site. Without it, `edit` calls `gather`.
     """
     by_site = {id(delta.site): delta for delta in deltas}
     first = True

@@ -2,8 +2,7 @@
 
 When the first repaired layer is called, some modules have finished, and their outputs do not depend on the repaired
 weights. Of these modules, those that are not part of another finished module are the *frontier*, in the order of their
-calls. In a resumed pass the frontier returns stored outputs; only the Python code between its modules and everything
-after the layer runs.
+calls. In a resumed pass the frontier returns stored outputs; only code between its modules and after the layer runs.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class EditableModel:
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
-        """Runs a pass; returns its trace and the logits.
+        """Runs a pass. Returns its trace and the logits.
 
         If `keep` is False for the name of a module, only the shapes of its outputs are recorded, as meta tensors.
         Raises a `ReplayError` if the model never calls one of the sites.
