@@ -84,7 +84,7 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 class ResumeStore:
     """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
 
-    With `parent=None`, nothing is saved. `elsewhere` are the parent folders of earlier runs, the newest first.
+    With `parent=None`, nothing is saved. Results of earlier runs are sought in the folders `elsewhere`, newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:

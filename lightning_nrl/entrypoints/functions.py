@@ -82,7 +82,7 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Makes the next `fit` run `work` instead of training. Saves, logs and applies the outcome unless it is None."""
+    """Makes the next `fit` run `work` instead of training. If `work` returns an outcome, saves, logs and applies it."""
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."

@@ -77,7 +77,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to every logger that takes pages."""
+    """Writes the page of a release decision to TensorBoard, and uploads its files to W&B and MLflow."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -155,7 +155,6 @@ def _write(log: RepairLog, logger: Logger) -> None:
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:
-    """Returns the `SummaryWriter` of a TensorBoard logger, or None for any other logger."""
     writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
     return writer if isinstance(writer, SummaryWriter) else None
 
@@ -167,7 +166,7 @@ def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
 
 
 def safe_name(title: str) -> str:
-    """Replaces characters that Windows forbids in file names."""
+    """Replaces each character that Windows forbids in file names by an underscore."""
     return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 
