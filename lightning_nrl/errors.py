@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Matches control characters except tab and newline, marks that set the direction of writing, and lone surrogates."""
+"""Matches lone surrogates, marks that set the direction of writing, and control characters except tab and newline."""
 
 
 class RepairError(Exception):
-    """Base class of all errors of this package. Its message describes a problem and ends with a hint."""
+    """Base class of all errors of this package. Its message describes a problem and, in general, ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -90,7 +90,7 @@ class InseparableBatchError(ReplayError):
 
 
 class RepairWarning(UserWarning):
-    """Base class of all warnings of this package. Its message describes a problem and ends with a hint."""
+    """Base class of all warnings of this package. Its message describes a problem and, in general, ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)

@@ -61,8 +61,8 @@ class DataOptions:
         render: function, or its address, that turns a sample into an image or text for the report. None: an image, a
             table or tokens, depending on the shape of the model's input.
         augment: function `f(batch) -> batch`, or its address, that augments the targets when training continues. It may
-            draw at random and return more samples than it gets. Reports count the samples
-            without this augmentation. None: only the data set's own augmentation.
+            draw at random and return more samples than it gets. Reports count the samples without this augmentation.
+            None: only the data set's own augmentation.
         start_from: the weights to repair: those at the end of training (`last`) or of the best checkpoint (`best`).
 
     Raises:

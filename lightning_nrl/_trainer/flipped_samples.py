@@ -205,7 +205,7 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns `classes` of the first data set with this attribute, as in torchvision, or an empty tuple."""
+    """Returns the attribute `classes` of the first data set that has it, as in torchvision, or an empty tuple."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)

@@ -260,7 +260,7 @@ def describe_failure(error: Exception) -> str:
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Returns, on all ranks, if time is over on at least one rank. Raises on all ranks if one rank gives an `error`.
+    """Returns True on all ranks if time is over on at least one rank. All ranks raise if one rank gives an `error`.
 
     Every call exchanges the same three numbers. So a rank that fails cannot leave the others waiting in another call.
     """

@@ -153,7 +153,7 @@ class LoaderSource:
             raise ConfigurationError(problem, adapter_hint(raw)) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """Returns a source that reads each sample `draws` times with other random numbers. Each time is one sample."""
+        """Returns a source that reads each sample `draws` times with other random numbers, and counts it as often."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -214,7 +214,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
-    """Copies a loader, with its collate function, workers and pinning. `dataset` replaces its data set unless None."""
+    """Copies a loader's collate function, workers, pinning and data set (or takes `dataset`). `arguments` add more."""
     if loader.num_workers:
         for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
             arguments[name] = getattr(loader, name)
@@ -226,13 +226,13 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
-    """Splits a name such as `val:1` into the split `val` and the number or key `1` of a loader, which may be empty."""
+    """Splits a name such as `val:1` into the split `val` and the number or key `1`, which is empty for `val` alone."""
     split, _, which = name.partition(":")
     return split, which
 
 
 def loaders_in(given: Any) -> Mapping[str, Any]:
-    """Returns the loaders of a list, mapping or `CombinedLoader` by number or key, as text. A single loader has `0`."""
+    """Returns the loaders of a list, mapping or `CombinedLoader` by number or key, as text. A single loader is `0`."""
     given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         return {str(key): loader for key, loader in given.items()}

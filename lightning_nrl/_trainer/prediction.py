@@ -129,8 +129,8 @@ def choose_prediction(
 ) -> tuple[bool, bool] | None:
     """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to predict by `forward`.
 
-    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails. An adapter
-    that runs the module itself is kept, which is None too.
+    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails. If the
+    adapter runs the module itself, returns None, and the adapter stays.
     """
     if isinstance(adapter, ModelAdapter):
         return None

@@ -334,7 +334,7 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes a report, and files of other kinds by the functions `others`. Returns the report with written files."""
+    """Writes a report, and more files by the functions `others`. Returns the report with the paths of written files."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)

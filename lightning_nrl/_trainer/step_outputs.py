@@ -185,7 +185,7 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the loss that a training step returned, alone or in a mapping. None (a skipped step) stays."""
+    """Adds a scalar to the loss that a training step returned, also in a mapping. None, a skipped step, stays None."""
     if result is None:
         return None
     if isinstance(result, Tensor):

@@ -248,7 +248,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """A repair of a trainer's model. Callbacks of the classes `left_out` do not run in training for the repair."""
+    """A repair of a trainer's model. If it continues training, callbacks of the classes `left_out` do not run."""
 
     settings: Settings
     task: Task

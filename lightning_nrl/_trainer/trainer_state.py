@@ -169,7 +169,7 @@ def _batches_of(trainer: Trainer) -> int:
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """Returns the epochs of a checkpoint, at least 1, or `ASSUMED_EPOCHS` if it has no count."""
+    """Returns the number of epochs in a checkpoint, at least 1, or `ASSUMED_EPOCHS` if no number is in it."""
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:

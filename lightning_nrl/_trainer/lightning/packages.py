@@ -25,7 +25,7 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports both packages, if both are installed, so that a callback can derive from both. Returns them."""
+    """Imports and returns `lightning.pytorch` and `pytorch_lightning`, or the only one that is installed."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []

@@ -85,7 +85,7 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Moves a raw batch to the device as in validation (`_on_before_batch_transfer`). See also `with_plain_tensors`."""
+    """Moves a raw batch to the device as in validation (`_on_before_batch_transfer`); applies `with_plain_tensors`."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))

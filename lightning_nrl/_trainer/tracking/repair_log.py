@@ -78,7 +78,7 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the paths of those files of the kinds `UPLOADED` that exist, by kind."""
+    """Returns paths by kind. Only existing files of the kinds in `UPLOADED` are included."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
 
 
