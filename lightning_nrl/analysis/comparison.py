@@ -68,9 +68,8 @@ def compare_module(
 ) -> Comparison:
     """Runs methods one by one on the same problem, from the same weights and with the same seed.
 
-    No gate judges the results. Samples are counted at several strengths t, under the weights w0 + t (w - w0) with the
-    original weights w0 and the method's weights w, and at the largest t found that breaks no known sample. The model
-    stays unchanged.
+    The model stays unchanged, and no gate judges the results. Samples are counted under the weights w0 + t (w - w0),
+    with w0 before and w after the method, at several t and at the largest t found that breaks no known sample.
 
     Model, data and `settings` are as in `repair_module`. Each method has the full `max_time`, and unseen data are only
     counted. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. `training`
@@ -219,8 +218,7 @@ class Comparison(Report, Plotted):
 
     Attributes:
         entries: one per method, in the order of their runs.
-        targets: number of failures to repair.
-        target: these failures, in words.
+        targets, target: number of failures to repair, and these failures in words.
     """
 
     entries: tuple[Entry, ...]

@@ -78,7 +78,7 @@ def describe(raw: Any, name: str = "batch") -> str:
 
 
 def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
-    """Returns a hint with the code of an adapter, with guessed fields. `where` tells how to pass the adapter."""
+    """Returns a hint: code of an adapter for the batch, with guessed fields. `where` tells how to pass the adapter."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
     classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
@@ -159,7 +159,7 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 
 
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
-    """Splits a batch into model inputs and target; this is the default adapter.
+    """Splits a batch into model inputs and target. This is the default adapter.
 
     A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's arguments. If forward
     needs several inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
@@ -167,9 +167,9 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. The inputs
     or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`. Forward gets these inputs:
 
-    - If it has one required parameter, the field of this name, else the only tensor, else the first of `INPUT_KEYS`,
-      else the whole batch. A parameter that is named `batch` or annotated as a mapping gets the whole batch. So does
-      any parameter if the batch is of graphs.
+    - If it has one required parameter, the whole batch if it is of graphs, else the field of this name. Without such a
+      field, a parameter named `batch` or annotated as a mapping gets the whole batch; any other parameter gets
+      the only tensor, else the first of `INPUT_KEYS`, else the whole batch.
     - If it has several parameters, the fields of these names. `**kwargs` gets all tensors except the target.
     - If `signature` is None, the first of `INPUT_KEYS`, else every tensor except the target, by name.
 

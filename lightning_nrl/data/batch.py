@@ -186,8 +186,7 @@ class TensorSource:
     """Split of `n` samples in memory (a `lightning_nrl.data.Source`).
 
     Attributes:
-        inputs: model inputs, first dimension `n`: a tensor, a tuple for several positional arguments, or a mapping for
-            keyword arguments.
+        inputs: model inputs, first dimension `n`: a tensor, a tuple of positional or a mapping of keyword arguments.
         targets: targets, first dimension `n`; for `Multiclass`, `n` whole numbers.
         split: name in reports.
         passed: True if the search draws passed samples to score (`n_passed` of them) from this split. Known passed

@@ -49,7 +49,7 @@ class Field:
 
 
 def find_column(argument: str, value: Any) -> Column:
-    """Parses a column; `argument` is the name of the argument in errors.
+    """Parses a column. `argument` is the name of the argument in errors.
 
     Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its address
     (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a colon or dot is an address.
@@ -81,6 +81,6 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU; bools become 1 and 0."""
+    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU. Bools become 1 and 0."""
     found = column_values(argument, column, batch, label)
     return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

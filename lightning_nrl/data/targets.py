@@ -300,7 +300,7 @@ def parse_target(target: str | Target) -> Target:
 
 
 def target_in(text: str) -> Target | None:
-    """Parses a target of several words. Returns None for a single word and for text that is not a target."""
+    """Parses a target of several words, such as `label 3`. Returns None for one word or other text."""
     try:
         return parse_target(text) if len(text.split()) > 1 else None
     except TargetError:

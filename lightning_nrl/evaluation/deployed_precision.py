@@ -72,7 +72,7 @@ class DeployedPrecision:
 
 
 def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> float | None:
-    """Estimates the rounding error of margins (`ROUNDING_FACTOR`). Returns None if no passed margin is finite."""
+    """Estimates the rounding error of margins, see `ROUNDING_FACTOR`. Returns None if no passed margin is finite."""
     margin = before.margin[before.passed & before.margin.isfinite()]
     return None if not len(margin) else ROUNDING_FACTOR * precision.eps * max(0.0, float(margin.median()))
 

@@ -71,7 +71,7 @@ class Evaluator:
         return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """Computes the logits of a batch; if `forward` is given, it is called instead of the model."""
+        """Computes the logits of a batch. If `forward` is given, it is called instead of the model."""
         with self.context():
             if forward is None:
                 return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
@@ -115,7 +115,7 @@ class Evaluator:
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """Yields logits and targets by batch, after `Task.check`. Raw batches are moved to the device and adapted."""
+        """Yields logits and targets that pass `Task.check`. Moves raw batches to the device and adapts them."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
@@ -297,7 +297,7 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Raises a `ConfigurationError` if `needs` has margins or classes and the task has none. `by` is the method."""
+    """Raises a `ConfigurationError` if the task lacks margins or classes that are in `needs`. `by` names the method."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(

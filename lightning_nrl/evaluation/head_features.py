@@ -45,7 +45,7 @@ def collect_features(
 ) -> HeadFeatures:
     """Runs the model over the known data and records the inputs and outputs of its last Linear, `head`.
 
-    If there are more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
+    From more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
     """
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def collect_features(
 def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields this rank's samples among those at `rows` of the results, as pairs of a batch and its rows."""
+    """Yields this rank's samples among those at `rows` of the results: pairs of a `Batch` and its samples' rows."""
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -143,8 +143,7 @@ def neighbours(
 
     The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples have the features
     `passed`, `P x D`, and the labels `passed_label`. Distances are cosine distances after subtraction of the mean of
-    `passed`. If the `n` samples are passed samples too, `itself` gives the row of each in `passed`, so that no sample
-    is its own neighbour.
+    `passed`. If the samples are in `passed` too, `itself` (`n` int64, their rows) keeps each from counting itself.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))

@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Task
 
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
-    """Reshapes a layer's input or output to rows, `r x ...`, as the module docstring defines them."""
+    """Reshapes a layer's input or output to rows, `r x ...`: feature vectors of a Linear, samples of a convolution."""
     return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
@@ -36,10 +36,8 @@ def uses_per_weight(layer: Layer, output: Tensor) -> int:
 
 
 def absolute_input(layer: Layer, x: Tensor) -> Tensor:
-    """Sums the absolute values of all inputs that each weight is multiplied with; the result has the weight's shape.
-
-    For a convolution, it is the kernel gradient of a depthwise convolution of |x| with an output gradient of ones.
-    """
+    """Sums the absolute values of the inputs that each weight multiplies. The result has the weight's shape."""
+    # For a convolution, the sums are the kernel gradient of a depthwise convolution of |x|; the output gradient is 1.
     total = x.abs().sum(0)
     if isinstance(layer, nn.Linear):
         return total.expand_as(layer.weight)
@@ -90,7 +88,7 @@ MAX_GRADIENT_ENTRIES = 2**24  # largest number of samples x weights for which gr
 
 
 class LayerCall(NamedTuple):
-    """Input and output gradient of one call of a layer, as rows (see the module docstring), at least float32."""
+    """Input and output gradient of one call of a layer, as rows (see `as_rows`), at least float32."""
 
     input: Tensor  # r x ...
     gradient: Tensor  # r x ..., the gradient at the layer's output
@@ -115,7 +113,7 @@ class OutputProbe:
         return output + zero
 
     def hooked(self) -> AbstractContextManager[Any]:
-        """Returns a context in which calls of the layers are recorded, except functional uses of their weights."""
+        """Returns a context that records calls of the layers, but not functions such as `F.linear` on their weights."""
 
         def hook_of(name: str) -> Any:
             return lambda module, args, output: self.add_zero(name, args[0], output)
@@ -127,7 +125,7 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Returns the gradients of `(weights * values).sum()` at the recorded outputs; `()` if it has no gradients."""
+        """Returns the gradients of `(weights * values).sum()` at recorded outputs, or `()` if `values` needs none."""
         zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
@@ -135,7 +133,7 @@ class OutputProbe:
             return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
-        """Returns the calls of each layer, with the gradients of `values.sum()`."""
+        """Returns the calls of each layer, with the gradients of `values.sum()`. No calls if `values` needs none."""
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
         for (name, x, _), gradient in zip(self.seen, gradients, strict=bool(gradients)):

@@ -141,8 +141,8 @@ def find_scope(
 
     `layer` is as for `find_layers`, or names a block: then the block's last layer is searched, and training may change
     all parameters of the block. With `auto`, training may change all parameters that are not frozen, and the searched
-    layer is chosen from the names in `called` if possible. If `auto` finds no layer, methods with `trains=True` get an
-    empty space instead of an error.
+    layer is chosen from the names in `called` if possible. If `auto` finds no layer, a `ConfigurationError` is raised;
+    with `trains=True`, for methods that train, the space is empty instead.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
@@ -166,7 +166,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """Returns one name or several names as a list; raises a `ConfigurationError` if there is no name."""
+    """Returns one name or several names as a list. Raises a `ConfigurationError` if there is no name."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`.")
@@ -301,7 +301,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 
 def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
-    """Returns name and module of the last Linear, or twice None if there is none; `called` limits the names."""
+    """Returns the last Linear's name and module, or `(None, None)`. If `called` is given, only these layers count."""
     linear = [
         (name, layer)
         for name, layer in layers_of(model).items()

@@ -14,9 +14,9 @@ MAX_CACHED_BYTES = 2**28  # largest size of the cached logits; logits that do no
 class LogitCache:
     """Caches logits by sample number, on the device of the logits, up to `MAX_CACHED_BYTES`.
 
-    The set of cached samples is kept on the CPU, so a lookup never waits for the device. Logits that differ in shape
-    from the first cached logits, as in padded batches, are not cached; `has_varied` is then True. If `n_samples` is
-    None, the table grows.
+    The set of cached samples is kept on the CPU, so a lookup never waits for the device. If `n_samples` is None, the
+    table grows with the largest sample number. Logits that differ in shape from the first cached logits, as in padded
+    batches, are not cached; `has_varied` is then True.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -34,7 +34,10 @@ class LogitCache:
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """Returns logits by sample number. Returns None unless all are cached, with the shape `shape[1:]` if given."""
+        """Returns the logits of the samples `index`. Returns None if any of them is not cached.
+
+        If `shape` is given, None is also returned if the cached logits of a sample do not have the shape `shape[1:]`.
+        """
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None
@@ -60,8 +63,7 @@ class LogitCache:
             like = logits if table is None else table
             table = none_if_out_of_memory(lambda: torch.cat([*parts, like.new_empty(more)]))
             if table is None:
-                # Keep the present entries and cache no more.
-                self._max_bytes = 0
+                self._max_bytes = 0  # keeps the present entries and caches no more
                 return
             self._table = table
         self._known = torch.cat([self._known, self._known.new_zeros(rows - len(self._known))])

@@ -90,7 +90,7 @@ class FlipMetric(Metric):
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plots values that `compute` or `forward` returned, by default the current value; returns figure and axes."""
+        """Plots values that `compute` or `forward` returned, by default the current value. Returns figure and axes."""
         return self._plot(val, ax)
 
 

@@ -34,7 +34,6 @@ class Rate:
         return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
-        """Computes the rate of one set of counts in double precision."""
         four = counts.kept, counts.broken, counts.repaired, counts.failing
         return float(self(torch.tensor(four, dtype=torch.float64)))
 
@@ -87,5 +86,5 @@ def flip_rates(flips: Tensor) -> dict[str, Tensor]:
 
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """Computes all rates of one set of counts in double precision, by rate name; an undefined rate is NaN."""
+    """Computes all rates of one set of counts in double precision, by rate name. An undefined rate is NaN."""
     return {name: rate.of(counts) for name, rate in RATES.items()}

@@ -51,7 +51,7 @@ class Gates:
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
-    """Creates the Linears of a recurrent layer; raises a `ConfigurationError` for an LSTM with projections."""
+    """Creates the Linears of a recurrent layer. Raises a `ConfigurationError` for an LSTM with projections."""
     if getattr(module, "proj_size", 0):
         raise ConfigurationError(
             f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
@@ -73,7 +73,7 @@ def unroll(gates: Sequence[Gates]) -> Iterator[None]:
 
 @contextmanager
 def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Replaces a module's `forward` inside the context; `hooks=False` also disables the module's hooks.
+    """Replaces a module's `forward` inside the context. `hooks=False` also disables the module's hooks.
 
     With `hooks=True` an empty hook is added. Modules such as `TransformerEncoderLayer` have a fused path that would not
     call the new `forward` of their parts; they do not take this path if one of their parts has a hook.

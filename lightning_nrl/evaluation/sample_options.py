@@ -70,9 +70,8 @@ class SampleOptions:
         protected: passed samples of known and calibration data that must never break, whatever the gate: a column of
             bools, a target, or ids by split. Whole numbers instead of bools are costs of breaking samples, usually 1.
         risk: severity of confusions, as in Athena and DRWeightMerge: whole numbers from 1 by pair of true and predicted
-            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. The default is 1. The value of a
-            repair is multiplied by the severity of the repaired confusion, the cost of breaking a sample by the highest
-            severity of its class.
+            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. Severities (default: 1) multiply the
+            value of repairing a confusion. The highest severity of a class multiplies the cost of breaking its samples.
         set_aside: failures in the target that are not to be repaired: a column of bools, a target, ids, or `"doubtful"`
             for failures whose label looks wrong. The report lists these failures.
         keep: samples that must not break in an update: all that the new model gets right (`both`), or only those that
@@ -116,10 +115,10 @@ class SampleOptions:
         everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
-        """Evaluates the model and applies the options; returns the results and a mask of failures set aside, `N` bool.
+        """Evaluates the model and applies the options. Returns the results and a mask of failures set aside, `N` bool.
 
-        Failures set aside are not targeted in the results. `known` is False for data that the repair only evaluates;
-        `importance` and `set_aside` are then ignored. The other arguments are those of `Evaluator.run`.
+        Failures set aside are not targeted in the results. `known=False`, for data that the repair only evaluates,
+        ignores `importance` and `set_aside`. The other arguments are those of `Evaluator.run`.
         """
         asked = ("protected", "importance", "set_aside") if known else ("protected",)
         columns, slices = self._columns(*asked), self._columns("slices").get("slices")
@@ -238,8 +237,7 @@ def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Seq
     """Converts an option that names samples by id to `N` float64, one value per sample.
 
     A listed id gets 1, an id in a mapping gets its number. Other samples get 1 for importance and costs, else 0. Ids
-    without a split belong to the only one in `splits`. Without `strict`, unknown splits and ids without a split are
-    ignored.
+    without a split belong to the only one in `splits`. `strict=False` ignores unknown splits and such ids.
     """
     by_key = isinstance(value, Mapping)
     has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())

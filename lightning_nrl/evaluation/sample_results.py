@@ -64,13 +64,13 @@ class SampleResults:
 
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
-        """Joins tables of different splits; weights, slices and `in_target` get their defaults."""
+        """Joins tables of different splits. Weights, slices and `in_target` get their defaults."""
         columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
         splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
         return cls(splits, sizes, **columns)
 
     def only(self, splits: Sequence[str]) -> SampleResults:
-        """Selects the rows of some splits; weights, slices and `in_target` get their defaults."""
+        """Selects the rows of some splits. Weights, slices and `in_target` get their defaults."""
         rows = [self.of(split) for split in splits]
         columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
         return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
@@ -107,12 +107,12 @@ class SampleResults:
 
     @property
     def margin_unit(self) -> float:
-        """Median margin of the passed samples, the unit for margins; NaN if no sample passed."""
+        """Median margin of the passed samples, the unit for margins. It is NaN if no sample passed."""
         return float(self.margin[self.passed].median())
 
     @property
     def finite_weight(self) -> Tensor:
-        """Weights, `N`, with infinity replaced by 1 + the sum of the finite weights of passed samples."""
+        """Weights, `N`. Infinity is replaced by 1 plus the sum of the finite weights of passed samples."""
         infinite = self.weight.isinf()
         return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
 
@@ -218,7 +218,7 @@ class Flips:
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
 
     def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """Counts flips in the given rows, also within the target; `before` says which samples are in the target."""
+        """Counts flips in the given rows, also within the target. `before` tells which samples are in the target."""
         targeted, broken = before.targeted, self.broken & before.in_target
         own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
         masks = (self.kept, self.broken, self.repaired, self.failing, *own)

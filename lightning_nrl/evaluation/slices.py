@@ -30,7 +30,7 @@ MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely
 
 
 class SliceRecorder(RecordingSource):
-    """Source that records the slice of each sample; `slices=None` means no slices. Errors name `argument`."""
+    """Source that records the slice of each sample. `slices=None` means no slices. `argument` is the name in errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
@@ -79,7 +79,7 @@ def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor
 
 
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """Merges what `SliceRecorder.named` returned for several splits; numbers refer to the merged names."""
+    """Joins the results of `SliceRecorder.named` for several splits: all names, and each sample's number in them."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([_renumber(own, group, names) for own, group in parts])
 
@@ -123,7 +123,10 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
 
 
 def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str, int], str]:
-    """Returns the number of repairs that each slice needs, and a text that is empty or says why this is impossible."""
+    """Returns the number of repairs that each slice with a quota needs, and an empty text.
+
+    If a quota cannot be met, returns `{}` and a text that says why.
+    """
     found: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:
@@ -139,7 +142,7 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
 
 
 def missed_quotas(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Returns (repaired targets, required repairs) of each slice that misses its quota; `repaired` is `N` bool."""
+    """Returns (repaired targets, `needed` repairs) of each slice with too few repairs. `repaired` is `N` bool."""
     got = {name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed}
     return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 
@@ -154,7 +157,7 @@ def upweight_slices(before: SampleResults, names: Collection[str], factor: float
 
 
 def normalise_weights(before: SampleResults) -> SampleResults:
-    """Scales the weights of targets to a mean of 1, and sets the weights of other failures to 1."""
+    """Scales the weights of targets to a mean of 1, and those of other failures to 1. Does not change other weights."""
     targeted = before.targeted
     mean = before.weight[targeted].mean() if targeted.any() else 1.0
     weight = torch.where(targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0))

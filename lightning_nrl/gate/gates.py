@@ -47,8 +47,8 @@ class Gate(ABC):
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
         """Returns by how much the cost of the broken samples exceeds the limit, or 0 if the gate accepts the cost.
 
-        By default each broken sample that this gate counts costs 1. In this case a `ConfigurationError` is raised if
-        the gate needs a target and `counts` are no `TargetCounts`.
+        If `cost` is None, the number of broken samples that this gate counts is used. A gate that needs a target then
+        raises a `ConfigurationError`, unless `counts` are `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -95,7 +95,7 @@ class Gate(ABC):
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; returns a `Gate` unchanged. `argument` names the value in error messages.
+        """Reads a gate from text or raises a `ConfigurationError` about `argument`. A `Gate` is returned unchanged.
 
         The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or `tolerance:1%` or
         `tolerance:0.01` (1 % of the samples that passed).
@@ -253,13 +253,13 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Returns `decision`, as `refused` if a protected sample breaks. The two results are of calibration data."""
+    """Returns `decision`, or a refusal if a protected sample breaks. `before` and `after` are of calibration data."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Returns a sentence on broken protected samples, or on the broken samples' weight if it is not their number."""
+    """Returns a sentence on broken protected samples, else on the broken samples' weight if it is not their number."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples would break: {_by_split(protected)}."

@@ -39,19 +39,19 @@ class Apricot:
     .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
         - \overline{\theta_m - \theta}_{m \in I(x)})
 
-    Each round evaluates all known samples. Training then continues from the round with the largest number of repaired
-    minus broken samples. Of all weights that were evaluated, the best within the gate are proposed.
+    Each round evaluates all known samples. Training then continues from the round with the most repaired targets minus
+    broken samples. Of all weights that were evaluated, the best within the gate are proposed.
 
     Attributes:
-        checkpoints: a list of paths of Lightning checkpoints or saved state dicts, of modules, or of state dicts, all
-            of the same architecture; or a folder of `*.ckpt` files. None means the checkpoints that the Trainer's
-            `ModelCheckpoint` callbacks kept (`save_top_k`).
+        checkpoints: a folder of `*.ckpt` files, or a list. Its items are modules, state dicts, or paths of Lightning
+            checkpoints or saved state dicts, all of the model's architecture. None means the checkpoints that the
+            Trainer's `ModelCheckpoint` callbacks kept (`save_top_k`).
         strategy: `right` moves toward checkpoints that are right, `wrong` away from wrong ones, `both` does both.
-        rate: the step size r per sample, above 0. The steps of a round are scaled to a sum of at most 0.2.
-        rounds: maximum number of rounds, from 1. Each is one pass over the known data.
-        patience: number of rounds without a better result after which the rounds stop, from 1.
-        epochs: epochs of continued training, from 0; none if the training is unknown or only a layer may change.
-        polish: True to polish if more is broken than the gate allows; not in the paper.
+        rate: the step size r per sample, above 0. If steps of a round add up to more than 0.2, they are scaled to 0.2.
+        rounds: maximum number of rounds, from 1. Each round is one pass over the known data.
+        patience: the rounds stop after this many in a row without a better result, from 1.
+        epochs: epochs of continued training, from 0; none if the training is unknown or only some layers may change.
+        polish: True to polish the last weights if they break more than the gate allows. This is not in the paper.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range.
@@ -83,11 +83,9 @@ class Apricot:
 
     @property
     def wants_checkpoints(self) -> bool:
-        """True if the Trainer's checkpoints are to be used."""
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
-        """Returns a copy with other checkpoints."""
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:

@@ -40,21 +40,21 @@ class Auto:
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer with `Convex`, then
       searches from the result. If only one layer may change and `Convex` does not suit it, `Linearized` repairs it.
     - `training` runs if more than one layer may change. It continues the training, then polishes (`FineTunePolish`).
-    - `polish` replaces `exact` and `training` in an update. It takes small steps from the new model until all that
-      broke is right again (`Polish`), then searches from there.
+    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one. It takes small steps
+      from the new model until all that the old one got right is right again (`Polish`), then searches from there.
 
     If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a target and the gate
-    allows what it breaks. Its net rate is (repaired - broken) / passed, counted on held-out samples; 0 if not counted.
+    allows what it breaks. Its net rate is (repaired - broken) / passed on held-out samples, or 0 without these counts.
 
-    1. Of these rungs, only those that miss the fewest repairs of quotas stay.
+    1. Of the rungs that can be taken, those stay that lack the fewest repairs to meet the quotas of slices.
     2. Rungs with a net rate below 0 are dropped, unless all are below 0.
-    3. Of rungs whose repaired targets weigh the same, the one with the highest net rate stays; on a tie, the smaller.
+    3. Of rungs whose repaired targets weigh the same, the one with the highest net rate stays, or the smaller on a tie.
     4. The smallest rung left is compared with each larger rung in turn, and the better of the two is kept. A larger
        rung that repairs more (by weight) is better unless its net rate is significantly lower: by more than two
        standard errors. One that repairs less, but at least half, is better if its net rate is significantly higher.
 
     Attributes:
-        swarm: the searcher, which is a swarm or another one.
+        swarm: the searcher of the rungs that search. It may be a swarm or any other searcher.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher.
@@ -93,7 +93,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung. `seconds` includes a second run without the held-out samples to get their counts."""
+    """The result of one rung. `seconds` includes the second run that estimates the held-out counts."""
 
     name: str
     solution: Solution
@@ -113,7 +113,6 @@ class RungResult:
         return not steps or any(CUT in step.note for step in steps)
 
     def record(self, problem: Problem, taken: bool) -> Rung:
-        """Returns the rung's entry in the report."""
         proposal, counts = self.solution.proposal, (0, 0, 0, 0)
         if proposal is not None:
             found, live = problem.target_counts(proposal.after), dict(problem.model.named_parameters())
@@ -140,7 +139,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def run(self) -> list[RungResult]:
-        """Runs all rungs. If time is left, runs the rungs that `max_time` cut again; the better results count."""
+        """Runs all rungs. If time is left, rungs that `max_time` cut run again. The better of two results counts."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -228,7 +227,7 @@ class _Ladder:
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Chooses a rung as `Auto` describes; returns its index, or None if no rung can be taken, and the reason."""
+    """Chooses a rung by the rules of `Auto`. Returns its index, or None if none can be taken, and the reason."""
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         given = (result.solution.reason for result in results if result.solution.reason)
@@ -280,7 +279,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Finds, for each share in `PRICE_LEVELS`, the counts with most repairs that break at most this share, if any."""
+    """For each share in `PRICE_LEVELS` that may break, returns the counts with the most repairs, if there are any."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]

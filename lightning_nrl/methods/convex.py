@@ -41,18 +41,18 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 class Convex:
     """Repairs the last Linear layer by the smallest change of the logits that breaks no known passed sample.
 
-    A higher strength repairs more and changes more. Ten strengths are tried, from low to high; the one with the most
-    held-out repairs minus regressions is taken.
+    Here the strength is the price of the margin that a target lacks: a higher one repairs more and changes more. Ten
+    strengths are tried, from low to high. Cross-validation takes the one with most held-out repairs minus regressions.
 
     Attributes:
-        patience: number of strengths in a row without a better held-out result after which no higher ones are tried.
-            None means no limit. High strengths are slowest on contradictory data.
+        patience: stops after this many strengths in a row without a better held-out result. None means no limit.
         seconds: time limit in seconds.
-        max_pairs: no higher strength is tried after one with more constraints than this; None means no limit.
+        max_pairs: stops after a strength with more constraints than this. A constraint is about one sample and one
+            wrong class. None means no limit.
 
     Raises:
-        ConfigurationError: on construction, for a patience below 1; when called, for several layers, a layer whose
-            output is not the logits, or a task without classes.
+        ConfigurationError: on construction, for a `patience` or `max_pairs` below 1; when called, for several layers, a
+            layer whose output is not the logits, or a task without classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -150,7 +150,7 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     """Yields for each strength the change, `C x d`, and which samples are right in the cross-validation, `N` bool.
 
     The samples of a fold are predicted with the change that was fitted without them. If time runs out at the first
-    strength, folds without a change are predicted with the original layer. A later strength is left out in this case.
+    strength, folds without a change are predicted with the original layer. A later one is left out instead.
     """
 
     def is_over() -> bool:
@@ -260,7 +260,6 @@ class _KnownHead:
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        """Returns a mask, `N` bool, of the samples that the layer gets right after a change, `C x d`."""
         right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
         right[self.rows] = self.head.right(change).cpu()
         for some in self.rest.blocks():

@@ -34,7 +34,7 @@ DOUBTED_VISITS = 1 / 5
 
 @dataclass(frozen=True)
 class StepKind:
-    """How a training makes its steps: by the user's optimizers, by AdamW at a `rate`, or by `distill`."""
+    """How a training steps: by `distill` if `distilled`, by AdamW if `rate` is given, else by the user's optimizers."""
 
     name: str
     rate: float | None = None
@@ -47,9 +47,9 @@ OWN_STEPS = StepKind(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE
 
 @dataclass(frozen=True)
 class FineTuned:
-    """Weights after a training. `is_done` is False if it was stopped halfway because of poor results.
+    """Weights after a training. `is_done` is False if poor results stopped the training halfway.
 
-    `held_out` counts the held-out samples with the last weights that were trained without them.
+    `held_out` counts the flips of held-out samples, under the last weights that were trained without these samples.
     """
 
     proposal: Proposal
@@ -95,10 +95,11 @@ class FineTunePolish:
 
 
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
-    """Trains and polishes; the first half of the training does not use the samples in `held_out`, `N` bool.
+    """Trains and polishes in at most `share` of the time left.
 
-    If the first half breaks more of these samples than it repairs, the second half does not use them either. Their
-    counts are from the last weights trained without them. Up to `share` of the time left is used.
+    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks more of them than it
+    repairs, the second half does not use them either. `Solution.held_out` has their counts under the last weights that
+    were trained without them.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
@@ -181,9 +182,9 @@ def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadl
 
 
 class Halfway:
-    """Checks the weights halfway; returns new sampling weights, `N`, or None to stop the training (see `Renew`).
+    """Checks the weights halfway through a training, which calls it as `renew` (see `Training`).
 
-    A training with poor results is stopped, unless `is_last` says that no other kind of steps is left to try.
+    A call returns new sampling weights, `N`. If results are poor, it returns None to stop, unless `is_last` is True.
     """
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
@@ -221,7 +222,7 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns the initial sampling weights, `N` float64: a target's weight, at most `MAX_SAMPLE_WEIGHT`, or 1."""
+    """Returns sampling weights, `N` float64. A target gets its weight, at most `MAX_SAMPLE_WEIGHT`; all others 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 

@@ -43,7 +43,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the flips of the held-out samples `rows`, `N` bool. In `before` they are not held out."""
+    """Counts the flips of the held-out samples `rows`, `N` bool. `before` must be results with no sample held out."""
     return Flips.between(before, after).target_counts(before, rows)
 
 

@@ -54,10 +54,10 @@ RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # if the whole step broke nothing; 
 class Linearized:
     """Repairs any Linear or convolution layers without breaking a known passed sample, in a few dozen forward passes.
 
-    A step is computed from the gradients of targets and of passed samples near the boundary. To first order, targets
-    get a fixed margin if possible, and passed samples keep half of their margin, or the fixed one if that is less. The
-    step taken is the one that changes the layers' outputs on passed data least, in the mean square. It is shortened
-    until the evaluation of all known data shows no regression.
+    Each step is computed from the gradients of the margins of targets and of passed samples near the boundary. By these
+    gradients, the step gives targets a fixed margin if possible. Passed samples keep half of their margin, or the fixed
+    one if it is less. Of all such steps, the smallest is taken: it changes the layers' outputs on passed data least, in
+    the mean square. A step that breaks a known sample is corrected or shortened.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
@@ -119,7 +119,7 @@ class _TrustRegionSteps:
         return self.found[-1].repaired if self.found else 0
 
     def round(self) -> bool:
-        """Linearises, solves and steps. Returns False if no target's margin depends on the weights."""
+        """Linearises, solves and makes a step. Returns False if no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
             self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
@@ -224,13 +224,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price of missing margin at which the median target would be repaired on its own; 0 if no step helps any."""
+        """Price of missing margin that repairs the median target if it is alone; 0 if no step can help a target."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the step, `K`, and its multipliers, `m`. `error`, `m`, corrects the predicted margins."""
+        """Returns a step, `K`, and its multipliers, `m`. `error`, `m`, is added to margins that gradients predict."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

@@ -50,7 +50,7 @@ class SearchGoal:
 
 @dataclass(frozen=True)
 class LocalSearchResult:
-    """The result of localisation and search."""
+    """The result of `localize_and_search`."""
 
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best values found, and the log of the search
@@ -60,13 +60,11 @@ class LocalSearchResult:
 
     @property
     def note(self) -> str:
-        """The search in words, for the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
         cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
         return "; ".join(part for part in (made, cut, *self.notes) if part)
 
     def solution(self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()) -> Solution:
-        """Returns a solution that records the localisation and the search."""
         found, result = self.localization, self.search
         return Solution(proposal, reason, tuple(steps), localization=found, result=result, n_passed=self.n_passed)
 

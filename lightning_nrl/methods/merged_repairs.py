@@ -213,7 +213,7 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
 
 @dataclass(frozen=True)
 class WholeModelScorer:
-    """Scores coefficients by passes of the whole model over all known data.
+    """Scores coefficients of merged repairs by passes of the whole model over all known data.
 
     A sample passes only if its margin is larger than what rounding in the deployed precision can change.
     """

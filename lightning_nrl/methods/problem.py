@@ -40,7 +40,6 @@ class Trained:
 
     @property
     def note(self) -> str:
-        """The length of the training in words."""
         whole = f"{self.epochs:,.4g} epoch{'s' * (self.epochs != 1)}"
         return whole if self.epochs >= self.planned else f"{whole} of {self.planned:,.4g}, {CUT}"
 
@@ -108,12 +107,12 @@ class Problem:
         n_scored: maximum number of known samples that a search uses. Its result is evaluated on all of them.
         training: continues the training; None if the original training is unknown.
         whole: True if the whole network may change.
-        update: True if the model replaces another model that gets the targets right.
+        update: True if the model is to replace an older model, which gets the targets right.
         needed: quotas: for each slice, by its name, the minimum number of its targets to repair.
         gate: decides how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that a method may not use. In `before` they are neither passed nor targeted.
-        unmasked: `before` as it was when no samples were held out; None if none are.
-        work: saves the results of finished steps.
+        unmasked: `before` as it was before samples were held out; None if no samples are held out.
+        work: saves the results of finished steps, so that an interrupted repair can resume.
     """
 
     evaluator: Evaluator
@@ -156,13 +155,13 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Maximum number of epochs of continued training: as many as originally, or more if there are few samples."""
+        """Limit of the epochs of continued training: those of the original training, but at least 16 on small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
     def visits(self) -> float:
-        """Cost of continued training in forward passes of a sample. A training step on a sample counts as three."""
+        """Cost of continued training in visits, passes of one sample. A training step makes three visits per sample."""
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property
@@ -171,7 +170,7 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method that may use `share` of the time left. Time to judge its result is kept."""
+        """Returns the deadline of a method that may use `share` of the time left. It leaves time to judge a result."""
         return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
@@ -199,7 +198,7 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """Returns a problem that holds out some samples, `N` bool, and their unprotected copies in other splits."""
+        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its copies unless protected."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -208,7 +207,7 @@ class Problem:
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, all samples of the splits with failures to repair. Usually the model was not trained on them."""
+        """`N` bool, all samples of splits whose failures may be repaired. Usually the model was not trained on them."""
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -216,7 +215,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Returns `rows`, `N` bool, plus copies of its samples if there are several sources, all `Identified`."""
+        """Returns `rows`, `N` bool, with copies of its samples added if several sources exist, all `Identified`."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -245,7 +244,7 @@ class Method(Protocol):
 
     - `trains = True` declares that the method continues the training. The repair first checks that this is possible.
     - `needs` is a tuple of requirements on task and data (`Need` in `lightning_nrl.evaluation.evaluator`).
-    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` if it does not fit the method.
+    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for an unsuitable argument.
     - `fitness` and `localizer` are defaults that the user may override.
     - `with_parts(localizer=..., fitness=...)` returns the method with the user's parts; None means no choice.
     - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the Trainer's checkpoints.

@@ -60,8 +60,8 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
     """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep (`passed`), `N` bool.
 
-    If there are more than `most`, up to half are failed samples, the nearest to the boundary. The rest are passed ones:
-    half of them the nearest to the boundary, which new weights break first, and half drawn at random from the others.
+    If there are more than `most`, up to half (more if passed samples are few) are failed samples, the nearest to the
+    boundary. The rest are passed samples: half the nearest to the boundary, half drawn at random from the others.
     """
     # With room, all passed samples are recorded, so that sums over a batch are bit for bit those of `sweep`.
     whole, wanted = failed | passed | before.passed, failed | passed
@@ -129,7 +129,8 @@ def scorer_for(
 ) -> Scorer:
     """Builds a scorer for new values of the weights at `where`, on the recorded samples in `failed` and `passed`.
 
-    If `reserve`, `N`, is given, a sample only passes with new values if its margin reaches that of `reserve`.
+    If `reserve`, `N`, is given, a sample only passes if its margin is at least its entry in `reserve`. If `weighted` is
+    False, all samples weigh the same.
     """
     before = problem.before
     return make_scorer(
@@ -148,7 +149,7 @@ def scorer_for(
 
 
 def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Returns a callback that reports repaired and broken samples to the clock after each iteration."""
+    """Returns a callback that tells the clock the repaired samples and how many of `n_passed` are broken."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
@@ -158,5 +159,5 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Returns half of `Problem.budget`, which may be None. Recorded activations and the scorer get a half each."""
+    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer get a half each."""
     return None if problem.budget is None else max(1, problem.budget // 2)

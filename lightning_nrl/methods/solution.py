@@ -52,7 +52,6 @@ class Proposal:
         return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "") -> Step:
-        """Returns the report's entry for the step that found the weights."""
         return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
 
 
@@ -62,17 +61,17 @@ class Solution:
 
     Attributes:
         proposal: the best weights; None if no weights are better than the original ones.
-        reason: why the method found nothing new.
+        reason: why the method found nothing new; empty if it did.
         steps: the steps taken, in order.
-        others: further proposals; their counts go into `price`.
-        tried: counts of the known samples under weights that are not kept; they go into `price` too.
+        others: further proposals, which `Auto` counts in `price`.
+        tried: counts of the known samples under weights that are not kept. `Auto` uses them in `price` too.
         localization: the weights that a search could change; None if there was no search.
         result: the log of this search.
         n_passed: number of passed samples that this search scored; None means all in `Problem.passed`.
         held_out: counts of known samples that the method could not use; None if they were not measured.
         rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for other methods.
         choice: why `Auto` took one of the rungs.
-        price: for several shares of known passed samples, the best counts of `Auto` if this share may break.
+        price: for several shares of known passed samples, the best counts `Auto` found if this share may break.
     """
 
     proposal: Proposal | None
@@ -90,5 +89,5 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """Returns the proposal with the best `rank`, on a tie the first; None if all are None."""
+    """Returns the proposal with the best `rank`. On a tie the first wins. Returns None if there is no proposal."""
     return max((proposal for proposal in proposals if proposal is not None), key=lambda one: one.rank, default=None)

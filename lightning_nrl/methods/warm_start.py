@@ -44,12 +44,12 @@ def warm_started_search(
 ) -> Solution:
     """Puts `base` into the network, localises weights in the chosen layers, then searches new values for them.
 
-    Returns the best of `base`, the proposals and the result of the search. Samples that pass with `base` have to keep
-    half of their margin, or `SUFFICIENT_MARGIN` of the median margin if that is less. Failures outside the target that
-    `base` repairs may not break either. If no target is left to repair, the search widens margins that are too small.
+    Returns the best of `base`, the proposals and the result of the search. In the search, a sample that passes with
+    `base` must keep half of its margin, or `SUFFICIENT_MARGIN` of the median margin if that is less. This includes
+    failures outside the target that `base` repairs. If `base` repairs all targets, the search widens small margins.
 
-    `base` may change any part of the network. If it is the `state` of a proposal, the results of this proposal are used
-    again. The search also starts from the proposals' values of the localised weights, the best first.
+    `base` may change any part of the network. If it is the `state` object of a proposal, the results of this proposal
+    are used and not measured again. The search starts from `base` and from the proposals' values, the best first.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:

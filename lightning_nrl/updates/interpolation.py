@@ -57,7 +57,7 @@ class ShareChoice(Renderable):
         chosen: among the shares whose accuracy is at most `tolerance` below the best in `curve`, the largest that
             breaks no more samples than share 0, or simply the largest if all of them break more.
         curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
-        tolerance: largest accepted loss of accuracy, in [0, 1]; None: the largest share was taken at any accuracy.
+        tolerance: largest accepted loss of accuracy, in [0, 1]. If it is None, `chosen` is the largest share of all.
         state: weights and buffers for the chosen share; empty for share 0.
     """
 
@@ -106,7 +106,7 @@ def interpolate(
         old: the old model, its state dict, or the path of a checkpoint.
         new: the new model, on its device; it does not change. An `Evaluator` sets the precision.
         share: share of the old weights, in [0, 1]. For 0 the result is bit for bit the new model, for 1 the old model.
-        training: data for the batch norm statistics, read once; not needed without batch norm layers.
+        training: data for the batch norm statistics, read once. Needed if there are such layers and 0 < share < 1.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Example:
@@ -139,16 +139,16 @@ def choose_share(
     """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
     A larger share usually breaks fewer samples. Shares that break more samples than share 0 are passed over, unless all
-    shares within the tolerance break more. Each share needs one pass over `data`, and one over `training` if the model
-    has batch norm layers.
+    shares within the tolerance break more. Each share needs a pass over `data`, which must return the same samples in
+    the same order each time. With batch norm layers, each share also needs a pass over `training`.
 
     Args:
         old: the same as for `interpolate`.
         new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that share the data.
         data: data that the new model was not trained on. On its training data the new model itself is always best.
         training: the same as for `interpolate`.
-        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1]; None: takes the largest
-            share at any accuracy.
+        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1]. With None the largest
+            share is chosen, whatever its accuracy and however many samples it breaks.
         shares: shares to try besides 0, in [0, 1].
         batches: number of batches of `training` for the batch norm statistics; None: all batches.
         seed: seed of the order of these batches.

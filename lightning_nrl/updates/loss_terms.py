@@ -113,8 +113,8 @@ class FocalDistillation(Term):
 class MarginHinge(Term):
     """Term that keeps a share of the old model's margin on samples that the old model gets right.
 
-    It is `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`. If only the old model's
-    predictions are known, not its logits, the goal is `most`. The term is 0 for samples that the old model gets wrong.
+    It is `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, or 0 where the old model is wrong.
+    If only the old model's predictions are known, not its logits, the goal is `most`, which must then be finite.
 
     Attributes:
         weight: weight of the whole term, above 0.
@@ -303,8 +303,7 @@ class Oversampler(Sampler[int]):
     """Sampler that draws a hard sample several times per epoch and every other sample once, in random order.
 
     A sample is hard if a model, such as the old model, gets it wrong, or if its margin is below 3/8 of the median
-    margin of the passed samples. The orders are reproducible by seed. With several processes Lightning splits each
-    epoch, as for any sampler.
+    margin of the passed samples. The seed determines the orders. With several processes, Lightning splits each epoch.
 
     Args:
         passed: `n` bool, True for samples of the data set that the model gets right.
@@ -313,8 +312,7 @@ class Oversampler(Sampler[int]):
         seed: seed of the orders.
 
     Attributes:
-        times: `n` int64, how many times each sample is in an epoch. torch's `WeightedRandomSampler` accepts these
-            numbers as weights.
+        times: `n` int64, how many times each sample is in an epoch; also weights for torch's `WeightedRandomSampler`.
 
     Example::
 

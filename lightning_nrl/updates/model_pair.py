@@ -53,7 +53,7 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """Returns a mask, `N` bool, of the split's samples in each slice, for slices that have such samples."""
+        """Returns by slice a mask, `N` bool, of its samples in the split. Omits slices without samples in the split."""
         own = self.rows(split)
         masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
         return {name: mask for name, mask in masks.items() if mask.any()}
@@ -70,7 +70,7 @@ def evaluate_pair(
     """Runs each model over the data once, batch by batch. Leaves models and random states unchanged.
 
     `new` holds the new model, its task and precision. `data` is this rank's share of the splits; every rank gets the
-    results for all samples. The samples that `targets` select are marked in the result.
+    results for all samples. `ModelPair.marked` gets a mask for each of the `targets`.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
@@ -93,10 +93,10 @@ def pair_from_files(
     slices: Mapping[tuple[str, int], str] | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """Pairs the predictions of two models on the samples in `new`.
+    """Pairs the predictions of two models on the samples in `new`. `old` may have more samples.
 
     `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises a
-    `ConfigurationError` if a sample has no prediction in `old`, or if `slices` and `old` have different samples.
+    `ConfigurationError` if `old` lacks a sample, or if `slices` and `old` differ in the samples of a split in `slices`.
     """
     given = slices or {}
     for split in sorted({split for split, _ in given}):
@@ -141,7 +141,10 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """Counts by split samples that only `old` predicts; raises a `ConfigurationError` for a split not in `allowed`."""
+    """Counts the samples that only `old` predicts, for each split that has such samples.
+
+    Raises a `ConfigurationError` if `allowed` lacks such a split, or names a split that `old` lacks.
+    """
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

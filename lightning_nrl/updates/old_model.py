@@ -98,7 +98,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Returns the old weights; a state dict or file is cast to the dtypes and device of the new `model`."""
+        """Returns the old weights. Those of a state dict or file get the dtypes and device of the new `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -125,7 +125,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """Parses None, a `Reference`, a module, a state dict, or the path of a checkpoint or a CSV file of predictions."""
+    """Parses a module, a state dict, or the path of a checkpoint or CSV file. Returns None and a `Reference` as is."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -148,7 +148,11 @@ class _Adapted:
 
 
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Maps old classes to new ones; raises a `ConfigurationError` if it is not one to one or `task` has no classes."""
+    """Converts `OldModel.classes` to `{old class: new class}`, without classes that only one model has.
+
+    Returns None for None. Raises a `ConfigurationError` if no class is left, if two old classes become the same new
+    class, or if `task` is given and is no `Multiclass`.
+    """
     if classes is None:
         return None
     if task is not None and not isinstance(task, Multiclass):
@@ -169,8 +173,6 @@ def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, 
 
 
 class _MappedMulticlass(Multiclass):
-    """Multiclass task for an old model, whose predictions are mapped to the new model's class numbers."""
-
     def __init__(self, table: Mapping[int, int]) -> None:
         self.table = table
 
@@ -190,16 +192,16 @@ class _MappedMulticlass(Multiclass):
 
 @dataclass(frozen=True)
 class Update:
-    """Results of the old model by role (known, calibration, unseen), with the rows of the new model's results."""
+    """Results of the old model by the role of the data: known, calibration or unseen."""
 
-    answers: Mapping[Role, SampleResults]
+    answers: Mapping[Role, SampleResults]  # row i is the sample in row i of the new model's results
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """Returns the new model's results with only negative flips targeted: old model right, new model wrong."""
+        """Returns the new model's results, in which a target stays targeted only if the old model gets it right."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """Returns the new model's known results, with `passed` only for samples that a repair must not break."""
+        """Returns the known results `new`. If `keep` is `reference`, a sample passed only if both models are right."""
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 

@@ -49,10 +49,10 @@ class Line(NamedTuple):
 
 
 def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
-    """Reads a UTF-8 CSV file with a header, line by line. A `ConfigurationError` names a line that cannot be read.
+    """Yields the lines of a UTF-8 CSV file after its header. A `ConfigurationError` names a line that cannot be read.
 
-    A value cannot contain a line break, so that a stray quote spoils only its own line. Empty lines and a first line
-    that begins with `WEIGHTS` are skipped. If an optional column is missing, its values are empty.
+    The header must have all names in `columns`. The values of an `optional` column that it lacks are empty. Empty lines
+    and a first line that begins with "# weights " are skipped. Quoted values cannot contain line breaks.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
@@ -157,7 +157,7 @@ class Predictions:
         return cls(splits, hash_tensors(weights))
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Returns `results(like)`: as a `Reference`, predictions need neither the evaluator nor the sources."""
+        """Returns `results(like)`: predictions need neither the evaluator nor the sources."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
@@ -198,7 +198,7 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """Returns the results on all samples. Raises a `ConfigurationError` if a value of `passed` is missing."""
+        """Returns the results on all samples, without labels. Raises a `ConfigurationError` if any lacks `passed`."""
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
@@ -216,7 +216,7 @@ Ids = Mapping[str, Sequence[int]]
 
 
 def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses data-set positions by split, from a mapping or CSV file. A list gets the empty split name."""
+    """Parses data-set positions by split, or the path of their CSV file. A list becomes `{"": list}`, None `{}`."""
     found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
     found = found if isinstance(found, Mapping) else {"": found}
     lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())
@@ -225,7 +225,7 @@ def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Reads data-set positions by split from a CSV file with the columns `split` and `id`."""
+    """Reads data-set positions by split from a CSV file with the columns `split` and `id` and at least one sample."""
     found: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
@@ -235,7 +235,7 @@ def read_ids(path: str | Path) -> dict[str, list[int]]:
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
-    """Reads a CSV file with the columns `split`, `id` and `slice`; returns `{(split, id): slice}`."""
+    """Reads a CSV file with the columns `split`, `id` and `slice`. Returns `{(split, id): slice}`."""
     found: dict[tuple[str, int], str] = {}
     for line in read_csv("slices", path, ("split", "id", "slice")):
         sample = line.values["split"], line.whole_number("id")

@@ -51,9 +51,9 @@ def release(
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an `OldModel`.
         data: one source or a list of sources, such as a `TensorSource`; each is a split. Limits for future data are
             valid only if neither training nor the choice of a model used the split.
-        rules: one or several of `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices`,
-            `slices:count`, `protected:ids.csv`, followed by ` in SPLIT` to limit a rule to one split; or objects of
-            `lightning_nrl.updates`.
+        rules: one or several rules: `protected:ids.csv`, objects of `lightning_nrl.updates`, or `instance`, `accuracy`,
+            `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices` and `slices:count`, each of which may end with ` in SPLIT`
+            to limit the rule to one split.
         require: a further rule for every split. `not-worse`: no more samples break than are repaired. `better`: more
             samples are repaired than break, by the sign test at 5 %. `any`: no further rule.
         slices: tells the slice of each sample: the key or position of a field of the raw batch; a function of the batch
@@ -95,7 +95,7 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release`; also returns the pair. `name` is the new model's name in the report."""
+    """Does the work of `release` and returns the pair too. `name` is the new model's name in the report."""
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
@@ -114,7 +114,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """Parses the old model; raises a `ConfigurationError` for None."""
+    """Parses the old model. Raises a `ConfigurationError`, which names `argument`, for None."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
@@ -185,8 +185,7 @@ class ReleaseReport(Report):
         old: the old model, which the new model would replace.
         task: the task, which defines when a sample is right, in words.
         precision: precision in which both models ran.
-        missing: number of samples with an old but no new prediction, by split. Prediction files may lack samples only
-            if the user allows it.
+        missing: by split, the number of samples that only the old model predicts, as the user has allowed.
         seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
     """
@@ -216,7 +215,7 @@ class ReleaseReport(Report):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One sentence for each rule that is not satisfied."""
+        """A text for each rule that is not satisfied: the rule, a colon and the reason."""
         return tuple(f"{finding.rule}: {finding.reason}" for finding in self.findings if not finding.passed)
 
     @property

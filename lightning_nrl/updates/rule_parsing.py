@@ -34,9 +34,9 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 
 
 def parse_rule(rule: Any) -> Rule:
-    """Parses the text of a rule, which has one of the forms in `RULES.forms`, with any numbers.
+    """Parses the text of a rule, such as one of the examples in `RULES.forms`. Returns a `Rule` unchanged.
 
-    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. A `Rule` object is returned unchanged.
+    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. Other text raises a `ConfigurationError`.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")

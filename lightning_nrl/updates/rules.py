@@ -45,7 +45,10 @@ class Rule(ABC):
         """Returns the rule as text, as in a report."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Called before any model runs; raises a `ConfigurationError` if a split or slices of the rule are missing."""
+        """Called before any model runs. `splits` are those of the data; `sliced` is True if slices are given.
+
+        Raises a `ConfigurationError` if the rule names another split, or needs slices that are not given.
+        """
         return None
 
     @property
@@ -91,7 +94,7 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if a part (split or slice) with these counts violates the rule, which checks `n_parts` parts."""
+        """True if a part (split or slice) with these counts violates the rule, which checks `n_parts` parts in all."""
 
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
@@ -310,8 +313,7 @@ class ProtectedIntact(Rule):
     Attributes:
         ids: protected samples: lists of data-set positions by split, a single list if there is one split, or a CSV file
             with the columns `split` and `id`.
-        where: selects further samples: a `Target`, its text such as `label 3`, a predicate on the raw batch, or the
-            predicate's address.
+        where: selects more samples: a `Target` or its text (`label 3`), or a predicate on raw batches or its address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))

@@ -297,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores the fixes found and adds constraints that other solutions violate. Returns False if none are left."""
+        """Stores the fixes found and adds constraints that other solutions violate. Returns False if there are none."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0

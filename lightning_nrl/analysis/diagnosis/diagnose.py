@@ -48,7 +48,10 @@ MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Estimates what a change of each layer can do. `batches`: this rank's samples, with their rows in `results`."""
+    """Estimates what a change of each layer can do. Returns `()` without layers or targets with a margin.
+
+    `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in `results`.
+    """
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -220,7 +223,7 @@ def _notes(
 
 
 def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """Describes how training learnt the targets. Mislabelled samples are learnt last (Toneva et al. 2019)."""
+    """Tells in sentences how training learnt the targets. Mislabelled samples are learnt last (Toneva et al. 2019)."""
     seen, lost, never = 0, 0, set[tuple[str, int]]()
     for split in (split for split in results.splits if split in record.splits):
         found, rows = record.splits[split], results.of(split)
@@ -263,7 +266,11 @@ def _measure_times(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """Estimates the seconds of each method, given those of a pass, the last Linear and all fixes (NaN: unknown)."""
+    """Estimates the seconds of each method, in ascending order. Leaves out methods whose time is unknown.
+
+    `one_pass`, `head` and `alone` are the measured seconds of a pass over the known data, of the last Linear in such a
+    pass, and of the fixes of all targets (NaN: unknown). `epochs` is the length of the model's training.
+    """
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = budget.SCORED_SHARE * candidates * head
@@ -290,7 +297,7 @@ MAX_SMALL_CHANGE = 0.5  # relative to a layer's norm; first-order estimates are 
 
 
 def advise(found: Diagnosis) -> str:
-    """Writes advice: repair the last layer, or the network, or get more data. Many doubtful labels come first."""
+    """Advises to repair the last layer or the network, or get data. Many doubtful labels are mentioned first."""
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:

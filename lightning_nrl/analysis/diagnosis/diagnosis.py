@@ -34,13 +34,14 @@ class Diagnosis(Report, figures.Plotted):
         target: the failures to repair, in words.
         task: when a sample is right.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
-        head: dotted name of the last Linear; None if no Linear returns the logits.
+        head: dotted name of the last Linear; None if it could not be analysed, for a reason in `notes`.
         targets: for each target, whether the last layer can repair it alone.
         binding: passed samples that limit what the last layer can repair, most limiting first.
         check: effect of repairs of the last layer on held-out samples; None if unknown.
         mixing: labels of the passed samples nearest to the targets; None if unknown.
         doubts: targets with doubtful labels, most doubtful first.
-        notes: checks that were not possible, with reasons.
+        layers, costs: what a change of each layer could do, and how long each method would take.
+        notes: checks that were not possible, with reasons, and then what the history of the training shows.
         seconds: wall time by stage.
     """
 

@@ -115,7 +115,7 @@ class LayerCapacity:
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated seconds of a method on this machine, to a factor of about two; `how` says what the method does."""
+    """Estimated seconds of a method on this machine, to a factor of about two. `how` says what the method does."""
 
     method: str
     seconds: float

@@ -151,7 +151,7 @@ class BatchSearch:
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
-    """Splits requests into batches that fit into memory. A batch on a CPU has one setting, which is faster there."""
+    """Splits requests into batches that fit into memory. On a CPU a batch has one setting only, which is faster."""
     device, kinds = problem.space.device, dict[Any, list[RunRequest]]()
     for request in requests:
         fitness, method = request.setting.fitness, request.setting.method
@@ -176,9 +176,8 @@ def _budget(problem: Problem) -> int:
 class ExactBatch:
     """One recorded batch, whose logits under other weights equal those of the deployed model bit for bit.
 
-    A replay runs the model only from the first searched layer on, with the model's own kernels. If a replay under the
-    original weights gives the logits of the whole model bit for bit, replays are used: under other weights, operations
-    and shapes are the same. Otherwise the whole model runs.
+    A replay runs the model only from the first searched layer on. Replays are used if a replay under the original
+    weights gives exactly the logits of the whole model. Otherwise the whole model runs.
     """
 
     cache: ActivationCache  # activations of this batch alone
@@ -189,7 +188,7 @@ class ExactBatch:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the deployed model's logits under new parameters of the searched layers, all given by dotted name."""
+        """Returns the deployed model's logits under `parameters`, all those of the searched layers by dotted name."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Returns arguments of `repair` and `Settings` for the same search, with `strength=1`: the whole change."""
+        """Returns arguments of `repair` and `Settings` for the same search. `strength=1` applies its whole change."""
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 

@@ -39,8 +39,8 @@ class Run(Derives):
         value: fitness of the weights found; None if nothing was searched.
         patched: repaired targets, as counted by the search.
         intact: passed samples that stay right, of those that the search scored.
-        known: counts of known samples: columns such as `known_broken` in the table. `calibration` and `unseen` are
-            None without such data.
+        known: counts of known samples: columns such as `known_broken` in the table.
+        calibration, unseen: the same counts of these data; None without such data.
         seconds: wall time; runs that were searched and counted together share it equally.
     """
 
@@ -147,7 +147,6 @@ class RunStore:
         return {key: run for key, run in found.items() if key in keys}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:
-        """Writes runs by key to one file, atomically."""
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,7 @@ def sweep_module(
 
     Activations of the known data are recorded once, and many swarms are searched together. Each run gives the same
     weights, bit for bit, as `repair` with the same arguments and `strength=1`. No gate judges the runs; the model
-    stays unchanged. If the `Evaluator` has several ranks, they share the runs; every rank needs all data and returns
-    the same result.
+    stays unchanged. Several ranks of an `Evaluator` share the runs: each needs all data and returns the same result.
 
     Model and data are as in `repair_module`. No search reads the calibration data; they serve to choose among the runs.
     `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has what all runs share, such as target and layer, and
@@ -169,7 +168,6 @@ class _Sweep:
         self.problem.clock.tell(round(worked), round(work))
 
     def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
-        """Collects the finished runs and writes their table."""
         kept = {(one.setting.name, one.seed): there[one.key] for one in requests if one.key in there}
         result = SweepResult(
             # The stored run may have another name for the setting.

@@ -60,7 +60,7 @@ class SweepResult(Report):
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """Returns the Pareto front of broken and repaired samples, by rising broken. Do not choose by `unseen` data."""
+        """Returns the Pareto front (few broken, many repaired), fewest broken first. Do not choose by `unseen` data."""
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(f"`role={role!r}`: the sweep had no {role} data.", f"give `sweep` {role} data.")

@@ -42,11 +42,12 @@ MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3  # of a violated sample, per round;
 
 
 class ActiveSet:
-    """The working set, and the last measured margins of all known samples, which are NaN if the loss is not finite.
+    """The last measured margin of each known sample, and the working set: samples near the decision boundary.
 
-    The teacher of a sample is the model with the weights `state` if these get it right, else the original model. Steps
-    push targets in `enforced`, `N` bool, however far from right; the caller may change this mask between rounds.
-    Without `holds_repairs`, steps ignore all other samples that the original model gets wrong.
+    A margin is NaN if the loss of its sample is not finite. If the weights `state` get a sample right, steps keep its
+    logits close to those with `state`. If they break a sample, steps pull its logits to those of the original model.
+    Steps push targets in `enforced`, `N` bool, however far from right; the caller may change this mask between rounds.
+    If `holds_repairs` is False, steps ignore samples that the original model gets wrong, except those in `enforced`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ActiveSet:
 
     @property
     def broken(self) -> Tensor:
-        """`N` bool, passed samples whose margin is below the required one."""
+        """`N` bool, passed samples whose margin is NaN or so small that rounding could make them fail."""
         return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
@@ -96,7 +97,7 @@ class ActiveSet:
         return self.broken & self.margin.isnan()
 
     def update(self, after: SampleResults) -> None:
-        """Sets the margins of all known samples; samples near the boundary join the working set."""
+        """Takes the margins of all known samples from `after`. Samples near the boundary join the working set."""
         self.margin = _margins(after)
         self.working |= self._close()
 
@@ -106,7 +107,7 @@ class ActiveSet:
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Makes steps that push active samples and hold as many others; updates margins and returns the visits."""
+        """Makes a round of steps on samples of the working set. Updates their margins; returns the number of visits."""
         before = self.problem.before
         self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -175,15 +176,16 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Returns the margins: NaN where the loss is not finite, below 0 for samples that fail by a tie."""
+    """Returns the margins. A margin is NaN if the loss is not finite, and below 0 if the sample fails by a tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
 
 class TargetSchedule:
-    """The targets to repair even if they are far from right, as masks `N` bool.
+    """Decides which targets the steps of a polish push, even those far from right.
 
-    `wanted` has all that are not given up. `enforced` has those of `wanted` that steps push at present.
+    `wanted`, `N` bool, marks the targets that are not given up. `enforced`, a part of `wanted`, marks the targets that
+    steps push at present. A target that takes too long leaves `enforced` until `enforce_again` is called.
     """
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
@@ -199,23 +201,23 @@ class TargetSchedule:
         self._rounds, self._until = 0, deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all wanted targets again, for up to twice as many rounds as before."""
+        """Enforces all targets in `wanted` again, for at most twice as many rounds as the last time."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Stops enforcing the targets that are still wrong if their rounds or time are used up; counts the round."""
+        """Counts a round. Under a deadline, targets still wrong leave `enforced` once their rounds or time are up."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Gives up the enforced targets that are wrong and weigh no more than their median.
+        """Gives up the lighter half of the enforced targets that are wrong: those of at most the median weight.
 
-        If no enforced target is wrong, the same rule applies to the enforced targets with the largest multiplier.
+        If no enforced target is wrong, gives up the lighter half of those that were wrong in the most rounds.
         """
         weight, multiplier = self._weight, active_set.multiplier
         late = self.enforced & active_set.violated

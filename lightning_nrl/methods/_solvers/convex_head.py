@@ -36,7 +36,7 @@ REACH_SLACK = 1.001  # for rounding of the distances
 
 @dataclass(frozen=True)
 class ConvexHead:
-    """The last Linear layer, with `d` inputs and `C` outputs, on `n` of `N` recorded samples, read in blocks."""
+    """The last Linear layer, with `d` inputs and `C` outputs, and its recorded values on `n` of `N` samples."""
 
     features: Tensor  # N x d, inputs; with a column of ones if the bias may change and `ones` is False
     logits: Tensor  # N x C, outputs
@@ -55,7 +55,7 @@ class ConvexHead:
         return len(self.label) > ROWS_PER_BLOCK or len(self.label) * self.logits.shape[1] > LOGITS_PER_BLOCK
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
-        """Yields indices of all samples, or of the chosen ones (int64), block by block."""
+        """Yields all samples in blocks, each a slice; or the samples `chosen`, int64, in blocks of indices."""
         n = len(self.label) if chosen is None else len(chosen)
         size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
         for start in range(0, n, size):
@@ -100,7 +100,7 @@ class ConvexHead:
         return root
 
     def white(self, rows: Tensor) -> Tensor:
-        """Returns features, `m x d`, transformed so that their second moment over passed samples is the identity."""
+        """Returns features, `m x d`, in coordinates in which the second moment of passed samples is the identity."""
         return self.inputs(rows).to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
@@ -109,16 +109,17 @@ class ConvexHead:
 
     @cached_property
     def reach(self) -> Tensor:
-        """Per sample, `n`: how far the whitened weights of two classes may move apart until its margin is too small.
+        """Per sample, `n`: a limit. A change of the weights of less than the limit leaves its margin large enough.
 
-        A margin changes by at most this distance times the length of the whitened features (Cauchy-Schwarz).
+        The size of a change is the largest distance by which it moves the whitened weights of two classes apart.
         """
         root = self.root.to(self.features)
+        # Cauchy-Schwarz: a margin changes by at most this distance times the length of the whitened features.
         length = torch.cat([(self.inputs(some) @ root).norm(dim=1) for some in self.blocks()])
         return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
-        """Returns indices of samples in `among`, `n` bool, whose margin a change can spoil. None means all."""
+        """Returns indices of samples in `among`, `n` bool, whose `reach` a change exceeds; None stands for all `n`."""
         if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
@@ -126,7 +127,7 @@ class ConvexHead:
         return (among & (self.reach <= apart[self.label])).nonzero().flatten()
 
     def right(self, change: Tensor) -> Tensor:
-        """Returns a mask, `n` bool, of the samples that the layer gets right after a change, `C x d`."""
+        """Returns a mask, `n` bool, of the samples that are right after `change`, `C x d`, is added to the weights."""
         right = ~self.targeted
         for some in self.blocks(self.reached(change, torch.ones_like(right))):
             right[some] = self.changed(change, some).argmax(1) == self.label[some]
@@ -140,11 +141,12 @@ def regularization_path(
     is_over: Callable[[], bool] = lambda: False,
     max_pairs: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the best change of the weights, `C x d`, at each strength, from low to high.
+    """Yields the best change of the weights, `C x d`, at each of the `strengths`.
 
-    A strength is the price of what a target's margin lacks; at 1 the median target would just be repaired on its own.
-    The changes break no passed sample in `used`, `n` bool, and ignore other samples. Once `is_over` returns True, they
-    are worse but still break nothing. The path ends after a programme of more than `max_pairs` (sample, class) pairs.
+    A strength is the price of the margin that a target lacks. A strength of 1 just suffices to repair the median target
+    if it is the only sample. No change breaks a passed sample in `used`, `n` bool; samples that are not in `used` are
+    ignored. Once `is_over` returns True, changes are no longer optimal but still break nothing. After the first change
+    that takes more than `max_pairs` constraints (one per pair of a sample and another class), the path ends.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -173,7 +175,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
-        """Sets the price of what a target's margin lacks, and drops all pairs whose constraint does not bind."""
+        """Sets a new price of the margin that targets lack, and drops the pairs whose constraint does not bind."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
@@ -196,7 +198,7 @@ class _PairProgramme:
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
-        """Adds the pairs that `change` violates most; returns False if it violates no further pair."""
+        """Adds the pairs whose constraints `change` violates most. Returns False if there are none to add."""
         head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
         codes, lacks = [self._code[:0]], [head.required[:0]]
         for some in head.blocks(head.reached(change, self.used)):
@@ -237,7 +239,7 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Calls `solve` and `add_violated` in turn; returns True if it ends because no violated row is left to add."""
+    """Calls `solve` and `add_violated` in turn. Returns True if no violation is left, False if stopped before."""
     for _ in range(max_rounds):
         solve()
         if not add_violated():
@@ -254,16 +256,16 @@ def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
-    """Returns `C` floats per pair: 1 at the label, -1 at the rival class, 0 elsewhere. `like` has the dtype and `C`."""
+    """Returns `C` values per pair: 1 at the label, -1 at the rival, else 0. `like`, `... x C`, determines the dtype."""
     n_classes = like.shape[-1]
     return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
 
 
 def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
-    """Returns inner products, `... m x m`, of m constraints, which are outer products of `sides` and `features`."""
+    """Returns the inner products of m constraints, `... m x m`. Each is the outer product of its sides and features."""
     return (sides @ sides.mT) * (features @ features.mT)
 
 
 def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
-    """Returns the sum of constraints (see `pair_gram`) times multipliers, `... C x d`. The result is deterministic."""
+    """Returns the sum, `... C x d`, of each constraint (see `pair_gram`) times its multiplier. It is deterministic."""
     return (sides * multipliers[..., None]).mT @ features

@@ -28,9 +28,9 @@ class Descent:
     half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
     its gradient is summed over smaller forward passes.
 
-    The copy starts at `state`. Only parameters in `problem.scope` move; `masks`, by parameter name, can limit this to
-    some weights. Losses are sums over samples, so that they add up over splits and ranks and do not vanish in half
-    precision. The optimizer must therefore be scale-invariant, such as Adam.
+    The copy starts at `state`. Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter,
+    only its marked weights move. Losses are sums over samples, so that they add up over splits and ranks and do not
+    vanish in half precision. The optimizer must therefore be scale-invariant, such as Adam.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Descent:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Returns the current weights in the model's dtypes, and the tensors of the initial state outside the scope."""
+        """Returns the scope's current weights in the model's dtypes, and all other tensors of the initial state."""
         moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
         return {**self._given, **moved}
 
@@ -75,7 +75,7 @@ class Descent:
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """Makes one step on a mini-batch. Each rank gives its parts; gradients are summed over parts and ranks.
+        """Makes one step on a mini-batch. Each rank passes its parts. `rate`, if given, becomes the learning rate.
 
         Raises:
             DeviceMemoryError: on all ranks, before the step, if a single sample exceeds the memory of one rank.

@@ -36,9 +36,10 @@ def distill(
     The loss of a step is a sum over samples: `3 v loss` for a target of weight v (at most 10), `loss + 5 v divergence`
     for a passed sample, and `loss` for any other. `divergence` compares the output with the original model's.
 
-    Samples whose `weight`, `N`, is 0 are left out. With a deadline, the time of the first steps decides how many steps
-    are made, equally many on all ranks. The learning rate falls to 0 over all steps. If a single sample exceeds the
-    memory, the training ends early with a warning. `renew` is called halfway; if it returns None, so does `distill`.
+    Samples whose `weight`, `N`, is 0 are left out; other values of `weight` have no effect. Under a deadline, the pace
+    of the first steps decides how many steps are made. The learning rate falls to 0 over all steps. If a single sample
+    exceeds the memory, `distill` warns and returns the weights so far. Halfway, `renew` returns a new `weight`; if
+    it returns None instead, `distill` stops and returns None.
     """
     run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
     rows, has_renewed = run.used.nonzero().flatten(), renew is None
@@ -74,7 +75,7 @@ class _Distillation:
         self.planned = self.most = problem.epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
-        """Trains on `rows` in random order; returns False if the training is at its end."""
+        """Trains on `rows` in random order. Returns False if the training is over."""
         batches = shuffled_batches(rows, self._generator)
         measured: list[tuple[Tensor, Tensor]] = []
         start, began = self.visits, self.deadline.now()

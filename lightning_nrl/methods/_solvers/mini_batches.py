@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """Yields each mini-batch as a list of its parts on this rank. A part is from one split, at most its batch size."""
+    """Yields the parts of each mini-batch on this rank. A part has samples of one split, at most one batch of it."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
@@ -49,7 +49,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Returns a copy of `column`, `N`, with the values measured on all ranks. `measured` has (rows, values) pairs."""
+    """Returns a copy of `column`, `N`, updated by all ranks' `measured` values, given as pairs (rows, values)."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])

@@ -50,7 +50,7 @@ MAX_COUNTS = 6  # evaluations of all known samples on the way back; each may rev
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Weights that break nothing. `state` has the given tensors and, if steps were made, all parameters in scope."""
+    """Polished weights. `state` has the tensors of the initial state and, after steps, all parameters in the scope."""
 
     rounds: int = 0
     strength: float = 1.0  # part of the change that is kept; 0 for the original weights
@@ -73,12 +73,12 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Makes small steps from `state` until no known passed sample is broken.
+    """Makes small steps from `state` until no more known passed samples are broken than the gate allows.
 
-    If steps do not suffice, the weights move back toward the original ones until nothing is broken. Only parameters in
-    the problem's scope move; `masks`, by parameter name, can limit this to some weights. The last forward passes over
-    known data may end after `deadline`. `after` are the results of `state`; without it they are measured. With
-    `enforce`, steps push all failing targets, otherwise only targets that are nearly right.
+    If steps do not suffice, the weights move back toward the original ones until that is true. Only parameters in the
+    problem's scope move. If `masks` has a bool tensor for a parameter, only its marked weights move. The last forward
+    passes over known data may end after `deadline`. `after` are the results of `state`; if None, they are measured. If
+    `enforce` is True, steps push all failing targets, otherwise only targets that are nearly right.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
     the working set, up to 256 MiB.
@@ -91,9 +91,9 @@ def polish(
 def polished(
     problem: Problem, start: Proposal, *, steered: bool = False, deadline: Deadline | None = None, enforce: bool = False
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
-    """Polishes a proposal; returns the result, its report step, and counts from each evaluation of all known data.
+    """Returns the polished proposal, its step in the report, and the counts of each evaluation of all known data.
 
-    With `steered`, slices that miss their quota weigh more. Without a `deadline`, all time left for methods is used.
+    `steered` gives targets of slices that miss their quota more weight. `deadline` defaults to `deadline_of_method()`.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -148,7 +148,7 @@ class _Polish:
         self._n_first = 0  # violated at the first start
 
     def start(self) -> Phase | None:
-        """Begins steps at `state` (given, or after a retreat), whose results are `after`. Returns the next phase."""
+        """Starts steps at `state`: first the given weights, later those after a retreat. Returns the next phase."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
         self._n_first = self._n_first or int(self.active_set.violated.sum())

@@ -54,15 +54,15 @@ def solve_dual(
     max_value: float = math.inf,
     is_over: Callable[[], bool] = lambda: False,
 ) -> DualSolution:
-    """Solves one programme of `m` rows (constraints), or a batch of `T` small ones, in float64 on the CPU.
+    """Solves the dual of one programme with `m` rows, or of a batch of `T` small ones, in float64 on the CPU.
 
     Args:
-        gram: K = A A', the products of the rows of A, `m x m` or `T x m x m`. A zero row must require 0.
+        gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
         required: lower bound of each row, `m` or `T x m`.
-        limit: upper bounds of the multipliers, `m`, infinite for hard rows; None makes all rows hard. Not for a batch.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None makes all rows hard, as in a batch.
         start: initial multipliers, shaped like `required`, such as those of a similar programme; None means 0.
-        max_value: programmes of a batch with a larger optimum count as infeasible; if infinite, all must be feasible.
-        is_over: is called at each step; True ends with the best multipliers so far. Not for a batch.
+        max_value: for a batch: programmes with a larger optimum count as infeasible. By default all must be feasible.
+        is_over: is called at each step; if True, the best multipliers so far are returned. A batch never calls it.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -121,7 +121,7 @@ class _Box:
     def is_contradictory(self, change: Tensor) -> bool:
         """True if a change of the multipliers proves that the hard rows contradict each other (Farkas' lemma).
 
-        Let d be what it adds to hard rows. An x that meets them has |A' d| |x| >= d' A x >= d' required: |x| is huge.
+        Let d be the increases at hard rows. An x that meets them has |A' d| |x| >= d' A x >= d' required: |x| is huge.
         """
         d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
         needed = float(self.required @ d)
@@ -205,7 +205,7 @@ RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the multipliers, `T x m`, the optimum of each dual, `T`, and whether it was reached, `T` bool."""
+    """Returns the multipliers, `T x m`, each dual's value, `T`, and a mask, `T` bool, False where steps ran out."""
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
     jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)

@@ -17,7 +17,7 @@ DISTILLATION_WEIGHT = 5.0  # of the divergence of a sample's logits from the tea
 
 
 class Teacher:
-    """Computes and caches logits. Sample i runs with weights `states[which[i]]`; `which`, `N` int64, is on the CPU."""
+    """Computes and caches logits. Sample i runs with weights `states[which[i]]`; `which` is `N` int64 on the CPU."""
 
     def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
         own = live_tensors(problem.model)
@@ -28,7 +28,7 @@ class Teacher:
         self._cache = LogitCache(len(which))
 
     def prepare(self, rows: Tensor) -> None:
-        """Caches the missing logits of `rows`. Otherwise each batch with a missing row would run as a whole."""
+        """Caches the missing logits of `rows`, so that no batch must run as a whole later for a few missing rows."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):

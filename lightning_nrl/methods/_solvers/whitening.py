@@ -29,10 +29,11 @@ MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root woul
 
 @dataclass(frozen=True)
 class Whitening:
-    """The `K` whitened coordinates of changes of several layers.
+    """`K` coordinates of changes of several layers. Steps of equal length move the layers' outputs equally.
 
-    For each layer, `outputs` has the output channels that may change, int64. `roots` has C^(-1/2) for each group of
-    channels: `groups x d x d`, or `groups x d` if C is diagonal. A channel has `d` weights, with a bias that may move.
+    `outputs` has for each layer the output channels that may change, int64. A channel has `d` weights, which include
+    its bias if this may change. `roots` has for each layer the matrices C^(-1/2) of its groups of channels, where C is
+    the second moment of the inputs: `groups x d x d`, or `groups x d` if only the diagonal of C is used.
     """
 
     sites: tuple[LayerRef, ...]
@@ -44,7 +45,7 @@ class Whitening:
         return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
 
     def state(self, change: Tensor) -> State:
-        """Returns whole parameters of the layers: those of the model plus a change in `K` whitened coordinates."""
+        """Returns the parameters of the layers: the model's values plus `change`, given in the `K` coordinates."""
         found, at = {}, 0
         for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
             size = len(outputs) * root.shape[-1]
@@ -61,10 +62,10 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Computes at most about `max_size` whitened coordinates of the problem's layers from passed samples.
+    """Computes coordinates of the problem's layers from passed samples. They number at most about `max_size`.
 
-    If the layers have more weights, only some output channels of each layer may change: those whose weights have the
-    largest squared gradients of target margins.
+    If the layers have more weights than that, only some output channels of each layer may change: those with the
+    largest squared gradients of the targets' margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -94,7 +95,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
-    """Returns the sorted rows `chosen`, `m`, and their margins' gradients at `state`, `m x K`, from all ranks."""
+    """Returns the `m` rows `chosen`, sorted, and the gradients of their margins at `state`, `m x K`, on all ranks."""
     rows, parts = [], []
     with temporary_weights(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):
