@@ -40,7 +40,7 @@ ASKED: Mapping[str, Plain] = {
     **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
     **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
 }
-"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the first five by name."""
+"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the first five names."""
 MEASURED = tuple(
     f"repair/{name}"
     for name in (
