@@ -130,7 +130,7 @@ def choose_prediction(
     """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to predict by `forward`.
 
     `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails. If the
-    adapter runs the module itself, returns None, and the adapter stays.
+    adapter runs the module itself, the result is None, and the adapter predicts.
     """
     if isinstance(adapter, ModelAdapter):
         return None

@@ -116,7 +116,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or else `work()`, and saves it if it was slow. All ranks must call it."""
+        """Returns a step's saved result, or else `work()`, saved if it took `every` seconds. All ranks must call it."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed

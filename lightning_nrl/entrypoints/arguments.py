@@ -56,7 +56,7 @@ def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if `argument`, or one field of its option object, has an effect in `entry_point` (`compare` or `sweep`)."""
+    """True if `argument`, or a field of its option object, has an effect in `entry_point` (`compare` or `sweep`)."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
     return not names.isdisjoint(USED_OPTIONS[entry_point])

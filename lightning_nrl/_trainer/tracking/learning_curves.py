@@ -31,7 +31,7 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of samples that are right (`learned`), were right only earlier (`forgotten`), or were never right."""
+        """Masks of samples that are right (`learned`), were right earlier (`forgotten`), or never (`never_learned`)."""
         return {"learned": self.right, "forgotten": self.was_right & ~self.right, "never_learned": ~self.was_right}
 
     @property
