@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Matches control characters except tab and newline, marks that set the direction of writing, and lone surrogates."""
+"""Matches lone surrogates, marks that set the direction of writing, and control characters except tab and newline."""
 
 
 class RepairError(Exception):
-    """Base class of all errors of this package. Its message describes a problem and ends with a hint."""
+    """Base class of all errors of this package. Its message describes a problem and, in general, ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -62,7 +62,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some samples have no class or no finite loss. `samples` holds their data-set positions by split."""
+    """Some samples have no class or no finite loss. `samples` has, by split, their positions in the data set."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)
@@ -90,7 +90,7 @@ class InseparableBatchError(ReplayError):
 
 
 class RepairWarning(UserWarning):
-    """Base class of all warnings of this package. Its message describes a problem and ends with a hint."""
+    """Base class of all warnings of this package. Its message describes a problem and, in general, ends with a hint."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
@@ -121,12 +121,12 @@ class LoggingWarning(RepairWarning):
 
 
 def explain(problem: str, hint: str) -> str:
-    """Joins a problem and its hint to a message, with control characters escaped."""
+    """Returns a message of the problem and, on a new line, the hint. Escapes the same characters as `visible`."""
     return visible(f"{problem}\nHINT: {hint}")
 
 
 def visible(text: str) -> str:
-    """Escapes control characters, which a terminal would interpret, and lone surrogates."""
+    """Escapes lone surrogates, and control characters that a terminal would interpret; keeps tabs and newlines."""
     return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -147,7 +147,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Raises `ConfigurationError` (`value` is no `kind`) if `fits` is false, or if `value` is a class."""
+    """Raises `ConfigurationError` if `fits` is false or `value` is a class. The message: `value` is no `kind`."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
@@ -171,7 +171,10 @@ def check_real(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raises `ConfigurationError` unless `value` is finite, `least <= value <= most` and `above < value < below`."""
+    """Raises `ConfigurationError` unless `value` is finite, `least <= value <= most` and `above < value < below`.
+
+    The message says that `value` is no `kind`, and ends with `hint`.
+    """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

@@ -67,12 +67,12 @@ class ContinuedTraining:
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """Returns a copy that knows the targets, a bool mask over all known samples."""
+        """Returns a copy with the mask `targeted`: bool, one entry for each known sample, True for the targets."""
         return replace(self, targeted=targeted)
 
     @property
     def obstacle(self) -> str:
-        """Reason why the training cannot continue, equal on all ranks, or an empty text. Does not train anything."""
+        """Reason why the training cannot continue, or an empty text. All ranks must read it, and get the same text."""
         ranks = Collective.current(self.model.device)
         found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
         return ranks.first_text(found)
@@ -121,7 +121,7 @@ class ContinuedTraining:
         return trained
 
     def warn(self) -> bool:
-        """Warns and returns True if the training cannot continue."""
+        """Returns True, after a warning, if there is an `obstacle`, and otherwise False."""
         if obstacle := self.obstacle:
             self._warn(obstacle)
         return bool(obstacle)
@@ -178,9 +178,8 @@ class ContinuedTraining:
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
             if run.renew is not None:
-                sampler = (
-                    loader.sampler if isinstance(loader, DataLoader) else loader
-                )  # several loaders have no weights
+                # Several loaders have no weights.
+                sampler = loader.sampler if isinstance(loader, DataLoader) else loader
                 budget.halfway = partial(_renew_weights, run.renew, sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
         # `eval` merges adapters, as they are merged in the model to repair.
@@ -279,7 +278,7 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function that augments the marked samples and appends them to the batch of the unmarked samples."""
+    """Collate function for `MarkedSamples`. A batch has the unmarked samples, followed by the augmented marked ones."""
 
     collate: Callable[[list[Any]], Any]
     augment: Augment
@@ -320,7 +319,10 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
 
 
 class ShuffledSampler(Sampler[int]):
-    """Sampler that draws `n / parts` of `n` samples, in proportion to their `weight`, and splits them over ranks."""
+    """Sampler that draws `n // parts` of `n` samples in random order, and divides them equally among the ranks.
+
+    With `weight`, the number of times that a sample is drawn is on average proportional to its weight.
+    """
 
     def __init__(
         self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None, parts: int = 1

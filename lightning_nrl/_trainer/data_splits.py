@@ -55,14 +55,14 @@ class DataOptions:
             validation data), or a value as for `passed`.
         adapter: function, or its address `package.module:function`. It either splits a batch,
             `f(batch) -> (args, kwargs, target)`, or runs the module, `f(module, batch) -> (logits, target)`. None:
-            batches are `(x, y, *extras)` or mappings with the usual keys.
-        draws: how often, from 1, each known sample is read with other random numbers, if its data set draws at random
-            as augmentation does. The random numbers are fixed. Each draw counts as a sample.
+            batches are `(x, y, *extras)`, or mappings with keys such as `image` and `label`.
+        draws: number of times, at least 1, that each known sample is read if its data set draws random numbers, as
+            augmentation does. The seed fixes the numbers, which differ each time. Each time counts as a sample.
         render: function, or its address, that turns a sample into an image or text for the report. None: an image, a
             table or tokens, depending on the shape of the model's input.
         augment: function `f(batch) -> batch`, or its address, that augments the targets when training continues. It may
-            draw at random and return more samples than it gets. The counts in reports are of samples that it has not
-            augmented. None: only the data set's own augmentation.
+            draw at random and return more samples than it gets. Reports count the samples without this augmentation.
+            None: only the data set's own augmentation.
         start_from: the weights to repair: those at the end of training (`last`) or of the best checkpoint (`best`).
 
     Raises:
@@ -115,7 +115,10 @@ class DataRequest:
     def find(
         self, loaders: SplitLoaders
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns passed, failed, unseen and calibration data; refuses unseen or calibration data used twice."""
+        """Returns the passed, failed, unseen and calibration data. The last two are None if they are not requested.
+
+        Refuses unseen data that are all known, and calibration data that share a sample with other data.
+        """
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
@@ -189,7 +192,7 @@ class SplitLoaders:
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
-        """Returns the loaders of a split, or None. `val:1` is the second of several, or the one with the key `1`."""
+        """Returns the loaders of a split, or None. `val:1` means only the loader of `val` with number or key 1."""
         split, which = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
@@ -204,12 +207,12 @@ class SplitLoaders:
         return named[which]
 
     def named(self, split: str) -> list[NamedLoader]:
-        """Returns the loaders of a split, unchecked, by name: `val`, or if there are several, `val:0` or `val:key`."""
+        """Returns pairs of a loader (None if missing) and its name. Several loaders are named `val:0` or `val:key`."""
         several = loaders_in(self.get(split))
         return [(one, split if len(several) == 1 else f"{split}:{which}") for which, one in several.items()]
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
-        """Names, for the report, the loaders of the fit with samples that are in none of the sources."""
+        """Returns a sentence on loaders of the fit with samples that are in none of the sources, or an empty text."""
         counted, names = torch.cat([source.identity for source in sources]), [source.split for source in sources]
         missing = []
         for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
@@ -223,7 +226,7 @@ class SplitLoaders:
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
-    """Returns the trainer's data loader of a split (`train`, `val`, `repair` or `test`), or None."""
+    """Returns the trainer's data loaders of a split (`train`, `val`, `repair` or `test`), or None."""
     if split in ("train", "val"):
         ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
         given = ready if ready is not None else given_loaders(trainer, split)
@@ -250,13 +253,13 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """Returns how many batches of a loader `overfit_batches` leaves, or None for all."""
+    """Returns the number of batches to which `overfit_batches` limits a loader, or None without a limit."""
     share = overfit_batches(trainer)
     return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
 
 
 def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
-    """Describes, for the report, how the trainer's batch limits affect the known data."""
+    """Returns sentences on how the trainer's batch limits affect the known data, or an empty text."""
     if batch_limit(trainer):
         return ""
     sentences = []
@@ -277,7 +280,10 @@ def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
 def find_data(
     argument: str, value: Any, loaders: SplitLoaders, automatic: Sequence[str] = (), *, optional: bool = False
 ) -> list[NamedLoader]:
-    """Returns all data loaders that an argument names; `auto` is the first existing split of `automatic`."""
+    """Returns all data loaders that `value` names. `auto` means the first split in `automatic` that exists.
+
+    Refuses data that do not exist. With `optional`, the hint also suggests the value None.
+    """
     if isinstance(value, tuple):
         named = [(one, f"{argument}:{i}" if isinstance(one, DataLoader) else argument) for i, one in enumerate(value)]
         return [found for one, name in named for found in find_data(name, one, loaders, automatic)]
@@ -305,7 +311,7 @@ def _sample_identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tenso
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
-    """Returns the splits to record; `auto` is all training and validation data that can be read by index."""
+    """Returns the splits to record. `auto` means all training and validation data that can be read by index."""
     if splits != ("auto",):
         for split in splits:
             sample_index(check_loader(loaders.get(split), split))
@@ -340,7 +346,7 @@ def run_splits(
 
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> NamedLoader | None:
-    """Returns the calibration data, or None if they are missing and not needed."""
+    """Returns the calibration data. If they are missing, returns None, or raises an error if they are `needed`."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
@@ -349,7 +355,7 @@ def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders,
 
 
 def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> NamedLoader:
-    """Returns the single data loader that an argument names."""
+    """Returns the only data loader that `given` names; refuses several. An error's hint ends with `do_without`."""
     try:
         return _single_loader(find_data(argument, given, loaders))
     except ConfigurationError as error:
@@ -359,7 +365,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns, for loggers, the chosen share of the old weights, and accuracy and NFR at share 0 and at this share."""
+    """Returns the chosen share of the old weights, with its accuracy and NFR. Numbers `..._before` are of share 0."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

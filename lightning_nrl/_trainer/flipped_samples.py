@@ -41,8 +41,8 @@ def display(
 
     A vector of integers is shown as the longest text in `sample`, or as a list of tokens. Another vector is shown as a
     table. A larger tensor is shown as an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor
-    has one or three channels or is uint8. The image has the first three channels, and of a video the middle frame. If
-    values are outside of [0, 1], the smallest is shown as black and the largest as white.
+    has one or three channels or is uint8. The image shows only the first three channels, and only the middle frame of a
+    video. If values are outside of [0, 1], the smallest is shown as black and the largest as white.
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -87,7 +87,7 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """Returns mean and std of the last `Normalize` transform that is found in a data set or in a data set inside it."""
+    """Returns mean and std of the last `Normalize` transform in a data set and the data sets inside it, or None."""
     found: Normalization | None = None
     for one in _nested_objects(dataset):
         if type(one).__name__ == "Normalize":  # of torchvision or another library
@@ -183,11 +183,7 @@ def sample_views(
 
 
 def _views(
-    report: RepairReport,
-    source: LoaderSource,
-    samples: Sequence[FlippedSample],
-    render: Render | None,
-    convolves: bool,
+    report: RepairReport, source: LoaderSource, samples: Sequence[FlippedSample], render: Render | None, convolves: bool
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples) if render is None else None
     for one in samples:
@@ -209,7 +205,7 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns `classes` of the first data set with this attribute, as in torchvision, or an empty tuple."""
+    """Returns the attribute `classes` of the first data set that has it, as in torchvision, or an empty tuple."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)

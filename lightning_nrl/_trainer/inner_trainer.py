@@ -102,7 +102,7 @@ def copied_module(
 
 
 def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
-    """Copies a data module for another trainer: with another training loader, but the same data and batch hooks."""
+    """Copies a data module for another trainer. The copy has the training loader `loader`, and shares all data."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
         setattr(new, name, no_op)
@@ -139,7 +139,7 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Lightning, which has printed the same for the outer trainer."""
+    """Silences Lightning's log and all warnings for a block, since the outer trainer has shown the same."""
     levels = {logger: logger.level for logger in map(logging.getLogger, LOGGER_NAMES)}
     try:
         for logger in levels:
@@ -248,7 +248,7 @@ class CannotTrainError(RepairError):
 
 
 def describe_failure(error: Exception) -> str:
-    """Returns an error's class and message, and its deepest line outside of torch, Lightning and this package."""
+    """Returns an error's class and message, and the last line of the user's own code in its traceback."""
     text = str(error).strip()
     if "\nOriginal Traceback" in text:
         return f"{text.splitlines()[-1]} (in a DataLoader worker)"
@@ -260,9 +260,9 @@ def describe_failure(error: Exception) -> str:
 
 
 def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Synchronises the ranks in training: returns True if time is over on any rank, raises if any rank has failed.
+    """Returns True on all ranks if time is over on at least one rank. All ranks raise if one rank gives an `error`.
 
-    Every call exchanges the same three numbers. So a rank that fails and ranks that wait at another call still meet.
+    Every call exchanges the same three numbers. So a rank that fails cannot leave the others waiting in another call.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
@@ -291,7 +291,7 @@ class TimeBudget(CallbackBase):
         return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Runs `work`. If it fails on one rank, raises on all ranks; the user's errors become a `CannotTrainError`."""
+        """Returns `work()`. If it fails on one rank, all ranks raise. Errors in user code become `CannotTrainError`."""
         failure: Exception | None = None
         try:
             result = work()
@@ -318,7 +318,7 @@ class TimeBudget(CallbackBase):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages gradients over ranks. Gradients accumulated before are equal on all ranks and stay so."""
+        """Averages gradients over ranks. Gradients accumulated earlier are equal on all ranks and do not change."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)

@@ -70,7 +70,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
-    """Initialises a worker of a data loader so that `get_worker_info()` has the user's own data set."""
+    """Initialises a loader's worker: puts the user's own data set into `get_worker_info()`, then calls `function`."""
     info = get_worker_info()
     if info is not None and isinstance(info.dataset, SeededDataset):
         # torch locks the attributes of this object.
@@ -104,7 +104,7 @@ class LoaderSource:
 
     @property
     def identity(self) -> Tensor:
-        """The innermost data set of each of `n` samples and the position in it, `n x 2` int64 (see `base_samples`)."""
+        """`id` of the innermost data set of each of `n` samples, and the position in that data set: `n x 2` int64."""
         return base_samples(self.loader.dataset, self.index)
 
     @property
@@ -135,7 +135,7 @@ class LoaderSource:
             at += n
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields a batch for each tensor of positions in the split. Samples have the same values as in iteration."""
+        """Yields a batch for each tensor of positions in the split. A sample has the same values in every read."""
         chosen = [self._draw_indices(position) for position in batches]
         for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
@@ -153,7 +153,7 @@ class LoaderSource:
             raise ConfigurationError(problem, adapter_hint(raw)) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """Returns a source that reads each sample `draws` times, with other random numbers; each counts as a sample."""
+        """Returns a source that reads each sample `draws` times with other random numbers, and counts it as often."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -214,7 +214,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
-    """Copies a loader for other samples, with its collate function, workers and pinning."""
+    """Copies a loader's collate function, workers, pinning and data set (or takes `dataset`). `arguments` add more."""
     if loader.num_workers:
         for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
             arguments[name] = getattr(loader, name)
@@ -226,13 +226,13 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
-    """Splits a name such as `val:1` into the split `val`, and the number or key `1` of one of its loaders."""
+    """Splits a name such as `val:1` into the split `val` and the number or key `1`, which is empty for `val` alone."""
     split, _, which = name.partition(":")
     return split, which
 
 
 def loaders_in(given: Any) -> Mapping[str, Any]:
-    """Returns the loaders of a list, a mapping or a `CombinedLoader` by number or key. A single loader has number 0."""
+    """Returns the loaders of a list, mapping or `CombinedLoader` by number or key, as text. A single loader is `0`."""
     given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         return {str(key): loader for key, loader in given.items()}
@@ -278,8 +278,8 @@ def check_data(
 def sample_index(loader: DataLoader[Any]) -> Tensor:
     """Returns the data-set positions that a loader's sampler can draw, in ascending order.
 
-    A weighted sampler draws the samples of weight above 0. A custom sampler counts as a subset if it draws the same
-    subset twice. For other samplers, all positions are returned.
+    A weighted sampler can draw the samples of weight above 0. A custom sampler is run twice. If both runs draw the same
+    positions, these positions are returned, and otherwise all positions, as for any other sampler.
     """
     n = len(loader.dataset)  # type: ignore[arg-type]
     outer, sampler = sampler_of(loader)
@@ -311,7 +311,7 @@ def _drawn_positions(sampler: Any, n: int) -> set[int] | None:
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
-    """Returns an adapter, given as a function or its address; None stands for `unpack`."""
+    """Returns an adapter, given as a function or as its address. None means `unpack`."""
     return unpack if adapter is None else as_adapter(import_function("adapter", adapter))
 
 

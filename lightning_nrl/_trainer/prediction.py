@@ -46,10 +46,10 @@ Calls = list[tuple[Tensor, Tensor]]
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator, and sources whose adapter runs the module as deployed, by `predict_step` or `forward`.
+    """Returns an evaluator, and the groups `splits` with sources whose adapter predicts as the deployed module does.
 
-    The first batch of the first source decides which, and which layers are called (`Evaluator.called`). The module's
-    own steps are compared with the prediction on the first group of sources in `splits`.
+    The first batch of the first source decides if `predict_step` or `forward` predicts, and which layers are called
+    (`Evaluator.called`). The module's own steps are compared with the prediction on the first group of sources.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -129,7 +129,8 @@ def choose_prediction(
 ) -> tuple[bool, bool] | None:
     """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to predict by `forward`.
 
-    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails.
+    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails. If the
+    adapter runs the module itself, the result is None, and the adapter predicts.
     """
     if isinstance(adapter, ModelAdapter):
         return None
@@ -233,7 +234,7 @@ def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """Returns the names of the layers that the prediction calls, in the order of last calls, or None on an error.
+    """Returns the names of the layers that the prediction calls, sorted by their last call, or None on an error.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """

@@ -23,7 +23,7 @@ MAX_SAMPLES_CHECKED = 32
 
 
 def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
-    """Counts samples that differ between two reads with equal random numbers; sets `samples.draws` if any are drawn."""
+    """Counts samples that differ between two reads. Sets `samples.draws` if the data set draws random numbers."""
 
     def read(i: int) -> list[Any]:
         found = []
@@ -45,10 +45,8 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
-    """Counts samples of a batch whose tensors differ when the batch is read and collated in reverse order.
-
-    They differ if the collate function reorders samples or draws random numbers.
-    """
+    """Counts samples of a batch whose tensors differ when the batch is read and collated in reverse order."""
+    # They differ if the collate function reorders samples or draws random numbers.
     n = len(positions)
 
     def rows(order: Sequence[int]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """Returns the replaced model, or a file's predictions of it; refuses any other reference."""
+    """Returns the replaced model, or its predictions if `reference` is a file of them. Refuses any other reference."""
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
@@ -31,7 +31,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """Returns the replaced model; refuses a model whose weights cannot be interpolated with those of the new model."""
+    """Returns the replaced model. Refuses one whose weights cannot be interpolated with those of the new model."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there are no weights to interpolate with" if found is None else "it has no weights"
@@ -47,7 +47,10 @@ def parse_with_weights(reference: object) -> OldModel:
 def reference_module(
     trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
-    """Returns the module `given`, or a copy of `module` with the weights `given`, in eval mode until `held` closes."""
+    """Returns `given` if it is a module, or else a copy of `module` with the weights `given`.
+
+    Until `held` closes, the returned module is in evaluation mode and on the device of `module`.
+    """
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
     held.callback(model.to, home)

@@ -148,7 +148,10 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             rank_zero_info(f"{path} is of an earlier run; its name was {path.name.removeprefix('earlier-')}.")
 
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
-        """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only."""
+        """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only.
+
+        With `accepted`, the warning says that the model holds the repair.
+        """
         if self._problems:
             folder = next(iter(self._files.values())).parent
             missing = "; ".join(f"`{self._files[kind].name}` ({why})" for kind, why in self._problems.items())
@@ -303,7 +306,7 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
 
 
 def parse_prefix(prefix: str, default: str) -> str:
-    """Returns a prefix for tags without slashes at its end; refuses an empty prefix."""
+    """Removes slashes from the end of a prefix for tags. Refuses an empty prefix; the hint suggests `default`."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
@@ -315,7 +318,7 @@ def report_files(
     """Returns the paths of a report's files by kind, and the name of the report in logs. All ranks must call it.
 
     Without `dirpath`, the folder is the first of `name`, `name-1`, ... in the log folder that has no report, and the
-    name in logs is that of the folder. A `fast_dev_run` writes no files.
+    name in logs is that of the folder. In a `fast_dev_run`, no paths are returned, since nothing is written.
     """
     if batch_limit(trainer):
         return {}, name
@@ -331,7 +334,7 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes a report, and further files by the functions `others`; returns the report with the written files only."""
+    """Writes a report, and more files by the functions `others`. Returns the report with the paths of written files."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)
@@ -383,7 +386,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
 def resume_store(
     dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair"
 ) -> ResumeStore:
-    """Returns a store for the results of steps that take at least `every` seconds. All ranks must call it."""
+    """Returns a store for results of steps of at least `every` seconds (None: of no steps). All ranks must call it."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

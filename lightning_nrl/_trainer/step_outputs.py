@@ -60,7 +60,7 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Registers hooks on submodules by dotted name, preferred ones first. An empty name is the module itself."""
+        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers the first names."""
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
@@ -78,15 +78,19 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Ends recording. Returns the output for these arguments, else the first output, or None without a call."""
+        """Ends recording. Returns the output of the call with these arguments, or else of the first call.
+
+        Returns None if there was no call. `redirected` has the same meaning as in `calls`.
+        """
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends recording. Returns the name of the first submodule that was called, and its calls.
+        """Ends recording. Returns the first name in the order of `attach` whose submodule was called, and its calls.
 
-        A strategy such as DDP runs the step itself as a call of the module (`redirected`); that call is left out.
+        If nothing was called, the list of calls is empty. If a strategy such as DDP runs the step itself as a call of
+        the module (`redirected`), that call is left out.
         """
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
@@ -99,7 +103,10 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model. The first call sets `parts`: the outermost submodule that returned the model's output, or `()`."""
+    """Calls a model. The first call sets `parts`, a tuple with the name of the submodule that returned the output.
+
+    If several submodules returned the model's output, `parts` has only the outermost of them. If none did, it is empty.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -153,8 +160,8 @@ def find_forward_pass(
 ) -> ForwardPass:
     """Finds the only call in a step that takes its whole batch: `n` samples with the inputs `args` and `kwargs`.
 
-    `calls` are those of the submodule `name`, or of the module itself if it is empty. Raises `ConfigurationError` if no
-    call fits, or several calls fit.
+    `calls` are those of the submodule `name`, or of the module itself if `name` is empty. If there is only one call of
+    the module itself, it may have other inputs. Raises `ConfigurationError` if no call fits, or several calls fit.
     """
     found = []
     for given, named, output in calls:
@@ -178,7 +185,7 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the loss that a training step returned, also in a mapping; None (a skipped step) stays None."""
+    """Adds a scalar to the loss that a training step returned, also in a mapping. None, a skipped step, stays None."""
     if result is None:
         return None
     if isinstance(result, Tensor):

@@ -12,12 +12,7 @@ from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 SHARDING_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 """Prefixes of strategies that shard layers over processes."""
-UNTESTED_STRATEGIES = (
-    "SingleDeviceXLA",
-    "SingleTPU",
-    "HPU",
-    "SingleHPU",
-)
+UNTESTED_STRATEGIES = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")
 SHARDED_CLASSES = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
 OVERWRITING_CALLBACKS = callback_kinds("StochasticWeightAveraging WeightAveraging ModelPruning")
 """Callbacks that write weights when training ends."""
@@ -72,7 +67,7 @@ def check_order(
     """Refuses an order of callbacks in which one callback undoes a change of the weights by another.
 
     Callbacks of the classes `OVERWRITING_CALLBACKS` and `earlier` must not come after `callback`. If `start_from` is
-    `best`, callbacks of the classes `earlier` and `kind` must not come before it, since their change would be lost.
+    `best`, callbacks of the classes `earlier` and `kind` must not come before `callback`, which undoes their change.
     """
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)

@@ -83,10 +83,7 @@ class _ActiveStage:
 
 
 class RepairProgress:
-    """Progress bar of a repair below the trainer's own bar, drawn by the same library (rich or tqdm).
-
-    It shows the current stage in words, and the time left once that can be estimated.
-    """
+    """Progress bar of a repair, below the trainer's own bar. Shows the current stage, and the time left if known."""
 
     now: Clock = staticmethod(time.perf_counter)
 
@@ -102,7 +99,7 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Stores the expected seconds of the coming stages, and announces their sum, at most `most`."""
+        """Stores the expected seconds of the coming stages. Announces their sum, or `most` if that is less."""
         self._expected, self._end = dict(seconds), self.now() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
@@ -251,7 +248,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """A repair of a trainer's model. Callbacks of the classes `left_out` do not run in training for the repair."""
+    """A repair of a trainer's model. If it continues training, callbacks of the classes `left_out` do not run."""
 
     settings: Settings
     task: Task
@@ -260,7 +257,7 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """Checks a repair before training, on one batch of each split; warns if training could not continue for it."""
+        """Checks a repair before training, on one batch of each split. Warns if it could not continue the training."""
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: the fit saves none.", NO_CHECKPOINTS_HINT)
@@ -275,14 +272,8 @@ class TrainerRepair:
             if self.reference is None and settings.layer == "auto" and settings.trains:
                 few.training.warn()
 
-    def run(
-        self,
-        trainer: Trainer,
-        model: LightningModule,
-        epochs: int,
-        work: ResumeStore | None = None,
-    ) -> Outcome:
-        """Searches a repair of a model that was trained for `epochs`; leaves model and trainer unchanged."""
+    def run(self, trainer: Trainer, model: LightningModule, epochs: int, work: ResumeStore | None = None) -> Outcome:
+        """Searches for a repair of a model that was trained for `epochs` epochs. Leaves model and trainer unchanged."""
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
@@ -313,7 +304,7 @@ class TrainerRepair:
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """Opens model and data as in validation, with a progress bar. With `whole`, each rank reads all samples."""
+        """Yields model and data as in validation; shows a progress bar. With `whole`, each rank reads all samples."""
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
             found = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)

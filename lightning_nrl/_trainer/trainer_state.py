@@ -99,9 +99,9 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
     """Loads the weights to repair, equal on all ranks: the current weights (`last`) or the `best` checkpoint.
 
     Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
-    After a validation, Lightning sets only the flag `training`, so that adapters merged by `eval()` stay merged. So
-    modules in training mode run their own `train()` again. On exit, everything is restored bit by bit, unless the block
-    has set `keep` of the yielded object.
+    Modules in training mode run their own `train()` again, since Lightning sets only the flag `training` after a
+    validation, and adapters that `eval()` has merged would stay merged. On exit, everything is restored bit by bit,
+    unless the block has set `keep` of the yielded object.
     """
     path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
@@ -155,7 +155,7 @@ def _best_path(trainer: Trainer) -> str:
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """Returns the number of epochs of a training, at least 1. If batch limits cut epochs short, batches are counted."""
+    """Returns the number of epochs of a training, at least 1. An epoch that batch limits cut short counts in part."""
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
@@ -169,7 +169,7 @@ def _batches_of(trainer: Trainer) -> int:
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """Returns the epochs of a checkpoint, at least 1, or `ASSUMED_EPOCHS` if it has no count."""
+    """Returns the number of epochs in a checkpoint, at least 1, or `ASSUMED_EPOCHS` if no number is in it."""
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:
@@ -189,11 +189,12 @@ def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Eval
 
 @contextmanager
 def handle_signals(
-    trainer: Trainer,
-    is_decided: Callable[[], bool],
-    saved_in: Callable[[], Path | None] = lambda: None,
+    trainer: Trainer, is_decided: Callable[[], bool], saved_in: Callable[[], Path | None] = lambda: None
 ) -> Iterator[None]:
-    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of the repair."""
+    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of the repair.
+
+    `is_decided` returns True once the repair has finished. `saved_in` returns the folder of saved steps, or None.
+    """
 
     def terminated() -> BaseException:
         launcher = trainer.strategy.launcher

@@ -66,7 +66,10 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Converts a state dict to the names (`live_tensors`), dtypes and devices of the model; refuses unfit tensors."""
+    """Converts a state dict to the names in `live_tensors`, and to the dtypes and devices of the model's tensors.
+
+    Refuses a state dict in which a tensor is missing, is not in the model, or has another shape than in the model.
+    """
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}

@@ -67,7 +67,7 @@ def described(value: Any) -> str:
 
 
 def is_class(value: Any) -> bool:
-    """True if `value` is a whole number from 0."""
+    """True if `value` is a whole number from 0 and no bool."""
     try:
         return not isinstance(value, (bool, np.bool_)) and operator.index(value) >= 0
     except TypeError:
@@ -88,7 +88,7 @@ def count_or_share(value: Any) -> int | float | None:
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5)."""
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses any other text."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

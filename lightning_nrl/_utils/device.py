@@ -81,7 +81,7 @@ def may_use_tf32(by_cudnn: bool = True) -> bool:
 
 @contextmanager
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
-    """Disables cuDNN kernels with a random order of summation, so that gradients are the same in every run.
+    """For a block, disables cuDNN kernels with a random order of summation, so that gradients are equal in every run.
 
     If `model` has recurrent layers, disables all of cuDNN, which cannot compute their gradients in evaluation mode.
     """

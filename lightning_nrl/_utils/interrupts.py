@@ -20,7 +20,7 @@ OVERDUE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-    """Raised by `poll` to end the work; `interruptible` replaces it by the exception for the signal."""
+    """Raised by `poll` to end the work. `interruptible` replaces it by the exception for Ctrl-C or for SIGTERM."""
 
 
 @dataclass

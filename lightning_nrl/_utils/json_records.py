@@ -27,7 +27,7 @@ UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that i
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Returns metadata for a dataclass field whose fields are written into the outer object, with a prefix."""
+    """Returns metadata for a field that is a dataclass: its fields are written into the outer object, with a prefix."""
     return {"flat": prefix}
 
 

@@ -231,7 +231,7 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
 
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[None]:
-    """Restores the attributes of all modules, and the tensors, lists and dicts in them, such as states of metrics."""
+    """Restores on exit all modules' attributes, and the tensors, lists and dicts in them, such as metric states."""
     restores: list[Callable[[], None]] = []
     for module in model.modules():
         attributes = vars(module)

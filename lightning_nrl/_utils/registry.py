@@ -74,7 +74,7 @@ class Registry(Generic[T]):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Example texts for all names, for messages."""
+        """Example texts of all names, as messages show them."""
         return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:

@@ -84,7 +84,7 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 class ResumeStore:
     """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
 
-    With `parent=None`, nothing is saved. `elsewhere` are the parent folders of earlier runs, the newest first.
+    With `parent=None`, nothing is saved. Results of earlier runs are sought in the folders `elsewhere`, newest first.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
@@ -116,7 +116,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns the saved result of a step, or runs `work` and saves its result. All ranks must call it."""
+        """Returns a step's saved result, or else `work()`, saved if it took `every` seconds. All ranks must call it."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed

@@ -98,7 +98,10 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of the states."""
+    """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of the states.
+
+    A state without this tensor adds nothing. Variances of batch norm are clamped to 0 or more.
+    """
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
         value = base[name]
@@ -133,9 +136,10 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
-    """Maps names in `model.state_dict()` to the names in `live_tensors` of the tensors that are saved under them.
+    """Maps each name in `model.state_dict()` to the name of the same tensor in `live_tensors`.
 
-    A custom `state_dict` may omit or rename live tensors. Names of other values, such as moving averages, are left out.
+    A custom `state_dict` may rename tensors. Names of values that are not in `live_tensors`, such as moving averages,
+    are left out.
     """
     live, state = live_tensors(model), model.state_dict()
     places = {_place(value): name for name, value in live.items()}
@@ -157,7 +161,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_saved(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model whose state dict omits one of these tensors, or saves other values for it."""
+    """Refuses a model whose state dict omits one of the live tensors `names`, or has other values for one of them."""
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:

@@ -40,7 +40,7 @@ INSTEAD = {
 
 
 def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses arguments without an effect in `entry_point`. An option object may have such fields at their defaults."""
+    """Refuses arguments, and changed fields of option objects, that have no effect in `entry_point`."""
     given: dict[str, Any] = {}
     for name, value in arguments.items():
         given |= changed_options(value) if isinstance(value, tuple(OPTION_CLASSES.values())) else {name: value}
@@ -56,7 +56,7 @@ def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if `argument`, or a field of the option object that `argument` takes, has an effect in `entry_point`."""
+    """True if `argument`, or a field of its option object, has an effect in `entry_point` (`compare` or `sweep`)."""
     kind = OPTION_CLASSES.get(argument)
     names = {argument} if kind is None else {field.name for field in fields(kind)}
     return not names.isdisjoint(USED_OPTIONS[entry_point])
@@ -80,7 +80,7 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
 
 
 def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses a model that is neither a LightningModule nor a compiled LightningModule."""
+    """Refuses a model that is no LightningModule, compiled or not. The hint names the function `without_lightning`."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, LightningModule):
         problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."

@@ -157,7 +157,7 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project; returns 1 if that fails or the result does not meet `require`, else 0."""
+    """Repairs the model of a project; returns 1 if the repair fails or does not meet `require`, else 0."""
     require = project.own["require"] or "any"
     if require != "any" and "unseen" not in project.options:
         problem = f"`require={require}` judges data that the repair does not use, but `unseen` is not given."
@@ -184,7 +184,6 @@ def repair_project(project: Project) -> int:
 
 
 def diagnose_project(project: Project) -> int:
-    """Prints the diagnosis of a project."""
     show(diagnose(**project.source, **project.options))
     return 0
 
@@ -212,7 +211,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose in words, and its arguments. None: it takes the arguments of a project."""
+    """A command: its function, its purpose in words, and its arguments. None means the arguments of a project."""
 
     run: Callable[..., int]
     purpose: str

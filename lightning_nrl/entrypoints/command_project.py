@@ -60,7 +60,7 @@ class Project:
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads a project from the arguments of LightningCLI, which get no subcommand, and from those of the command.
+    """Reads a project from a command's own arguments and those of LightningCLI, without a subcommand such as `fit`.
 
     A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair; those under `repair` override it.
     """
@@ -138,7 +138,7 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves a `RegressionFreeRepair` from the callbacks to the options `repair`. Options set there stay."""
+        """Moves the options of a `RegressionFreeRepair` in the callbacks to `repair`. Options set in `repair` stay."""
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:

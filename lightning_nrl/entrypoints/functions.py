@@ -82,7 +82,7 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Makes the next `fit` run `work` instead of training. Saves, logs and applies the outcome unless it is None."""
+    """Makes the next `fit` run `work` instead of training. If `work` returns an outcome, saves, logs and applies it."""
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."
@@ -170,7 +170,7 @@ def repair(
         **arguments: if there is no `callback`: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`.
 
     Returns:
-        The report. Its `files["checkpoint"]` is the repaired checkpoint; the model holds the repaired weights.
+        The report. If its `status` is `repaired`, the model has the new weights, also saved as `files["checkpoint"]`.
 
     Raises:
         ConfigurationError: an argument is invalid, or the trainer has a repair callback, `min_epochs` or `min_steps`.
@@ -262,7 +262,7 @@ def compare(
     are those of `repair`; an argument without an effect is refused (see docs/options.md).
 
     `methods` is a list of names, such as `finetune-polish` and `fine-tuning`, or of method objects, or a mapping from
-    your own names to these. None: the methods and baselines that a comparison runs by default.
+    your own names to such methods. None: the methods and baselines that a comparison runs by default.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
@@ -309,9 +309,9 @@ def sweep(
     refused (see docs/options.md).
 
     `settings` is a `Grid`, or one or several mappings from argument to value. `seeds` is a list of seeds, or a number
-    `n` for the seeds 0 to n - 1. `dirpath` is the folder for the table and the weights; a second call with the same
-    folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: one for each `setting`
-    with the means over its seeds, one for each `run`, or `none`.
+    `n` for the seeds 0 to n - 1. `dirpath` is the folder for the table and the weights, or None. A second call with
+    the same folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: one for each
+    `setting` with the means over its seeds, one for each `run`, or `none`.
 
     Returns:
         The result: `rich.print` shows means and spread, `best` returns a run, `pareto` returns the Pareto front.

@@ -31,8 +31,9 @@ def reading_checkpoints(
 ) -> Iterator[None]:
     """Makes a trainer refuse, for a block, checkpoints with other objects than tensors and plain values.
 
-    With `weights_only=False`, the trainer reads them too. By itself, Lightning 2.5 runs any code in a checkpoint, and
-    2.6 does so if the checkpoint is from a URL. Custom checkpoint plugins for other formats are not affected.
+    With `weights_only=False`, it reads such checkpoints. Errors name `argument`, and their hint ends with `otherwise`.
+    By itself, Lightning 2.5 runs any code in a checkpoint, and 2.6 does so if the checkpoint is from a URL. Custom
+    checkpoint plugins for other formats are not affected.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io

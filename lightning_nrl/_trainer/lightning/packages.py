@@ -25,7 +25,7 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports all installed packages, so that a callback can derive from both of them."""
+    """Imports and returns `lightning.pytorch` and `pytorch_lightning`, or the only one that is installed."""
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []
@@ -46,7 +46,7 @@ PACKAGES = installed_packages()
 
 
 def classes(path: str) -> tuple[type[Any], ...]:
-    """Returns the class at a path (`pytorch.callbacks.Timer`, `fabric.plugins.Precision`) of each package with it."""
+    """Returns the classes at a path such as `pytorch.callbacks.Timer`, one from each package that has such a class."""
     found = (_find(package.__name__, path) for package in PACKAGES)
     return tuple(kind for kind in found if kind is not None)
 
@@ -118,7 +118,7 @@ else:
 
 
 def packages_of(thing: object) -> list[str]:
-    """Returns the names of the packages in which `thing` is a Trainer, module, data module, callback or logger."""
+    """Returns the package names of a Trainer, module, data module, callback or logger. Other objects have none."""
 
     def kinds(package: Any) -> tuple[type[Any], ...]:
         modules = (package.LightningModule, package.LightningDataModule)

@@ -29,7 +29,6 @@ def _untyped(trainer: Trainer) -> Any:
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Returns a trainer's callbacks; `Trainer.callbacks` has no type."""
     return cast("list[Callback]", _untyped(trainer).callbacks)
 
 
@@ -38,22 +37,21 @@ def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
 
 
 def data_module_of(trainer: Trainer) -> LightningDataModule | None:
-    """Returns the data module of a trainer's last call; `Trainer.datamodule` has no type."""
     return cast("LightningDataModule | None", _untyped(trainer).datamodule)
 
 
 def batch_limit(trainer: Trainer) -> int | None:
-    """Returns the number of batches per loader in a `fast_dev_run`, or None without a limit."""
+    """Returns the number of batches per loader in a `fast_dev_run`, or None in an ordinary run."""
     return int(_untyped(trainer).fast_dev_run) or None
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `overfit_batches`, which has no type: a number of batches, a share of the batches, or 0 for no limit."""
+    """Returns `Trainer.overfit_batches`: a number of batches (int), a share of them (float), or 0 for no limit."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 
 def state_key_of(callback: Callback, **what: Any) -> str:
-    """Returns the key of a callback's state in a checkpoint (`_generate_state_key`). `what` tells callbacks apart."""
+    """Returns the key of a callback's state in a checkpoint, made of its class and `what` (`_generate_state_key`)."""
     return callback._generate_state_key(**what)
 
 
@@ -66,8 +64,7 @@ def logged_hparams(trainer: Trainer) -> dict[str, Any]:
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Returns the trainer of a module (`_trainer`), or None if it has none; `LightningModule.trainer` would raise."""
-    return module._trainer
+    return module._trainer  # `LightningModule.trainer` would raise instead of returning None
 
 
 def overrides(module: LightningModule, name: str) -> bool:
@@ -78,7 +75,7 @@ def overrides(module: LightningModule, name: str) -> bool:
 
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
-    """Sets the trainer's stage to validation for a block, so that code that augments only in training does not."""
+    """Sets the trainer's stage to validation for a block. So modules do not augment batches as in training."""
     stage = trainer.state.stage
     trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
@@ -88,7 +85,7 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Moves a raw batch to the device as validation does, as plain tensors (`_on_before_batch_transfer`)."""
+    """Moves a raw batch to the device as in validation (`_on_before_batch_transfer`); applies `with_plain_tensors`."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
@@ -102,7 +99,7 @@ def given_loaders(trainer: Trainer, split: str) -> Any:
 
 
 def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
-    """Returns a `CombinedLoader` of `change(loader)` for the loaders given, in the fit's mode (`_combined_loader`)."""
+    """Returns a `CombinedLoader` of `change(loader)` for each loader in `given`, with the mode of the fit (`_mode`)."""
     combined = trainer.fit_loop._combined_loader
     mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
     inside = pytree.tree_map(change, getattr(given, "iterables", given))
@@ -112,25 +109,19 @@ def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) ->
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """Returns the loaders of a validation, their batch limits and their mode, or None if there is no validation.
-
-    Reads `_combined_loader` and its `_mode`, since `val_dataloaders` may be nested as the user likes.
-    """
+    """Returns the loaders of a validation, their batch limits and their mode, or None if there is no validation."""
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
         loop.setup_data()
-    combined = loop._combined_loader
+    combined = loop._combined_loader  # `val_dataloaders` may be nested as the user likes
     if combined is None:
         return None
     return list(combined.flattened), list(loop.max_batches), combined._mode
 
 
 def rerun_validation(trainer: Trainer) -> None:
-    """Validates once more within a fit, to update the trainer's metrics.
-
-    Then restores the counters of the loop, and the state of the logger connector (`_logger_connector`).
-    """
+    """Validates again within a fit, to update metrics. Restores the loop's counters and `_logger_connector`."""
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
     progress, seen = loop.batch_progress.state_dict(), dict(loop._seen_batches_per_dataloader)
@@ -145,7 +136,7 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
-    """Returns the sampler of a loader, and the sampler inside it if Lightning has wrapped it for ranks (`_sampler`)."""
+    """Returns a loader's sampler twice. If Lightning has wrapped it for ranks, the second is the inner `_sampler`."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
@@ -154,7 +145,7 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or a module that is not compiled unchanged."""
+    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself if it is not wrapped."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 

@@ -31,16 +31,12 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of samples that are right (`learned`), were right only earlier (`forgotten`), or never were."""
-        return {
-            "learned": self.right,
-            "forgotten": self.was_right & ~self.right,
-            "never_learned": ~self.was_right,
-        }
+        """Masks of samples that are right (`learned`), were right earlier (`forgotten`), or never (`never_learned`)."""
+        return {"learned": self.right, "forgotten": self.was_right & ~self.right, "never_learned": ~self.was_right}
 
     @property
     def classes(self) -> list[int]:
-        """The classes, or an empty list if there is only one or too many for separate curves."""
+        """The classes for separate curves. The list is empty if there is one class, or more than `MOST_CLASSES`."""
         found = self.label.unique().tolist()
         return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
 
@@ -49,7 +45,7 @@ class Learning:
         return [counts[one] for one in self.classes]
 
     def numbers(self, prefix: str, split: str) -> dict[str, float]:
-        """Returns counts by tag: `<prefix>/<split>/learned` and so on, `<prefix>_<split>/forgotten/3` for class 3."""
+        """Returns counts by tag, such as `<prefix>/<split>/learned`, or for class 3 `<prefix>_<split>/forgotten/3`."""
         found = {}
         for name, mask in self.masks.items():
             found[f"{prefix}/{split}/{name}"] = float(mask.sum())
@@ -60,7 +56,7 @@ class Learning:
 
 
 def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
-    """Returns Matplotlib figures by title: counts by epoch, and by class the samples that are wrong at the end."""
+    """Returns Matplotlib figures by title: counts by epoch, and the share of each class that is wrong at the end."""
     last = Learning.of(record.splits[split])
     figures = {split: _curves(record, split)}
     if last.classes:

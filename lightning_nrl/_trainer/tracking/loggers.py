@@ -40,7 +40,7 @@ ASKED: Mapping[str, Plain] = {
     **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
     **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
 }
-"""HParams columns for the settings of a repair, with a value of the right type. The tab shows five, by name."""
+"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the first five names."""
 MEASURED = tuple(
     f"repair/{name}"
     for name in (
@@ -77,7 +77,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to every logger that takes pages."""
+    """Writes the page of a release decision to TensorBoard, and uploads its files to W&B and MLflow."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -155,7 +155,6 @@ def _write(log: RepairLog, logger: Logger) -> None:
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:
-    """Returns the `SummaryWriter` of a TensorBoard logger, or None for any other logger."""
     writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
     return writer if isinstance(writer, SummaryWriter) else None
 
@@ -167,7 +166,7 @@ def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
 
 
 def safe_name(title: str) -> str:
-    """Replaces characters that Windows forbids in file names."""
+    """Replaces each character that Windows forbids in file names by an underscore."""
     return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 

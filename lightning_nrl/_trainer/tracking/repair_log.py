@@ -33,7 +33,7 @@ class RepairLog:
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
-        """All numbers by step: an iteration of the search, a strength in percent, or the step of the training."""
+        """Pairs of a step and its numbers. A step is a search iteration, a strength in percent, or a training step."""
         search = enumerate(search_curves(self.report, self.name))
         strength = strength_curves(self.report, self.name).items()
         return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
@@ -78,7 +78,7 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the paths of existing files that are to be uploaded, by kind."""
+    """Returns paths by kind. Only existing files of the kinds in `UPLOADED` are included."""
     return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
 
 

@@ -31,7 +31,7 @@ EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the numbers for a decision, the most important first: at most twelve, but more in an update.
+    """Returns the main numbers of a repair, the most important first. There are at most twelve, but more in an update.
 
     `known_...` and `unseen_...` are of all known or all unseen splits, with the weights that the model has now. In an
     update, `..._regressions` and `..._nfr` compare with the replaced model. `refused_...` are of refused weights.
@@ -83,7 +83,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns numbers that are not in `outcome`: of splits, slices, rungs (steps of the default method) and weights."""
+    """Returns numbers that are not in `outcome`: of splits, slices, the rungs of the default method, and weights."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
@@ -112,7 +112,7 @@ def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """Returns one dict per iteration of the search, with the counts of the best weights so far."""
+    """Returns the numbers of each iteration of the search. The list is empty if there was no search."""
     search = report.search
     if search is None:
         return []
@@ -125,7 +125,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """Returns counts by strength, the share of the weight change that is applied, in percent. At 0, they are all 0."""
+    """Returns counts by strength, the share of the weight change that is applied, in percent. Counts at 0 % are 0."""
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}
