@@ -79,7 +79,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
 def test_each_task_is_repaired_by_each_method_or_refused(tmp_path: Path, learned: Any, name: str, method: str) -> None:
     case, data, model = learned(name)
     old = by_split(case, model, data)
-    given, trainer = arguments(case, method=METHODS[method], max_time=6), quiet_trainer(tmp_path)
+    given, trainer = arguments(case, method=METHODS[method], max_time=30), quiet_trainer(tmp_path)
     if name == "custom" and method in ("finetune-polish", "linearized"):
         with pytest.raises(ConfigurationError, match=r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"):
             repair(trainer, model, datamodule=data, **given)
