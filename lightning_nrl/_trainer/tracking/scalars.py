@@ -83,7 +83,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns numbers that are not in `outcome`: of splits, slices, the rungs of the default method, and weights."""
+    """Returns numbers of splits, slices, rungs of the default method, and weights, which `outcome` does not return."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
