@@ -115,7 +115,7 @@ class Evaluator:
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """Yields logits and targets, checked by `Task.check`. Moves raw batches to the device and applies the adapter."""
+        """Yields logits and targets, checked by `Task.check`. Moves raw batches to the device and adapts them."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
